@@ -1,0 +1,243 @@
+"""Patterns that only look at where two tokens stand: everything, the past, a window, a stride, blocks, landmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from farlight.errors import PatternError
+from farlight.patterns.arguments import listed, whole
+from farlight.patterns.base import Atom, Form, Labels, Pattern, Sizes
+from farlight.patterns.spans import Spans
+
+__all__ = ["blocked_window", "causal", "full", "landmarks", "offsets", "strided", "window"]
+
+
+class full(Atom):
+    """Every pair is allowed.
+
+    >>> import farlight as fl
+    >>> fl.full().count(1000)
+    1000000
+    """
+
+    def __init__(self) -> None:
+        self._set(text="full()", tables=())
+
+    def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return torch.ones((), dtype=torch.bool, device=i.device)
+
+    def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
+        return Spans.everything(i.numel(), sizes.n_k, i.device)
+
+
+class causal(Atom):
+    """A token sees itself and the past: j <= i.
+
+    >>> import farlight as fl
+    >>> fl.causal().dense(3).int()[0, 0].tolist()
+    [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    """
+
+    def __init__(self) -> None:
+        self._set(text="causal()", tables=())
+
+    def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return j <= i
+
+    def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
+        return Spans.thin(sizes.n_k, torch.zeros_like(i), i + 1)
+
+
+class window(Atom):
+    """A token sees its neighbours: -left·dilation <= j - i <= right·dilation, and dilation divides j - i.
+
+    `left` and `right` count neighbours, inclusive: `window(4)` holds 9 keys inside a text, fewer at its ends (clipped,
+    never shifted). `right=None` means the same as `left`. Beltagy et al. 2020, "Longformer", arXiv:2004.05150.
+
+    >>> import farlight as fl
+    >>> fl.window(1, 0).dense(4).int()[0, 0].tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    >>> fl.window(1, dilation=2).dense(5).int()[0, 0, 2].tolist()
+    [1, 0, 1, 0, 1]
+    """
+
+    def __init__(self, left: int, right: int | None = None, *, dilation: int = 1) -> None:
+        left = whole("window: left", left, 0)
+        right = left if right is None else whole("window: right", right, 0)
+        dilation = whole("window: dilation", dilation, 1)
+        text = (
+            f"window({left}"
+            + (f", {right}" if right != left else "")
+            + (f", dilation={dilation}" if dilation > 1 else "")
+            + ")"
+        )
+        self._set(left=left, right=right, dilation=dilation, text=text, tables=())
+
+    left: int
+    right: int
+    dilation: int
+
+    def _rewrite(self) -> Pattern:
+        if self.dilation == 1:
+            return self
+        return strided(self.dilation) & window(self.left * self.dilation, self.right * self.dilation)
+
+    def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        step = j - i
+        near = (step >= -self.left * self.dilation) & (step <= self.right * self.dilation)
+        return near & (step % self.dilation == 0) if self.dilation > 1 else near
+
+    def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
+        if self.dilation > 1:
+            return self._rewrite()._spans(sizes, b, h, i)
+        return Spans.thin(sizes.n_k, i - self.left, i + self.right + 1)
+
+
+class strided(Atom):
+    """A token sees every stride-th token: stride divides j - i.
+
+    With `phase`, only tokens at positions p with p ≡ phase (mod stride) take part, as queries and as keys;
+    `phase="head"` takes the head's number, so that heads cover the residues in turn (Ding et al. 2023, "LongNet",
+    arXiv:2307.02486).
+
+    >>> import farlight as fl
+    >>> fl.strided(2).dense(4).int()[0, 0].tolist()
+    [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
+    """
+
+    def __init__(self, stride: int, *, phase: int | str | None = None) -> None:
+        stride = whole("strided: stride", stride, 1)
+        if phase is not None and phase != "head":
+            phase = whole("strided: phase", phase, 0) % stride
+        text = f"strided({stride}" + ("" if phase is None else f", phase={phase!r}") + ")"
+        self._set(stride=stride, phase=phase, text=text, tables=(), varies_over_heads=phase == "head" and stride > 1)
+
+    stride: int
+    phase: int | str | None
+
+    def _form(self, sizes: Sizes) -> Form:
+        return "spans" if self.stride == 1 else "labels"
+
+    def _variation(self, sizes: Sizes) -> Tensor:
+        heads = torch.arange(sizes.heads if self.varies_over_heads else 1)
+        return (heads % self.stride).view(1, -1)
+
+    def _phase(self, h: Tensor) -> Tensor | int:
+        return h % self.stride if self.phase == "head" else int(self.phase or 0)
+
+    def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if self.phase is None:
+            return (j - i) % self.stride == 0
+        phase = self._phase(h)
+        return (i % self.stride == phase) & (j % self.stride == phase)
+
+    def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
+        if self.stride == 1:
+            return Spans.everything(i.numel(), sizes.n_k, i.device)
+        residue = i % self.stride
+        lo = residue[:, None] + self.stride * torch.arange(-(-sizes.n_k // self.stride), device=i.device)
+        seen = (torch.ones_like(i, dtype=torch.bool) if self.phase is None else residue == self._phase(h))[:, None]
+        return Spans.from_table(sizes.n_k, lo, torch.where(seen, lo + 1, lo))
+
+    def _labels(self, sizes: Sizes, b: Tensor, h: Tensor) -> Labels:
+        query = (torch.arange(sizes.n_q, device=h.device) + sizes.q_offset).expand(h.numel(), -1) % self.stride
+        key = torch.arange(sizes.n_k, device=h.device).expand(h.numel(), -1) % self.stride
+        if self.phase is not None:
+            phase = self._phase(h[:, None])
+            query = torch.where(query == phase, 0, -1)
+            key = torch.where(key == phase, 0, -1)
+        return Labels(query, key)
+
+
+class blocked_window(Atom):
+    """A token sees whole blocks around its own: -left <= j//block - i//block <= right.
+
+    `blocked_window(0, block=n)` cuts the text into segments of n tokens that do not see one another;
+    `blocked_window(1, block=64)` is BigBird's window of three blocks (Zaheer et al. 2020, arXiv:2007.14062).
+
+    >>> import farlight as fl
+    >>> fl.blocked_window(0, block=2).dense(4).int()[0, 0].tolist()
+    [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    """
+
+    def __init__(self, left: int, right: int | None = None, *, block: int = 64) -> None:
+        left = whole("blocked_window: left", left, 0)
+        right = left if right is None else whole("blocked_window: right", right, 0)
+        block = whole("blocked_window: block", block, 1)
+        text = f"blocked_window({left}" + (f", {right}" if right != left else "") + f", block={block})"
+        self._set(left=left, right=right, block=block, text=text, tables=())
+
+    left: int
+    right: int
+    block: int
+
+    def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        step = torch.div(j, self.block, rounding_mode="floor") - torch.div(i, self.block, rounding_mode="floor")
+        return (step >= -self.left) & (step <= self.right)
+
+    def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
+        own = torch.div(i, self.block, rounding_mode="floor")
+        return Spans.thin(sizes.n_k, (own - self.left) * self.block, (own + self.right + 1) * self.block)
+
+
+class landmarks(Atom):
+    """Every token sees the last `count` tokens of each run of `every`: j mod every >= every - count.
+
+    The summary positions of the "fixed" pattern of Child et al. 2019, "Sparse Transformers", arXiv:1904.10509.
+
+    >>> import farlight as fl
+    >>> fl.landmarks(3).dense(6).int()[0, 0, 0].tolist()
+    [0, 0, 1, 0, 0, 1]
+    """
+
+    def __init__(self, every: int, count: int = 1) -> None:
+        every = whole("landmarks: every", every, 1)
+        count = whole("landmarks: count", count, 1)
+        if count > every:
+            raise PatternError(f"landmarks: count = {count} exceeds every = {every}; at most every token can be a landmark.")
+        self._set(every=every, last=count, text=f"landmarks({every}" + (f", {count})" if count > 1 else ")"), tables=())
+
+    every: int
+    last: int
+
+    def _form(self, sizes: Sizes) -> Form:
+        return "labels"
+
+    def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return j % self.every >= self.every - self.last
+
+    def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
+        first = min(self.every - self.last, sizes.n_k)
+        start = torch.arange(first, sizes.n_k, self.every, device=i.device).expand(i.numel(), -1)
+        return Spans.from_table(sizes.n_k, start, start + self.last)
+
+    def _labels(self, sizes: Sizes, b: Tensor, h: Tensor) -> Labels:
+        j = torch.arange(sizes.n_k, device=h.device)
+        key = torch.where(j % self.every >= self.every - self.last, 0, -1)
+        return Labels(torch.zeros(h.numel(), sizes.n_q, dtype=torch.int64, device=h.device), key.expand(h.numel(), -1))
+
+
+class offsets(Atom):
+    """A token sees the tokens at the given distances: j - i is one of `values` (negative = to the left).
+
+    >>> import farlight as fl
+    >>> fl.offsets([0, -1, -2, -4]).dense(6).int()[0, 0, 5].tolist()
+    [0, 1, 0, 1, 1, 1]
+    """
+
+    def __init__(self, values: Iterable[int]) -> None:
+        read = sorted({whole("offsets: value", v, -(2**40), 2**40) for v in listed("offsets", values, "distances")})
+        self._set(values=tuple(read), text=f"offsets({read})", tables=())
+
+    values: tuple[int, ...]
+
+    def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return torch.isin(j - i, torch.tensor(self.values, dtype=torch.int64, device=i.device))
+
+    def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
+        reachable = [v for v in self.values if abs(v) <= sizes.n_k + abs(sizes.q_offset) + sizes.n_q]
+        lo = i[:, None] + torch.tensor(reachable, dtype=torch.int64, device=i.device)
+        return Spans.from_table(sizes.n_k, lo, lo + 1)
