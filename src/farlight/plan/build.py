@@ -1,0 +1,299 @@
+"""Building a plan: term by term, some thousand tiles at a time, so that memory is that of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farlight.patterns.base import Labels, Pattern, Sizes
+from farlight.patterns.spans import Spans
+from farlight.plan.split import Draft, split_long_tiles
+from farlight.plan.tables import Plan
+from farlight.plan.terms import Conjunction, Term, terms_of
+from farlight.plan.tiles import MaskStore
+
+__all__ = ["TileShape", "build", "count_pairs"]
+
+_ROWS_AT_ONCE = 1 << 16
+_PAIRS_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """What a backend wants: rows in a tile, how dear a gathered pair is against a visited one, when a tile is long."""
+
+    tile: int = 32
+    gather: int = 8
+    longest: int = 16_384
+
+
+@dataclass
+class Order:
+    """Query rows in the order of a piece, and its tiles: `rows` None = as they stand."""
+
+    rows: Tensor | None
+    row_first: Tensor  # (variants + 1,)
+    first: Tensor  # (variants + 1,) tiles
+    start: Tensor
+    count: Tensor
+
+
+@dataclass
+class Keys:
+    """Keys sorted by (variant, label, position): `slots[s]` is the key at slot s; `code` its sorted number."""
+
+    slots: Tensor
+    code: Tensor
+    query_code: Tensor  # (variants, n_q) number of (variant, label of the row, position 0)
+
+    def map(self, spans: Spans, code: Tensor) -> Spans:
+        """Intervals of positions as intervals of slots, among the keys with the row's label."""
+        row, lo, hi = spans.listed()
+        base = code[row]
+        lo, hi = torch.searchsorted(self.code, torch.stack((base + lo, base + hi)))
+        return Spans.gather(spans.rows, self.slots.numel(), row, lo, hi)
+
+
+def natural_order(sizes: Sizes, tile: int, device: torch.device) -> Order:
+    start = torch.arange(0, sizes.n_q, tile, device=device)
+    count = (sizes.n_q - start).clamp(max=tile)
+    one = torch.tensor([0, 1], device=device)
+    return Order(None, one * sizes.n_q, one * start.numel(), start, count)
+
+
+def sorted_order(query: Tensor, tile: int) -> Order:
+    """Rows of each variant sorted by (label, row); rows without a label left out; no tile holds two labels."""
+    variants, n_q = query.shape
+    device = query.device
+    order = torch.argsort(query, dim=1, stable=True)
+    label = query.gather(1, order)
+    kept = label >= 0
+    rows, label = order[kept], label[kept]
+    variant = torch.arange(variants, device=device)[:, None].expand(-1, n_q)[kept]
+    place = torch.arange(rows.numel(), device=device)
+    new = torch.ones_like(place, dtype=torch.bool)
+    new[1:] = (label[1:] != label[:-1]) | (variant[1:] != variant[:-1])
+    group_start = torch.where(new, place, 0).cummax(0).values
+    start = place[(place - group_start) % tile == 0]
+    count = torch.diff(start, append=torch.tensor([rows.numel()], device=device))
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    row_first = torch.cat((zero, torch.bincount(variant, minlength=variants).cumsum(0)))
+    first = torch.cat((zero, torch.bincount(variant[start], minlength=variants).cumsum(0)))
+    return Order(rows, row_first, first, start, count)
+
+
+def sorted_keys(query: Tensor, key: Tensor) -> Keys | None:
+    """Keys by (variant, label, position), or None when all labels are 0 and so every key stands where it stood."""
+    if not bool(key.any()) and not bool((query > 0).any()):
+        return None
+    variants, n_k = key.shape
+    labels = int(max(query.max(), key.max())) + 1 if query.numel() else int(key.max()) + 1
+    labels = max(1, labels)
+    device = key.device
+    base = torch.arange(variants, device=device)[:, None] * labels
+    kept = key >= 0
+    code = ((base + key) * n_k + torch.arange(n_k, device=device))[kept]
+    code, order = torch.sort(code)
+    slots = torch.arange(n_k, device=device).expand(variants, -1)[kept][order]
+    return Keys(slots, code, (base + query.clamp(min=0)) * n_k)
+
+
+def settled_rows(labels: Labels, earlier: Term, sizes: Sizes, b: Tensor, h: Tensor) -> Tensor | None:
+    """Rows `(V, n_q)` in which the earlier term's labels hold for every pair of equal `labels`, when in all others they hold
+    for none; None when a group of equal labels is divided.
+
+    So it is with a stride of 4 after a stride of 2: inside a residue the earlier term is only its intervals.
+    """
+    part = earlier.parts[0]
+    if len(earlier.parts) > 1 or part.rest or part.points or not part.labels:
+        return None
+    other = earlier.sorted_labels(sizes, b, h)
+    variants = labels.query.shape[0]
+    groups = int(max(labels.query.max(), labels.key.max())) + 1
+    if groups == 0:
+        return torch.zeros_like(labels.query, dtype=torch.bool)
+    base = torch.arange(variants)[:, None] * groups
+    edges = []
+    for mine, theirs in ((labels.query, other.query), (labels.key, other.key)):
+        group = (base + mine)[mine >= 0]
+        low = torch.full((variants * groups,), 2**62).scatter_reduce_(0, group, theirs[mine >= 0], "amin")
+        high = torch.full((variants * groups,), -2).scatter_reduce_(0, group, theirs[mine >= 0], "amax")
+        edges += [low, high]
+    q_low, q_high, k_low, k_high = edges
+    all_hold = (q_low == q_high) & (k_low == k_high) & (q_low == k_low) & (q_low >= 0)
+    none_hold = (q_high < k_low) | (k_high < q_low) | (q_high < 0) | (k_high < 0)
+    if not bool((all_hold | none_hold).all()):
+        return None
+    return all_hold[base + labels.query.clamp(min=0)] & (labels.query >= 0)
+
+
+class Layout:
+    """One term laid out: its variants, the order of its rows and keys, and its intervals chunk by chunk."""
+
+    def __init__(self, term: Term, sizes: Sizes, tile: int, natural: Order) -> None:
+        self.term, self.sizes = term, sizes
+        self.variation = term.variation(sizes)
+        self.variants = int(self.variation.max()) + 1
+        # A representative (batch, head) of each variant.
+        flat = self.variation.reshape(-1)
+        at = torch.zeros(self.variants, dtype=torch.int64).scatter_(0, flat, torch.arange(flat.numel()))
+        self.b, self.h = at // self.variation.shape[1], at % self.variation.shape[1]
+        self.order, self.keys = natural, None
+        # Earlier terms whose pairs must be asked one by one, and those that are intervals in some rows and nothing in others.
+        self.asked: list[Term] = []
+        self.settled: list[tuple[Conjunction, Tensor]] = []
+        labels = term.sorted_labels(sizes, self.b, self.h) if term.labels else None
+        for earlier in term.hard:
+            rows = None if labels is None else settled_rows(labels, earlier, sizes, self.b, self.h)
+            if rows is None:
+                self.asked.append(earlier)
+            else:
+                self.settled.append((earlier.parts[0], rows))
+        if labels is not None:
+            self.keys = sorted_keys(labels.query, labels.key)
+            if bool(labels.query.any()):
+                self.order = sorted_order(labels.query, tile)
+
+    @property
+    def is_natural(self) -> bool:
+        return self.order.rows is None
+
+    @property
+    def tiles(self) -> int:
+        """Tiles over all variants of this layout."""
+        return self.order.start.numel() * (self.variants if self.is_natural else 1)
+
+    def times(self) -> Tensor:
+        """How many (batch, head) each variant serves."""
+        every = self.sizes.batch * self.sizes.heads // self.variation.numel()
+        return torch.bincount(self.variation.reshape(-1), minlength=self.variants) * every
+
+    def chunks(self, tile: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+        """(first tile, variant, row, tile in chunk, slot in tile) of the places of some tiles, all of one length."""
+        step = max(1, _ROWS_AT_ONCE // tile)
+        per_variant = self.order.start.numel()
+        for t0 in range(0, self.tiles, step):
+            number = torch.arange(t0, min(t0 + step, self.tiles))
+            local = number % per_variant if self.is_natural else number
+            start, count = self.order.start[local], self.order.count[local]
+            tile_of = torch.arange(number.numel()).repeat_interleave(count)
+            slot = torch.arange(tile_of.numel()) - (count.cumsum(0) - count)[tile_of]
+            place = start[tile_of] + slot
+            if self.order.rows is None:
+                variant, row = torch.div(number, per_variant, rounding_mode="floor")[tile_of], place
+            else:
+                variant = torch.searchsorted(self.order.row_first, place, right=True) - 1
+                row = self.order.rows[place]
+            yield t0, variant, row, tile_of, slot
+
+    def spans(self, variant: Tensor, row: Tensor) -> Spans:
+        """The slots that each of these rows sees."""
+        b, h, i = self.b[variant], self.h[variant], row + self.sizes.q_offset
+        out = self.term.spans(self.sizes, b, h, i, with_labels=not self.term.labels)
+        for part, rows in self.settled:
+            out = out - part.spans(self.sizes, b, h, i, with_labels=False).only(rows[variant, row])
+        if self.keys is not None:
+            out = self.keys.map(out, self.keys.query_code[variant, row])
+        return self._asked(out, b, h, i) if self.asked or self.term.parts[0].rest else out
+
+    def _asked(self, spans: Spans, b: Tensor, h: Tensor, i: Tensor) -> Spans:
+        """The intervals without the pairs for which the term's truth is False, a few million pairs at a time."""
+        row, lo, hi = spans.listed()
+        total = (hi - lo).cumsum(0)
+        rows, slots = [], []
+        at = 0
+        while at < row.numel():
+            done = int(total[at - 1]) if at else 0
+            end = max(at + 1, int(torch.searchsorted(total, done + _PAIRS_AT_ONCE)))
+            r, s = Spans(spans.rows, spans.keys, row[at:end], lo[at:end], hi[at:end]).expand()
+            key = s if self.keys is None else self.keys.slots[s]
+            true = self.term.truth(self.sizes, b[r], h[r], i[r], key, self.asked).expand_as(r)
+            rows.append(r[true])
+            slots.append(s[true])
+            at = end
+        if not rows:
+            return spans
+        return Spans.from_pairs(spans.rows, spans.keys, torch.cat(rows), torch.cat(slots))
+
+    def points(self, variant: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """(row of the chunk, key) of a point term's links, sorted."""
+        term, sizes = self.term, self.sizes
+        b, h, i = self.b[variant], self.h[variant], row + sizes.q_offset
+        keys = term.points[0]._points(sizes, b, h, i).sort(1).values
+        r = torch.arange(row.numel())[:, None].expand_as(keys)[keys >= 0]
+        keys = keys[keys >= 0]
+        at = (sizes, b[r], h[r], i[r], keys)
+        true = term.parts[0].without_points().allows(*at)
+        for earlier in term.earlier:
+            true = true & ~earlier.allows(*at)
+        true = true.expand_as(keys)
+        return r[true], keys[true]
+
+
+def count_pairs(pattern: Pattern, sizes: Sizes) -> int:
+    """The exact number of allowed pairs, over batch and heads."""
+    pattern.check(sizes)
+    if not sizes.n_q or not sizes.n_k:
+        return 0
+    natural = natural_order(sizes, 32, torch.device("cpu"))
+    total = 0
+    for term in terms_of(pattern, sizes):
+        layout = Layout(term, sizes, 32, natural)
+        times = layout.times()
+        for _, variant, row, _, _ in layout.chunks(32):
+            if term.points:
+                seen = variant[layout.points(variant, row)[0]]
+                total += int(times[seen].sum())
+            else:
+                at, lo, hi = layout.spans(variant, row).listed()
+                total += int(((hi - lo) * times[variant[at]]).sum())
+    return total
+
+
+def build(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Plan:
+    """The plan of a pattern for tiles of this shape; see `farlight.plan`."""
+    pattern.check(sizes)
+    device = torch.device("cpu")
+    store = MaskStore(shape.tile, device)
+    natural = natural_order(sizes, shape.tile, device)
+    drafts: list[Draft] = []
+    at_home = Draft(
+        torch.zeros(1, 1, dtype=torch.int64),
+        natural.rows,
+        natural.row_first,
+        natural.first,
+        natural.start,
+        natural.count,
+    )
+    pairs = visited = 0
+    for term in terms_of(pattern, sizes) if sizes.n_q and sizes.n_k else ():
+        layout = Layout(term, sizes, shape.tile, natural)
+        order = layout.order
+        if layout.is_natural:
+            draft = at_home
+        else:
+            draft = Draft(layout.variation, order.rows, order.row_first, order.first, order.start, order.count)
+            drafts.append(draft)
+        done = draft.add(layout, store, shape)
+        pairs, visited = pairs + done[0], visited + done[1]
+    if at_home.layers:
+        drafts.insert(0, at_home)
+    masks, final = store.finish()
+    pieces = tuple(split_long_tiles(draft, final, shape.longest) for draft in drafts)
+    return Plan(pattern, sizes, shape.tile, shape.longest, pieces, masks, pairs, visited, _overlap(drafts, sizes))
+
+
+def _overlap(drafts: list[Draft], sizes: Sizes) -> bool:
+    """Whether a row sees something in two pieces."""
+    if len(drafts) < 2:
+        return False
+    seen = torch.zeros(sizes.batch, sizes.heads, sizes.n_q, dtype=torch.int8)
+    for draft in drafts:
+        here = torch.zeros_like(seen)
+        for layer in draft.layers:
+            here |= layer.seen[layer.variation].expand_as(here)
+        seen += here
+    return bool((seen > 1).any())
