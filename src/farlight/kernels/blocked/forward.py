@@ -1,0 +1,112 @@
+"""The forward pass by tiles: one softmax per tile, merged by lse where a row has several."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from farlight.kernels.blocked.gather import Batch, batches
+from farlight.kernels.blocked.schedule import schedule_of
+from farlight.plan.tables import Plan
+
+__all__ = ["forward"]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, dropout: float, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the planned pairs. float64 is computed in float64, everything else in float32."""
+    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    schedule = schedule_of(plan, q.device)
+    out = torch.zeros(q.shape[:-1] + v.shape[-1:], dtype=kind if schedule.merges else q.dtype, device=q.device)
+    lse = torch.full(q.shape[:-1], float("-inf"), dtype=kind, device=q.device)
+    for batch in batches(schedule, q.shape[1], k.shape[1], q.shape[3]):
+        piece_out, piece_lse = _tile(batch, q, k, v, plan.sizes.q_offset, kind, scale, dropout, seed)
+        if schedule.merges:
+            _merge(batch, out, lse, piece_out, piece_lse)
+        else:
+            seeing = piece_lse > float("-inf")
+            if bool((seeing | piece_lse.isnan()).all()):
+                batch.put_queries(out, piece_out)
+                batch.put_queries(lse, piece_lse)
+            else:
+                # Rows that see nothing here may have been served by another piece.
+                _merge(batch, out, lse, piece_out, piece_lse)
+    return out.to(q.dtype), lse
+
+
+def _tile(
+    batch: Batch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offset: int,
+    kind: torch.dtype,
+    scale: float,
+    dropout: float,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`(c, tiles, heads · count, D)` and the lse of the batch's rows."""
+    queries = batch.take_queries(q).to(kind) * scale
+    scores, alone, points = score(batch, queries, k, kind)
+    top = [part.amax(-1) for part in (scores, alone) if part is not None]
+    peak = top[0] if len(top) == 1 else torch.maximum(*top)
+    # A finite peak keeps rows that see nothing at exp(-inf) = 0 instead of NaN.
+    peak = torch.where(peak == float("-inf"), 0.0, peak).unsqueeze(-1)
+    total = torch.zeros_like(peak)
+    for part in (scores, alone):
+        if part is not None:
+            total += part.sub_(peak).exp_().sum(-1, keepdim=True)
+    out: Tensor | float = 0.0
+    if scores is not None:
+        if dropout:
+            keys = batch.key_numbers(q.device)[:, None]
+            scores *= batch.kept(seed, dropout, q_offset, keys, q.device).to(kind) / (1 - dropout)
+        out = scores @ batch.take_keys(v, kind)
+    if alone is not None and points is not None:
+        if dropout:
+            alone *= batch.kept(seed, dropout, q_offset, points, q.device).to(kind) / (1 - dropout)
+        out = out + weigh(batch, alone, v, points, kind)
+    assert isinstance(out, Tensor)
+    lse = (total.log() + peak).squeeze(-1)
+    return out / torch.where(total > 0, total, torch.where(total == 0, 1.0, total)), lse
+
+
+def score(batch: Batch, queries: Tensor, k: Tensor, kind: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Scores of the runs, scores of the gathered keys, and those keys; -inf where a pair is not allowed."""
+    scores = alone = keys = None
+    if batch.group.width:
+        scores = queries @ batch.take_keys(k, kind).transpose(-1, -2)
+        batch.hide(scores, float("-inf"))
+    found = batch.points()
+    if found is not None:
+        keys, real = found
+        taken = take_points(batch, k, keys, kind)
+        by_row = queries.unflatten(2, (-1, batch.group.count)).movedim(2, -1)  # (c, tiles, count, D, heads)
+        alone = (taken @ by_row).movedim(-1, 2)  # (c, tiles, heads, count, m)
+        alone = alone.masked_fill(~real[:, None], float("-inf")).flatten(2, 3)
+    return scores, alone, keys
+
+
+def take_points(batch: Batch, x: Tensor, keys: Tensor, kind: torch.dtype) -> Tensor:
+    """`(c, tiles, count, m, D)`: the gathered keys or values of each row."""
+    heads = x[batch.lanes.batch, batch.lanes.k0 : batch.lanes.k1]
+    return heads[:, keys].to(kind)
+
+
+def weigh(batch: Batch, weight: Tensor, v: Tensor, keys: Tensor, kind: torch.dtype) -> Tensor:
+    """Σ weight · value over the gathered keys of each row: `(c, tiles, heads · count, D)`."""
+    values = take_points(batch, v, keys, kind)
+    by_row = weight.unflatten(2, (-1, batch.group.count)).movedim(2, 3)  # (c, tiles, count, heads, m)
+    out: Tensor = (by_row @ values).movedim(3, 2).flatten(2, 3)
+    return out
+
+
+def _merge(batch: Batch, out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
+    """Join a piece's result to what the rows have already, by lse."""
+    old_out, old_lse = batch.take_queries(out).to(more_out.dtype), batch.take_queries(lse)
+    both = torch.logaddexp(old_lse, more_lse)
+    base = torch.where(both == float("-inf"), 0.0, both)
+    merged = old_out * (old_lse - base).exp().unsqueeze(-1) + more_out * (more_lse - base).exp().unsqueeze(-1)
+    batch.put_queries(out, merged)
+    batch.put_queries(lse, both)

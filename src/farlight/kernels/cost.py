@@ -1,0 +1,46 @@
+"""What a call is expected to cost: a rate for the pairs that are computed, and a fixed price for the call.
+
+The rates decide nothing but speed. Those written here are of one machine (2 cores of an AMD EPYC with AVX-512) and serve
+while the choice is clear; where it is close, `kernels/calibrate.py` measures the machine at hand, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from farlight.kernels.request import Request
+
+__all__ = ["DEFAULT_RATES", "Estimate", "Rates", "estimate"]
+
+# (backend, dtype) -> GFLOP/s of the forward pass on computed pairs (4 · D each), and seconds for each call.
+Rates = dict[tuple[str, torch.dtype], tuple[float, float]]
+
+DEFAULT_RATES: Rates = {
+    ("cpu", torch.float32): (160.0, 50e-6),
+    ("cpu", torch.bfloat16): (280.0, 50e-6),
+    ("torch", torch.float32): (60.0, 1500e-6),
+    ("torch", torch.bfloat16): (45.0, 1500e-6),
+    ("dense", torch.float32): (110.0, 60e-6),
+    ("dense", torch.bfloat16): (120.0, 60e-6),
+}
+# Forward and backward together against forward alone.
+_WITH_BACKWARD = {"cpu": 3.3, "torch": 3.5, "dense": 3.5}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected seconds of one call and the pairs that it computes."""
+
+    seconds: float
+    pairs: int
+
+
+def estimate(backend: str, request: Request, visited: int | None, rates: Rates = DEFAULT_RATES) -> Estimate:
+    """The expected cost of a call; `visited` is the plan's, None for all pairs."""
+    sizes = request.sizes
+    pairs = sizes.batch * sizes.heads * sizes.n_q * sizes.n_k if visited is None else visited
+    rate, fixed = rates.get((backend, request.dtype), rates[backend, torch.float32])
+    seconds = 4 * request.head_dim * pairs / (rate * 1e9) + fixed
+    return Estimate(seconds * (_WITH_BACKWARD[backend] if request.needs_grad else 1.0), pairs)

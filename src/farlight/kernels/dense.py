@@ -1,0 +1,46 @@
+"""Full attention by torch's `scaled_dot_product_attention` under the pattern's mask: the better choice for short texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from farlight.kernels.request import Request
+
+__all__ = ["LARGEST_MASK", "attend", "reasons"]
+
+# Bytes of mask that are still called short.
+LARGEST_MASK = 2**28
+
+
+def reasons(request: Request) -> list[str]:
+    found = []
+    sizes = request.sizes
+    if request.return_lse:
+        found.append("scaled_dot_product_attention does not give the lse; ask with return_lse=False")
+    if request.dropout:
+        found.append("its dropout draws other links than farlight's; use dropout=0")
+    masks = (sizes.batch if request.pattern.varies_over_batch else 1) * (
+        sizes.heads if request.pattern.varies_over_heads else 1
+    )
+    size = masks * sizes.n_q * sizes.n_k
+    if size > LARGEST_MASK:
+        found.append(f"its mask would take {size / 2**20:,.0f} MiB, more than {LARGEST_MASK // 2**20} MiB")
+    return found
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
+    """out for `mask` `(B|1, H|1, n_q, n_k)`; None = every pair."""
+    if not q.numel() or not k.numel():
+        return torch.where(torch.zeros((), dtype=torch.bool, device=q.device), q + k.sum() + v.sum(), 0.0)
+    # A literal True: under compile with dynamic shapes a comparison is a SymBool, which SDPA does not take.
+    grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    if mask is None:
+        return scaled_dot_product_attention(q, k, v, scale=scale, **grouped)
+    # A row that sees nothing is let see everything, then blanked: SDPA's answer for it differs between its own kernels.
+    seeing = mask.any(-1, keepdim=True)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask | ~seeing, scale=scale, **grouped)
+    return torch.where(seeing, out, 0.0)

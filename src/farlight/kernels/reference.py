@@ -1,0 +1,49 @@
+"""The specification: dense attention by plain torch operations, differentiated by autograd, in float64 where asked.
+
+    S = scale · q kᵀ;   P = softmax(S over the allowed keys);   out = P v;   lse = log Σ exp(S over the allowed keys)
+
+It costs n_q · n_k and exists to be read and to be compared with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from farlight.kernels.request import Request
+from farlight.patterns.hashing import dropout_keep
+
+__all__ = ["attend", "reasons"]
+
+
+def reasons(request: Request) -> list[str]:
+    return []
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, q_offset: int, dropout: float, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) for `mask` `(B|1, H|1, n_q, n_k)`; float64 inputs are computed in float64, all others in float32."""
+    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = (q.to(kind) @ k.to(kind).transpose(-1, -2)) * scale
+    # A row that sees nothing takes part as if it saw everything and is blanked at the end: no NaN, and no gradient.
+    seeing = mask.any(-1, keepdim=True)
+    scores = scores.masked_fill(~(mask | ~seeing), float("-inf"))
+    lse = torch.logsumexp(scores, -1, keepdim=True) if scores.shape[-1] else scores.sum(-1, keepdim=True)
+    p = torch.exp(scores - lse)
+    if dropout:
+        keep = _kept(seed, dropout, scores, q_offset)
+        p = p * keep.to(kind) / (1 - dropout)
+    out = torch.where(seeing, p @ v.to(kind), 0.0)
+    lse = torch.where(seeing, lse, float("-inf")).squeeze(-1)
+    return out.to(q.dtype), lse
+
+
+def _kept(seed: Tensor, dropout: float, scores: Tensor, q_offset: int) -> Tensor:
+    b, h, i, j = (
+        torch.arange(n, device=scores.device).view([-1 if d == dim else 1 for d in range(4)])
+        for dim, n in enumerate(scores.shape)
+    )
+    return dropout_keep(seed.to(scores.device), dropout, b, h, i + q_offset, j)
