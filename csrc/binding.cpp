@@ -1,0 +1,189 @@
+// The Python module: plans are converted once into owned, checked tables; tensors come as addresses and strides, which costs
+// a fraction of a microsecond where array arguments would cost ten. farlight/kernels/cpu checks types, devices and shapes.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <mutex>
+
+#include "dispatch.h"
+#include "run.h"
+#include "tables.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using namespace farlight;
+
+template <class T, int Dims>
+auto array_of(nb::handle owner, const char* name) {
+  nb::ndarray<const T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu> array;
+  if (!nb::try_cast(owner.attr(name), array, false))
+    throw MalformedPlan(std::string(name) + " is not a contiguous " + std::to_string(Dims) + "-dimensional int" +
+                        std::to_string(8 * sizeof(T)) + " tensor in the host's memory");
+  return array;
+}
+
+template <class T>
+std::vector<T> table(nb::handle owner, const char* name) {
+  const auto array = array_of<T, 1>(owner, name);
+  return std::vector<T>(array.data(), array.data() + array.shape(0));
+}
+
+Variants variants(nb::handle owner) {
+  const auto array = array_of<int32_t, 2>(owner, "variant");
+  Variants v;
+  v.batch = static_cast<int32_t>(array.shape(0));
+  v.heads = static_cast<int32_t>(array.shape(1));
+  v.of.assign(array.data(), array.data() + array.size());
+  return v;
+}
+
+bool has(nb::handle owner, const char* name) { return !owner.attr(name).is_none(); }
+
+Layer layer(nb::handle from) {
+  Layer l;
+  l.variant = variants(from);
+  l.entry_base = table<int64_t>(from, "entry_base");
+  l.place_base = table<int64_t>(from, "place_base");
+  l.indptr = table<int64_t>(from, "indptr");
+  l.lo = table<int32_t>(from, "lo");
+  l.hi = table<int32_t>(from, "hi");
+  l.mask = table<int32_t>(from, "mask");
+  l.has_keys = has(from, "keys");
+  if (l.has_keys) l.keys = table<int32_t>(from, "keys");
+  l.has_points = has(from, "point_indptr");
+  if (l.has_points) l.point_indptr = table<int64_t>(from, "point_indptr");
+  if (has(from, "point_keys")) l.point_keys = table<int32_t>(from, "point_keys");
+  return l;
+}
+
+Piece piece(nb::handle from) {
+  Piece p;
+  p.variant = variants(from);
+  p.has_rows = has(from, "rows");
+  if (p.has_rows) p.rows = table<int32_t>(from, "rows");
+  p.row_first = table<int64_t>(from, "row_first");
+  p.first = table<int64_t>(from, "first");
+  p.start = table<int32_t>(from, "start");
+  p.count = table<int32_t>(from, "count");
+  p.part = table<int32_t>(from, "part");
+  p.parts = table<int32_t>(from, "parts");
+  for (const nb::handle each : from.attr("layers")) p.layers.push_back(layer(each));
+  return p;
+}
+
+// A plan as the kernels see it, and the schedule of the last call that was made with it.
+class NativePlan {
+ public:
+  explicit NativePlan(nb::handle plan) {
+    const nb::object sizes = plan.attr("sizes"), masks = plan.attr("masks");
+    tables_.n_q = nb::cast<int64_t>(sizes.attr("n_q"));
+    tables_.n_k = nb::cast<int64_t>(sizes.attr("n_k"));
+    tables_.q_offset = nb::cast<int64_t>(sizes.attr("q_offset"));
+    tables_.tile = nb::cast<int64_t>(plan.attr("tile"));
+    tables_.overlapping = nb::cast<bool>(plan.attr("overlapping"));
+    tables_.masks = {table<int32_t>(masks, "kind"), table<int32_t>(masks, "start"), table<int32_t>(masks, "core_lo"),
+                     table<int32_t>(masks, "core_hi"), table<int32_t>(masks, "data")};
+    for (const nb::handle each : plan.attr("pieces")) tables_.pieces.push_back(piece(each));
+    tables_.finish();
+  }
+  NativePlan(const NativePlan&) = delete;
+  NativePlan& operator=(const NativePlan&) = delete;
+
+  const Tables& tables() const { return tables_; }
+  bool overlapping() const { return tables_.overlapping; }
+  bool covers_all_rows() const { return tables_.covers_all_rows(); }
+
+  std::shared_ptr<const Schedule> schedule(int64_t batch, int64_t heads, int64_t kv_heads) {
+    const std::lock_guard<std::mutex> lock(guard_);
+    if (!schedule_ || schedule_->batch != batch || schedule_->heads != heads || schedule_->kv_heads != kv_heads)
+      schedule_ = std::make_shared<const Schedule>(tables_, batch, heads, kv_heads);
+    return schedule_;
+  }
+
+ private:
+  Tables tables_;
+  std::mutex guard_;
+  std::shared_ptr<const Schedule> schedule_;
+};
+
+// (address, batch stride, head stride, row stride); strides count elements.
+using Address = std::vector<int64_t>;
+
+Rows rows(const Address& from) {
+  if (from.size() != 4) throw std::invalid_argument("a tensor is (address, batch stride, head stride, row stride)");
+  return {reinterpret_cast<const void*>(from[0]), from[1], from[2], from[3]};
+}
+
+// What does not change between forward and backward: (batch, heads, kv_heads, dim), scale, (threshold, seed low, seed high,
+// 1 / (1 - p)), threads. A threshold of 0 means no dropout.
+Call prepare(NativePlan& plan, int type, const std::vector<int64_t>& shape, double scale, const std::vector<int64_t>& links,
+             double inverse) {
+  if (shape.size() != 4 || links.size() != 3) throw std::invalid_argument("shape has 4 numbers, dropout 3");
+  if (type != 0 && type != 1) throw std::invalid_argument("type is 0 (float32) or 1 (bfloat16)");
+  Call call{};
+  call.plan = &plan.tables().view();
+  call.type = call.out_type = static_cast<Type>(type);
+  call.batch = shape[0], call.heads = shape[1], call.kv_heads = shape[2], call.dim = shape[3];
+  if (call.dim < 1 || call.dim > kMaxDim) throw std::invalid_argument("head_dim is outside 1 ... 256");
+  if (call.batch < 1 || call.kv_heads < 1 || call.heads % call.kv_heads) throw std::invalid_argument("heads do not fit kv_heads");
+  call.scale = static_cast<float>(scale);
+  call.dropout = {links[0] > 0,
+                  links[0] > 0xffffffff,
+                  static_cast<uint32_t>(links[0]),
+                  static_cast<uint32_t>(links[1]),
+                  static_cast<uint32_t>(links[2]),
+                  static_cast<float>(inverse)};
+  call.joins = plan.overlapping();
+  call.leaves = !plan.covers_all_rows();
+  return call;
+}
+
+void forward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const Address& q, const Address& k,
+             const Address& v, int64_t out, int64_t lse, double scale, const std::vector<int64_t>& links, double inverse,
+             int threads) {
+  Call call = prepare(plan, type, shape, scale, links, inverse);
+  call.out_type = static_cast<Type>(out_type);
+  call.q = rows(q), call.k = rows(k), call.v = rows(v);
+  call.result = reinterpret_cast<void*>(out);
+  call.lse = reinterpret_cast<float*>(lse);
+  const Kernels& set = kernels();
+  const nb::gil_scoped_release release;
+  const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads);
+  run_forward(set, call, *schedule, threads);
+}
+
+void backward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const Address& q, const Address& k,
+              const Address& v, const Address& out, const Address& dout, int64_t lse, int64_t dlse, int64_t dq, int64_t dk, int64_t dv,
+              double scale, const std::vector<int64_t>& links, double inverse, int threads) {
+  Call call = prepare(plan, type, shape, scale, links, inverse);
+  call.out_type = static_cast<Type>(out_type);
+  call.q = rows(q), call.k = rows(k), call.v = rows(v), call.out = rows(out), call.dout = rows(dout);
+  call.lse = reinterpret_cast<float*>(lse);
+  call.dlse = reinterpret_cast<const float*>(dlse);
+  call.result = reinterpret_cast<void*>(dq);
+  const Kernels& set = kernels();
+  const nb::gil_scoped_release release;
+  const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads);
+  run_backward(set, call, *schedule, reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), threads);
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  nb::set_leak_warnings(false);
+  nb::class_<NativePlan>(m, "Plan", nb::is_weak_referenceable())
+      .def(nb::init<nb::handle>(), "plan"_a)
+      .def_prop_ro("overlapping", &NativePlan::overlapping)
+      .def_prop_ro("covers_all_rows", &NativePlan::covers_all_rows);
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+  m.def("isa", [] { return std::string(farlight::kernels().name); });
+  m.def("available", &available_sets);
+  m.def("use", &use_set);
+}

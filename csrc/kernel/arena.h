@@ -1,0 +1,41 @@
+// One thread's working memory: arrays laid out one after the other, by the same code that asks how much they need.
+#pragma once
+
+#include "isa.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace farlight::FARLIGHT_NS {
+
+class Arena {
+ public:
+  explicit Arena(char* base) : base_(base) {}  // null: only count
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T)), room = (bytes + 63) / 64 * 64 + kGap;
+    char* at = base_ ? base_ + used_ : nullptr;
+    used_ += room;
+    if (!at) return nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(at, bytes);
+    ASAN_POISON_MEMORY_REGION(at + bytes, room - bytes);
+#endif
+    return reinterpret_cast<T*>(at);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int64_t kGap = 256;  // forbidden ground between two arrays
+#else
+  static constexpr int64_t kGap = 0;
+#endif
+  char* base_;
+  int64_t used_ = 0;
+};
+
+FARLIGHT_INLINE int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+}  // namespace farlight::FARLIGHT_NS

@@ -1,0 +1,341 @@
+// Backward: the weights of a tile computed again from its lse, then four more products, chunk by chunk, rows in lanes.
+//   P = exp(S - lse)    dS = P (dP - delta + dlse)    dV += P^T dO    dK += dS^T Q    dQ = dS K
+#pragma once
+
+#include <math.h>
+
+#include "points.h"
+#include "scores.h"
+
+namespace farlight::FARLIGHT_NS {
+
+template <class Mode>
+class Backward {
+  using T = typename Mode::T;
+  using Op = typename Mode::Op;
+  using Word = typename Op::Word;
+
+ public:
+  Backward(const Call& call, const Item& item, Arena& arena)
+      : call_(call),
+        item_(item),
+        dim_(call.dim),
+        ld_(rounded(call.dim, 32)),
+        keys_({call.k, item.batch, kv_head()}, dim_),
+        values_({call.v, item.batch, kv_head()}, dim_),
+        queries_(dim_),
+        upstream_(dim_) {
+    chunk_ = arena.take<Chunk>(1);
+    keys_.reserve(arena, true, true);
+    values_.reserve(arena, true, false);
+    queries_.reserve(arena);
+    upstream_.reserve(arena);
+    query_rows_ = arena.take<Word>(kRows * ld_ / Op::per);
+    upstream_rows_ = arena.take<Word>(kRows * ld_ / Op::per);
+    scores_ = arena.take<float>(kKeys * kRows);
+    slopes_ = arena.take<float>(kKeys * kRows);
+    if (in_pairs<Mode>) {
+      weight_rows_ = arena.take<Word>(kKeys * kRows / 2);
+      slope_rows_ = arena.take<Word>(kKeys * kRows / 2);
+      slope_columns_ = arena.take<Word>(kKeys * kRows / 2);
+    }
+    weights_at_ = arena.take<const Word*>(kKeys);
+    slopes_at_ = arena.take<const Word*>(kKeys);
+    dk_ = arena.take<float*>(kKeys);
+    dv_ = arena.take<float*>(kKeys);
+    spill_ = arena.take<float>(ld_);
+    dq_ = arena.take<float>(rounded(dim_, 8) * kRows);
+    rows_ = arena.take<float>(kRows * ld_);
+    query_ = arena.take<float>(ld_);
+    row_upstream_ = arena.take<float>(ld_);
+  }
+
+  void run(int first_row, const Sums& sums) {
+    const Tile tile(*call_.plan, item_, first_row);
+    const Dropped dropped(call_.dropout, *call_.plan, tile);
+    const Source<T> q(call_.q, item_.batch, item_.head), dout(call_.dout, item_.batch, item_.head);
+    const float base2 = call_.scale * kLog2E;
+    if (tile.any_points()) prefetch_points(tile, keys_.source(), values_.source(), dim_);
+    queries_.fetch(q, tile, in_pairs<Mode> ? 1.0f : base2);
+    upstream_.fetch(dout, tile, 1.0f);
+    lay_rows(q, tile, query_rows_);
+    lay_rows(dout, tile, upstream_rows_);
+    prepare(tile, q, dout);
+    std::memset(spill_, 0, ld_ * sizeof(float));
+    const int lanes = static_cast<int>(rounded(tile.count, kV * W));
+    const int terms = (tile.count + Op::per - 1) / Op::per;
+    uint32_t touched = 0;
+    bool fresh = true;
+    Walk walk(tile);
+    Chunk& c = *chunk_;
+    while (walk.next(c)) {
+      for (int i = 0; i < c.n; ++i) touched |= c.seen[i];
+      keys_.fetch_rows(c, true);
+      values_.fetch_rows(c);
+      find_sums(sums);
+      score<Mode, false>(c, keys_, queries_, base2, lanes, scores_, nullptr);
+      score<Mode, false>(c, values_, upstream_, 1.0f, lanes, slopes_, nullptr);
+      differentiate(dropped, lanes);
+      add_to_sums(terms);
+      const int n = in_pairs<Mode> ? keys_.fetch_columns(c) : c.n;
+      const Word* slopes;
+      if constexpr (in_pairs<Mode>) slopes = slope_columns_;
+      else slopes = slopes_;
+      add_across<Op>(dq_, keys_.across, slopes, n, dim_, lanes, fresh);
+      fresh = false;
+    }
+    if (fresh) {
+      for (int s = 0; s < tile.count; ++s) std::memset(rows_ + s * ld_, 0, ld_ * sizeof(float));
+    } else {
+      turn_out(dq_, dim_, rows_, ld_);
+    }
+    if (tile.any_points()) touched |= add_points(tile, q, dout, dropped, sums);
+    finish(tile, touched);
+  }
+
+  // Adds up the parts of a tile that was split, in their order.
+  void join_parts() {
+    const PieceView& piece = call_.plan->pieces[item_.piece];
+    const int64_t first = item_.entry - piece.part[item_.entry];
+    for (int skip = 0; skip < piece.count[item_.entry]; skip += kRows) {
+      const Tile tile(*call_.plan, item_, skip);
+      for (int s = 0; s < tile.count; ++s) {
+        float* row = rows_ + s * ld_;
+        std::memset(row, 0, ld_ * sizeof(float));
+        bool touched = false;
+        for (int part = 0; part < piece.parts[item_.entry]; ++part) {
+          const float* at = partial(first + part) + (skip + s) * (dim_ + 2);
+          touched |= at[0] != 0.0f;
+          for (int64_t d = 0; d < dim_; ++d) row[d] += at[2 + d];
+        }
+        write(tile.row[s], row, touched);
+      }
+    }
+  }
+
+ private:
+  int64_t kv_head() const { return item_.head / (call_.heads / call_.kv_heads); }
+
+  // Rows as the operand of sums over rows: in pairs, word (i, d) holds rows 2i and 2i + 1.
+  void lay_rows(const Source<T>& source, const Tile& tile, Word* to) {
+    if constexpr (in_pairs<Mode>) {
+#if defined(FARLIGHT_ISA_AVX512BF16)
+      for (int s = 0; s < tile.count; s += 2)
+        interleave_rows(source.row(tile.row[s]), s + 1 < tile.count ? source.row(tile.row[s + 1]) : nullptr, dim_, to + s / 2 * ld_);
+#endif
+    } else {
+      for (int s = 0; s < tile.count; ++s) {
+        copy_as_float(source.row(tile.row[s]), to + s * ld_, dim_);
+        for (int64_t d = dim_; d < ld_; ++d) to[s * ld_ + d] = 0.0f;
+      }
+    }
+  }
+
+  // lse in base 2 and delta - dlse of every row. A row that saw nothing gets weights of zero.
+  void prepare(const Tile& tile, const Source<T>& q, const Source<T>& dout) {
+    const Source<T> out(call_.out, item_.batch, item_.head);
+    for (int s = 0; s < kRows; ++s) {
+      lse_[s] = delta_[s] = 0.0f;
+      if (s >= tile.count) continue;
+      const int64_t at = (item_.batch * call_.heads + item_.head) * call_.plan->n_q + tile.row[s];
+      lse_[s] = call_.lse[at] == -INFINITY ? -kUnseen : call_.lse[at] * kLog2E;
+      copy_as_float(dout.row(tile.row[s]), row_upstream_, dim_);
+      delta_[s] = dot(row_upstream_, out.row(tile.row[s]), dim_) - (call_.dlse ? call_.dlse[at] : 0.0f);
+    }
+    (void)q;
+  }
+
+  // From S and dP to P (with dropout) and dS, both times what the products need.
+  void differentiate(const Dropped& dropped, int lanes) {
+    const Chunk& c = *chunk_;
+    const F scale = all(call_.scale), inverse = all(dropped.inverse());
+    for (int g = 0; g < lanes; g += kV * W) {
+      F lse[kV], delta[kV];
+      for (int v = 0; v < kV; ++v) {
+        lse[v] = load(lse_ + g + v * W);
+        delta[v] = load(delta_ + g + v * W);
+      }
+      for (int i = 0; i < c.n; ++i) {
+        const bool masked = c.masked[i / kM];
+        F p[kV], ds[kV];
+        FARLIGHT_UNROLL
+        for (int v = 0; v < kV; ++v) {
+          const int at = i * kRows + g + v * W;
+          p[v] = power2<Mode::degree>(sub(load(scores_ + at), lse[v]));
+          if (masked) p[v] = choose(c.seen[i] >> (g + v * W), p[v], all(0.0f));
+          F dp = load(slopes_ + at);
+          if (dropped.on()) {
+            const uint32_t kept = dropped.kept(c.key[i], g + v * W);
+            dp = choose(kept, mul(dp, inverse), all(0.0f));
+            ds[v] = mul(mul(p[v], scale), sub(dp, delta[v]));
+            p[v] = choose(kept, mul(p[v], inverse), all(0.0f));
+          } else {
+            ds[v] = mul(mul(p[v], scale), sub(dp, delta[v]));
+          }
+          if (masked) ds[v] = choose(c.seen[i] >> (g + v * W), ds[v], all(0.0f));
+        }
+        keep(i, g, p, ds);
+      }
+    }
+    if constexpr (in_pairs<Mode>) pair_slopes();
+  }
+
+  FARLIGHT_INLINE void keep(int i, int g, const F (&p)[kV], const F (&ds)[kV]) {
+    if constexpr (in_pairs<Mode>) {
+#if defined(FARLIGHT_ISA_AVX512BF16)
+      store_i(weight_rows_ + i * kRows / 2, narrowed(p[0], p[1]));
+      store_i(slope_rows_ + i * kRows / 2, narrowed(ds[0], ds[1]));
+#endif
+    } else {
+      FARLIGHT_UNROLL
+      for (int v = 0; v < kV; ++v) {
+        store(scores_ + i * kRows + g + v * W, p[v]);
+        store(slopes_ + i * kRows + g + v * W, ds[v]);
+      }
+    }
+  }
+
+  // dS once more with neighbouring keys in one word, for dQ.
+  void pair_slopes() {
+#if defined(FARLIGHT_ISA_AVX512BF16)
+    for (int i = 0; i < chunk_->n; i += 2) {
+      I low, high;
+      const I second = i + 1 < chunk_->n ? load_i(slope_rows_ + (i + 1) * kRows / 2) : all_i(0);
+      interleave(load_i(slope_rows_ + i * kRows / 2), second, low, high);
+      store_i(slope_columns_ + i / 2 * kRows, low);
+      store_i(slope_columns_ + i / 2 * kRows + W, high);
+    }
+#endif
+  }
+
+  // Where the chunk's sums lie, and that they are wanted soon: the two products that come first give them time to arrive.
+  void find_sums(const Sums& sums) {
+    const Chunk& c = *chunk_;
+    const int n = c.blocks * kM;
+    for (int i = 0; i < n; ++i) {
+      const int64_t block = c.key[i] / kBlock, within = c.key[i] % kBlock * sums.stride;
+      dk_[i] = i < c.n ? sums.dk[block] + within : spill_;
+      dv_[i] = i < c.n ? sums.dv[block] + within : spill_;
+      if constexpr (in_pairs<Mode>) {
+        weights_at_[i] = weight_rows_ + i * kRows / 2;
+        slopes_at_[i] = slope_rows_ + i * kRows / 2;
+      } else {
+        weights_at_[i] = scores_ + i * kRows;
+        slopes_at_[i] = slopes_ + i * kRows;
+      }
+    }
+  }
+
+  void add_to_sums(int terms) {
+    const Chunk& c = *chunk_;
+    for (int block = 0; block < c.blocks; ++block) {
+      const int at = block * kM;
+      if (c.mixed[block] && repeats(at)) {
+        add_one_by_one(at, terms);
+        continue;
+      }
+      add_along<Op>(dv_ + at, weights_at_ + at, upstream_rows_, ld_, terms, dim_);
+      add_along<Op>(dk_ + at, slopes_at_ + at, query_rows_, ld_, terms, dim_);
+    }
+  }
+
+  bool repeats(int at) const {
+    for (int i = 1; i < kM; ++i)
+      for (int j = 0; j < i; ++j)
+        if (dk_[at + i] == dk_[at + j] && dk_[at + i] != spill_) return true;
+    return false;
+  }
+
+  // A block in which a key stands twice: its sums must not be read before the first one is written.
+  void add_one_by_one(int at, int terms) {
+    float* to[kM];
+    for (int i = 0; i < kM && at + i < chunk_->n; ++i) {
+      for (int j = 0; j < kM; ++j) to[j] = j == i ? dv_[at + i] : spill_;
+      add_along<Op>(to, weights_at_ + at, upstream_rows_, ld_, terms, dim_);
+      to[i] = dk_[at + i];
+      add_along<Op>(to, slopes_at_ + at, query_rows_, ld_, terms, dim_);
+    }
+  }
+
+  uint32_t add_points(const Tile& tile, const Source<T>& q, const Source<T>& dout, const Dropped& dropped, const Sums& sums) {
+    uint32_t touched = 0;
+    for (int s = 0; s < tile.count; ++s) {
+      bool ready = false;
+      for (int i = 0; i < tile.piece->layer_count; ++i) {
+        const LayerView& layer = tile.piece->layers[i];
+        if (!tile.has_points(layer)) continue;
+        int64_t first, last;
+        tile.points(layer, s, first, last);
+        if (first < last && !ready) {
+          copy_as_float(q.row(tile.row[s]), query_, dim_);
+          copy_as_float(dout.row(tile.row[s]), row_upstream_, dim_);
+          ready = true;
+          touched |= 1u << s;
+        }
+        for (int64_t x = first; x < last; ++x) add_point(layer.point_keys[x], s, dropped, sums);
+      }
+    }
+    return touched;
+  }
+
+  void add_point(int32_t key, int s, const Dropped& dropped, const Sums& sums) {
+    const T *k = keys_.source().row(key), *v = values_.source().row(key);
+    float p[W];
+    store(p, power2<5>(all(dot(query_, k, dim_) * (call_.scale * kLog2E) - lse_[s])));
+    float dp = dot(row_upstream_, v, dim_), weight = p[0];
+    if (dropped.on()) {
+      const float factor = dropped.kept_one(key, s) ? dropped.inverse() : 0.0f;
+      dp *= factor;
+      weight *= factor;
+    }
+    const float slope = p[0] * call_.scale * (dp - delta_[s]);
+    const int64_t within = key % kBlock * sums.stride;
+    add_times(rows_ + s * ld_, slope, k, dim_);
+    add_times(sums.dk[key / kBlock] + within, slope, query_, dim_);
+    add_times(sums.dv[key / kBlock] + within, weight, row_upstream_, dim_);
+  }
+
+  float* partial(int64_t entry) const {
+    const PieceView& piece = call_.plan->pieces[item_.piece];
+    const int64_t slot = call_.partial_base[item_.piece] + (item_.batch * call_.heads + item_.head) * piece.slots + piece.slot[entry];
+    return call_.partial + slot * call_.plan->tile * (dim_ + 2);
+  }
+
+  void finish(const Tile& tile, uint32_t touched) {
+    if (tile.piece->slot[item_.entry] < 0) {
+      for (int s = 0; s < tile.count; ++s) write(tile.row[s], rows_ + s * ld_, (touched >> s) & 1);
+      return;
+    }
+    float* at = partial(item_.entry) + tile.skip * (dim_ + 2);
+    for (int s = 0; s < tile.count; ++s, at += dim_ + 2) {
+      at[0] = (touched >> s) & 1 ? 1.0f : 0.0f;
+      std::memcpy(at + 2, rows_ + s * ld_, dim_ * sizeof(float));
+    }
+  }
+
+  void write(int64_t row, float* sum, bool touched) {
+    const int64_t at = ((item_.batch * call_.heads + item_.head) * call_.plan->n_q + row) * dim_;
+    if (!touched) {
+      if (call_.leaves) return;
+      std::memset(sum, 0, dim_ * sizeof(float));
+    }
+    if (call_.joins) {
+      read_row(call_.out_type, call_.result, at, query_, dim_);
+      for (int64_t d = 0; d < dim_; ++d) sum[d] += query_[d];
+    }
+    write_row(call_.out_type, call_.result, at, sum, dim_);
+  }
+
+  const Call& call_;
+  const Item& item_;
+  int64_t dim_, ld_;
+  Operand<Mode> keys_, values_;
+  Turned<Mode> queries_, upstream_;
+  Chunk* chunk_;
+  Word *query_rows_, *upstream_rows_, *weight_rows_ = nullptr, *slope_rows_ = nullptr, *slope_columns_ = nullptr;
+  const Word **weights_at_, **slopes_at_;
+  float *scores_, *slopes_, **dk_, **dv_, *spill_, *dq_, *rows_, *query_, *row_upstream_;
+  float lse_[kRows], delta_[kRows];
+};
+
+}  // namespace farlight::FARLIGHT_NS

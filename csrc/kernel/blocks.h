@@ -1,0 +1,155 @@
+// The register blocks that all products are made of: M broadcast operands x V vectors, M * V sums held in registers.
+//
+// Words are what is broadcast: a float, or a pair of bfloat16 (neighbours along the summed dimension). A product comes in two
+// forms that differ only in how the broadcast operand lies: along its rows (K in Q K^T) or across them (V in P V).
+#pragma once
+
+#include <cstring>
+
+#include "isa.h"
+
+namespace farlight::FARLIGHT_NS {
+
+struct FloatWord {
+  using Word = float;
+  using Vector = F;
+  static constexpr int per = 1;  // numbers in a word
+  static FARLIGHT_INLINE Vector broadcast(const Word* p) { return all(*p); }
+  static FARLIGHT_INLINE Vector read(const Word* p) { return load(p); }
+  static FARLIGHT_INLINE F mac(F acc, Vector a, Vector b) { return fma(a, b, acc); }
+};
+
+#if defined(FARLIGHT_ISA_AVX512BF16)
+struct PairWord {
+  using Word = uint32_t;
+  using Vector = I;
+  static constexpr int per = 2;
+  static FARLIGHT_INLINE Vector broadcast(const Word* p) {
+    uint32_t x;
+    std::memcpy(&x, p, sizeof x);  // rows of bfloat16 may start at any even address
+    return all_i(x);
+  }
+  static FARLIGHT_INLINE Vector read(const Word* p) { return load_i(p); }
+  static FARLIGHT_INLINE F mac(F acc, Vector a, Vector b) { return dot_pairs(acc, a, b); }
+};
+#endif
+
+// acc[m][v] += sum over i < n of rows[m][i] * b[i][v]
+template <class Op, int M, int V>
+FARLIGHT_INLINE void along_rows(F (&acc)[M][V], const typename Op::Word* const* rows, const typename Op::Word* b, int64_t ld,
+                                int64_t n) {
+  const typename Op::Word* row[M];
+  FARLIGHT_UNROLL
+  for (int m = 0; m < M; ++m) row[m] = rows[m];
+  for (int64_t i = 0; i < n; ++i, b += ld) {
+    typename Op::Vector x[V];
+    FARLIGHT_UNROLL
+    for (int v = 0; v < V; ++v) x[v] = Op::read(b + v * W);
+    FARLIGHT_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const auto a = Op::broadcast(row[m] + i);
+      FARLIGHT_UNROLL
+      for (int v = 0; v < V; ++v) acc[m][v] = Op::mac(acc[m][v], a, x[v]);
+    }
+  }
+}
+
+// acc[m][v] += sum over i < n of rows[i][at + m] * b[i][v]
+template <class Op, int M, int V>
+FARLIGHT_INLINE void across_rows(F (&acc)[M][V], const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b,
+                                 int64_t ld, int64_t n) {
+  for (int64_t i = 0; i < n; ++i, b += ld) {
+    const typename Op::Word* row = rows[i] + at;
+    typename Op::Vector x[V];
+    FARLIGHT_UNROLL
+    for (int v = 0; v < V; ++v) x[v] = Op::read(b + v * W);
+    FARLIGHT_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const auto a = Op::broadcast(row + m);
+      FARLIGHT_UNROLL
+      for (int v = 0; v < V; ++v) acc[m][v] = Op::mac(acc[m][v], a, x[v]);
+    }
+  }
+}
+
+template <int M, int V>
+FARLIGHT_INLINE void clear(F (&acc)[M][V]) {
+  FARLIGHT_UNROLL
+  for (int m = 0; m < M; ++m) {
+    FARLIGHT_UNROLL
+    for (int v = 0; v < V; ++v) acc[m][v] = all(0.0f);
+  }
+}
+
+// to[d][lane] (+)= sum over i < n of rows[i][d] * b[i][lane], for d < dim: O^T += V^T P^T, and dQ^T += K^T dS^T.
+template <class Op, int M>
+FARLIGHT_INLINE void across_block(float* to, const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b, int64_t n,
+                                  bool fresh) {
+  F acc[M][kV];
+  if (fresh) {
+    clear(acc);
+  } else {
+    FARLIGHT_UNROLL
+    for (int m = 0; m < M; ++m) {
+      FARLIGHT_UNROLL
+      for (int v = 0; v < kV; ++v) acc[m][v] = load(to + m * kRows + v * W);
+    }
+  }
+  across_rows<Op, M, kV>(acc, rows, at, b, kRows, n);
+  FARLIGHT_UNROLL
+  for (int m = 0; m < M; ++m) {
+    FARLIGHT_UNROLL
+    for (int v = 0; v < kV; ++v) store(to + m * kRows + v * W, acc[m][v]);
+  }
+}
+
+template <class Op>
+inline void add_across(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t n, int64_t dim, int lanes,
+                       bool fresh) {
+  for (int64_t d = 0; d < dim;) {
+    const int64_t left = dim - d;
+    const int64_t step = left >= kM ? kM : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    for (int g = 0; g < lanes; g += kV * W) {
+      float* at = to + d * kRows + g;
+      if (step == kM) across_block<Op, kM>(at, rows, d, b + g, n, fresh);
+      else if (step == 4) across_block<Op, 4>(at, rows, d, b + g, n, fresh);
+      else if (step == 2) across_block<Op, 2>(at, rows, d, b + g, n, fresh);
+      else across_block<Op, 1>(at, rows, d, b + g, n, fresh);
+    }
+    d += step;
+  }
+}
+
+// sums[m][d] += sum over i < n of rows[m][i] * b[i][d]: dV += P dO and dK += dS Q, for one block of kM keys. `ld` floats
+// between rows of b; a multiple of 16, as is the room behind each row of sums.
+template <class Op, int M, int V>
+FARLIGHT_INLINE void along_block(float* const* sums, int64_t at, const typename Op::Word* const* rows, const typename Op::Word* b,
+                                 int64_t ld, int64_t n) {
+  F acc[M][V];
+  FARLIGHT_UNROLL
+  for (int m = 0; m < M; ++m) {
+    FARLIGHT_UNROLL
+    for (int v = 0; v < V; ++v) acc[m][v] = load(sums[m] + at + v * W);
+  }
+  along_rows<Op, M, V>(acc, rows, b + at, ld, n);
+  FARLIGHT_UNROLL
+  for (int m = 0; m < M; ++m) {
+    FARLIGHT_UNROLL
+    for (int v = 0; v < V; ++v) store(sums[m] + at + v * W, acc[m][v]);
+  }
+}
+
+template <class Op>
+inline void add_along(float* const* sums, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t ld, int64_t n,
+                      int64_t dim) {
+  constexpr int narrow = kM / 2, wide = 2 * kV;
+  int64_t d = 0;
+  for (; d + (wide - 1) * W < dim; d += wide * W) {  // whole rows of few keys lie together; few columns of many do not
+    along_block<Op, narrow, wide>(sums, d, rows, b, ld, n);
+    along_block<Op, narrow, wide>(sums + narrow, d, rows + narrow, b, ld, n);
+  }
+  for (; d + (kV - 1) * W < dim; d += kV * W) along_block<Op, kM, kV>(sums, d, rows, b, ld, n);
+  for (; d < dim; d += W) along_block<Op, kM, 1>(sums, d, rows, b, ld, n);
+}
+
+}  // namespace farlight::FARLIGHT_NS

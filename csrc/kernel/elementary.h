@@ -1,0 +1,56 @@
+// exp2 for softmax, and the hash by which dropout decides.
+#pragma once
+
+#include "isa.h"
+
+namespace farlight::FARLIGHT_NS {
+
+// 2^x for x <= 127, by a polynomial in the fractional part; relative error 8e-8 (Degree 5) or 9e-5 (Degree 3). What is far
+// below -126 becomes 0; NaN stays NaN. The coefficients are minimax with p(0) = 1.
+template <int Degree>
+FARLIGHT_INLINE F power2(F x) {
+  const F f = fraction(x);
+  F p;
+  if constexpr (Degree == 3) {
+    p = fma(all(0.0770670548081398f), f, all(0.22764497995376587f));
+    p = fma(p, f, all(0.6951168179512024f));
+  } else {
+    p = fma(all(0.0018671301659196615f), f, all(0.009017029777169228f));
+    p = fma(p, f, all(0.05579991266131401f));
+    p = fma(p, f, all(0.24016444385051727f));
+    p = fma(p, f, all(0.6931512951850891f));
+  }
+  return scaled(fma(p, f, all(1.0f)), x);
+}
+
+// The finalizer of MurmurHash3, as in farlight/patterns/hashing.py.
+FARLIGHT_INLINE uint32_t mix32(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x85EBCA6Bu;
+  x ^= x >> 13;
+  x *= 0xC2B2AE35u;
+  return x ^ (x >> 16);
+}
+
+FARLIGHT_INLINE I mix32(I x) {
+  x = exclusive(x, right<16>(x));
+  x = times(x, all_i(0x85EBCA6Bu));
+  x = exclusive(x, right<13>(x));
+  x = times(x, all_i(0xC2B2AE35u));
+  return exclusive(x, right<16>(x));
+}
+
+FARLIGHT_INLINE uint32_t hash_word(uint32_t h, uint32_t word) { return mix32(h ^ word) * 5u + 0xE6546B64u; }
+
+// The hash of (seed, batch, head, query position); a key is joined to it by `link_hash`.
+FARLIGHT_INLINE uint32_t row_hash(uint32_t low, uint32_t high, int64_t b, int64_t h, int64_t position) {
+  uint32_t x = 0x9E3779B9u;
+  x = hash_word(x, low);
+  x = hash_word(x, high);
+  x = hash_word(x, static_cast<uint32_t>(b));
+  x = hash_word(x, static_cast<uint32_t>(h));
+  return hash_word(x, static_cast<uint32_t>(position));
+}
+FARLIGHT_INLINE uint32_t key_word(int32_t key) { return static_cast<uint32_t>(key) * 0x9E3779B9u; }
+
+}  // namespace farlight::FARLIGHT_NS

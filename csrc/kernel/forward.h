@@ -1,0 +1,228 @@
+// Forward: softmax over the keys of a tile, chunk by chunk, rows in lanes; then single pairs, and what other parts and pieces
+// have found, row by row.
+#pragma once
+
+#include <math.h>
+
+#include "points.h"
+#include "scores.h"
+
+namespace farlight::FARLIGHT_NS {
+
+template <class Mode>
+class Forward {
+  using T = typename Mode::T;
+  using Word = typename Mode::Op::Word;
+
+ public:
+  Forward(const Call& call, const Item& item, Arena& arena)
+      : call_(call),
+        item_(item),
+        dim_(call.dim),
+        ld_(rounded(call.dim, 16)),
+        keys_({call.k, item.batch, kv_head()}, dim_),
+        values_({call.v, item.batch, kv_head()}, dim_),
+        queries_(dim_) {
+    chunk_ = arena.take<Chunk>(1);
+    keys_.reserve(arena, true, false);
+    values_.reserve(arena, false, true);
+    queries_.reserve(arena);
+    scores_ = arena.take<float>(kKeys * kRows);
+    if (in_pairs<Mode>) weights_ = arena.take<Word>(kKeys / 2 * kRows);
+    sum_ = arena.take<float>(rounded(dim_, 8) * kRows);
+    rows_ = arena.take<float>(kRows * ld_);
+    query_ = arena.take<float>(ld_);
+  }
+
+  void run(int first_row) {
+    const Tile tile(*call_.plan, item_, first_row);
+    const Dropped dropped(call_.dropout, *call_.plan, tile);
+    const Source<T> q(call_.q, item_.batch, item_.head);
+    const float base2 = call_.scale * kLog2E;
+    prefetch_points(tile, keys_.source(), values_.source(), dim_);
+    queries_.fetch(q, tile, in_pairs<Mode> ? 1.0f : base2);
+    const int lanes = static_cast<int>(rounded(tile.count, kV * W));
+    for (int g = 0; g < kRows; g += W) {
+      store(top_ + g, all(kNothing));
+      store(total_ + g, all(0.0f));
+    }
+    bool fresh = true;
+    Walk walk(tile);
+    while (walk.next(*chunk_)) {
+      float top[kRows];
+      keys_.fetch_rows(*chunk_);
+      score<Mode, true>(*chunk_, keys_, queries_, base2, lanes, scores_, top);
+      raise(top, lanes, fresh);
+      weigh(dropped, lanes);
+      const int n = values_.fetch_columns(*chunk_);
+      const Word* weights;
+      if constexpr (in_pairs<Mode>) weights = weights_;
+      else weights = scores_;
+      add_across<typename Mode::Op>(sum_, values_.across, weights, n, dim_, lanes, fresh);
+      fresh = false;
+    }
+    if (fresh) {
+      for (int s = 0; s < tile.count; ++s) std::memset(rows_ + s * ld_, 0, ld_ * sizeof(float));
+    } else {
+      turn_out(sum_, dim_, rows_, ld_);
+    }
+    if (tile.any_points()) add_points(tile, q, dropped);
+    finish(tile, dropped.inverse());
+  }
+
+ private:
+  int64_t kv_head() const { return item_.head / (call_.heads / call_.kv_heads); }
+
+  // A row whose largest score rose by more than this gets a new reference; until then its weights may exceed 1, harmlessly.
+  static constexpr float kSlack = 8.0f;
+
+  void raise(const float* top, int lanes, bool fresh) {
+    for (int g = 0; g < lanes; g += W) {
+      const F old = load(top_ + g), now = load(top + g);
+      const uint32_t risen = greater(now, add(old, all(kSlack)));
+      if (!risen) continue;
+      const F reference = choose(risen, now, old);
+      store(top_ + g, reference);
+      if (fresh) continue;
+      const F shrink = power2<5>(sub(old, reference));
+      store(total_ + g, mul(load(total_ + g), shrink));
+      for (int64_t d = 0; d < dim_; ++d) store(sum_ + d * kRows + g, mul(load(sum_ + d * kRows + g), shrink));
+    }
+  }
+
+  // Scores to weights; their sums; what dropout leaves, as operands of the second product.
+  void weigh(const Dropped& dropped, int lanes) {
+    const Chunk& c = *chunk_;
+    for (int g = 0; g < lanes; g += W) {
+      const F reference = load(top_ + g);
+      F total = load(total_ + g);
+      if constexpr (in_pairs<Mode>) {
+#if defined(FARLIGHT_ISA_AVX512BF16)
+        for (int i = 0; i < c.n; i += 2) {
+          const bool both = i + 1 < c.n;
+          F a = power2<Mode::degree>(sub(load(scores_ + i * kRows + g), reference));
+          F b = both ? power2<Mode::degree>(sub(load(scores_ + (i + 1) * kRows + g), reference)) : all(0.0f);
+          total = add(total, add(a, b));
+          if (dropped.on()) {
+            a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
+            if (both) b = choose(dropped.kept(c.key[i + 1], g), b, all(0.0f));
+          }
+          store_i(weights_ + i / 2 * kRows + g, paired(a, b));
+        }
+#endif
+      } else {
+        for (int i = 0; i < c.n; ++i) {
+          F a = power2<Mode::degree>(sub(load(scores_ + i * kRows + g), reference));
+          total = add(total, a);
+          if (dropped.on()) a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
+          store(scores_ + i * kRows + g, a);
+        }
+      }
+      store(total_ + g, total);
+    }
+  }
+
+  void add_points(const Tile& tile, const Source<T>& q, const Dropped& dropped) {
+    for (int s = 0; s < tile.count; ++s) {
+      copy_as_float(q.row(tile.row[s]), query_, dim_);
+      Softmax row{top_[s], total_[s], rows_ + s * ld_, dim_};
+      for (int i = 0; i < tile.piece->layer_count; ++i) {
+        const LayerView& layer = tile.piece->layers[i];
+        if (!tile.has_points(layer)) continue;
+        int64_t x, last;
+        tile.points(layer, s, x, last);
+        for (; x < last; x += kPoints)
+          row.take(query_, layer.point_keys + x, static_cast<int>(least<int64_t>(last - x, kPoints)), keys_.source(), values_.source(),
+                  call_.scale * kLog2E, dropped, s);
+      }
+      top_[s] = row.top;
+      total_[s] = row.total;
+    }
+  }
+
+  void finish(const Tile& tile, float inverse) {
+    const PieceView& piece = *tile.piece;
+    if (piece.slot[item_.entry] < 0) {
+      for (int s = 0; s < tile.count; ++s) write(tile.row[s], top_[s], total_[s], rows_ + s * ld_, inverse);
+      return;
+    }
+    float* at = partial(item_.entry) + tile.skip * (dim_ + 2);
+    for (int s = 0; s < tile.count; ++s, at += dim_ + 2) {
+      at[0] = top_[s];
+      at[1] = total_[s];
+      std::memcpy(at + 2, rows_ + s * ld_, dim_ * sizeof(float));
+    }
+  }
+
+  float* partial(int64_t entry) const {
+    const PieceView& piece = call_.plan->pieces[item_.piece];
+    const int64_t slot = call_.partial_base[item_.piece] + (item_.batch * call_.heads + item_.head) * piece.slots + piece.slot[entry];
+    return call_.partial + slot * call_.plan->tile * (dim_ + 2);
+  }
+
+ public:
+  // Joins the parts of a tile that was split, in their order. Called by whoever finished last.
+  void join_parts() {
+    const PieceView& piece = call_.plan->pieces[item_.piece];
+    const int64_t first = item_.entry - piece.part[item_.entry];
+    const int parts = piece.parts[item_.entry];
+    const float inverse = call_.dropout.on ? call_.dropout.inverse : 1.0f;
+    for (int skip = 0; skip < piece.count[item_.entry]; skip += kRows) {
+      const Tile tile(*call_.plan, item_, skip);
+      for (int s = 0; s < tile.count; ++s) {
+        float top = kNothing, total = 0.0f;
+        float* row = rows_ + s * ld_;
+        std::memset(row, 0, ld_ * sizeof(float));
+        for (int part = 0; part < parts; ++part) {
+          const float* at = partial(first + part) + (skip + s) * (dim_ + 2);
+          if (at[1] == 0.0f) continue;
+          const float reference = at[0] > top ? at[0] : top;
+          const float mine = exp2f(top - reference), its = exp2f(at[0] - reference);
+          total = total * mine + at[1] * its;
+          for (int64_t d = 0; d < dim_; ++d) row[d] = row[d] * mine + at[2 + d] * its;
+          top = reference;
+        }
+        write(tile.row[s], top, total, row, inverse);
+      }
+    }
+  }
+
+ private:
+  void write(int64_t row, float top, float total, float* sum, float inverse) {
+    const int64_t at = (item_.batch * call_.heads + item_.head) * call_.plan->n_q + row;
+    if (total == 0.0f) {
+      if (call_.leaves) return;
+      std::memset(sum, 0, dim_ * sizeof(float));
+      write_row(call_.out_type, call_.result, at * dim_, sum, dim_);
+      call_.lse[at] = -INFINITY;
+      return;
+    }
+    float lse = top * kLn2 + logf(total);
+    float factor = inverse / total;
+    if (call_.joins && call_.lse[at] != -INFINITY) {
+      const float before = call_.lse[at], larger = before > lse ? before : lse;
+      const float its = expf(before - larger), mine = expf(lse - larger), both = its + mine;
+      factor *= mine / both;
+      lse = larger + logf(both);
+      read_row(call_.out_type, call_.result, at * dim_, query_, dim_);
+      for (int64_t d = 0; d < dim_; ++d) sum[d] = sum[d] * factor + query_[d] * (its / both);
+    } else {
+      for (int64_t d = 0; d < dim_; ++d) sum[d] *= factor;
+    }
+    call_.lse[at] = lse;
+    write_row(call_.out_type, call_.result, at * dim_, sum, dim_);
+  }
+
+  const Call& call_;
+  const Item& item_;
+  int64_t dim_, ld_;
+  Operand<Mode> keys_, values_;
+  Turned<Mode> queries_;
+  Chunk* chunk_;
+  float *scores_, *sum_, *rows_, *query_;
+  Word* weights_ = nullptr;
+  alignas(64) float top_[kRows];
+  alignas(64) float total_[kRows];
+};
+
+}  // namespace farlight::FARLIGHT_NS

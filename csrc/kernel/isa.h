@@ -1,0 +1,53 @@
+// Which instruction set this translation unit is compiled for. kernel.cpp is compiled once per set, with FARLIGHT_ISA naming
+// it; everything below `kernel/` lives in the namespace of that set, so that the linker can never mix the copies. For the
+// same reason nothing below `kernel/` uses a template or inline function of the standard library.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define FARLIGHT_INLINE inline __attribute__((always_inline))
+#if defined(FARLIGHT_ROLLED)
+#define FARLIGHT_UNROLL
+#else
+#define FARLIGHT_UNROLL _Pragma("GCC unroll 16")
+#endif
+#define FARLIGHT_PREFETCH(p) __builtin_prefetch(p)
+#define FARLIGHT_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
+#else
+#define FARLIGHT_INLINE __forceinline
+#define FARLIGHT_UNROLL
+#define FARLIGHT_PREFETCH(p) ((void)(p))
+#define FARLIGHT_PREFETCH_L2(p) ((void)(p))
+#endif
+
+#if defined(FARLIGHT_ISA_AVX512BF16)
+#define FARLIGHT_NS avx512bf16
+#elif defined(FARLIGHT_ISA_AVX512)
+#define FARLIGHT_NS avx512
+#elif defined(FARLIGHT_ISA_AVX2)
+#define FARLIGHT_NS avx2
+#else
+#define FARLIGHT_NS portable
+#endif
+
+#if defined(FARLIGHT_ISA_AVX512BF16) || defined(FARLIGHT_ISA_AVX512)
+#include "simd_avx512.h"
+#elif defined(FARLIGHT_ISA_AVX2)
+#include "simd_avx2.h"
+#else
+#include "simd_portable.h"
+#endif
+
+namespace farlight::FARLIGHT_NS {
+
+template <class T>
+FARLIGHT_INLINE T least(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+FARLIGHT_INLINE T most(T a, T b) {
+  return a < b ? b : a;
+}
+
+}  // namespace farlight::FARLIGHT_NS

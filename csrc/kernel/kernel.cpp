@@ -1,0 +1,72 @@
+// The kernels of one instruction set; compiled once for each, see isa.h.
+#include "backward.h"
+#include "forward.h"
+
+namespace farlight::FARLIGHT_NS {
+
+namespace {
+
+#if defined(FARLIGHT_ISA_AVX512BF16)
+using Bfloat = Pairs;
+#else
+using Bfloat = Widened;
+#endif
+
+template <template <class> class Direction>
+int64_t measure(const Call& call) {
+  const Item item{0, 0, 0, 0};
+  Arena arena(nullptr);
+  if (call.type == Type::f32) Direction<InPlace>(call, item, arena);
+  else Direction<Bfloat>(call, item, arena);
+  return arena.used();
+}
+
+// Runs an item in turns of kRows rows; if it was the last part of a split tile to finish, joins them.
+template <class Work, class... Rest>
+void run_item(const Call& call, const Item& item, char* scratch, const Rest&... rest) {
+  Arena arena(scratch);
+  Work work(call, item, arena);
+  const PieceView& piece = call.plan->pieces[item.piece];
+  for (int first = 0; first < piece.count[item.entry]; first += kRows) work.run(first, rest...);
+  const int32_t group = piece.group[item.entry];
+  if (group < 0) return;
+  const int64_t at = call.pending_base[item.piece] + (item.batch * call.heads + item.head) * piece.groups + group;
+  if (call.pending[at].fetch_sub(1, std::memory_order_acq_rel) == 1) work.join_parts();
+}
+
+int64_t scratch_bytes(const Call& call) {
+  const int64_t forward = measure<Forward>(call), backward = measure<Backward>(call);
+  return forward > backward ? forward : backward;
+}
+
+void forward(const Call& call, const Item& item, char* scratch) {
+  if (call.type == Type::f32) run_item<Forward<InPlace>>(call, item, scratch);
+  else run_item<Forward<Bfloat>>(call, item, scratch);
+}
+
+void backward(const Call& call, const Item& item, const Sums& sums, char* scratch) {
+  if (call.type == Type::f32) run_item<Backward<InPlace>>(call, item, scratch, sums);
+  else run_item<Backward<Bfloat>>(call, item, scratch, sums);
+}
+
+void fold(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out) {
+  const int64_t width = type == Type::f32 ? 4 : 2;
+  float* sum = blocks[0];
+  for (int64_t r = 0; r < rows; ++r, sum += stride) {
+    for (int64_t i = 1; i < count; ++i) {
+      const float* more = blocks[i] + r * stride;
+      for (int64_t d = 0; d < stride; d += W) store(sum + d, add(load(sum + d), load(more + d)));
+    }
+    char* to = static_cast<char*>(out) + r * dim * width;
+    if (to != reinterpret_cast<char*>(sum)) write_row(type, to, 0, sum, dim);
+  }
+}
+
+}  // namespace
+
+#define FARLIGHT_TEXT_OF(x) #x
+#define FARLIGHT_TEXT(x) FARLIGHT_TEXT_OF(x)
+extern const Kernels kernels;
+const Kernels kernels{FARLIGHT_TEXT(FARLIGHT_NS), scratch_bytes, forward, backward, fold};
+
+}  // namespace farlight::FARLIGHT_NS

@@ -1,0 +1,191 @@
+// How K, V, Q and dO reach the register blocks. Three ways:
+//   InPlace  float32 tensors, float products; rows are read where they lie
+//   Widened  bfloat16 tensors, float products; rows are widened a chunk at a time
+//   Pairs    bfloat16 tensors, products of bfloat16 pairs; what is summed over keys or rows is interleaved a chunk at a time
+#pragma once
+
+#include "../views.h"
+#include "arena.h"
+#include "blocks.h"
+#include "chunk.h"
+#include "rows.h"
+
+namespace farlight::FARLIGHT_NS {
+
+struct InPlace {
+  using T = float;
+  using Op = FloatWord;
+  static constexpr int degree = 5;
+};
+struct Widened {
+  using T = Half;
+  using Op = FloatWord;
+  static constexpr int degree = 3;
+};
+#if defined(FARLIGHT_ISA_AVX512BF16)
+struct Pairs {
+  using T = Half;
+  using Op = PairWord;
+  static constexpr int degree = 3;
+};
+#endif
+
+template <class Mode>
+constexpr bool in_pairs = Mode::Op::per == 2;
+
+// The rows of one (batch, head) of a tensor.
+template <class T>
+struct Source {
+  const T* base;
+  int64_t stride;
+  Source(const Rows& rows, int64_t b, int64_t h)
+      : base(static_cast<const T*>(rows.data) + b * rows.batch + h * rows.head), stride(rows.row) {}
+  const T* row(int64_t i) const { return base + i * stride; }
+};
+
+#if defined(FARLIGHT_ISA_AVX512BF16)
+// to[d] = (x[d], y[d]) for d < dim rounded up to 32; y null: zeros.
+FARLIGHT_INLINE void interleave_rows(const Half* x, const Half* y, int64_t dim, uint32_t* to) {
+  for (int64_t d = 0; d < dim; d += 32) {
+    I low, high;
+    interleave(load_halves(x + d, dim - d), y ? load_halves(y + d, dim - d) : all_i(0), low, high);
+    store_i(to + d, low);
+    store_i(to + d + W, high);
+  }
+}
+#endif
+
+// The K or V rows of a chunk as operands.
+template <class Mode>
+class Operand {
+ public:
+  using T = typename Mode::T;
+  using Word = typename Mode::Op::Word;
+
+  Operand(const Source<T>& source, int64_t dim) : source_(source), dim_(dim), ld_(rounded(dim, 32)) {}
+
+  void reserve(Arena& arena, bool for_rows, bool for_columns) {
+    if (in_pairs<Mode>) {
+      if (for_columns) across_room_ = arena.take<Word>(kKeys / 2 * ld_);
+      if (for_rows && dim_ % 2) along_room_ = arena.take<Word>(kKeys * ld_ / 2);
+    } else {
+      along_room_ = arena.take<Word>(kKeys * ld_);
+    }
+    along = arena.take<const Word*>(kKeys);
+    across = in_pairs<Mode> ? arena.take<const Word*>(kKeys / 2) : along;
+  }
+
+  // Words along the head dimension: along[key][d].
+  void fetch_rows(const Chunk& c, bool compact = false) {
+    const int n = c.blocks * kM;
+    if constexpr (in_pairs<Mode>) {
+      if (dim_ % 2 == 0) {
+        for (int i = 0; i < n; ++i) along[i] = reinterpret_cast<const Word*>(source_.row(c.key[i]));
+        return;
+      }
+      for (int i = 0; i < n; ++i) {
+        Word* to = along_room_ + i * ld_ / 2;
+        to[dim_ / 2] = 0;
+        std::memcpy(to, source_.row(c.key[i]), dim_ * sizeof(T));
+        along[i] = to;
+      }
+    } else if constexpr (sizeof(T) == sizeof(Word)) {
+      if (!compact || source_.stride <= 2 * dim_) {
+        for (int i = 0; i < n; ++i) along[i] = source_.row(c.key[i]);
+        return;
+      }
+      copy(c, n);
+    } else {
+      copy(c, n);
+    }
+  }
+
+  // Words along the keys: across[i][d], i over keys or pairs of them. The number of i.
+  int fetch_columns(const Chunk& c) {
+    if constexpr (in_pairs<Mode>) {
+      const int pairs = (c.n + 1) / 2;
+      for (int i = 0; i < pairs; ++i) {
+        const bool both = 2 * i + 1 < c.n;
+        interleave_rows(source_.row(c.key[2 * i]), both ? source_.row(c.key[2 * i + 1]) : nullptr, dim_, across_room_ + i * ld_);
+        across[i] = across_room_ + i * ld_;
+      }
+      return pairs;
+    } else {
+      fetch_rows(c, true);
+      return c.n;
+    }
+  }
+
+  const Source<T>& source() const { return source_; }
+
+  const Word** along = nullptr;
+  const Word** across = nullptr;
+
+ private:
+  void copy(const Chunk& c, int n) {
+    if constexpr (!in_pairs<Mode>) {
+      for (int i = 0; i < n; ++i) {
+        copy_as_float(source_.row(c.key[i]), along_room_ + i * ld_, dim_);
+        along[i] = along_room_ + i * ld_;
+      }
+    }
+  }
+
+  Source<T> source_;
+  int64_t dim_, ld_;
+  Word* along_room_ = nullptr;
+  Word* across_room_ = nullptr;
+};
+
+// A tile of Q or dO with rows in lanes: turned[d][row] words; rows past the tile's end are zero.
+template <class Mode>
+class Turned {
+ public:
+  using T = typename Mode::T;
+  using Word = typename Mode::Op::Word;
+
+  explicit Turned(int64_t dim) : dim_(dim), words((dim + Mode::Op::per - 1) / Mode::Op::per) {}
+
+  void reserve(Arena& arena) {
+    turned = arena.take<Word>(rounded(words, 8) * kRows);
+    room_ = arena.take<Word>(kRows * rounded(dim_, 16));
+  }
+
+  void fetch(const Source<T>& source, const Tile& tile, float factor) {
+    const int64_t ld = rounded(dim_, 16);
+    const bool straight = sizeof(T) == sizeof(Word) || (in_pairs<Mode> && dim_ % 2 == 0);
+    const char* rows[kRows];
+    for (int s = 0; s < kRows; ++s) {
+      Word* own = room_ + s * ld;
+      rows[s] = reinterpret_cast<const char*>(own);
+      if (s >= tile.count) {
+        std::memset(own, 0, words * sizeof(Word));
+      } else if (straight) {
+        rows[s] = reinterpret_cast<const char*>(source.row(tile.row[s]));
+      } else if constexpr (in_pairs<Mode>) {
+        own[words - 1] = 0;
+        std::memcpy(own, source.row(tile.row[s]), dim_ * sizeof(T));
+      } else {
+        copy_as_float(source.row(tile.row[s]), own, dim_);
+      }
+    }
+    turn_in(rows, words, turned);
+    if constexpr (!in_pairs<Mode>) {
+      if (factor != 1.0f) {
+        const F f = all(factor);
+        for (int64_t i = 0; i < words * kRows; i += W) store(turned + i, mul(load(turned + i), f));
+      }
+    }
+  }
+
+  Word* turned = nullptr;
+
+ private:
+  int64_t dim_;
+  Word* room_ = nullptr;
+
+ public:
+  int64_t words;
+};
+
+}  // namespace farlight::FARLIGHT_NS

@@ -1,0 +1,90 @@
+// Rows of tensors: reading them as float, rounding to bfloat16, and turning a tile of them so that rows lie in lanes.
+#pragma once
+
+#include <cstring>
+
+#include "../views.h"
+#include "isa.h"
+
+namespace farlight::FARLIGHT_NS {
+
+using Half = uint16_t;  // a bfloat16
+
+FARLIGHT_INLINE float as_float(float x) { return x; }
+FARLIGHT_INLINE float as_float(Half x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+FARLIGHT_INLINE Half as_half(float x) {  // to the nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<Half>(x == x ? rounded : 0x7fc0u);
+}
+FARLIGHT_INLINE F widen(const float* p) { return load(p); }
+
+template <class T>
+FARLIGHT_INLINE void copy_as_float(const T* from, float* to, int64_t n) {
+  int64_t d = 0;
+  for (; d + W <= n; d += W) store(to + d, widen(from + d));
+  for (; d < n; ++d) to[d] = as_float(from[d]);
+}
+
+FARLIGHT_INLINE void write_row(Type type, void* to, int64_t at, const float* from, int64_t n) {
+  if (type == Type::f32) {
+    std::memcpy(static_cast<float*>(to) + at, from, n * sizeof(float));
+  } else {
+    Half* out = static_cast<Half*>(to) + at;
+    for (int64_t d = 0; d < n; ++d) out[d] = as_half(from[d]);
+  }
+}
+FARLIGHT_INLINE void read_row(Type type, const void* from, int64_t at, float* to, int64_t n) {
+  if (type == Type::f32) copy_as_float(static_cast<const float*>(from) + at, to, n);
+  else copy_as_float(static_cast<const Half*>(from) + at, to, n);
+}
+
+// dot(a, b), and to += weight * b. The tail is summed in a fixed order, as everything else.
+template <class T>
+FARLIGHT_INLINE float dot(const float* a, const T* b, int64_t n) {
+  F x = all(0.0f), y = all(0.0f);
+  int64_t d = 0;
+  for (; d + 2 * W <= n; d += 2 * W) {
+    x = fma(load(a + d), widen(b + d), x);
+    y = fma(load(a + d + W), widen(b + d + W), y);
+  }
+  for (; d + W <= n; d += W) x = fma(load(a + d), widen(b + d), x);
+  float total = sum(add(x, y));
+  for (; d < n; ++d) total += a[d] * as_float(b[d]);
+  return total;
+}
+template <class T>
+FARLIGHT_INLINE void add_times(float* to, float weight, const T* b, int64_t n) {
+  const F w = all(weight);
+  int64_t d = 0;
+  for (; d + W <= n; d += W) store(to + d, fma(w, widen(b + d), load(to + d)));
+  for (; d < n; ++d) to[d] += weight * as_float(b[d]);
+}
+
+// to[d][s] = rows[s][d]: kRows rows of `words` 32-bit words, turned.
+inline void turn_in(const char* const* rows, int64_t words, void* to) {
+  constexpr int64_t line = kRows * 4;
+  char* out = static_cast<char*>(to);
+  int64_t d = 0;
+  for (; d + 8 <= words; d += 8)
+    for (int s = 0; s < kRows; s += 8) transpose8(rows + s, d * 4, out + d * line + s * 4, line);
+  for (; d < words; ++d)
+    for (int s = 0; s < kRows; ++s) std::memcpy(out + d * line + s * 4, rows[s] + d * 4, 4);
+}
+
+// to[s][d] = from[d][s], rows `ld` floats apart; both have room for `dim` rounded up to 8.
+inline void turn_out(const float* from, int64_t dim, float* to, int64_t ld) {
+  for (int64_t d = 0; d < dim; d += 8) {
+    const char* rows[8];
+    for (int i = 0; i < 8; ++i) rows[i] = reinterpret_cast<const char*>(from + (d + i) * kRows);
+    for (int s = 0; s < kRows; s += 8) transpose8(rows, s * 4, reinterpret_cast<char*>(to + s * ld + d), ld * 4);
+  }
+}
+
+}  // namespace farlight::FARLIGHT_NS

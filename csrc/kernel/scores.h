@@ -1,0 +1,84 @@
+// S^T = K Q^T for a chunk: scaled, masked, with the largest score of every row.
+#pragma once
+
+#include "elementary.h"
+#include "operands.h"
+
+namespace farlight::FARLIGHT_NS {
+
+constexpr float kNothing = -1e30f;  // the running maximum of a row that has seen no key yet: finite, below every real score
+constexpr float kUnseen = -3e38f;   // the score of a pair that is not allowed: exp2(kUnseen - kNothing) is 0
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// scores[key][row] of the chunk, times `scale` where the rows were not scaled before; `top[row]` grows to the largest.
+// Without `masking` pairs that are not allowed keep their scores.
+template <class Mode, bool Masking>
+inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, float scale, int lanes, float* scores,
+                  float* top) {
+  using Op = typename Mode::Op;
+  const F factor = all(scale);
+  if constexpr (Masking) {
+    for (int g = 0; g < lanes; g += W) store(top + g, all(kUnseen));
+  }
+  for (int block = 0; block < c.blocks; ++block) {
+    for (int g = 0; g < lanes; g += kV * W) {
+      F acc[kM][kV];
+      clear(acc);
+      along_rows<Op, kM, kV>(acc, keys.along + block * kM, queries.turned + g, kRows, queries.words);
+      if constexpr (in_pairs<Mode>) {
+        FARLIGHT_UNROLL
+        for (int m = 0; m < kM; ++m) {
+          FARLIGHT_UNROLL
+          for (int v = 0; v < kV; ++v) acc[m][v] = mul(acc[m][v], factor);
+        }
+      }
+      if constexpr (Masking) {
+        if (c.masked[block]) {
+          FARLIGHT_UNROLL
+          for (int m = 0; m < kM; ++m) {
+            FARLIGHT_UNROLL
+            for (int v = 0; v < kV; ++v) acc[m][v] = choose(c.seen[block * kM + m] >> (g + v * W), acc[m][v], all(kUnseen));
+          }
+        }
+        FARLIGHT_UNROLL
+        for (int v = 0; v < kV; ++v) {
+          F largest = load(top + g + v * W);
+          FARLIGHT_UNROLL
+          for (int m = 0; m < kM; ++m) largest = max(acc[m][v], largest);
+          store(top + g + v * W, largest);
+        }
+      }
+      float* to = scores + block * kM * kRows + g;
+      FARLIGHT_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        FARLIGHT_UNROLL
+        for (int v = 0; v < kV; ++v) store(to + m * kRows + v * W, acc[m][v]);
+      }
+    }
+  }
+}
+
+// Which links of a tile survive dropout.
+class Dropped {
+ public:
+  Dropped(const Dropout& dropout, const PlanView& plan, const Tile& tile) : dropout_(dropout) {
+    if (!dropout.on) return;
+    for (int s = 0; s < kRows; ++s)
+      rows_[s] = s < tile.count ? row_hash(dropout.low, dropout.high, tile.item.batch, tile.item.head, plan.q_offset + tile.row[s]) : 0;
+  }
+  bool on() const { return dropout_.on; }
+  float inverse() const { return dropout_.on ? dropout_.inverse : 1.0f; }
+  // Bit i: the link of lane g + i to the key stays.
+  uint32_t kept(int32_t key, int g) const {
+    if (dropout_.all) return 0;
+    const I hash = mix32(exclusive(load_i(rows_ + g), all_i(key_word(key))));
+    return ~below(hash, all_i(dropout_.threshold));
+  }
+  bool kept_one(int32_t key, int s) const { return !dropout_.all && mix32(rows_[s] ^ key_word(key)) >= dropout_.threshold; }
+
+ private:
+  const Dropout& dropout_;
+  uint32_t rows_[kRows];
+};
+
+}  // namespace farlight::FARLIGHT_NS

@@ -1,0 +1,85 @@
+#include "run.h"
+
+#include <memory>
+
+#include "memory.h"
+#include "parallel.h"
+#include "sums.h"
+
+namespace farlight {
+
+namespace {
+
+constexpr int64_t kWorthThreads = 50'000;  // keys visited times head dimension, below which one thread is faster than two
+
+// A thread's working memory; kept from call to call.
+char* scratch(int64_t bytes) {
+  thread_local Room room;
+  if (room.bytes() < bytes) room = Room(bytes);
+  return room.as<char>();
+}
+
+// Results of split tiles on their way.
+class Partials {
+ public:
+  Partials(Call& call, const Schedule& schedule)
+      : values_(schedule.partials * call.plan->tile * (call.dim + 2) * static_cast<int64_t>(sizeof(float))),
+        pending_(schedule.parts.empty() ? nullptr : new std::atomic<int32_t>[schedule.parts.size()]) {
+    for (size_t i = 0; i < schedule.parts.size(); ++i) pending_[i].store(schedule.parts[i], std::memory_order_relaxed);
+    call.partial = values_.as<float>();
+    call.pending = pending_.get();
+    call.partial_base = schedule.partial_base.data();
+    call.pending_base = schedule.pending_base.data();
+  }
+
+ private:
+  Room values_;
+  std::unique_ptr<std::atomic<int32_t>[]> pending_;
+};
+
+int64_t rows_bytes(const Call& call, Type type, int64_t heads, int64_t rows) {
+  return call.batch * heads * rows * call.dim * (type == Type::f32 ? 4 : 2);
+}
+
+}  // namespace
+
+void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads) {
+  const Partials partials(call, schedule);
+  const int64_t bytes = kernels.scratch_bytes(call);
+  if (schedule.cost * call.dim < kWorthThreads) threads = 1;
+  expect_writes(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q));
+  for (const Phase& phase : schedule.phases)
+    for_each(static_cast<int64_t>(phase.forward.size()), threads,
+             [&](int64_t i) { kernels.forward(call, phase.forward[i], scratch(bytes)); });
+}
+
+void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads) {
+  const Partials partials(call, schedule);
+  const int64_t bytes = kernels.scratch_bytes(call);
+  if (schedule.cost * call.dim < kWorthThreads) threads = 1;
+  expect_writes(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q));
+  for (void* grad : {dk, dv}) expect_writes(grad, rows_bytes(call, call.type, call.kv_heads, call.plan->n_k));
+  const int64_t units = schedule.groups() * schedule.slab_count;
+  // With one phase and a group for every thread, a group is added up by whoever finishes its last slab, and its memory
+  // serves the next group. Otherwise all is added up at the end, by all threads.
+  const bool at_once = schedule.phases.size() == 1 && schedule.groups() >= threads;
+  GroupSums sums(kernels, call, schedule, dk, dv);
+  for (size_t p = 0; p < schedule.phases.size(); ++p) {
+    const Phase& phase = schedule.phases[p];
+    for_each(units, threads, [&](int64_t unit) {
+      if (p == 0) sums.open(unit);
+      const Slab& slab = phase.slabs[unit];
+      for (int64_t i = slab.first; i < slab.last; ++i) kernels.backward(call, phase.backward[i], sums.of(unit), scratch(bytes));
+      if (at_once && sums.finished(unit)) {
+        const int64_t group = unit / schedule.slab_count;
+        for (int64_t block = 0; block < schedule.blocks; ++block) sums.add_up(group, block);
+        sums.close(group);
+      }
+    });
+  }
+  if (!at_once)
+    for_each(schedule.groups() * schedule.blocks, threads,
+             [&](int64_t i) { sums.add_up(i / schedule.blocks, i % schedule.blocks); });
+}
+
+}  // namespace farlight

@@ -1,0 +1,14 @@
+// Running a whole call: every item of a schedule, by all threads.
+#pragma once
+
+#include "schedule.h"
+#include "views.h"
+
+namespace farlight {
+
+void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads);
+
+// dk, dv: contiguous (B, Hkv, Nk, D) of the call's type; written whole.
+void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads);
+
+}  // namespace farlight

@@ -1,0 +1,35 @@
+"""Backend "cpu": the native kernels, fused forward and backward for float32, bfloat16 and float16 on any CPU.
+
+A plan's tables are checked and copied into a native object once (`native.handle`); a call then passes addresses and strides.
+How the kernels work is told in csrc/ and docs; this package only checks what it is given and allocates results.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from farlight.kernels.cpu.call import backward, forward
+from farlight.kernels.cpu.native import MOST_DIMS, available, isa, unavailable, use
+from farlight.kernels.request import Request
+from farlight.plan.build import TileShape
+
+__all__ = ["SHAPE", "available", "backward", "forward", "isa", "reasons", "unavailable", "use"]
+
+SHAPE = TileShape(tile=32, gather=8, longest=16_384)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def reasons(request: Request) -> list[str]:
+    """Why the native kernels cannot serve the request; empty when they can."""
+    found = []
+    missing = unavailable()
+    if missing is not None:
+        found.append(missing)
+    if request.device.type != "cpu":
+        found.append(f"the tensors are on {request.device.type}, these kernels run on the CPU")
+    if request.dtype not in _DTYPES:
+        found.append(f"{str(request.dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16")
+    if not 1 <= request.head_dim <= MOST_DIMS:
+        found.append(f"head_dim {request.head_dim} is outside 1 … {MOST_DIMS}")
+    return found

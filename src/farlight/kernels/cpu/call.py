@@ -1,0 +1,153 @@
+"""One call of the native kernels: tensors in, tensors out, no copy where the last dimension is contiguous."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from farlight.errors import ArgumentError
+from farlight.kernels.cpu.native import MOST_DIMS, handle, module
+from farlight.patterns.hashing import dropout_threshold
+from farlight.plan.tables import Plan
+
+__all__ = ["backward", "forward"]
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, dropout: float = 0.0, seed: int | Tensor = 0
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the planned pairs: `(B, H, n_q, D)` in q's dtype, contiguous, and `(B, H, n_q)` in float32.
+
+    q: `(B, H, n_q, D)`; k, v: `(B, H_kv, n_k, D)`; float32, bfloat16 or float16, any strides.
+    """
+    given = q.dtype
+    q, k, v = (_usable(x) for x in (q, k, v))
+    shape = _shape(q, k, v, plan)
+    native = handle(plan)
+    joined = native.overlapping and q.dtype != torch.float32
+    out_type = torch.float32 if joined else q.dtype
+    # Where a row may be met by no tile, or by several, results start from "saw nothing".
+    empty = native.overlapping or not native.covers_all_rows
+    out = torch.zeros(q.shape, dtype=out_type) if empty else torch.empty(q.shape, dtype=out_type)
+    lse = torch.full(q.shape[:3], float("-inf")) if empty else torch.empty(q.shape[:3], dtype=torch.float32)
+    if out.numel():
+        module().forward(
+            native,
+            _CODES[q.dtype],
+            _CODES[out_type],
+            shape,
+            _address(q),
+            _address(k),
+            _address(v),
+            out.data_ptr(),
+            lse.data_ptr(),
+            scale,
+            *_links(dropout, seed),
+            torch.get_num_threads(),
+        )
+    return out.to(given), lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    seed: int | Tensor = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) in the dtypes of q, k and v, contiguous; summed in float32, always in the same order.
+
+    dout, out: as forward's out; dlse: the gradient that arrives at the lse, or None.
+    """
+    given = q.dtype
+    q, k, v, dout, out = (_usable(x.to(given)) for x in (q, k, v, dout, out))
+    shape = _shape(q, k, v, plan)
+    for name, x, size in (
+        ("dout", dout, q.shape),
+        ("out", out, q.shape),
+        ("lse", lse, q.shape[:3]),
+        ("dlse", dlse, q.shape[:3]),
+    ):
+        if x is not None and x.shape != size:
+            raise ArgumentError(f"{name} has shape {tuple(x.shape)}, q asks for {tuple(size)}.")
+    lse = lse.to(torch.float32).contiguous()
+    dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
+    native = handle(plan)
+    dq_type = torch.float32 if native.overlapping else q.dtype
+    empty = native.overlapping or not native.covers_all_rows
+    dq = torch.zeros(q.shape, dtype=dq_type) if empty else torch.empty(q.shape, dtype=dq_type)
+    dk, dv = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
+    if q.numel() or k.numel():
+        module().backward(
+            native,
+            _CODES[q.dtype],
+            _CODES[dq_type],
+            shape,
+            _address(q),
+            _address(k),
+            _address(v),
+            _address(out),
+            _address(dout),
+            lse.data_ptr(),
+            0 if dlse is None else dlse.data_ptr(),
+            dq.data_ptr(),
+            dk.data_ptr(),
+            dv.data_ptr(),
+            scale,
+            *_links(dropout, seed),
+            torch.get_num_threads(),
+        )
+    return dq.to(given), dk.to(given), dv.to(given)
+
+
+def _usable(x: Tensor) -> Tensor:
+    """Of a dtype that the kernels know, with a contiguous last dimension."""
+    x = x.detach()
+    if x.dtype == torch.float16:
+        x = x.to(torch.float32)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[int, int, int, int]:
+    """(batch, heads, kv heads, head_dim), when everything fits."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or x.device.type != "cpu" or x.dtype not in _CODES or x.dtype != q.dtype:
+            raise ArgumentError(
+                f"{name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; the native kernels take (B, H, N, D) "
+                "tensors of one dtype, float32, bfloat16 or float16, on the CPU."
+            )
+    batch, heads, n_q, dim = q.shape
+    kv_heads, n_k = k.shape[1], k.shape[2]
+    if k.shape != (batch, kv_heads, n_k, dim) or v.shape != k.shape or not kv_heads or heads % kv_heads:
+        raise ArgumentError(
+            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; they must be (B, H, n_q, D) and twice "
+            "(B, H_kv, n_k, D), with H a multiple of H_kv."
+        )
+    if (n_q, n_k) != (plan.n_q, plan.n_k):
+        raise ArgumentError(f"the plan is for {plan.n_q} queries and {plan.n_k} keys, the tensors have {n_q} and {n_k}.")
+    if not 1 <= dim <= MOST_DIMS:
+        raise ArgumentError(f"head_dim {dim} is outside 1 … {MOST_DIMS}.")
+    return batch, heads, kv_heads, dim
+
+
+def _address(x: Tensor) -> tuple[int, int, int, int]:
+    batch, head, row, _ = x.stride()
+    return x.data_ptr(), batch, head, row
+
+
+def _links(dropout: float, seed: int | Tensor) -> tuple[tuple[int, int, int], float]:
+    """Which links fall, and by how much the others grow."""
+    if not dropout:
+        return (0, 0, 0), 1.0
+    seed = int(seed)
+    grown = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
+    return (dropout_threshold(dropout), seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF), grown

@@ -1,0 +1,80 @@
+"""The native module: why it is missing, which instruction set it uses, and plans in its own form."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Any
+
+# torch first: its OpenMP runtime and ours carry one name, and the loader maps the copy that comes first for both.
+import torch  # noqa: F401
+
+from farlight.errors import PlanError, UnsupportedError
+from farlight.plan.tables import Plan
+
+__all__ = ["MOST_DIMS", "available", "handle", "isa", "module", "unavailable", "use"]
+
+MOST_DIMS = 256
+
+_native: Any = None
+_missing: str | None = None
+
+try:
+    from farlight import _cpu as _native  # type: ignore[attr-defined,no-redef]
+except ImportError as error:
+    _missing = f"the native module farlight._cpu cannot be imported ({error}); install farlight where a C++ compiler is found"
+
+# For tests and for comparing: the name of an instruction set, as `farlight doctor` lists them.
+_wanted = os.environ.get("FARLIGHT_CPU_ISA")
+if _native is not None and _wanted:
+    try:
+        _native.use(_wanted)
+    except ValueError as error:
+        _native, _missing = None, f"FARLIGHT_CPU_ISA={_wanted}: {error}"
+
+
+def unavailable() -> str | None:
+    """Why the native kernels cannot run here; None when they can."""
+    return _missing
+
+
+def module() -> Any:
+    """The native module. Raises UnsupportedError where there is none."""
+    if _native is None:
+        raise UnsupportedError(f"backend 'cpu' cannot run: {_missing}.")
+    return _native
+
+
+def isa() -> str:
+    """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable" (which is NEON on arm64)."""
+    name: str = module().isa()
+    return name
+
+
+def available() -> list[str]:
+    """The instruction sets that were compiled in and that this machine has, best first."""
+    names: list[str] = module().available()
+    return names
+
+
+def use(name: str) -> None:
+    """Use this instruction set from now on, in all threads. For tests and benchmarks."""
+    module().use(name)
+
+
+_handles: weakref.WeakKeyDictionary[Plan, Any] = weakref.WeakKeyDictionary()
+
+
+def handle(plan: Plan) -> Any:
+    """The plan's tables as the kernels read them, copied and checked when the plan is first met.
+
+    Raises PlanError when a table is malformed.
+    """
+    found = _handles.get(plan)
+    if found is None:
+        try:
+            found = module().Plan(plan)
+        except ValueError as error:
+            raise PlanError(f"malformed plan: {error}.") from error
+        _handles[plan] = found
+    return found
