@@ -1,0 +1,158 @@
+"""Native sparse attention: a summary of everything past, a closer look at the best of it, and the neighbours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from farlight.attention import attention
+from farlight.errors import ArgumentError
+from farlight.patterns.arguments import whole
+from farlight.patterns.base import Pattern
+from farlight.patterns.content import chosen_blocks
+from farlight.patterns.positional import causal, window
+from farlight.routing.amount import Amount
+from farlight.routing.base import stretches
+from farlight.routing.rooms import between
+
+__all__ = ["NativeSparseAttention"]
+
+
+class NativeSparseAttention(nn.Module):
+    """Causal self-attention with three branches and learned gates, `(B, N, embed_dim)` to the same.
+
+        out_i = Σ over branches b of  sigmoid(w_b · x_i) · softmax-attention_b(q_i)
+
+    * compressed: every `stride` tokens the next `compress` ones are pooled into one key and one value by a learned map
+      (their place inside the stretch is known to it); query i sees the stretches that end at or before i.
+    * chosen: the `count` blocks of `block` tokens whose stretches got the most probability in the compressed branch, summed
+      over the query heads of a group, so that a group reads the same blocks. The first block and the last two, counted
+      from the query's own, are always among them and count as chosen. Query i sees the keys <= i of these blocks.
+    * window: the query and the `window` tokens before it.
+
+    The importance of block u is `Σ_c p_c · |stretch c ∩ block u| / stride` (equation 9 of the paper, its offsets read as the
+    overlap that they stand for). The choice has no gradient; the scorer learns through the compressed branch, which is made
+    of the same probabilities. Each branch has keys and values of its own, so that none is bent to serve another.
+
+    Positions are not encoded here: pass what you add or rotate through `rotate`, a function of (tensor `(B, H, N, D)`,
+    positions `(N,)`) that is applied to queries and to the keys of the chosen and window branches.
+
+    Yuan et al. 2025, "Native Sparse Attention", arXiv:2502.11089.
+
+    >>> import torch, farlight.nn
+    >>> layer = farlight.nn.NativeSparseAttention(32, 4, kv_heads=2, compress=8, stride=4, block=8, count=3, window=8)
+    >>> layer(torch.randn(2, 50, 32)).shape
+    torch.Size([2, 50, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        kv_heads: int | None = None,
+        compress: int = 32,
+        stride: int = 16,
+        block: int = 64,
+        count: int = 16,
+        window: int = 512,
+        rotate: object = None,
+    ) -> None:
+        super().__init__()
+        name = "NativeSparseAttention"
+        self.heads = whole(f"{name}: num_heads", num_heads, 1)
+        self.kv_heads = self.heads if kv_heads is None else whole(f"{name}: kv_heads", kv_heads, 1)
+        if embed_dim % self.heads or self.heads % self.kv_heads:
+            raise ArgumentError(
+                f"{name}: embed_dim = {embed_dim}, num_heads = {self.heads}, kv_heads = {self.kv_heads}: "
+                "each must divide the one before it."
+            )
+        self.compress, self.stride = whole(f"{name}: compress", compress, 1), whole(f"{name}: stride", stride, 1)
+        self.block, self.count = whole(f"{name}: block", block, 1), whole(f"{name}: count", count, 1)
+        self.window = whole(f"{name}: window", window, 0)
+        if self.compress % self.stride or self.block % self.stride:
+            raise ArgumentError(
+                f"{name}: stride = {stride} must divide compress = {compress} and block = {block}, "
+                "so that stretches and blocks line up."
+            )
+        if rotate is not None and not callable(rotate):
+            raise ArgumentError(f"{name}: rotate is {type(rotate).__name__}; pass a function of (tensor, positions), or None.")
+        self.rotate = rotate
+        self.head_dim = dim = embed_dim // self.heads
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=False)
+        # Keys and values of the compressed, the chosen and the window branch.
+        self.kv_proj = nn.Linear(embed_dim, 3 * 2 * self.kv_heads * dim, bias=False)
+        self.gate_proj = nn.Linear(embed_dim, 3 * self.heads)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.place = nn.Parameter(torch.randn(2, self.compress, dim) * 0.02)
+        self.pool_k, self.pool_v = (
+            nn.Sequential(nn.Linear(self.compress * dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)) for _ in range(2)
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.heads}, kv_heads={self.kv_heads}, compress={self.compress}, stride={self.stride}, "
+            f"block={self.block}, count={self.count}, window={self.window}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
+            raise ArgumentError(
+                f"NativeSparseAttention: x is {tuple(x.shape)}; (batch, tokens, {self.q_proj.in_features}) is needed."
+            )
+        batch, n, _ = x.shape
+        q = self.q_proj(x).unflatten(2, (self.heads, self.head_dim)).transpose(1, 2)
+        kv = self.kv_proj(x).unflatten(2, (3, 2, self.kv_heads, self.head_dim)).permute(2, 3, 0, 4, 1, 5)
+        (k_all, v_all), (k_near, v_near), (k_win, v_win) = kv.unbind(0)
+        k_all, v_all = self.pooled(k_all, 0, self.pool_k), self.pooled(v_all, 1, self.pool_v)
+        wide, lse = attention(q, k_all, v_all, self.past(n), q_offset=0, return_lse=True)
+        chosen = self.chosen(q, k_all, lse, n)
+        if callable(self.rotate):
+            at = torch.arange(n, device=x.device)
+            q, k_near, k_win = (self.rotate(part, at) for part in (q, k_near, k_win))
+        branches = [wide, attention(q, k_near, v_near, chosen), attention(q, k_win, v_win, window(self.window, 0))]
+        gates = self.gate_proj(x).sigmoid().unflatten(2, (3, self.heads)).permute(2, 0, 3, 1)
+        out = sum(gate.unsqueeze(-1) * branch for gate, branch in zip(gates, branches, strict=True))
+        mixed: Tensor = self.out_proj(out.transpose(1, 2).reshape(batch, n, -1))
+        return mixed
+
+    def pooled(self, x: Tensor, which: int, pool: nn.Module) -> Tensor:
+        """`(B, H_kv, stretches, D)`: each whole stretch of `compress` tokens as one."""
+        if x.shape[2] < self.compress:
+            return x[:, :, :0]
+        stretched = x.unfold(2, self.compress, self.stride).transpose(-1, -2) + self.place[which]
+        out: Tensor = pool(stretched.flatten(-2))
+        return out
+
+    def past(self, n: int) -> Pattern:
+        """Query i sees the stretches that end at or before i."""
+        stops = torch.div(torch.arange(n) + 1 - self.compress + self.stride, self.stride, rounding_mode="floor").clamp(min=0)
+        return between(torch.zeros(n, dtype=torch.int64), stops)
+
+    @torch.no_grad()
+    def chosen(self, q: Tensor, k: Tensor, lse: Tensor, n: int) -> Pattern:
+        """The blocks that each query reads closely, one choice for a group of query heads."""
+        batch, heads, _, dim = q.shape
+        group, device = heads // self.kv_heads, q.device
+        # Each stretch gives its probability to the blocks it overlaps, in shares of stride-sized pieces.
+        pieces = torch.arange(k.shape[2], device=device)[:, None] + torch.arange(self.compress // self.stride, device=device)
+        of_block = torch.div(pieces, self.block // self.stride, rounding_mode="floor")
+        blocks = torch.arange(-(-n // self.block), device=device)
+        overlap = (of_block[:, :, None] == blocks).sum(1).to(q.dtype)
+        ends = torch.arange(k.shape[2], device=device) * self.stride + self.compress - 1
+        amount, found = Amount(count=self.count), []
+        for part in stretches(n, batch * heads * max(1, k.shape[2])):
+            at = torch.arange(part.start, part.stop, device=device)[:, None]
+            scores = (q[:, :, part].unflatten(1, (self.kv_heads, group)) @ k.transpose(-1, -2).unsqueeze(2)) * dim**-0.5
+            row_lse = lse[:, :, part].unflatten(1, (self.kv_heads, group)).unsqueeze(-1).to(scores.dtype)
+            p = torch.where(ends <= at, (scores - row_lse).exp(), 0.0).sum(2)
+            own = torch.div(at, self.block, rounding_mode="floor")
+            forced = ((blocks == 0) | (blocks >= own - 1)) & (blocks <= own)
+            importance = (p @ overlap).masked_fill(forced | (blocks > own), float("-inf"))
+            found.append(amount.take(importance, forced.expand(importance.shape)))
+        most = max((part.shape[-1] for part in found), default=0)
+        parts = [torch.nn.functional.pad(part, (0, most - part.shape[-1]), value=-1) for part in found]
+        if not parts:
+            return causal()
+        indices = torch.cat(parts, 2).repeat_interleave(group, 1)
+        return chosen_blocks(indices, block=self.block, query_block=1) & causal()

@@ -1,0 +1,65 @@
+"""A way to train what chooses: the score of a link is part of its logit, so that gradients reach the scorer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from farlight.attention import attention
+from farlight.errors import ArgumentError
+from farlight.patterns.base import Pattern
+
+__all__ = ["gated_attention"]
+
+
+def gated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    q_score: Tensor,
+    k_score: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which every link is weighed by its score as well:
+
+        out = softmax over allowed j of (scale · q_i · k_j + q_score_i · k_score_j), times v
+
+    The mean of `q_score_i · k_score_j` over a block is what `TopBlocks(…)(q_score, k_score)` ranks blocks by, each product
+    what `TopKeys` ranks keys by: a link's weight is multiplied by exp(score). A choice that helped is scored higher the next
+    time. The gradient is exact for the links that were chosen; the choice itself has none, and links that were not chosen
+    say nothing (no straight-through estimate is made of what was never computed). Nothing of a block's mean enters, so a
+    causal pattern stays causal.
+
+    Args:
+        q, k, v, pattern, scale: as in `fl.attention`; q_score `(B, H, n_q, S)`, k_score `(B, H_kv, n_k, S)`: the scorer's
+            vectors, of any small width S. Costs as attention of head_dim D + S.
+
+    >>> import torch, farlight as fl
+    >>> from farlight.routing import TopBlocks, gated_attention
+    >>> q, k, v = torch.randn(3, 1, 2, 64, 8).unbind(0)
+    >>> q_score, k_score = (torch.randn(1, 2, 64, 4, requires_grad=True) for _ in "qk")
+    >>> pattern = TopBlocks(2, 8)(q_score, k_score) | fl.window(4)
+    >>> gated_attention(q, k, v, pattern, q_score, k_score).sum().backward()
+    >>> q_score.grad.shape
+    torch.Size([1, 2, 64, 4])
+    """
+    for name, score, x in (("q_score", q_score, q), ("k_score", k_score, k)):
+        if not isinstance(score, Tensor) or score.dim() != 4 or score.shape[:3] != x.shape[:3] or score.dtype != x.dtype:
+            found = f"{tuple(score.shape)} of {score.dtype}" if isinstance(score, Tensor) else type(score).__name__
+            raise ArgumentError(
+                f"gated_attention: {name} is {found}; ({', '.join(map(str, x.shape[:3]))}, S) of {x.dtype} is needed."
+            )
+    if q_score.shape[3] != k_score.shape[3]:
+        raise ArgumentError(
+            f"gated_attention: q_score has width {q_score.shape[3]} and k_score {k_score.shape[3]}; they must be equal."
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide_q, wide_k = torch.cat((q * scale, q_score), -1), torch.cat((k, k_score), -1)
+    wide_v = torch.cat((v, v.new_zeros(*v.shape[:3], k_score.shape[3])), -1)
+    out, lse = attention(wide_q, wide_k, wide_v, pattern, scale=1.0, return_lse=True, backend=backend)
+    out = out[..., : v.shape[3]]
+    return (out, lse) if return_lse else out

@@ -1,0 +1,76 @@
+"""`LSH` against the definition in plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import farlight as fl
+from farlight.routing import LSH
+from farlight.routing.lsh import rotations
+
+
+def tensors(n_q: int = 23, n_k: int = 29, batch: int = 2, heads: int = 4, kv: int = 2, dim: int = 5) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(4)
+    return torch.randn(batch, heads, n_q, dim, generator=g), torch.randn(batch, kv, n_k, dim, generator=g)
+
+
+def bucket(turn: Tensor, x: Tensor) -> int:
+    """argmax [xR; -xR]."""
+    turned = [float(x.double() @ column) for column in turn.T]
+    both = turned + [-t for t in turned]
+    return both.index(max(both))
+
+
+def brute(router: LSH, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    batch, heads, n_q, dim = q.shape
+    n_k, group = k.shape[2], heads // k.shape[1]
+    offset = n_k - n_q
+    turn = rotations(router.seed, router.rounds, heads, dim, router.buckets // 2)
+    out = torch.zeros(batch, heads, n_q, n_k, dtype=torch.bool)
+    for b in range(batch):
+        for h in range(heads):
+            for r in range(router.rounds):
+                of_k = [bucket(turn[r, h], x) for x in k[b, h // group]]
+                of_q = of_k[offset:] if router.shared else [bucket(turn[r, h], x) for x in q[b, h]]
+                for i in range(n_q):
+                    for j in range(n_k):
+                        real = mask is None or bool(mask[b, j] & mask[b, i + offset])
+                        if of_q[i] == of_k[j] and real and (not router.causal or j <= i + offset):
+                            out[b, h, i, j] = True
+    return out
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("buckets, rounds", [(2, 1), (6, 1), (6, 3)])
+def test_is_the_definition(buckets: int, rounds: int, causal: bool, shared: bool, masked: bool) -> None:
+    q, k = tensors()
+    router = LSH(buckets, rounds, seed=2**33 + 7, causal=causal, shared=shared)
+    mask = torch.arange(29) < torch.tensor([[29], [17]]) if masked else None
+    pattern, wanted = router(q, k, key_mask=mask), brute(router, q, k, mask)
+    assert torch.equal(pattern.dense(23, 29, batch=2, heads=4), wanted)
+    planned = fl.plan(pattern, 23, 29, batch=2, heads=4)
+    assert torch.equal(planned.dense(), wanted)
+    assert planned.pairs == int(wanted.sum())
+
+
+def test_rotations_are_normal_and_functions_of_seed_head_and_round() -> None:
+    many = rotations(1, 4, 6, 32, 32)
+    assert abs(float(many.mean())) < 0.01
+    assert abs(float(many.std()) - 1) < 0.01
+    assert abs(float((many**4).mean()) - 3) < 0.1
+    fewer = rotations(1, 2, 3, 32, 32)
+    assert torch.equal(many[:2, :3], fewer)
+    assert not torch.equal(fewer, rotations(2, 2, 3, 32, 32))
+    rows = many.flatten(0, 1).flatten(1)
+    assert float(torch.corrcoef(rows).fill_diagonal_(0).abs().max()) < 0.15
+
+
+def test_length_does_not_matter_and_opposite_vectors_part() -> None:
+    q, k = tensors()
+    router = LSH(8, 2)
+    assert router(q, k) == router(4 * q, 0.5 * k)
+    assert router(q, -q).dense(23, batch=2, heads=4).diagonal(dim1=2, dim2=3).sum() == 0
