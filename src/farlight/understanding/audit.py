@@ -1,0 +1,201 @@
+"""The audit: what each pattern saves and what it loses when a given model reads a given text.
+
+Fidelity is judged in passages of the model's own length, where full attention can still be run beside the sparse one;
+cost is taken there and at the text's full length. This module puts the two together and knows nothing of printing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from farlight.errors import PatternError
+from farlight.patterns.base import Pattern
+from farlight.understanding.cost import Cost, Layer, cost_at_length, cost_in_passages, full_seconds
+from farlight.understanding.fidelity import Fidelity, measure_fidelity
+from farlight.understanding.passages import Passages
+
+__all__ = ["Audit", "LongText", "PatternAudit", "audit", "steps"]
+
+
+@dataclass(frozen=True)
+class LongText:
+    """One pattern at the text's full length, all layers together.
+
+    `seconds` and `peak_bytes` are measured on one layer of random queries, keys and values (times the layers; memory is
+    used by one layer at a time). `full_seconds` is predicted. `why_not` says why a pattern could not be measured.
+    """
+
+    tokens: int
+    links: int
+    full_links: int
+    backend: str
+    seconds: float
+    full_seconds: float
+    peak_bytes: int
+    peak_method: str
+    why_not: str | None = None
+
+    @property
+    def speedup(self) -> float:
+        return self.full_seconds / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class PatternAudit:
+    """What one pattern saves and loses.
+
+    In passages: `density` is links against the model's own links, `links` the allowed pairs of all layers and heads in
+    one passage. `predicted_speedup` is what `farlight.explain` expects of sparse against full attention,
+    `measured_speedup` compares the time of one attention layer under `backend` with torch's full attention (about 1
+    where "auto" decided for full attention), and `peak_bytes` is what that layer needs beside q, k and v. `mass` and
+    `best` are means over layers, heads and rows: the share of full attention kept, and the most that as many links
+    could keep; `worst_head` is the smallest mass of a head, in layer and head `worst_head_at`. The cosines compare last
+    hidden states and their means over a passage, sparse against full.
+    """
+
+    pattern: str
+    density: float
+    links: int
+    backend: str
+    predicted_speedup: float
+    measured_speedup: float
+    peak_bytes: int
+    mass: float
+    worst_head: float
+    worst_head_at: tuple[int, int]
+    best: float
+    token_cosine: float
+    pooled_cosine: float
+    long_text: LongText
+
+    @property
+    def of_best(self) -> float:
+        """Mass kept as a share of the mass that the best pattern of the same size keeps."""
+        return self.mass / self.best if self.best else 0.0
+
+
+@dataclass(frozen=True)
+class Audit:
+    """An audit's circumstances and its result for each pattern."""
+
+    model: str
+    text: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    own: str
+    tokens: int
+    passages: int
+    passage_tokens: int
+    threads: int
+    backend: str
+    full_measured_at: int
+    patterns: tuple[PatternAudit, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, texts and lists, the derived figures included."""
+        out = asdict(self)
+        for row, pattern in zip(out["patterns"], self.patterns, strict=True):
+            row["of_best"] = pattern.of_best
+            row["long_text"]["speedup"] = pattern.long_text.speedup
+        return out
+
+
+def steps(passages: Passages, patterns: int) -> int:
+    """How often `audit` reports progress."""
+    batches = -(-passages.count // max(1, 4096 // passages.length))
+    return batches * (1 + patterns) + 1 + 2 * patterns
+
+
+def audit(
+    model: Any,
+    passages: Passages,
+    patterns: Sequence[Pattern],
+    *,
+    backend: str = "auto",
+    model_name: str = "",
+    text_name: str = "",
+    step: Callable[[str], None] = lambda what: None,
+) -> Audit:
+    """Judge `patterns` on a Hugging Face `model` that reads `passages`.
+
+    Args:
+        model: an encoder or causal language model in evaluation mode whose output begins with the last hidden states.
+        passages: from `cut_passages`; its `tokens` is the full length at which cost is measured.
+        patterns: each is intersected with what the model itself allows.
+        backend: as in `farlight.attention`; also used where the model runs under a pattern.
+        step: called with a few words before each piece of work, `steps(passages, len(patterns))` times.
+
+    Raises:
+        PatternError: no pattern, or one that does not fit the passages. UnsupportedError: the model's attention cannot
+        be replaced.
+    """
+    if not patterns:
+        raise PatternError("no pattern was given; an audit needs at least one, such as window(32).")
+    run = measure_fidelity(model, passages.ids, patterns, backend=backend, step=step)
+    q, k, v = run.first.q, run.first.k, run.first.v
+    layer = Layer(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, run.first.own, run.first.scale)
+
+    step("full attention, timed")
+    long_full, measured_at = full_seconds(layer, passages.tokens)
+    short: list[Cost] = []
+    for pattern in patterns:
+        step(f"{pattern!r}, timed")
+        short.append(cost_in_passages(layer, pattern, (q, k, v), backend=backend))
+    long_tensors = layer.random(passages.tokens)
+    rows = []
+    for pattern, found, cost in zip(patterns, run.patterns, short, strict=True):
+        step(f"{pattern!r}, {passages.tokens:,} tokens")
+        long = cost_at_length(layer, pattern, long_tensors, long_full, backend=backend)
+        rows.append(_row(pattern, found, cost, long, run.layers, layer.heads))
+    return Audit(
+        model=model_name or type(model).__name__,
+        text=text_name,
+        layers=run.layers,
+        heads=layer.heads,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        own=repr(layer.own),
+        tokens=passages.tokens,
+        passages=passages.count,
+        passage_tokens=passages.length,
+        threads=torch.get_num_threads(),
+        backend=backend,
+        full_measured_at=measured_at,
+        patterns=tuple(rows),
+    )
+
+
+def _row(pattern: Pattern, found: Fidelity, short: Cost, long: Cost, layers: int, heads: int) -> PatternAudit:
+    worst = int(found.mass.argmin())
+    return PatternAudit(
+        pattern=repr(pattern),
+        density=found.links / found.own_links if found.own_links else 0.0,
+        links=round(found.links * layers * heads),
+        backend=short.backend,
+        predicted_speedup=short.predicted_speedup,
+        measured_speedup=short.measured_speedup,
+        peak_bytes=short.peak_bytes,
+        mass=found.mass.mean().item(),
+        worst_head=found.mass.min().item(),
+        worst_head_at=(worst // heads, worst % heads),
+        best=found.best.mean().item(),
+        token_cosine=found.token_cosine,
+        pooled_cosine=found.pooled_cosine,
+        long_text=LongText(
+            tokens=long.tokens,
+            links=round(long.links * layers * heads),
+            full_links=round(long.own_links * layers * heads),
+            backend=long.backend,
+            seconds=long.plan_seconds + long.seconds * layers,
+            full_seconds=long.full_seconds * layers,
+            peak_bytes=long.peak_bytes,
+            peak_method=long.peak_method,
+            why_not=long.why_not,
+        ),
+    )

@@ -1,0 +1,208 @@
+"""What attention costs under a pattern: links, seconds and memory, beside full attention on the same machine.
+
+Links are counted, sparse attention is measured. Full attention is measured where it is short enough, and predicted from
+there for a long text, where it may take hours: its time grows with the square of the length.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farlight.errors import PatternError, UnsupportedError
+from farlight.patterns import causal, full
+from farlight.patterns.base import Pattern, Sizes
+from farlight.understanding.memory import peak_memory
+
+__all__ = ["Cost", "Layer", "cost_at_length", "cost_in_passages", "full_seconds", "links_per_head"]
+
+# Multiplications spent on timing full attention once: about a quarter of a second on two cores.
+_FULL_FLOPS = 3e10
+# Scores that the reference backend may form; it is made for short texts and forms all of them.
+_REFERENCE_BYTES = 2**31
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The shape of one attention layer, and what the model itself allows."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    own: Pattern
+    scale: float | None = None
+
+    def random(self, n: int, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Random q, k, v for n tokens. Time and memory of attention do not depend on their values."""
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        shapes = [(self.heads, self.head_dim), (self.kv_heads, self.head_dim), (self.kv_heads, self.value_dim)]
+        q, k, v = (
+            torch.randn(batch, heads, n, dim, dtype=self.dtype, device=self.device, generator=generator)
+            for heads, dim in shapes
+        )
+        return q, k, v
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One layer of attention over n tokens under a pattern.
+
+    `links` and `own_links` are pairs per head and text. `backend` is the one that ran; `predicted_speedup` is what
+    `farlight.explain` expects of sparse against full attention. `seconds` and `peak_bytes` (beyond q, k, v; output
+    included) are measured over a whole batch, `full_seconds` likewise or, for a long text, predicted. `why_not` says
+    what kept a pattern from being measured; the rest is then zero.
+    """
+
+    tokens: int
+    links: float = 0.0
+    own_links: float = 0.0
+    backend: str = ""
+    predicted_speedup: float = 0.0
+    seconds: float = 0.0
+    plan_seconds: float = 0.0
+    full_seconds: float = 0.0
+    peak_bytes: int = 0
+    peak_method: str = "unknown"
+    why_not: str | None = None
+
+    @property
+    def measured_speedup(self) -> float:
+        return self.full_seconds / self.seconds if self.seconds else 0.0
+
+
+def links_per_head(pattern: Pattern, n: int, heads: int) -> float:
+    """Exact number of allowed pairs in a text of n tokens, averaged over the heads."""
+    heads = heads if pattern.varies_over_heads else 1
+    return pattern.count(n, heads=heads) / heads
+
+
+def cost_in_passages(
+    layer: Layer, pattern: Pattern, tensors: tuple[Tensor, Tensor, Tensor], *, backend: str = "auto", least: float = 0.4
+) -> Cost:
+    """Measure one layer under `pattern` on these q, k, v, turn about with full attention for `least` seconds."""
+    cost, run = _first_run(layer, pattern, tensors, backend)
+    if run is None:
+        return cost
+    seconds, full = paired_seconds(run, _full_attention(layer, *tensors), least)
+    return replace(cost, seconds=seconds, full_seconds=full)
+
+
+def cost_at_length(
+    layer: Layer,
+    pattern: Pattern,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    full_seconds: float,
+    *,
+    backend: str = "auto",
+) -> Cost:
+    """Measure one layer under `pattern` on these q, k, v, once; `full_seconds` is what full attention would take."""
+    cost, _ = _first_run(layer, pattern, tensors, backend)
+    return replace(cost, full_seconds=full_seconds)
+
+
+def _first_run(
+    layer: Layer, pattern: Pattern, tensors: tuple[Tensor, Tensor, Tensor], backend: str
+) -> tuple[Cost, Callable[[], Any] | None]:
+    """Plan and run once, watching memory; and the run, to be repeated. None where it cannot be run at this length."""
+    import farlight
+    from farlight.kernels import dispatch
+    from farlight.kernels.request import Request
+
+    q, k, v = tensors
+    n = q.shape[2]
+    both = pattern if layer.own == full() else layer.own & pattern
+    sizes = Sizes.of(n, batch=q.shape[0], heads=q.shape[1])
+    request = Request(both, sizes, k.shape[1], q.shape[3], q.dtype, q.device, False, 0.0, False)
+
+    def run() -> Any:
+        with torch.no_grad():
+            out = farlight.attention(q, k, v, both, scale=layer.scale, backend=backend)
+            _wait(q)
+            return out
+
+    scores = 4 * sizes.batch * sizes.heads * n * n
+    if backend == "reference" and scores > _REFERENCE_BYTES:
+        return Cost(n, why_not=f"the reference backend forms all scores, here {scores / 2**30:,.0f} GiB"), None
+    try:
+        with peak_memory() as peak:
+            began = time.perf_counter()
+            # Plans for the backend's tiles, which the run then finds again.
+            choice = dispatch.choose(request)
+            planned = time.perf_counter()
+            run()
+            ended = time.perf_counter()
+    except (PatternError, UnsupportedError) as error:
+        # A pattern with a table of its own, chosen keys say, fits one length only; a backend that was named may not
+        # reach this far.
+        return Cost(n, why_not=str(error)), None
+    cost = Cost(
+        tokens=n,
+        links=links_per_head(both, n, layer.heads),
+        own_links=links_per_head(layer.own, n, layer.heads),
+        backend=choice.backend if backend == "auto" else backend,
+        predicted_speedup=choice.dense.seconds / choice.sparse.seconds,
+        seconds=ended - planned,
+        plan_seconds=planned - began,
+        peak_bytes=peak.bytes,
+        peak_method=peak.method,
+    )
+    return cost, run
+
+
+def _full_attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
+    """What the model itself would do: torch's own attention over everything that it allows."""
+    options: dict[str, Any] = {"scale": layer.scale, "enable_gqa": layer.heads != layer.kv_heads}
+    n = q.shape[2]
+    if layer.own == causal():
+        options["is_causal"] = True
+    elif layer.own != full() and not layer.own.tables:
+        # (With tables, a mask that fits one length only, attention without it stands in: the same work for torch.)
+        options["attn_mask"] = layer.own.dense(n, batch=q.shape[0], heads=layer.heads, device=layer.device)
+
+    def run() -> Any:
+        with torch.no_grad():
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+            _wait(q)
+            return out
+
+    return run
+
+
+def full_seconds(layer: Layer, n: int) -> tuple[float, int]:
+    """(seconds, measured at): torch's full attention over n tokens, measured where it is quick and scaled by n²."""
+    most = int((_FULL_FLOPS / (4.0 * layer.head_dim * layer.heads)) ** 0.5)
+    at = n if n <= most else max(256, most // 256 * 256)
+    run = _full_attention(layer, *layer.random(at))
+    seconds, _ = paired_seconds(run, run, 0.3)
+    return seconds * (n / at) ** 2, at
+
+
+def paired_seconds(first: Callable[[], Any], second: Callable[[], Any], least: float) -> tuple[float, float]:
+    """Medians of two pieces of work, run turn about, after one run of each to warm up, until `least` seconds have passed.
+
+    Turn about, since a machine that others use as well is slow in spells, which then fall on both.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    first()
+    second()
+    while len(times[0]) < 3 or sum(times[0]) + sum(times[1]) < least:
+        for run, held in zip((first, second), times, strict=True):
+            began = time.perf_counter()
+            run()
+            held.append(time.perf_counter() - began)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _wait(tensor: Tensor) -> None:
+    """Let the device finish what it was given."""
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
