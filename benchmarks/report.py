@@ -1,0 +1,117 @@
+"""Results as a page: `python benchmarks/report.py [RESULTS.json] [--out docs/benchmarks.md] [--images docs/img]`.
+
+Nothing on that page is typed by hand: figures, wins, losses and what could not be measured all come from the results file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from reporting.tables import TABLES
+from reporting.targets import target_table
+from reporting.verdicts import losses, missing, wins
+from reporting.wording import seconds, table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="?", help="default: the newest in benchmarks/results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "img")
+    chosen = parser.parse_args(arguments)
+    path = chosen.results or _newest()
+    if path is None:
+        print("benchmarks/results is empty; measure first: python benchmarks/run.py", file=sys.stderr)
+        return 2
+    results = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        from reporting.plots import draw_all
+
+        images = draw_all(results, chosen.images)
+    except ImportError as error:
+        print(f"no plots: {error}; pip install matplotlib", file=sys.stderr)
+        images = {}
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    links = {name: os.path.relpath(image, chosen.out.parent).replace(os.sep, "/") for name, image in images.items()}
+    chosen.out.write_text(page(results, _shown(path), links), encoding="utf-8")
+    print(f"wrote {chosen.out}" + "".join(f", {image}" for image in images.values()))
+    return 0
+
+
+def _newest() -> Path | None:
+    found = sorted((ROOT / "benchmarks" / "results").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None
+
+
+def _shown(path: Path) -> str:
+    path = path.resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
+def page(results: dict[str, Any], source: str, images: dict[str, str]) -> str:
+    """The whole page as Markdown."""
+    s, machine = results["settings"], results["machine"]
+    parts = [
+        "# Benchmarks",
+        f"Written by `python benchmarks/report.py` from [{source}](../{source}); no figure on this page is typed by hand. "
+        f"Measured by `{results['command']}` (everything: `make bench`).",
+    ]
+    if s["name"] != "full":
+        parts.append(f"**This was a run at the {s['name']} sizes.**")
+    parts.append(
+        "Unless said otherwise: window 256 + 64 global tokens (`window(256) | global_tokens(range(64))`), batch 1, "
+        f"{s['heads']} heads, head_dim {s['head_dim']}. Times are medians with their range. The two sides of a ratio were "
+        "timed in turn, A B A B …, in one process. A *useful pair* is an allowed (query, key) pair; it costs 4·D operations "
+        "forward and 14·D forward + backward; what a contender computes besides does not count. *Against X* = how many times "
+        "as fast as X."
+    )
+    parts += ["## Machine", table(["", ""], ([name.replace("_", " "), str(value)] for name, value in machine.items()))]
+    parts += ["Each section measured the machine's ceilings anew, in its own process:", _ceilings(results)]
+    if s["name"] == "full":
+        parts += ["## Aims", target_table(results)]
+    for title, found in (("Where it wins", wins(results)), ("Where it loses", losses(results))):
+        parts += [f"## {title}", "\n".join(f"- {line}" for line in found) or "Nothing was measured."]
+    for name, make in TABLES.items():
+        section = results["sections"].get(name)
+        if section is None:
+            continue
+        made = make(results)
+        parts.append(f"## {section['question']}")
+        if name in images:
+            parts.append(f"![{section['question']}]({images[name]})")
+        parts.append(made.strip() or "Nothing was measured.")
+    parts += ["## Not measured", "\n".join(f"- {_line(text)}" for text in missing(results)) or "Nothing is missing."]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _ceilings(results: dict[str, Any]) -> str:
+    body = []
+    for name, section in results["sections"].items():
+        peak = section.get("ceilings", {})
+        load = f"{section.get('load', '')} → {section.get('load_at_end', '')}"
+        cells = [name, section.get("started", ""), seconds(section.get("seconds")), load]
+        cells += [f"{peak[column]:.0f}" if column in peak else "" for column in _PEAKS]
+        body.append(cells)
+    return table(["section", "started (UTC)", "took", "load", *_PEAKS.values()], body)
+
+
+_PEAKS = {
+    "matmul_float32_gflops": "matmul f32, GFLOP/s",
+    "matmul_bfloat16_gflops": "matmul bf16, GFLOP/s",
+    "copy_gbs": "copy, GB/s",
+}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,220 @@
+"""One Markdown table for each section of the suite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from reporting.wording import Row, code, distinct, kind, measured, percent, rate, rows_of, seconds, share, spread, table, times
+
+__all__ = ["TABLES"]
+
+
+def headline(results: dict[str, Any]) -> str:
+    rows = measured(rows_of(results, "headline"))
+    head = ["contender", "time (range)", "useful GFLOP/s", "÷ matmul", "against dense", "extra memory", "in the first call"]
+    parts = []
+    for dtype, passes in distinct(rows, "dtype", "pass"):
+        body = []
+        for row in measured(rows, dtype=dtype, **{"pass": passes}):
+            useful = row.get("useful_gflops", row.get("gflops"))
+            cells = [row["contender"], spread(row), rate(useful), share(row.get("of_matmul")), times(row.get("times_dense"))]
+            body.append([*cells, percent(row.get("extra_memory")), percent(row.get("extra_memory_first"))])
+        parts.append(f"**{dtype}, {passes}**, {rows[0]['tokens']:,} tokens\n\n" + table(head, body))
+    for row in rows:
+        if "mask_seconds" in row:
+            parts.append(
+                f"{row['contender']}, {kind(row)}: building its mask took {seconds(row['mask_seconds'])} and its first call, "
+                f"which compiles, {seconds(row['first_seconds'])}; neither is part of the time above.\n"
+            )
+    parts.append(
+        "Extra memory is the peak beyond inputs and results (out; with backward also dq, dk, dv), as a share of q + k + v + "
+        "out, measured in a fresh process; the first call also plans, or builds a mask and compiles.\n"
+    )
+    return "\n".join(parts) if rows else ""
+
+
+def length(results: dict[str, Any]) -> str:
+    rows = measured(rows_of(results, "length"))
+    head = ["tokens", "farlight (range)", "dense SDPA", "against dense", "useful GFLOP/s", "÷ matmul"]
+    parts = []
+    for dtype, passes in distinct(rows, "dtype", "pass"):
+        body = []
+        for row in measured(rows, dtype=dtype, **{"pass": passes}):
+            full = seconds(row.get("dense_seconds"))
+            full = f"≈ {full} (predicted)" if row.get("dense_predicted") else full
+            cells = [f"{row['tokens']:,}", spread(row), full, times(row.get("times_dense"))]
+            body.append([*cells, rate(row.get("useful_gflops")), share(row.get("of_matmul"))])
+        ratios = {
+            r["tokens"]: r["times_dense"] for r in rows if (r["dtype"], r["pass"]) == (dtype, passes) and "times_dense" in r
+        }
+        parts.append(f"**{dtype}, {passes}**: {break_even(ratios)}\n\n" + table(head, body))
+    if any(row.get("dense_predicted") for row in rows):
+        base = max(row["dense_from"] for row in rows if row.get("dense_predicted"))
+        parts.append(f"Predicted: the dense time at the longest measured length (up to {base:,} tokens) times n².\n")
+    return "\n".join(parts)
+
+
+def break_even(ratios: dict[int, float]) -> str:
+    """From which length on dense attention is beaten, read between the measured ones."""
+    last = max((n for n, ratio in ratios.items() if ratio < 1), default=None)
+    later = [n for n in sorted(ratios) if last is None or n > last]
+    if not later:
+        return "dense attention is not beaten at any measured length."
+    if last is None:
+        return f"dense attention is beaten at every measured length, from {later[0]:,} tokens on."
+    low, high = math.log(ratios[last]), math.log(ratios[later[0]])
+    at = last * (later[0] / last) ** (-low / (high - low))
+    return f"dense attention is beaten from about {at:,.0f} tokens on ({last:,} loses, {later[0]:,} wins)."
+
+
+def patterns(results: dict[str, Any]) -> str:
+    rows = measured(rows_of(results, "patterns"))
+    kinds = distinct(rows, "dtype", "pass")
+    head = ["pattern", "density", "waste", "planning"]
+    head += [f"{kind({'dtype': dtype, 'pass': passes})}: GFLOP/s (÷ window's, time ÷ window's)" for dtype, passes in kinds]
+    body = []
+    for (name,) in distinct(rows, "pattern"):
+        mine = measured(rows, pattern=name)
+        cells = [code(name), percent(mine[0]["density"]), share(mine[0]["waste"]), seconds(mine[0]["plan_seconds"])]
+        for dtype, passes in kinds:
+            found = measured(mine, dtype=dtype, **{"pass": passes})
+            cells.append(_against_window(found[0]) if found else "")
+        body.append(cells)
+    return table(head, body)
+
+
+def _against_window(row: Row) -> str:
+    if "useful_gflops" not in row:
+        return ""
+    return f"{rate(row['useful_gflops'])} ({share(row['rate_of_window'])}, {share(row['time_of_window'])})"
+
+
+def dims(results: dict[str, Any]) -> str:
+    rows = measured(rows_of(results, "dims"))
+    kinds = distinct(rows, "dtype", "pass")
+    usual = results["settings"]["head_dim"]
+    head = [
+        "head_dim",
+        *(f"{kind({'dtype': dtype, 'pass': passes})}: GFLOP/s (÷ D={usual}, ÷ matmul)" for dtype, passes in kinds),
+    ]
+    body = []
+    for (dim,) in sorted(distinct(rows, "head_dim")):
+        cells = [str(dim)]
+        for dtype, passes in kinds:
+            found = measured(rows, head_dim=dim, dtype=dtype, **{"pass": passes})
+            row = found[0] if found else {}
+            shown = "useful_gflops" in row
+            cells.append(
+                f"{rate(row['useful_gflops'])} ({share(row['rate_of_usual'])}, {share(row['of_matmul'])})" if shown else ""
+            )
+        body.append(cells)
+    return table(head, body)
+
+
+def models(results: dict[str, Any]) -> str:
+    head = [
+        "model",
+        "tokens",
+        "whole module",
+        "its projections",
+        "its attention",
+        "farlight (range)",
+        "against it",
+        "against dense",
+    ]
+    body = []
+    for row in measured(rows_of(results, "models")):
+        cells = [row["model"], f"{row['tokens']:,}", seconds(row["module_seconds"]), seconds(row["projection_seconds"])]
+        cells += [seconds(row["theirs_seconds"]), spread(row), times(row["times_theirs"]), times(row["times_dense"])]
+        body.append(cells)
+    return table(head, body)
+
+
+def scaling(results: dict[str, Any]) -> str:
+    rows = measured(rows_of(results, "scaling"))
+    parts = []
+    threads = measured(rows, measure="threads")
+    body = [
+        [kind(row), f"{row['tokens']:,}", seconds(row["one_thread_seconds"]), spread(row), times(row["speed_up"])]
+        for row in threads
+        if "speed_up" in row
+    ]
+    count = threads[0]["threads"] if threads else 0
+    parts.append(table(["one head", "tokens", "1 thread", f"{count} threads (range)", "speed-up"], body))
+    calls = [row for row in measured(rows, measure="call overhead") if "us" in row]
+    body = [
+        [
+            row["contender"],
+            str(row["heads"]),
+            kind(row),
+            f"{row['us']:.0f} µs",
+            f"{row['sdpa_us']:.0f} µs",
+            f"{row['over_sdpa_us']:+.0f} µs",
+        ]
+        for row in calls
+    ]
+    short = calls[0]["tokens"] if calls else 0
+    parts.append(table([f"call on {short} tokens", "heads", "dtype", "farlight", "dense SDPA", "difference"], body))
+    body = []
+    for row in measured(rows, measure="long text"):
+        cells = [f"{row['tokens']:,}", kind(row), spread(row), rate(row.get("useful_gflops")), share(row.get("of_linear"))]
+        body.append([*cells, share(row["peak_of_inputs_and_output"]), share(row["peak_first_call"]), f"{row['gib']:.1f} GiB"])
+    head = ["long text", "", "time (range)", "useful GFLOP/s", "time ÷ linear", "peak ÷ (q+k+v+out)", "first call", "q+k+v+out"]
+    parts.append(table(head, body))
+    return "\n".join(part for part in parts if part)
+
+
+def breakeven(results: dict[str, Any]) -> str:
+    rows = measured(rows_of(results, "breakeven"))
+    parts = []
+    for dtype, passes, backend in sorted(distinct(rows, "dtype", "pass", "backend"), reverse=True):
+        mine = measured(rows, dtype=dtype, backend=backend)
+        lengths = sorted({int(n) for row in mine for n in row["times_dense"]})
+        head = ["pattern", "wins from", *(f"{n:,}" for n in lengths)]
+        body = [
+            [
+                code(row["pattern"]) + (" (causal)" if row["against"].endswith("causal") else ""),
+                "-" if row["breakeven"] is None else f"{row['breakeven']:,}",
+                *(times(row["times_dense"].get(str(n))) for n in lengths),
+            ]
+            for row in mine
+        ]
+        parts.append(f"**{dtype}, {passes}, backend {backend}**\n\n" + table(head, body))
+    if parts:
+        parts.append(
+            "Causal patterns are compared with causal dense attention, which does half the work. Lengths after two clear wins "
+            "(1.5 ×) were not measured, nor those too short for the pattern.\n"
+        )
+    return "\n".join(parts)
+
+
+def planning(results: dict[str, Any]) -> str:
+    head = ["tokens", "seconds", "µs per token", "plan MiB", "peak MiB", "pairs", "counting alone", "waste"]
+    body = []
+    for row in measured(rows_of(results, "planning")):
+        cells = [f"{row['tokens']:,}", seconds(row["seconds"]), f"{row['us_per_token']:.2f}", f"{row['plan_mib']:.1f}"]
+        body.append([*cells, f"{row['peak_mib']:.1f}", f"{row['pairs']:,}", seconds(row["count_seconds"]), share(row["waste"])])
+    return table(head, body)
+
+
+def waste(results: dict[str, Any]) -> str:
+    body = [
+        [code(row["pattern"]), f"{row['tokens']:,}", percent(row["density"]), share(row["waste"]), str(row["pieces"])]
+        for row in measured(rows_of(results, "waste"))
+    ]
+    return table(["pattern", "tokens", "density", "visited ÷ wanted", "pieces"], body)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "headline": headline,
+    "length": length,
+    "patterns": patterns,
+    "dims": dims,
+    "models": models,
+    "scaling": scaling,
+    "breakeven": breakeven,
+    "planning": planning,
+    "waste": waste,
+}

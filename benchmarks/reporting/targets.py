@@ -1,0 +1,79 @@
+"""What the CPU kernels were meant to reach, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from reporting.wording import kind, measured, rows_of, table
+
+__all__ = ["target_table", "targets"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """`found`: the measured values, each with the row's kind; all must be at least (or at most) `bound`."""
+
+    text: str
+    bound: float
+    at_most: bool
+    found: list[tuple[str, float]]
+
+    @property
+    def met(self) -> bool | None:
+        if not self.found:
+            return None
+        return all(value <= self.bound if self.at_most else value >= self.bound for _, value in self.found)
+
+
+def targets(results: dict[str, Any]) -> Iterator[Target]:
+    def found(section: str, column: str, **where: Any) -> list[tuple[str, float]]:
+        rows = measured(rows_of(results, section), **where)
+        return [(kind(row), row[column]) for row in rows if row.get(column) is not None]
+
+    def least(text: str, bound: float, values: list[tuple[str, float]]) -> Target:
+        return Target(text, bound, False, values)
+
+    def most(text: str, bound: float, values: list[tuple[str, float]]) -> Target:
+        return Target(text, bound, True, values)
+
+    for dtype, forward, both in (("float32", 1.0, 1.0), ("bfloat16", 0.75, 0.7)):
+        for passes, bound in (("forward", forward), ("forward + backward", both)):
+            values = found("headline", "of_matmul", contender="farlight cpu", dtype=dtype, **{"pass": passes})
+            yield least(f"useful rate ÷ matmul, {dtype}, {passes}", bound, values)
+    for dim in (32, 128):
+        yield least(f"rate at head_dim {dim} ÷ rate at 64", 0.85, found("dims", "rate_of_usual", head_dim=dim))
+    for dtype, bound in (("float32", 3.0), ("bfloat16", 8.0)):
+        yield least(f"times as fast as FlexAttention, {dtype}", bound, list(_flex(results, dtype)))
+    yield least("times as fast as dense at 1,024 tokens", 1.0, found("length", "times_dense", tokens=1024))
+    trained = found("length", "times_dense", tokens=262_144, **{"pass": "forward + backward"})
+    yield least("times as fast as dense (predicted) at 262,144 tokens, with backward", 1.0, trained)
+    random, dilated = "window(256) | random_keys(3)", "window(256, dilation=4)"
+    yield most("window + 3 random keys: time ÷ window's", 1.25, found("patterns", "time_of_window", pattern=random))
+    yield most("dilation 4: time ÷ undilated", 1.15, found("patterns", "time_of_window", pattern=dilated))
+    yield least("clusters of 512: rate ÷ window's", 0.7, found("patterns", "rate_of_window", pattern="clusters of 512"))
+    yield least("bigbird(64, 3): rate ÷ window's", 0.8, found("patterns", "rate_of_window", pattern="bigbird(64, 3)"))
+    longest = results["settings"]["long_tokens"][1]
+    yield most(f"{longest:,} tokens: time ÷ linear", 1.2, found("scaling", "of_linear", measure="long text"))
+    peak = found("scaling", "peak_of_inputs_and_output", measure="long text")
+    yield most(f"{longest:,} tokens: peak memory ÷ (q+k+v+out)", 1.15, peak)
+    yield least("two threads against one, one head", 1.8, found("scaling", "speed_up", measure="threads", threads=2))
+    calls = found("scaling", "over_sdpa_us", measure="call overhead", contender="farlight cpu")
+    yield most("µs of a call on 128 tokens over SDPA's", 60.0, calls)
+
+
+def _flex(results: dict[str, Any], dtype: str) -> Iterator[tuple[str, float]]:
+    rows = measured(rows_of(results, "headline"), dtype=dtype, **{"pass": "forward"})
+    mine, flex = measured(rows, contender="farlight cpu"), measured(rows, contender="FlexAttention, compiled")
+    if mine and flex:
+        yield kind(mine[0]), flex[0]["seconds"] / mine[0]["seconds"]
+
+
+def target_table(results: dict[str, Any], all_targets: Callable[[dict[str, Any]], Iterator[Target]] = targets) -> str:
+    answers = {True: "met", False: "**not met**", None: "not measured"}
+    body = []
+    for one in all_targets(results):
+        values = ", ".join(f"{value:.3g} ({what})" if what else f"{value:.3g}" for what, value in one.found)
+        body.append([one.text, f"{'≤' if one.at_most else '≥'} {one.bound:g}", values, answers[one.met]])
+    return table(["aim", "bound", "measured", ""], body)

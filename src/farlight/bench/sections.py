@@ -1,0 +1,64 @@
+"""What can be measured: the sections of the suite in their order, each with the time that it may take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from farlight.bench.breakeven import breakeven_rows
+from farlight.bench.dims import dims_rows
+from farlight.bench.headline import headline_rows
+from farlight.bench.length import length_rows
+from farlight.bench.machine import ceilings, load, machine
+from farlight.bench.models import model_rows
+from farlight.bench.patterns import pattern_rows
+from farlight.bench.planning import planning_rows, waste_rows
+from farlight.bench.scaling import scaling_rows
+from farlight.bench.settings import Box, Settings
+
+__all__ = ["SECTIONS", "Section", "run_section"]
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table: its question, its rows, and how many seconds it may take on two cores."""
+
+    name: str
+    question: str
+    seconds: float
+    rows: Callable[[Settings, Box], Iterator[Row]]
+
+
+# Together 25 minutes.
+_ALL = (
+    Section("headline", "How fast is it beside dense attention, FlexAttention and the matrix product?", 400, headline_rows),
+    Section("length", "From which length on does it win, and how does it grow?", 300, length_rows),
+    Section("patterns", "Does a harder pattern keep the rate of the plain window?", 230, pattern_rows),
+    Section("dims", "Does the rate depend on the head dimension?", 110, dims_rows),
+    Section("models", "How fast beside Hugging Face's Longformer and BigBird?", 120, model_rows),
+    Section("scaling", "How does it scale: threads, tiny calls, a million tokens?", 130, scaling_rows),
+    Section("breakeven", "From which length on does each pattern beat dense attention?", 130, breakeven_rows),
+    Section("planning", "How long does planning take?", 40, planning_rows),
+    Section("waste", "How many pairs are visited for each pair wanted?", 40, waste_rows),
+)
+SECTIONS = {section.name: section for section in _ALL}
+
+
+def run_section(name: str, settings: dict[str, Any]) -> Iterator[Row]:
+    """First `{"about": …}`: machine, ceilings of this very run, start; then the section's rows as they are measured."""
+    chosen, section = Settings.from_dict(settings), SECTIONS[name]
+    about = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "load": load(),
+        "ceilings": ceilings(chosen.matmul_size, repeats=1 if chosen.name == "tiny" else 7),
+    }
+    yield {"about": about}
+    start = time.perf_counter()
+    yield from section.rows(chosen, Box(section.seconds))
+    yield {"about": {"seconds": time.perf_counter() - start, "load_at_end": load()}}
