@@ -1,0 +1,49 @@
+# Two promises on a fresh clone: `make demo` and `make test` set up what they need and run.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+READY  := $(VENV)/.ready
+
+.PHONY: help setup demo test test-slow lint bench clean
+
+help:
+	@echo "make demo       audit a real model on a real text: what each pattern saves and what it loses"
+	@echo "make test       run the tests              make test-slow  those that take long"
+	@echo "make lint       ruff and mypy              make bench      measure on this machine"
+
+setup: $(READY)
+
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
+# torch comes first and by its constrained version, so that nothing else draws in another build of it.
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernel/*)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(READY): $(INSTALLED)
+	$(PIP) 'farlight[test,lint]'
+	@touch $@
+
+demo: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/farlight audit
+
+test: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/report.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

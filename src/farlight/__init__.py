@@ -1,0 +1,82 @@
+"""farlight: exact sparse attention for long texts, and a measure of what was lost by not looking."""
+
+from farlight import hf, nn, presets, routing
+from farlight.attention import attention, explain
+from farlight.errors import ArgumentError, FarlightError, PatternError, PlanError, UnsupportedError
+from farlight.merge import merge
+from farlight.patterns import (
+    Pattern,
+    blocked_window,
+    blocks,
+    causal,
+    chosen_blocks,
+    chosen_keys,
+    clusters,
+    documents,
+    full,
+    global_tokens,
+    landmarks,
+    offsets,
+    padding,
+    pairs,
+    parse,
+    per_head,
+    random_blocks,
+    random_keys,
+    seen_by_all,
+    sees_all,
+    strided,
+    window,
+)
+from farlight.plan import Plan, plan
+from farlight.understanding.graph import Path, Reach, SmallWorld, path, reach, smallworld
+from farlight.understanding.retention import Retention, retention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "FarlightError",
+    "Path",
+    "Pattern",
+    "PatternError",
+    "Plan",
+    "PlanError",
+    "Reach",
+    "Retention",
+    "SmallWorld",
+    "UnsupportedError",
+    "attention",
+    "blocked_window",
+    "blocks",
+    "causal",
+    "chosen_blocks",
+    "chosen_keys",
+    "clusters",
+    "documents",
+    "explain",
+    "full",
+    "global_tokens",
+    "hf",
+    "landmarks",
+    "merge",
+    "nn",
+    "offsets",
+    "padding",
+    "pairs",
+    "parse",
+    "path",
+    "per_head",
+    "plan",
+    "presets",
+    "random_blocks",
+    "random_keys",
+    "reach",
+    "retention",
+    "routing",
+    "seen_by_all",
+    "sees_all",
+    "smallworld",
+    "strided",
+    "window",
+]
