@@ -236,7 +236,9 @@ def translated(
     call = {"batch_size": 2, "q_length": n_q, "kv_length": n_k, "q_offset": q_offset, "kv_offset": kv_offset}
     expected = masking_utils.sdpa_mask(**call, mask_function=function, attention_mask=padding, allow_is_causal_skip=False)
     found = model_mask(**call, mask_function=function, attention_mask=padding, device="cpu")
-    return found.pattern.dense(n_q, n_k, batch=2, q_offset=found.q_offset).expand(2, 1, -1, -1), expected
+    assert found.n_k is not None
+    seen = found.pattern.dense(n_q, found.n_k, batch=2, q_offset=found.q_offset).expand(2, 1, -1, -1)
+    return torch.nn.functional.pad(seen, (0, n_k - found.n_k)), expected
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -8,17 +8,19 @@ backward pass and other threads find it too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from farlight.errors import UnsupportedError
+from farlight.errors import ArgumentError, UnsupportedError
+from farlight.hf.layers import attention_layers, for_layers
 from farlight.hf.masks import ModelMask, model_mask, tensor_mask
 from farlight.patterns import causal, full
 from farlight.patterns.base import Pattern
+from farlight.routing.base import Router
 
 __all__ = ["KEY", "Observation", "register", "use_pattern"]
 
@@ -67,9 +69,10 @@ class Observation:
 
 @dataclass(frozen=True)
 class _Setting:
-    pattern: Pattern | None = None
+    chosen: Pattern | Router | None = None
     backend: str = "auto"
     observer: Callable[[Observation], None] | None = None
+    numbered: bool = True  # False: patterns are given by layer number, and this module has none
 
 
 def register() -> None:
@@ -89,19 +92,22 @@ def register() -> None:
 @contextmanager
 def use_pattern(
     model: Any,
-    pattern: Pattern | None,
+    pattern: Pattern | Router | Mapping[int, Pattern | Router | None] | None,
     *,
     backend: str = "auto",
     observer: Callable[[Observation], None] | None = None,
 ) -> Iterator[Any]:
     """Run a Hugging Face model under `pattern` for the length of a `with` block, then put everything back.
 
-    A pair is seen when the model itself allows it and `pattern` does; None leaves the model's own attention. `observer`
-    is called with an `Observation` for each layer before it runs.
+    A pair is seen when the model itself allows it and `pattern` does; None leaves the model's own attention. A router is
+    called in every layer with that layer's queries and keys, padding left out. A mapping {layer number: pattern, router or
+    None} gives layers their own; those it does not name keep the model's attention. `observer` is called with an
+    `Observation` for each layer before it runs.
 
     The setting belongs to the model: two threads may use two models at once, not one model under two patterns.
 
     Raises:
+        ArgumentError: `pattern` is something else, or names a layer that the model does not have.
         UnsupportedError: the model does not take its attention from transformers' AttentionInterface, or it has
             cross-attention, whose queries and keys are positions of two different texts.
 
@@ -114,6 +120,7 @@ def use_pattern(
     torch.Size([1, 6, 8])
     """
     register()
+    _check_chosen(pattern)
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "set_attn_implementation"):
@@ -132,8 +139,11 @@ def use_pattern(
                 f"{name} does not take its attention from transformers' AttentionInterface, so no other attention can "
                 "be plugged in. Use a model of the same family whose modeling file calls ALL_ATTENTION_FUNCTIONS."
             )
+        by_layer = for_layers(model, pattern) if isinstance(pattern, Mapping) else None
+        numbered = set(attention_layers(model).values()) if by_layer is not None else set()
         for module, _ in settings:
-            module.__dict__[_SETTING] = _Setting(pattern, backend, observer)
+            chosen = by_layer.get(module) if by_layer is not None else pattern
+            module.__dict__[_SETTING] = _Setting(chosen, backend, observer, by_layer is None or module in numbered)
         yield model
     finally:
         for module, before in settings:
@@ -143,6 +153,22 @@ def use_pattern(
                 module.__dict__[_SETTING] = before
         for held, implementation in implementations:
             held._attn_implementation_internal = implementation
+
+
+def _check_chosen(pattern: Any) -> None:
+    """Raise ArgumentError for what cannot stand for a pattern."""
+    if isinstance(pattern, Mapping):
+        for number, inner in pattern.items():
+            if not isinstance(inner, Pattern | Router | None):
+                raise ArgumentError(
+                    f"the pattern of layer {number!r} is {type(inner).__name__}; pass a pattern such as fl.window(256), a "
+                    "router such as fl.routing.TopBlocks(8), or None for the model's own attention."
+                )
+    elif not isinstance(pattern, Pattern | Router | None):
+        raise ArgumentError(
+            f"the pattern is {type(pattern).__name__}; pass a pattern such as fl.window(256), a router such as "
+            "fl.routing.TopBlocks(8), a mapping {layer number: one of these}, or None for the model's own attention."
+        )
 
 
 def _implementations(model: Any) -> list[tuple[Any, Any]]:
@@ -174,21 +200,40 @@ def attention_forward(
     _refuse_unknown(module, kwargs)
     setting: _Setting = module.__dict__.get(_SETTING) or _Setting()
     own = _own_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
-    if own.dropped and setting.pattern is not None:
+    if not setting.numbered:
+        raise UnsupportedError(
+            f"{type(module).__name__} computes attention, but has no layer number, so that a mapping {{layer: pattern}} does "
+            "not say what it should run under; pass one pattern for the whole model."
+        )
+    if own.dropped and setting.chosen is not None:
         raise UnsupportedError(
             f"{type(module).__name__}: the cache has dropped the first {own.dropped} keys, so positions in the "
             "pattern no longer match; generate with a cache that keeps every key, or without a pattern."
         )
+    key, value = key[:, :, : own.n_k], value[:, :, : own.n_k]
     if setting.observer is not None:
         setting.observer(Observation(module, query, key, value, scaling, own.pattern, own.q_offset))
-    pattern = own.pattern
-    if setting.pattern is not None:
-        pattern = setting.pattern if pattern == full() else pattern & setting.pattern
+    pattern = _joined(module, setting.chosen, own, query, key)
     out = farlight.attention(
         query, key, value, pattern, scale=scaling, q_offset=own.q_offset, dropout=dropout, backend=setting.backend
     )
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _joined(module: nn.Module, chosen: Pattern | Router | None, own: ModelMask, q: Tensor, k: Tensor) -> Pattern:
+    """What is allowed by the model and by what was chosen for this layer."""
+    if chosen is None:
+        return own.pattern
+    if isinstance(chosen, Router):
+        if own.q_offset != k.shape[2] - q.shape[2]:
+            raise UnsupportedError(
+                f"{type(module).__name__}: a router takes the queries for the last tokens of the text, but here {q.shape[2]} "
+                f"queries from position {own.q_offset} stand before some of the {k.shape[2]} keys. Pass a pattern, or a "
+                "cache that holds only what has been read."
+            )
+        chosen = chosen(q, k, key_mask=own.key_real, query_mask=own.query_real)
+    return chosen if own.pattern == full() else own.pattern & chosen
 
 
 def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -29,12 +29,18 @@ _EVALUATED = 1 << 28
 class ModelMask:
     """The model's own mask for one forward pass: a pattern, and where the queries stand among the keys.
 
-    `pattern` counts keys from 0 even when a sliding cache has dropped the first `dropped` of them.
+    `pattern` counts keys from 0 even when a sliding cache has dropped the first `dropped` of them. It speaks of the first
+    `n_k` keys (None = all): those after the last query, empty slots of a static cache, are seen by nobody and left away.
+    `key_real` `(B, n_k)` and `query_real` `(B, n_q)` are False for padding, None where nothing is padded; a pattern that
+    reads content must not choose from what is not there.
     """
 
     pattern: Pattern
     q_offset: int
     dropped: int = 0
+    n_k: int | None = None
+    key_real: Tensor | None = None
+    query_real: Tensor | None = None
 
 
 def model_mask(
@@ -58,14 +64,19 @@ def model_mask(
     if rule is None:
         pattern = _evaluate(batch_size, q_length, kv_length, offset, dropped, function, kwargs)
     else:
+        if rule.right == 0:
+            kv_length = max(0, min(kv_length, offset - dropped + q_length))
         pattern = rule.pattern(kv_length, dropped)
+    real = None
     if attention_mask is not None:
         real = attention_mask.to(torch.bool)[:, dropped : dropped + kv_length]
         # Keys past the end of the mask are slots of a cache that nothing has been written to.
         real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))
-        if not bool(real.all()):
+        if bool(real.all()):
+            real = None
+        else:
             pattern = padding(real) if pattern == full() else pattern & padding(real)
-    return ModelMask(pattern, offset - dropped, dropped)
+    return ModelMask(pattern, offset - dropped, dropped, kv_length, real)
 
 
 def tensor_mask(mask: Tensor, n_q: int, n_k: int) -> ModelMask:
@@ -85,7 +96,8 @@ def tensor_mask(mask: Tensor, n_q: int, n_k: int) -> ModelMask:
                 "a bias, which a pattern cannot express. Use attn_implementation='sdpa' or 'eager' for this model."
             )
         mask = allowed
-    return ModelMask(pairs(mask), n_k - n_q)
+    # A key that no query sees is padding, and so is a query that sees nothing.
+    return ModelMask(pairs(mask), n_k - n_q, key_real=mask.any(2).any(1), query_real=mask.any(3).any(1))
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class _Rule:
         if self.groups is None:
             return near
         if isinstance(self.groups, Tensor):
-            ids = self.groups
+            ids = self.groups[..., :n]
         else:
             length, left = self.groups
             ids = (torch.arange(n, device=left.device) + dropped - left.reshape(-1, 1)) // length
