@@ -85,7 +85,7 @@ CASES = {
     "Gemma 3": Case("Gemma3ForCausalLM", MIXED),
     "GPT-OSS": Case("GptOssForCausalLM", MIXED | EXPERTS | {"rope_parameters": ROPE}, "eager"),
     "DeepSeek-V3.2": Case("DeepseekV32ForCausalLM", DEEPSEEK),
-    "DeepSeek-V3.2, narrow values": Case("DeepseekV32ForCausalLM", DEEPSEEK | {"v_head_dim": 6}),
+    "DeepSeek-V3.2, wide values": Case("DeepseekV32ForCausalLM", DEEPSEEK | {"v_head_dim": 16}),
 }  # fmt: skip
 DECODERS = {name: case for name, case in CASES.items() if case.causal}
 
