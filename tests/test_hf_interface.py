@@ -140,7 +140,10 @@ def test_a_pattern_is_intersected_with_the_models_own_mask(name: str, pattern: f
     own = {"encoder": fl.full(), "causal, grouped heads": fl.causal(), "sliding window": fl.window(4, 0)}[name]
     real = torch.ones(2, 20, dtype=torch.bool)
     real[0, 15:] = False
-    allowed = (own & pattern & fl.padding(real)).dense(20, batch=2, heads=4)
+    # Positions count real tokens: the last token of the shorter text stands at 14.
+    last = torch.tensor([[n in (0, 14) for n in range(20)], [n in (0, 19) for n in range(20)]])
+    in_slots = fl.window(2) | fl.global_tokens(last) | fl.random_keys(2) if "global_tokens" in pattern.text else pattern
+    allowed = (own & in_slots & fl.padding(real)).dense(20, batch=2, heads=4)
     model.set_attn_implementation("sdpa")
     expected = hidden(model, tokens, allowed)
     with use_pattern(model, pattern):

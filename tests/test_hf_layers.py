@@ -28,6 +28,7 @@ from farlight.hf import use_pattern
 from farlight.hf.attend import attention_forward
 from farlight.hf.layers import attention_layers
 from farlight.hf.lazy import ModelMask
+from farlight.hf.positions import in_each_text
 from farlight.routing import Router, TopBlocks, TopKeys
 
 SMALL: dict[str, Any] = {
@@ -121,7 +122,10 @@ def test_each_layer_has_its_own_pattern(make: Any, own: fl.Pattern) -> None:
     real = torch.ones(2, 20, dtype=torch.bool)
     real[1, :4] = False
     patterns = {0: fl.window(2), 2: fl.per_head([fl.window(1) | fl.global_tokens([0]), fl.full()] * 2)}
-    expected = by_hand(model, tokens, patterns, own, real)
+    # Token 0 of the text that is padded on the left stands at 4.
+    named = torch.tensor([[j == 0 for j in range(20)], [j == 4 for j in range(20)]])
+    in_slots = patterns | {2: fl.per_head([fl.window(1) | fl.global_tokens(named), fl.full()] * 2)}
+    expected = by_hand(model, tokens, in_slots, own, real)
     for mapping in (patterns, {1: None} | patterns):
         with use_pattern(model, mapping):
             close(hidden(model, tokens, real.long())[real], expected[real])
@@ -238,3 +242,54 @@ def test_a_router_needs_the_queries_last() -> None:
         pytest.raises(fl.UnsupportedError, match="2 queries from position 0 stand before some of the 5 keys"),
     ):
         attention_forward(model.layers[0].self_attn, q, k, k, ModelMask(fl.full(), 0))
+
+
+# ---- named positions in a padded batch -------------------------------------------------------------------------------
+def test_named_positions_count_the_tokens_of_each_text() -> None:
+    real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
+    for positions, named in (
+        ([0], [[2], [0], [1], []]),
+        ([-1], [[5], [2], [3], []]),
+        ([1, 3], [[3, 5], [1], [3], []]),
+        ([0, -3], [[2, 3], [0], [1], []]),
+        (range(4), [[2, 3, 4, 5], [0, 1, 2], [1, 3], []]),
+        ([9, -9], [[], [], [], []]),
+        ([], [[], [], [], []]),
+    ):
+        table = torch.tensor([[j in row for j in range(6)] for row in named])
+        for kind in (fl.global_tokens, fl.sees_all, fl.seen_by_all):
+            assert in_each_text(kind(positions), real, 6) == kind(table)
+            whole = ~(fl.window(1) & (fl.causal() - fl.per_head([kind(positions), fl.full()]))) | fl.strided(2)
+            expected = ~(fl.window(1) & (fl.causal() - fl.per_head([kind(table), fl.full()]))) | fl.strided(2)
+            assert in_each_text(whole, real, 6) == expected
+
+
+def test_what_names_no_position_is_left_alone() -> None:
+    real = torch.tensor([[False, True, True]])
+    mask = fl.global_tokens(torch.tensor([[True, False, True]]))
+    for pattern in (fl.window(2), fl.random_keys(2) | fl.causal(), mask, fl.per_head([mask, fl.full()])):
+        assert in_each_text(pattern, real, 3) is pattern
+    pattern = fl.global_tokens([0, -3]) | fl.window(1)
+    assert in_each_text(pattern, None, 3) is pattern
+    assert in_each_text(pattern, None, 2) == fl.global_tokens([0]) | fl.window(1)
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pattern", [fl.window(2) | fl.global_tokens([0, 1, -1]), fl.presets.streaming(3, 4)], ids=str)
+def test_a_text_computes_in_a_batch_what_it_computes_alone(make: Any, side: str, pattern: fl.Pattern) -> None:
+    model, tokens = make(), ids()
+    real = torch.ones(2, 20, dtype=torch.bool)
+    real[1, slice(0, 8) if side == "left" else slice(12, 20)] = False
+    places = (real.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), use_pattern(model, pattern):
+        found = model(input_ids=tokens, attention_mask=real.long(), position_ids=places)[0]
+        close(found[1][real[1]], hidden(model, tokens[1:][:, real[1]])[0])
+        close(found[:1], hidden(model, tokens[:1]))
+
+
+def test_a_text_shorter_than_a_named_position_is_read() -> None:
+    model, tokens = llama(), ids(1, 2)
+    with use_pattern(model, fl.window(1) | fl.seen_by_all(range(4))):
+        found = hidden(model, tokens)
+    close(found, hidden(model, tokens))

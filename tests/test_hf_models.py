@@ -156,13 +156,16 @@ def test_a_pattern_for_each_layer_and_head(name: str) -> None:
     real[1, :7] = False
     wide = 9 if case.name.startswith("Deepseek") else 2  # a row of which nothing is left is uniform there and zero here
     patterns = {
-        0: fl.window(wide) | fl.global_tokens([8]),
+        0: fl.window(wide) | fl.global_tokens([1]),
         1: fl.per_head([fl.window(wide), fl.random_keys(9) | fl.window(1)] * 2),
     }
     model.set_attn_implementation("eager")
     hooks = []
+    # Token 1 of the text that is padded on the left stands at 8.
+    named = torch.tensor([[j == 1 for j in range(24)], [j == 8 for j in range(24)]])
+    in_slots = patterns | {0: fl.window(wide) | fl.global_tokens(named)}
     for number, module in attention_layers(model).items():
-        allowed = patterns.get(number, fl.full()).dense(24, batch=2, heads=4)
+        allowed = in_slots.get(number, fl.full()).dense(24, batch=2, heads=4)
         hooks.append(module.register_forward_pre_hook(_narrowed(allowed), with_kwargs=True))
         if hasattr(module, "indexer"):
             hooks.append(module.indexer.register_forward_pre_hook(_own_mask_of(module), with_kwargs=True))
@@ -249,6 +252,19 @@ def test_generation_under_a_sparse_pattern_does_not_depend_on_the_cache(name: st
             logits = first(model, found[row : row + 1, :-1], real, position_ids=positions, use_cache=False)
             logits[..., 2] = -torch.inf  # the end may not come yet
             assert torch.equal(logits[0, 8:].argmax(-1), found[row, 9:])
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["BERT", "Mistral", "GPT-OSS"])
+def test_a_compiled_model_computes_the_same(name: str) -> None:
+    model, tokens = CASES[name].make(), ids()
+    real = torch.ones(2, 24, dtype=torch.bool)
+    real[1, :7] = False
+    with use_pattern(model, fl.window(3) | fl.global_tokens([0])):
+        expected = first(model, tokens, real.long())
+        torch._dynamo.reset()
+        close(first(torch.compile(model, backend="eager"), tokens, real.long())[real], expected[real])
 
 
 # ---- what cannot be honoured -----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from farlight.errors import UnsupportedError
 from farlight.hf.extras import chosen_by_the_model, refuse_unknown, sinks_merged
 from farlight.hf.lazy import LazyMask, ModelMask
 from farlight.hf.masks import tensor_mask
+from farlight.hf.positions import in_each_text
 from farlight.patterns import causal, full, offsets, strided, window
 from farlight.patterns.base import Pattern
 from farlight.routing.base import Router
@@ -123,6 +124,7 @@ def _joined(module: nn.Module, chosen: Chosen, own: ModelMask, q: Tensor, k: Ten
             )
         found: Pattern = chosen(q, k, key_mask=own.key_real, query_mask=own.query_real)
         chosen = found
+    chosen = in_each_text(chosen, own.key_real if own.text is None else own.text, k.shape[2])
     return chosen if own.pattern == full() else own.pattern & chosen
 
 

@@ -7,11 +7,13 @@ ever registered together.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from farlight.errors import ArgumentError, UnsupportedError
@@ -37,8 +39,15 @@ def register() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise ImportError("farlight.hf needs transformers, which cannot be imported; pip install 'farlight[hf]'.") from error
-    AttentionMaskInterface.register(KEY, model_mask)
-    AttentionInterface.register(KEY, attention_forward)
+    mask, attention = _outside_graphs()
+    AttentionMaskInterface.register(KEY, mask)
+    AttentionInterface.register(KEY, attention)
+
+
+@functools.cache
+def _outside_graphs() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Both functions as torch.compile should take them: as they are. Which pattern a mask is depends on its values."""
+    return torch.compiler.disable(model_mask), torch.compiler.disable(attention_forward)
 
 
 @contextmanager
@@ -51,10 +60,11 @@ def use_pattern(
 ) -> Iterator[Any]:
     """Run a Hugging Face model under `pattern` for the length of a `with` block, then put everything back.
 
-    A pair is seen when the model itself allows it and `pattern` does; None leaves the model's own attention. A router is
-    called in every layer with that layer's queries and keys, padding left out. A mapping {layer number: pattern, router or
-    None} gives layers their own; those it does not name keep the model's attention. `observer` is called with an
-    `Observation` for each layer before it runs.
+    A pair is seen when the model itself allows it and `pattern` does; None leaves the model's own attention. Positions that
+    a pattern names count the real tokens of each text, so that padding changes nothing. A router is called in every layer
+    with that layer's queries and keys, padding left out. A mapping {layer number: pattern, router or None} gives layers
+    their own; those it does not name keep the model's attention. `observer` is called with an `Observation` for each layer
+    before it runs.
 
     The setting belongs to the model: two threads may use two models at once, not one model under two patterns.
 

@@ -29,7 +29,7 @@ class ModelMask:
     mask with those counted in, and seen by nobody. It speaks of the first `n_k` keys (None = all): those after the last
     query, empty slots of a static cache, are seen by nobody and left away. `key_real` `(B, n_k)` and `query_real`
     `(B, n_q)` are False for padding, None where nothing is padded; a pattern that reads content must not choose from what
-    is not there.
+    is not there. `text` `(B, n_k)` is the same with dropped keys counted as the tokens they were (None = `key_real`).
     """
 
     pattern: Pattern
@@ -38,6 +38,7 @@ class ModelMask:
     n_k: int | None = None
     key_real: Tensor | None = None
     query_real: Tensor | None = None
+    text: Tensor | None = None
     whole: Callable[[], ModelMask] | None = None
 
     def dense(self, batch: int, n_q: int, n_k: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ that no restriction is ever lost. What a user's sparse pattern adds is not decid
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,7 +80,9 @@ def read_mask(
         held = torch.ones(batch, dropped + n_k, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         device = kwargs.get("device", held.device)
         kept = torch.arange(held.shape[1], device=device) >= dropped
-        return read_mask(batch, n_q, dropped + n_k, offset, 0, function, held.to(device) & kept, kwargs)
+        found = read_mask(batch, n_q, dropped + n_k, offset, 0, function, held.to(device) & kept, kwargs)
+        text = torch.nn.functional.pad(held.to(device), (0, max(0, dropped + seen - held.shape[1])))
+        return replace(found, text=text[:, : found.n_k])
 
     return ModelMask(pattern, offset - dropped, dropped, seen, real, whole=whole if dropped else None)
 
