@@ -64,7 +64,8 @@ def errors(theirs: Answer, ours: Answer) -> Errors:
 
 
 def _relative(expected: Tensor, found: Tensor, size: float) -> float:
-    assert expected.shape == found.shape and bool(found.isfinite().all())
+    assert expected.shape == found.shape
+    assert bool(found.isfinite().all())
     return float((expected - found).abs().max()) / size if size else float(found.abs().max())
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hf_parity import Largest, answer, compare, errors
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -32,6 +31,7 @@ import farlight as fl
 from farlight.hf import longformer
 from farlight.hf.longformer import LongformerAttention, replaces, restore, sparsify
 from farlight.plan.cache import plans
+from hf_parity import Largest, answer, compare, errors
 
 # Weights far from 0, so that a link more or less shows.
 SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 40, "initializer_range": 0.4}
@@ -162,7 +162,8 @@ def test_the_comparison_can_fail(owner: Any, name: str, wrong: Any, monkeypatch:
     restore(model)
     monkeypatch.setattr(owner, name, wrong)
     found = compare(model, inputs, sparsify)
-    assert found.output > 1e-3 and found.gradient > 1e-3
+    assert found.output > 1e-3
+    assert found.gradient > 1e-3
 
 
 HEADS = {
@@ -291,7 +292,8 @@ def test_parameters_and_their_names_stay(tmp_path: Path) -> None:
     before = model(ids).logits
     names, parameters = list(model.state_dict()), [id(p) for p in model.parameters()]
     sparsify(model)
-    assert list(model.state_dict()) == names and [id(p) for p in model.parameters()] == parameters
+    assert list(model.state_dict()) == names
+    assert [id(p) for p in model.parameters()] == parameters
     model.save_pretrained(tmp_path)
     loaded = LongformerForMaskedLM.from_pretrained(tmp_path).eval()
     assert not any(isinstance(m, LongformerAttention) for m in loaded.modules())
@@ -306,7 +308,9 @@ def test_restore_puts_everything_back() -> None:
     inputs = {"input_ids": torch.randint(3, 40, (1, 20))}
     before, state = answer(model, inputs), {name: dict(vars(m)) for name, m in model.named_modules()}
     implementation = model.config._attn_implementation
-    assert replaces(model) and sparsify(model) is model and replaces(model)
+    assert replaces(model)
+    assert sparsify(model) is model
+    assert replaces(model)
     assert model.config._attn_implementation != implementation
     with torch.no_grad():
         for p in model.parameters():
@@ -326,7 +330,8 @@ def test_mode_and_projections_survive_restoring() -> None:
     query = module.query
     model.train()
     restore(model)
-    assert model.encoder.layer[0].attention.self.query is query and model.encoder.layer[0].attention.self.training
+    assert model.encoder.layer[0].attention.self.query is query
+    assert model.encoder.layer[0].attention.self.training
 
 
 def test_copies_and_pickles_are_sparse_too() -> None:
@@ -338,7 +343,8 @@ def test_copies_and_pickles_are_sparse_too() -> None:
     held.seek(0)
     for other in (copy.deepcopy(model), torch.load(held, weights_only=False)):
         assert torch.equal(other(ids).last_hidden_state, before)
-        assert replaces(restore(other)) and not any(isinstance(m, LongformerAttention) for m in other.modules())
+        assert replaces(restore(other))
+        assert not any(isinstance(m, LongformerAttention) for m in other.modules())
         torch.testing.assert_close(other(ids).last_hidden_state, before, rtol=0, atol=1e-5)
     assert isinstance(model.encoder.layer[0].attention.self, LongformerAttention)
 
