@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import (
     BertConfig,
     BertModel,
+    BigBirdConfig,
+    BigBirdModel,
     LlamaConfig,
     LlamaForCausalLM,
     LongformerConfig,
@@ -25,6 +27,8 @@ from transformers import (
     LongT5EncoderModel,
     T5Config,
     T5Model,
+    XLNetConfig,
+    XLNetModel,
 )
 
 import farlight as fl
@@ -257,8 +261,8 @@ def test_refusals() -> None:
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 4, "vocab_size": 50}
     with pytest.raises(fl.UnsupportedError, match="T5Model has cross-attention"):
         sparsify(T5Model(T5Config(**sizes)), fl.window(2))
-    with pytest.raises(fl.UnsupportedError, match="LongformerModel does not take its attention from"):
-        sparsify(LongformerModel(LongformerConfig(**SMALL, attention_window=[4, 4])))
+    with pytest.raises(fl.UnsupportedError, match="XLNetModel does not take its attention from"):
+        sparsify(XLNetModel(XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=16, vocab_size=50)), fl.window(2))
     # LongT5's file uses AttentionInterface, but its local attention does not.
     encoder = LongT5EncoderModel(LongT5Config(**sizes, is_encoder_decoder=False, encoder_attention_type="local"))
     with pytest.raises(fl.UnsupportedError, match="LongT5EncoderModel does not take its attention from"):
@@ -277,3 +281,40 @@ def test_a_pattern_that_would_not_reach_every_attention_is_refused() -> None:
         sparsify(model, fl.window(2))
     assert model.config._attn_implementation == "sdpa"
     sparsify(model, {0: fl.window(2)})
+
+
+# ---- models that bring a sparse attention of their own ---------------------------------------------------------------
+def longformer() -> LongformerModel:
+    torch.manual_seed(0)
+    return LongformerModel(LongformerConfig(**SMALL, attention_window=[4, 4])).eval()
+
+
+def bigbird() -> BigBirdModel:
+    torch.manual_seed(0)
+    return BigBirdModel(BigBirdConfig(**SMALL | {"max_position_embeddings": 128}, block_size=4, num_random_blocks=1)).eval()
+
+
+@pytest.mark.parametrize("make", [longformer, bigbird])
+def test_their_own_attention_is_replaced(make: Any) -> None:
+    model, tokens = make(), ids(1, 60)
+    expected, before = out(model, tokens), {type(module) for module in model.modules()}
+    assert sparsify(model) is model
+    assert any(type(module).__module__.startswith("farlight") for module in model.modules())
+    torch.testing.assert_close(out(model, tokens), expected, atol=2e-5, rtol=0)
+    assert restore(model) is model
+    assert {type(module) for module in model.modules()} == before
+    assert torch.equal(out(model, tokens), expected)
+    with pytest.raises(fl.ArgumentError, match="was not made sparse"):
+        restore(model)
+    with pytest.raises(fl.ArgumentError, match=f"{type(model).__name__} brings a sparse attention of its own"):
+        sparsify(model, fl.window(2))
+
+
+def test_options_go_to_the_models_that_have_them() -> None:
+    model, tokens = longformer(), ids(1, 40)
+    other = tokens.clone()
+    other[:, 25:] = 7
+    sparsify(model, autoregressive=True)
+    assert torch.equal(out(model, tokens)[:, :25], out(model, other)[:, :25])
+    with pytest.raises(fl.ArgumentError, match="'autoregressive' is not an option for BertModel"):
+        sparsify(bert(), fl.window(2), autoregressive=True)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from farlight.errors import ArgumentError
+from farlight.hf import bigbird, longformer, swap
 from farlight.hf.attend import Chosen
 from farlight.hf.fitted import read_layers
 from farlight.hf.interface import settle
@@ -26,14 +27,18 @@ def sparsify(
     pattern: Chosen | Mapping[int, Chosen] | str | os.PathLike[str] = None,
     *,
     backend: str = "auto",
+    **options: Any,
 ) -> Any:
     """Make a Hugging Face model compute its attention with farlight, under `pattern`; the model is changed and returned.
 
     A pair (query i, key j) of a layer is seen when the model itself allows it, padding, causality and sliding windows
     included, and `pattern` does. Parameters stay what they are; `restore(model)` undoes it.
 
+    Longformer, LED, BigBird and BigBird-Pegasus bring a sparse attention of their own, which is replaced by farlight's
+    (`farlight.hf.longformer`, `farlight.hf.bigbird`); `pattern` must be None for them, and `options` are theirs.
+
     Args:
-        model: a PreTrainedModel that takes its attention from AttentionInterface.
+        model: a PreTrainedModel of these, or one that takes its attention from AttentionInterface.
         pattern: one pattern or router for all layers; a mapping {layer number: pattern, router or None}; the path of a file
             written by `fl.fit` or `write_layers`; or None, the model's own attention computed by farlight. Layers that
             are not named keep the model's own attention.
@@ -43,7 +48,8 @@ def sparsify(
     `from_pretrained`, with the same pattern or file. Calling it on a sparse model replaces the pattern.
 
     Raises:
-        ArgumentError: `pattern` is something else, or names a layer that the model does not have.
+        ArgumentError: `pattern` is something else, names a layer that the model does not have, or is given for a model that
+            brings its own; an option that the model does not have.
         PatternError: the file is not one of per-layer patterns.
         UnsupportedError: the model has cross-attention, or does not take its attention from AttentionInterface.
 
@@ -55,6 +61,18 @@ def sparsify(
     ...     model(torch.arange(6)[None]).last_hidden_state.shape
     torch.Size([1, 6, 8])
     """
+    for kind in (longformer, bigbird):
+        if kind.replaces(model):
+            if pattern is not None:
+                raise ArgumentError(
+                    f"{type(model).__name__} brings a sparse attention of its own, which farlight computes as it is; leave "
+                    f"the pattern out (see farlight.hf.{kind.__name__.split('.')[-1]}.sparsify for its options)."
+                )
+            return kind.sparsify(model, backend=backend, **options)
+    if options:
+        raise ArgumentError(
+            f"sparsify: {next(iter(options))!r} is not an option for {type(model).__name__}; it takes a pattern and backend."
+        )
     chosen: Any = read_layers(pattern) if isinstance(pattern, str | os.PathLike) else pattern
     undo = settle(model, chosen, backend=backend)
     # What was there before the first call is what `restore` goes back to.
@@ -68,6 +86,8 @@ def restore(model: Any) -> Any:
     Raises ArgumentError when the model is not sparse, or when only the model around it or a part of it was made so.
     """
     undo = model.__dict__.pop(_UNDO, None)
+    if undo is None and swap.in_use(model, swap.Replacement):
+        return swap.restore(model)
     if undo is None:
         raise ArgumentError(
             f"this {type(model).__name__} was not made sparse by fl.hf.sparsify; call restore on the very model that was given "
