@@ -2,6 +2,7 @@
 
 from farlight import hf, nn, presets, routing
 from farlight.attention import attention, explain
+from farlight.decoding import KVCache, decode
 from farlight.errors import ArgumentError, FarlightError, PatternError, PlanError, UnsupportedError
 from farlight.merge import merge
 from farlight.patterns import (
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "FarlightError",
+    "KVCache",
     "Path",
     "Pattern",
     "PatternError",
@@ -53,6 +55,7 @@ __all__ = [
     "chosen_blocks",
     "chosen_keys",
     "clusters",
+    "decode",
     "documents",
     "explain",
     "full",

@@ -1,5 +1,16 @@
 """farlight inside Hugging Face transformers: `register()`, then `attn_implementation="farlight"`."""
 
+from typing import Any
+
 from farlight.hf.interface import Observation, register, use_pattern
 
-__all__ = ["Observation", "register", "use_pattern"]
+__all__ = ["Observation", "SparseCache", "register", "use_pattern"]
+
+
+def __getattr__(name: str) -> Any:
+    """`SparseCache` inherits from a class of transformers, which is not loaded before it is needed."""
+    if name == "SparseCache":
+        from farlight.hf.cache import SparseCache
+
+        return SparseCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,9 +20,11 @@ from farlight.hf.masks import ModelMask, model_mask, tensor_mask
 from farlight.patterns import causal, full
 from farlight.patterns.base import Pattern
 
-__all__ = ["KEY", "Observation", "register", "use_pattern"]
+__all__ = ["KEPT", "KEY", "Observation", "register", "use_pattern"]
 
 KEY = "farlight"
+# The name under which a tensor of new keys carries the cache layer that took them in.
+KEPT = "_farlight_kept"
 _SETTING = "_farlight_setting"
 
 # Arguments that a model may hand to its attention and that change nothing about which pairs are seen or how they count:
@@ -173,6 +175,9 @@ def attention_forward(
 
     _refuse_unknown(module, kwargs)
     setting: _Setting = module.__dict__.get(_SETTING) or _Setting()
+    kept = getattr(key, KEPT, None)
+    if kept is not None:
+        return kept.attend(module, query, attention_mask, setting.pattern, scaling, dropout), None
     own = _own_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
     if own.dropped and setting.pattern is not None:
         raise UnsupportedError(

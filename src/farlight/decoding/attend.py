@@ -1,0 +1,115 @@
+"""Attention of a few queries over the keys that were kept. The one place where decoding computes; a faster kernel goes here.
+
+A batch of queries sees the same list of keys, so this is a pair of matrix products over everything kept; where each query
+sees little of it, what it sees is gathered first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+__all__ = ["attend_kept"]
+
+# Scores held at a time, in elements.
+_SCORES = 1 << 22
+# Keys are gathered when the fullest row sees less than one in so many.
+_SPARSE = 4
+# Queries on one head of keys up to which two products are faster than torch's fused attention.
+_FEW = 16
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def attend_kept(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, return_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of `q` `(B, H, n_q, D)` over `k`, `v` `(B, H_kv, n, D)`, H a multiple of H_kv.
+
+    `mask` `(B|1, H|1, n_q, n)` bool says who sees what; None = every query sees every key. A row that sees nothing gives 0 and
+    -inf. Sums are in float32, in float64 for float64; `out` has q's type, lse is None unless asked for.
+    """
+    if not k.shape[2]:
+        lse = torch.full(q.shape[:3], float("-inf"), dtype=_sums(q), device=q.device)
+        return torch.zeros_like(q), lse if return_lse else None
+    if mask is not None and q.shape[2] == 1 and k.shape[2] >= 64:
+        most = int(mask.sum(-1).max())
+        if most * _SPARSE <= k.shape[2]:
+            k, v, mask = _gathered(q, k, v, mask, most)
+            if not most:
+                return attend_kept(q, k, v, None, scale=scale, return_lse=return_lse)
+    group = q.shape[1] // k.shape[1]
+    if not return_lse and (q.dtype in _HALF or group * q.shape[2] > _FEW):
+        return _by_sdpa(q, k, v, mask, scale), None
+    step = max(1, _SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    if q.shape[2] <= step:
+        return _by_products(q, k, v, mask, scale, return_lse)
+    outs, lses = [], []
+    for start in range(0, q.shape[2], step):
+        at = slice(start, start + step)
+        out, lse = _by_products(q[:, :, at], k, v, None if mask is None else mask[:, :, at], scale, return_lse)
+        outs.append(out)
+        lses += [] if lse is None else [lse]
+    return torch.cat(outs, 2), torch.cat(lses, 2) if lses else None
+
+
+def _sums(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _by_products(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Two matrix products with a softmax between them."""
+    batch, heads, n_q, dim = q.shape
+    kv_heads, kind = k.shape[1], _sums(q)
+    # The queries of a group stand below one another: one product for each head of keys.
+    rows = (q.to(kind) * scale).reshape(batch, kv_heads, -1, dim)
+    scores = torch.matmul(rows, k.to(kind).transpose(2, 3))
+    blind = None
+    if mask is not None:
+        scores = scores.view(batch, heads, n_q, -1)
+        # A row that sees nothing takes part as if it saw everything and is blanked at the end: no NaN.
+        blind = ~mask.any(-1, keepdim=True)
+        scores = scores.masked_fill(~(mask | blind), float("-inf")).view(batch, kv_heads, -1, k.shape[2])
+    lse = None
+    if return_lse:
+        lse = torch.logsumexp(scores, -1, keepdim=True)
+        weight = torch.exp(scores - lse)
+        lse = lse.view(batch, heads, n_q)
+    else:
+        weight = torch.softmax(scores, -1)
+    out = torch.matmul(weight, v.to(kind)).view(q.shape)
+    if blind is not None:
+        out = out.masked_fill(blind, 0.0)
+        lse = None if lse is None else lse.masked_fill(blind.squeeze(-1), float("-inf"))
+    return out.to(q.dtype), lse
+
+
+def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """torch's fused attention: reads 16-bit keys as they are, and holds no scores of many queries."""
+    kv_heads = k.shape[1]
+    if mask is None:
+        # Without a mask the order of queries is free, so a group of heads is a run of queries.
+        grouped = scaled_dot_product_attention(q.reshape(q.shape[0], kv_heads, -1, q.shape[3]), k, v, scale=scale)
+        return grouped.view(q.shape)
+    blind = ~mask.any(-1, keepdim=True)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, scale=scale, enable_gqa=kv_heads != q.shape[1])
+    return out.masked_fill(blind, 0.0)
+
+
+def _gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The seen keys alone, `most` for each row of a single query, and the mask among them (None = all are seen)."""
+    seen = mask.squeeze(2)
+    if seen.shape[0] == seen.shape[1] == 1:
+        index = seen[0, 0].nonzero().squeeze(1)
+        return k.index_select(2, index), v.index_select(2, index), None
+    # Sorting puts the seen keys of each row first, in order.
+    order = seen.to(torch.uint8).sort(-1, descending=True, stable=True).indices[..., :most]
+    still = seen.gather(-1, order)
+    batch, heads = q.shape[:2]
+    group = heads // k.shape[1]
+    order = order.expand(batch, heads, most)
+    item = torch.arange(batch, device=q.device).view(-1, 1, 1)
+    head = torch.div(torch.arange(heads, device=q.device), group, rounding_mode="floor").view(1, -1, 1)
+    return k[item, head, order], v[item, head, order], None if bool(still.all()) else still.unsqueeze(2)
