@@ -95,7 +95,7 @@ class Forward {
     const Chunk& c = *chunk_;
     for (int g = 0; g < lanes; g += W) {
       const F reference = load(top_ + g);
-      F total = load(total_ + g);
+      F total = all(0.0f);  // of this chunk, for the reason given at across_block
       if constexpr (in_pairs<Mode>) {
 #if defined(FARLIGHT_ISA_AVX512BF16)
         for (int i = 0; i < c.n; i += 2) {
@@ -118,7 +118,7 @@ class Forward {
           store(scores_ + i * kRows + g, a);
         }
       }
-      store(total_ + g, total);
+      store(total_ + g, add(load(total_ + g), total));
     }
   }
 

@@ -17,7 +17,7 @@ from farlight.plan.tiles import MaskStore
 
 __all__ = ["TileShape", "build", "count_pairs"]
 
-_ROWS_AT_ONCE = 1 << 16
+_ROWS_AT_ONCE = 1 << 15
 _PAIRS_AT_ONCE = 1 << 22
 
 
