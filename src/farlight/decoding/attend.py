@@ -104,12 +104,15 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, most: int) -> tuple
     if seen.shape[0] == seen.shape[1] == 1:
         index = seen[0, 0].nonzero().squeeze(1)
         return k.index_select(2, index), v.index_select(2, index), None
-    # Sorting puts the seen keys of each row first, in order.
-    order = seen.to(torch.uint8).sort(-1, descending=True, stable=True).indices[..., :most]
-    still = seen.gather(-1, order)
     batch, heads = q.shape[:2]
-    group = heads // k.shape[1]
-    order = order.expand(batch, heads, most)
-    item = torch.arange(batch, device=q.device).view(-1, 1, 1)
-    head = torch.div(torch.arange(heads, device=q.device), group, rounding_mode="floor").view(1, -1, 1)
-    return k[item, head, order], v[item, head, order], None if bool(still.all()) else still.unsqueeze(2)
+    seen = seen.expand(batch, heads, -1)
+    row, key = seen.flatten(0, 1).nonzero(as_tuple=True)
+    count = seen.flatten(0, 1).sum(-1)
+    place = torch.arange(row.numel(), device=q.device) - (count.cumsum(0) - count)[row]
+    order = torch.zeros(batch * heads, most, dtype=torch.int64, device=q.device)
+    order[row, place] = key
+    item, head = (torch.arange(n, device=q.device) for n in (batch, heads))
+    of_head = torch.div(head, heads // k.shape[1], rounding_mode="floor")
+    at = item.view(-1, 1, 1), of_head.view(1, -1, 1), order.view(batch, heads, most)
+    still = torch.arange(most, device=q.device) < count[:, None]
+    return k[at], v[at], None if bool((count == most).all()) else still.view(batch, heads, 1, most)

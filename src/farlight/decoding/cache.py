@@ -10,12 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from farlight.decoding.routed import Routed
 from farlight.decoding.rule import rules
 from farlight.decoding.store import Store
 from farlight.errors import ArgumentError
 from farlight.patterns.arguments import whole
 from farlight.patterns.base import Pattern, Sizes
 from farlight.patterns.future import sizes_of_future
+from farlight.patterns.positional import full
+from farlight.routing.base import Router
 
 __all__ = ["KVCache"]
 
@@ -38,7 +41,9 @@ class KVCache:
     each primitive, and where more is kept than needed, is in docs/decoding.md.
 
     Args:
-        pattern: who may look at whom; the whole of it, causality included.
+        pattern: who may look at whom; the whole of it, causality included. Or a router: then every key is kept, since any may
+            be chosen, and `TopBlocks` (causal=True) also keeps summaries of the blocks, so that a step reads them and the
+            chosen blocks only.
         max_length: the length that the text will have at most; positions from there on are no queries. The pattern is then
             that of a text of this length, of which the first part is there: negative positions count from its end, tables have
             an entry for each of its tokens. None: no end; the pattern must not depend on the length.
@@ -56,12 +61,14 @@ class KVCache:
     (100, 20, [0, 1, 2, 3, 84, 85])
     """
 
-    def __init__(self, pattern: Pattern, *, max_length: int | None = None, heads: int | None = None) -> None:
-        if not isinstance(pattern, Pattern):
+    def __init__(self, pattern: Pattern | Router, *, max_length: int | None = None, heads: int | None = None) -> None:
+        if not isinstance(pattern, Pattern | Router):
             raise ArgumentError(
-                f"KVCache: the pattern is {type(pattern).__name__}; pass a pattern such as fl.presets.streaming(4, 1024)."
+                f"KVCache: the pattern is {type(pattern).__name__}; pass a pattern such as fl.presets.streaming(4, 1024), or a "
+                "router such as fl.routing.TopBlocks(8, causal=True)."
             )
-        self.pattern = pattern
+        self._routed = Routed(pattern) if isinstance(pattern, Router) else None
+        self.pattern: Pattern = full() if isinstance(pattern, Router) else pattern
         self.max_length = None if max_length is None else whole("KVCache: max_length", max_length, 1)
         self.heads = None if heads is None else whole("KVCache: heads", heads, 1)
         self._stores: list[Store] = []
@@ -70,9 +77,9 @@ class KVCache:
         self._start, self._new, self._width = [0], [0], 0
         self._columns: list[NDArray[np.int64]] | None = None
         self._shape: tuple[int, int, int] | None = None
-        if self.heads is not None or pattern._made_for()[1] == 1:
+        if self.heads is not None or self.pattern._made_for()[1] == 1:
             # What cannot be right whatever comes is said at once.
-            sizes_of_future(pattern, self.max_length, batch=pattern._made_for()[0], heads=self.heads or 1)
+            sizes_of_future(self.pattern, self.max_length, batch=self.pattern._made_for()[0], heads=self.heads or 1)
 
     # ---- what it holds ---------------------------------------------------------------------------------------------------
     @property
@@ -98,7 +105,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and tables held now."""
-        return sum(store.nbytes for store in self._stores)
+        return sum(store.nbytes for store in self._stores) + (0 if self._routed is None else self._routed.nbytes)
 
     @property
     def positions(self) -> Tensor:
@@ -114,7 +121,8 @@ class KVCache:
 
     def __repr__(self) -> str:
         end = "" if self.max_length is None else f", max_length={self.max_length}"
-        return f"KVCache({self.pattern!r}{end}): {self.kept} of {self.length} keys, {self.nbytes:,} bytes"
+        what = self.pattern if self._routed is None else self._routed.router
+        return f"KVCache({what!r}{end}): {self.kept} of {self.length} keys, {self.nbytes:,} bytes"
 
     # ---- growing ---------------------------------------------------------------------------------------------------------
     def append(self, k: Tensor, v: Tensor, *, real: Tensor | Sequence[Sequence[bool]] | None = None) -> None:
@@ -128,6 +136,10 @@ class KVCache:
         batch, n = k.shape[0], k.shape[2]
         if not self._stores:
             self._open(k, batch)
+        if mask is not None and self._routed is not None:
+            raise ArgumentError(
+                "KVCache.append: texts of different lengths cannot share a router's cache; use one cache for each."
+            )
         if mask is not None and len(self._lengths) == 1:
             self._split(batch)
         if mask is None:
@@ -144,6 +156,8 @@ class KVCache:
             for store in self._stores:
                 store.append(k, v, self._lengths, new, columns)
                 store.rule.drop_before(min(self._lengths))
+            if self._routed is not None:
+                self._routed.append(self._stores[0].k[:, :, : self._lengths[0] + n])
         self._start, self._new, self._width, self._columns = self._lengths, new, n, columns
         self._lengths = [a + b for a, b in zip(self._lengths, new, strict=True)]
 
@@ -174,6 +188,8 @@ class KVCache:
             )
         for store in self._stores:
             store.select(index.to(store.k.device))
+        if self._routed is not None:
+            self._routed.select(index.to(self._stores[0].k.device))
         self._shape = (index.numel(), kv_heads, dim)
         if len(self._lengths) > 1:
             order = index.tolist()

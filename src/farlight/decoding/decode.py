@@ -49,6 +49,9 @@ def answer(
     start = _check(q, cache)
     factor = _read_scale(scale, q.shape[-1])
     with torch.no_grad():
+        if cache._routed is not None:
+            store = cache._stores[0]
+            return cache._routed.answer(q, store.k[:, :, : store.kept], store.v[:, :, : store.kept], factor, return_lse)
         if len(cache._stores) == 1:
             return _answer(q, cache, cache._stores[0], start, factor, return_lse, also)
         out = torch.empty_like(q)

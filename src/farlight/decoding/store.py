@@ -58,7 +58,7 @@ class Store:
         changes = [slots.put(row, free[row], start[row], *sights[row], start[row]) for row in range(slots.rows)]
         self._move(changes)
         self._write(k, v, changes, columns)
-        if slots.capacity > 2 * self.kept + 64:
+        if slots.capacity > self.kept + self.kept // (_SLACK // 2) + 32:
             self._resize(self.kept + self.kept // _SLACK + 8)
 
     def select(self, items: Tensor) -> None:
