@@ -59,7 +59,7 @@ def problems(draw: st.DrawFn) -> tuple[Pattern, int, int, int, int, list[int]]:
     return pattern, n, batch, kv_heads * group, kv_heads, draw(st.lists(st.sampled_from([1, 1, 2, 7]), min_size=1, max_size=6))
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(problems())
 def test_any_pattern_keeps_exactly_what_is_needed_and_answers_as_without_a_cache(problem) -> None:
     pattern, n, batch, heads, kv_heads, sizes = problem
@@ -94,16 +94,17 @@ def generated(cache: fl.KVCache, q: Tensor, k: Tensor, v: Tensor, prompt: int) -
     return torch.cat(out, 2)
 
 
-def relative(found: Tensor, true: Tensor) -> float:
-    """The largest error of a row, as a share of that row's size."""
-    return float(((found.double() - true).norm(dim=-1) / true.norm(dim=-1).clamp(min=1e-30)).max())
+def relative(found: Tensor, true: Tensor, size: Tensor) -> float:
+    """The error as a share of the whole output's norm, or, where that is more, of what a row adds up, `size` = Σ p |v|."""
+    error = found.double() - true
+    return max(float(error.norm() / true.norm()), float((error.norm(dim=-1) / size.norm(dim=-1).clamp(min=1e-30)).max()))
 
 
 STEPS = 2000
 SINK = fl.seen_by_all([0])  # so that every row sees something
 LONG = {
     "streaming": (fl.presets.streaming(4, 128), 132),
-    "window and a lighthouse": (fl.causal() & (fl.window(64) | fl.global_tokens([0, 7])), 66),
+    "window and a lighthouse": (fl.causal() & (fl.window(64) | fl.global_tokens([0, 7])), 67),
     "dilated": (fl.causal() & (fl.window(16, dilation=8) | SINK), 130),
     "strided": (fl.causal() & (fl.window(15, 0) | fl.strided(64)), STEPS),
     "fixed": (fl.presets.sparse_transformer(64, "fixed"), 94),
@@ -123,8 +124,8 @@ def test_two_thousand_steps_are_those_without_a_cache(name: str) -> None:
     cache = fl.KVCache(pattern, max_length=length)
     q, k, v = tensors(STEPS, 2, 2)
     found = generated(cache, q, k, v, prompt=100)
-    true, _ = uncached(q, k, v, pattern, STEPS, 0, STEPS)
-    assert relative(found, true) <= 1e-6
+    (true, _), (size, _) = (uncached(q, k, x, pattern, STEPS, 0, STEPS) for x in (v, v.abs()))
+    assert relative(found, true, size) <= 1e-6
     assert cache.length == STEPS
     if kept is not None:
         assert cache.kept <= kept
@@ -138,9 +139,10 @@ def test_a_hundred_thousand_steps_are_those_without_a_cache() -> None:
     q, k, v = tensors(steps, 2, 1, dim=16)
     cache = fl.KVCache(pattern)
     found = generated(cache, q, k, v, prompt=1)
-    true = fl.attention(q.double(), k.double(), v.double(), pattern, backend="torch")
+    true, size = (fl.attention(q.double(), k.double(), x.double(), pattern, backend="torch") for x in (v, v.abs()))
     assert isinstance(true, Tensor)
-    assert relative(found, true) <= 1e-6
+    assert isinstance(size, Tensor)
+    assert relative(found, true, size) <= 1e-6
     assert cache.kept == 1028
 
 

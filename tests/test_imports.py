@@ -138,7 +138,7 @@ LAYERS = {
     "ops": 5, "merge": 5,
     "attention": 6,
     "testing": 7, "routing": 7, "distributed": 7, "decoding": 7.5,
-    "hf": 8, "nn": 8, "understanding": 8,
+    "hf": 7.8, "nn": 8, "understanding": 8,
     "cli": 9, "bench": 9,
 }  # fmt: skip
 

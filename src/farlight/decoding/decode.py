@@ -11,7 +11,7 @@ from farlight.decoding.attend import attend_kept
 from farlight.decoding.cache import KVCache, refuse_gradients
 from farlight.decoding.slots import Numbers
 from farlight.decoding.store import Store
-from farlight.errors import ArgumentError
+from farlight.errors import ArgumentError, PatternError
 from farlight.patterns.base import Pattern, Sizes
 
 __all__ = ["decode"]
@@ -157,7 +157,17 @@ def _is_whole(cache: KVCache, store: Store, pattern: Pattern) -> bool:
         and cache.max_length in (None, kept)
         and (not pattern.varies_over_heads or len(cache._stores) == 1)
         and bool((store.slots.position[0, :kept] == np.arange(kept)).all())
+        and _fits(pattern, Sizes(cache._width, kept, kept - cache._width, cache._sizes.batch, cache._sizes.heads))
     )
+
+
+def _fits(pattern: Pattern, sizes: Sizes) -> bool:
+    """Whether the pattern can be asked about so short a text: it may name tokens that are still to come."""
+    try:
+        pattern.check(sizes)
+    except PatternError:
+        return False
+    return True
 
 
 def _mask(cache: KVCache, store: Store, i: Numbers, also: Pattern | None) -> Tensor:
