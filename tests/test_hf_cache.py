@@ -153,7 +153,7 @@ def test_beams_and_samples() -> None:
 def test_a_cache_refuses_an_attention_that_does_not_know_what_is_left() -> None:
     model = model_of("llama")
     model.set_attn_implementation("sdpa")
-    with pytest.raises(fl.UnsupportedError, match="drops keys, and attn_implementation='sdpa' does not know which"):
+    with pytest.raises(fl.UnsupportedError, match="attn_implementation='sdpa'. does not ask which are left"):
         model(**prompt(), past_key_values=fl.hf.SparseCache(model, PATTERNS["streaming"]))
 
 

@@ -16,9 +16,6 @@ __all__ = ["attend_kept"]
 _SCORES = 1 << 22
 # Keys are gathered when the fullest row sees less than one in so many.
 _SPARSE = 4
-# Queries on one head of keys up to which two products are faster than torch's fused attention.
-_FEW = 16
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def attend_kept(
@@ -38,29 +35,24 @@ def attend_kept(
             k, v, mask = _gathered(q, k, v, mask, most)
             if not most:
                 return attend_kept(q, k, v, None, scale=scale, return_lse=return_lse)
-    group = q.shape[1] // k.shape[1]
-    if not return_lse and (q.dtype in _HALF or group * q.shape[2] > _FEW):
+    if not return_lse:
         return _by_sdpa(q, k, v, mask, scale), None
     step = max(1, _SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
     if q.shape[2] <= step:
-        return _by_products(q, k, v, mask, scale, return_lse)
-    outs, lses = [], []
-    for start in range(0, q.shape[2], step):
-        at = slice(start, start + step)
-        out, lse = _by_products(q[:, :, at], k, v, None if mask is None else mask[:, :, at], scale, return_lse)
-        outs.append(out)
-        lses += [] if lse is None else [lse]
-    return torch.cat(outs, 2), torch.cat(lses, 2) if lses else None
+        return _by_products(q, k, v, mask, scale)
+    parts = [
+        _by_products(q[:, :, at], k, v, None if mask is None else mask[:, :, at], scale)
+        for at in (slice(start, start + step) for start in range(0, q.shape[2], step))
+    ]
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
 def _sums(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _by_products(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Two matrix products with a softmax between them."""
+def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Two matrix products with a softmax between them, whose sum becomes the lse."""
     batch, heads, n_q, dim = q.shape
     kv_heads, kind = k.shape[1], _sums(q)
     # The queries of a group stand below one another: one product for each head of keys.
@@ -72,30 +64,29 @@ def _by_products(
         # A row that sees nothing takes part as if it saw everything and is blanked at the end: no NaN.
         blind = ~mask.any(-1, keepdim=True)
         scores = scores.masked_fill(~(mask | blind), float("-inf")).view(batch, kv_heads, -1, k.shape[2])
-    lse = None
-    if return_lse:
-        lse = torch.logsumexp(scores, -1, keepdim=True)
-        weight = torch.exp(scores - lse)
-        lse = lse.view(batch, heads, n_q)
-    else:
-        weight = torch.softmax(scores, -1)
-    out = torch.matmul(weight, v.to(kind)).view(q.shape)
+    lse = torch.logsumexp(scores, -1, keepdim=True)
+    out = torch.matmul(torch.exp(scores - lse), v.to(kind)).view(q.shape)
+    lse = lse.view(batch, heads, n_q)
     if blind is not None:
-        out = out.masked_fill(blind, 0.0)
-        lse = None if lse is None else lse.masked_fill(blind.squeeze(-1), float("-inf"))
+        out, lse = out.masked_fill(blind, 0.0), lse.masked_fill(blind.squeeze(-1), float("-inf"))
     return out.to(q.dtype), lse
 
 
 def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """torch's fused attention: reads 16-bit keys as they are, and holds no scores of many queries."""
+    """torch's fused attention, the fastest there is without an lse: it reads 16-bit keys as they are and holds few scores."""
+    blind = None
+    if mask is not None:
+        # As above; SDPA's own answer for a row that sees nothing differs between its kernels.
+        blind = ~mask.any(-1, keepdim=True)
+        mask = mask | blind
     kv_heads = k.shape[1]
-    if mask is None:
-        # Without a mask the order of queries is free, so a group of heads is a run of queries.
-        grouped = scaled_dot_product_attention(q.reshape(q.shape[0], kv_heads, -1, q.shape[3]), k, v, scale=scale)
-        return grouped.view(q.shape)
-    blind = ~mask.any(-1, keepdim=True)
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, scale=scale, enable_gqa=kv_heads != q.shape[1])
-    return out.masked_fill(blind, 0.0)
+    if mask is None or mask.shape[1] == q.shape[2] == 1:
+        # The heads of a group see the same: they are a run of queries on one head of keys, which are then read once.
+        rows = q.reshape(q.shape[0], kv_heads, -1, q.shape[3])
+        out = scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale).view(q.shape)
+    else:
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=kv_heads != q.shape[1])
+    return out if blind is None else out.masked_fill(blind, 0.0)
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -21,10 +21,13 @@ from farlight.decoding.decode import answer
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.interface import KEPT, KEY
 from farlight.hf.masks import ModelMask, tensor_mask
-from farlight.patterns import causal, full, window
+from farlight.patterns import causal, full, global_tokens, offsets, padding, seen_by_all, sees_all, strided, window
 from farlight.patterns.base import Pattern
+from farlight.routing import Router
 
 __all__ = ["SparseCache", "SparseLayer"]
+
+Chosen = Pattern | Router | None
 
 
 class SparseCache(Cache):  # type: ignore[misc]
@@ -64,7 +67,7 @@ class SparseCache(Cache):  # type: ignore[misc]
     def __init__(
         self,
         model_or_config: Any,
-        pattern: Pattern | Mapping[int, Pattern | None] | None = None,
+        pattern: Chosen | Mapping[int, Chosen] = None,
         *,
         max_length: int | None = None,
     ) -> None:
@@ -77,7 +80,7 @@ class SparseCache(Cache):  # type: ignore[misc]
         own = [self._own(layer) for layer in DynamicCache(config=config).layers]
         chosen = dict(pattern) if isinstance(pattern, Mapping) else dict.fromkeys(range(len(own)), pattern)
         for number, part in chosen.items():
-            if part is not None and not isinstance(part, Pattern):
+            if part is not None and not isinstance(part, Pattern | Router):
                 raise ArgumentError(
                     f"SparseCache: the pattern{f' of layer {number}' if isinstance(pattern, Mapping) else ''} is "
                     f"{type(part).__name__}; pass a pattern such as fl.presets.streaming(4, 1024)."
@@ -113,33 +116,36 @@ class SparseCache(Cache):  # type: ignore[misc]
 
 
 class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's part of a `SparseCache`."""
+    """One layer's part of a `SparseCache`: new keys wait between `update` and the attention function that asks about them."""
 
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, config: Any, own: Pattern, pattern: Pattern | None, max_length: int | None, heads: int) -> None:
+    def __init__(self, config: Any, own: Pattern, pattern: Chosen, max_length: int | None, heads: int) -> None:
         super().__init__()
         self.config, self.pattern, self.max_length, self.heads, self.own = config, pattern, max_length, heads, own
         self.reset()
 
     def reset(self) -> None:
-        rule = self.own if self.pattern is None else self.own & self.pattern
+        rule = self.own if self.pattern is None else self.pattern & self.own
         self.cache = KVCache(rule, max_length=self.max_length, heads=self.heads)
-        self.is_initialized = False
+        self.seen, self.waiting, self.is_initialized = 0, False, False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.config._attn_implementation != KEY:
+        if self.config._attn_implementation != KEY or self.waiting:
             raise UnsupportedError(
-                f"SparseCache drops keys, and attn_implementation={self.config._attn_implementation!r} does not know which; "
-                "call fl.hf.register() and model.set_attn_implementation('farlight') first."
+                "SparseCache drops keys, and the attention of this model (attn_implementation="
+                f"{self.config._attn_implementation!r}) does not ask which are left; call fl.hf.register() and "
+                "model.set_attn_implementation('farlight') first. Where that is done, the model changes keys after the cache "
+                "took them, and needs the cache that transformers makes."
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.cache.append(key_states, value_states)
+        self.seen += key_states.shape[2]
+        self.waiting = True
         marked = key_states.view(key_states.shape)
         setattr(marked, KEPT, self)
         return marked, value_states
@@ -148,38 +154,75 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
         self,
         module: nn.Module,
         query: Tensor,
+        key: Tensor,
+        value: Tensor,
         attention_mask: ModelMask | Tensor | None,
-        pattern: Pattern | None,
+        chosen: Chosen,
         scaling: float | None,
         dropout: float,
     ) -> Tensor:
         """What the attention function of transformers returns, `(B, N, H, D)`, for the newest tokens."""
-        if pattern is not None and pattern != self.pattern:
+        name = type(module).__name__
+        self.waiting = False
+        if chosen is not None and chosen != self.pattern:
             raise UnsupportedError(
-                f"{type(module).__name__} runs under {pattern!r}, but its cache was made for {self.pattern!r}, and has dropped "
-                "what that does not need; make the cache with the model's own pattern."
+                f"{name} runs under {chosen!r}, but its cache was made for {self.pattern!r}, and has dropped what that does "
+                "not need; make the cache with the model's own pattern."
             )
         if dropout:
             raise UnsupportedError(
-                f"{type(module).__name__} asks for dropout = {dropout} while it reads a SparseCache; call model.eval() first."
+                f"{name} asks for dropout = {dropout} while it reads a SparseCache; call model.eval() first."
             )
-        own: Any = attention_mask
-        if own is None:
-            if not getattr(module, "is_causal", True):
-                raise UnsupportedError(f"{type(module).__name__} is not causal; a SparseCache serves generation only.")
-            own = ModelMask(causal(), self.cache.length - query.shape[2])
-        elif isinstance(own, Tensor):
-            own = tensor_mask(own, query.shape[2], self.cache.length)
+        own = self._mask(name, query, attention_mask, getattr(module, "is_causal", True))
+        also, real = own.pattern, getattr(own, "key_real", None)
+        new = None
+        if real is not None and self._counts_by_text(name, real):
+            if also in (padding(real), causal() & padding(real), self.own & padding(real)):
+                also = full()
+            new = real[:, -key.shape[2] :]
         # What the rule of the cache says already need not be asked again.
-        also = None if own.pattern in (self.own, causal(), full()) else own.pattern
-        out, _ = answer(query, self.cache, scaling, False, also)
+        if also not in (self.own, causal(), full()) and (new is not None or isinstance(self.pattern, Router)):
+            raise UnsupportedError(
+                f"{name} masks keys by {also!r} beside {self.pattern!r}, which counts the tokens of each text or reads their "
+                "content; generate from texts of one length, or with the cache that transformers makes."
+            )
+        self.cache.append(key, value, real=new)
+        out, _ = answer(query, self.cache, scaling, False, None if also in (self.own, causal(), full()) else also)
+        if key.shape[2] > 1:
+            self.cache.forget()
         return out.transpose(1, 2).contiguous()
 
+    def _mask(self, name: str, query: Tensor, mask: Any, is_causal: bool) -> ModelMask:
+        """What the model itself allows, of the text so far."""
+        mask = getattr(mask, "own", mask)
+        if isinstance(mask, ModelMask):
+            return mask
+        if isinstance(mask, Tensor):
+            return tensor_mask(mask, query.shape[2], self.seen)
+        if not is_causal:
+            raise UnsupportedError(f"{name} is not causal; a SparseCache serves generation only.")
+        return ModelMask(causal(), self.seen - query.shape[2])
+
+    def _counts_by_text(self, name: str, real: Tensor) -> bool:
+        """Whether positions are those in each text of a padded batch: so it is where the pattern names positions."""
+        named, distant = global_tokens | sees_all | seen_by_all, full | causal | window | offsets
+        atoms = list(self.pattern.atoms()) if isinstance(self.pattern, Pattern) else []
+        if not any(isinstance(atom, named) for atom in atoms):
+            return False
+        others = [a for a in atoms if not isinstance(a, named | distant) and not (isinstance(a, strided) and a.phase is None)]
+        if others or bool((real[:, :-1] & ~real[:, 1:]).any()):
+            what = f"{others[0]!r} counts places in the rows" if others else "the padding does not stand before the texts"
+            raise UnsupportedError(
+                f"{name}: in a padded batch the positions that {self.pattern!r} names count the tokens of each text, but "
+                f"{what}; generate from texts of one length, or pad on the left under a pattern of distances and named positions."
+            )
+        return True
+
     def get_seq_length(self) -> int:
-        return self.cache.length
+        return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.length + query_length, 0
+        return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
         return -1 if self.max_length is None else self.max_length

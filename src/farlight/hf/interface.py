@@ -177,7 +177,7 @@ def attention_forward(
     setting: _Setting = module.__dict__.get(_SETTING) or _Setting()
     kept = getattr(key, KEPT, None)
     if kept is not None:
-        return kept.attend(module, query, attention_mask, setting.pattern, scaling, dropout), None
+        return kept.attend(module, query, key, value, attention_mask, setting.pattern, scaling, dropout), None
     own = _own_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
     if own.dropped and setting.pattern is not None:
         raise UnsupportedError(
