@@ -214,7 +214,7 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
             what = f"{others[0]!r} counts places in the rows" if others else "the padding does not stand before the texts"
             raise UnsupportedError(
                 f"{name}: in a padded batch the positions that {self.pattern!r} names count the tokens of each text, but "
-                f"{what}; generate from texts of one length, or pad on the left under a pattern of distances and named positions."
+                f"{what}; generate from texts of one length, or pad on the left and give distances and named positions only."
             )
         return True
 
