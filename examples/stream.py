@@ -170,14 +170,14 @@ def draw(sparse: list[dict[str, float]], dense: list[dict[str, float]], path: Pa
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     at, there = [x["tokens"] for x in sparse], [x["tokens"] for x in dense]
     left.plot(at, [x["cache_bytes"] / 2**20 for x in sparse], label="SparseCache")
-    left.plot(at, [(x["resident_bytes"] - sparse[0]["resident_bytes"]) / 2**20 for x in sparse], label="process, growth")
-    left.plot(there, [x["cache_bytes"] / 2**20 for x in dense], "o--", label="transformers' cache, full attention")
+    left.plot(at, [x["resident_bytes"] / 2**20 for x in sparse], color="C1", label="the whole process, with SparseCache")
+    left.plot(there, [x["cache_bytes"] / 2**20 for x in dense], "o--", color="C2", label="transformers' cache, full attention")
     left.set(xlabel="tokens so far", ylabel="MiB")
     right.plot(at, [x["milliseconds"] for x in sparse], label="SparseCache")
     right.plot(there, [x["milliseconds"] for x in dense], "o--", color="C2", label="transformers' cache, full attention")
     right.set(xlabel="tokens so far", ylabel="ms per token (median)")
     for axes in (left, right):
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log")
         axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

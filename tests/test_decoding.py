@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import farlight as fl
+from farlight.decoding import rule
 from farlight.patterns import Pattern, Sizes
+from farlight.patterns.future import FOREVER, Sight
 from farlight.routing import TopBlocks, TopKeys
+from farlight.testing import CASES, Case, inputs
 from farlight.testing.strategies import patterns
 
 
@@ -393,3 +397,44 @@ def test_items_with_tables_of_their_own_cannot_change_places() -> None:
     cache.select([0, 1])
     with pytest.raises(fl.ArgumentError, match="the pattern has tables of its own for each batch item"):
         cache.select([1, 0])
+
+
+SQUARE = [case for case in CASES if case.n_q == case.n_k and case.q_offset in (None, 0) and 0 < case.n_q <= 260]
+
+
+@pytest.mark.parametrize("case", SQUARE, ids=str)
+def test_the_shared_cases(case: Case) -> None:
+    """Most of the text as a prompt, then a piece, then the last tokens one by one."""
+    given, n = inputs(case), case.n_q
+    q, k, v = given.q * case.scale_value * case.head_dim**0.5, given.k, given.v
+    cache = fl.KVCache(case.pattern, max_length=n, heads=case.heads)
+    for start, stop in pieces(n, iter([max(1, n - 9), 5, 1, 1, 1, 1])):
+        cache.append(k[:, :, start:stop], v[:, :, start:stop])
+        expected = needed(case.pattern, n, stop, start, case.batch, case.heads, case.kv_heads)
+        assert torch.equal(held(cache, case.batch, case.kv_heads, stop), expected)
+        out, lse = fl.decode(q[:, :, start:stop], cache, return_lse=True)
+        true, true_lse = uncached(q, k, v, case.pattern, n, start, stop)
+        # Rounding of large scores is rounding of the exponents.
+        close = 3e-6 * max(1.0, abs(case.scale_value) * case.head_dim**0.5)
+        torch.testing.assert_close(out.double(), true, atol=close, rtol=close)
+        torch.testing.assert_close(lse.double(), true_lse, atol=close, rtol=close)
+
+
+@pytest.mark.parametrize("early", [1, 0])
+def test_the_checks_see_a_key_that_is_forgotten_too_early(monkeypatch: pytest.MonkeyPatch, early: int) -> None:
+    """The tests above can fail: a rule that is wrong by one token shows in what is kept and in the answers."""
+    right = rule.last_seen
+
+    def wrong(*given: Any) -> Sight:
+        found = right(*given)
+        return Sight(torch.where(found.last < FOREVER, found.last - early, found.last), found.unbroken)
+
+    monkeypatch.setattr(rule, "last_seen", wrong)
+    pattern = fl.presets.streaming(2, 20)
+    q, k, v = tensors(100, 2, 2)
+    cache = fl.KVCache(pattern)
+    found = generated(cache, q, k, v, prompt=50)
+    true, _ = uncached(q, k, v, pattern, 100, 0, 100)
+    agree = torch.equal(held(cache, 1, 2, 100), needed(pattern, 200, 100, 99, 1, 2, 2))
+    assert agree == (early == 0)
+    assert (float((found.double() - true).abs().max()) < 1e-5) == (early == 0)

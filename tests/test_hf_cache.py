@@ -122,6 +122,21 @@ def test_sliding_layers_forget_what_slides_out() -> None:
     assert [layer.cache.kept for layer in cache.layers] == [39, 9, 9]
 
 
+def test_a_router_chooses_in_every_layer() -> None:
+    """With room for every block it reads everything; with less it reads something else."""
+    model, given = model_of("llama"), prompt(2)
+    dense = model.generate(**given, max_new_tokens=20, do_sample=False)
+    found = []
+    for count in (50, 1):
+        router = fl.routing.TopBlocks(count, 4, causal=True)
+        cache = fl.hf.SparseCache(model, router)
+        found.append(model.generate(**given, max_new_tokens=20, do_sample=False, past_key_values=cache).tolist())
+        assert cache.kept == 49
+    assert found[0] == dense.tolist() != found[1]
+    with torch.no_grad(), pytest.raises(fl.UnsupportedError, match="which counts the tokens of each text or reads their"):
+        model(**prompt(2, padded=True), past_key_values=fl.hf.SparseCache(model, router))
+
+
 def test_a_text_can_go_on_in_a_second_call() -> None:
     model, pattern = model_of("llama"), PATTERNS["streaming"]
     first = prompt()
