@@ -19,15 +19,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from farlight.decoding.cache import KVCache
 from farlight.decoding.decode import answer
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.hf.interface import KEPT, KEY
-from farlight.hf.masks import ModelMask, tensor_mask
+from farlight.hf.attend import KEPT, Chosen
+from farlight.hf.extras import sinks_merged
+from farlight.hf.interface import KEY
+from farlight.hf.lazy import ModelMask
+from farlight.hf.masks import tensor_mask
 from farlight.patterns import causal, full, global_tokens, offsets, padding, seen_by_all, sees_all, strided, window
 from farlight.patterns.base import Pattern
 from farlight.routing import Router
 
 __all__ = ["SparseCache", "SparseLayer"]
-
-Chosen = Pattern | Router | None
 
 
 class SparseCache(Cache):  # type: ignore[misc]
@@ -160,6 +161,9 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
         chosen: Chosen,
         scaling: float | None,
         dropout: float,
+        *,
+        sinks: Tensor | None = None,
+        indices: Tensor | None = None,
     ) -> Tensor:
         """What the attention function of transformers returns, `(B, N, H, D)`, for the newest tokens."""
         name = type(module).__name__
@@ -173,8 +177,11 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
             raise UnsupportedError(
                 f"{name} asks for dropout = {dropout} while it reads a SparseCache; call model.eval() first."
             )
+        if indices is not None:
+            raise UnsupportedError(f"{name} chooses keys by itself, among all of them; use the cache that transformers makes.")
         own = self._mask(name, query, attention_mask, getattr(module, "is_causal", True))
-        also, real = own.pattern, getattr(own, "key_real", None)
+        also: Pattern | None = own.pattern
+        real = own.key_real
         new = None
         if real is not None and self._counts_by_text(name, real):
             if also in (padding(real), causal() & padding(real), self.own & padding(real)):
@@ -187,7 +194,10 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
                 "content; generate from texts of one length, or with the cache that transformers makes."
             )
         self.cache.append(key, value, real=new)
-        out, _ = answer(query, self.cache, scaling, False, None if also in (self.own, causal(), full()) else also)
+        also = None if also in (self.own, causal(), full()) else also
+        out, lse = answer(query, self.cache, scaling, sinks is not None, also)
+        if sinks is not None and lse is not None:
+            out = sinks_merged(module, out, lse, sinks)
         if key.shape[2] > 1:
             self.cache.forget()
         return out.transpose(1, 2).contiguous()

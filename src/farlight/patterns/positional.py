@@ -42,6 +42,9 @@ class full(_Positional):
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         return Spans.everything(i.numel(), sizes.n_k, i.device)
 
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return torch.ones_like(first, dtype=torch.bool)
+
 
 class causal(_Positional):
     """A token sees itself and the past: j <= i.
@@ -204,6 +207,9 @@ class blocked_window(_Positional):
     def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
         own = torch.div(j, self.block, rounding_mode="floor")
         return Changes(torch.stack((own - self.right, own + self.left + 1), 1) * self.block)
+
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return torch.div(first, self.block, rounding_mode="floor") == torch.div(last, self.block, rounding_mode="floor")
 
 
 class landmarks(_Positional):

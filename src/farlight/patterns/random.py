@@ -160,3 +160,7 @@ class random_blocks(_Random):
         first = torch.arange(blocks, device=j.device) * self.block
         seen = drawn_by(self._drawn(sizes, h[:1], first), blocks)[torch.div(j, self.block, rounding_mode="floor")]
         return Changes(torch.cat((seen * self.block, (seen + 1) * self.block, j[:, None]), 1))
+
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        same = torch.div(first, self.block, rounding_mode="floor") == torch.div(last, self.block, rounding_mode="floor")
+        return same & ((first == last) | (not self.causal))
