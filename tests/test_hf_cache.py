@@ -13,6 +13,8 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -149,6 +151,51 @@ def test_a_text_can_go_on_in_a_second_call() -> None:
     cache.reset()
     assert cache.get_seq_length() == 0
     assert said(model, pattern, first, 10, past_key_values=cache).tolist() == once.tolist()
+
+
+def test_a_sparsified_model_needs_no_second_naming_of_its_pattern() -> None:
+    model, given = fl.hf.sparsify(model_of("llama"), {0: fl.window(5), 2: fl.presets.streaming(1, 8)}), prompt()
+    cache = fl.hf.SparseCache(model)
+    found = model.generate(**given, max_new_tokens=10, do_sample=False, past_key_values=cache)
+    assert [layer.cache.kept for layer in cache.layers] == [6, 39, 9]
+    assert found.tolist() == model.generate(**given, max_new_tokens=10, do_sample=False, use_cache=False).tolist()
+
+
+def test_sinks_in_the_softmax_are_counted() -> None:
+    torch.manual_seed(0)
+    sizes = {
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    model = GptOssForCausalLM(GptOssConfig(**{**SIZES, "num_hidden_layers": 2}, **END, **sizes, sliding_window=6)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    fl.hf.register()
+    model.set_attn_implementation("farlight")
+    pattern, given = fl.presets.streaming(2, 12), prompt(2, padded=True)
+    cache = fl.hf.SparseCache(model, pattern)
+    found = said(model, pattern, given, 20, past_key_values=cache)
+    assert found.tolist() == said(model, pattern, given, 20, use_cache=False).tolist()
+    assert [layer.cache.kept for layer in cache.layers] == [6, 14]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "right", "why"),
+    [
+        (fl.seen_by_all([0]) | fl.blocked_window(0, block=8), False, r"blocked_window\(0, block=8\) counts places in the rows"),
+        (fl.seen_by_all([0]) | fl.window(8), True, "the padding does not stand before the texts"),
+    ],
+    ids=["blocks", "right"],
+)
+def test_padding_under_which_positions_would_mean_two_things(pattern: fl.Pattern, right: bool, why: str) -> None:
+    model, given = model_of("llama"), prompt(2, padded=True)
+    if right:
+        given = {name: value.flip(1) for name, value in given.items()}
+    with torch.no_grad(), pytest.raises(fl.UnsupportedError, match=why):
+        model(**given, past_key_values=fl.hf.SparseCache(model, pattern))
 
 
 def test_beams_and_samples() -> None:

@@ -19,9 +19,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from farlight.decoding.cache import KVCache
 from farlight.decoding.decode import answer
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.hf.attend import KEPT, Chosen
+from farlight.hf.attend import KEPT, SETTING, Chosen
 from farlight.hf.extras import sinks_merged
 from farlight.hf.interface import KEY
+from farlight.hf.layers import attention_layers
 from farlight.hf.lazy import ModelMask
 from farlight.hf.masks import tensor_mask
 from farlight.patterns import causal, full, global_tokens, offsets, padding, seen_by_all, sees_all, strided, window
@@ -42,13 +43,13 @@ class SparseCache(Cache):  # type: ignore[misc]
 
     Args:
         model_or_config: the model, or its configuration.
-        pattern: one pattern for all layers, or {layer number: pattern}; layers that are not named, and None, follow the model's
-            own attention.
+        pattern: one pattern or router for all layers, or {layer number: pattern or router}, where layers that are not named
+            follow the model's own attention. None: what `fl.hf.sparsify` gave the model, else its own attention.
         max_length: the greatest length of prompt and answer together, for patterns that need to know it: see `fl.KVCache`.
 
-    In a padded batch, positions are places in the padded rows, as in the model without a cache; the keys of padding are seen
-    by nobody, and are kept as if they were seen. `cache.nbytes`, `cache.kept` say what is held. Beam search works; taking
-    tokens back (`crop`, assisted generation) cannot, since what was dropped is gone.
+    In a batch that is padded on the left, named positions count the tokens of each text, as in the model without a cache.
+    `cache.nbytes`, `cache.kept` say what is held. Beam search works; taking tokens back (`crop`, assisted generation) cannot,
+    since what was dropped is gone.
 
     Raises:
         ArgumentError: the pattern is no pattern, or names a layer that the model does not have.
@@ -79,6 +80,8 @@ class SparseCache(Cache):  # type: ignore[misc]
             )
         config = config.get_text_config(decoder=True)
         own = [self._own(layer) for layer in DynamicCache(config=config).layers]
+        if pattern is None and isinstance(model_or_config, nn.Module):
+            pattern = _chosen_for(model_or_config)
         chosen = dict(pattern) if isinstance(pattern, Mapping) else dict.fromkeys(range(len(own)), pattern)
         for number, part in chosen.items():
             if part is not None and not isinstance(part, Pattern | Router):
@@ -114,6 +117,12 @@ class SparseCache(Cache):  # type: ignore[misc]
     def kept(self) -> int:
         """Keys kept, in the layer that keeps most."""
         return max(layer.cache.kept for layer in self.layers)
+
+
+def _chosen_for(model: nn.Module) -> dict[int, Chosen]:
+    """What the model's layers run under now, by number."""
+    found = {number: module.__dict__.get(SETTING) for number, module in attention_layers(model).items()}
+    return {number: setting.chosen for number, setting in found.items() if setting is not None}
 
 
 class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
