@@ -139,7 +139,7 @@ LAYERS = {
     "attention": 6,
     "testing": 7, "routing": 7, "hf": 7, "distributed": 7, "decoding": 7,
     "nn": 8, "understanding": 8,
-    "cli": 9, "bench": 9,
+    "cli": 9, "bench": 9, "embedding": 9,
 }  # fmt: skip
 
 # Functions that reach up when they are called, each with its reason.
