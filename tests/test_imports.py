@@ -139,7 +139,7 @@ LAYERS = {
     "attention": 6,
     "testing": 7, "routing": 7, "distributed": 7, "decoding": 7.5,
     "hf": 8, "nn": 8,
-    "understanding": 9,
+    "understanding": 9, "embedding": 9,
     "cli": 10, "bench": 10,
 }  # fmt: skip
 
