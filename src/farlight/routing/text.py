@@ -12,18 +12,20 @@ from farlight.patterns.base import Pattern
 from farlight.patterns.positional import full
 from farlight.patterns.text import parse, shorten
 from farlight.routing.base import Choice, Router, joined
+from farlight.routing.heads import PerHeadRouter
 from farlight.routing.kmeans import KMeans
 from farlight.routing.lsh import LSH
 from farlight.routing.topblocks import TopBlocks
 from farlight.routing.topkeys import TopKeys
 
-__all__ = ["read_router"]
+__all__ = ["is_router", "read_router"]
 
-_LONGEST = 100_000
+_LONGEST = 4_000_000  # with room for the tables of fitted patterns
 
 
 def read_router(text: str) -> Router:
-    """The router that an expression stands for: the notation of patterns, with `topblocks`, `topkeys`, `lsh` and `kmeans`.
+    """The router that an expression stands for: the notation of patterns, with `topblocks`, `topkeys`, `lsh` and `kmeans`;
+    `per_head([…])` may hold them.
 
     Their arguments are those of the classes; `kmeans(clusters, per_cluster=…, causal=…, shared=…, seed=…)` makes centroids
     for the heads it meets and fits them to the tokens of each call, as an analysis of one example wants. An expression
@@ -49,6 +51,14 @@ def read_router(text: str) -> Router:
     return found if isinstance(found, Router) else _Always(found)
 
 
+def is_router(text: str) -> bool:
+    """Whether content decides somewhere in this expression (which need not be a correct one)."""
+    try:
+        return any(_name(inner) in _ROUTERS for inner in ast.walk(ast.parse(text.strip(), mode="eval")))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+
+
 def _read(node: ast.expr, text: str) -> Router | Pattern:
     if not any(_name(inner) in _ROUTERS for inner in ast.walk(node)):
         return parse(ast.unparse(node))
@@ -58,6 +68,8 @@ def _read(node: ast.expr, text: str) -> Router | Pattern:
             return joined(_read(left, text), _read(right, text), spelled)
         case ast.UnaryOp(op=ast.Invert(), operand=inner):
             return joined(full(), _read(inner, text), "-")
+        case ast.Call(args=[ast.List(elts=parts)], keywords=[]) if _name(node) == "per_head":
+            return PerHeadRouter([_read(part, text) for part in parts])
         case ast.Call(args=args, keywords=keywords) if _name(node) in _ROUTERS:
             try:
                 given = [ast.literal_eval(arg) for arg in args]
@@ -66,7 +78,7 @@ def _read(node: ast.expr, text: str) -> Router | Pattern:
             except (TypeError, ValueError, ArgumentError) as error:
                 raise PatternError(f"cannot read the router {shorten(text)!r}: {ast.unparse(node)}: {error}") from None
     raise PatternError(
-        f"cannot read the router {shorten(text)!r}: a router may stand alone or be joined by |, &, - and ~; "
+        f"cannot read the router {shorten(text)!r}: a router may stand alone, in per_head([…]), or be joined by |, &, - and ~; "
         f"{shorten(ast.unparse(node))!r} is something else."
     )
 
