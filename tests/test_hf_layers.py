@@ -25,9 +25,9 @@ from transformers import (
 
 import farlight as fl
 from farlight.hf import use_pattern
-from farlight.hf.interface import attention_forward
+from farlight.hf.attend import attention_forward
 from farlight.hf.layers import attention_layers
-from farlight.hf.masks import ModelMask
+from farlight.hf.lazy import ModelMask
 from farlight.routing import Router, TopBlocks, TopKeys
 
 SMALL: dict[str, Any] = {

@@ -2,8 +2,7 @@
 
 transformers looks up two functions under one name: one that computes attention and one that builds the mask.
 Registering the first without the second makes models drop causality and padding without a word, so here they are only
-ever registered together. The pattern to run under is kept on the model's own modules, where recomputation during the
-backward pass and other threads find it too.
+ever registered together.
 """
 
 from __future__ import annotations
@@ -13,66 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.hf.layers import attention_layers, for_layers
-from farlight.hf.masks import ModelMask, model_mask, tensor_mask
-from farlight.patterns import causal, full
+from farlight.hf.attend import SETTING, Chosen, Observation, Setting, attention_forward
+from farlight.hf.layers import attention_layers, attention_modules, crosses, for_layers, foreign_attention
+from farlight.hf.masks import model_mask
+from farlight.kernels import dispatch
 from farlight.patterns.base import Pattern
 from farlight.routing.base import Router
 
-__all__ = ["KEY", "Observation", "register", "use_pattern"]
+__all__ = ["KEY", "Observation", "register", "settle", "use_pattern"]
 
 KEY = "farlight"
-_SETTING = "_farlight_setting"
-
-# Arguments that a model may hand to its attention and that change nothing about which pairs are seen or how they count:
-# bookkeeping of the caller, hints for other kernels, and `sliding_window`, which is already part of the model's mask.
-_WITHOUT_EFFECT = frozenset({
-    "cache_position", "deterministic", "logits_to_keep", "num_items_in_batch", "output_hidden_states",
-    "output_router_logits", "past_key_values", "position_ids", "return_dict", "sliding_window", "use_cache",
-})  # fmt: skip
-
-_MEANING = {
-    "softcap": "squashes the scores before the softmax",
-    "s_aux": "adds attention sinks to the softmax",
-    "sinks": "adds attention sinks to the softmax",
-    "position_bias": "adds a bias to the scores",
-    "indices": "restricts each query to chosen keys",
-    "block_indices": "restricts each query to chosen blocks of keys",
-    "cache": "reads keys and values from a paged cache",
-    "cu_seq_lens_q": "packs several sequences into one; pass position_ids instead, from which farlight finds them",
-    "cu_seq_lens_k": "packs several sequences into one; pass position_ids instead, from which farlight finds them",
-    "max_length_q": "packs several sequences into one; pass position_ids instead, from which farlight finds them",
-    "max_length_k": "packs several sequences into one; pass position_ids instead, from which farlight finds them",
-    "output_attentions": "asks for the attention probabilities, which are never formed",
-}
-
-
-@dataclass(frozen=True)
-class Observation:
-    """One call of a layer's attention, as `use_pattern`'s observer sees it before it runs.
-
-    `q` is `(B, H, n_q, D)`, `k` and `v` are `(B, H_kv, n_k, D)`; `own` is what the model itself allows, and `scale` is
-    the factor on the scores (None = D^-0.5).
-    """
-
-    module: nn.Module
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float | None
-    own: Pattern
-    q_offset: int
-
-
-@dataclass(frozen=True)
-class _Setting:
-    chosen: Pattern | Router | None = None
-    backend: str = "auto"
-    observer: Callable[[Observation], None] | None = None
-    numbered: bool = True  # False: patterns are given by layer number, and this module has none
 
 
 def register() -> None:
@@ -92,7 +44,7 @@ def register() -> None:
 @contextmanager
 def use_pattern(
     model: Any,
-    pattern: Pattern | Router | Mapping[int, Pattern | Router | None] | None,
+    pattern: Chosen | Mapping[int, Chosen],
     *,
     backend: str = "auto",
     observer: Callable[[Observation], None] | None = None,
@@ -119,40 +71,82 @@ def use_pattern(
     ...     model(torch.arange(6)[None]).last_hidden_state.shape
     torch.Size([1, 6, 8])
     """
+    undo = settle(model, pattern, backend=backend, observer=observer)
+    try:
+        yield model
+    finally:
+        undo()
+
+
+@dataclass(frozen=True)
+class Undo:
+    """How a model computed its attention before `settle`; called, it puts that back. Copied and pickled with the model."""
+
+    settings: list[tuple[nn.Module, Setting | None]]
+    implementations: list[tuple[Any, Any]]
+
+    def __call__(self) -> None:
+        for module, before in self.settings:
+            if before is None:
+                module.__dict__.pop(SETTING, None)
+            else:
+                module.__dict__[SETTING] = before
+        for held, implementation in self.implementations:
+            held._attn_implementation_internal = implementation
+
+
+def settle(
+    model: Any,
+    pattern: Chosen | Mapping[int, Chosen],
+    *,
+    backend: str = "auto",
+    observer: Callable[[Observation], None] | None = None,
+) -> Undo:
+    """Let the model compute its attention with farlight under `pattern`, as `use_pattern` says. Returns how to undo it."""
     register()
+    dispatch.check_name(backend)
     _check_chosen(pattern)
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "set_attn_implementation"):
-        raise UnsupportedError(f"{name} is not a transformers model; use_pattern needs a PreTrainedModel.")
-    if pattern is not None and (getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)):
+        raise UnsupportedError(f"{name} is not a transformers model; a PreTrainedModel is needed.")
+    if pattern is not None and crosses(model):
         raise UnsupportedError(
             f"{name} has cross-attention, in which a query and a key are positions of two different texts; a pattern "
             "speaks of one text. Use its encoder alone (model.get_encoder())."
         )
-    implementations = _implementations(model)
-    settings = [(module, module.__dict__.get(_SETTING)) for module in model.modules()]
+    undo = Undo([(module, module.__dict__.get(SETTING)) for module in model.modules()], _implementations(model))
     try:
         model.set_attn_implementation(KEY)
-        if config._attn_implementation != KEY:
+        if config._attn_implementation != KEY or not attention_modules(model):
             raise UnsupportedError(
                 f"{name} does not take its attention from transformers' AttentionInterface, so no other attention can "
                 "be plugged in. Use a model of the same family whose modeling file calls ALL_ATTENTION_FUNCTIONS."
             )
-        by_layer = for_layers(model, pattern) if isinstance(pattern, Mapping) else None
-        numbered = set(attention_layers(model).values()) if by_layer is not None else set()
-        for module, _ in settings:
-            chosen = by_layer.get(module) if by_layer is not None else pattern
-            module.__dict__[_SETTING] = _Setting(chosen, backend, observer, by_layer is None or module in numbered)
-        yield model
-    finally:
-        for module, before in settings:
-            if before is None:
-                module.__dict__.pop(_SETTING, None)
-            else:
-                module.__dict__[_SETTING] = before
-        for held, implementation in implementations:
-            held._attn_implementation_internal = implementation
+        own = foreign_attention(model) if isinstance(pattern, Pattern | Router) else []
+        if own:
+            raise UnsupportedError(
+                f"{name} holds {type(own[0]).__name__}, which computes attention by itself, so that a pattern for the whole "
+                "model would not reach it; give a mapping {layer number: pattern} for the layers that take one, of "
+                f"{', '.join(map(str, attention_layers(model)))}."
+            )
+        if isinstance(pattern, Mapping):
+            by_layer, numbered = for_layers(model, pattern), set(attention_layers(model).values())
+            for module, _ in undo.settings:
+                module.__dict__[SETTING] = Setting(by_layer.get(module), backend, observer, module in numbered)
+        else:
+            for module, _ in undo.settings:
+                module.__dict__[SETTING] = Setting(pattern, backend, observer)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def settled_again(*values: Any) -> Setting:
+    """A setting as it comes out of a pickle: what its model asks transformers for must be known there."""
+    register()
+    return Setting(*values)
 
 
 def _check_chosen(pattern: Any) -> None:
@@ -181,103 +175,3 @@ def _implementations(model: Any) -> list[tuple[Any, Any]]:
             found[id(config)] = (config, config._attn_implementation_internal)
             waiting += [sub for name in config.sub_configs if (sub := getattr(config, name, None)) is not None]
     return list(found.values())
-
-
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: ModelMask | Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function registered with transformers: `(B, H, N, D)` in, `(B, N, H, D)` contiguous out."""
-    import farlight
-
-    _refuse_unknown(module, kwargs)
-    setting: _Setting = module.__dict__.get(_SETTING) or _Setting()
-    own = _own_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
-    if not setting.numbered:
-        raise UnsupportedError(
-            f"{type(module).__name__} computes attention, but has no layer number, so that a mapping {{layer: pattern}} does "
-            "not say what it should run under; pass one pattern for the whole model."
-        )
-    if own.dropped and setting.chosen is not None:
-        raise UnsupportedError(
-            f"{type(module).__name__}: the cache has dropped the first {own.dropped} keys, so positions in the "
-            "pattern no longer match; generate with a cache that keeps every key, or without a pattern."
-        )
-    key, value = key[:, :, : own.n_k], value[:, :, : own.n_k]
-    if setting.observer is not None:
-        setting.observer(Observation(module, query, key, value, scaling, own.pattern, own.q_offset))
-    pattern = _joined(module, setting.chosen, own, query, key)
-    out = farlight.attention(
-        query, key, value, pattern, scale=scaling, q_offset=own.q_offset, dropout=dropout, backend=setting.backend
-    )
-    assert isinstance(out, Tensor)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _joined(module: nn.Module, chosen: Pattern | Router | None, own: ModelMask, q: Tensor, k: Tensor) -> Pattern:
-    """What is allowed by the model and by what was chosen for this layer."""
-    if chosen is None:
-        return own.pattern
-    if isinstance(chosen, Router):
-        if own.q_offset != k.shape[2] - q.shape[2]:
-            raise UnsupportedError(
-                f"{type(module).__name__}: a router takes the queries for the last tokens of the text, but here {q.shape[2]} "
-                f"queries from position {own.q_offset} stand before some of the {k.shape[2]} keys. Pass a pattern, or a "
-                "cache that holds only what has been read."
-            )
-        chosen = chosen(q, k, key_mask=own.key_real, query_mask=own.query_real)
-    return chosen if own.pattern == full() else own.pattern & chosen
-
-
-def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raise for an argument that would change the result and that farlight would have to drop."""
-    for name, value in kwargs.items():
-        if value is None or value is False or name in _WITHOUT_EFFECT:
-            continue
-        meaning = _MEANING.get(name, "is not known to farlight")
-        raise UnsupportedError(
-            f"{type(module).__name__} passes {name}, which {meaning}; attn_implementation='farlight' does not support "
-            "it and would have to ignore it. Use 'eager' or 'sdpa' for this model or call."
-        )
-
-
-def _own_mask(
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    mask: ModelMask | Tensor | None,
-    is_causal: bool | None,
-    sliding_window: int | None,
-) -> ModelMask:
-    """What the model allows by itself."""
-    n_q, n_k = q.shape[2], k.shape[2]
-    if isinstance(mask, ModelMask):
-        return mask
-    if isinstance(mask, Tensor):
-        return tensor_mask(mask, n_q, n_k)
-    if mask is not None:
-        raise UnsupportedError(
-            f"{type(module).__name__} passes a mask of type {type(mask).__name__}, which was built for another "
-            "attention implementation; set attn_implementation='farlight' on the whole model."
-        )
-    # No mask at all: the model relies on the flag, as with SDPA. A single query is the newest token and
-    # sees everything.
-    past_only = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if sliding_window is not None or (past_only and 1 < n_q != n_k):
-        what = (
-            f"a sliding window of {sliding_window}"
-            if sliding_window is not None
-            else f"causality for {n_q} queries and {n_k} keys"
-        )
-        raise UnsupportedError(
-            f"{type(module).__name__} asks for {what} but passes no mask, so where its queries stand is unknown; pass "
-            "an attention_mask to the model."
-        )
-    return ModelMask(causal() if past_only and n_q > 1 else full(), n_k - n_q)

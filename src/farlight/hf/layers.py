@@ -16,7 +16,7 @@ from torch import nn
 
 from farlight.errors import ArgumentError, UnsupportedError
 
-__all__ = ["attention_layers", "for_layers"]
+__all__ = ["attention_layers", "attention_modules", "crosses", "for_layers", "foreign_attention"]
 
 Chosen = TypeVar("Chosen")
 
@@ -27,7 +27,7 @@ def attention_layers(model: Any) -> dict[int, nn.Module]:
     A module used several times in one pass, as in ALBERT, is one layer. Raises UnsupportedError when two modules carry
     one number (two stacks in one model), so that a number would not say which is meant.
     """
-    modules = [module for module in model.modules() if _calls_the_interface(type(module))]
+    modules = list(attention_modules(model).values())
     numbers = [getattr(module, "layer_idx", None) for module in modules]
     if not all(isinstance(number, int) for number in numbers):
         return dict(enumerate(modules))
@@ -44,6 +44,28 @@ def attention_layers(model: Any) -> dict[int, nn.Module]:
     return dict(sorted(found.items()))
 
 
+def attention_modules(model: Any) -> dict[str, nn.Module]:
+    """The modules that take their attention from AttentionInterface, by their place in the model."""
+    return {name: module for name, module in model.named_modules() if _calls_the_interface(type(module))}  # type: ignore[arg-type]
+
+
+def foreign_attention(model: Any) -> list[nn.Module]:
+    """The modules named for attention that compute it by themselves, so that no pattern would reach them."""
+    reached: set[nn.Module] = set()
+    for name, module in attention_modules(model).items():
+        reached.update(module.modules())
+        parts = name.split(".")
+        reached.update(model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+    return [module for module in model.modules() if "Attention" in type(module).__name__ and module not in reached]
+
+
+def crosses(model: Any) -> bool:
+    """Whether a query and a key may be positions of two texts. transformers has no flag that says so of every model."""
+    places = [f"{name}.{type(module).__name__}".lower() for name, module in attention_modules(model).items()]
+    decodes = getattr(model.config, "is_encoder_decoder", False) and any("decoder" in place for place in places)
+    return decodes or any(word in place for place in places for word in ("cross", "encoder_attn", "encdec"))
+
+
 def for_layers(model: Any, chosen: Mapping[int, Chosen]) -> dict[nn.Module, Chosen]:
     """What is chosen for each attention module that `chosen` names by number. Raises ArgumentError for other numbers."""
     layers = attention_layers(model)
@@ -58,7 +80,7 @@ def for_layers(model: Any, chosen: Mapping[int, Chosen]) -> dict[nn.Module, Chos
 
 
 @functools.cache
-def _calls_the_interface(kind: type) -> bool:
+def _calls_the_interface(kind: type[nn.Module]) -> bool:
     """Whether a module class looks its attention up: transformers itself decides by this text, per file."""
     from transformers import PreTrainedModel
 

@@ -16,31 +16,14 @@ import torch
 from torch import Tensor
 
 from farlight.errors import UnsupportedError
+from farlight.hf.lazy import LazyMask, ModelMask
 from farlight.patterns import causal, documents, full, padding, pairs, window
 from farlight.patterns.base import Pattern
 
-__all__ = ["ModelMask", "model_mask", "tensor_mask"]
+__all__ = ["model_mask", "read_mask", "tensor_mask"]
 
 # Pairs that an unknown mask function may be evaluated on: 16 384 tokens, 256 MiB of bool.
 _EVALUATED = 1 << 28
-
-
-@dataclass(frozen=True)
-class ModelMask:
-    """The model's own mask for one forward pass: a pattern, and where the queries stand among the keys.
-
-    `pattern` counts keys from 0 even when a sliding cache has dropped the first `dropped` of them. It speaks of the first
-    `n_k` keys (None = all): those after the last query, empty slots of a static cache, are seen by nobody and left away.
-    `key_real` `(B, n_k)` and `query_real` `(B, n_q)` are False for padding, None where nothing is padded; a pattern that
-    reads content must not choose from what is not there.
-    """
-
-    pattern: Pattern
-    q_offset: int
-    dropped: int = 0
-    n_k: int | None = None
-    key_real: Tensor | None = None
-    query_real: Tensor | None = None
 
 
 def model_mask(
@@ -52,31 +35,54 @@ def model_mask(
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
+) -> LazyMask:
+    """The mask function registered with transformers: its own arguments in, a tensor that holds a `ModelMask` out.
+
+    Never None: what a missing mask would mean depends on the model.
+    """
+    own = read_mask(batch_size, q_length, kv_length, int(q_offset), int(kv_offset), mask_function, attention_mask, kwargs)
+    return LazyMask(own, batch_size, q_length, kv_length, kwargs.get("device", "cpu"))
+
+
+def read_mask(
+    batch: int,
+    n_q: int,
+    n_k: int,
+    offset: int,
+    dropped: int,
+    function: Callable[..., Any] | None,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
 ) -> ModelMask:
-    """The mask function registered with transformers: its own arguments in, a `ModelMask` out. Never None."""
+    """What a model allows: the rule that `function` stands for, and the real keys of `attention_mask` `(B, tokens)`."""
     from transformers.masking_utils import causal_mask_function
 
-    offset, dropped = int(q_offset), int(kv_offset)
-    function = causal_mask_function if mask_function is None else mask_function
+    function = causal_mask_function if function is None else function
     rule = _recognise(function)
-    if rule is not None and isinstance(rule.groups, Tensor) and rule.groups.shape[-1] != kv_length:
+    if rule is not None and isinstance(rule.groups, Tensor) and rule.groups.shape[-1] != n_k:
         rule = None
     if rule is None:
-        pattern = _evaluate(batch_size, q_length, kv_length, offset, dropped, function, kwargs)
+        seen, pattern = n_k, _evaluate(batch, n_q, n_k, offset, dropped, function, kwargs)
     else:
-        if rule.right == 0:
-            kv_length = max(0, min(kv_length, offset - dropped + q_length))
-        pattern = rule.pattern(kv_length, dropped)
+        seen = max(0, min(n_k, offset - dropped + n_q)) if rule.right == 0 else n_k
+        pattern = rule.pattern(seen, dropped)
     real = None
     if attention_mask is not None:
-        real = attention_mask.to(torch.bool)[:, dropped : dropped + kv_length]
+        real = attention_mask.to(torch.bool)[:, dropped : dropped + seen]
         # Keys past the end of the mask are slots of a cache that nothing has been written to.
-        real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))
+        real = torch.nn.functional.pad(real, (0, seen - real.shape[1]))
         if bool(real.all()):
             real = None
         else:
             pattern = padding(real) if pattern == full() else pattern & padding(real)
-    return ModelMask(pattern, offset - dropped, dropped, kv_length, real)
+
+    def whole() -> ModelMask:
+        held = torch.ones(batch, dropped + n_k, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        device = kwargs.get("device", held.device)
+        kept = torch.arange(held.shape[1], device=device) >= dropped
+        return read_mask(batch, n_q, dropped + n_k, offset, 0, function, held.to(device) & kept, kwargs)
+
+    return ModelMask(pattern, offset - dropped, dropped, seen, real, whole=whole if dropped else None)
 
 
 def tensor_mask(mask: Tensor, n_q: int, n_k: int) -> ModelMask:
