@@ -230,8 +230,8 @@ def sorted_out(candidates: Sequence[str | Pattern] | None, causal: bool) -> tupl
             expressions.append(repr(candidate))
         elif not isinstance(candidate, str):
             raise ArgumentError(
-                f"candidates: {type(candidate).__name__} is not a candidate; give a family ({', '.join((*FIXED, *CONTENT))}), a "
-                "pattern, or the expression of a pattern or router, such as 'topblocks(share=0.1, block=8) | window(2)'."
+                f"candidates: {type(candidate).__name__} is not a candidate; give a family ({', '.join((*FIXED, *CONTENT))}), "
+                "a pattern, or the expression of a pattern or router, such as 'topblocks(share=0.1, block=8) | window(2)'."
             )
         elif candidate in FIXED:
             families.append(candidate)
@@ -248,7 +248,7 @@ def sorted_out(candidates: Sequence[str | Pattern] | None, causal: bool) -> tupl
 
 
 def topblocks(causal: bool) -> list[str]:
-    """The family "topblocks": small blocks of keys chosen anew by each query, beside its neighbours and the ends of the text."""
+    """The family "topblocks": small blocks of keys that each query chooses, beside its neighbours and the ends of the text."""
     flag = ", causal=True" if causal else ""
     beside = "window(2, 0) | seen_by_all([0])" if causal else "window(2) | seen_by_all([0, -1])"
     amounts = [f"share={share}" for share in (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.36)]

@@ -108,8 +108,8 @@ def fit(
         keep: share of full attention to keep, mean over heads and rows; the default, 0.95, when neither is given.
         density: links as a share of what full attention looks at. One of keep and density.
         candidates: names of families, patterns, expressions of patterns or routers (see `read_router`). Families:
-            "window", "dilated", "strided", "offsets": windows of any width, dilated, with a stride, any distances; each joined by
-            the lighthouses (`seen_by_all`) that earn their links. These four are the default.
+            "window", "dilated", "strided", "offsets": windows of any width, dilated, with a stride, any distances; each joined
+            by the lighthouses (`seen_by_all`) that earn their links. These four are the default.
             "blocks", "pairs": any cells of 8 x 8, any pairs ("pairs" up to 1024 tokens): for this length only.
             "topblocks": blocks of 4 keys chosen by content.
         base: what full attention looks at; None = everything. The patterns are meant to be intersected with it.

@@ -77,7 +77,7 @@ def allocate(
     kept = sum(hull[0].kept for hull in hulls)
     if links is not None and spent > links * (1 + 1e-9) + 1e-9:
         raise ArgumentError(
-            f"{links:,.0f} links were asked for, but the cheapest candidates take {spent:,.0f}; allow more, or give cheaper ones."
+            f"{links:,.0f} links are allowed, but the cheapest candidates take {spent:,.0f}; allow more, or give cheaper ones."
         )
     steps = [(-weights[head] * _slope(hull[0], hull[1]), head) for head, hull in enumerate(hulls) if len(hull) > 1]
     heapq.heapify(steps)

@@ -64,7 +64,7 @@ class Profile:
             self._start(shape, q.device)
         elif shape != self.shape:
             raise ArgumentError(
-                f"a profile of (heads, queries, keys, offset) = {self.shape} was given texts of {shape}; give texts of one length."
+                f"a profile of (heads, queries, keys, offset) = {self.shape} was given {shape}; give texts of one length."
             )
         before = self.texts
         self.texts += q.shape[0]
