@@ -28,6 +28,7 @@ def fit(
     passages: int | None = None,
     even: bool | None = None,
     weigh: bool = False,
+    gist: int | None = None,
     step: Callable[[str], None] = lambda what: None,
 ) -> ModelFit:
     """For each layer and head the cheapest candidate such that `keep` of full attention is kept, or the most within `density`.
@@ -44,6 +45,8 @@ def fit(
         even: count a row's share as 1 - (1 - share)², so that no row is left with little; None = with `density`, where it is
             possible.
         weigh: count what is lost in a layer by how far it moves the model's output, measured layer by layer.
+        gist: let every block of so many tokens of which a query sees nothing be heard in summary (`gist_attention`). The
+            summaries, 1 / gist of all links at most, are part of `density`.
         step: called with a few words before each piece of work.
 
     Raises:
@@ -73,5 +76,6 @@ def fit(
         passages=passages,
         even=even,
         weigh=weigh,
+        gist=gist,
         step=step,
     )

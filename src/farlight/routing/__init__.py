@@ -5,6 +5,7 @@ from farlight.routing.base import Router
 from farlight.routing.gate import gated_attention
 from farlight.routing.gist import gist_attention
 from farlight.routing.heads import PerHeadRouter
+from farlight.routing.heard import Gist
 from farlight.routing.kmeans import KMeans
 from farlight.routing.lsh import LSH
 from farlight.routing.meets import meets
@@ -19,6 +20,7 @@ constructors().update(between=between, meets=meets, rooms=rooms, unseen=unseen)
 
 __all__ = [
     "LSH",
+    "Gist",
     "KMeans",
     "PerHeadRouter",
     "Router",

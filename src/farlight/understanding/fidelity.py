@@ -18,7 +18,12 @@ from farlight.errors import UnsupportedError
 from farlight.hf.interface import Observation, use_pattern
 from farlight.hf.layers import attention_layers
 from farlight.patterns import full
+from farlight.patterns.algebra import looks_back
+from farlight.patterns.base import Pattern
+from farlight.routing.base import Router
+from farlight.routing.heard import Gist, heard_links
 from farlight.understanding.lost import LostLink, heaviest
+from farlight.understanding.probability import sizes_of
 from farlight.understanding.retention import Retention, retentions
 from farlight.understanding.subjects import Judged, Subject, pattern_for, subjects
 
@@ -95,7 +100,9 @@ def measure_fidelity(
             number = numbers.get(id(call.module), len(seen))
             asked = [pattern_for(one.at(number), call.q, call.k, call.key_real) or full() for one in judged]
             found = retentions(call.q, call.k, asked, base=base, scale=call.scale, q_offset=call.q_offset, lost=lost)
-            seen.append([_shed(one, len(seen), before, spoken) for one in found])
+            # Summaries that are heard are links too.
+            more = [heard_for(one.at(number), pattern, call) for one, pattern in zip(judged, asked, strict=True)]
+            seen.append([_shed(one, len(seen), before, spoken, extra) for one, extra in zip(found, more, strict=True)])
 
         step("full attention")
         with use_pattern(model, None, observer=observe):
@@ -140,11 +147,20 @@ class _Layer:
     lost: tuple[LostLink, ...]
 
 
-def _shed(found: Retention, layer: int, before: int, words: Sequence[Sequence[str]] | None) -> _Layer:
+def heard_for(chosen: Pattern | Router | None, pattern: Pattern, call: Observation) -> Tensor | int:
+    """How many summaries are heard beside the pattern, `(B or 1, H or 1)`; 0 where none are."""
+    if not isinstance(chosen, Gist):
+        return 0
+    back = looks_back(call.own)
+    seen = pattern if call.own == full() else call.own & pattern
+    return heard_links(seen, chosen.block, sizes_of(call.q, call.k, call.q_offset), back)
+
+
+def _shed(found: Retention, layer: int, before: int, words: Sequence[Sequence[str]] | None, extra: Tensor | int) -> _Layer:
     """`before` passages were read in earlier batches."""
     lost = () if found.lost is None else found.lost.links(layer=layer, words=words)
     lost = tuple(replace(link, text=link.text + before) for link in lost)
-    return _Layer(found.mass.double(), found.best, found.links, found.base_links, lost)
+    return _Layer(found.mass.double(), found.best, found.links + extra, found.base_links, lost)
 
 
 class _Sums:

@@ -52,7 +52,7 @@ def _options(
         return rough
     out = []
     for option in rough:
-        state: Grown = option.make.args[0]  # type: ignore[attr-defined]
+        state: Grown = option.make.args[-1]  # type: ignore[attr-defined]
         shares = row_shares(profile, state) if profile.block == 1 else torch.tensor([state.kept])
         out.append(Option(option.links, option.kept, row_value(shares, True).mean().item(), option.make, family))
     return out

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from farlight.errors import ArgumentError
-from farlight.patterns import causal, parse, per_head
-from farlight.patterns.algebra import Intersection
+from farlight.patterns import parse, per_head
+from farlight.patterns.algebra import looks_back
 from farlight.patterns.base import Pattern
 from farlight.routing.base import Router
 from farlight.routing.text import is_router, read_router
@@ -19,7 +19,7 @@ from farlight.understanding.fitting.frontier import Option, allocate, concave
 from farlight.understanding.fitting.measured import Measured
 from farlight.understanding.fitting.profile import Profile
 
-__all__ = ["Fit", "fit", "gathered", "head_options", "looks_back", "read_target"]
+__all__ = ["Fit", "fit", "gathered", "head_options", "read_target"]
 
 
 @dataclass(frozen=True)
@@ -126,23 +126,14 @@ def fit(
     offsets([-3])
     """
     keep, density = read_target(keep, density, even)
-    families, expressions = sorted_out(candidates, causal=looks_back(base))
-    profile, measured = Profile(), Measured(expressions, even)
+    families, expressions = sorted_out(candidates, causal=base is not None and looks_back(base))
+    profile, measured = Profile(), Measured(expressions)
     profile.add(q, k, base=base, scale=scale, q_offset=q_offset)
     if expressions:
         measured.add(q, k, base=base, scale=scale, q_offset=q_offset)
     options, base_links = head_options(profile, measured, families, even)
     budget = None if density is None else density * float(base_links.sum())
     return gathered(options, allocate(options, keep=keep, links=budget), base_links)
-
-
-def looks_back(base: Pattern | None) -> bool:
-    """Whether no token sees a later one, so that routers must be causal."""
-    return base is not None and any(isinstance(part, causal) for part in _conjuncts(base))
-
-
-def _conjuncts(pattern: Pattern) -> list[Pattern]:
-    return [x for part in pattern.parts for x in _conjuncts(part)] if isinstance(pattern, Intersection) else [pattern]
 
 
 def read_target(keep: float | None, density: float | None, even: bool) -> tuple[float | None, float | None]:
@@ -169,7 +160,7 @@ def head_options(
     links = []
     for head in range(heads):
         one = profile.head(head)
-        options.append(fixed_options(one, families, even) + measured.options(head, rows))
+        options.append(fixed_options(one, families, even) + measured.options(head, rows, even))
         links.append(float(one.distance_links.sum()))
     return options, torch.tensor(links, dtype=torch.float64)
 

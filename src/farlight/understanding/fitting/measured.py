@@ -20,11 +20,11 @@ __all__ = ["Measured"]
 class Measured:
     """Sums over texts of one layer for a list of expressions (see `read_router`)."""
 
-    def __init__(self, expressions: Sequence[str], even: bool) -> None:
-        self.expressions, self.even = list(expressions), even
+    def __init__(self, expressions: Sequence[str]) -> None:
+        self.expressions = list(expressions)
         self._routers = [read_router(expression) for expression in self.expressions]
         self._texts = 0
-        self._sums: Tensor | None = None  # (expressions, 3, H): links, kept, value
+        self._sums: Tensor | None = None  # (expressions, 3, H): links, kept, value of a row when even
 
     def add(
         self, q: Tensor, k: Tensor, *, base: Pattern | None = None, scale: float | None = None, q_offset: int | None = None
@@ -40,11 +40,11 @@ class Measured:
                 for sums, pattern in zip(self._sums, patterns, strict=True):
                     mask = tile.seen(pattern, sizes).expand_as(tile.full)
                     kept = (tile.full * mask).sum(-1)
-                    worth = row_value(kept, self.even)
+                    worth = row_value(kept, True)
                     for into, found in zip(sums, (mask.sum(-1), kept, worth), strict=True):
                         into[tile.heads] += found.double().sum((0, 2)).cpu()
 
-    def options(self, head: int, rows: int) -> list[Option]:
+    def options(self, head: int, rows: int, even: bool) -> list[Option]:
         """The options of one head; `rows` is the number of query rows of a text."""
         if self._sums is None:
             return []
@@ -52,5 +52,6 @@ class Measured:
         for expression, sums in zip(self.expressions, self._sums[:, :, head].tolist(), strict=True):
             links, kept, value = (number / max(1, self._texts) for number in sums)
             family = "content" if is_router(expression) else "given"
+            value = value if even else kept
             out.append(Option(links, kept / max(1, rows), value / max(1, rows), partial(str, expression), family))
         return out

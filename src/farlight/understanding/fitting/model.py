@@ -20,18 +20,20 @@ from farlight.hf.fitted import write_layers
 from farlight.hf.interface import Observation, use_pattern
 from farlight.hf.layers import attention_layers
 from farlight.patterns import full
+from farlight.patterns.algebra import looks_back
 from farlight.patterns.base import Pattern
 from farlight.routing.base import Router
+from farlight.routing.text import read_router
 from farlight.understanding.fidelity import Fidelity, hidden, measure_fidelity, token_cosine
 from farlight.understanding.fitting.candidates import sorted_out
-from farlight.understanding.fitting.fit import Fit, gathered, head_options, looks_back, read_target
+from farlight.understanding.fitting.fit import Fit, gathered, head_options, read_target
 from farlight.understanding.fitting.frontier import allocate
 from farlight.understanding.fitting.measured import Measured
 from farlight.understanding.fitting.profile import Profile
 from farlight.understanding.passages import cut_passages
 from farlight.understanding.subjects import Subject
 
-__all__ = ["ModelFit", "fit_model", "fit_passages"]
+__all__ = ["ModelFit", "Reading", "fit_model", "fit_reading", "read_passages"]
 
 # Passages on which candidates that are not grown are measured: they have nothing to learn by heart.
 _MEASURED = 8
@@ -50,6 +52,7 @@ class ModelFit:
             held_out is None when no text was left for it.
         passages: (fitted to, judged on).
         model: what the saved file says of the model.
+        gist: tokens in a block that is heard in summary where it is not seen; None: what is not seen is not heard.
     """
 
     layers: dict[int, Fit]
@@ -59,15 +62,16 @@ class ModelFit:
     passages: tuple[int, int]
     passage_tokens: int
     model: dict[str, Any]
+    gist: int | None = None
 
     @property
     def patterns(self) -> dict[int, Pattern | Router]:
         """By layer number, what `fl.hf.sparsify` and `fl.hf.use_pattern` take."""
-        return {number: layer.pattern for number, layer in self.layers.items()}
+        return patterns_of(self.layers, self.gist)
 
     @property
     def density(self) -> float:
-        """Links of all layers and heads as a share of those of full attention, on the texts it was fitted to."""
+        """Links of all layers and heads as a share of those of full attention, on the texts fitted to; without summaries."""
         links, base = (
             sum(float(x.sum()) for x in xs) for xs in zip(*((f.links, f.base_links) for f in self.fits), strict=True)
         )
@@ -89,14 +93,33 @@ class ModelFit:
 
     def save(self, path: str | os.PathLike[str] | None = None) -> str:
         """Write the patterns as JSON, which `fl.hf.sparsify(model, path)` loads. Returns the text."""
-        layers: dict[int, Pattern | Router | str | None] = {}
-        for number, fit in self.layers.items():
-            fixed = all(isinstance(head, Pattern) for head in fit.heads)
-            layers[number] = fit.pattern if fixed else fit.expression
         told = self.model | {"passage_tokens": self.passage_tokens, "density": self.density, "kept": _mean(self.trained.mass)}
         if self.held_out is not None:
             told |= {"held_out_kept": _mean(self.held_out.mass), "held_out_token_cosine": self.held_out.token_cosine}
-        return write_layers(layers, path, model=told)
+        return write_layers(self.patterns, path, model=told)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and texts: the target met, both judgements, and kept share, density and family by layer and head."""
+        judged = {
+            name: {
+                "kept": _mean(found.mass),
+                "density": found.links / max(1.0, found.own_links),
+                "token_cosine": found.token_cosine,
+                "pooled_cosine": found.pooled_cosine,
+            }
+            for name, found in (("trained", self.trained), ("held_out", self.held_out))
+            if found is not None
+        }
+        return {
+            "density": self.density,
+            "passages": list(self.passages),
+            "weights": list(self.weights),
+            "gist": self.gist,
+            "kept_by_head": self.kept_by_head.tolist(),
+            "density_by_head": self.density_by_head.tolist(),
+            "families": [list(fit.families) for fit in self.fits],
+            **judged,
+        }
 
     def __str__(self) -> str:
         lines = [
@@ -135,9 +158,11 @@ def fit_model(
     passages: int | None = None,
     even: bool | None = None,
     weigh: bool = False,
+    gist: int | None = None,
     step: Callable[[str], None] = lambda what: None,
 ) -> ModelFit:
     """`farlight.hf.fit`, which documents it."""
+    read_target(keep, density, bool(even))
     if isinstance(texts, Tensor):
         ids = texts
         if ids.dim() != 2 or ids.dtype.is_floating_point or not ids.numel():
@@ -153,79 +178,31 @@ def fit_model(
     if not 0.0 <= held_out < 1.0:
         raise ArgumentError(f"held_out = {held_out}: it is the share of passages to judge on, 0 <= held_out < 1.")
     apart = min(round(ids.shape[0] * held_out), ids.shape[0] - 1)
-    return fit_passages(
-        model,
-        ids[: ids.shape[0] - apart],
-        ids[ids.shape[0] - apart :] if apart else None,
-        keep=keep,
-        density=density,
-        candidates=candidates,
-        even=even,
-        weigh=weigh,
-        step=step,
-    )
+    reading = read_passages(model, ids[: ids.shape[0] - apart], candidates, step=step)
+    rest = ids[ids.shape[0] - apart :] if apart else None
+    return fit_reading(reading, rest, keep=keep, density=density, even=even, weigh=weigh, gist=gist, step=step)
 
 
-def fit_passages(
+@dataclass(frozen=True)
+class Reading:
+    """What a model's heads attended to while it read passages: the frontiers of all heads, ready to be fitted to any target."""
+
+    model: Any
+    ids: Tensor
+    numbers: list[int]
+    profiles: list[Profile]
+    measured: list[Measured]
+    families: list[str]
+
+
+def read_passages(
     model: Any,
     ids: Tensor,
-    held_out: Tensor | None,
-    *,
-    keep: float | None = None,
-    density: float | None = None,
     candidates: Sequence[str | Pattern] | None = None,
-    even: bool | None = None,
-    weigh: bool = False,
-    judged: int = 16,
+    *,
     step: Callable[[str], None] = lambda what: None,
-) -> ModelFit:
-    """Fit to passages `ids` `(passages, tokens)` and judge on `held_out`; at most `judged` of each, taken evenly, are judged."""
-    if even is None:
-        even = density is not None
-    keep, density = read_target(keep, density, even)
-    numbers, profiles, measured, families = _profiled(model, ids, candidates, even, step)
-    options, base_links = [], []
-    for profile, one in zip(profiles, measured, strict=True):
-        found, links = head_options(profile, one, families, even)
-        options.append(found)
-        base_links.append(links)
-    flat = [head for layer in options for head in layer]
-    budget = None if density is None else density * float(sum(links.sum() for links in base_links))
-
-    def chosen(weights: Sequence[float]) -> dict[int, Fit]:
-        spread = [weight for weight, layer in zip(weights, options, strict=True) for _ in layer]
-        picked = iter(allocate(flat, keep=keep, links=budget, weights=spread))
-        fits = [gathered(layer, [next(picked) for _ in layer], links) for layer, links in zip(options, base_links, strict=True)]
-        return dict(zip(numbers, fits, strict=True))
-
-    weights = [1.0] * len(options)
-    layers = chosen(weights)
-    if weigh:
-        weights = _layer_weights(model, ids, layers, step)
-        layers = chosen(weights)
-    subject = Subject("fitted", {number: layer.pattern for number, layer in layers.items()})
-    step("judged on what it was fitted to")
-    trained = measure_fidelity(model, _evenly(ids, judged), [subject]).patterns[0]
-    apart = None
-    if held_out is not None:
-        step("judged on other text")
-        apart = measure_fidelity(model, _evenly(held_out, judged), [subject]).patterns[0]
-    told = {"class": type(model).__name__, "type": getattr(model.config, "model_type", None), "layers": len(layers)}
-    return ModelFit(
-        layers,
-        tuple(weights),
-        trained,
-        apart,
-        (ids.shape[0], 0 if held_out is None else held_out.shape[0]),
-        ids.shape[1],
-        told | {"heads": len(flat) // max(1, len(layers))},
-    )
-
-
-def _profiled(
-    model: Any, ids: Tensor, candidates: Sequence[str | Pattern] | None, even: bool, step: Callable[[str], None]
-) -> tuple[list[int], list[Profile], list[Measured], list[str]]:
-    """Read all passages with full attention: (layer numbers, profiles, measured candidates, fixed families)."""
+) -> Reading:
+    """Read all passages with full attention, profiling every head and measuring the candidates that cannot be grown."""
     profiles: dict[int, Profile] = {}
     measured: dict[int, Measured] = {}
     families, _ = sorted_out(candidates, False)  # what is wrong with them is said before the model runs
@@ -244,12 +221,12 @@ def _profiled(
             base = None if call.own == full() else call.own
             if number not in profiles:
                 profiles[number] = Profile()
-                measured[number] = Measured(sorted_out(candidates, looks_back(base))[1], even)
+                measured[number] = Measured(sorted_out(candidates, base is not None and looks_back(base))[1])
             profiles[number].add(call.q, call.k, base=base, scale=call.scale, q_offset=call.q_offset)
             if pick and measured[number].expressions:
                 if base is not None and base.varies_over_batch:
                     raise UnsupportedError(
-                        "the passages are padded, so each has a mask of its own; fit to passages of one length without padding."
+                        "the passages are padded, so each has a mask of its own; fit to passages of one length, unpadded."
                     )
                 measured[number].add(call.q[pick], call.k[pick], base=base, scale=call.scale, q_offset=call.q_offset)
 
@@ -263,7 +240,82 @@ def _profiled(
             "fitted. Use a model whose layers call transformers' AttentionInterface."
         )
     order = sorted(profiles)
-    return order, [profiles[number] for number in order], [measured[number] for number in order], families
+    return Reading(model, ids, order, [profiles[number] for number in order], [measured[number] for number in order], families)
+
+
+def fit_reading(
+    reading: Reading,
+    held_out: Tensor | None,
+    *,
+    keep: float | None = None,
+    density: float | None = None,
+    families: Sequence[str] | None = None,
+    even: bool | None = None,
+    weigh: bool = False,
+    gist: int | None = None,
+    judged: int = 16,
+    step: Callable[[str], None] = lambda what: None,
+) -> ModelFit:
+    """Fit what was read and judge it, also on `held_out`: on at most `judged` passages of each, taken evenly.
+
+    `families` are those of the reading unless given; the rest is as in `farlight.hf.fit`.
+    """
+    model, ids, numbers = reading.model, reading.ids, reading.numbers
+    if even is None:
+        even = density is not None
+    keep, density = read_target(keep, density, even)
+    step("frontiers of all heads")
+    options, base_links = [], []
+    for profile, one in zip(reading.profiles, reading.measured, strict=True):
+        found, links = head_options(profile, one, reading.families if families is None else families, even)
+        options.append(found)
+        base_links.append(links)
+    flat = [head for layer in options for head in layer]
+    budget = None
+    if density is not None:
+        if gist is not None and density <= 1 / gist:
+            raise ArgumentError(
+                f"density = {density} with gist = {gist}: the summaries alone may take 1/{gist} of all links; allow more, or "
+                "take larger blocks."
+            )
+        budget = (density - (0.0 if gist is None else 1 / gist)) * float(sum(links.sum() for links in base_links))
+
+    def chosen(weights: Sequence[float]) -> dict[int, Fit]:
+        spread = [weight for weight, layer in zip(weights, options, strict=True) for _ in layer]
+        picked = iter(allocate(flat, keep=keep, links=budget, weights=spread))
+        fits = [gathered(layer, [next(picked) for _ in layer], links) for layer, links in zip(options, base_links, strict=True)]
+        return dict(zip(numbers, fits, strict=True))
+
+    weights = [1.0] * len(options)
+    layers = chosen(weights)
+    if weigh:
+        weights = _layer_weights(model, ids, layers, step)
+        layers = chosen(weights)
+    subject = Subject("fitted", patterns_of(layers, gist))
+    step("judged on what it was fitted to")
+    trained = measure_fidelity(model, _evenly(ids, judged), [subject]).patterns[0]
+    apart = None
+    if held_out is not None:
+        step("judged on other text")
+        apart = measure_fidelity(model, _evenly(held_out, judged), [subject]).patterns[0]
+    told = {"class": type(model).__name__, "type": getattr(model.config, "model_type", None), "layers": len(layers)}
+    return ModelFit(
+        layers,
+        tuple(weights),
+        trained,
+        apart,
+        (ids.shape[0], 0 if held_out is None else held_out.shape[0]),
+        ids.shape[1],
+        told | {"heads": len(flat) // max(1, len(layers))},
+        gist,
+    )
+
+
+def patterns_of(layers: dict[int, Fit], gist: int | None) -> dict[int, Pattern | Router]:
+    """By layer number a pattern or router, whose unseen blocks of `gist` tokens are heard in summary."""
+    if gist is None:
+        return {number: layer.pattern for number, layer in layers.items()}
+    return {number: read_router(f"gist({layer.expression}, block={gist})") for number, layer in layers.items()}
 
 
 def _layer_weights(model: Any, ids: Tensor, layers: dict[int, Fit], step: Callable[[str], None]) -> list[float]:
