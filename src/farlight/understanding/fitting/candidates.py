@@ -162,7 +162,7 @@ def _cells(profile: HeadProfile, block: int, even: bool, family: str) -> list[Op
     rows_in = torch.full((gain.shape[0], 1), float(block))
     rows_in[-1] = profile.n_q - (gain.shape[0] - 1) * block
     share = gain / rows_in  # what a cell adds to the mean share of its rows
-    order = (share / cost.clamp(min=1e-12)).sort(1, descending=True, stable=True).indices
+    order = (share / cost.clamp(min=1e-12)).sort(dim=1, descending=True, stable=True).indices
     ordered = share.gather(1, order)
     after = ordered.cumsum(1)
     worth = (row_value(after, even) - row_value(after - ordered, even)) * rows_in
