@@ -6,8 +6,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from farlight.understanding.audit import Audit
+    from farlight.understanding.fitting.model import ModelFit
+    from farlight.understanding.passages import Passages
 
 __all__ = ["DEFAULT_PATTERNS", "audit_command"]
 
@@ -42,8 +45,26 @@ def audit_command(
     ] = None,
     pattern: Annotated[
         list[str] | None,
-        typer.Option("--pattern", help='A pattern, e.g. "window(32) | global_tokens([0])". Repeat for several.'),
+        typer.Option(
+            "--pattern",
+            help='A pattern or router, e.g. "window(32) | global_tokens([0])" or "topblocks(share=0.1)". Repeat for several.',
+        ),
     ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option("--keep", help="Fit: the fewest links, head by head, that keep this share of full attention, e.g. 0.95."),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", help="Fit: the most that this share of all links can keep, e.g. 0.1.")
+    ] = None,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--candidate",
+            help="What a fit chooses from: window, dilated, strided, offsets, blocks, pairs, topblocks, or a pattern.",
+        ),
+    ] = None,
+    save: Annotated[Path | None, typer.Option("--save", help="Write the fit as JSON, for fl.hf.sparsify.")] = None,
     passages: Annotated[int, typer.Option("--passages", help="How many passages the model reads.")] = 8,
     length: Annotated[
         int | None,
@@ -53,11 +74,16 @@ def audit_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print what each sparse pattern saves and loses when a model reads a text."""
-    from farlight.cli.inputs import load_model, read_patterns, read_text
+    from farlight.cli.inputs import load_model, read_judged, read_text
     from farlight.kernels import dispatch
 
     # What is cheap to check is checked before a model is loaded.
-    patterns = read_patterns(pattern or DEFAULT_PATTERNS)
+    fitting = keep is not None or density is not None
+    judged = read_judged(pattern or (() if fitting else DEFAULT_PATTERNS))
+    if fitting:
+        _check_fit(keep, density, candidate, save)
+    elif candidate or save is not None:
+        raise ArgumentError("--candidate and --save belong to a fit: add --keep 0.95 or --density 0.1.")
     dispatch.check_name(backend)
     if passages < 1:
         raise ArgumentError(f"--passages {passages}: at least one passage is needed; the default is 8.")
@@ -72,14 +98,75 @@ def audit_command(
 
         from farlight.understanding.audit import audit, steps
         from farlight.understanding.passages import cut_passages
+        from farlight.understanding.subjects import Subject
 
-        cut = cut_passages(content, loaded.tokenizer, length or min(loaded.longest, _LONGEST_PASSAGE), passages)
-        start("reading", steps(cut, len(patterns)))
-        result = audit(loaded.model, cut, patterns, backend=backend, model_name=loaded.name, text_name=text_name, step=step)
+        size = length or min(loaded.longest, _LONGEST_PASSAGE)
+        cut = cut_passages(content, loaded.tokenizer, size, passages)
+        fitted = None
+        if fitting:
+            # As many passages again are read first; the ones audited below are not among them.
+            both = cut_passages(content, loaded.tokenizer, size, 2 * passages)
+            fitted, cut = _fitted(loaded.model, both, keep, density, candidate, start, step)
+            judged = [*judged, Subject(_target(keep, density), fitted.patterns)]
+            if save is not None:
+                fitted.save(save)
+        start("reading", steps(cut, len(judged)))
+        result = audit(
+            loaded.model,
+            cut,
+            judged,
+            backend=backend,
+            tokenizer=loaded.tokenizer,
+            model_name=loaded.name,
+            text_name=text_name,
+            step=step,
+        )
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2, allow_nan=False))
+        extra = {} if fitted is None else {"fit": fitted.to_dict()}
+        print(json.dumps(result.to_dict() | extra, indent=2, allow_nan=False))
     else:
         _show(result)
+        if fitted is not None:
+            print(f"\nfitted ({_target(keep, density)}): {fitted}" + (f"\nsaved: {save}" if save is not None else ""))
+
+
+def _target(keep: float | None, density: float | None) -> str:
+    return f"fitted, keep {keep:g}" if keep is not None else f"fitted, density {density:g}"
+
+
+def _check_fit(keep: float | None, density: float | None, candidates: list[str] | None, save: Path | None) -> None:
+    """Raise for a fit that cannot be made, before a model is loaded."""
+    from farlight.understanding.fitting.candidates import sorted_out
+    from farlight.understanding.fitting.fit import read_target
+
+    read_target(keep, density, False)
+    sorted_out(candidates, False)
+    if save is not None and not save.parent.is_dir():
+        raise ArgumentError(f"--save {str(save)!r}: there is no folder {str(save.parent)!r}.")
+
+
+def _fitted(
+    model: Any,
+    both: Passages,
+    keep: float | None,
+    density: float | None,
+    candidates: list[str] | None,
+    start: Callable[[str, int], None],
+    step: Callable[[str], None],
+) -> tuple[ModelFit, Passages]:
+    """Fit to the first half of the passages; (the fit, the other half)."""
+    from farlight.understanding.fitting.model import fit_reading, read_passages
+
+    if both.count < 2:
+        raise ArgumentError(
+            f"the text makes {both.count} passage of {both.length} tokens; a fit needs one to fit to and another to be judged "
+            "on. Give a longer text, or a smaller --length."
+        )
+    half = both.count // 2
+    start("fitting", -(-half // max(1, 4096 // both.length)) + 3)
+    reading = read_passages(model, both.ids[:half], candidates, step=step)
+    fitted = fit_reading(reading, both.ids[half:], keep=keep, density=density, step=step)
+    return fitted, replace(both, ids=both.ids[half:])
 
 
 @contextmanager
@@ -127,6 +214,9 @@ def _show(result: Audit) -> None:
     print_plain(f"{result.text}: {result.tokens:,} tokens, judged on {result.passages} passages of {result.passage_tokens}")
     console.print(_fidelity_table(result))
     console.print(_cost_table(result))
+    for row in result.patterns:
+        for link in row.lost[:3]:
+            print_plain(f"lost by {row.pattern}: {link}")
     for row in result.patterns:
         if row.long_text.why_not:
             print_plain(f"{row.pattern}: not measured at {row.long_text.tokens:,} tokens: {row.long_text.why_not}")
