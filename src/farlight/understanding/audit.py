@@ -53,7 +53,7 @@ class PatternAudit:
     `measured_speedup` compares the time of one attention layer under `backend` with torch's full attention (about 1
     where "auto" decided for full attention), and `peak_bytes` is what that layer needs beside q, k and v. `mass` and
     `best` are means over layers, heads and rows: the share of full attention kept, and the most that as many links
-    could keep; `worst_head` is the smallest mass of a head, in layer and head `worst_head_at`. The cosines compare last
+    could keep, `mass_by_head` and `best_by_head` the same by layer and head; `worst_head` is the smallest mass of a head, in layer and head `worst_head_at`. The cosines compare last
     hidden states and their means over a passage, sparse against full.
     """
 
@@ -71,6 +71,8 @@ class PatternAudit:
     token_cosine: float
     pooled_cosine: float
     long_text: LongText
+    mass_by_head: tuple[tuple[float, ...], ...] = ()
+    best_by_head: tuple[tuple[float, ...], ...] = ()
 
     @property
     def of_best(self) -> float:
@@ -198,4 +200,6 @@ def _row(pattern: Pattern, found: Fidelity, short: Cost, long: Cost, layers: int
             peak_method=long.peak_method,
             why_not=long.why_not,
         ),
+        mass_by_head=tuple(tuple(row) for row in found.mass.tolist()),
+        best_by_head=tuple(tuple(row) for row in found.best.tolist()),
     )

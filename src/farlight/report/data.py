@@ -1,0 +1,89 @@
+"""What a page shows, as plain data: a pattern by itself (`map_data`), or a model's audit with its text (`audit_data`).
+
+Nothing here knows HTML. Every number is the library's own: links from `Pattern.count`, reach from `fl.reach`, retention from
+the audit; the page computes only what the reader asks of it, from rules that are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from farlight.patterns import full, parse
+from farlight.patterns.base import Pattern
+from farlight.report.lost import LostLink
+from farlight.report.views import curve, view
+from farlight.report.words import Words
+from farlight.understanding.audit import Audit, PatternAudit
+from farlight.understanding.graph.receptive import Reach
+from farlight.understanding.graph.worlds import SmallWorld
+from farlight.understanding.passages import Passages
+
+__all__ = ["audit_data", "map_data"]
+
+# Beyond so many heads a page shows the first ones only; the heat map has them all.
+_MOST_HEADS = 64
+
+
+def map_data(pattern: Pattern, n: int, world: SmallWorld, found: Reach, *, head: int = 0) -> dict[str, Any]:
+    """One pattern over n tokens without a text, from what `farlight map` has worked out."""
+    own = None
+    cost = curve(pattern, own, n, {n: world.links}, 1)
+    row = {
+        "text": repr(pattern),
+        "views": {"text": view(pattern, n, [head], found.layers, found=found, world=world)},
+        "cost": cost,
+    }
+    return {"kind": "map", "name": repr(pattern), "layers": found.layers, "scopes": [{"id": "text", "n": n}], "patterns": [row]}
+
+
+def audit_data(
+    result: Audit,
+    patterns: Sequence[Pattern],
+    passages: Passages,
+    words: Words,
+    lost: Sequence[Sequence[LostLink]],
+    *,
+    step: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """An audit: each pattern within a passage and within the whole text, what it kept by head, and what it lost in words."""
+    own = parse(result.own)
+    heads = range(min(result.heads, _MOST_HEADS))
+    scopes = [{"id": "passage", "n": passages.length}, {"id": "text", "n": passages.tokens}]
+    rows = []
+    for pattern, judged, links in zip(patterns, result.patterns, lost, strict=True):
+        step(judged.pattern)
+        both = pattern if own == full() else own & pattern
+        views = {"passage": view(both, passages.length, heads, result.layers)}
+        known = {}
+        if judged.long_text.why_not is None:
+            views["text"] = view(both, passages.tokens, heads, result.layers)
+            known[passages.tokens] = judged.long_text.links / (result.layers * result.heads)
+        rows.append(
+            {
+                "text": judged.pattern,
+                "views": views,
+                "cost": curve(both, None if own == full() else own, passages.tokens, known, result.heads),
+                "audit": _judged(judged),
+                "lost": [vars(link) for link in links],
+            }
+        )
+    return {
+        "kind": "audit",
+        "name": result.text,
+        "model": {
+            name: getattr(result, name)
+            for name in ("model", "layers", "heads", "kv_heads", "head_dim", "own", "threads", "backend", "full_measured_at")
+        },
+        "layers": result.layers,
+        "scopes": scopes,
+        "patterns": rows,
+        "words": words.to_page(),
+        "passages": {"starts": list(passages.starts), "length": passages.length, "of": passages.tokens},
+    }
+
+
+def _judged(row: PatternAudit) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(row), "of_best": row.of_best}
