@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farlight.cli.progress import progress
 from farlight.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -32,6 +30,7 @@ DEFAULT_PATTERNS = (
 
 # Longer passages are possible with --length; full attention over them is what takes the time.
 _LONGEST_PASSAGE = 2048
+_PASSAGES, _PASSAGES_OF_A_REPORT = 8, 32
 
 
 def audit_command(
@@ -44,12 +43,20 @@ def audit_command(
         list[str] | None,
         typer.Option("--pattern", help='A pattern, e.g. "window(32) | global_tokens([0])". Repeat for several.'),
     ] = None,
-    passages: Annotated[int, typer.Option("--passages", help="How many passages the model reads.")] = 8,
+    passages: Annotated[
+        str | None,
+        typer.Option(
+            "--passages",
+            help='How many passages the model reads, from the start; "all" for the whole text. '
+            f"Default: {_PASSAGES}; with --html {_PASSAGES_OF_A_REPORT}, taken evenly from the whole text.",
+        ),
+    ] = None,
     length: Annotated[
         int | None,
         typer.Option("--length", help=f"Tokens in a passage. Default: what the model can read, at most {_LONGEST_PASSAGE}."),
     ] = None,
     backend: Annotated[str, typer.Option("--backend", help="Which backend computes sparse attention.")] = "auto",
+    page: Annotated[Path | None, typer.Option("--html", help="Write a report to look into, as one HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print what each sparse pattern saves and loses when a model reads a text."""
@@ -59,53 +66,48 @@ def audit_command(
     # What is cheap to check is checked before a model is loaded.
     patterns = read_patterns(pattern or DEFAULT_PATTERNS)
     dispatch.check_name(backend)
-    if passages < 1:
-        raise ArgumentError(f"--passages {passages}: at least one passage is needed; the default is 8.")
+    count = _how_many(passages, _PASSAGES if page is None else _PASSAGES_OF_A_REPORT)
+    if page is not None and not page.parent.is_dir():
+        raise ArgumentError(f"--html {str(page)!r}: there is no folder {str(page.parent)!r}.")
     text_name, content = read_text(text)
-    with _progress() as (start, step):
-        start("loading the model", 1)
+    with progress() as (start, step):
+        start(["loading the model"])
+        step("loading the model")
         loaded = load_model(model)
         if length is not None and length > loaded.longest:
             raise ArgumentError(
                 f"--length {length}: {loaded.name} reads at most {loaded.longest} tokens at once; give that or less."
             )
 
+        from farlight import report
         from farlight.understanding.audit import audit, steps
         from farlight.understanding.passages import cut_passages
 
-        cut = cut_passages(content, loaded.tokenizer, length or min(loaded.longest, _LONGEST_PASSAGE), passages)
-        start("reading", steps(cut, len(patterns)))
+        longest = length or min(loaded.longest, _LONGEST_PASSAGE)
+        cut = cut_passages(content, loaded.tokenizer, longest, count, spread=page is not None and passages is None)
+        start(steps(cut, patterns) + (report.steps(cut, patterns) if page is not None else []))
         result = audit(loaded.model, cut, patterns, backend=backend, model_name=loaded.name, text_name=text_name, step=step)
+        if page is not None:
+            words = report.words_of(content, loaded.tokenizer)
+            lost = report.lost_links(loaded.model, cut, patterns, step=step)
+            report.write(report.render(report.audit_data(result, patterns, cut, words, lost, step=step)), page)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2, allow_nan=False))
     else:
         _show(result)
+        if page is not None:
+            print(f"\nreport: {page}")
 
 
-@contextmanager
-def _progress() -> Iterator[tuple[Callable[[str, int], None], Callable[[str], None]]]:
-    """A bar on stderr, gone when done: (start a stage of so many steps, begin the next step)."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("", total=1)
-        done = -1
-
-        def start(what: str, total: int) -> None:
-            nonlocal done
-            done = -1
-            bar.reset(task, total=total, description=escape(what))
-
-        def step(what: str) -> None:
-            # The step named is the one that begins now, so one less is complete.
-            nonlocal done
-            done += 1
-            bar.update(task, completed=done, description=escape(what))
-
-        yield start, step
+def _how_many(passages: str | None, otherwise: int) -> int | None:
+    """The number of passages asked for; None means all."""
+    if passages is None:
+        return otherwise
+    if passages == "all":
+        return None
+    if not passages.isdecimal() or int(passages) < 1:
+        raise ArgumentError(f'--passages {passages}: at least one passage is needed; give a number such as 8, or "all".')
+    return int(passages)
 
 
 def _show(result: Audit) -> None:

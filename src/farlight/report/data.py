@@ -7,11 +7,12 @@ the audit; the page computes only what the reader asks of it, from rules that ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from farlight.patterns import full, parse
 from farlight.patterns.base import Pattern
-from farlight.report.lost import LostLink
+from farlight.report.lost import READ, LostLink
 from farlight.report.views import curve, view
 from farlight.report.words import Words
 from farlight.understanding.audit import Audit, PatternAudit
@@ -19,10 +20,15 @@ from farlight.understanding.graph.receptive import Reach
 from farlight.understanding.graph.worlds import SmallWorld
 from farlight.understanding.passages import Passages
 
-__all__ = ["audit_data", "map_data"]
+__all__ = ["audit_data", "map_data", "steps"]
 
 # Beyond so many heads a page shows the first ones only; the heat map has them all.
 _MOST_HEADS = 64
+
+
+def steps(passages: Passages, patterns: Sequence[Pattern]) -> list[str]:
+    """What `lost_links` and `audit_data` report as progress, in order."""
+    return [*["lost links"] * min(READ, passages.count), *(f"reach: {pattern!r}" for pattern in patterns)]
 
 
 def map_data(pattern: Pattern, n: int, world: SmallWorld, found: Reach, *, head: int = 0) -> dict[str, Any]:
@@ -52,7 +58,7 @@ def audit_data(
     scopes = [{"id": "passage", "n": passages.length}, {"id": "text", "n": passages.tokens}]
     rows = []
     for pattern, judged, links in zip(patterns, result.patterns, lost, strict=True):
-        step(judged.pattern)
+        step(f"reach: {pattern!r}")
         both = pattern if own == full() else own & pattern
         views = {"passage": view(both, passages.length, heads, result.layers)}
         known = {}
@@ -84,6 +90,4 @@ def audit_data(
 
 
 def _judged(row: PatternAudit) -> dict[str, Any]:
-    from dataclasses import asdict
-
     return {**asdict(row), "of_best": row.of_best}

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from farlight.errors import UnsupportedError
 from farlight.patterns.algebra import Complement, Difference, Intersection, PerHead, Union
-from farlight.patterns.arguments import query_base
 from farlight.patterns.base import Atom, Pattern, Sizes
 from farlight.patterns.content import blocks, chosen_blocks, chosen_keys, clusters, leading, pairs
 from farlight.patterns.positional import blocked_window, causal, full, landmarks, offsets, strided, window
@@ -119,7 +118,6 @@ class _Writer:
     def _layout(self, atom: pairs | blocks) -> Rule:
         block = atom.block if isinstance(atom, blocks) else 1
         mask = self._mine(atom.tables[0])
-        query_base(type(atom).__name__, mask.shape[0], self.sizes, block)  # rows by position: a page has as many queries as keys
         bits = np.packbits(mask.numpy(), axis=1, bitorder="little")
         return {"block": block, "rows": mask.shape[0], "bytes": bits.shape[1], "bits": pack(bits, "u1")}
 

@@ -7,6 +7,7 @@ pair of tokens is listed once, where it weighed most, with the number of heads t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,12 @@ from farlight.hf.interface import Observation, use_pattern
 from farlight.patterns.base import Pattern, Sizes
 from farlight.understanding.passages import Passages
 
-__all__ = ["LostLink", "lost_links"]
+__all__ = ["READ", "LostLink", "lost_links"]
 
+# Passages that are read once more, and pairs kept of each layer and head.
+READ = 4
 _EACH_HEAD = 8
+_LISTED_OF_A_HEAD = 2
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,11 @@ def lost_links(
     patterns: Sequence[Pattern],
     *,
     most: int = 24,
-    read: int = 4,
+    read: int = READ,
     step: Callable[[str], None] = lambda what: None,
 ) -> list[list[LostLink]]:
-    """For each pattern the heaviest lost links of `read` passages, taken evenly from those given; heaviest first."""
+    """For each pattern the heaviest lost links of `read` passages, taken evenly from those given; heaviest
+    first, two of any one head at most."""
     count = min(read, passages.count)
     chosen = [p * passages.count // count for p in range(count)]
     found: list[list[LostLink]] = [[] for _ in patterns]
@@ -67,7 +72,7 @@ def lost_links(
         ids = passages.ids[passage : passage + 1].to(model.device)
         with use_pattern(model, None, observer=observe), torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return [_once(links)[:most] for links in found]
+    return [_spread(_once(links))[:most] for links in found]
 
 
 def _shares(call: Observation) -> Tensor:
@@ -102,3 +107,14 @@ def _once(links: list[LostLink]) -> list[LostLink]:
             best[pair] = link
     rows = (LostLink(**{**vars(link), "heads": times[pair]}) for pair, link in best.items())
     return sorted(rows, key=lambda link: -link.share)
+
+
+def _spread(links: list[LostLink]) -> list[LostLink]:
+    """At most a few links of any one head: a head that copies words would otherwise fill the list with its own losses."""
+    seen: Counter[tuple[int, int]] = Counter()
+    out = []
+    for link in links:
+        seen[link.layer, link.head] += 1
+        if seen[link.layer, link.head] <= _LISTED_OF_A_HEAD:
+            out.append(link)
+    return out

@@ -15,7 +15,7 @@ import torch
 from farlight.errors import PatternError
 from farlight.patterns.base import Pattern
 from farlight.understanding.cost import Cost, Layer, cost_at_length, cost_in_passages, full_seconds
-from farlight.understanding.fidelity import Fidelity, measure_fidelity
+from farlight.understanding.fidelity import BATCH_TOKENS, Fidelity, measure_fidelity
 from farlight.understanding.passages import Passages
 
 __all__ = ["Audit", "LongText", "PatternAudit", "audit", "steps"]
@@ -53,8 +53,8 @@ class PatternAudit:
     `measured_speedup` compares the time of one attention layer under `backend` with torch's full attention (about 1
     where "auto" decided for full attention), and `peak_bytes` is what that layer needs beside q, k and v. `mass` and
     `best` are means over layers, heads and rows: the share of full attention kept, and the most that as many links
-    could keep, `mass_by_head` and `best_by_head` the same by layer and head; `worst_head` is the smallest mass of a head, in layer and head `worst_head_at`. The cosines compare last
-    hidden states and their means over a passage, sparse against full.
+    could keep, `mass_by_head` and `best_by_head` the same by layer and head; `worst_head` is the smallest mass of a head, in
+    layer and head `worst_head_at`. The cosines compare last hidden states and their means over a passage, sparse against full.
     """
 
     pattern: str
@@ -108,10 +108,12 @@ class Audit:
         return out
 
 
-def steps(passages: Passages, patterns: int) -> int:
-    """How often `audit` reports progress."""
-    batches = -(-passages.count // max(1, 4096 // passages.length))
-    return batches * (1 + patterns) + 1 + 2 * patterns
+def steps(passages: Passages, patterns: Sequence[Pattern]) -> list[str]:
+    """What `audit` reports as progress, in order: the name of each step, repeated where the work is repeated."""
+    batches = -(-passages.count // max(1, BATCH_TOKENS // passages.length))
+    names = [repr(pattern) for pattern in patterns]
+    timed = ["timed: full attention", *(f"timed: {name}" for name in names)]
+    return ["full attention", *names] * batches + timed + [f"{passages.tokens:,} tokens: {name}" for name in names]
 
 
 def audit(
@@ -131,7 +133,7 @@ def audit(
         passages: from `cut_passages`; its `tokens` is the full length at which cost is measured.
         patterns: each is intersected with what the model itself allows.
         backend: as in `farlight.attention`; also used where the model runs under a pattern.
-        step: called with a few words before each piece of work, `steps(passages, len(patterns))` times.
+        step: called with a few words before each piece of work, those of `steps(passages, patterns)`.
 
     Raises:
         PatternError: no pattern, or one that does not fit the passages. UnsupportedError: the model's attention cannot
@@ -143,16 +145,16 @@ def audit(
     q, k, v = run.first.q, run.first.k, run.first.v
     layer = Layer(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, run.first.own, run.first.scale)
 
-    step("full attention, timed")
+    step("timed: full attention")
     long_full, measured_at = full_seconds(layer, passages.tokens)
     short: list[Cost] = []
     for pattern in patterns:
-        step(f"{pattern!r}, timed")
+        step(f"timed: {pattern!r}")
         short.append(cost_in_passages(layer, pattern, (q, k, v), backend=backend))
     long_tensors = layer.random(passages.tokens)
     rows = []
     for pattern, found, cost in zip(patterns, run.patterns, short, strict=True):
-        step(f"{pattern!r}, {passages.tokens:,} tokens")
+        step(f"{passages.tokens:,} tokens: {pattern!r}")
         long = cost_at_length(layer, pattern, long_tensors, long_full, backend=backend)
         rows.append(_row(pattern, found, cost, long, run.layers, layer.heads))
     return Audit(

@@ -20,10 +20,10 @@ from farlight.patterns import full
 from farlight.patterns.base import Pattern
 from farlight.understanding.retention import Retention, retentions
 
-__all__ = ["Fidelity", "FidelityRun", "measure_fidelity"]
+__all__ = ["BATCH_TOKENS", "Fidelity", "FidelityRun", "measure_fidelity"]
 
 # Tokens that go through the model at once: enough to keep two cores busy, few enough for a laptop's memory.
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def measure_fidelity(
     sums = [_Sums() for _ in patterns]
     first: Observation | None = None
     layers = 0
-    for batch in ids.split(max(1, _BATCH_TOKENS // ids.shape[1])):
+    for batch in ids.split(max(1, BATCH_TOKENS // ids.shape[1])):
         seen: list[list[_Layer]] = []
 
         def observe(call: Observation, seen: list[list[_Layer]] = seen) -> None:

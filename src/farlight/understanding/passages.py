@@ -43,8 +43,9 @@ class Passages:
 def cut_passages(text: str, tokenizer: Any, length: int, count: int | None, *, spread: bool = False) -> Passages:
     """The first `count` passages of `length` tokens each, frame included; fewer when the text ends before; None: all.
 
-    With `spread` they are taken evenly from the whole text instead. A text too short for one whole passage becomes one shorter passage. `tokenizer` is a Hugging Face tokenizer. Raises
-    ArgumentError when the text has fewer than `FEWEST_TOKENS` tokens, or `length` leaves no room for them.
+    With `spread` they are taken evenly from the whole text instead. A text too short for one whole passage becomes one
+    shorter passage. `tokenizer` is a Hugging Face tokenizer. Raises ArgumentError when the text has fewer than
+    `FEWEST_TOKENS` tokens, or `length` leaves no room for them.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     before, after = framed_with(tokenizer)

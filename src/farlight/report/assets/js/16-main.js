@@ -120,6 +120,8 @@
   async function begin() {
     for (const node of document.querySelectorAll("[data-only]")) node.hidden = node.dataset.only !== data.kind;
     document.documentElement.dataset.theme = dark.matches ? "dark" : "light";
+    // The pattern that comes nearest to the best of its size tells most at first sight.
+    if (audit) FL.state.pattern = data.patterns.reduce((best, row, p) => (row.audit.of_best > data.patterns[best].audit.of_best ? p : best), 0);
     FL.state.layer = Math.min(2, data.layers);
     FL.translate();
     await FL.loadWords();
