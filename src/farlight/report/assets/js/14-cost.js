@@ -53,7 +53,7 @@
     const at = Math.min(model.full_measured_at, known.tokens), full = (n) => known.full_seconds * (n / known.tokens) ** 2;
     const measured = long.filter((one) => one.seconds > 0).map((one) => [one.tokens, one.seconds]);
     const first = Math.max(64, Math.min(at, known.tokens / 1000));
-    const axis = axes(svg, [[first, full(first)], [known.tokens, known.full_seconds], ...measured], FL.seconds);
+    const axis = axes(svg, [[first, full(first)], [known.tokens, known.full_seconds], ...measured], (value) => FL.say(value < 1 ? "unit.ms" : "unit.seconds", { value: FL.short(value < 1 ? value * 1000 : value) }));
     svg.append(FL.svg("path", { class: "full", d: line([[first, full(first)], [known.tokens, full(known.tokens)]], axis) }));
     svg.append(FL.svg("circle", { class: "point", cx: axis.x(at), cy: axis.y(full(at)), r: 5 }));
     svg.append(FL.svg("text", { class: "label soft", x: axis.x(known.tokens) - 12, y: axis.y(full(known.tokens)) + 6, "text-anchor": "end" }, FL.say("cost.predicted")));

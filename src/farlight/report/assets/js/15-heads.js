@@ -30,8 +30,8 @@
   }
 
   const around = (position, name) => {
-    const [before, after] = FL.context(position);
-    return FL.el("td", {}, FL.el("span", { class: "context", text: before }), " ",
+    const [before, after] = FL.context(position), piece = FL.piece(position);
+    return FL.el("td", {}, FL.el("span", { class: "context", text: before + (piece && piece.space ? " " : "") }),
       FL.el("span", { class: `word ${name}`, text: FL.word(position) || FL.number(position) }), FL.el("span", { class: "context", text: after }));
   };
 
