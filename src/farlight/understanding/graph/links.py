@@ -83,8 +83,8 @@ class LazyLinks:
             member = np.zeros(self.n, dtype=bool)
             member[layout.order.rows[first:last].numpy()] = True
         # Points are keys as they stand, also where their term has labels.
-        as_they_stand = layout.keys is None or bool(layout.term.points)
-        return layout, variant, member, None if as_they_stand else layout.keys.slots.numpy()
+        slots = None if layout.keys is None or layout.term.points else layout.keys.slots.numpy()
+        return layout, variant, member, slots
 
     def stretches(self, rows: Array) -> list[Stretches]:
         """What these rows see, one `Stretches` for each order of keys."""
