@@ -1,5 +1,7 @@
 """farlight inside Hugging Face transformers: `register()`, then `attn_implementation="farlight"`."""
 
+from farlight.hf.fitted import read_layers, write_layers
 from farlight.hf.interface import Observation, register, use_pattern
+from farlight.hf.sparsify import restore, sparsify
 
-__all__ = ["Observation", "register", "use_pattern"]
+__all__ = ["Observation", "read_layers", "register", "restore", "sparsify", "use_pattern", "write_layers"]

@@ -195,6 +195,9 @@ class HeadsOf(Atom):
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         return Spans.thin(sizes.n_k, torch.zeros_like(i), self._member(h) * sizes.n_k)
 
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return torch.ones_like(first, dtype=torch.bool)
+
 
 def per_head(patterns: Sequence[Pattern]) -> Pattern:
     """Head h follows `patterns[h]`: a pair is allowed in head h when the h-th pattern allows it.

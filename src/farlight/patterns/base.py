@@ -276,6 +276,10 @@ class Atom(Pattern):
         """Whether `_spans` costs a few intervals per row rather than one per pair."""
         return self._form(sizes) != "labels"
 
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        """Elementwise on positions `first <= last`: True where all rows from the one to the other surely see the same keys."""
+        return torch.zeros_like(first, dtype=torch.bool)
+
     def _variation(self, sizes: Sizes) -> Tensor:
         """Integers `(B|1, H|1)`: (batch, head) with equal numbers see the same links."""
         batch = torch.arange(sizes.batch if self.varies_over_batch else 1).view(-1, 1)

@@ -32,6 +32,9 @@ class full(Atom):
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         return Spans.everything(i.numel(), sizes.n_k, i.device)
 
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return torch.ones_like(first, dtype=torch.bool)
+
 
 class causal(Atom):
     """A token sees itself and the past: j <= i.
@@ -181,6 +184,9 @@ class blocked_window(Atom):
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         own = torch.div(i, self.block, rounding_mode="floor")
         return Spans.thin(sizes.n_k, (own - self.left) * self.block, (own + self.right + 1) * self.block)
+
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return torch.div(first, self.block, rounding_mode="floor") == torch.div(last, self.block, rounding_mode="floor")
 
 
 class landmarks(Atom):

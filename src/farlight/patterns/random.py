@@ -126,3 +126,7 @@ class random_blocks(_Random):
         if self.causal:
             hi = torch.minimum(hi, i[:, None] + 1)
         return Spans.from_table(sizes.n_k, lo, hi)
+
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        same = torch.div(first, self.block, rounding_mode="floor") == torch.div(last, self.block, rounding_mode="floor")
+        return same & ((first == last) | (not self.causal))

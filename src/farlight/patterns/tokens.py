@@ -129,6 +129,9 @@ class seen_by_all(_Named):
         named = self._listed(sizes, i.device).expand(i.numel(), -1)
         return Spans.from_table(sizes.n_k, named, named + 1)
 
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return torch.ones_like(first, dtype=torch.bool)
+
     def _labels(self, sizes: Sizes, b: Tensor, h: Tensor) -> Labels:
         key = torch.where(self._is_named(sizes, b[:, None], torch.arange(sizes.n_k, device=b.device)[None, :]), 0, -1)
         return Labels(torch.zeros(b.numel(), sizes.n_q, dtype=torch.int64, device=b.device), key.expand(b.numel(), -1))
@@ -334,3 +337,6 @@ class padding(Atom):
         if self.lengths is None:
             return self._real()._spans(sizes, b, h, i)
         return Spans.thin(sizes.n_k, torch.zeros_like(i), self._length(b) + torch.zeros_like(i))
+
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return torch.ones_like(first, dtype=torch.bool)

@@ -85,6 +85,9 @@ class Router(nn.Module):
     [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     """
 
+    # The text that `read_router` made it from; None for a router built by hand.
+    expression: str | None = None
+
     def choose(self, given: Choice) -> Pattern:
         raise NotImplementedError
 

@@ -46,7 +46,9 @@ def read_router(text: str) -> Router:
         if isinstance(error, PatternError):
             raise
         raise PatternError(f"cannot read the router {shorten(text)!r}: it is not an expression.") from None
-    return found if isinstance(found, Router) else _Always(found)
+    router = found if isinstance(found, Router) else _Always(found)
+    router.expression = text
+    return router
 
 
 def _read(node: ast.expr, text: str) -> Router | Pattern:
