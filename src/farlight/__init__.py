@@ -29,6 +29,7 @@ from farlight.patterns import (
     window,
 )
 from farlight.plan import Plan, plan
+from farlight.understanding.fitting import Fit, fit
 from farlight.understanding.graph import Path, Reach, SmallWorld, path, reach, smallworld
 from farlight.understanding.retention import Retention, retention
 
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "FarlightError",
+    "Fit",
     "Path",
     "Pattern",
     "PatternError",
@@ -55,6 +57,7 @@ __all__ = [
     "clusters",
     "documents",
     "explain",
+    "fit",
     "full",
     "global_tokens",
     "hf",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from farlight.understanding.audit import Audit
+    from farlight.understanding.fitting.model import ModelFit
+    from farlight.understanding.passages import Passages
 
 __all__ = ["DEFAULT_PATTERNS", "audit_command"]
 
@@ -41,8 +45,26 @@ def audit_command(
     ] = None,
     pattern: Annotated[
         list[str] | None,
-        typer.Option("--pattern", help='A pattern, e.g. "window(32) | global_tokens([0])". Repeat for several.'),
+        typer.Option(
+            "--pattern",
+            help='A pattern or router, e.g. "window(32) | global_tokens([0])" or "topblocks(share=0.1)". Repeat for several.',
+        ),
     ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option("--keep", help="Fit: the fewest links, head by head, that keep this share of full attention, e.g. 0.95."),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", help="Fit: the most that this share of all links can keep, e.g. 0.1.")
+    ] = None,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--candidate",
+            help="What a fit chooses from: window, dilated, strided, offsets, blocks, pairs, topblocks, or a pattern.",
+        ),
+    ] = None,
+    save: Annotated[Path | None, typer.Option("--save", help="Write the fit as JSON, for fl.hf.sparsify.")] = None,
     passages: Annotated[
         str | None,
         typer.Option(
@@ -60,11 +82,16 @@ def audit_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print what each sparse pattern saves and loses when a model reads a text."""
-    from farlight.cli.inputs import load_model, read_patterns, read_text
+    from farlight.cli.inputs import load_model, read_judged, read_text
     from farlight.kernels import dispatch
 
     # What is cheap to check is checked before a model is loaded.
-    patterns = read_patterns(pattern or DEFAULT_PATTERNS)
+    fitting = keep is not None or density is not None
+    judged = read_judged(pattern or (() if fitting else DEFAULT_PATTERNS))
+    if fitting:
+        _check_fit(keep, density, candidate, save)
+    elif candidate or save is not None:
+        raise ArgumentError("--candidate and --save belong to a fit: add --keep 0.95 or --density 0.1.")
     dispatch.check_name(backend)
     count = _how_many(passages, _PASSAGES if page is None else _PASSAGES_OF_A_REPORT)
     if page is not None and not page.parent.is_dir():
@@ -82,21 +109,85 @@ def audit_command(
         from farlight import report
         from farlight.understanding.audit import audit, steps
         from farlight.understanding.passages import cut_passages
+        from farlight.understanding.subjects import Subject
 
-        longest = length or min(loaded.longest, _LONGEST_PASSAGE)
-        cut = cut_passages(content, loaded.tokenizer, longest, count, spread=page is not None and passages is None)
-        start(steps(cut, patterns) + (report.steps(cut, patterns) if page is not None else []))
-        result = audit(loaded.model, cut, patterns, backend=backend, model_name=loaded.name, text_name=text_name, step=step)
+        size = length or min(loaded.longest, _LONGEST_PASSAGE)
+        spread = page is not None and passages is None
+        cut = cut_passages(content, loaded.tokenizer, size, count, spread=spread)
+        fitted = None
+        if fitting:
+            # As many passages again are read first; the ones audited below are not among them.
+            both = cut_passages(content, loaded.tokenizer, size, None if count is None else 2 * count, spread=spread)
+            fitted, cut = _fitted(loaded.model, both, keep, density, candidate, start, step)
+            judged = [*judged, Subject(_target(keep, density), fitted.patterns)]
+            if save is not None:
+                fitted.save(save)
+        start(steps(cut, judged) + (report.steps(cut, judged) if page is not None else []))
+        result = audit(
+            loaded.model,
+            cut,
+            judged,
+            backend=backend,
+            tokenizer=loaded.tokenizer,
+            model_name=loaded.name,
+            text_name=text_name,
+            step=step,
+        )
         if page is not None:
             words = report.words_of(content, loaded.tokenizer)
-            lost = report.lost_links(loaded.model, cut, patterns, step=step)
-            report.write(report.render(report.audit_data(result, patterns, cut, words, lost, step=step)), page)
+            lost = report.lost_links(loaded.model, cut, judged, step=step)
+            report.write(report.render(report.audit_data(result, judged, cut, words, lost, step=step)), page)
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2, allow_nan=False))
+        extra = {} if fitted is None else {"fit": fitted.to_dict()}
+        print(json.dumps(result.to_dict() | extra, indent=2, allow_nan=False))
     else:
         _show(result)
         if page is not None:
             print(f"\nreport: {page}")
+        if fitted is not None:
+            print(f"\nfitted ({_target(keep, density)}): {fitted}" + (f"\nsaved: {save}" if save is not None else ""))
+
+
+def _target(keep: float | None, density: float | None) -> str:
+    return f"fitted, keep {keep:g}" if keep is not None else f"fitted, density {density:g}"
+
+
+def _check_fit(keep: float | None, density: float | None, candidates: list[str] | None, save: Path | None) -> None:
+    """Raise for a fit that cannot be made, before a model is loaded."""
+    from farlight.understanding.fitting.candidates import sorted_out
+    from farlight.understanding.fitting.fit import read_target
+
+    read_target(keep, density, False)
+    sorted_out(candidates, False)
+    if save is not None and not save.parent.is_dir():
+        raise ArgumentError(f"--save {str(save)!r}: there is no folder {str(save.parent)!r}.")
+
+
+def _fitted(
+    model: Any,
+    both: Passages,
+    keep: float | None,
+    density: float | None,
+    candidates: list[str] | None,
+    start: Callable[[Sequence[str]], None],
+    step: Callable[[str], None],
+) -> tuple[ModelFit, Passages]:
+    """Fit to the first half of the passages; (the fit, the other half)."""
+    from farlight.understanding.fidelity import BATCH_TOKENS
+    from farlight.understanding.fitting.model import fit_reading, read_passages
+
+    if both.count < 2:
+        raise ArgumentError(
+            f"the text makes {both.count} passage of {both.length} tokens; a fit needs one to fit to and another to be judged "
+            "on. Give a longer text, or a smaller --length."
+        )
+    half = both.count // 2
+    batch = max(1, BATCH_TOKENS // both.length)
+    reads = [f"reading: {min(first + batch, half)} of {half} passages" for first in range(0, half, batch)]
+    start([*reads, "frontiers of all heads", "judged on what it was fitted to", "judged on other text"])
+    reading = read_passages(model, both.ids[:half], candidates, step=step)
+    fitted = fit_reading(reading, both.ids[half:], keep=keep, density=density, step=step)
+    return fitted, replace(both, ids=both.ids[half:], starts=both.starts[half:])
 
 
 def _how_many(passages: str | None, otherwise: int) -> int | None:
@@ -129,6 +220,9 @@ def _show(result: Audit) -> None:
     print_plain(f"{result.text}: {result.tokens:,} tokens, judged on {result.passages} passages of {result.passage_tokens}")
     console.print(_fidelity_table(result))
     console.print(_cost_table(result))
+    for row in result.patterns:
+        for link in row.lost[:3]:
+            print_plain(f"lost by {row.pattern}: {link}")
     for row in result.patterns:
         if row.long_text.why_not:
             print_plain(f"{row.pattern}: not measured at {row.long_text.tokens:,} tokens: {row.long_text.why_not}")

@@ -17,7 +17,7 @@ from farlight.patterns.arguments import listed
 from farlight.patterns.base import Atom, Pattern, Sizes
 from farlight.patterns.spans import Spans
 
-__all__ = ["Complement", "Difference", "HeadsOf", "Intersection", "PerHead", "Union", "operand", "per_head"]
+__all__ = ["Complement", "Difference", "HeadsOf", "Intersection", "PerHead", "Union", "looks_back", "operand", "per_head"]
 
 
 def operand(value: object, sign: str) -> Pattern:
@@ -127,6 +127,13 @@ class Complement(_Node):
 
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         return ~self.parts[0]._spans(sizes, b, h, i)
+
+
+def looks_back(pattern: Pattern) -> bool:
+    """Whether `causal()` is one of the patterns whose intersection this is: no token sees a later one."""
+    if isinstance(pattern, Intersection):
+        return any(looks_back(part) for part in pattern.parts)
+    return pattern.text == "causal()"
 
 
 class PerHead(_Node):

@@ -19,6 +19,7 @@ from farlight.understanding.audit import Audit, PatternAudit
 from farlight.understanding.graph.receptive import Reach
 from farlight.understanding.graph.worlds import SmallWorld
 from farlight.understanding.passages import Passages
+from farlight.understanding.subjects import Judged, Subject, subjects
 
 __all__ = ["audit_data", "map_data", "steps"]
 
@@ -26,9 +27,9 @@ __all__ = ["audit_data", "map_data", "steps"]
 _MOST_HEADS = 64
 
 
-def steps(passages: Passages, patterns: Sequence[Pattern]) -> list[str]:
+def steps(passages: Passages, patterns: Sequence[Judged | Subject]) -> list[str]:
     """What `lost_links` and `audit_data` report as progress, in order."""
-    return [*["lost links"] * min(READ, passages.count), *(f"reach: {pattern!r}" for pattern in patterns)]
+    return [*["lost links"] * min(READ, passages.count), *(f"reach: {one.name}" for one in subjects(patterns))]
 
 
 def map_data(pattern: Pattern, n: int, world: SmallWorld, found: Reach, *, head: int = 0) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def map_data(pattern: Pattern, n: int, world: SmallWorld, found: Reach, *, head:
 
 def audit_data(
     result: Audit,
-    patterns: Sequence[Pattern],
+    patterns: Sequence[Judged | Subject],
     passages: Passages,
     words: Words,
     lost: Sequence[Sequence[LostLink]],
@@ -57,23 +58,12 @@ def audit_data(
     heads = range(min(result.heads, _MOST_HEADS))
     scopes = [{"id": "passage", "n": passages.length}, {"id": "text", "n": passages.tokens}]
     rows = []
-    for pattern, judged, links in zip(patterns, result.patterns, lost, strict=True):
-        step(f"reach: {pattern!r}")
-        both = pattern if own == full() else own & pattern
-        views = {"passage": view(both, passages.length, heads, result.layers)}
-        known = {}
-        if judged.long_text.why_not is None:
-            views["text"] = view(both, passages.tokens, heads, result.layers)
-            known[passages.tokens] = judged.long_text.links / (result.layers * result.heads)
-        rows.append(
-            {
-                "text": judged.pattern,
-                "views": views,
-                "cost": curve(both, None if own == full() else own, passages.tokens, known, result.heads),
-                "audit": _judged(judged),
-                "lost": [vars(link) for link in links],
-            }
-        )
+    for one, judged, links in zip(subjects(patterns), result.patterns, lost, strict=True):
+        step(f"reach: {one.name}")
+        row: dict[str, Any] = {"text": one.name, "views": {}, "cost": None}
+        if isinstance(one.chosen, Pattern):
+            row |= _looked_at(one.chosen, own, judged, passages, heads, result)
+        rows.append(row | {"audit": _judged(judged), "lost": [vars(link) for link in links]})
     return {
         "kind": "audit",
         "name": result.text,
@@ -89,5 +79,19 @@ def audit_data(
     }
 
 
+def _looked_at(
+    pattern: Pattern, own: Pattern, judged: PatternAudit, passages: Passages, heads: Sequence[int], result: Audit
+) -> dict[str, Any]:
+    """What only one pattern for all layers and texts has: a matrix, reach, links at any length."""
+    both = pattern if own == full() else own & pattern
+    views = {"passage": view(both, passages.length, heads, result.layers)}
+    known: dict[int, float] = {}
+    if judged.long_text.why_not is None:
+        views["text"] = view(both, passages.tokens, heads, result.layers)
+        known[passages.tokens] = judged.long_text.links / (result.layers * result.heads)
+    cost = curve(both, None if own == full() else own, passages.tokens, known, result.heads)
+    return {"views": views, "cost": cost}
+
+
 def _judged(row: PatternAudit) -> dict[str, Any]:
-    return {**asdict(row), "of_best": row.of_best}
+    return {**asdict(row), "lost": None, "of_best": row.of_best}

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from farlight.hf.interface import Observation, use_pattern
-from farlight.patterns.base import Pattern, Sizes
+from farlight.hf.layers import attention_layers
+from farlight.patterns.base import Sizes
 from farlight.understanding.passages import Passages
+from farlight.understanding.subjects import Judged, Subject, pattern_for, subjects
 
 __all__ = ["READ", "LostLink", "lost_links"]
 
@@ -45,7 +47,7 @@ class LostLink:
 def lost_links(
     model: Any,
     passages: Passages,
-    patterns: Sequence[Pattern],
+    patterns: Sequence[Judged | Subject],
     *,
     most: int = 24,
     read: int = READ,
@@ -55,7 +57,9 @@ def lost_links(
     first, two of any one head at most."""
     count = min(read, passages.count)
     chosen = [p * passages.count // count for p in range(count)]
-    found: list[list[LostLink]] = [[] for _ in patterns]
+    judged = subjects(patterns)
+    found: list[list[LostLink]] = [[] for _ in judged]
+    numbers: dict[int, int] = {}
     for passage in chosen:
         layer = 0
 
@@ -63,7 +67,10 @@ def lost_links(
             nonlocal layer
             shares = _shares(call)
             sizes = Sizes.of(call.q.shape[2], call.k.shape[2], heads=call.q.shape[1], q_offset=call.q_offset)
-            for pattern, links in zip(patterns, found, strict=True):
+            for one, links in zip(judged, found, strict=True):
+                pattern = pattern_for(one.at(numbers.get(id(call.module), layer)), call.q, call.k, call.key_real)
+                if pattern is None:
+                    continue
                 mask = pattern.dense_rows(0, sizes.n_q, sizes, device=call.q.device)[0]
                 links.extend(_heaviest(shares.masked_fill(mask, 0.0), passage, layer))
             layer += 1
@@ -71,6 +78,7 @@ def lost_links(
         step("lost links")
         ids = passages.ids[passage : passage + 1].to(model.device)
         with use_pattern(model, None, observer=observe), torch.no_grad():
+            numbers.update((id(module), number) for number, module in attention_layers(model).items())
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return [_spread(_once(links))[:most] for links in found]
 

@@ -83,7 +83,7 @@ def _reach(found: Reach) -> dict[str, Any]:
     }
 
 
-def curve(pattern: Pattern, own: Pattern | None, longest: int, known: dict[int, int], heads: int) -> dict[str, Any]:
+def curve(pattern: Pattern, own: Pattern | None, longest: int, known: dict[int, float], heads: int) -> dict[str, Any]:
     """Links against the number of tokens, beside those of `own` (None: full attention), per head.
 
     Counted at powers of two up to `longest` (131 072 at most); `known` adds lengths whose links were counted elsewhere. A

@@ -26,8 +26,15 @@
 
   FL.row = () => FL.data.patterns[FL.state.pattern];
 
-  /* The chosen pattern over the chosen text; where that text is too long for it (a table of its own), over the other. */
-  FL.view = () => FL.row().views[FL.state.scope] || Object.values(FL.row().views)[0];
+  /* The chosen pattern over the chosen text; where that text is too long for it (a table of its own), over the other.
+     What is chosen by content, or layer by layer, has neither: its sections are hidden, over one that sees all. */
+  const layers = Array.from({ length: FL.data.layers + 1 }, () => 0);
+  const NONE = {
+    n: FL.data.scopes[0].n, rules: { every: { is: "full" } }, picture: null,
+    reach: { mean: layers, margin: layers, worst: layers, exact: true, confidence: 0.95, positions: [], share: layers.map(() => []) },
+  };
+  FL.hasView = () => Object.keys(FL.row().views).length > 0;
+  FL.view = () => FL.row().views[FL.state.scope] || Object.values(FL.row().views)[0] || NONE;
   FL.n = () => FL.view().n;
 
   FL.pattern = async () => {

@@ -31,7 +31,7 @@
 
   function links() {
     const svg = FL.id("links-curve"), mine = FL.row().cost, full = pairs(mine.tokens, mine.full), own = pairs(mine.tokens, mine.links);
-    const others = FL.data.patterns.filter((row) => row !== FL.row()).map((row) => pairs(row.cost.tokens, row.cost.links));
+    const others = FL.data.patterns.filter((row) => row !== FL.row() && row.cost).map((row) => pairs(row.cost.tokens, row.cost.links));
     const every = [...full, ...own, ...others.flat()];
     if (!every.length) return svg.replaceChildren();
     const at = axes(svg, every, FL.short);
@@ -71,7 +71,7 @@
   }
 
   FL.on((changed) => {
-    if (!["pattern", "start", "language"].some((name) => changed.has(name))) return;
+    if (!["pattern", "start", "language"].some((name) => changed.has(name)) || !FL.row().cost) return;
     links();
     if (FL.data.kind === "audit") time();
   });

@@ -46,7 +46,7 @@
         FL.el("td", { class: "num", text: FL.percent(link.share) }),
         FL.el("td", { class: "num", text: FL.say("lost.at", { layer: link.layer, head: link.head }) }),
         FL.el("td", { class: "num", text: FL.number(link.heads) }),
-        FL.el("td", {}, FL.el("button", { type: "button", text: FL.say("lost.show"), onclick: () => show(link) })));
+        FL.el("td", {}, FL.hasView() ? FL.el("button", { type: "button", text: FL.say("lost.show"), onclick: () => show(link) }) : ""));
       return row;
     });
     Object.assign(FL.state, held);

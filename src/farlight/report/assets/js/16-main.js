@@ -110,7 +110,12 @@
 
   FL.on((changed) => {
     if (!["start", "language", "pattern", "scope", "head"].some((name) => changed.has(name))) return;
-    if (!FL.row().views[FL.state.scope]) return scope(Object.keys(FL.row().views)[0]);
+    for (const name of ["matrix", "words", "reach", "cost"]) {
+      const gone = !FL.hasView() || (name === "words" && !audit);
+      FL.id(name).hidden = document.querySelector(`.jump [href="#${name}"]`).hidden = gone;
+    }
+    FL.id("no-matrix").hidden = FL.hasView();
+    if (FL.hasView() && !FL.row().views[FL.state.scope]) return scope(Object.keys(FL.row().views)[0]);
     head();
     patterns();
     facts();
