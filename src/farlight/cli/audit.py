@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farlight.cli.progress import progress
 from farlight.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ DEFAULT_PATTERNS = (
 
 # Longer passages are possible with --length; full attention over them is what takes the time.
 _LONGEST_PASSAGE = 2048
+_PASSAGES, _PASSAGES_OF_A_REPORT = 8, 32
 
 
 def audit_command(
@@ -65,12 +65,20 @@ def audit_command(
         ),
     ] = None,
     save: Annotated[Path | None, typer.Option("--save", help="Write the fit as JSON, for fl.hf.sparsify.")] = None,
-    passages: Annotated[int, typer.Option("--passages", help="How many passages the model reads.")] = 8,
+    passages: Annotated[
+        str | None,
+        typer.Option(
+            "--passages",
+            help='How many passages the model reads, from the start; "all" for the whole text. '
+            f"Default: {_PASSAGES}; with --html {_PASSAGES_OF_A_REPORT}, taken evenly from the whole text.",
+        ),
+    ] = None,
     length: Annotated[
         int | None,
         typer.Option("--length", help=f"Tokens in a passage. Default: what the model can read, at most {_LONGEST_PASSAGE}."),
     ] = None,
     backend: Annotated[str, typer.Option("--backend", help="Which backend computes sparse attention.")] = "auto",
+    page: Annotated[Path | None, typer.Option("--html", help="Write a report to look into, as one HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print what each sparse pattern saves and loses when a model reads a text."""
@@ -85,32 +93,36 @@ def audit_command(
     elif candidate or save is not None:
         raise ArgumentError("--candidate and --save belong to a fit: add --keep 0.95 or --density 0.1.")
     dispatch.check_name(backend)
-    if passages < 1:
-        raise ArgumentError(f"--passages {passages}: at least one passage is needed; the default is 8.")
+    count = _how_many(passages, _PASSAGES if page is None else _PASSAGES_OF_A_REPORT)
+    if page is not None and not page.parent.is_dir():
+        raise ArgumentError(f"--html {str(page)!r}: there is no folder {str(page.parent)!r}.")
     text_name, content = read_text(text)
-    with _progress() as (start, step):
-        start("loading the model", 1)
+    with progress() as (start, step):
+        start(["loading the model"])
+        step("loading the model")
         loaded = load_model(model)
         if length is not None and length > loaded.longest:
             raise ArgumentError(
                 f"--length {length}: {loaded.name} reads at most {loaded.longest} tokens at once; give that or less."
             )
 
+        from farlight import report
         from farlight.understanding.audit import audit, steps
         from farlight.understanding.passages import cut_passages
         from farlight.understanding.subjects import Subject
 
         size = length or min(loaded.longest, _LONGEST_PASSAGE)
-        cut = cut_passages(content, loaded.tokenizer, size, passages)
+        spread = page is not None and passages is None
+        cut = cut_passages(content, loaded.tokenizer, size, count, spread=spread)
         fitted = None
         if fitting:
             # As many passages again are read first; the ones audited below are not among them.
-            both = cut_passages(content, loaded.tokenizer, size, 2 * passages)
+            both = cut_passages(content, loaded.tokenizer, size, None if count is None else 2 * count, spread=spread)
             fitted, cut = _fitted(loaded.model, both, keep, density, candidate, start, step)
             judged = [*judged, Subject(_target(keep, density), fitted.patterns)]
             if save is not None:
                 fitted.save(save)
-        start("reading", steps(cut, len(judged)))
+        start(steps(cut, judged) + (report.steps(cut, judged) if page is not None else []))
         result = audit(
             loaded.model,
             cut,
@@ -121,11 +133,17 @@ def audit_command(
             text_name=text_name,
             step=step,
         )
+        if page is not None:
+            words = report.words_of(content, loaded.tokenizer)
+            lost = report.lost_links(loaded.model, cut, judged, step=step)
+            report.write(report.render(report.audit_data(result, judged, cut, words, lost, step=step)), page)
     if as_json:
         extra = {} if fitted is None else {"fit": fitted.to_dict()}
         print(json.dumps(result.to_dict() | extra, indent=2, allow_nan=False))
     else:
         _show(result)
+        if page is not None:
+            print(f"\nreport: {page}")
         if fitted is not None:
             print(f"\nfitted ({_target(keep, density)}): {fitted}" + (f"\nsaved: {save}" if save is not None else ""))
 
@@ -151,10 +169,11 @@ def _fitted(
     keep: float | None,
     density: float | None,
     candidates: list[str] | None,
-    start: Callable[[str, int], None],
+    start: Callable[[Sequence[str]], None],
     step: Callable[[str], None],
 ) -> tuple[ModelFit, Passages]:
     """Fit to the first half of the passages; (the fit, the other half)."""
+    from farlight.understanding.fidelity import BATCH_TOKENS
     from farlight.understanding.fitting.model import fit_reading, read_passages
 
     if both.count < 2:
@@ -163,36 +182,23 @@ def _fitted(
             "on. Give a longer text, or a smaller --length."
         )
     half = both.count // 2
-    start("fitting", -(-half // max(1, 4096 // both.length)) + 3)
+    batch = max(1, BATCH_TOKENS // both.length)
+    reads = [f"reading: {min(first + batch, half)} of {half} passages" for first in range(0, half, batch)]
+    start([*reads, "frontiers of all heads", "judged on what it was fitted to", "judged on other text"])
     reading = read_passages(model, both.ids[:half], candidates, step=step)
     fitted = fit_reading(reading, both.ids[half:], keep=keep, density=density, step=step)
-    return fitted, replace(both, ids=both.ids[half:])
+    return fitted, replace(both, ids=both.ids[half:], starts=both.starts[half:])
 
 
-@contextmanager
-def _progress() -> Iterator[tuple[Callable[[str, int], None], Callable[[str], None]]]:
-    """A bar on stderr, gone when done: (start a stage of so many steps, begin the next step)."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("", total=1)
-        done = -1
-
-        def start(what: str, total: int) -> None:
-            nonlocal done
-            done = -1
-            bar.reset(task, total=total, description=escape(what))
-
-        def step(what: str) -> None:
-            # The step named is the one that begins now, so one less is complete.
-            nonlocal done
-            done += 1
-            bar.update(task, completed=done, description=escape(what))
-
-        yield start, step
+def _how_many(passages: str | None, otherwise: int) -> int | None:
+    """The number of passages asked for; None means all."""
+    if passages is None:
+        return otherwise
+    if passages == "all":
+        return None
+    if not passages.isdecimal() or int(passages) < 1:
+        raise ArgumentError(f'--passages {passages}: at least one passage is needed; give a number such as 8, or "all".')
+    return int(passages)
 
 
 def _show(result: Audit) -> None:

@@ -17,7 +17,7 @@ from farlight.patterns import full
 from farlight.patterns.base import Pattern
 from farlight.routing.base import Router
 from farlight.understanding.cost import Cost, Layer, cost_at_length, cost_in_passages, full_seconds, mean_cost
-from farlight.understanding.fidelity import Fidelity, measure_fidelity
+from farlight.understanding.fidelity import BATCH_TOKENS, Fidelity, measure_fidelity
 from farlight.understanding.lost import LostLink, words_of
 from farlight.understanding.passages import Passages
 from farlight.understanding.subjects import Judged, Subject, subjects
@@ -115,10 +115,12 @@ class Audit:
         return out
 
 
-def steps(passages: Passages, patterns: int) -> int:
-    """How often `audit` reports progress."""
-    batches = -(-passages.count // max(1, 4096 // passages.length))
-    return batches * (1 + patterns) + 1 + 2 * patterns
+def steps(passages: Passages, patterns: Sequence[Judged | Subject]) -> list[str]:
+    """What `audit` reports as progress, in order: the name of each step, repeated where the work is repeated."""
+    batches = -(-passages.count // max(1, BATCH_TOKENS // passages.length))
+    names = [one.name for one in subjects(patterns)]
+    timed = ["timed: full attention", *(f"timed: {name}" for name in names)]
+    return ["full attention", *names] * batches + timed + [f"{passages.tokens:,} tokens: {name}" for name in names]
 
 
 def audit(
@@ -142,7 +144,7 @@ def audit(
             allows.
         backend: as in `farlight.attention`; also used where the model runs under a pattern.
         tokenizer: tells the words at the ends of lost links; `lost` is how many links to list for each pattern.
-        step: called with a few words before each piece of work, `steps(passages, len(patterns))` times.
+        step: called with a few words before each piece of work, those of `steps(passages, patterns)`.
 
     Raises:
         PatternError: no pattern, or one that does not fit the passages. UnsupportedError: the model's attention cannot
@@ -156,18 +158,18 @@ def audit(
     q, k, v = run.first.q, run.first.k, run.first.v
     layer = Layer(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, run.first.own, run.first.scale)
 
-    step("full attention, timed")
+    step("timed: full attention")
     long_full, measured_at = full_seconds(layer, passages.tokens)
     short: list[Cost] = []
     for one in judged:
-        step(f"{one.name}, timed")
+        step(f"timed: {one.name}")
         short.append(
             mean_cost([cost_in_passages(layer, chosen, (q, k, v), backend=backend) for chosen in _layers(one, run.layers)])
         )
     long_tensors = layer.random(passages.tokens)
     rows = []
     for one, found, cost in zip(judged, run.patterns, short, strict=True):
-        step(f"{one.name}, {passages.tokens:,} tokens")
+        step(f"{passages.tokens:,} tokens: {one.name}")
         long = mean_cost(
             [cost_at_length(layer, chosen, long_tensors, long_full, backend=backend) for chosen in _layers(one, run.layers)]
         )

@@ -27,10 +27,10 @@ from farlight.understanding.probability import sizes_of
 from farlight.understanding.retention import Retention, retentions
 from farlight.understanding.subjects import Judged, Subject, pattern_for, subjects
 
-__all__ = ["Fidelity", "FidelityRun", "hidden", "measure_fidelity", "token_cosine"]
+__all__ = ["BATCH_TOKENS", "Fidelity", "FidelityRun", "hidden", "measure_fidelity", "token_cosine"]
 
 # Tokens that go through the model at once: enough to keep two cores busy, few enough for a laptop's memory.
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def measure_fidelity(
     first: Observation | None = None
     layers = passages = 0
     numbers: dict[int, int] = {}
-    for batch in ids.split(max(1, _BATCH_TOKENS // ids.shape[1])):
+    for batch in ids.split(max(1, BATCH_TOKENS // ids.shape[1])):
         seen: list[list[_Layer]] = []
         spoken = None if words is None else words[passages : passages + batch.shape[0]]
 

@@ -240,7 +240,7 @@ def read_passages(
                     )
                 measured[number].add(call.q[pick], call.k[pick], base=base, scale=call.scale, q_offset=call.q_offset)
 
-        step(f"reading, {start + rows.shape[0]} of {ids.shape[0]} passages")
+        step(f"reading: {start + rows.shape[0]} of {ids.shape[0]} passages")
         with use_pattern(model, None, observer=observe):
             numbers.update((id(module), number) for number, module in attention_layers(model).items())
             hidden(model, rows)
@@ -334,7 +334,7 @@ def _layer_weights(model: Any, ids: Tensor, layers: dict[int, Fit], step: Callab
     reference = _run(model, sample, None)
     ratios = []
     for number, layer in layers.items():
-        step(f"weighing layer {number}")
+        step(f"weighing: layer {number}")
         moved = 1 - token_cosine(reference, _run(model, sample, {number: layer.pattern}))
         ratios.append((max(moved, 0.0) / max(float(layer.lost.mean()), 1e-6)) ** 0.5)
     mean = sum(ratios) / len(ratios)
