@@ -30,6 +30,7 @@ from farlight.patterns import (
     window,
 )
 from farlight.plan import Plan, plan
+from farlight.understanding.fitting import Fit, fit
 from farlight.understanding.graph import Path, Reach, SmallWorld, path, reach, smallworld
 from farlight.understanding.retention import Retention, retention
 
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "FarlightError",
+    "Fit",
     "KVCache",
     "Path",
     "Pattern",
@@ -58,6 +60,7 @@ __all__ = [
     "decode",
     "documents",
     "explain",
+    "fit",
     "full",
     "global_tokens",
     "hf",

@@ -3,10 +3,23 @@
 from typing import Any
 
 from farlight.hf.fitted import read_layers, write_layers
+from farlight.hf.fitting import fit
 from farlight.hf.interface import Observation, register, use_pattern
+from farlight.hf.lengthen import lengthen
 from farlight.hf.sparsify import restore, sparsify
 
-__all__ = ["Observation", "SparseCache", "read_layers", "register", "restore", "sparsify", "use_pattern", "write_layers"]
+__all__ = [
+    "Observation",
+    "SparseCache",
+    "fit",
+    "lengthen",
+    "read_layers",
+    "register",
+    "restore",
+    "sparsify",
+    "use_pattern",
+    "write_layers",
+]
 
 
 def __getattr__(name: str) -> Any:

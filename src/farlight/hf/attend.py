@@ -19,8 +19,11 @@ from farlight.hf.lazy import LazyMask, ModelMask
 from farlight.hf.masks import tensor_mask
 from farlight.hf.positions import in_each_text
 from farlight.patterns import causal, full, offsets, strided, window
+from farlight.patterns.algebra import looks_back
 from farlight.patterns.base import Pattern
 from farlight.routing.base import Router
+from farlight.routing.gist import gist_attention
+from farlight.routing.heard import Gist
 
 __all__ = ["KEPT", "SETTING", "Chosen", "Observation", "Setting", "attention_forward"]
 
@@ -108,13 +111,42 @@ def attention_forward(
     width = value.shape[3]
     query, key, value, scaling = _of_one_width(query, key, value, scaling)
     options: dict[str, Any] = {"scale": scaling, "q_offset": own.q_offset, "dropout": dropout, "backend": setting.backend}
-    if sinks is None:
+    if isinstance(setting.chosen, Gist):
+        out = _in_summary(module, setting.chosen, own, query, key, value, pattern, sinks, options)
+    elif sinks is None:
         out = farlight.attention(query, key, value, pattern, **options)
     else:
         out, lse = farlight.attention(query, key, value, pattern, return_lse=True, **options)
         out = sinks_merged(module, out, lse, sinks)
     assert isinstance(out, Tensor)
     return out[..., :width].transpose(1, 2).contiguous(), None
+
+
+def _in_summary(
+    module: nn.Module,
+    chosen: Gist,
+    own: ModelMask,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    sinks: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention that also hears the blocks it does not see, as far as the model itself would let it see them."""
+    back = own.pattern == causal() or (own.pattern != full() and looks_back(own.pattern))
+    bare = own.pattern in (full(), causal()) or own.key_real is not None
+    if sinks is not None or options["dropout"] or not bare or own.q_offset != k.shape[2] - q.shape[2]:
+        raise UnsupportedError(
+            f"{type(module).__name__}: a gist of what is not seen knows full and causal attention over a text and its padding; "
+            "this layer has sinks, dropout, or a mask of its own. Use the same router without gist(…)."
+        )
+    out = gist_attention(
+        q, k, v, pattern, block=chosen.block, causal=back, key_mask=own.key_real, scale=options["scale"],
+        backend=options["backend"],
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _joined(module: nn.Module, chosen: Chosen, own: ModelMask, q: Tensor, k: Tensor) -> Pattern:
