@@ -108,8 +108,7 @@ def _answer(
         return attend_kept(q, k, v, None, scale=scale, return_lse=return_lse)
     pattern = store.rule.pattern if also is None else also & store.rule.pattern
     if q.shape[2] >= _PROMPT and _is_whole(cache, store, pattern):
-        found = attention(q, k, v, pattern, scale=scale, return_lse=return_lse)
-        return found if isinstance(found, tuple) else (found, None)
+        return _prompt(q, k, v, store, pattern, i, scale, return_lse)
     step = max(1, _PAIRS // max(1, kept))
     if q.shape[2] <= step:
         return attend_kept(q, k, v, _mask(cache, store, i, also), scale=scale, return_lse=return_lse)
@@ -150,15 +149,32 @@ def _all_seen(store: Store, kept: int, i: Numbers) -> bool:
 
 def _is_whole(cache: KVCache, store: Store, pattern: Pattern) -> bool:
     """Whether nothing was dropped yet and `fl.attention` would read the pattern as it is meant here."""
-    kept = store.kept
+    slots, texts = store.slots, cache._sizes
     return (
-        kept == cache.length
-        and store.slots.rows == 1
-        and cache.max_length in (None, kept)
+        slots.count == cache._lengths
+        and (slots.rows == 1 or not pattern.varies_over_batch)
+        and (cache.max_length is None or set(slots.count) == {cache.max_length})
         and (not pattern.varies_over_heads or len(cache._stores) == 1)
-        and bool((store.slots.position[0, :kept] == np.arange(kept)).all())
-        and _fits(pattern, Sizes(cache._width, kept, kept - cache._width, cache._sizes.batch, cache._sizes.heads))
+        and all(bool((slots.position[row, :n] == np.arange(n)).all()) for row, n in enumerate(slots.count))
+        and all(_fits(pattern, Sizes(n, n, 0, texts.batch if slots.rows == 1 else 1, texts.heads)) for n in set(slots.count))
     )
+
+
+def _prompt(
+    q: Tensor, k: Tensor, v: Tensor, store: Store, pattern: Pattern, i: Numbers, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The answers for a prompt of which nothing was dropped, through the planner; texts of different lengths one by one."""
+    if len(i) == 1:
+        found = attention(q, k, v, pattern, scale=scale, return_lse=return_lse)
+        return found if isinstance(found, tuple) else (found, None)
+    out = torch.zeros_like(q)
+    lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    for item, count in enumerate(store.slots.count):
+        real = torch.from_numpy((i[item] >= 0).nonzero()[0]).to(q.device)
+        own = q[item : item + 1, :, real], k[item : item + 1, :, :count], v[item : item + 1, :, :count]
+        found = attention(*own, pattern, scale=scale, return_lse=True)
+        out[item, :, real], lse[item, :, real] = found[0][0], found[1][0]
+    return out, lse if return_lse else None
 
 
 def _fits(pattern: Pattern, sizes: Sizes) -> bool:
