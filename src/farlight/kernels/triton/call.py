@@ -17,7 +17,7 @@ from farlight.kernels.triton.tuning import config_for
 from farlight.patterns.hashing import dropout_threshold
 from farlight.plan.tables import Plan
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "on_device", "precision"]
 
 _LOG2_E = 1.4426950408889634
 
@@ -53,7 +53,7 @@ def _forward(
         lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
     sizes = _sizes(q, k, plan, v)
     links, draws = _links(dropout, seed, q.device)
-    with _on(q.device):
+    with on_device(q.device):
         for launch in work.launches:
             part_out = torch.empty((launch.slots * launch.height, q.shape[3]), dtype=torch.float32, device=q.device)
             part_lse = torch.empty(launch.slots * launch.height, dtype=torch.float32, device=q.device)
@@ -100,7 +100,7 @@ def backward(
     batch, heads, n_q, head_dim = q.shape
     delta = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if delta.numel():
-        with _on(q.device):
+        with on_device(q.device):
             delta_kernel[(-(-n_q // 64), batch * heads)](
                 dout, out, delta if dlse is None else dlse, delta, *dout.stride(), heads, n_q, head_dim,
                 BLOCK_M=64, BLOCK_D=padded(head_dim), WHOLE_D=head_dim == padded(head_dim), DLSE=dlse is not None,
@@ -127,7 +127,7 @@ def _dq(
     make = torch.empty if work.covers and q.numel() else torch.zeros
     dq = make(q.shape, dtype=kind, device=q.device)
     links, draws = _links(dropout, seed, q.device)
-    with _on(q.device):
+    with on_device(q.device):
         for launch in work.launches:
             part = torch.empty((launch.slots * launch.height, q.shape[3]), dtype=torch.float32, device=q.device)
             queries_kernel[(launch.work.shape[0],)](
@@ -161,7 +161,7 @@ def _dk_dv(
     dk, dv = make(k.shape, dtype=kind, device=k.device), make(k.shape, dtype=kind, device=k.device)
     heads, group, n_q, _, q_offset = _sizes(q, k, plan, v)
     links, draws = _links(dropout, seed, q.device)
-    with _on(q.device):
+    with on_device(q.device):
         for launch in work.launches:
             shape = (launch.slots * config.keys, head_dim)
             part_dk, part_dv = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
@@ -245,7 +245,7 @@ def _common(q: Tensor, *others: Tensor) -> dict[str, Any]:
         "BLOCK_D": wide,
         "WHOLE_D": wide == q.shape[3],
         "WIDE": any(_is_wide(x) for x in (q, *others)),
-        "PRECISION": _precision(q),
+        "PRECISION": precision(q),
     }
 
 
@@ -254,7 +254,7 @@ def _is_wide(x: Tensor) -> bool:
     return (x.shape[2] - 1) * x.stride(2) + (x.shape[3] - 1) * x.stride(3) >= 2**31
 
 
-def _precision(q: Tensor) -> str:
+def precision(q: Tensor) -> str:
     """How products are formed: float32 in full, unless the user allows torch's own to be rounded to tf32."""
     if q.dtype == torch.bfloat16 and interpreted():
         return "widened"
@@ -267,7 +267,7 @@ def _warps(config: Config, height: int) -> int:
     return config.warps if height >= config.rows else max(2, min(config.warps, 4))
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Kernels are launched on the current device, which need not be that of the tensors."""
     if device.type == "cuda":
         return torch.cuda.device(device)

@@ -182,7 +182,7 @@ class _Lowering:
                     first = owner * width
                     block = Block(c * blocks + owner, first, (first + width).clamp(max=plan.n_k))
                     self.runs(entries, p, layer, v, w, (turned.run[item].long(), turned.tile[item]), block)
-                if turned.point_indptr is not None:
+                if turned.point_indptr is not None and turned.point_place is not None:
                     at = (w if piece.rows is None else v) * plan.n_k
                     pointer = turned.point_indptr[at : at + plan.n_k + 1]
                     key, item = spread(pointer[:-1], pointer[1:])

@@ -8,7 +8,7 @@ import os
 
 import torch
 
-__all__ = ["MOST_DIMS", "interpreted", "missing", "unfit", "workers"]
+__all__ = ["MOST_DIMS", "interpreted", "is_hopper", "missing", "unfit", "workers"]
 
 MOST_DIMS = 256
 
@@ -57,3 +57,9 @@ def workers(device: torch.device) -> int:
     if device.type == "xpu":
         return int(torch.xpu.get_device_properties(device).gpu_subslice_count)
     return 8
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is an NVIDIA device of compute capability 9 or later."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9

@@ -236,7 +236,7 @@ def _items(
     return out
 
 
-def _ranges(found: list[tuple[Tensor, ...]], points: list[tuple[Tensor, ...]], many: int, lists: _Lists) -> Tensor:
+def _ranges(found: list[tuple[Tensor, ...]], points: list[tuple[Tensor, Tensor, Tensor]], many: int, lists: _Lists) -> Tensor:
     """Sort a class's entries by their owners into the lists; `(many, 4, 2)`: whole, whole with sorted keys, masked, points."""
     none = torch.zeros(0, dtype=torch.int64)
     columns = [torch.cat(column) for column in zip(*found, strict=True)] if found else [none] * 8

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from farlight.caching import cache_folder
 from farlight.kernels.triton.configs import Config, candidates, padded
+from farlight.kernels.triton.machine import is_hopper
 from farlight.plan.tables import Plan
 
 __all__ = ["config_for", "fastest"]
@@ -36,7 +37,7 @@ _chosen: dict[tuple[str, torch.device, torch.dtype, int], Config] = {}
 
 def config_for(what: str, q: Tensor, plan: Plan, run: Callable[[Config], Any]) -> Config:
     """The configuration for a pass over these tensors; `run` computes the pass with a given one."""
-    listed = candidates(what, q.shape[3], q.dtype)
+    listed = candidates(what, q.shape[3], q.dtype, hopper=is_hopper(q.device))
     if len(listed) == 1 or q.device.type == "cpu":
         return listed[0]
     key = (what, q.device, q.dtype, padded(q.shape[3]))
