@@ -71,7 +71,35 @@ class Slots:
         """The slots whose key no query at a position >= `following` sees, ascending."""
         if self.soonest[row] >= following:
             return _NONE
-        return np.flatnonzero(self.last[row, : self.count[row]] < following)
+        return (self.last[row, : self.count[row]] < following).nonzero()[0]
+
+    def put_one(self, position: int, last: int, unbroken: bool) -> int:
+        """`put` for the usual step of a single row: one new token, which takes a new slot or that of the one it pushes out.
+
+        Gives that slot, -1 where more or less than that must happen: then nothing was done.
+        """
+        count, last_of = self.count[0], self.last[0]
+        if last < position:
+            return -1
+        if self.soonest[0] >= position:
+            slot = count
+            if slot == self.capacity:
+                return -1
+            self.count[0] = count + 1
+            self.gaps[0] += not unbroken
+            self.soonest[0] = min(self.soonest[0], last)
+            last_of[slot] = last
+        else:
+            free = (last_of[:count] < position).nonzero()[0]
+            if free.size != 1:
+                return -1
+            slot = int(free[0])
+            self.gaps[0] += bool(self.unbroken[0, slot]) - unbroken
+            last_of[slot] = last
+            self.soonest[0] = int(last_of[:count].min())
+        self.position[0, slot] = position
+        self.unbroken[0, slot] = unbroken
+        return slot
 
     def put(self, row: int, free: Numbers, start: int, last: Numbers, unbroken: NDArray[np.bool_], following: int) -> Change:
         """Give up the slots `free` and take in the tokens at positions start, start + 1, …, as far as they are needed."""

@@ -47,6 +47,13 @@ class Store:
         `columns`: for each row, which columns of k and v those tokens are (None: the first `new`).
         """
         slots = self.slots
+        if slots.rows == new[0] == 1 and columns is None:
+            last, unbroken = self.rule.sight(0, start[0], start[0] + 1)
+            slot = slots.put_one(start[0], int(last[0]), bool(unbroken[0]))
+            if slot >= 0:
+                self.k.narrow(2, slot, 1).copy_(self._own(k))
+                self.v.narrow(2, slot, 1).copy_(self._own(v))
+                return
         free = [slots.forgotten(row, start[row]) for row in range(slots.rows)]
         sights = [self.rule.sight(row, start[row], start[row] + new[row]) for row in range(slots.rows)]
         needed = max(slots.count[row] - free[row].size + new[row] for row in range(slots.rows))
@@ -70,6 +77,10 @@ class Store:
                 setattr(slots, name, getattr(slots, name)[order])
             for name in ("count", "soonest", "gaps"):
                 setattr(slots, name, [getattr(slots, name)[item] for item in order])
+
+    def _own(self, x: Tensor) -> Tensor:
+        """The heads that are stored here."""
+        return x if len(self.rule.kv_heads) == x.shape[1] else x[:, self._heads]
 
     def _resize(self, capacity: int) -> None:
         used = min(self.k.shape[2], capacity)
@@ -96,7 +107,7 @@ class Store:
     def _write(self, k: Tensor, v: Tensor, changes: list[Change], columns: list[NDArray[np.int64]] | None) -> None:
         first = changes[0]
         for x, new in ((self.k, k), (self.v, v)):
-            given = new[:, self._heads] if len(self.rule.kv_heads) < new.shape[1] else new
+            given = self._own(new)
             if len(changes) > 1:
                 taken = [c.taken if columns is None else columns[row][c.taken] for row, c in enumerate(changes)]
                 item, slots = _items(taken, x.device), _joined([c.slots for c in changes], x.device)

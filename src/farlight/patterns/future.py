@@ -26,7 +26,9 @@ FOREVER = 2**62
 _ENDLESS = 2**41
 # Strides are followed together up to this common multiple; beyond it the longest are taken to see everything.
 _LONGEST_PERIOD = 2**16
-# Query positions that are asked one by one for a key whose column may change anywhere, in an endless text.
+# Columns that may change anywhere are followed in texts up to this length; in longer ones, and in those without end, only as far
+# back from the last position that could see the key.
+_LONGEST_FOLLOWED = 2**24
 _LONGEST_SCAN = 2**16
 # Pairs asked at a time.
 _PAIRS = 2**21
@@ -77,9 +79,9 @@ def last_seen(pattern: Pattern, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -
 
         last(j) = max { i : the pair (i, j) is allowed }
 
-    Exact, with two exceptions that may keep a key longer than needed, never shorter, in a text without end: random keys are
-    taken to be drawn again some day (which comes true with probability 1), and strides whose least common multiple exceeds
-    65 536 are not followed together.
+    Exact, with exceptions that may keep a key longer than needed, never shorter. In a text without end (or of more than 2^24
+    tokens) random keys are taken to be drawn again some day, which comes true with probability 1, unless the rest of the
+    expression ends within 65 536 tokens. Strides whose least common multiple exceeds 65 536 are not followed together.
 
     >>> import torch, farlight as fl
     >>> pattern = fl.causal() & (fl.window(3) | fl.seen_by_all([0]))
@@ -165,9 +167,9 @@ def _scan(pattern: Pattern, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor, top: 
 
 # ---- what is not followed exactly -----------------------------------------------------------------------------------------
 def _ignored(pattern: Pattern, changes: list[Changes], sizes: Sizes) -> set[Atom]:
-    """The atoms whose columns cannot be followed: random ones in an endless text, and strides with too long a period."""
+    """The atoms whose columns are not followed: random ones in an endless text, and strides with too long a period."""
     atoms = list(pattern.atoms())
-    out = {atom for atom, change in zip(atoms, changes, strict=True) if change.every and sizes.n_k == _ENDLESS}
+    out = {atom for atom, change in zip(atoms, changes, strict=True) if change.every and sizes.n_k > _LONGEST_FOLLOWED}
     periods = {atom: change.period for atom, change in zip(atoms, changes, strict=True)}
     while math.lcm(*(periods[atom] for atom in periods.keys() - out)) > _LONGEST_PERIOD:
         out.add(max(periods.keys() - out, key=periods.__getitem__))

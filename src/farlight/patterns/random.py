@@ -15,7 +15,7 @@ from farlight.patterns.spans import Spans
 __all__ = ["random_blocks", "random_keys"]
 
 # The longest text of which all draws are made to learn who draws a key.
-LONGEST_DRAWN = 2**24
+_LONGEST_DRAWN = 2**24
 
 
 def draw_distinct(seed: int, head: Tensor, at: Tensor, count: int, population: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class random_keys(_Random):
         return Spans.from_table(sizes.n_k, keys, keys + (keys >= 0))
 
     def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
-        if sizes.n_k > LONGEST_DRAWN:
+        if sizes.n_k > _LONGEST_DRAWN:
             return Changes(every=True)
         i = torch.arange(sizes.n_k, device=j.device)
         seen = drawn_by(self._points(sizes, i, h[:1], i), sizes.n_k)[j]
@@ -154,7 +154,7 @@ class random_blocks(_Random):
         return Spans.from_table(sizes.n_k, lo, hi)
 
     def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
-        if sizes.n_k > LONGEST_DRAWN:
+        if sizes.n_k > _LONGEST_DRAWN:
             return Changes(every=True)
         blocks = -(-sizes.n_k // self.block)
         first = torch.arange(blocks, device=j.device) * self.block
