@@ -26,8 +26,8 @@ FOREVER = 2**62
 _ENDLESS = 2**41
 # Strides are followed together up to this common multiple; beyond it the longest are taken to see everything.
 _LONGEST_PERIOD = 2**16
-# Columns that may change anywhere are followed in texts up to this length; in longer ones, and in those without end, only as far
-# back from the last position that could see the key.
+# Columns that may change anywhere are followed in texts up to this length; in longer ones, and in those without end, only as
+# far back from the last position that could see the key.
 _LONGEST_FOLLOWED = 2**24
 _LONGEST_SCAN = 2**16
 # Pairs asked at a time.
