@@ -92,9 +92,9 @@ def attention_forward(
             f"{type(module).__name__} computes attention, but has no layer number, so that a mapping {{layer: pattern}} does "
             "not say what it should run under; pass one pattern for the whole model."
         )
-    indices, sinks = kwargs.get("indices"), kwargs.get("s_aux")
-    if own.dropped and (indices is not None or not _moves(setting.chosen)):
-        if own.whole is None:
+    sinks, indexed = kwargs.get("s_aux"), any(kwargs.get(name) is not None for name in ("indices", "block_indices"))
+    if own.dropped and (indexed or not _moves(setting.chosen)):
+        if own.whole is None or indexed:
             raise UnsupportedError(
                 f"{type(module).__name__}: the cache has dropped the first {own.dropped} keys, so that positions in the "
                 "pattern no longer match; generate with a cache that keeps every key, or without a pattern."
@@ -106,8 +106,9 @@ def attention_forward(
     if setting.observer is not None:
         setting.observer(Observation(module, query, key, value, scaling, own.pattern, own.q_offset, own.key_real))
     pattern = _joined(module, setting.chosen, own, query, key)
-    if indices is not None:
-        pattern = pattern & chosen_by_the_model(module, indices, query, key.shape[2])
+    listed = chosen_by_the_model(module, kwargs, query, key.shape[2])
+    if listed is not None:
+        pattern = pattern & listed
     width = value.shape[3]
     query, key, value, scaling = _of_one_width(query, key, value, scaling)
     options: dict[str, Any] = {"scale": scaling, "q_offset": own.q_offset, "dropout": dropout, "backend": setting.backend}

@@ -180,7 +180,8 @@ class BigBirdAttention(Replacement):
         refuse_attentions(self, kwargs.get("output_attentions"))
         if encoder_hidden_states is not None or past_key_values is not None:
             raise UnsupportedError(
-                "block-sparse BigBird attention has neither cross-attention nor a cache; call restore(model)."
+                f"{type(self).__name__} was given encoder_hidden_states or past_key_values, but block-sparse attention has "
+                "neither cross-attention nor a cache; call restore(model) for that."
             )
         if not isinstance(attention_mask, Text):
             raise UnsupportedError(
