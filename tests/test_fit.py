@@ -263,10 +263,10 @@ def test_planted_heads_are_found(most: int, monkeypatch: pytest.MonkeyPatch) -> 
     found = fl.fit(q, k, density=0.3)
     # Crumbs of the budget may buy a few links more at the corners.
     assert found.heads[0].allows(30, 27, 64)
-    assert found.heads[0].count(64) < 61 + 35
+    assert found.heads[0].count(64) < 61 + 40
     assert fl.fit(q[:, :1], k[:, :1], keep=0.95).heads == (fl.offsets([-3]),)
     assert found.heads[1] == fl.seen_by_all([5])
-    assert found.links[2] > 20 * found.links[0]
+    assert found.links[2] > 15 * found.links[0]
     assert found.density <= 0.3 + 1e-9
     torch.testing.assert_close(found.kept[:2], torch.ones(2, dtype=torch.float64), rtol=0, atol=0.06)
 
