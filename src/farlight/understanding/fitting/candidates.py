@@ -33,8 +33,10 @@ def row_value(kept: torch.Tensor, even: bool) -> torch.Tensor:
     return 1 - (1 - kept.clamp(max=1.0)).square() if even else kept
 
 
-def fixed_options(profile: HeadProfile, families: Iterable[str], even: bool) -> list[Option]:
-    """The options of one head in these families, and `full()`."""
+def fixed_options(profile: HeadProfile, families: Sequence[str], even: bool) -> list[Option]:
+    """The options of one head in these families, and `full()` where there is one; of no families, none."""
+    if not families:
+        return []
     units = Units(profile)
     kept = float(profile.distance.sum()) / max(1, profile.n_q)
     options = [Option(float(profile.distance_links.sum()), kept, kept, full, "full")]

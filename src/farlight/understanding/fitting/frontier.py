@@ -16,6 +16,10 @@ from farlight.errors import ArgumentError
 __all__ = ["Option", "allocate", "concave"]
 
 
+# What is left of a budget is not spent on less than this share of a row.
+_LEAST = 1e-5
+
+
 @dataclass(frozen=True)
 class Option:
     """One candidate for one head.
@@ -123,7 +127,7 @@ def _spend_the_rest(
             for option in options:
                 more = option.links - now.links
                 gain = weights[head] * (option.value - now.value)
-                if gain > 0 and more <= left and (more <= 0 or gain / more > best):
+                if gain > _LEAST and more <= left and (more <= 0 or gain / more > best):
                     best, place = (gain / more if more > 0 else float("inf")), (head, option)
         head, option = place
         if head < 0 or option is None:

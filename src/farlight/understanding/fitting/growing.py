@@ -101,11 +101,15 @@ def grow(
     if singles:
         free[np.concatenate(waiting)] = True
     taken_runs: list[int] = []
+    taken: set[int] = set()
     taken_keys: list[int] = []
     links = kept = 0.0
 
     def take_run(unit: int) -> None:
         nonlocal links, kept, key_gain, key_cost
+        if unit in taken:  # a queue may run over what was taken for granted
+            return
+        taken.add(unit)
         links, kept = links + cost[unit], kept + gain[unit]
         key_gain -= units.shared_gain[unit]
         key_cost -= units.shared_cost[unit]
