@@ -121,7 +121,7 @@ def _spend_the_rest(
 ) -> list[Option]:
     """Buy, best price first, what still fits, options beside the hull included."""
     while True:
-        best, place = 0.0, (-1, chosen[0] if chosen else None)
+        best, place = 0.0, None
         for head, options in enumerate(heads):
             now = chosen[head]
             for option in options:
@@ -129,8 +129,8 @@ def _spend_the_rest(
                 gain = weights[head] * (option.value - now.value)
                 if gain > _LEAST and more <= left and (more <= 0 or gain / more > best):
                     best, place = (gain / more if more > 0 else float("inf")), (head, option)
-        head, option = place
-        if head < 0 or option is None:
+        if place is None:
             return chosen
+        head, option = place
         left -= option.links - chosen[head].links
         chosen[head] = option

@@ -69,8 +69,8 @@ def _edges(low: int, high: int) -> Array:
     right = np.array([edge for edge in out if 0 <= edge < high] + [max(high, 0)])
     left = np.array([1 - edge for edge in out if 0 < edge and 1 - edge > low and 1 - edge <= 0])
     edges = np.concatenate((left[::-1], right, [low]))
-    edges = np.unique(edges[(edges >= low) & (edges <= high)])
-    return edges
+    kept: Array = np.unique(edges[(edges >= low) & (edges <= high)])
+    return kept
 
 
 def _between(total: Array, start: Array, stop: Array) -> Array:
