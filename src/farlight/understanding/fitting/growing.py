@@ -74,7 +74,8 @@ def _edges(low: int, high: int) -> Array:
 
 
 def _between(total: Array, start: Array, stop: Array) -> Array:
-    return total[stop] - total[start]
+    inside: Array = total[stop] - total[start]
+    return inside
 
 
 def _overlap(column: Array, rows_from: Array, rows_to: Array) -> Array:
