@@ -27,7 +27,7 @@ from gpu import graphs, parity, speed, table
 
 HERE = Path(__file__).parent
 NO_GPU = """gpu_check: torch {torch} sees no GPU (torch.cuda.is_available() is False; built for CUDA {cuda}, ROCm {hip}).
-Run this on a machine with an NVIDIA GPU of compute capability 8.0 or later, or an AMD GPU, and a torch built for it; for example
+Run this on a machine with an NVIDIA GPU of compute capability 8.0 or later, or an AMD GPU, and a torch built for it:
     pip install torch --index-url https://download.pytorch.org/whl/cu128
 `--rehearse` goes through the steps on the CPU, at toy sizes, without any figure that means something."""
 
