@@ -282,3 +282,29 @@ def test_nothing_is_spilled(dim: int, capability: int) -> None:
                 assert found.spill_stores == found.spill_loads == 0, f"{where}: {found}"
                 assert 0 < found.registers <= 255, where
                 assert 0 < found.shared <= 160 * 1024, where
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ptxas comes with Triton on Linux")
+def test_every_option_compiles() -> None:
+    """What the interpreter takes, a compiler may refuse: each option of each kernel once, and all together."""
+    from farlight.kernels.triton.ahead import FLAGS, SMALL, compiled
+
+    small = Config(16, 32, 4, 1)
+    for what in PASSES:
+        for on in (*((flag,) for flag in FLAGS), ("NEGATE",), FLAGS):
+            assert compiled(what, small, 16, torch.float32, 90, on=on).registers > 0
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for dim in (40, 256):
+                for config in candidates(what, dim, dtype, hopper=True):
+                    # The least shared memory among the devices that are supported is 99 KiB.
+                    assert compiled(what, config, dim, dtype, 90, on=("POINTS",)).shared <= 99 * 1024, (
+                        what,
+                        config,
+                        dim,
+                        dtype,
+                    )
+    for what in SMALL:
+        for on in ((), ("ORDERED", "ADD", "WIDE")):
+            assert compiled(what, Config(16, 64, 4, 2), 64, torch.bfloat16, 90, on=on).registers > 0

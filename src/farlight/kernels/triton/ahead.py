@@ -17,13 +17,14 @@ import torch
 
 from farlight.kernels.triton.configs import Config, padded
 
-__all__ = ["FLAGS", "Resources", "compiled"]
+__all__ = ["FLAGS", "SMALL", "Resources", "compiled"]
 
 # Options of a kernel, all off: whole and bounded blocks in natural order.
 FLAGS = ("ORDERED", "KEYED", "BITS", "POINTS", "DROPOUT", "ADD", "SPLIT", "WIDE")
+SMALL = ("delta", "merge", "sum", "decode", "join")
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_LIKE_Q = {"q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"}
-_FLOATS = {"lse_ptr", "delta_ptr", "part_ptr", "part_out_ptr", "part_lse_ptr", "part_dk_ptr", "part_dv_ptr"}
+_LIKE_Q = {"q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "into_ptr"}
+_FLOATS = {"lse_ptr", "dlse_ptr", "delta_ptr", "part_ptr", "part_out_ptr", "part_lse_ptr", "part_dk_ptr", "part_dv_ptr"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Resources:
 def compiled(
     what: str, config: Config, head_dim: int, dtype: torch.dtype, capability: int, *, on: tuple[str, ...] = ()
 ) -> Resources:
-    """Compile the kernel of a pass ("forward", "queries", "keys") for a compute capability such as 80 or 90.
+    """Compile the kernel of a pass ("forward", "queries", "keys"), or one of the small kernels between them, for a compute
+    capability such as 80 or 90.
 
     `on`: those of FLAGS that are set. Heads with strides divisible by 16 are assumed.
     """
@@ -50,7 +52,17 @@ def compiled(
     kernel = _kernel(what)
     constants: dict[str, Any] = {name: name in on for name in FLAGS}
     constants |= {"BLOCK_M": config.rows, "BLOCK_N": config.keys, "BLOCK_D": padded(head_dim), "PRECISION": "ieee"}
-    constants |= {"WHOLE_D": padded(head_dim) == head_dim, "NEGATE": False, "UNIT": 16, "sqd": 1, "skd": 1, "svd": 1, "sdd": 1}
+    constants |= {
+        "WHOLE_D": padded(head_dim) == head_dim,
+        "NEGATE": "NEGATE" in on,
+        "UNIT": 16,
+        "DLSE": True,
+        "sqd": 1,
+        "skd": 1,
+        "svd": 1,
+        "sdd": 1,
+    }
+    constants |= {"LENGTHS": True, "MASK": True, "BLOCK_S": 16}
     signature: dict[str, str] = {}
     given: dict[tuple[int, ...], Any] = {}
     divisible: dict[tuple[int, ...], Any] = {}
@@ -68,9 +80,11 @@ def compiled(
 
 
 def _kernel(what: str) -> Any:
-    from farlight.kernels.triton.device import forward, keys, queries
+    from farlight.kernels.triton.device import decode, forward, keys, queries
 
-    return {"forward": forward.forward_kernel, "queries": queries.queries_kernel, "keys": keys.keys_kernel}[what]
+    modules = {"merge": forward, "delta": queries, "sum": queries, "join": decode}
+    owner = modules.get(what) or {"forward": forward, "queries": queries, "keys": keys, "decode": decode}[what]
+    return getattr(owner, f"{what}_kernel")
 
 
 def _type(name: str, dtype: torch.dtype) -> str:
@@ -78,8 +92,10 @@ def _type(name: str, dtype: torch.dtype) -> str:
         return "*" + _TYPES[dtype]
     if name in _FLOATS:
         return "*fp32"
-    if name == "seed_ptr":
+    if name in ("seed_ptr", "lengths_ptr"):
         return "*i64"
+    if name == "allowed_ptr":
+        return "*u8"
     if name.endswith("_ptr"):
         return "*i32"
     return "fp32" if name in ("scale", "scale_log2", "grown") else "i32"
