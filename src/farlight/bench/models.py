@@ -100,17 +100,16 @@ def _difference(theirs: Tensor, ours: Tensor) -> float:
     return float((theirs - ours).abs().max() / theirs.abs().max())
 
 
+def _sizes(layers: int) -> dict[str, Any]:
+    sizes = {"hidden_size": _HEADS * _DIM, "num_attention_heads": _HEADS, "num_hidden_layers": layers}
+    return {**sizes, "vocab_size": 1000}
+
+
 def _longformer_config(n: int, layers: int) -> Any:
     from transformers import LongformerConfig
 
     width = 512 if n >= 1024 else n // 4
-    sizes: dict[str, Any] = {
-        "hidden_size": _HEADS * _DIM,
-        "num_attention_heads": _HEADS,
-        "num_hidden_layers": layers,
-        "vocab_size": 1000,
-    }
-    return LongformerConfig(attention_window=[width] * layers, max_position_embeddings=n + 2, **sizes)
+    return LongformerConfig(attention_window=[width] * layers, max_position_embeddings=n + 2, **_sizes(layers))
 
 
 def _longformer(n: int) -> _Layer:
@@ -139,13 +138,7 @@ def _longformer(n: int) -> _Layer:
 def _bigbird_config(n: int, layers: int) -> Any:
     from transformers import BigBirdConfig
 
-    sizes: dict[str, Any] = {
-        "hidden_size": _HEADS * _DIM,
-        "num_attention_heads": _HEADS,
-        "num_hidden_layers": layers,
-        "vocab_size": 1000,
-    }
-    return BigBirdConfig(block_size=64 if n >= 1024 else 16, num_random_blocks=3, max_position_embeddings=n, **sizes)
+    return BigBirdConfig(block_size=64 if n >= 1024 else 16, num_random_blocks=3, max_position_embeddings=n, **_sizes(layers))
 
 
 def _bigbird(n: int) -> _Layer:
