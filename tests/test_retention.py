@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import farlight as fl
-from farlight.understanding import retention as module
+from farlight.understanding import probability as module
 from farlight.understanding.histogram import BINS, HistogramBuilder
 from farlight.understanding.memory import peak_memory
 from farlight.understanding.retention import Retention, retention, retentions

@@ -19,7 +19,7 @@ struct FloatWord {
   static FARLIGHT_INLINE F mac(F acc, Vector a, Vector b) { return fma(a, b, acc); }
 };
 
-#if defined(FARLIGHT_ISA_AVX512BF16)
+#if defined(FARLIGHT_PAIRS)
 struct PairWord {
   using Word = uint32_t;
   using Vector = I;
@@ -82,24 +82,20 @@ FARLIGHT_INLINE void clear(F (&acc)[M][V]) {
 }
 
 // to[d][lane] (+)= sum over i < n of rows[i][d] * b[i][lane], for d < dim: O^T += V^T P^T, and dQ^T += K^T dS^T.
+// A chunk is summed apart and then added: rounding grows with a chunk's length and the number of chunks, not with their product.
 template <class Op, int M>
 FARLIGHT_INLINE void across_block(float* to, const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b, int64_t n,
                                   bool fresh) {
   F acc[M][kV];
-  if (fresh) {
-    clear(acc);
-  } else {
-    FARLIGHT_UNROLL
-    for (int m = 0; m < M; ++m) {
-      FARLIGHT_UNROLL
-      for (int v = 0; v < kV; ++v) acc[m][v] = load(to + m * kRows + v * W);
-    }
-  }
+  clear(acc);
   across_rows<Op, M, kV>(acc, rows, at, b, kRows, n);
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) {
     FARLIGHT_UNROLL
-    for (int v = 0; v < kV; ++v) store(to + m * kRows + v * W, acc[m][v]);
+    for (int v = 0; v < kV; ++v) {
+      float* sum = to + m * kRows + v * W;
+      store(sum, fresh ? acc[m][v] : add(load(sum), acc[m][v]));
+    }
   }
 }
 

@@ -245,7 +245,7 @@ def _version(x: Tensor | None) -> int | None:
 
 def _windows(modules: Sequence[Any], dilation: Dilation) -> list[Pattern]:
     """The window of each layer, with its gaps."""
-    gaps: list[Any] = [dilation] * len(modules) if isinstance(dilation, int) else list(dilation)
+    gaps: list[int | Sequence[int]] = [dilation] * len(modules) if isinstance(dilation, int) else list(dilation)
     if len(gaps) != len(modules):
         raise ArgumentError(
             f"dilation has {len(gaps)} entries, but the model has {len(modules)} layers with Longformer attention; give one "

@@ -80,8 +80,9 @@ class KMeans(Router):
         self.per_cluster = None if per_cluster is None else whole("KMeans: per_cluster", per_cluster, 1)
         if not 0.0 <= decay <= 1.0:
             raise ArgumentError(f"KMeans: decay = {decay}: the share of a centroid that stays lies between 0 and 1.")
-        self.causal, self.decay, self.shared, self.seed = bool(causal), float(decay), bool(shared), seed
-        drawn = torch.randn(heads, self.clusters, head_dim, generator=torch.Generator().manual_seed(seed))
+        self.causal, self.decay, self.shared = bool(causal), float(decay), bool(shared)
+        self.seed = whole("KMeans: seed", seed, 0, 2**63 - 1)
+        drawn = torch.randn(heads, self.clusters, head_dim, generator=torch.Generator().manual_seed(self.seed))
         self.register_buffer("centroids", unit(drawn))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 

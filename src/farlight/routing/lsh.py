@@ -42,7 +42,7 @@ class LSH(Router):
     def __init__(self, buckets: int, rounds: int = 1, *, seed: int = 0, causal: bool = False, shared: bool = False) -> None:
         super().__init__()
         self.buckets, self.rounds = whole("LSH: buckets", buckets, 2), whole("LSH: rounds", rounds, 1)
-        self.seed = whole("LSH: seed", seed, 0)
+        self.seed = whole("LSH: seed", seed, 0, 2**63 - 1)
         if self.buckets % 2:
             raise ArgumentError(f"LSH: buckets = {buckets} is odd; a rotated axis gives two buckets, so pass an even number.")
         self.causal, self.shared = bool(causal), bool(shared)
