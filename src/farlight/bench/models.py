@@ -82,8 +82,8 @@ def _row(layer: _Layer, n: int, settings: Settings, expected: float) -> Row:
     if errors:
         return {**row, "error": "; ".join(errors)}
     module, projections, inside = timings["module"], timings["projections"].seconds, timings["farlight"]
-    seconds, low, high = (max(0.0, s - projections) for s in (inside.seconds, inside.low, inside.high))
-    mine = Timing(seconds, low, high, inside.repeats, inside.first)
+    low, middle, high = (max(1e-9, s - projections) for s in (inside.low, inside.seconds, inside.high))
+    mine = Timing(middle, low, high, inside.repeats, inside.first)
     theirs = module.seconds - projections
     row |= {"module_seconds": module.seconds, "module_repeats": module.repeats, "inside_seconds": inside.seconds}
     row |= {"projection_seconds": projections, "theirs_seconds": theirs, **mine.row()}
@@ -100,12 +100,16 @@ def _difference(theirs: Tensor, ours: Tensor) -> float:
     return float((theirs - ours).abs().max() / theirs.abs().max())
 
 
+def _sizes(layers: int) -> dict[str, Any]:
+    sizes = {"hidden_size": _HEADS * _DIM, "num_attention_heads": _HEADS, "num_hidden_layers": layers}
+    return {**sizes, "vocab_size": 1000}
+
+
 def _longformer_config(n: int, layers: int) -> Any:
     from transformers import LongformerConfig
 
     width = 512 if n >= 1024 else n // 4
-    sizes = {"hidden_size": _HEADS * _DIM, "num_attention_heads": _HEADS, "num_hidden_layers": layers, "vocab_size": 1000}
-    return LongformerConfig(attention_window=[width] * layers, max_position_embeddings=n + 2, **sizes)
+    return LongformerConfig(attention_window=[width] * layers, max_position_embeddings=n + 2, **_sizes(layers))
 
 
 def _longformer(n: int) -> _Layer:
@@ -134,8 +138,7 @@ def _longformer(n: int) -> _Layer:
 def _bigbird_config(n: int, layers: int) -> Any:
     from transformers import BigBirdConfig
 
-    sizes = {"hidden_size": _HEADS * _DIM, "num_attention_heads": _HEADS, "num_hidden_layers": layers, "vocab_size": 1000}
-    return BigBirdConfig(block_size=64 if n >= 1024 else 16, num_random_blocks=3, max_position_embeddings=n, **sizes)
+    return BigBirdConfig(block_size=64 if n >= 1024 else 16, num_random_blocks=3, max_position_embeddings=n, **_sizes(layers))
 
 
 def _bigbird(n: int) -> _Layer:
