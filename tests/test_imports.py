@@ -139,8 +139,8 @@ LAYERS = {
     "attention": 6,
     "testing": 7, "routing": 7, "distributed": 7, "decoding": 7.5,
     "hf": 8, "nn": 8,
-    "understanding": 9, "embedding": 9,
-    "report": 10,
+    "understanding": 9,
+    "report": 10, "embedding": 10,
     "cli": 11, "bench": 11,
 }  # fmt: skip
 

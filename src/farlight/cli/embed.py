@@ -183,10 +183,15 @@ def _show(report: dict[str, Any]) -> None:
         markup=False,
         highlight=False,
     )
+    several = len({chapter["book"] for chapter in report["chapters"]}) > 1
+
+    def title(of: dict[str, Any]) -> str:
+        return f"{of['book']}: {of['title']}" if several and of["title"] != of["book"] else str(of["title"])
+
     for answer in report["queries"]:
         console.print(Text(f"\n{answer['query']}", style="bold"))
         for rank, passage in enumerate(answer["passages"], 1):
-            console.print(Text(f"\n{rank}. {passage['score']:.3f}  {passage['title']}", style="cyan"))
+            console.print(Text(f"\n{rank}. {passage['score']:.3f}  {title(passage)}", style="cyan"))
             text = " ".join(passage["text"].split())
             console.print(Text(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"))
             if passage["words"]:
@@ -195,5 +200,5 @@ def _show(report: dict[str, Any]) -> None:
                     for word in passage["words"]
                 )
                 console.print(Text(f"looked at: {words}", style="dim"))
-        chapters = "; ".join(f"{chapter['title']} {chapter['score']:.3f}" for chapter in answer["chapters"])
+        chapters = "; ".join(f"{title(chapter)} {chapter['score']:.3f}" for chapter in answer["chapters"])
         console.print(Text(f"\nnearest chapters: {chapters}", style="dim"))

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from farlight.errors import ArgumentError
 
 __all__ = ["HEADING", "Chapter", "sentences", "split_chapters"]
 
-# A line that begins with one of these words and holds little else, or a heading of Markdown.
-HEADING = (
-    r"(?im)^[ \t]*(?:(?:chapter|book|part|volume|canto|letter|act|scene)[ \t]+[\w.:—–,’' \t-]{1,60}"
-    r"|(?:[a-z]+[ \t]+)?(?:prologue|epilogue|preface|introduction)[ \t.:\w]{0,40}|\#{1,3}[ \t]+\S.*)$"
+_WORDS = (
+    "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen"
+    "|twenty|thirty|forty|fifty|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last"
 )
+_NUMBER = rf"(?:[ivxlcdm]+|\d+|(?:the[ \t]+)?(?:{_WORDS})(?:[ -](?:{_WORDS}))?)"
+# A line of its own: "CHAPTER IV", "Book Two: 1806", "SECOND EPILOGUE", or a heading of Markdown.
+HEADING = (
+    rf"(?im)^[ \t]*(?:(?:chapter|book|part|volume|canto|letter|act|scene)[ \t]+{_NUMBER}(?:[ \t]*[.:—–-][^\n]{{0,70}})?"
+    rf"|(?:(?:{_WORDS})[ \t]+)?(?:prologue|epilogue|preface|foreword|introduction|afterword)(?:[ \t]*[.:—–-][^\n]{{0,70}})?"
+    r"|\#{1,3}[ \t]+\S[^\n]*?)[ \t\r]*$"
+)
+# What stands before a heading: an empty line, so that a line of prose that happens to begin so is none.
+_EMPTY_LINE = re.compile(r"\n[ \t\r]*\n[ \t\r]*\Z")
 # A sentence ends at . ! ? … and the quotation marks or brackets that follow, before white space; or at an empty line.
 _ENDS = re.compile(r"(?:[.!?…]+[\"”’»)\]]*(?=\s))|\n[ \t]*\n")
 # Not ends of sentences, though a point stands there.
@@ -53,6 +61,8 @@ def split_chapters(text: str, heading: str | None = None) -> list[Chapter]:
         raise ArgumentError(
             f"heading {heading!r} matches the empty text, so that everything would be a heading; make it longer."
         )
+    if heading is None:
+        found = list(_apart(text, found))
     titles = [" ".join(match[0].strip().lstrip("#").split()) for match in found]
     bodies = [(match.end(), after.start()) for match, after in itertools.pairwise(found)]
     if found:
@@ -66,6 +76,16 @@ def split_chapters(text: str, heading: str | None = None) -> list[Chapter]:
         elif place + 1 < len(titles) and _kind(titles[place + 1]) != _kind(title):
             above = title
     return chapters
+
+
+def _apart(text: str, found: list[re.Match[str]]) -> Iterator[re.Match[str]]:
+    """Those headings that follow an empty line, another heading or nothing."""
+    end = 0
+    for match in found:
+        between = text[end : match.start()]
+        if not between.strip() or _EMPTY_LINE.search(between):
+            yield match
+            end = match.end()
 
 
 def _kind(title: str) -> str:

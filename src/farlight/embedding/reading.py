@@ -126,7 +126,7 @@ class Embedder:
         received = _received(last, self.pattern, start, stop, weights)[len(self.before) :]
         fallen: dict[str, tuple[float, float, re.Match[str]]] = {}
         at = 0
-        for match in _WORD.finditer(text):
+        for match in _WORD.finditer(text, tokens.spans[0][0], tokens.spans[-1][1]):
             while at < len(tokens) and tokens.spans[at][1] <= match.start():
                 at += 1
             mine, t = 0.0, at
@@ -146,7 +146,7 @@ class Embedder:
         device = next(self.model.parameters()).device
         framed = torch.tensor([[*self.before, *ids, *self.after]], device=device)
         states: Tensor = self.model(input_ids=framed)[0][0]
-        return states.float()
+        return states.float().cpu()
 
 
 def _received(last: Observation, pattern: Pattern, start: int, stop: int, weights: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def _received(last: Observation, pattern: Pattern, start: int, stop: int, weight
     with torch.enable_grad():
         out = attention(q, k, v, allowed, scale=last.scale, q_offset=last.q_offset + start)
         assert isinstance(out, Tensor)
-        out.backward(weights.to(out.dtype)[None, None, :, None].expand_as(out).contiguous() / q.shape[1])
+        out.backward(weights.to(out)[None, None, :, None].expand_as(out).contiguous() / q.shape[1])
     assert v.grad is not None
     received: Tensor = v.grad[0, :, :, 0].sum(0).float().cpu()
     return received
