@@ -82,7 +82,8 @@ def _row(layer: _Layer, n: int, settings: Settings, expected: float) -> Row:
     if errors:
         return {**row, "error": "; ".join(errors)}
     module, projections, inside = timings["module"], timings["projections"].seconds, timings["farlight"]
-    mine = Timing(*(max(0.0, s - projections) for s in (inside.seconds, inside.low, inside.high)), inside.repeats, inside.first)
+    seconds, low, high = (max(0.0, s - projections) for s in (inside.seconds, inside.low, inside.high))
+    mine = Timing(seconds, low, high, inside.repeats, inside.first)
     theirs = module.seconds - projections
     row |= {"module_seconds": module.seconds, "module_repeats": module.repeats, "inside_seconds": inside.seconds}
     row |= {"projection_seconds": projections, "theirs_seconds": theirs, **mine.row()}

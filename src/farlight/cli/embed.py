@@ -21,6 +21,7 @@ __all__ = ["DEFAULT_PATTERN", "embed_command"]
 # [CLS] and [SEP], or whatever stands first and last, are global.
 DEFAULT_PATTERN = "window(128) | global_tokens([0, -1])"
 _SHOWN = 300
+_LOOKING = "finding what was looked at"
 
 
 def embed_command(
@@ -44,8 +45,8 @@ def embed_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Read books chapter by chapter, each in one pass, and rank the passages that answer a query."""
-    from farlight.cli.audit import _progress
     from farlight.cli.inputs import load_model, read_patterns, read_text
+    from farlight.cli.progress import progress
     from farlight.kernels import dispatch
 
     # What is cheap to check is checked before a model is loaded.
@@ -64,8 +65,9 @@ def embed_command(
     if save is not None and not save.parent.is_dir():
         raise ArgumentError(f"--save {str(save)!r}: there is no folder {str(save.parent)!r}; make it first.")
     books = [read_text(path) for path in files]
-    with _progress() as (start, step):
-        start("loading the model", 1)
+    with progress() as (start, step):
+        start(["loading the model"])
+        step("loading the model")
         loaded = load_model(model)
 
         from farlight.embedding.book import read_books
@@ -74,9 +76,14 @@ def embed_command(
         embedder = Embedder(loaded.model, loaded.tokenizer, chosen, positions=positions, backend=backend)
         asked = [_question(embedder, text) for text in queries]
         library = read_books(
-            embedder, books, passage=passage, heading=heading, start=lambda parts: start("reading", parts), step=step
+            embedder,
+            books,
+            passage=passage,
+            heading=heading,
+            start=lambda parts: start(["reading"] * parts),
+            step=lambda title: step("reading"),
         )
-        start("what was looked at", max(1, top * len(queries)))
+        start([_LOOKING] * (top * len(queries)))
         found = [
             _answer(library, embedder, text, vector, top, words, step) for text, vector in zip(queries, asked, strict=True)
         ]
@@ -114,7 +121,7 @@ def _answer(library: Library, embedder: Embedder, text: str, query: Tensor, top:
     passages = []
     for place in found.passages:
         part = library.parts[place.part]
-        step(part.title)
+        step(_LOOKING)
         looked = library.looked_at(embedder, place, query, words) if words else []
         passages.append(
             {

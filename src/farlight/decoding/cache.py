@@ -73,6 +73,7 @@ class KVCache:
         self.max_length = None if max_length is None else whole("KVCache: max_length", max_length, 1)
         self.heads = None if heads is None else whole("KVCache: heads", heads, 1)
         self._stores: list[Store] = []
+        self._sizes: Sizes
         self._lengths = [0]
         # Of the last append: where its tokens begin in each row, how many there were, and which columns were real.
         self._start, self._new, self._width = [0], [0], 0

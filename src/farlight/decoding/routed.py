@@ -63,7 +63,8 @@ class Routed:
     def _mask(self, part: Router | Pattern, q: Tensor, k: Tensor) -> Tensor:
         """Who sees what, broadcastable to `(B, H, n_q, N)`."""
         if isinstance(part, Joined):
-            return _SIGNS[part.sign](self._mask(part.left, q, k), self._mask(part.right, q, k))
+            both: Tensor = _SIGNS[part.sign](self._mask(part.left, q, k), self._mask(part.right, q, k))
+            return both
         n_q, n_k = q.shape[2], k.shape[2]
         i = torch.arange(n_k - n_q, n_k, device=q.device).view(1, 1, -1, 1)
         j = torch.arange(n_k, device=q.device).view(1, 1, 1, -1)

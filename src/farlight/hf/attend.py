@@ -112,6 +112,7 @@ def attention_forward(
     width = value.shape[3]
     query, key, value, scaling = _of_one_width(query, key, value, scaling)
     options: dict[str, Any] = {"scale": scaling, "q_offset": own.q_offset, "dropout": dropout, "backend": setting.backend}
+    out: Tensor | tuple[Tensor, Tensor]
     if isinstance(setting.chosen, Gist):
         out = _in_summary(module, setting.chosen, own, query, key, value, pattern, sinks, options)
     elif sinks is None:

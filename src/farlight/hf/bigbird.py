@@ -157,6 +157,10 @@ class BigBirdAttention(Replacement):
     See the head of this file for what is computed.
     """
 
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+
     def __init__(self, original: nn.Module, config: Any, semantics: str = "hf_eval", seed: int = 0, backend: str = "auto"):
         super().__init__(original, ("query", "key", "value"))
         self.heads: int = config.num_attention_heads

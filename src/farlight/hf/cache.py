@@ -32,7 +32,7 @@ from farlight.routing import Router
 __all__ = ["SparseCache", "SparseLayer"]
 
 
-class SparseCache(Cache):  # type: ignore[misc]
+class SparseCache(Cache):
     """A transformers cache that keeps, layer by layer, only the keys that some later token may still see.
 
         model.generate(ids, past_key_values=fl.hf.SparseCache(model, pattern))
@@ -116,7 +116,8 @@ class SparseCache(Cache):  # type: ignore[misc]
     @property
     def kept(self) -> int:
         """Keys kept, in the layer that keeps most."""
-        return max(layer.cache.kept for layer in self.layers)
+        most: int = max(layer.cache.kept for layer in self.layers)
+        return most
 
 
 def _chosen_for(model: nn.Module) -> dict[int, Chosen]:
@@ -125,7 +126,7 @@ def _chosen_for(model: nn.Module) -> dict[int, Chosen]:
     return {number: setting.chosen for number, setting in found.items() if setting is not None}
 
 
-class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
+class SparseLayer(CacheLayerMixin):
     """One layer's part of a `SparseCache`: new keys wait between `update` and the attention function that asks about them."""
 
     is_sliding = False

@@ -107,6 +107,13 @@ class LongformerAttention(Replacement):
     `near` is the window without globals and padding; see the head of this file for what is computed.
     """
 
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    query_global: nn.Module
+    key_global: nn.Module
+    value_global: nn.Module
+
     def __init__(
         self, original: nn.Module, near: Pattern, autoregressive: bool = False, backend: str = "auto", roles: Any = None
     ) -> None:
@@ -238,13 +245,13 @@ def _version(x: Tensor | None) -> int | None:
 
 def _windows(modules: Sequence[Any], dilation: Dilation) -> list[Pattern]:
     """The window of each layer, with its gaps."""
-    gaps = [dilation] * len(modules) if isinstance(dilation, int) else list(dilation)
+    gaps: list[int | Sequence[int]] = [dilation] * len(modules) if isinstance(dilation, int) else list(dilation)
     if len(gaps) != len(modules):
         raise ArgumentError(
             f"dilation has {len(gaps)} entries, but the model has {len(modules)} layers with Longformer attention; give one "
             "number for all, or one entry for each layer."
         )
-    out = []
+    out: list[Pattern] = []
     for layer, (module, gap) in enumerate(zip(modules, gaps, strict=True)):
         width = module.one_sided_attn_window_size
         if isinstance(gap, int):

@@ -103,8 +103,8 @@ def last_seen(pattern: Pattern, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -
     table = table.sort(1, descending=True).values
     step = max(1, _PAIRS // period)
     parts = [
-        _by_changes(pattern, sizes, *(x[start : start + step] for x in (b, h, j, table)), period)
-        for start in range(0, max(1, j.numel()), step)
+        _by_changes(pattern, sizes, b[part], h[part], j[part], table[part], period)
+        for part in (slice(start, start + step) for start in range(0, max(1, j.numel()), step))
     ]
     return Sight(torch.cat([p.last for p in parts]), torch.cat([p.unbroken for p in parts]))
 

@@ -96,9 +96,9 @@ def curve(pattern: Pattern, own: Pattern | None, longest: int, known: dict[int, 
             links.setdefault(n, pattern.count(n, heads=heads) / heads if pattern.varies_over_heads else pattern.count(n))
         except (PatternError, ArgumentError):
             continue  # a table or a position that needs another length
-    out = {"tokens": sorted(links), "links": [links[n] for n in sorted(links)]}
-    full = {n: n * n if own is None else _links(own, n) for n in out["tokens"]}
-    return {**out, "full": [full[n] for n in out["tokens"]]}
+    tokens = sorted(links)
+    full = [n * n if own is None else _links(own, n) for n in tokens]
+    return {"tokens": tokens, "links": [links[n] for n in tokens], "full": full}
 
 
 def _links(own: Pattern, n: int) -> int | None:

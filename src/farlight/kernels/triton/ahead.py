@@ -41,7 +41,7 @@ def compiled(
 ) -> Resources:
     """Compile the kernel of a pass ("forward", "queries", "keys") for a compute capability such as 80 or 90.
 
-    `on`: those of FLAGS that are set. Contiguous heads with strides divisible by 16 are assumed, as Triton would find them.
+    `on`: those of FLAGS that are set. Heads with strides divisible by 16 are assumed.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -50,7 +50,7 @@ def compiled(
     kernel = _kernel(what)
     constants: dict[str, Any] = {name: name in on for name in FLAGS}
     constants |= {"BLOCK_M": config.rows, "BLOCK_N": config.keys, "BLOCK_D": padded(head_dim), "PRECISION": "ieee"}
-    constants |= {"WHOLE_D": padded(head_dim) == head_dim, "NEGATE": False, "sqd": 1, "skd": 1, "svd": 1, "sdd": 1}
+    constants |= {"WHOLE_D": padded(head_dim) == head_dim, "NEGATE": False, "UNIT": 16, "sqd": 1, "skd": 1, "svd": 1, "sdd": 1}
     signature: dict[str, str] = {}
     given: dict[tuple[int, ...], Any] = {}
     divisible: dict[tuple[int, ...], Any] = {}
@@ -59,7 +59,7 @@ def compiled(
             signature[name], given[(at,)] = "constexpr", constants[name]
             continue
         signature[name] = _type(name, dtype)
-        if name.endswith("_ptr") or (len(name) == 3 and name[0] == "s") or name == "head_dim":
+        if name.endswith("_ptr") or name == "head_dim":
             divisible[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=divisible)
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}

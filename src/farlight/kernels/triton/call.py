@@ -60,7 +60,7 @@ def _forward(
             forward_kernel[(launch.work.shape[0],)](
                 q, k, v, out, lse, part_out, part_lse, draws,
                 launch.work, work.rows, work.keys, work.whole, work.masked, work.point_key, work.point_row, work.data,
-                *q.stride(), *k.stride(), *v.stride(),
+                *strides(q, k, v),
                 *sizes, abs(scale) * _LOG2_E, *links,
                 BLOCK_M=launch.height, BLOCK_N=config.keys, **_common(q, k, v), ORDERED=launch.ordered, KEYED=launch.keyed,
                 BITS=launch.bits, POINTS=launch.points, DROPOUT=bool(dropout), NEGATE=scale < 0, ADD=launch.add,
@@ -102,9 +102,9 @@ def backward(
     if delta.numel():
         with on_device(q.device):
             delta_kernel[(-(-n_q // 64), batch * heads)](
-                dout, out, delta if dlse is None else dlse, delta, *dout.stride(), heads, n_q, head_dim,
+                dout, out, delta if dlse is None else dlse, delta, *strides(dout), heads, n_q, head_dim,
                 BLOCK_M=64, BLOCK_D=padded(head_dim), WHOLE_D=head_dim == padded(head_dim), DLSE=dlse is not None,
-                WIDE=_is_wide(dout),
+                WIDE=_is_wide(dout), UNIT=_unit(dout),
             )  # fmt: skip
 
     def queries(config: Config) -> Tensor:
@@ -133,7 +133,7 @@ def _dq(
             queries_kernel[(launch.work.shape[0],)](
                 q, k, v, dout, lse, delta, dq, part, draws,
                 launch.work, work.rows, work.keys, work.whole, work.masked, work.point_key, work.point_row, work.data,
-                *q.stride(), *k.stride(), *v.stride(), *dout.stride(),
+                *strides(q, k, v, dout),
                 *_sizes(q, k, plan, v), scale, scale * _LOG2_E, *links,
                 BLOCK_M=launch.height, BLOCK_N=config.keys, **_common(q, k, v, dout), ORDERED=launch.ordered,
                 KEYED=launch.keyed, BITS=launch.bits, POINTS=launch.points, DROPOUT=bool(dropout), ADD=launch.add,
@@ -169,7 +169,7 @@ def _dk_dv(
                 q, k, v, dout, lse, delta, dk, dv, part_dk, part_dv, draws,
                 launch.work, launch.ranges, work.rows, work.keys, launch.whole, launch.masked, launch.point_row,
                 launch.point_key, work.data,
-                *q.stride(), *k.stride(), *v.stride(), *dout.stride(),
+                *strides(q, k, v, dout),
                 heads, group, n_q, n_k, head_dim, q_offset, scale, scale * _LOG2_E, *links,
                 BLOCK_M=config.rows, BLOCK_N=config.keys, **_common(q, k, v, dout), ORDERED=launch.ordered,
                 KEYED=launch.keyed, BITS=launch.bits, POINTS=launch.points, DROPOUT=bool(dropout), ADD=launch.add,
@@ -245,8 +245,20 @@ def _common(q: Tensor, *others: Tensor) -> dict[str, Any]:
         "BLOCK_D": wide,
         "WHOLE_D": wide == q.shape[3],
         "WIDE": any(_is_wide(x) for x in (q, *others)),
+        "UNIT": _unit(q, *others),
         "PRECISION": precision(q),
     }
+
+
+def _unit(*tensors: Tensor) -> int:
+    """16 when all strides between heads and rows are divisible by it, which lets rows be read in wide loads; else 1."""
+    return 16 if all(stride % 16 == 0 for x in tensors for stride in x.stride()[:3]) else 1
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """The strides as the kernels take them: between batch items, heads and rows in units, inside a row as they are."""
+    unit = _unit(*tensors)
+    return [one for x in tensors for one in (*(stride // unit for stride in x.stride()[:3]), x.stride(3))]
 
 
 def _is_wide(x: Tensor) -> bool:

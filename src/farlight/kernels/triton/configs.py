@@ -52,5 +52,5 @@ def candidates(what: str, head_dim: int, dtype: torch.dtype, *, hopper: bool = T
         return (Config(64, 64, 8, 2), small, Config(64, 128, 8, 2)) if hopper else (small,)
     if wide <= 128:
         small = Config(32, 64, 8, 2)
-        return (small, Config(32, 128, 8, 2)) if hopper else (small, Config(64, 64, 8, 2))
+        return (small,) if hopper else (small, Config(64, 64, 8, 2))
     return (Config(32, 32, 8, 1),)

@@ -8,7 +8,15 @@ the scale.
 import triton
 import triton.language as tl
 
-from farlight.kernels.triton.device.links import BLOCK_FIELDS, allowed_links, kept_links, load_rows, product, row_hashes
+from farlight.kernels.triton.device.links import (
+    BLOCK_FIELDS,
+    UNSPECIALIZED,
+    allowed_links,
+    kept_links,
+    load_rows,
+    product,
+    row_hashes,
+)
 
 __all__ = ["WORK_FIELDS", "forward_kernel"]
 
@@ -73,7 +81,7 @@ def _some(acc, total, peak, q, k_base, v_base, key, exists, allowed, d, skn, skd
     return acc, total, higher
 
 
-@triton.jit(do_not_specialize=["q_offset", "below"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, seed_ptr,
     work_ptr, rows_ptr, keys_ptr, whole_ptr, masked_ptr, point_key_ptr, point_row_ptr, data_ptr,
@@ -81,8 +89,11 @@ def forward_kernel(
     heads, group, n_q, head_dim, q_offset, scale, below, grown,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, ORDERED: tl.constexpr,
     KEYED: tl.constexpr, BITS: tl.constexpr, POINTS: tl.constexpr, DROPOUT: tl.constexpr, NEGATE: tl.constexpr,
-    ADD: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    sqb, sqh, sqn = sqb * UNIT, sqh * UNIT, sqn * UNIT
+    skb, skh, skn = skb * UNIT, skh * UNIT, skn * UNIT
+    svb, svh, svn = svb * UNIT, svh * UNIT, svn * UNIT
     work = work_ptr + tl.program_id(0).to(tl.int64) * WORK_FIELDS
     batch, head, start, count = tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
     tile_row = tl.load(work + 4)
@@ -178,7 +189,7 @@ def store_rows(out_ptr, lse_ptr, place, d, out, lse, valid, inside, head_dim, AD
     tl.store(lse_ptr + place, lse, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "n_q"])
 def merge_kernel(
     out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, work_ptr, rows_ptr, heads, n_q, head_dim,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ORDERED: tl.constexpr, ADD: tl.constexpr,

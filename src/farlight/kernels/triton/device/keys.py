@@ -9,7 +9,7 @@ gradients are the same to the bit from run to run.
 import triton
 import triton.language as tl
 
-from farlight.kernels.triton.device.links import allowed_links, kept_links, load_rows, product, row_hashes
+from farlight.kernels.triton.device.links import UNSPECIALIZED, allowed_links, kept_links, load_rows, product, row_hashes
 
 __all__ = ["KEY_WORK_FIELDS", "RANGE_FIELDS", "keys_kernel"]
 
@@ -46,7 +46,7 @@ def _rows(dk, dv, k, v, key, row, valid, allowed, q_base, dout_base, lse_base, d
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["q_offset", "below"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, part_dk_ptr, part_dv_ptr, seed_ptr,
     work_ptr, ranges_ptr, rows_ptr, keys_ptr, whole_ptr, masked_ptr, point_row_ptr, point_key_ptr, data_ptr,
@@ -54,8 +54,12 @@ def keys_kernel(
     heads, group, n_q, n_k, head_dim, q_offset, scale, scale_log2, below, grown,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, ORDERED: tl.constexpr,
     KEYED: tl.constexpr, BITS: tl.constexpr, POINTS: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr,
-    SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    sqb, sqh, sqn = sqb * UNIT, sqh * UNIT, sqn * UNIT
+    skb, skh, skn = skb * UNIT, skh * UNIT, skn * UNIT
+    svb, svh, svn = svb * UNIT, svh * UNIT, svn * UNIT
+    sdb, sdh, sdn = sdb * UNIT, sdh * UNIT, sdn * UNIT
     work = work_ptr + tl.program_id(0).to(tl.int64) * KEY_WORK_FIELDS
     batch, kv_head, start = tl.load(work), tl.load(work + 1), tl.load(work + 2)
     c = tl.arange(0, BLOCK_N)

@@ -7,9 +7,12 @@ Functions here take the two index vectors already shaped to broadcast, and so se
 import triton
 import triton.language as tl
 
-__all__ = ["allowed_links", "kept_links", "load_rows", "product", "row_hashes"]
+__all__ = ["BLOCK_FIELDS", "UNSPECIALIZED", "allowed_links", "kept_links", "load_rows", "product", "row_hashes"]
 
 BLOCK_FIELDS = tl.constexpr(5)
+# Arguments by whose value no kernel is compiled anew. Strides come divided by UNIT, so that alignment is one option for all.
+UNSPECIALIZED = [f"s{tensor}{dimension}" for tensor in "qkvd" for dimension in "bhn"]
+UNSPECIALIZED += ["heads", "group", "n_q", "n_k", "q_offset", "below"]
 
 
 @triton.jit

@@ -7,17 +7,27 @@ import triton
 import triton.language as tl
 
 from farlight.kernels.triton.device.forward import WORK_FIELDS
-from farlight.kernels.triton.device.links import BLOCK_FIELDS, allowed_links, kept_links, load_rows, product, row_hashes
+from farlight.kernels.triton.device.links import (
+    BLOCK_FIELDS,
+    UNSPECIALIZED,
+    allowed_links,
+    kept_links,
+    load_rows,
+    product,
+    row_hashes,
+)
 
 __all__ = ["delta_kernel", "queries_kernel", "sum_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def delta_kernel(
     dout_ptr, out_ptr, dlse_ptr, delta_ptr, sdb, sdh, sdn, sdd, heads, n_q, head_dim,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, DLSE: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Δ of BLOCK_M rows of one head. `out` and `dlse` are contiguous."""
+    sdb, sdh, sdn = sdb * UNIT, sdh * UNIT, sdn * UNIT
     lane = tl.program_id(1)
     batch, head = lane // heads, lane % heads
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -59,7 +69,7 @@ def _block(acc, q, dout, lse, delta, k_base, v_base, key, exists, allowed, d, sk
     return product(ds.to(k.dtype), k, acc, PRECISION)
 
 
-@triton.jit(do_not_specialize=["q_offset", "below"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def queries_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, part_ptr, seed_ptr,
     work_ptr, rows_ptr, keys_ptr, whole_ptr, masked_ptr, point_key_ptr, point_row_ptr, data_ptr,
@@ -67,8 +77,12 @@ def queries_kernel(
     heads, group, n_q, head_dim, q_offset, scale, scale_log2, below, grown,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, ORDERED: tl.constexpr,
     KEYED: tl.constexpr, BITS: tl.constexpr, POINTS: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr,
-    SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    sqb, sqh, sqn = sqb * UNIT, sqh * UNIT, sqn * UNIT
+    skb, skh, skn = skb * UNIT, skh * UNIT, skn * UNIT
+    svb, svh, svn = svb * UNIT, svh * UNIT, svn * UNIT
+    sdb, sdh, sdn = sdb * UNIT, sdh * UNIT, sdn * UNIT
     work = work_ptr + tl.program_id(0).to(tl.int64) * WORK_FIELDS
     batch, head, start, count = tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
     tile_row = tl.load(work + 4)
@@ -139,7 +153,7 @@ def queries_kernel(
         tl.store(pointer, acc.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "n"])
 def sum_kernel(
     into_ptr, part_ptr, work_ptr, rows_ptr, heads, n, head_dim,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ORDERED: tl.constexpr, ADD: tl.constexpr,
