@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -244,6 +246,12 @@ def test_batch_items_can_be_chosen_repeated_and_reordered() -> None:
             one.append(k[order][:, :, 20:21], v[order][:, :, 20:21])
         step = q[order][:, :, 20:21]
         torch.testing.assert_close(fl.decode(step, cache), fl.decode(step, other))
+        assert cache.batch == other.batch == 3
+    dozen = fl.KVCache(fl.random_keys(2, causal=True), max_length=30)
+    dozen.append(k[:, :, :20], v[:, :, :20])
+    dozen.select([1])
+    dozen.append(k[1:2, :, 20:21], v[1:2, :, 20:21])
+    assert fl.decode(q[1:2, :, 20:21], dozen).shape == (1, 2, 1, 8)
 
 
 def test_a_long_prompt_gives_its_memory_back() -> None:
@@ -266,6 +274,40 @@ def test_the_tensors_given_are_copied() -> None:
     before = fl.decode(q, cache)
     k.zero_()
     torch.testing.assert_close(fl.decode(q, cache), before)
+
+
+def test_a_cache_may_be_copied_stored_and_used_in_and_out_of_inference_mode(tmp_path: Path) -> None:
+    for pattern in (fl.presets.streaming(2, 8), TopBlocks(2, 4, causal=True)):
+        q, k, v = tensors(41, 2, 2)
+        cache = fl.KVCache(pattern)
+        with torch.inference_mode():
+            cache.append(k[:, :, :30].clone(), v[:, :, :30].clone())
+            fl.decode(q[:, :, :30], cache)
+        torch.save(cache, tmp_path / "cache.pt")
+        branches = [cache, copy.deepcopy(cache), torch.load(tmp_path / "cache.pt", weights_only=False)]
+        for branch in branches:
+            branch.select([0])
+            for t in range(30, 40):
+                branch.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
+        with torch.inference_mode():
+            cache.append(k[:, :, 40:], v[:, :, 40:])
+        for branch in branches[1:]:
+            branch.append(k[:, :, 40:], v[:, :, 40:])
+        first, *others = (fl.decode(q[:, :, 40:], branch) for branch in branches)
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_no_token_and_no_query() -> None:
+    q, k, v = tensors(5, 2, 2)
+    for pattern in (fl.presets.streaming(2, 3), fl.causal() & fl.strided(2)):
+        cache = fl.KVCache(pattern)
+        cache.append(k[:, :, :0], v[:, :, :0])
+        assert (cache.length, cache.kept, cache.positions.shape) == (0, 0, (1, 2, 0))
+        assert fl.decode(q[:, :, :0], cache).shape == (1, 2, 0, 8)
+        cache.append(k, v)
+        out, lse = fl.decode(q[:, :, :0], cache, return_lse=True)
+        assert (out.shape, lse.shape) == ((1, 2, 0, 8), (1, 2, 0))
+        torch.testing.assert_close(fl.decode(q, cache).double(), uncached(q, k, v, pattern, 5, 0, 5)[0], atol=1e-6, rtol=1e-5)
 
 
 def test_rows_that_see_nothing() -> None:
@@ -291,9 +333,9 @@ ROUTERS = {
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers_choose_as_they_do_over_all_keys(name: str) -> None:
     router = ROUTERS[name]
-    q, k, v = tensors(220, 4, 2, batch=2)
+    q, k, v = tensors(160, 4, 2)
     cache = fl.KVCache(router, heads=4)
-    for start, stop in pieces(220, iter([100, 3, 1, 1, 70, *[1] * 60])):
+    for start, stop in pieces(160, iter([70, 3, 1, 1, 65, *[1] * 20])):
         cache.append(k[:, :, start:stop], v[:, :, start:stop])
         rows = q[:, :, start:stop]
         out, lse = fl.decode(rows, cache, return_lse=True)
@@ -301,7 +343,7 @@ def test_routers_choose_as_they_do_over_all_keys(name: str) -> None:
         true, true_lse = fl.attention(rows, k[:, :, :stop], v[:, :, :stop], pattern, return_lse=True)
         torch.testing.assert_close(out, true, atol=2e-6, rtol=2e-6)
         torch.testing.assert_close(lse, true_lse, atol=2e-6, rtol=2e-6)
-    assert cache.kept == cache.length == 220
+    assert cache.kept == cache.length == 160
 
 
 def test_a_router_reads_summaries_and_not_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:

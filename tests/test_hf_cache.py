@@ -86,15 +86,15 @@ def test_generation_is_that_of_the_sparse_model_without_a_cache(name: str, patte
     given = prompt(2, padded=True)
     options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
     cache = fl.hf.SparseCache(model, chosen)
-    found = said(model, chosen, given, 24, past_key_values=cache, **options)
-    true = said(model, chosen, given, 24, use_cache=False, **options)
+    found = said(model, chosen, given, 16, past_key_values=cache, **options)
+    true = said(model, chosen, given, 16, use_cache=False, **options)
     assert found.sequences.tolist() == true.sequences.tolist()
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(true.logits), atol=2e-4, rtol=1e-4)
     assert len(set(true.sequences[-1, 30:].tolist())) > 4
-    assert cache.get_seq_length() == 53
+    assert cache.get_seq_length() == 45
     if pattern == "streaming" and name != "mistral, sliding window":
         assert cache.kept == 15
-        dense = model.generate(**given, max_new_tokens=24, do_sample=False)
+        dense = model.generate(**given, max_new_tokens=16, do_sample=False)
         assert dense.tolist() != true.sequences.tolist()
 
 

@@ -26,7 +26,7 @@ def attend_kept(
     `mask` `(B|1, H|1, n_q, n)` bool says who sees what; None = every query sees every key. A row that sees nothing gives 0 and
     -inf. Sums are in float32, in float64 for float64; `out` has q's type, lse is None unless asked for.
     """
-    if not k.shape[2]:
+    if not k.shape[2] or not q.shape[2]:
         lse = torch.full(q.shape[:3], float("-inf"), dtype=_sums(q), device=q.device)
         return torch.zeros_like(q), lse if return_lse else None
     if mask is not None and q.shape[2] == 1 and k.shape[2] >= 64:

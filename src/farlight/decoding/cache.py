@@ -47,7 +47,8 @@ class KVCache:
         max_length: the length that the text will have at most; positions from there on are no queries. The pattern is then
             that of a text of this length, of which the first part is there: negative positions count from its end, tables have
             an entry for each of its tokens. None: no end; the pattern must not depend on the length.
-        heads: number of query heads; None: as many as heads of keys. Needed with grouped queries, since they may differ.
+        heads: number of query heads; None: as many as the pattern names, else as many as heads of keys. Needed with grouped
+            queries where the pattern differs from head to head.
 
     Raises PatternError when the pattern depends on the length of the text and `max_length` is not given, or does not fit.
 
@@ -153,7 +154,8 @@ class KVCache:
                 f"KVCache.append: {n} tokens after {self.length} make more than max_length = {self.max_length}; "
                 "what was dropped cannot be brought back, so begin again with a larger max_length."
             )
-        with torch.no_grad():
+        # What is kept must stay writable when the next call comes from outside inference mode.
+        with torch.inference_mode(False), torch.no_grad():
             for store in self._stores:
                 store.append(k, v, self._lengths, new, columns)
                 store.rule.drop_before(min(self._lengths))
@@ -187,26 +189,27 @@ class KVCache:
                 "KVCache.select: the pattern has tables of its own for each batch item, which cannot follow; use one pattern "
                 "for all, and `real` for texts of different lengths."
             )
-        for store in self._stores:
-            store.select(index.to(store.k.device))
-        if self._routed is not None:
-            self._routed.select(index.to(self._stores[0].k.device))
+        with torch.inference_mode(False), torch.no_grad():
+            for store in self._stores:
+                store.select(index.to(store.k.device))
+            if self._routed is not None:
+                self._routed.select(index.to(self._stores[0].k.device))
         self._shape = (index.numel(), kv_heads, dim)
         if len(self._lengths) > 1:
             order = index.tolist()
             self._lengths, self._start, self._new = ([x[i] for i in order] for x in (self._lengths, self._start, self._new))
             self._columns = None if self._columns is None else [self._columns[i] for i in order]
-            self._sizes = Sizes(self._sizes.n_q, self._sizes.n_k, 0, index.numel(), self._sizes.heads)
+        self._sizes = Sizes(self._sizes.n_q, self._sizes.n_k, 0, index.numel(), self._sizes.heads)
 
     def _open(self, k: Tensor, batch: int) -> None:
         kv_heads = k.shape[1]
         heads = kv_heads if self.heads is None else self.heads
+        if self.heads is None and self.pattern._made_for()[1] > 1:
+            heads = self.pattern._made_for()[1]
         if heads % kv_heads:
             raise ArgumentError(
                 f"KVCache.append: k has {kv_heads} heads, but heads = {heads}: the second must be a multiple of the first."
             )
-        if self.heads is None and self.pattern.varies_over_heads and self.pattern._made_for()[1] not in (1, kv_heads):
-            heads = self.pattern._made_for()[1]
         self._sizes = sizes_of_future(self.pattern, self.max_length, batch=batch, heads=heads)
         rows = batch if self.pattern.varies_over_batch else 1
         self._lengths = [0] * rows

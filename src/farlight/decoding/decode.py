@@ -109,7 +109,8 @@ def _answer(
     pattern = store.rule.pattern if also is None else also & store.rule.pattern
     if q.shape[2] >= _PROMPT and _is_whole(cache, store, pattern):
         return _prompt(q, k, v, store, pattern, i, scale, return_lse)
-    step = max(1, _PAIRS // max(1, kept))
+    masks = (q.shape[0] if pattern.varies_over_batch else len(i)) * (q.shape[1] if pattern.varies_over_heads else 1)
+    step = max(1, _PAIRS // max(1, kept * masks))
     if q.shape[2] <= step:
         return attend_kept(q, k, v, _mask(cache, store, i, also), scale=scale, return_lse=return_lse)
     outs, lses = [], []
