@@ -56,7 +56,7 @@ class Experiment:
         half = ids.shape[0] // 2
         self.train, self.held = (ids[:8], ids[-8:]) if smoke else (ids[:half], ids[half:])
         self.judged = 2 if smoke else 16
-        self.densities: tuple[float, ...] = (0.15,) if smoke else (0.05, 0.1, 0.15, 0.2, 0.3)
+        self.densities: tuple[float, ...] = (0.15,) if smoke else (0.15, 0.1, 0.2, 0.3)
         self.found |= {"passages": [len(self.train), len(self.held), self.judged], "tokens": ids.shape[1]}
 
     def note(self, kind: str, name: str, held: Fidelity, trained: Fidelity | None = None, **more: Any) -> None:
