@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import farlight as fl
 from farlight.cli.inputs import load_model, read_text
