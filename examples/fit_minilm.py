@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import farlight as fl
 from farlight.cli.inputs import load_model, read_text
@@ -56,7 +57,7 @@ class Experiment:
         half = ids.shape[0] // 2
         self.train, self.held = (ids[:8], ids[-8:]) if smoke else (ids[:half], ids[half:])
         self.judged = 2 if smoke else 16
-        self.densities: tuple[float, ...] = (0.15,) if smoke else (0.05, 0.1, 0.15, 0.2, 0.3)
+        self.densities: tuple[float, ...] = (0.15,) if smoke else (0.15, 0.1, 0.2, 0.3)
         self.found |= {"passages": [len(self.train), len(self.held), self.judged], "tokens": ids.shape[1]}
 
     def note(self, kind: str, name: str, held: Fidelity, trained: Fidelity | None = None, **more: Any) -> None:
@@ -65,6 +66,8 @@ class Experiment:
         row |= {"kept": float(held.mass.mean()), "token": held.token_cosine, "pooled": held.pooled_cosine}
         if trained is not None:
             row |= {"trained_kept": float(trained.mass.mean()), "trained_token": trained.token_cosine}
+        if self.file.exists():  # parts may run side by side
+            self.found["rows"] = json.loads(self.file.read_text())["rows"]
         rows = [old for old in self.found["rows"] if (old["kind"], old["name"]) != (kind, name)]
         self.found["rows"] = [*rows, row | more]
         self.file.write_text(json.dumps(self.found, indent=1))
@@ -88,13 +91,14 @@ class Experiment:
         rows = {name: text for name, text in PLAIN.items() if name.startswith("Longformer")}
         for name, found in zip(rows, self.judge([fl.parse(text) for text in rows.values()]), strict=True):
             self.note("same for all heads", name, found)
-        reading = read_passages(self.model, self.train, ("window", "dilated", "strided", "offsets"))
+        reading, shapes = self.read("fixed", self.train, ("pairs",)), ("window", "dilated", "strided", "offsets")
         for density in self.densities:
             at = f"{density:.0%}"
-            self.fitted("distances and lighthouses", reading, at, density=density, weigh=True, save=f"distances-{at}.json")
+            options = {"families": shapes, "density": density, "weigh": True}
+            self.fitted("distances and lighthouses", reading, at, **options, save=f"distances-{at}.json")
 
     def pairs(self) -> None:
-        reading = read_passages(self.model, self.train, ("pairs",))
+        reading = self.read("fixed", self.train, ("pairs",))
         for density in self.densities:
             at = f"{density:.0%}"
             self.fitted("any pairs", reading, at, density=density, weigh=True, save=f"pairs-{at}.json")
@@ -122,7 +126,16 @@ class Experiment:
 
     def read_content(self) -> Reading:
         """Routers have nothing to learn by heart: one passage in eight is enough."""
-        return read_passages(self.model, self.train[:: 1 if self.smoke else 8], ("topblocks",))
+        return self.read("content", self.train[:: 1 if self.smoke else 8], ("topblocks",))
+
+    def read(self, name: str, ids: Tensor, candidates: Sequence[str]) -> Reading:
+        """Read the passages, or take what an earlier run has read."""
+        file = self.out / f"{name}.pt"
+        if file.exists():
+            return Reading(self.model, ids, *torch.load(file, weights_only=False))
+        reading = read_passages(self.model, ids, candidates)
+        torch.save((reading.numbers, reading.profiles, reading.measured, reading.families), file)
+        return reading
 
     def frontier(self) -> None:
         for share in FRONTIER:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
 import farlight as fl
 from farlight.cli import main
@@ -207,6 +207,20 @@ def test_a_gist_reaches_the_model(make: Any) -> None:
     assert (found[0].links - found[1].links) * 2 == pytest.approx(free.sum((-1, -2)).double().mean().item())
 
 
+def test_a_gist_does_not_hear_padding() -> None:
+    model, router = encoder(), Gist(fl.window(1), 4)
+    tokens = ids(2)
+    mask = torch.ones_like(tokens)
+    mask[1, 30:] = 0
+    with use_pattern(model, router), torch.no_grad():
+        padded = model(input_ids=tokens, attention_mask=mask)[0]
+        tokens[1, 30:] = 7
+        other = model(input_ids=tokens, attention_mask=mask)[0]
+        alone = model(input_ids=tokens[1:, :30], attention_mask=mask[1:, :30])[0]
+    torch.testing.assert_close(padded[1, :30], other[1, :30], rtol=0, atol=1e-5)
+    torch.testing.assert_close(padded[1, :28], alone[0, :28], rtol=1e-4, atol=1e-4)
+
+
 def test_a_gist_where_it_cannot_be() -> None:
     with pytest.raises(fl.PatternError, match=r"gist\(…\) stands around the whole expression; move it outwards"):
         read_router("window(1) | gist(topblocks(2), block=8)")
@@ -220,6 +234,9 @@ def test_a_gist_where_it_cannot_be() -> None:
     assert isinstance(joined, Gist), "joined to a pattern, the summaries must not be forgotten"
     x = torch.randn(1, 1, 8, 4)
     assert joined(x, x).count(8) == fl.window(2).count(8)
+    windowed = MistralModel(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8)).eval()
+    with pytest.raises(fl.UnsupportedError, match="or a mask of its own"), use_pattern(windowed, Gist(fl.window(1), 4)):
+        states(windowed, ids())
     model = encoder().train()
     with pytest.raises(fl.UnsupportedError, match="a gist of what is not seen knows full and causal attention"):  # noqa: SIM117
         with use_pattern(model, Gist(fl.window(1), 4)):

@@ -18,8 +18,8 @@ from farlight.hf.extras import chosen_by_the_model, refuse_unknown, sinks_merged
 from farlight.hf.lazy import LazyMask, ModelMask
 from farlight.hf.masks import tensor_mask
 from farlight.hf.positions import in_each_text
-from farlight.patterns import causal, full, offsets, strided, window
-from farlight.patterns.algebra import looks_back
+from farlight.patterns import causal, full, offsets, padding, strided, window
+from farlight.patterns.algebra import Intersection, looks_back
 from farlight.patterns.base import Pattern
 from farlight.routing.base import Router
 from farlight.routing.gist import gist_attention
@@ -136,19 +136,24 @@ def _in_summary(
     options: dict[str, Any],
 ) -> Tensor:
     """Attention that also hears the blocks it does not see, as far as the model itself would let it see them."""
-    back = own.pattern == causal() or (own.pattern != full() and looks_back(own.pattern))
-    bare = own.pattern in (full(), causal()) or own.key_real is not None
-    if sinks is not None or options["dropout"] or not bare or own.q_offset != k.shape[2] - q.shape[2]:
+    if sinks is not None or options["dropout"] or not _bare(own.pattern) or own.q_offset != k.shape[2] - q.shape[2]:
         raise UnsupportedError(
             f"{type(module).__name__}: a gist of what is not seen knows full and causal attention over a text and its padding; "
             "this layer has sinks, dropout, or a mask of its own. Use the same router without gist(…)."
         )
     out = gist_attention(
-        q, k, v, pattern, block=chosen.block, causal=back, key_mask=own.key_real, scale=options["scale"],
+        q, k, v, pattern, block=chosen.block, causal=looks_back(own.pattern), key_mask=own.key_real, scale=options["scale"],
         backend=options["backend"],
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
+
+
+def _bare(own: Pattern) -> bool:
+    """Whether a model's mask says nothing but causality and padding."""
+    if isinstance(own, Intersection):
+        return all(_bare(part) for part in own.parts)
+    return isinstance(own, full | causal | padding)
 
 
 def _joined(module: nn.Module, chosen: Chosen, own: ModelMask, q: Tensor, k: Tensor) -> Pattern:
