@@ -242,9 +242,9 @@ def test_a_map_shows_what_the_library_says() -> None:
     assert row["views"]["text"]["reach"]["mean"] == list(found.mean)
     share = np.stack([unpack(layer) for layer in row["views"]["text"]["reach"]["share"]])
     assert np.allclose(share, found.share[:, np.argsort(found.positions)], atol=1e-6)
-    assert row["cost"]["tokens"] == [64, 128, 256, 300]
-    assert row["cost"]["links"] == [pattern.count(n) for n in (64, 128, 256, 300)]
-    assert row["cost"]["full"] == [n * n for n in (64, 128, 256, 300)]
+    assert row["cost"]["tokens"] == [64, 256, 300]
+    assert row["cost"]["links"] == [pattern.count(n) for n in (64, 256, 300)]
+    assert row["cost"]["full"] == [n * n for n in (64, 256, 300)]
 
 
 def test_an_audit_shows_what_the_audit_says(audited: tuple[Any, Any, dict[str, Any]]) -> None:
@@ -332,7 +332,7 @@ def test_map_writes_a_report(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     code, out, err = run(capsys, "map", "window(3) | global_tokens([0])", "--tokens", "200", "--html", str(page))
     assert (code, err) == (0, "")
     assert out.endswith(f"report: {page}\n")
-    assert Reader(page.read_text()).held("data")["patterns"][0]["cost"]["tokens"] == [64, 128, 200]
+    assert Reader(page.read_text()).held("data")["patterns"][0]["cost"]["tokens"] == [64, 200]
 
 
 def test_audit_writes_a_report_on_the_whole_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def audit_command(
 
     # What is cheap to check is checked before a model is loaded.
     fitting = keep is not None or density is not None
-    judged = read_judged(pattern or (() if fitting else DEFAULT_PATTERNS))
+    judged: list[Any] = [*read_judged(pattern or (() if fitting else DEFAULT_PATTERNS))]
     if fitting:
         _check_fit(keep, density, candidate, save)
     elif candidate or save is not None:

@@ -12,7 +12,7 @@ __all__ = ["pack", "pack_text", "unpack"]
 
 # Shorter lists are spelled out: they are smaller that way, and can be read in the page's source.
 _SPELLED_OUT = 48
-_KINDS = {"i4": np.dtype("<i4"), "u1": np.dtype("u1"), "f4": np.dtype("<f4")}
+_KINDS: dict[str, np.dtype[Any]] = {"i4": np.dtype("<i4"), "u1": np.dtype("u1"), "f4": np.dtype("<f4")}
 
 
 def pack(values: Any, kind: str = "i4") -> list[float] | dict[str, Any]:
@@ -32,7 +32,8 @@ def unpack(packed: Any) -> np.ndarray[Any, Any]:
     """What `pack` took; the page does the same in JavaScript."""
     if isinstance(packed, list):
         return np.asarray(packed)
-    return np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), dtype=_KINDS[packed["kind"]])
+    values: np.ndarray[Any, Any] = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), _KINDS[packed["kind"]])
+    return values
 
 
 def pack_text(text: str) -> dict[str, Any]:
