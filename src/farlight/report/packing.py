@@ -32,8 +32,8 @@ def unpack(packed: Any) -> np.ndarray[Any, Any]:
     """What `pack` took; the page does the same in JavaScript."""
     if isinstance(packed, list):
         return np.asarray(packed)
-    found: np.ndarray[Any, Any] = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), dtype=_KINDS[packed["kind"]])
-    return found
+    values: np.ndarray[Any, Any] = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), _KINDS[packed["kind"]])
+    return values
 
 
 def pack_text(text: str) -> dict[str, Any]:

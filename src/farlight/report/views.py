@@ -23,7 +23,6 @@ _COUNTED_AT_ONCE = 1 << 13
 _PYRAMID = 1024
 _EXACT_REACH = 1 << 13
 _TARGETS = 512
-_LONGEST_CURVE = 1 << 17
 
 
 def view(
@@ -86,10 +85,10 @@ def _reach(found: Reach) -> dict[str, Any]:
 def curve(pattern: Pattern, own: Pattern | None, longest: int, known: dict[int, float], heads: int) -> dict[str, Any]:
     """Links against the number of tokens, beside those of `own` (None: full attention), per head.
 
-    Counted at powers of two up to `longest` (131 072 at most); `known` adds lengths whose links were counted elsewhere. A
+    Counted at powers of four up to `longest` (65 536 at most); `known` adds lengths whose links were counted elsewhere. A
     pattern made for one length has only that one.
     """
-    lengths = [1 << k for k in range(6, 18) if 1 << k <= min(longest, _LONGEST_CURVE)]
+    lengths = [1 << k for k in range(6, 17, 2) if 1 << k <= longest]
     links = dict(known)
     for n in lengths:
         try:

@@ -49,14 +49,14 @@
     const world = FL.view().world, box = FL.id("facts");
     box.hidden = !world;
     if (!world) return;
-    const fact = (name, value, note) => FL.el("div", {}, FL.el("dt", { text: FL.say(`fact.${name}`) }), FL.el("dd", { text: value }, FL.el("small", { text: note })));
-    const margin = (value, spread, digits) => FL.fixed(value, digits) + (spread ? ` ± ${FL.plain(spread)}` : "");
-    const number = (value, digits = 2) => (value === null ? "–" : FL.fixed(value, digits));
+    const fact = (name, value, note, spread = 0) => FL.el("div", {}, FL.el("dt", { text: FL.say(`fact.${name}`) }),
+      FL.el("dd", { text: value }, FL.el("i", { text: spread ? ` ± ${FL.plain(spread)}` : "" }), FL.el("small", { text: note })));
+    const number = (value, digits = 2) => (value === null ? "–" : Math.abs(value) < 0.05 ? FL.plain(value) : FL.fixed(value, digits));
     box.replaceChildren(
       fact("links", FL.short(world.links), FL.say("fact.of", { full: FL.short(world.full_links), times: FL.short(world.full_links / world.links) })),
-      fact("hops", world.hops === null ? "–" : margin(world.hops, world.hops_margin, 2), FL.say("fact.random", { random: number(world.random_hops), lattice: number(world.lattice_hops, 1) })),
+      fact("hops", number(world.hops), FL.say("fact.random", { random: number(world.random_hops), lattice: number(world.lattice_hops, 1) }), world.hops_margin),
       fact("diameter", (world.exact ? "" : "≥ ") + FL.number(world.diameter), FL.say("fact.unreachable", { share: FL.percent(world.unreachable) })),
-      fact("clustering", margin(world.clustering, world.clustering_margin, 3), FL.say("fact.random", { random: number(world.random_clustering, 3), lattice: number(world.lattice_clustering, 3) })),
+      fact("clustering", number(world.clustering, 3), FL.say("fact.random", { random: number(world.random_clustering, 3), lattice: number(world.lattice_clustering, 3) }), world.clustering_margin),
       fact("sigma", world.sigma === null ? "–" : FL.short(world.sigma), FL.say("fact.sigma.note")),
       fact("omega", number(world.omega), FL.say("fact.omega.note")),
     );
