@@ -52,7 +52,7 @@ class Config:
     warm: float = 0.6  # the full length comes after this part of the steps at the latest
     rate: float = 3e-3
     judged: int = 100  # fresh texts that the table is made from
-    seconds: float = 140.0  # for each pattern, at most
+    seconds: float = 200.0  # for each pattern, at most
     threads: int = 2
     seed: int = 0
 

@@ -57,7 +57,8 @@ struct Chunk {
 
 class Walk {
  public:
-  explicit Walk(const Tile& tile) : tile_(tile), layer_(-1), run_(0), stop_(0), slot_(0), hi_(0) { advance(); }
+  // Chunks are filled up to a multiple of `group` keys.
+  explicit Walk(const Tile& tile, int group) : tile_(tile), group_(group), layer_(-1), run_(0), stop_(0), slot_(0), hi_(0) { advance(); }
 
   // The next keys; false when there are none.
   bool next(Chunk& c) {
@@ -78,7 +79,7 @@ class Walk {
       if (slot_ == hi_) advance();
     }
     if (c.n == 0) return false;
-    c.blocks = (c.n + kM - 1) / kM;
+    c.blocks = (c.n + group_ - 1) / group_ * (group_ / kM);
     for (int i = c.n; i < c.blocks * kM; ++i) {
       c.key[i] = c.key[c.n - 1];
       c.seen[i] = 0;
@@ -163,7 +164,7 @@ class Walk {
 
   const Tile& tile_;
   const LayerView* at_ = nullptr;
-  int layer_;
+  int group_, layer_;
   int64_t run_, stop_;
   int32_t slot_, lo_ = 0, hi_;
   bool more_ = false;

@@ -15,21 +15,25 @@ class Forward {
   using Word = typename Mode::Op::Word;
 
  public:
+  using Session = typename Mode::Session;
+
   Forward(const Call& call, const Item& item, Arena& arena)
       : call_(call),
         item_(item),
         dim_(call.dim),
         ld_(rounded(call.dim, 16)),
-        keys_({call.k, item.batch, kv_head()}, dim_),
-        values_({call.v, item.batch, kv_head()}, dim_),
+        keys_({call.k, item.batch, kv_head()}, dim_, call.plan->n_k),
+        values_({call.v, item.batch, kv_head()}, dim_, call.plan->n_k),
+        columns_(values_.source(), dim_, item.batch * call.kv_heads + kv_head()),
         queries_(dim_) {
+    columns_.reserve(arena);
     chunk_ = arena.take<Chunk>(1);
     keys_.reserve(arena, true, false);
-    values_.reserve(arena, false, true);
+    values_.reserve(arena, false, !in_tiles<Mode>);
     queries_.reserve(arena);
     scores_ = arena.take<float>(kKeys * kRows);
     if (in_pairs<Mode>) weights_ = arena.take<Word>(kKeys / 2 * kRows);
-    sum_ = arena.take<float>(rounded(dim_, 8) * kRows);
+    sum_ = arena.take<float>(rounded(dim_, 16) * kRows);
     rows_ = arena.take<float>(kRows * ld_);
     query_ = arena.take<float>(ld_);
   }
@@ -47,18 +51,14 @@ class Forward {
       store(total_ + g, all(0.0f));
     }
     bool fresh = true;
-    Walk walk(tile);
+    Walk walk(tile, group_of<Mode>);
     while (walk.next(*chunk_)) {
       float top[kRows];
-      keys_.fetch_rows(*chunk_);
+      if constexpr (!in_tiles<Mode>) keys_.fetch_rows(*chunk_);
       score<Mode, true>(*chunk_, keys_, queries_, base2, lanes, scores_, top);
       raise(top, lanes, fresh);
-      weigh(dropped, lanes);
-      const int n = values_.fetch_columns(*chunk_);
-      const Word* weights;
-      if constexpr (in_pairs<Mode>) weights = weights_;
-      else weights = scores_;
-      add_across<typename Mode::Op>(sum_, values_.across, weights, n, dim_, lanes, fresh);
+      weigh(dropped, base2, lanes);
+      add_values(lanes, fresh);
       fresh = false;
     }
     if (fresh) {
@@ -90,18 +90,30 @@ class Forward {
     }
   }
 
+  // 2^(score - reference) of key i; where products are made of tiles, scores come as they are.
+  FARLIGHT_INLINE F weight(int i, int g, F factor, F reference) const {
+    const F score = load(scores_ + i * kRows + g);
+    if constexpr (in_tiles<Mode>) {
+      const F w = power2<Mode::degree>(sub(mul(score, factor), reference));
+      return chunk_->masked[i / kM] ? choose(chunk_->seen[i] >> g, w, all(0.0f)) : w;
+    } else {
+      return power2<Mode::degree>(sub(score, reference));
+    }
+  }
+
   // Scores to weights; their sums; what dropout leaves, as operands of the second product.
-  void weigh(const Dropped& dropped, int lanes) {
+  void weigh(const Dropped& dropped, float base2, int lanes) {
     const Chunk& c = *chunk_;
+    const F factor = all(base2);
     for (int g = 0; g < lanes; g += W) {
       const F reference = load(top_ + g);
       F total = all(0.0f);  // of this chunk, for the reason given at across_block
       if constexpr (in_pairs<Mode>) {
-#if defined(FARLIGHT_ISA_AVX512BF16)
+#if defined(FARLIGHT_PAIRS)
         for (int i = 0; i < c.n; i += 2) {
           const bool both = i + 1 < c.n;
-          F a = power2<Mode::degree>(sub(load(scores_ + i * kRows + g), reference));
-          F b = both ? power2<Mode::degree>(sub(load(scores_ + (i + 1) * kRows + g), reference)) : all(0.0f);
+          F a = weight(i, g, factor, reference);
+          F b = both ? weight(i + 1, g, factor, reference) : all(0.0f);
           total = add(total, add(a, b));
           if (dropped.on()) {
             a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
@@ -109,16 +121,33 @@ class Forward {
           }
           store_i(weights_ + i / 2 * kRows + g, paired(a, b));
         }
+        for (int i = (c.n + 1) / 2; i < c.blocks * kM / 2; ++i) store_i(weights_ + i * kRows + g, all_i(0));
 #endif
       } else {
         for (int i = 0; i < c.n; ++i) {
-          F a = power2<Mode::degree>(sub(load(scores_ + i * kRows + g), reference));
+          F a = weight(i, g, factor, reference);
           total = add(total, a);
           if (dropped.on()) a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
           store(scores_ + i * kRows + g, a);
         }
       }
       store(total_ + g, add(load(total_ + g), total));
+    }
+  }
+
+  // O^T += V^T P^T.
+  void add_values(int lanes, bool fresh) {
+    if constexpr (in_tiles<Mode>) {
+#if defined(FARLIGHT_ISA_AMX)
+      const int groups = columns_.fetch(*chunk_);
+      add_across_groups(sum_, columns_.groups, weights_, groups, dim_, fresh);
+#endif
+    } else {
+      const int n = values_.fetch_columns(*chunk_);
+      const Word* weights;
+      if constexpr (in_pairs<Mode>) weights = weights_;
+      else weights = scores_;
+      add_across<typename Mode::Op>(sum_, values_.across, weights, n, dim_, lanes, fresh);
     }
   }
 
@@ -217,6 +246,7 @@ class Forward {
   const Item& item_;
   int64_t dim_, ld_;
   Operand<Mode> keys_, values_;
+  ColumnsOf<Mode> columns_;
   Turned<Mode> queries_;
   Chunk* chunk_;
   float *scores_, *sum_, *rows_, *query_;

@@ -10,11 +10,41 @@ constexpr float kNothing = -1e30f;  // the running maximum of a row that has see
 constexpr float kUnseen = -3e38f;   // the score of a pair that is not allowed: exp2(kUnseen - kNothing) is 0
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+// The same with tiles: scores stay as the product gives them, neither scaled nor masked; `top` is of scaled and masked ones.
+template <class Mode, bool Masking>
+inline void score_tiles(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, float scale, int lanes, float* scores,
+                        float* top) {
+#if defined(FARLIGHT_ISA_AMX)
+  if constexpr (in_tiles<Mode>) {
+    const int64_t steps = (queries.words + kTile - 1) / kTile;
+    for (int first = 0; first < c.n; first += 2 * kTile)
+      score_group(keys.strip(c, first, 0), keys.strip(c, first + kTile, 1), queries.turned, steps, scores + first * kRows);
+    if constexpr (Masking) {
+      const F factor = all(scale);
+      for (int g = 0; g < lanes; g += W) {
+        F largest = all(kUnseen);
+        for (int i = 0; i < c.n; ++i) {
+          F x = mul(load(scores + i * kRows + g), factor);
+          if (c.masked[i / kM]) x = choose(c.seen[i] >> g, x, all(kUnseen));
+          largest = max(x, largest);
+        }
+        store(top + g, largest);
+      }
+    }
+  }
+#endif
+  (void)c, (void)keys, (void)queries, (void)scale, (void)lanes, (void)scores, (void)top;
+}
+
 // scores[key][row] of the chunk, times `scale` where the rows were not scaled before; `top[row]` grows to the largest.
 // Without `masking` pairs that are not allowed keep their scores.
 template <class Mode, bool Masking>
 inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, float scale, int lanes, float* scores,
                   float* top) {
+  if constexpr (in_tiles<Mode>) {
+    score_tiles<Mode, Masking>(c, keys, queries, scale, lanes, scores, top);
+    return;
+  }
   using Op = typename Mode::Op;
   const F factor = all(scale);
   if constexpr (Masking) {
