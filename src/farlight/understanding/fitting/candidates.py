@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +176,9 @@ def _cells(profile: HeadProfile, block: int, even: bool, family: str) -> list[Op
     value = worth.flatten()[rank].cumsum(0) / max(1, profile.n_q)
     flat = torch.arange(order.shape[0])[:, None] * order.shape[1] + order
     flat = flat.flatten()[rank]
-    counts = np.unique(np.geomspace(1, rank.numel(), min(_POINTS, rank.numel())).round().astype(int)) if rank.numel() else []
+    counts: Any = (
+        np.unique(np.geomspace(1, rank.numel(), min(_POINTS, rank.numel())).round().astype(int)) if rank.numel() else []
+    )
 
     def make(count: int) -> Pattern:
         layout = torch.zeros(gain.numel(), dtype=torch.bool)
