@@ -76,13 +76,15 @@ class Experiment:
     def judge(self, patterns: Sequence[Any]) -> Sequence[Fidelity]:
         count = min(self.judged, len(self.held))
         evenly = self.held[[place * len(self.held) // count for place in range(count)]]
-        return measure_fidelity(self.model, evenly, patterns).patterns
+        return measure_fidelity(self.model, evenly, patterns, backend="dense").patterns
 
     def fitted(self, kind: str, reading: Reading, name: str, save: str = "", **options: Any) -> ModelFit:
+        began = time.perf_counter()
         found = fit_reading(reading, self.held, judged=self.judged, **options)
+        seconds = round(time.perf_counter() - began, 1)
         assert found.held_out is not None
         by_head = {"kept_by_head": found.kept_by_head.tolist(), "density_by_head": found.density_by_head.tolist()}
-        self.note(kind, name, found.held_out, found.trained, weights=list(found.weights), **by_head)
+        self.note(kind, name, found.held_out, found.trained, seconds=seconds, weights=list(found.weights), **by_head)
         if save:
             found.save(self.out / save)
         return found
@@ -133,7 +135,9 @@ class Experiment:
         file = self.out / f"{name}.pt"
         if file.exists():
             return Reading(self.model, ids, *torch.load(file, weights_only=False))
+        began = time.perf_counter()
         reading = read_passages(self.model, ids, candidates)
+        print(f"read {len(ids)} passages in {time.perf_counter() - began:.0f} s", flush=True)
         torch.save((reading.numbers, reading.profiles, reading.measured, reading.families), file)
         return reading
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from farlight.understanding.fitting.profile import HeadProfile
 
 __all__ = ["Grown", "Units", "grow"]
 
-Array = np.ndarray
+Array = np.ndarray[Any, Any]
 
 # Runs of distances: single up to this many units, then wider the farther away, so that their number grows with log n.
 _SINGLE = 1024

@@ -29,7 +29,7 @@ from farlight.understanding.fitting.candidates import sorted_out
 from farlight.understanding.fitting.fit import Fit, gathered, head_options, read_target
 from farlight.understanding.fitting.frontier import Option, allocate
 from farlight.understanding.fitting.measured import Measured
-from farlight.understanding.fitting.profile import Profile
+from farlight.understanding.fitting.profile import DENSE, Profile
 from farlight.understanding.passages import cut_passages
 from farlight.understanding.subjects import Subject
 
@@ -299,11 +299,11 @@ def fit_reading(
         layers = chosen(weights)
     subject = Subject("fitted", patterns_of(layers, gist))
     step("judged on what it was fitted to")
-    trained = measure_fidelity(model, _evenly(ids, -(-judged // 2)), [subject]).patterns[0]
+    trained = measure_fidelity(model, _evenly(ids, -(-judged // 2)), [subject], backend=_backend(ids)).patterns[0]
     apart = None
     if held_out is not None:
         step("judged on other text")
-        apart = measure_fidelity(model, _evenly(held_out, judged), [subject]).patterns[0]
+        apart = measure_fidelity(model, _evenly(held_out, judged), [subject], backend=_backend(ids)).patterns[0]
     told = {"class": type(model).__name__, "type": getattr(model.config, "model_type", None), "layers": len(layers)}
     return ModelFit(
         layers,
@@ -342,8 +342,13 @@ def _layer_weights(model: Any, ids: Tensor, layers: dict[int, Fit], step: Callab
 
 
 def _run(model: Any, ids: Tensor, layers: Any) -> Tensor:
-    with use_pattern(model, layers):
+    with use_pattern(model, layers, backend=_backend(ids)):
         return hidden(model, ids)
+
+
+def _backend(ids: Tensor) -> str:
+    """Short passages are judged under a mask: what is asked is what is lost, and a plan for each head would take longer."""
+    return "dense" if ids.shape[1] <= DENSE else "auto"
 
 
 def _evenly(ids: Tensor, count: int) -> Tensor:
