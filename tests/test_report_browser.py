@@ -425,6 +425,27 @@ def test_the_cost_is_drawn_beside_full_attention(audit_open: browser.Page) -> No
     assert "Measured over" in page.text("cost-says")
 
 
+def test_what_differs_by_layer_shows_heads_and_losses(chromium: browser.Page, tmp_path: Path) -> None:
+    """A fit has no one matrix: its sections go, and come back with a pattern that has one."""
+    _, _, data = pages.audited([{0: fl.window(2), 2: fl.window(9)}, fl.window(3)])
+    assert [bool(row["views"]) for row in data["patterns"]] == [False, True]
+    assert {link["layer"] for link in data["patterns"][0]["lost"]} == {0, 2}
+    report.write(report.render(data), tmp_path / "fit.html")
+    chromium.open(tmp_path / "fit.html")
+    hidden = "return ['matrix', 'words', 'reach', 'cost', 'heads', 'lost'].filter((n) => document.getElementById(n).hidden)"
+    chromium.click('#patterns input[value="0"]')
+    assert chromium.js(hidden) == ["matrix", "words", "reach", "cost"]
+    assert not chromium.js("return document.getElementById('no-matrix').hidden")
+    chromium.click("#language")
+    chromium.click("#language")
+    chromium.click('#patterns input[value="1"]')
+    chromium.settle()
+    assert chromium.js(hidden) == []
+    shown = np.array(chromium.run("return Array.from(farlight.matrix.shares)")).reshape(48, 48) > 0.5
+    assert np.array_equal(shown, fl.window(3).dense(48)[0, 0].numpy())
+    assert chromium.console() == []
+
+
 def test_language_and_theme(audit_open: browser.Page) -> None:
     page, words = audit_open, strings()
     assert page.js("return document.documentElement.lang") == "en"
