@@ -363,9 +363,13 @@ def test_the_slider_tells_the_reach(audit_open: browser.Page, audit_page: tuple[
         page.slide("layer", layer)
         mean, worst = 100 * want.mean[layer], 100 * want.worst[layer]
         assert f"heard of {mean:.1f}% of the text on average, and of {worst:.1f}%" in page.text("reach-says")
-        heard = str(6 * layer + 1)
-        page.wait(lambda heard=heard: page.js("return document.getElementById('strip').dataset.heard") == heard, "the strip")
+        count = str(6 * layer + 1)
+        page.wait(lambda count=count: page.js("return document.getElementById('strip').dataset.heard") == count, "the strip")
         tinted = page.js("return [...document.querySelectorAll('#tokens .heard')].map((s) => Number(s.dataset.at))")
+        shown = page.js(
+            "return [...document.querySelectorAll('#tokens .heard')].map((s) => getComputedStyle(s).backgroundColor)"
+        )
+        assert "rgba(0, 0, 0, 0)" not in shown
         marked = set(fl.path(pages.PATTERNS[0], 48, 2, 20).positions)
         assert tinted == [at for at in range(20 - 3 * layer, 21 + 3 * layer) if at not in marked]
 
