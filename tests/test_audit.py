@@ -178,7 +178,7 @@ def test_fidelity_against_direct_computation(make: Any) -> None:
 
 @pytest.mark.parametrize("batch_tokens", [64, 130, 10**6])
 def test_batches_do_not_show(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farlight.understanding.fidelity._BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr("farlight.understanding.fidelity.BATCH_TOKENS", batch_tokens)
     cut = cut_passages(words(300), tokenizer(), 64, 3)
     found = measure_fidelity(encoder(), cut.ids, PATTERNS[:2]).patterns[1]
     monkeypatch.undo()

@@ -264,6 +264,7 @@ def synthetic() -> dict[str, Any]:
     call = {"measure": "call overhead", "contender": "farlight cpu", "tokens": 128, "heads": 1, "dtype": "float32"}
     call |= {"seconds": 1e-4, **timed, "us": 100.0, "sdpa_us": 20.0, "over_sdpa_us": 80.0}
     model = {
+        "measure": "layer",
         "model": "BigBird",
         "tokens": 4096,
         "dtype": "float32",

@@ -103,6 +103,39 @@ def test_indices_of_another_shape_are_refused() -> None:
             attention_forward(Module(), q, k, v, ModelMask(fl.full(), 0), indices=wrong)
 
 
+class Indexed(nn.Identity):
+    """An attention module that says how long its blocks are."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.indexer = nn.Identity()
+        self.indexer.block_size = size  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("rows", [9, 2])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_block_indices_restrict_each_query(rows: int, groups: int) -> None:
+    q, k, v = inputs()
+    q = q[:, :, 9 - rows :]
+    blocks = torch.rand(2, groups, rows, 3, generator=torch.Generator().manual_seed(2)).argsort(-1)[..., :2]
+    blocks[..., 0, 1] = -1  # a list that is shorter than the others
+    chosen = (blocks[..., None] == torch.arange(9) // 4).any(-2).repeat_interleave(4 // groups, 1)
+    found, _ = attention_forward(Indexed(4), q, k, v, ModelMask(fl.causal(), 9 - rows), block_indices=blocks)
+    torch.testing.assert_close(found, dense(q, k, v, chosen & fl.causal().dense(rows, 9)))
+
+
+def test_blocks_that_cannot_be_read_are_refused() -> None:
+    q, k, v = inputs()
+    blocks = torch.zeros(2, 3, 9, 1, dtype=torch.int64)
+    for module, given, text in (
+        (Module(), blocks, r"passes block_indices, but has no indexer\.block_size"),
+        (Indexed(4), blocks, r"of shape \(2, 3, 9, 1\); farlight reads \(2, groups of heads, 9, count\)"),
+        (Indexed(4), 3, "of shape int; farlight reads"),
+    ):
+        with pytest.raises(fl.UnsupportedError, match=text):
+            attention_forward(module, q, k, v, ModelMask(fl.full(), 0), block_indices=given)
+
+
 # ---- head sizes that differ ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dv", [3, 8, 12])
 @pytest.mark.parametrize("scale", [None, 0.7])
@@ -153,6 +186,9 @@ def test_a_mask_looks_like_the_dense_one() -> None:
     for same in (mask.detach(), mask.clone(), mask[:], mask[:, :, :, :], mask[:, :, :, :9], copy.copy(mask)):
         assert isinstance(same, LazyMask)
         assert same.own is mask.own
+    elsewhere = mask.to("meta")
+    assert isinstance(elsewhere, LazyMask)
+    assert (elsewhere.own, elsewhere.device.type, elsewhere.shape) == (mask.own, "meta", mask.shape)
     assert repr(mask) == "LazyMask(causal(), shape=(2, 1, 4, 9))"
     assert torch.equal(mask[:, 0], (torch.arange(9) <= torch.arange(3, 7)[:, None]).expand(2, 4, 9))
     assert torch.equal(mask[:, 0, :, :], mask[:, 0])

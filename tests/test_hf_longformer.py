@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import io
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def example(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return values[int(torch.randint(len(values), (), generator=draw))]
 
     layers, batch, n = pick(1, 2), pick(1, 2, 3), int(torch.randint(1, 90, (), generator=draw))
-    options = {"layers": layers, "heads": pick(1, 2, 4), "window": [pick(2, 4, 8, 20) for _ in range(layers)]}
+    options = {"layers": layers, "heads": pick(1, 2, 4), "window": [pick(4, 8, 16) for _ in range(layers)]}
     inputs = {
         "input_ids": torch.randint(3, 40, (batch, n), generator=draw),
         "attention_mask": masks(PADDINGS[seed % 5], batch, n, draw),
@@ -270,6 +271,21 @@ def test_one_dilation_for_each_layer() -> None:
     assert near == [fl.window(4, dilation=2), fl.per_head([fl.window(4), fl.window(4, dilation=3)])]
 
 
+def test_windows_that_hugging_faces_chunks_cannot_serve() -> None:
+    """Two tokens wide, and widths of which the widest is no multiple."""
+    ids = torch.randint(3, 40, (1, 30))
+    for width in ([2, 2], [6, 16]):
+        model = LongformerModel(config(attention_window=width), add_pooling_layer=False).eval()
+        with pytest.raises((RuntimeError, AssertionError)):
+            model(ids)
+        sparsify(model)
+        other = ids.clone()
+        other[0, 20] = 39 - ids[0, 20]
+        moved = (model(ids).last_hidden_state - model(other).last_hidden_state)[0].abs().amax(-1) > 0
+        reach = sum(width) // 2
+        assert moved.nonzero().flatten().tolist() == list(range(max(0, 20 - reach), min(30, 20 + reach + 1)))
+
+
 def test_dropout_is_that_of_attention() -> None:
     model = sparsify(LongformerModel(config(attention_probs_dropout_prob=0.5)), backend="reference")
     ids = torch.randint(3, 40, (1, 30))
@@ -353,7 +369,7 @@ def test_gradient_checkpointing() -> None:
     model = sparsify(LongformerModel(config()))
     inputs = {"input_ids": torch.randint(3, 40, (2, 20))}
     before = answer(model, inputs)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     assert errors(before, answer(model, inputs)).fine
 
 
@@ -364,16 +380,20 @@ def test_masks_are_read_once_and_plans_are_found_again(cold_cache: None, monkeyp
     model = sparsify(LongformerModel(config(num_hidden_layers=3)).eval(), backend="torch")
     ids, real, chosen = torch.randint(3, 40, (2, 30)), torch.ones(2, 30), torch.zeros(2, 30, dtype=torch.long)
     real[1, 25:], chosen[:, 0] = 0, 1
+    before = plans.info().misses
     with torch.no_grad():
         for turn in range(3):
             model(ids, attention_mask=real.clone(), global_attention_mask=chosen.clone())
             assert len(made) == turn + 1
-            assert plans.info().misses == 2  # local and global rows, one window for all layers
+            assert plans.info().misses == before + 2  # local and global rows, one window for all layers
 
 
-def test_nothing_grows_with_the_square_of_the_text() -> None:
+@pytest.mark.parametrize("kind", ["longformer", "led"])
+def test_nothing_grows_with_the_square_of_the_text(kind: str) -> None:
     n = 2048
-    model = LongformerModel(config(num_hidden_layers=1, max_position_embeddings=n + 2)).eval()
+    model: Any = LongformerModel(config(num_hidden_layers=1, max_position_embeddings=n + 2)).eval()
+    if kind == "led":
+        model = LEDModel(led(encoder_layers=1, max_encoder_position_embeddings=n)).get_encoder().eval()
     ids = torch.randint(3, 40, (1, n))
     with torch.no_grad():
         with Largest() as theirs:
@@ -382,6 +402,40 @@ def test_nothing_grows_with_the_square_of_the_text() -> None:
             sparsify(model, backend="torch")(ids)
     assert theirs.elements >= n * n  # its mask, before the rows but the first are thrown away
     assert ours.elements < n * n / 8
+
+
+def test_a_mask_that_is_written_to_is_read_again() -> None:
+    module = sparsify(LongformerModel(config())).encoder.layer[0].attention.self
+    x, mask = torch.randn(1, 20, 16), torch.zeros(1, 20)
+    masked, is_global = mask < 0, mask > 0
+    before = module(x, mask, masked, is_global)[0]
+    masked[0, 15:] = True
+    after = module(x, mask, masked, is_global)[0]
+    assert (after[0, 15:] == 0).all()
+    assert (before[0, 15:] != 0).all()
+
+
+def test_autocast() -> None:
+    model = LongformerModel(config(), add_pooling_layer=False).eval()
+    ids, chosen = torch.randint(3, 40, (2, 40)), torch.zeros(2, 40, dtype=torch.long)
+    chosen[:, 0], chosen[1, 9] = 1, 1
+    for autoregressive in (False, True):
+        sparsify(model, autoregressive=autoregressive)
+        exact = model(ids, global_attention_mask=chosen).last_hidden_state
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(ids, global_attention_mask=chosen).last_hidden_state
+        torch.testing.assert_close(rough, exact, rtol=0, atol=0.2, check_dtype=False)
+
+
+@torch.no_grad()
+def test_compiled() -> None:
+    """Its encoder asks for a number in the middle, so it compiles in pieces."""
+    model = sparsify(LongformerModel(config()).eval())
+    ids, chosen = torch.randint(3, 40, (2, 40)), torch.zeros(2, 40, dtype=torch.long)
+    chosen[:, 0], chosen[1, 9] = 1, 1
+    expected = model(ids, global_attention_mask=chosen).last_hidden_state
+    found = torch.compile(model, backend="eager")(ids, global_attention_mask=chosen).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be() -> None:
@@ -398,3 +452,10 @@ def test_what_cannot_be() -> None:
     sparsify(model)
     with pytest.raises(fl.UnsupportedError, match=r"output_attentions=True asks LongformerAttention .* call restore\(model\)"):
         model(torch.ones(1, 8, dtype=torch.long), output_attentions=True)
+
+
+def test_the_document_says_what_happens() -> None:
+    document = Path(__file__).parent.parent / "docs" / "models.md"
+    done = doctest.testfile(str(document), module_relative=False)
+    assert done.attempted >= 15
+    assert not done.failed

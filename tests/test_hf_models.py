@@ -36,6 +36,10 @@ DEEPSEEK = CAUSAL | EXPERTS | {
     "v_head_dim": 8, "index_n_heads": 16, "index_head_dim": 8, "index_topk": 12, "first_k_dense_replace": 1,
     "moe_intermediate_size": 16, "n_shared_experts": 1,
 }  # fmt: skip
+MINIMAX = HEADS | EXPERTS | {
+    "index_n_heads": 2, "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 3, "rotary_dim": 4,
+    "dense_intermediate_size": 48, "shared_intermediate_size": 16, "layer_types": ["full_attention", "minimax_m3_sparse"],
+}  # fmt: skip
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 512} | {
     "initializer_range": 0.3,
     "bos_token_id": 1,
@@ -87,6 +91,7 @@ CASES = {
     "DeepSeek-V3.2": Case("DeepseekV32ForCausalLM", DEEPSEEK),
     "DeepSeek-V3.2, wide values": Case("DeepseekV32ForCausalLM", DEEPSEEK | {"v_head_dim": 16}),
 }  # fmt: skip
+CASES["MiniMax-M3"] = Case("MiniMaxM3VLTextModel", MINIMAX)
 DECODERS = {name: case for name, case in CASES.items() if case.causal}
 
 

@@ -149,11 +149,17 @@ def models(results: dict[str, Any]) -> str:
         "against dense",
     ]
     body = []
-    for row in measured(rows_of(results, "models")):
+    for row in measured(rows_of(results, "models"), measure="layer"):
         cells = [row["model"], f"{row['tokens']:,}", seconds(row["module_seconds"]), seconds(row["projection_seconds"])]
         cells += [seconds(row["theirs_seconds"]), spread(row), times(row["times_theirs"]), times(row["times_dense"])]
         body.append(cells)
-    return table(head, body)
+    whole = ["whole model", "tokens", "Hugging Face's", "with farlight (range)", "against it", "peak memory", "with farlight"]
+    rows = []
+    for row in measured(rows_of(results, "models"), measure="whole model"):
+        cells = [f"{row['model']}, {row['layers']} layers", f"{row['tokens']:,}", seconds(row["theirs_seconds"]), spread(row)]
+        memory = [f"{row[column] / 2**20:,.0f} MiB" for column in ("theirs_peak_bytes", "peak_bytes")]
+        rows.append([*cells, times(row["times_theirs"]), *memory])
+    return "\n".join((table(head, body), table(whole, rows)))
 
 
 def scaling(results: dict[str, Any]) -> str:

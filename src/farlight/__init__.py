@@ -2,6 +2,7 @@
 
 from farlight import hf, nn, presets, routing
 from farlight.attention import attention, explain
+from farlight.decoding import KVCache, decode
 from farlight.errors import ArgumentError, FarlightError, PatternError, PlanError, UnsupportedError
 from farlight.merge import merge
 from farlight.patterns import (
@@ -39,6 +40,7 @@ __all__ = [
     "ArgumentError",
     "FarlightError",
     "Fit",
+    "KVCache",
     "Path",
     "Pattern",
     "PatternError",
@@ -55,6 +57,7 @@ __all__ = [
     "chosen_blocks",
     "chosen_keys",
     "clusters",
+    "decode",
     "documents",
     "explain",
     "fit",

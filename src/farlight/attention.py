@@ -46,7 +46,7 @@ def attention(
         seed: where dropout draws from; None takes one from torch's default generator. A link's fate is a function of
             (seed, batch, head, position, key): the same on every backend and in the backward pass.
         return_lse: also return the natural log of each row's sum of exponentials, `(B, H, n_q)`, differentiable.
-        backend: "auto", or one of "cpu", "torch", "dense", "reference"; one that is named never falls back.
+        backend: "auto", or one of "cpu", "triton", "torch", "dense", "reference"; one that is named never falls back.
 
     Returns:
         out `(B, H, n_q, D)` in q's dtype; with `return_lse` also lse, float32 (float64 for float64 inputs). A row that sees

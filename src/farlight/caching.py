@@ -1,14 +1,25 @@
-"""A least-recently-used cache bounded in bytes, for what is dear to make and may be made again: plans, dense masks."""
+"""A least-recently-used cache bounded in bytes, for what is dear to make and may be made again; and where files are kept."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-__all__ = ["CacheInfo", "SizedCache"]
+__all__ = ["CacheInfo", "SizedCache", "cache_folder"]
+
+
+def cache_folder() -> Path:
+    """The user's folder for what was measured on this machine: `FARLIGHT_CACHE`, else one in the usual place for caches."""
+    own = os.environ.get("FARLIGHT_CACHE")
+    if own:
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "farlight"
 
 
 class _Sized(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farlight.kernels import blocked, cpu
+from farlight.kernels import blocked, cpu, triton
 from farlight.kernels.dispatch import planned_backend, require
 from farlight.kernels.request import Request
 from farlight.patterns.base import Pattern, Sizes
@@ -22,7 +22,7 @@ from farlight.plan import plan_for
 
 __all__ = ["attend", "attend_backward", "attend_now", "is_plain", "pattern_mask"]
 
-_KERNELS = {"cpu": cpu, "torch": blocked}
+_KERNELS = {"cpu": cpu, "triton": triton, "torch": blocked}
 
 
 @functools.lru_cache(maxsize=1024)

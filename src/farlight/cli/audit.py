@@ -16,9 +16,12 @@ from farlight.errors import ArgumentError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from farlight.patterns.base import Pattern
+    from farlight.routing import Router
     from farlight.understanding.audit import Audit
     from farlight.understanding.fitting.model import ModelFit
     from farlight.understanding.passages import Passages
+    from farlight.understanding.subjects import Subject
 
 __all__ = ["DEFAULT_PATTERNS", "audit_command"]
 
@@ -87,7 +90,7 @@ def audit_command(
 
     # What is cheap to check is checked before a model is loaded.
     fitting = keep is not None or density is not None
-    judged: list[Any] = [*read_judged(pattern or (() if fitting else DEFAULT_PATTERNS))]
+    judged: list[Pattern | Router | Subject] = [*read_judged(pattern or (() if fitting else DEFAULT_PATTERNS))]
     if fitting:
         _check_fit(keep, density, candidate, save)
     elif candidate or save is not None:

@@ -18,17 +18,19 @@ from farlight.hf.extras import chosen_by_the_model, refuse_unknown, sinks_merged
 from farlight.hf.lazy import LazyMask, ModelMask
 from farlight.hf.masks import tensor_mask
 from farlight.hf.positions import in_each_text
-from farlight.patterns import causal, full, offsets, strided, window
-from farlight.patterns.algebra import looks_back
+from farlight.patterns import causal, full, offsets, padding, strided, window
+from farlight.patterns.algebra import Intersection, looks_back
 from farlight.patterns.base import Pattern
 from farlight.routing.base import Router
 from farlight.routing.gist import gist_attention
 from farlight.routing.heard import Gist
 
-__all__ = ["SETTING", "Chosen", "Observation", "Setting", "attention_forward"]
+__all__ = ["KEPT", "SETTING", "Chosen", "Observation", "Setting", "attention_forward"]
 
 Chosen = Pattern | Router | None
 SETTING = "_farlight_setting"
+# The name under which a tensor of new keys carries the cache layer that took them in.
+KEPT = "_farlight_kept"
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,19 @@ def attention_forward(
 
     refuse_unknown(module, kwargs)
     setting: Setting = module.__dict__.get(SETTING) or Setting()
+    kept = getattr(key, KEPT, None)
+    if kept is not None and setting.numbered:
+        more = {"sinks": kwargs.get("s_aux"), "indices": kwargs.get("indices")}
+        return kept.attend(module, query, key, value, attention_mask, setting.chosen, scaling, dropout, **more), None
     own = _own_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
     if not setting.numbered:
         raise UnsupportedError(
             f"{type(module).__name__} computes attention, but has no layer number, so that a mapping {{layer: pattern}} does "
             "not say what it should run under; pass one pattern for the whole model."
         )
-    indices, sinks = kwargs.get("indices"), kwargs.get("s_aux")
-    if own.dropped and (indices is not None or not _moves(setting.chosen)):
-        if own.whole is None:
+    sinks, indexed = kwargs.get("s_aux"), any(kwargs.get(name) is not None for name in ("indices", "block_indices"))
+    if own.dropped and (indexed or not _moves(setting.chosen)):
+        if own.whole is None or indexed:
             raise UnsupportedError(
                 f"{type(module).__name__}: the cache has dropped the first {own.dropped} keys, so that positions in the "
                 "pattern no longer match; generate with a cache that keeps every key, or without a pattern."
@@ -100,11 +106,13 @@ def attention_forward(
     if setting.observer is not None:
         setting.observer(Observation(module, query, key, value, scaling, own.pattern, own.q_offset, own.key_real))
     pattern = _joined(module, setting.chosen, own, query, key)
-    if indices is not None:
-        pattern = pattern & chosen_by_the_model(module, indices, query, key.shape[2])
+    listed = chosen_by_the_model(module, kwargs, query, key.shape[2])
+    if listed is not None:
+        pattern = pattern & listed
     width = value.shape[3]
     query, key, value, scaling = _of_one_width(query, key, value, scaling)
     options: dict[str, Any] = {"scale": scaling, "q_offset": own.q_offset, "dropout": dropout, "backend": setting.backend}
+    out: Tensor | tuple[Tensor, Tensor]
     if isinstance(setting.chosen, Gist):
         out = _in_summary(module, setting.chosen, own, query, key, value, pattern, sinks, options)
     elif sinks is None:
@@ -128,19 +136,24 @@ def _in_summary(
     options: dict[str, Any],
 ) -> Tensor:
     """Attention that also hears the blocks it does not see, as far as the model itself would let it see them."""
-    back = own.pattern == causal() or (own.pattern != full() and looks_back(own.pattern))
-    bare = own.pattern in (full(), causal()) or own.key_real is not None
-    if sinks is not None or options["dropout"] or not bare or own.q_offset != k.shape[2] - q.shape[2]:
+    if sinks is not None or options["dropout"] or not _bare(own.pattern) or own.q_offset != k.shape[2] - q.shape[2]:
         raise UnsupportedError(
             f"{type(module).__name__}: a gist of what is not seen knows full and causal attention over a text and its padding; "
             "this layer has sinks, dropout, or a mask of its own. Use the same router without gist(…)."
         )
     out = gist_attention(
-        q, k, v, pattern, block=chosen.block, causal=back, key_mask=own.key_real, scale=options["scale"],
+        q, k, v, pattern, block=chosen.block, causal=looks_back(own.pattern), key_mask=own.key_real, scale=options["scale"],
         backend=options["backend"],
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
+
+
+def _bare(own: Pattern) -> bool:
+    """Whether a model's mask says nothing but causality and padding."""
+    if isinstance(own, Intersection):
+        return all(_bare(part) for part in own.parts)
+    return isinstance(own, full | causal | padding)
 
 
 def _joined(module: nn.Module, chosen: Chosen, own: ModelMask, q: Tensor, k: Tensor) -> Pattern:

@@ -157,6 +157,10 @@ class BigBirdAttention(Replacement):
     See the head of this file for what is computed.
     """
 
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+
     def __init__(self, original: nn.Module, config: Any, semantics: str = "hf_eval", seed: int = 0, backend: str = "auto"):
         super().__init__(original, ("query", "key", "value"))
         self.heads: int = config.num_attention_heads
@@ -180,7 +184,8 @@ class BigBirdAttention(Replacement):
         refuse_attentions(self, kwargs.get("output_attentions"))
         if encoder_hidden_states is not None or past_key_values is not None:
             raise UnsupportedError(
-                "block-sparse BigBird attention has neither cross-attention nor a cache; call restore(model)."
+                f"{type(self).__name__} was given encoder_hidden_states or past_key_values, but block-sparse attention has "
+                "neither cross-attention nor a cache; call restore(model) for that."
             )
         if not isinstance(attention_mask, Text):
             raise UnsupportedError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from farlight.errors import UnsupportedError
-from farlight.patterns import chosen_keys
+from farlight.patterns import chosen_blocks, chosen_keys
 from farlight.patterns.base import Pattern
 
 __all__ = ["chosen_by_the_model", "refuse_unknown", "sinks_merged"]
@@ -24,14 +24,13 @@ _WITHOUT_EFFECT = frozenset({
     "output_router_logits", "past_key_values", "position_ids", "return_dict", "sliding_window", "use_cache",
 })  # fmt: skip
 
-_HONOURED = frozenset({"indices", "s_aux"})
+_HONOURED = frozenset({"block_indices", "indices", "s_aux"})
 
 _PACKED = "packs several sequences into one; pass position_ids instead, from which farlight finds them"
 _MEANING = {
     "softcap": "squashes the scores before the softmax",
     "sinks": "adds a sink of its own for each query to the softmax",
     "position_bias": "adds a bias to the scores",
-    "block_indices": "restricts each query to chosen blocks of keys",
     "cache": "reads keys and values from a paged cache",
     "cu_seq_lens_q": _PACKED,
     "cu_seq_lens_k": _PACKED,
@@ -53,20 +52,39 @@ def refuse_unknown(module: nn.Module, given: dict[str, Any]) -> None:
         )
 
 
-def chosen_by_the_model(module: nn.Module, indices: Tensor, q: Tensor, n_k: int) -> Pattern:
-    """The keys that a model's own indexer chose for each query, `(B, n_q, count)`, as DeepSeek-V3.2 does.
+def chosen_by_the_model(module: nn.Module, given: dict[str, Any], q: Tensor, n_k: int) -> Pattern | None:
+    """The keys that a model's own indexer chose for each query; None where it has none.
 
-    Rows with fewer visible keys than `count` name others too, which the model's mask forbids; keys from `n_k` on are empty
-    slots of a cache.
+    `indices` `(B, n_q, count)` are keys, as in DeepSeek-V3.2; `block_indices` `(B, groups of heads, n_q, count)` are blocks of
+    `module.indexer.block_size` keys, as in MiniMax-M3. Rows with fewer visible keys than `count` name others too, which the
+    model's mask forbids; what lies at `n_k` and beyond are empty slots of a cache.
     """
-    if not isinstance(indices, Tensor) or indices.shape[:-1] != (q.shape[0], q.shape[2]):
+    keys, blocks = given.get("indices"), given.get("block_indices")
+    if keys is not None:
+        _check_indices(module, "indices", keys, (q.shape[0], q.shape[2]), f"({q.shape[0]}, {q.shape[2]}, count)")
+        return chosen_keys(torch.where(keys < n_k, keys, -1)[:, None].long())
+    if blocks is None:
+        return None
+    size = getattr(getattr(module, "indexer", None), "block_size", None)
+    if not isinstance(size, int):
+        raise UnsupportedError(
+            f"{type(module).__name__} passes block_indices, but has no indexer.block_size that says how long a block is; use "
+            "'eager' or 'sdpa' for this model."
+        )
+    groups = blocks.shape[1] if isinstance(blocks, Tensor) and blocks.dim() == 4 and q.shape[1] % blocks.shape[1] == 0 else 1
+    wanted = (q.shape[0], groups, q.shape[2])
+    _check_indices(module, "block_indices", blocks, wanted, f"({q.shape[0]}, groups of heads, {q.shape[2]}, count)")
+    listed = torch.where(blocks * size < n_k, blocks, -1).long().repeat_interleave(q.shape[1] // groups, 1)
+    return chosen_blocks(listed, block=size, query_block=1)
+
+
+def _check_indices(module: nn.Module, name: str, indices: Any, wanted: tuple[int, ...], spelled: str) -> None:
+    if not isinstance(indices, Tensor) or indices.shape[:-1] != wanted:
         found = tuple(indices.shape) if isinstance(indices, Tensor) else type(indices).__name__
         raise UnsupportedError(
-            f"{type(module).__name__} passes indices of shape {found}; farlight reads ({q.shape[0]}, {q.shape[2]}, count), "
-            "one list of keys for each query. Use 'eager' or 'sdpa' for this model."
+            f"{type(module).__name__} passes {name} of shape {found}; farlight reads {spelled}, one list for each query. Use "
+            "'eager' or 'sdpa' for this model."
         )
-    listed = indices.long()
-    return chosen_keys(torch.where(listed < n_k, listed, -1)[:, None])
 
 
 def sinks_merged(module: nn.Module, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

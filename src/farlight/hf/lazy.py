@@ -70,14 +70,14 @@ class LazyMask(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        aten = torch.ops.aten
+        aten, given = torch.ops.aten, kwargs or {}
         mask = args[0] if args else None
         if isinstance(mask, LazyMask):
             batch, _, n_q, n_k = mask.shape
-            if func in (aten.detach.default, aten.alias.default, aten.clone.default):
-                return cls(mask.own, batch, n_q, n_k, mask.device)
-            if func is aten.slice.Tensor and _everything(mask, *args[1:]):
-                return cls(mask.own, batch, n_q, n_k, mask.device)
+            moved = func is aten._to_copy.default and given.get("dtype") in (None, torch.bool)
+            same = func in (aten.detach.default, aten.alias.default, aten.clone.default)
+            if moved or same or (func is aten.slice.Tensor and _everything(mask, *args[1:])):
+                return cls(mask.own, batch, n_q, n_k, given.get("device") or mask.device)
             if func is aten.select.int and args[1:] == (1, 0):
                 return mask.own.dense(batch, n_q, n_k, mask.device)[:, 0]
         raise UnsupportedError(

@@ -13,7 +13,7 @@ autoregressive mode of that paper, which Hugging Face's modules do not have, are
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,13 @@ class LongformerAttention(Replacement):
     `near` is the window without globals and padding; see the head of this file for what is computed.
     """
 
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    query_global: nn.Module
+    key_global: nn.Module
+    value_global: nn.Module
+
     def __init__(
         self, original: nn.Module, near: Pattern, autoregressive: bool = False, backend: str = "auto", roles: Any = None
     ) -> None:
@@ -138,7 +145,7 @@ class LongformerAttention(Replacement):
         k, v = (heads_apart(f(hidden_states), self.num_heads) for f in (self.key_global, self.value_global))
         if self.autoregressive:
             # Where a query stands matters: each goes back to its place.
-            q = torch.zeros_like(hidden_states).scatter_add(1, index, roles.blanked(q))
+            q = torch.zeros_like(hidden_states, dtype=q.dtype).scatter_add(1, index, roles.blanked(q))
             return (out + heads_joined(self._attend(heads_apart(q, self.num_heads), k, v, roles.backward_looking())),)
         seen = heads_joined(self._attend(heads_apart(q, self.num_heads), k, v, roles.real()))
         return (out.scatter_add(1, index, roles.blanked(seen)),)
@@ -199,7 +206,7 @@ class _Memo:
     """The roles of the batch at hand: every layer of a model is given the same two masks."""
 
     def __init__(self) -> None:
-        self._last: tuple[Callable[[], Any], Callable[[], Any], _Roles] | None = None
+        self._last: tuple[_Reference, _Reference, _Roles] | None = None
 
     def __reduce__(self) -> tuple[type[_Memo], tuple[()]]:
         return _Memo, ()
@@ -211,30 +218,40 @@ class _Memo:
         if any_global is False:
             is_global = None
         last = self._last
-        if last is not None and last[0]() is masked and last[1]() is is_global and masked is not None:
+        if last is not None and last[0].is_still(masked) and last[1].is_still(is_global):
             return last[2]
         roles = _Roles(masked, is_global)
-        self._last = (_reference(masked), _reference(is_global), roles)
+        self._last = (_Reference(masked), _Reference(is_global), roles)
         return roles
 
 
-def _reference(x: Tensor | None) -> Callable[[], Any]:
-    return _nothing if x is None else weakref.ref(x)
+class _Reference:
+    """Remembers a tensor without keeping it alive, and whether it was written to since."""
+
+    def __init__(self, x: Tensor | None) -> None:
+        self._of = None if x is None else weakref.ref(x)
+        self._version = _version(x)
+
+    def is_still(self, x: Tensor | None) -> bool:
+        if self._of is None or x is None:
+            return self._of is None and x is None
+        return self._of() is x and self._version is not None and self._version == _version(x)
 
 
-def _nothing() -> None:
-    return None
+def _version(x: Tensor | None) -> int | None:
+    """How often a tensor was written to; None when torch does not count."""
+    return None if x is None or x.is_inference() else x._version
 
 
 def _windows(modules: Sequence[Any], dilation: Dilation) -> list[Pattern]:
     """The window of each layer, with its gaps."""
-    gaps = [dilation] * len(modules) if isinstance(dilation, int) else list(dilation)
+    gaps: list[int | Sequence[int]] = [dilation] * len(modules) if isinstance(dilation, int) else list(dilation)
     if len(gaps) != len(modules):
         raise ArgumentError(
             f"dilation has {len(gaps)} entries, but the model has {len(modules)} layers with Longformer attention; give one "
             "number for all, or one entry for each layer."
         )
-    out = []
+    out: list[Pattern] = []
     for layer, (module, gap) in enumerate(zip(modules, gaps, strict=True)):
         width = module.one_sided_attn_window_size
         if isinstance(gap, int):
@@ -282,4 +299,16 @@ def _unpadded(
 
 
 def _unpadded_led(input_ids: Any, attention_mask: Any, inputs_embeds: Any, pad_token_id: int) -> tuple[Any, ...]:
-    return 0, input_ids, attention_mask, inputs_embeds
+    """In the place of `LEDEncoder._pad_to_window_size`."""
+    return 0, input_ids, attention_mask.as_subclass(_OneRow), inputs_embeds
+
+
+class _OneRow(Tensor):
+    """A mask `(B, N)` that stays one row: LED's encoder repeats it N times, to read the first of the repetitions."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.expand:
+                return args[0].as_subclass(Tensor)
+        return super().__torch_function__(func, types, args, kwargs or {})

@@ -85,7 +85,8 @@ def children(model: nn.Module, kind: Any) -> Iterator[tuple[nn.Module, str, nn.M
 
 def heads_apart(x: Tensor, heads: int) -> Tensor:
     """`(B, N, H·D)` as `(B, H, N, D)`, nothing copied."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    apart: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return apart
 
 
 def heads_joined(x: Tensor) -> Tensor:

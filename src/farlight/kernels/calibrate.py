@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from farlight.caching import cache_folder
 from farlight.kernels import blocked, cpu
 from farlight.kernels.cost import DEFAULT_RATES, Rates
 from farlight.patterns.base import Sizes
@@ -49,14 +50,6 @@ def _calibrated(threads: int) -> Rates:
         with contextlib.suppress(OSError):
             _write(path, rates)
         return rates
-
-
-def cache_folder() -> Path:
-    own = os.environ.get("FARLIGHT_CACHE")
-    if own:
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "farlight"
 
 
 def _fingerprint(threads: int) -> str:

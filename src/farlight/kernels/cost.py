@@ -12,7 +12,7 @@ import torch
 
 from farlight.kernels.request import Request
 
-__all__ = ["DEFAULT_RATES", "Estimate", "Rates", "estimate"]
+__all__ = ["ACCELERATOR_RATES", "DEFAULT_RATES", "Estimate", "Rates", "estimate"]
 
 # (backend, dtype) -> GFLOP/s of the forward pass on computed pairs (4 · D each), and seconds for each call.
 Rates = dict[tuple[str, torch.dtype], tuple[float, float]]
@@ -25,8 +25,15 @@ DEFAULT_RATES: Rates = {
     ("dense", torch.float32): (110.0, 60e-6),
     ("dense", torch.bfloat16): (120.0, 60e-6),
 }
+# On accelerators no rate has been measured yet. These say only that a computed pair costs the fused kernels and full
+# attention alike and the torch backend twenty times as much: the choice falls on whoever computes fewer pairs.
+ACCELERATOR_RATES: Rates = {
+    ("triton", torch.float32): (200_000.0, 30e-6),
+    ("torch", torch.float32): (10_000.0, 1500e-6),
+    ("dense", torch.float32): (200_000.0, 20e-6),
+}
 # Forward and backward together against forward alone.
-_WITH_BACKWARD = {"cpu": 3.3, "torch": 3.5, "dense": 3.5}
+_WITH_BACKWARD = {"cpu": 3.3, "triton": 3.5, "torch": 3.5, "dense": 3.5}
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,10 @@ class Estimate:
     pairs: int
 
 
-def estimate(backend: str, request: Request, visited: int | None, rates: Rates = DEFAULT_RATES) -> Estimate:
+def estimate(backend: str, request: Request, visited: int | None, rates: Rates | None = None) -> Estimate:
     """The expected cost of a call; `visited` is the plan's, None for all pairs."""
+    if rates is None:
+        rates = DEFAULT_RATES if request.device.type == "cpu" else ACCELERATOR_RATES
     sizes = request.sizes
     pairs = sizes.batch * sizes.heads * sizes.n_q * sizes.n_k if visited is None else visited
     rate, fixed = rates.get((backend, request.dtype), rates[backend, torch.float32])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farlight.caching import SizedCache
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.kernels import blocked, cpu, dense, reference
+from farlight.kernels import blocked, cpu, dense, reference, triton
 from farlight.kernels.calibrate import calibrated
 from farlight.kernels.cost import Estimate, estimate
 from farlight.kernels.request import Request
@@ -18,12 +18,12 @@ from farlight.plan import plan_for
 
 __all__ = ["BACKENDS", "PLANNED", "Choice", "choose", "planned_backend", "reasons"]
 
-BACKENDS = ("cpu", "torch", "dense", "reference")
+BACKENDS = ("cpu", "triton", "torch", "dense", "reference")
 # Backends that execute a plan, best first.
-PLANNED = ("cpu", "torch")
+PLANNED = ("cpu", "triton", "torch")
 # Estimates nearer than this factor are made again with rates measured on this machine.
 _CLOSE = 4.0
-_MODULES: dict[str, Any] = {"cpu": cpu, "torch": blocked, "dense": dense, "reference": reference}
+_MODULES: dict[str, Any] = {"cpu": cpu, "triton": triton, "torch": blocked, "dense": dense, "reference": reference}
 
 
 def reasons(backend: str, request: Request) -> list[str]:
@@ -40,7 +40,8 @@ def check_name(backend: str) -> None:
 def planned_backend(request: Request) -> str:
     """The best backend that executes a plan."""
     for name in PLANNED:
-        if not reasons(name, request):
+        # On the CPU Triton is interpreted, which is for tests: only who names it gets it.
+        if (name != "triton" or request.device.type != "cpu") and not reasons(name, request):
             return name
     raise UnsupportedError(refusal(request))
 

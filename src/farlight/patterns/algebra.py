@@ -167,6 +167,14 @@ class PerHead(_Node):
         return [(part, tuple(hs)) for part, hs in heads.items()]
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if h.dim() == 4 and h.shape == (1, len(self.parts), 1, 1):
+            # All heads side by side, as `dense` asks: each part is asked about its own heads only.
+            shape = torch.broadcast_shapes(b.shape, h.shape, i.shape, j.shape)
+            out = torch.zeros(shape, dtype=torch.bool, device=i.device)
+            for number, part in enumerate(self.parts):
+                own = slice(number, number + 1)
+                out[:, own] = part._allows(sizes, b, h[:, own], i, j)
+            return out
         out = torch.zeros((), dtype=torch.bool, device=i.device)
         for part, heads in self.groups():
             out = out | (HeadsOf(heads)._allows(sizes, b, h, i, j) & part._allows(sizes, b, h, i, j))

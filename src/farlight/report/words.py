@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from farlight.report.packing import pack, pack_text
-from farlight.understanding.passages import framed_with
+from farlight.understanding.passages import frame
 
 __all__ = ["Words", "words_of"]
 
@@ -54,14 +54,13 @@ class Words:
 
 def words_of(text: str, tokenizer: Any) -> Words:
     """The words of a text by a fast Hugging Face tokenizer; one without offsets gives the tokens' own spelling."""
-    before, after = framed_with(tokenizer)
-    frame = [tokenizer.convert_ids_to_tokens(ids) for ids in (before, after)]
+    ends_of_passages = [tokenizer.convert_ids_to_tokens(ids) for ids in frame(tokenizer)]
     if getattr(tokenizer, "is_fast", False):
         read = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
         ends = np.array([end for _, end in read["offset_mapping"]], dtype=np.int64)
         ends = np.maximum.accumulate(ends) if ends.size else ends
         if ends.size:
             ends[-1] = len(text)
-        return Words(text, ends, *frame)
+        return Words(text, ends, *ends_of_passages)
     spelled = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return Words(" ".join(spelled), np.cumsum([len(token) + 1 for token in spelled]) - 1, *frame)
+    return Words(" ".join(spelled), np.cumsum([len(token) + 1 for token in spelled]) - 1, *ends_of_passages)

@@ -124,7 +124,7 @@ def mean_cost(costs: Sequence[Cost]) -> Cost:
     stopped = next((cost for cost in costs if cost.why_not), None)
     if stopped is not None or len(costs) == 1:
         return stopped or costs[0]
-    mean = {
+    mean: dict[str, Any] = {
         name: statistics.fmean(getattr(cost, name) for cost in costs)
         for name in ("links", "own_links", "predicted_speedup", "seconds", "plan_seconds", "full_seconds")
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from farlight.errors import ArgumentError
 
-__all__ = ["FEWEST_TOKENS", "Passages", "cut_passages", "framed_with"]
+__all__ = ["FEWEST_TOKENS", "Passages", "cut_passages", "frame"]
 
 # Below this, shares and cosines say more about the ends of the text than about the pattern.
 FEWEST_TOKENS = 32
@@ -48,7 +48,7 @@ def cut_passages(text: str, tokenizer: Any, length: int, count: int | None, *, s
     `FEWEST_TOKENS` tokens, or `length` leaves no room for them.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    before, after = framed_with(tokenizer)
+    before, after = frame(tokenizer)
     room = length - len(before) - len(after)
     if room < FEWEST_TOKENS:
         least = length - room + FEWEST_TOKENS
@@ -66,7 +66,7 @@ def cut_passages(text: str, tokenizer: Any, length: int, count: int | None, *, s
     return Passages(torch.tensor(framed, dtype=torch.int64), len(ids), starts)
 
 
-def framed_with(tokenizer: Any) -> tuple[list[int], list[int]]:
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and after a text."""
     bare = tokenizer("the", add_special_tokens=False)["input_ids"]
     framed = tokenizer("the")["input_ids"]

@@ -19,6 +19,8 @@ __all__ = ["Tile", "check_problem", "mix", "part_of", "sizes_of", "softmax", "ti
 
 # Scores of one tile, in elements: 8 MiB in float32. Some eight tensors of that size live at once.
 _TILE = 1 << 21
+# A pattern with fewer than one pair in so many is read pair by pair rather than by a mask.
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,27 @@ class Tile:
             pattern.dense_rows(self.rows.start, self.rows.stop, sizes, device=self.full.device), self.items, self.heads
         )
         return mask if self.allowed is None else mask & self.allowed
+
+    def kept(self, pattern: Pattern, base: Pattern | None, sizes: Sizes) -> tuple[Tensor, Tensor] | None:
+        """(share of each row on what both allow, how many pairs), `(B', H', rows)` and `(B' or 1, H' or 1)`, read at those
+        pairs alone; None where they are not few, or not easily listed.
+        """
+        both = pattern if base is None else base & pattern
+        if both.varies_over_batch or both.varies_over_heads or not all(a._spans_are_cheap(sizes) for a in both.atoms()):
+            return None
+        both.check(sizes)
+        device, keys = self.full.device, self.full.shape[3]
+        i = torch.arange(self.rows.start, self.rows.stop, device=device) + sizes.q_offset
+        row, lo, hi = both._spans(sizes, torch.zeros_like(i), torch.zeros_like(i), i).listed()
+        length = hi - lo
+        pairs = int(length.sum())
+        if pairs * _FEW > i.numel() * keys:
+            return None
+        within = torch.arange(pairs, device=device) - (length.cumsum(0) - length).repeat_interleave(length)
+        row = row.repeat_interleave(length)
+        found = self.full.flatten(2)[..., row * keys + lo.repeat_interleave(length) + within]
+        out = torch.zeros(self.full.shape[:3], dtype=torch.float64, device=device).index_add_(2, row, found.double())
+        return out.to(self.full.dtype), torch.full((1, 1), pairs, device=device)
 
 
 def wide_type(q: Tensor) -> torch.dtype:

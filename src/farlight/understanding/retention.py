@@ -167,7 +167,12 @@ def _measure(
         if out is not None:
             full_norm[tile.items, tile.heads] += out.double().square().sum((-1, -2))
         for part in seen:
-            part.add(tile, tile.seen(part.pattern, sizes), values, out, sizes.q_offset)
+            few = None if v is not None or lost else tile.kept(part.pattern, base, sizes)
+            if few is not None:
+                part.kept[tile.items, tile.heads, tile.rows] = few[0]
+                part.links[tile.items, tile.heads] += few[1]
+            else:
+                part.add(tile, tile.seen(part.pattern, sizes), values, out, sizes.q_offset)
     histogram = builder.finish(n_q, base_links)
     return [part.finish(base_links, histogram, full_norm) for part in seen]
 

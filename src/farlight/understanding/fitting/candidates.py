@@ -33,8 +33,10 @@ def row_value(kept: torch.Tensor, even: bool) -> torch.Tensor:
     return 1 - (1 - kept.clamp(max=1.0)).square() if even else kept
 
 
-def fixed_options(profile: HeadProfile, families: Iterable[str], even: bool) -> list[Option]:
-    """The options of one head in these families, and `full()`."""
+def fixed_options(profile: HeadProfile, families: Sequence[str], even: bool) -> list[Option]:
+    """The options of one head in these families, and `full()` where there is one; of no families, none."""
+    if not families:
+        return []
     units = Units(profile)
     kept = float(profile.distance.sum()) / max(1, profile.n_q)
     options = [Option(float(profile.distance_links.sum()), kept, kept, full, "full")]
@@ -162,7 +164,7 @@ def _cells(profile: HeadProfile, block: int, even: bool, family: str) -> list[Op
     rows_in = torch.full((gain.shape[0], 1), float(block))
     rows_in[-1] = profile.n_q - (gain.shape[0] - 1) * block
     share = gain / rows_in  # what a cell adds to the mean share of its rows
-    order = (share / cost.clamp(min=1e-12)).sort(1, descending=True, stable=True).indices
+    order = (share / cost.clamp(min=1e-12)).sort(dim=1, descending=True, stable=True).indices
     ordered = share.gather(1, order)
     after = ordered.cumsum(1)
     worth = (row_value(after, even) - row_value(after - ordered, even)) * rows_in
@@ -173,7 +175,8 @@ def _cells(profile: HeadProfile, block: int, even: bool, family: str) -> list[Op
     value = worth.flatten()[rank].cumsum(0) / max(1, profile.n_q)
     flat = torch.arange(order.shape[0])[:, None] * order.shape[1] + order
     flat = flat.flatten()[rank]
-    counts = np.unique(np.geomspace(1, rank.numel(), min(_POINTS, rank.numel())).round().astype(int)) if rank.numel() else []
+    points = np.geomspace(1, rank.numel(), min(_POINTS, rank.numel())) if rank.numel() else np.zeros(0)
+    counts = np.unique(points.round().astype(int))
 
     def make(count: int) -> Pattern:
         layout = torch.zeros(gain.numel(), dtype=torch.bool)
@@ -190,7 +193,8 @@ def _coarse(x: torch.Tensor, factor: int) -> torch.Tensor:
         return x
     rows, columns = x.shape
     padded = torch.nn.functional.pad(x, (0, -columns % factor, 0, -rows % factor))
-    return padded.unflatten(1, (-1, factor)).sum(2).unflatten(0, (-1, factor)).sum(1)
+    summed: torch.Tensor = padded.unflatten(1, (-1, factor)).sum(2).unflatten(0, (-1, factor)).sum(1)
+    return summed
 
 
 def _blocks_family(profile: HeadProfile, units: Units, even: bool) -> list[Option]:

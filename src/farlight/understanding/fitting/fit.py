@@ -111,7 +111,7 @@ def fit(
             "window", "dilated", "strided", "offsets": windows of any width, dilated, with a stride, any distances; each joined
             by the lighthouses (`seen_by_all`) that earn their links. These four are the default.
             "blocks", "pairs": any cells of 8 x 8, any pairs ("pairs" up to 1024 tokens): for this length only.
-            "topblocks": blocks of 4 keys chosen by content.
+            "topblocks": blocks of 4 keys chosen by content. Where a fixed family is named, a head may also see everything.
         base: what full attention looks at; None = everything. The patterns are meant to be intersected with it.
         scale, q_offset: as in `fl.attention`.
         even: count a row's share as 1 - (1 - share)², so that rows that keep little come first. With `density` only.

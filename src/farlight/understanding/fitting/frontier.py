@@ -16,6 +16,10 @@ from farlight.errors import ArgumentError
 __all__ = ["Option", "allocate", "concave"]
 
 
+# What is left of a budget is not spent on less than this share of a row.
+_LEAST = 1e-5
+
+
 @dataclass(frozen=True)
 class Option:
     """One candidate for one head.
@@ -117,16 +121,16 @@ def _spend_the_rest(
 ) -> list[Option]:
     """Buy, best price first, what still fits, options beside the hull included."""
     while True:
-        best, place = 0.0, (-1, chosen[0] if chosen else None)
+        best, place = 0.0, None
         for head, options in enumerate(heads):
             now = chosen[head]
             for option in options:
                 more = option.links - now.links
                 gain = weights[head] * (option.value - now.value)
-                if gain > 0 and more <= left and (more <= 0 or gain / more > best):
+                if gain > _LEAST and more <= left and (more <= 0 or gain / more > best):
                     best, place = (gain / more if more > 0 else float("inf")), (head, option)
-        head, option = place
-        if head < 0 or option is None:
+        if place is None:
             return chosen
+        head, option = place
         left -= option.links - chosen[head].links
         chosen[head] = option

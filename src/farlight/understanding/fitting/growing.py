@@ -69,12 +69,13 @@ def _edges(low: int, high: int) -> Array:
     right = np.array([edge for edge in out if 0 <= edge < high] + [max(high, 0)])
     left = np.array([1 - edge for edge in out if 0 < edge and 1 - edge > low and 1 - edge <= 0])
     edges = np.concatenate((left[::-1], right, [low]))
-    edges = np.unique(edges[(edges >= low) & (edges <= high)])
-    return edges
+    kept: Array = np.unique(edges[(edges >= low) & (edges <= high)])
+    return kept
 
 
 def _between(total: Array, start: Array, stop: Array) -> Array:
-    return total[stop] - total[start]
+    inside: Array = total[stop] - total[start]
+    return inside
 
 
 def _overlap(column: Array, rows_from: Array, rows_to: Array) -> Array:
@@ -101,11 +102,15 @@ def grow(
     if singles:
         free[np.concatenate(waiting)] = True
     taken_runs: list[int] = []
+    taken: set[int] = set()
     taken_keys: list[int] = []
     links = kept = 0.0
 
     def take_run(unit: int) -> None:
         nonlocal links, kept, key_gain, key_cost
+        if unit in taken:  # a queue may run over what was taken for granted
+            return
+        taken.add(unit)
         links, kept = links + cost[unit], kept + gain[unit]
         key_gain -= units.shared_gain[unit]
         key_cost -= units.shared_cost[unit]

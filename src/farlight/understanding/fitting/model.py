@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from farlight.routing.text import read_router
 from farlight.understanding.fidelity import Fidelity, hidden, measure_fidelity, token_cosine
 from farlight.understanding.fitting.candidates import sorted_out
 from farlight.understanding.fitting.fit import Fit, gathered, head_options, read_target
-from farlight.understanding.fitting.frontier import allocate
+from farlight.understanding.fitting.frontier import Option, allocate
 from farlight.understanding.fitting.measured import Measured
 from farlight.understanding.fitting.profile import Profile
 from farlight.understanding.passages import cut_passages
@@ -193,6 +193,16 @@ class Reading:
     profiles: list[Profile]
     measured: list[Measured]
     families: list[str]
+    _grown: dict[tuple[tuple[str, ...], bool], tuple[list[list[list[Option]]], list[Tensor]]] = field(default_factory=dict)
+
+    def options(self, families: Sequence[str] | None, even: bool) -> tuple[list[list[list[Option]]], list[Tensor]]:
+        """By layer: the options of each head, and the links of its full attention. Grown once for each set of families."""
+        families = self.families if families is None else families
+        key = (tuple(families), even)
+        if key not in self._grown:
+            found = [head_options(p, m, families, even) for p, m in zip(self.profiles, self.measured, strict=True)]
+            self._grown[key] = [options for options, _ in found], [links for _, links in found]
+        return self._grown[key]
 
 
 def read_passages(
@@ -256,7 +266,7 @@ def fit_reading(
     judged: int = 16,
     step: Callable[[str], None] = lambda what: None,
 ) -> ModelFit:
-    """Fit what was read and judge it, also on `held_out`: on at most `judged` passages of each, taken evenly.
+    """Fit what was read and judge it on at most `judged` passages of `held_out`, and half as many of those read, taken evenly.
 
     `families` are those of the reading unless given; the rest is as in `farlight.hf.fit`.
     """
@@ -265,11 +275,7 @@ def fit_reading(
         even = density is not None
     keep, density = read_target(keep, density, even)
     step("frontiers of all heads")
-    options, base_links = [], []
-    for profile, one in zip(reading.profiles, reading.measured, strict=True):
-        found, links = head_options(profile, one, reading.families if families is None else families, even)
-        options.append(found)
-        base_links.append(links)
+    options, base_links = reading.options(families, even)
     flat = [head for layer in options for head in layer]
     budget = None
     if density is not None:
@@ -293,7 +299,7 @@ def fit_reading(
         layers = chosen(weights)
     subject = Subject("fitted", patterns_of(layers, gist))
     step("judged on what it was fitted to")
-    trained = measure_fidelity(model, _evenly(ids, judged), [subject]).patterns[0]
+    trained = measure_fidelity(model, _evenly(ids, -(-judged // 2)), [subject]).patterns[0]
     apart = None
     if held_out is not None:
         step("judged on other text")

@@ -1,0 +1,105 @@
+"""Every shared case on the device against the float64 truth, shared among processes because each compiles kernels of its own.
+
+A worker is this file run as a program: it prints one JSON line for each case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import torch
+
+import farlight as fl
+from farlight.testing import CASES, Answer, Case, assert_answer, inputs, solve
+
+SEED = 0x1234_5678_9ABC
+DTYPES = ("float32", "bfloat16", "float16")
+REHEARSED = ("window and a lighthouse, n=33", "grouped heads", "dropout, clusters", "no key")
+
+
+def listed(rehearsal: bool) -> list[tuple[str, Case]]:
+    """(dtype, case), in the order in which they matter."""
+    cases = [of for of in CASES if not rehearsal or of.name in REHEARSED]
+    return [(dtype, of) for dtype in DTYPES for of in cases]
+
+
+def compare(dtype_name: str, of: Case, device: str) -> None:
+    """Output, lse and gradients (through the lse too) of one case; raises AssertionError where they are off."""
+    dtype = getattr(torch, dtype_name)
+    given = inputs(of, dtype, device, requires_grad=True)
+    out, lse = fl.attention(
+        given.q, given.k, given.v, of.pattern, scale=of.scale, q_offset=of.q_offset, dropout=of.dropout, seed=SEED,
+        return_lse=True, backend="triton",
+    )  # fmt: skip
+    torch.autograd.backward((out, lse), (given.grad_out, given.grad_lse))
+    on_cpu = [x.detach().cpu() for x in (out, lse, given.q.grad, given.k.grad, given.v.grad)]
+    truth = solve(of, inputs(of, dtype), dropout_seed=SEED, with_grad_lse=True)
+    assert_answer(Answer(*on_cpu), truth, f"{of.name}, {dtype_name}")
+
+
+def worker(number: int, workers: int, seconds: float, rehearsal: bool) -> None:
+    torch.set_num_threads(1)
+    device = "cpu" if rehearsal else "cuda"
+    began = time.monotonic()
+    for dtype, of in listed(rehearsal)[number::workers]:
+        if time.monotonic() - began > seconds:
+            print(json.dumps({"dtype": dtype, "case": of.name, "result": "skipped"}), flush=True)
+            continue
+        try:
+            compare(dtype, of, device)
+            print(json.dumps({"dtype": dtype, "case": of.name, "result": "agrees"}), flush=True)
+        except Exception as error:  # whatever a compiler or a driver raises is a result too
+            what = f"{type(error).__name__}: {error}"[:600]
+            print(json.dumps({"dtype": dtype, "case": of.name, "result": "failed", "error": what}), flush=True)
+
+
+def run(report: Any, seconds: float, rehearsal: bool) -> int:
+    """Start the workers, collect their lines; the number of failures."""
+    workers = 1 if rehearsal else max(1, min(12, (os.cpu_count() or 2) - 2))
+    print(f"parity: {len(listed(rehearsal))} comparisons in {workers} processes, at most {seconds:.0f} s", flush=True)
+    began, lines = time.monotonic(), []
+    processes = []
+    for number in range(workers):
+        command = [sys.executable, __file__, str(number), str(workers), str(seconds * 0.9), str(int(rehearsal))]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ))
+
+    def read(process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        lines.extend(json.loads(line) for line in process.stdout if line.startswith("{"))
+
+    readers = [threading.Thread(target=read, args=(process,)) for process in processes]
+    for reader in readers:
+        reader.start()
+    crashed = 0
+    for process, reader in zip(processes, readers, strict=True):
+        try:
+            process.wait(max(1.0, seconds * 1.1 - (time.monotonic() - began)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        reader.join()
+        crashed += process.returncode not in (0, -9)
+    failures = [line for line in lines if line["result"] == "failed"]
+    summary: dict[str, Any] = {"seconds": time.monotonic() - began, "failures": failures, "crashed_workers": crashed}
+    for dtype in DTYPES:
+        every = sum(1 for name, _ in listed(rehearsal) if name == dtype)
+        agree = sum(line["dtype"] == dtype and line["result"] == "agrees" for line in lines)
+        failed = sum(line["dtype"] == dtype for line in failures)
+        summary[dtype] = {"cases": every, "agree": agree, "failed": failed, "not run": every - agree - failed}
+        print(f"  {dtype}: {agree} of {every} agree, {failed} fail", flush=True)
+        if every - agree - failed:
+            report.skip(f"parity of {every - agree - failed} cases in {dtype}", f"{seconds:.0f} s were over, or a worker died")
+    for line in failures[:10]:
+        print(f"  FAILED {line['case']}, {line['dtype']}: {line['error']}", flush=True)
+    report.data["parity"] = summary
+    report.write()
+    return len(failures) + crashed
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "1")

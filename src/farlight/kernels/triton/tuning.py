@@ -1,0 +1,119 @@
+"""Which configuration a pass uses: the fastest of a short list on this device, timed once on real work and kept in a file.
+
+The candidates are timed in turn, round after round, so that a device that warms up or slows down favours none. Only work that
+is large enough to time decides; before that, and where nothing may be timed (Triton's interpreter, a graph being captured,
+`FARLIGHT_CALIBRATE=0`), the first of the list is used. The file stands in the folder of `farlight.caching.cache_folder`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farlight.caching import cache_folder
+from farlight.kernels.triton.configs import Config, candidates, padded
+from farlight.kernels.triton.machine import is_hopper
+from farlight.plan.tables import Plan
+
+__all__ = ["config_for", "fastest"]
+
+# Pairs times head_dim below which a call is too short to be timed.
+_WORTH_TIMING = 2**33
+_ROUNDS = 5
+_chosen: dict[tuple[str, torch.device, torch.dtype, int], Config] = {}
+
+
+def config_for(what: str, q: Tensor, plan: Plan, run: Callable[[Config], Any]) -> Config:
+    """The configuration for a pass over these tensors; `run` computes the pass with a given one."""
+    listed = candidates(what, q.shape[3], q.dtype, hopper=is_hopper(q.device))
+    if len(listed) == 1 or q.device.type == "cpu":
+        return listed[0]
+    key = (what, q.device, q.dtype, padded(q.shape[3]))
+    found = _chosen.get(key)
+    if found is None:
+        found = _stored(q.device).get(_name(what, q))
+        if found not in listed:
+            if plan.visited * q.shape[3] < _WORTH_TIMING or not _may_time(q.device):
+                return listed[0]
+            found = fastest(listed, run)
+            _store(q.device, _name(what, q), found)
+        _chosen[key] = found
+    return found
+
+
+def fastest(listed: tuple[Config, ...], run: Callable[[Config], Any], clock: Callable[[], float] | None = None) -> Config:
+    """The candidate of the least median time over interleaved rounds; one that the device refuses is left out."""
+    clock = clock or _synchronised
+    spent: dict[Config, list[float]] = {}
+    refusals = []
+    for config in listed:
+        try:
+            run(config)  # compiles
+            spent[config] = []
+        except Exception as error:  # out of registers or shared memory: Triton has many names for it
+            refusals.append(error)
+    if not spent:
+        raise refusals[0]
+    for _ in range(_ROUNDS):
+        for config, seconds in spent.items():
+            start = clock()
+            run(config)
+            seconds.append(clock() - start)
+    return min(spent, key=lambda config: statistics.median(spent[config]))
+
+
+def _synchronised() -> float:
+    torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _may_time(device: torch.device) -> bool:
+    if os.environ.get("FARLIGHT_CALIBRATE", "1") == "0":
+        return False
+    return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _name(what: str, q: Tensor) -> str:
+    return f"{what} {str(q.dtype).removeprefix('torch.')} {padded(q.shape[3])}"
+
+
+@functools.cache
+def _path(device: torch.device) -> Path:
+    import triton
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    parts = (name, torch.__version__, triton.__version__)
+    return cache_folder() / f"triton-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"
+
+
+def _stored(device: torch.device) -> dict[str, Config]:
+    """What was timed before on this kind of device; empty when there is no readable file."""
+    try:
+        data = json.loads(_path(device).read_text(encoding="utf-8"))
+        return {name: Config(*values) for name, values in data.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _store(device: torch.device, name: str, config: Config) -> None:
+    """Keep a result; where no file can be written the next process times again."""
+    path = _path(device)
+    known = {**_stored(device), name: config}
+    data = {key: [one.rows, one.keys, one.warps, one.stages] for key, one in known.items()}
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump(data, file)
+        os.replace(file.name, path)

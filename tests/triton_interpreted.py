@@ -1,0 +1,203 @@
+"""The Triton kernels under Triton's interpreter: run by `test_triton.py` in a process with TRITON_INTERPRET=1.
+
+A share of the cases is run always, all of them as `slow` tests. Not collected by itself: the variable must be set before
+triton is first imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import farlight as fl
+from farlight.kernels import triton as backend
+from farlight.kernels.triton import deal as dealing
+from farlight.kernels.triton.decode import decode
+from farlight.plan import Plan
+from farlight.plan.build import build
+from farlight.plan.cache import plans
+from farlight.testing import CASES, Answer, Case, assert_answer, case, inputs
+from parity import SEED, compare, same, solution
+
+assert backend.interpreted(), "run by test_triton.py, which sets TRITON_INTERPRET=1"
+
+pytestmark = pytest.mark.usefixtures("poison")
+HALF = (torch.bfloat16, torch.float16)
+# Each of these meets something in the kernels that the others do not.
+ALWAYS = (
+    *("window and a lighthouse, n=33", "window and a lighthouse, n=129", "no query", "no key", "causal, last queries"),
+    *("window, rows far before the text", "dilated window, one side", "strided, phase by head", "scattered lighthouses"),
+    *("padding by mask", "random keys, causal", "random keys twice", "a mask per item and head", "a sparse mask"),
+    *("clusters with keys of their own", "chosen keys, last queries", "per head, some empty", "two strides"),
+    *("clusters and a window", "skim, causal", "every other row empty", "BigBird, ragged", "head_dim 3", "head_dim 80"),
+    *("grouped heads, three to one", "one key head, clusters", "strides, every other", "strides, repeated"),
+    *("dropout, grouped heads", "dropout, clusters", "scale zero", "scale, negative", "scale, sharp"),
+)
+IN_HALF = ("skim", "two strides", "grouped heads", "dropout", "scale, negative", "head_dim 72")
+
+
+def test_the_named_cases_exist() -> None:
+    assert set(ALWAYS) | set(IN_HALF) <= {of.name for of in CASES}
+
+
+@pytest.mark.parametrize("name", ALWAYS)
+def test_parity(name: str) -> None:
+    """Output, lse and gradients, those through the lse too."""
+    compare(case(name), "triton", torch.float32, with_grad_lse=True)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", IN_HALF)
+def test_parity_in_16_bits(name: str, dtype: torch.dtype) -> None:
+    compare(case(name), "triton", dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", [of for of in CASES if of.name not in ALWAYS], ids=str)
+def test_parity_on_the_rest(of: Case) -> None:
+    compare(of, "triton", torch.float32, with_grad_lse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("of", [of for of in CASES if of.name not in IN_HALF], ids=str)
+def test_parity_on_the_rest_in_16_bits(of: Case, dtype: torch.dtype) -> None:
+    compare(of, "triton", dtype)
+
+
+def computed(of: Case, plan: Plan, dtype: torch.dtype = torch.float32) -> Answer:
+    """A case computed with this very plan."""
+    given = inputs(of, dtype)
+    options: dict[str, Any] = {"scale": of.scale_value, "dropout": of.dropout, "seed": torch.tensor(SEED)}
+    out, lse = backend.forward(given.q, given.k, given.v, plan, **options)
+    return Answer(out, lse, *backend.backward(given.grad_out, None, given.q, given.k, given.v, out, lse, plan, **options))
+
+
+@pytest.fixture
+def everything_is_split(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(dealing, "LEAST", 1)
+    monkeypatch.setattr(dealing, "_PER_WORKER", 1000)
+    plans.clear()
+    yield
+    plans.clear()
+
+
+@pytest.mark.parametrize(
+    "name", ["skim", "dilated windows and lighthouses", "one key head, clusters", "dropout", "a sparse mask"]
+)
+def test_parts_are_joined_exactly(name: str, everything_is_split: None) -> None:
+    """Every row and every key in as many parts as it has blocks."""
+    of = case(name)
+    plan = build(of.pattern, of.sizes, backend.SHAPE)
+    assert_answer(computed(of, plan), solution(of, torch.float32), name)
+    lowered = [work for key, work in plan.derived.items() if "triton" in str(key)]
+    assert any(launch.slots for work in lowered for launch in work.launches)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["two strides", "clusters within clusters", "per head, dilations"])
+def test_key_heads_whose_query_heads_sort_keys_differently(name: str) -> None:
+    of = dataclasses.replace(case(name), kv_heads=1)
+    compare(of, "triton", torch.float32)
+
+
+def test_results_are_the_same_to_the_bit_every_time() -> None:
+    of = dataclasses.replace(case("skim"), kv_heads=1, dropout=0.2)
+    plan = build(of.pattern, of.sizes, backend.SHAPE)
+    first, second = computed(of, plan), computed(of, build(of.pattern, of.sizes, backend.SHAPE))
+    for field in dataclasses.fields(Answer):
+        same(getattr(first, field.name), getattr(second, field.name), field.name)
+
+
+def harms(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """Plans with one number wrong."""
+
+    def with_layer(**changes: Tensor) -> Plan:
+        piece = plan.pieces[0]
+        layer = dataclasses.replace(piece.layers[0], **changes)
+        piece = dataclasses.replace(piece, layers=(layer, *piece.layers[1:]))
+        return dataclasses.replace(plan, pieces=(piece, *plan.pieces[1:]), derived={})
+
+    layer = plan.pieces[0].layers[0]
+    lo = layer.lo.clone()
+    lo[0] += 1
+    yield "a run begins late", with_layer(lo=lo)
+    yield "a mask is forgotten", with_layer(mask=torch.full_like(layer.mask, -1))
+    data = plan.masks.data.clone()
+    data[plan.masks.start[0] + 3] -= 1
+    yield "a bound is one off", dataclasses.replace(plan, masks=dataclasses.replace(plan.masks, data=data), derived={})
+
+
+def test_a_damaged_table_is_noticed() -> None:
+    of = case("window, wide")
+    plan = build(of.pattern, of.sizes, backend.SHAPE)
+    assert_answer(computed(of, plan), solution(of, torch.float32), "sound")
+    for what, harmed in harms(plan):
+        with pytest.raises(AssertionError, match=r"rows are wrong|the mean error"):
+            assert_answer(computed(of, harmed), solution(of, torch.float32), what)
+
+
+def test_a_wrong_dropout_seed_is_noticed() -> None:
+    of = case("dropout of half, full")
+    plan = build(of.pattern, of.sizes, backend.SHAPE)
+    given = inputs(of)
+    options: dict[str, Any] = {"scale": of.scale_value, "dropout": 0.5}
+    out, _ = backend.forward(given.q, given.k, given.v, plan, **options, seed=SEED)
+    other, _ = backend.forward(given.q, given.k, given.v, plan, **options, seed=SEED + 2**33)
+    fl.testing.assert_matches(out, solution(of, torch.float32).truth.out, solution(of, torch.float32).yardstick.out, "right")
+    with pytest.raises(AssertionError, match="rows are wrong"):
+        fl.testing.assert_matches(other, solution(of, torch.float32).truth.out, solution(of, torch.float32).yardstick.out, "no")
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    """A NaN in one key reaches the rows that see it, and no row whose tile does not."""
+    q, k, v = torch.randn(3, 1, 1, 600, 16).unbind(0)
+    k[0, 0, 0, 3] = float("nan")
+    out = fl.attention(q, k, v, fl.window(4), backend="triton")
+    assert bool(out[0, 0, :5].isnan().all())
+    assert not bool(out[0, 0, 200:].isnan().any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_q, heads, kv_heads", [(1, 2, 2), (1, 6, 2), (3, 4, 1)])
+def test_decoding(n_q: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    """A few queries over a cache: lengths for each item, a mask, rows without keys."""
+    q = torch.randn(2, heads, n_q, 40).to(dtype)
+    k, v = (torch.randn(2, 700, kv_heads, 40).to(dtype).transpose(1, 2) for _ in range(2))
+    lengths, allowed = torch.tensor([700, 331]), torch.rand(2, 1, n_q, 700) < 0.5
+    allowed[0, 0, -1] = False
+    all_keys = torch.ones(2, 1, n_q, 700, dtype=torch.bool)
+    for given, mask in itertools.product((None, lengths), (None, allowed)):
+        real = all_keys if given is None else torch.arange(700) < given.view(-1, 1, 1, 1)
+        seen = real & (all_keys if mask is None else mask)
+        truth, truth_lse = fl.testing.attend(q.double(), k.double(), v.double(), seen, scale=40**-0.5)
+        plain, plain_lse = fl.testing.attend(q, k, v, seen, scale=40**-0.5)
+        out, lse = decode(q, k, v, lengths=given, allowed=mask)
+        assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+        fl.testing.assert_matches(out, truth, plain, "out")
+        fl.testing.assert_matches(lse, truth_lse, plain_lse, "lse")
+
+
+def test_decoding_needs_what_fits() -> None:
+    q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 30, 8)
+    out, lse = decode(q[:, :, :0], k, k)
+    assert (out.shape, lse.shape) == ((1, 4, 0, 8), (1, 4, 0))
+    empty, nothing = decode(q, k[:, :, :0], k[:, :, :0])
+    assert not bool(empty.any())
+    assert bool((nothing == -torch.inf).all())
+    for message, call in (
+        (r"q has 3 heads and k has 2", lambda: decode(q[:, :3], k, k)),
+        (r"they must be \(B, H, n_q, D\)", lambda: decode(q, k, k[..., :4])),
+        (r"decoding takes one of float32, bfloat16, float16", lambda: decode(q.double(), k.double(), k.double())),
+        (r"lengths is torch.float32 of shape \(1,\); pass \(1,\) integers", lambda: decode(q, k, k, lengths=torch.ones(1))),
+        (r"allowed is torch.int64; pass bool", lambda: decode(q, k, k, allowed=torch.ones(1, 1, 1, 30, dtype=torch.int64))),
+        (r"does not broadcast to \(1, 4, 1, 30\)", lambda: decode(q, k, k, allowed=torch.ones(1, 3, 1, 30, dtype=torch.bool))),
+        (r"head_dim 300 is outside 1 … 256", lambda: decode(*(torch.zeros(1, 1, 1, 300) for _ in range(3)))),
+    ):
+        with pytest.raises(fl.FarlightError, match=message):
+            call()
