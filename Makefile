@@ -33,6 +33,7 @@ demo: $(INSTALLED)
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow"
 
+# The report's tests in a browser also need: apt-get install chromium chromium-driver; pip install selenium (else they are skipped).
 test-slow: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
 
