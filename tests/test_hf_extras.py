@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import farlight as fl
-from farlight.hf.attend import SETTING, Setting, attention_forward
+from farlight.hf.attend import KEPT, SETTING, Setting, attention_forward
 from farlight.hf.lazy import LazyMask, ModelMask
 from farlight.hf.masks import model_mask
+from farlight.routing.heard import Gist
 
 Module = nn.Identity
 
@@ -134,6 +136,23 @@ def test_blocks_that_cannot_be_read_are_refused() -> None:
     ):
         with pytest.raises(fl.UnsupportedError, match=text):
             attention_forward(module, q, k, v, ModelMask(fl.full(), 0), block_indices=given)
+
+
+@pytest.mark.parametrize("name", ["indices", "block_indices"])
+def test_chosen_keys_are_not_lost_where_others_attend(name: str) -> None:
+    """A cache that forgets, and a summary of what is not seen, do not know what a model's own indexer chose."""
+    q, k, v = inputs()
+    given = {name: torch.zeros((2, 9, 1) if name == "indices" else (2, 1, 9, 1), dtype=torch.int64)}
+    seen: list[Any] = []
+    cached = k.clone()
+    setattr(cached, KEPT, SimpleNamespace(attend=lambda *args, **more: seen.append(more["indices"])))
+    attention_forward(Indexed(4), q, cached, v, ModelMask(fl.causal(), 0), **given)
+    assert seen == [given[name]]
+    module = Indexed(4)
+    module.__dict__[SETTING] = Setting(Gist(fl.window(1), 3))
+    for more in (given, {"s_aux": torch.zeros(4)}):
+        with pytest.raises(fl.UnsupportedError, match="a gist of what is not seen .* keys chosen by the model"):
+            attention_forward(module, q, k, v, ModelMask(fl.causal(), 0), **more)
 
 
 # ---- head sizes that differ ------------------------------------------------------------------------------------------

@@ -82,9 +82,11 @@ def attention_forward(
 
     refuse_unknown(module, kwargs)
     setting: Setting = module.__dict__.get(SETTING) or Setting()
+    sinks = kwargs.get("s_aux")
+    indices = next((kwargs[name] for name in ("indices", "block_indices") if kwargs.get(name) is not None), None)
     kept = getattr(key, KEPT, None)
     if kept is not None and setting.numbered:
-        more = {"sinks": kwargs.get("s_aux"), "indices": kwargs.get("indices")}
+        more = {"sinks": sinks, "indices": indices}
         return kept.attend(module, query, key, value, attention_mask, setting.chosen, scaling, dropout, **more), None
     own = _own_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
     if not setting.numbered:
@@ -92,9 +94,8 @@ def attention_forward(
             f"{type(module).__name__} computes attention, but has no layer number, so that a mapping {{layer: pattern}} does "
             "not say what it should run under; pass one pattern for the whole model."
         )
-    sinks, indexed = kwargs.get("s_aux"), any(kwargs.get(name) is not None for name in ("indices", "block_indices"))
-    if own.dropped and (indexed or not _moves(setting.chosen)):
-        if own.whole is None or indexed:
+    if own.dropped and (indices is not None or not _moves(setting.chosen)):
+        if own.whole is None or indices is not None:
             raise UnsupportedError(
                 f"{type(module).__name__}: the cache has dropped the first {own.dropped} keys, so that positions in the "
                 "pattern no longer match; generate with a cache that keeps every key, or without a pattern."
@@ -114,7 +115,9 @@ def attention_forward(
     options: dict[str, Any] = {"scale": scaling, "q_offset": own.q_offset, "dropout": dropout, "backend": setting.backend}
     out: Tensor | tuple[Tensor, Tensor]
     if isinstance(setting.chosen, Gist):
-        out = _in_summary(module, setting.chosen, own, query, key, value, pattern, sinks, options)
+        if sinks is not None or indices is not None:
+            raise _no_summary(module)
+        out = _in_summary(module, setting.chosen, own, query, key, value, pattern, options)
     elif sinks is None:
         out = farlight.attention(query, key, value, pattern, **options)
     else:
@@ -132,21 +135,24 @@ def _in_summary(
     k: Tensor,
     v: Tensor,
     pattern: Pattern,
-    sinks: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
     """Attention that also hears the blocks it does not see, as far as the model itself would let it see them."""
-    if sinks is not None or options["dropout"] or not _bare(own.pattern) or own.q_offset != k.shape[2] - q.shape[2]:
-        raise UnsupportedError(
-            f"{type(module).__name__}: a gist of what is not seen knows full and causal attention over a text and its padding; "
-            "this layer has sinks, dropout, or a mask of its own. Use the same router without gist(…)."
-        )
+    if options["dropout"] or not _bare(own.pattern) or own.q_offset != k.shape[2] - q.shape[2]:
+        raise _no_summary(module)
     out = gist_attention(
         q, k, v, pattern, block=chosen.block, causal=looks_back(own.pattern), key_mask=own.key_real, scale=options["scale"],
         backend=options["backend"],
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
+
+
+def _no_summary(module: nn.Module) -> UnsupportedError:
+    return UnsupportedError(
+        f"{type(module).__name__}: a gist of what is not seen knows full and causal attention over a text and its padding; "
+        "this layer has sinks, dropout, keys chosen by the model, or a mask of its own. Use the same router without gist(…)."
+    )
 
 
 def _bare(own: Pattern) -> bool:
