@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -176,9 +175,8 @@ def _cells(profile: HeadProfile, block: int, even: bool, family: str) -> list[Op
     value = worth.flatten()[rank].cumsum(0) / max(1, profile.n_q)
     flat = torch.arange(order.shape[0])[:, None] * order.shape[1] + order
     flat = flat.flatten()[rank]
-    counts: Any = (
-        np.unique(np.geomspace(1, rank.numel(), min(_POINTS, rank.numel())).round().astype(int)) if rank.numel() else []
-    )
+    points = np.geomspace(1, rank.numel(), min(_POINTS, rank.numel())) if rank.numel() else np.zeros(0)
+    counts = np.unique(points.round().astype(int))
 
     def make(count: int) -> Pattern:
         layout = torch.zeros(gain.numel(), dtype=torch.bool)
@@ -195,7 +193,8 @@ def _coarse(x: torch.Tensor, factor: int) -> torch.Tensor:
         return x
     rows, columns = x.shape
     padded = torch.nn.functional.pad(x, (0, -columns % factor, 0, -rows % factor))
-    return padded.unflatten(1, (-1, factor)).sum(2).unflatten(0, (-1, factor)).sum(1)
+    summed: torch.Tensor = padded.unflatten(1, (-1, factor)).sum(2).unflatten(0, (-1, factor)).sum(1)
+    return summed
 
 
 def _blocks_family(profile: HeadProfile, units: Units, even: bool) -> list[Option]:
