@@ -18,7 +18,7 @@ Rule = Callable[[Any, Any, Any, Any], Any]
 
 @dataclass(frozen=True)
 class Problem:
-    """`rule(b, h, i, j)` is what a mask function of FlexAttention says; `by_head`: it looks at h. `radius`: of a plain window."""
+    """`rule(b, h, i, j)` is what FlexAttention's mask function says; `by_head`: it looks at h. `radius`: of a plain window."""
 
     name: str
     pattern: fl.Pattern

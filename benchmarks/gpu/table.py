@@ -43,8 +43,8 @@ def _table(rows: list[dict[str, Any]], name: str) -> list[str]:
     if not rows:
         return []
     head = [
-        "pattern", "tokens", "H", "D", "density", "waste", "ours ms", "flex ms", "× flex", "× flex with its mask", "flash window ms", "full ms",
-        "× full", "useful TFLOP/s", "of the roofline", "visited, of full attention's rate",
+        "pattern", "tokens", "H", "D", "density", "waste", "ours ms", "flex ms", "× flex", "× flex with its mask",
+        "flash window ms", "full ms", "× full", "useful TFLOP/s", "of the roofline", "visited, of full attention's rate",
     ]  # fmt: skip
     lines = [f"## {name}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
