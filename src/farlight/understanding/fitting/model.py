@@ -325,8 +325,9 @@ def patterns_of(layers: dict[int, Fit], gist: int | None) -> dict[int, Pattern |
 
 
 def _layer_weights(model: Any, ids: Tensor, layers: dict[int, Fit], even: bool, step: Callable[[str], None]) -> list[float]:
-    """How much a lost share counts in each layer, mean 1: √(loss of cosine / loss of attention) with that layer alone sparse, the
-    latter squared where squares are fitted.
+    """How much a lost share counts in each layer, mean 1: √(loss of cosine / loss of attention) with that layer alone sparse.
+
+    The loss of attention is squared where squares are fitted.
 
     The root lies half way between counting all layers alike and trusting what was measured with one layer at a time, which
     does not see how errors of early layers add up.
