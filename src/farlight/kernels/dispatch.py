@@ -38,7 +38,9 @@ def check_name(backend: str) -> None:
 
 
 def planned_backend(request: Request) -> str:
-    """The best backend that executes a plan."""
+    """The best backend that executes a plan. On a CPU without native kernels the first call says so."""
+    if request.device.type == "cpu":
+        cpu.warn_if_missing()
     for name in PLANNED:
         if not reasons(name, request):
             return name
