@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import farlight as fl
 from farlight import report
 from farlight.understanding.audit import Audit, audit
 from farlight.understanding.passages import Passages, cut_passages
+from farlight.understanding.subjects import Judged
 
 HOSTILE = '</script><img src=x onerror="alert(1)"> & <!-- "\' \u2028 <b>'
 PATTERNS = [
@@ -40,13 +42,13 @@ def model() -> BertModel:
     return BertModel(BertConfig(**sizes, initializer_range=0.3, vocab_size=8, max_position_embeddings=64)).eval()
 
 
-def audited() -> tuple[Audit, Passages, dict[str, Any]]:
+def audited(patterns: Sequence[Judged] = PATTERNS) -> tuple[Audit, Passages, dict[str, Any]]:
     """An audit and what its page shows."""
     reader, spoken, content = model(), tokenizer(), text()
     cut = cut_passages(content, spoken, 48, 3)
-    found = audit(reader, cut, PATTERNS, model_name="small", text_name=HOSTILE)
-    lost = report.lost_links(reader, cut, PATTERNS)
-    return found, cut, report.audit_data(found, PATTERNS, cut, report.words_of(content, spoken), lost)
+    found = audit(reader, cut, patterns, model_name="small", text_name=HOSTILE)
+    lost = report.lost_links(reader, cut, patterns)
+    return found, cut, report.audit_data(found, patterns, cut, report.words_of(content, spoken), lost)
 
 
 def mapped(pattern: fl.Pattern, n: int, layers: int = 3) -> dict[str, Any]:

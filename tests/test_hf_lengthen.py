@@ -134,12 +134,18 @@ def test_it_can_be_trained_on() -> None:
 
 # ---- rotary positions ---------------------------------------------------------------------------------------------------
 GROUPED = {"max_position_embeddings": 24, "num_key_value_heads": 2, **SMALL}
+WHOLE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
 ROTARY: dict[str, dict[str, Any]] = {
     "Llama": GROUPED,
     "Qwen3": {"head_dim": 8, **GROUPED},
-    "GPTNeoX": {"max_position_embeddings": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **SMALL},
+    "GPTNeoX": {"max_position_embeddings": 24, "rope_parameters": WHOLE, **SMALL},
     "ModernBert": {"max_position_embeddings": 24, "pad_token_id": 0, **SMALL, "num_hidden_layers": 4},
-    "Gemma3Text": {"head_dim": 8, "sliding_window": 8, **GROUPED},
+    "Gemma3Text": {
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        **GROUPED,
+    },
 }
 
 

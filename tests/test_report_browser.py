@@ -363,9 +363,13 @@ def test_the_slider_tells_the_reach(audit_open: browser.Page, audit_page: tuple[
         page.slide("layer", layer)
         mean, worst = 100 * want.mean[layer], 100 * want.worst[layer]
         assert f"heard of {mean:.1f}% of the text on average, and of {worst:.1f}%" in page.text("reach-says")
-        heard = str(6 * layer + 1)
-        page.wait(lambda heard=heard: page.js("return document.getElementById('strip').dataset.heard") == heard, "the strip")
+        count = str(6 * layer + 1)
+        page.wait(lambda count=count: page.js("return document.getElementById('strip').dataset.heard") == count, "the strip")
         tinted = page.js("return [...document.querySelectorAll('#tokens .heard')].map((s) => Number(s.dataset.at))")
+        shown = page.js(
+            "return [...document.querySelectorAll('#tokens .heard')].map((s) => getComputedStyle(s).backgroundColor)"
+        )
+        assert "rgba(0, 0, 0, 0)" not in shown
         marked = set(fl.path(pages.PATTERNS[0], 48, 2, 20).positions)
         assert tinted == [at for at in range(20 - 3 * layer, 21 + 3 * layer) if at not in marked]
 
@@ -423,6 +427,27 @@ def test_the_cost_is_drawn_beside_full_attention(audit_open: browser.Page) -> No
     assert page.js("return document.querySelectorAll('#links-curve .other').length") == 2
     assert "times fewer" in page.text("cost-says")
     assert "Measured over" in page.text("cost-says")
+
+
+def test_what_differs_by_layer_shows_heads_and_losses(chromium: browser.Page, tmp_path: Path) -> None:
+    """A fit has no one matrix: its sections go, and come back with a pattern that has one."""
+    _, _, data = pages.audited([{0: fl.window(2), 2: fl.window(9)}, fl.window(3)])
+    assert [bool(row["views"]) for row in data["patterns"]] == [False, True]
+    assert {link["layer"] for link in data["patterns"][0]["lost"]} == {0, 2}
+    report.write(report.render(data), tmp_path / "fit.html")
+    chromium.open(tmp_path / "fit.html")
+    hidden = "return ['matrix', 'words', 'reach', 'cost', 'heads', 'lost'].filter((n) => document.getElementById(n).hidden)"
+    chromium.click('#patterns input[value="0"]')
+    assert chromium.js(hidden) == ["matrix", "words", "reach", "cost"]
+    assert not chromium.js("return document.getElementById('no-matrix').hidden")
+    chromium.click("#language")
+    chromium.click("#language")
+    chromium.click('#patterns input[value="1"]')
+    chromium.settle()
+    assert chromium.js(hidden) == []
+    shown = np.array(chromium.run("return Array.from(farlight.matrix.shares)")).reshape(48, 48) > 0.5
+    assert np.array_equal(shown, fl.window(3).dense(48)[0, 0].numpy())
+    assert chromium.console() == []
 
 
 def test_language_and_theme(audit_open: browser.Page) -> None:

@@ -31,15 +31,18 @@ pytestmark = pytest.mark.usefixtures("poison")
 HALF = (torch.bfloat16, torch.float16)
 # Each of these meets something in the kernels that the others do not.
 ALWAYS = (
-    *("window and a lighthouse, n=33", "window and a lighthouse, n=129", "no query", "no key", "causal, last queries"),
-    *("window, rows far before the text", "dilated window, one side", "strided, phase by head", "scattered lighthouses"),
-    *("padding by mask", "random keys, causal", "random keys twice", "a mask per item and head", "a sparse mask"),
-    *("clusters with keys of their own", "chosen keys, last queries", "per head, some empty", "two strides"),
-    *("clusters and a window", "skim, causal", "every other row empty", "BigBird, ragged", "head_dim 3", "head_dim 80"),
-    *("grouped heads, three to one", "one key head, clusters", "strides, every other", "strides, repeated"),
-    *("dropout, grouped heads", "dropout, clusters", "scale zero", "scale, negative", "scale, sharp"),
+    *("window and a lighthouse, n=129", "no query", "no key", "window, rows far before the text", "strided, phase by head"),
+    *("scattered lighthouses", "padding by mask", "random keys, causal", "a mask per item and head"),
+    *("clusters with keys of their own", "per head, some empty", "two strides", "every other row empty", "head_dim 80"),
+    *(
+        "grouped heads, three to one",
+        "one key head, clusters",
+        "strides, every other",
+        "dropout, grouped heads",
+        "scale, negative",
+    ),
 )
-IN_HALF = ("skim", "two strides", "grouped heads", "dropout", "scale, negative", "head_dim 72")
+IN_HALF = ("dilated window, one side", "scale, negative", "head_dim 72")
 
 
 def test_the_named_cases_exist() -> None:
@@ -89,7 +92,7 @@ def everything_is_split(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "name", ["skim", "dilated windows and lighthouses", "one key head, clusters", "dropout", "a sparse mask"]
+    "name", ["dilated windows and lighthouses", "one key head, clusters", "a sparse mask", "dropout, clusters"]
 )
 def test_parts_are_joined_exactly(name: str, everything_is_split: None) -> None:
     """Every row and every key in as many parts as it has blocks."""
@@ -107,7 +110,7 @@ def test_key_heads_whose_query_heads_sort_keys_differently(name: str) -> None:
 
 
 def test_results_are_the_same_to_the_bit_every_time() -> None:
-    of = dataclasses.replace(case("skim"), kv_heads=1, dropout=0.2)
+    of = dataclasses.replace(case("grouped heads"), n_q=66, n_k=66, heads=2, kv_heads=1, dropout=0.2)
     plan = build(of.pattern, of.sizes, backend.SHAPE)
     first, second = computed(of, plan), computed(of, build(of.pattern, of.sizes, backend.SHAPE))
     for field in dataclasses.fields(Answer):

@@ -33,8 +33,8 @@ def candidates(what: str, head_dim: int, dtype: torch.dtype, *, hopper: bool = T
     """
     wide = padded(head_dim)
     if dtype == torch.float32:
-        # Products in full float32 run on the ordinary cores: small blocks, so that sums stay in registers.
-        return (Config(64 if wide <= 64 else 32, 32, 4 if wide <= 64 else 8, 1 if wide > 128 else 2),)
+        # Products in full float32 run on the ordinary cores, which hold whole rows of head_dim in registers: small blocks.
+        return (Config(32, 32, 8, 1) if wide <= 64 else Config(32, 16, 8, 1) if wide <= 128 else Config(16, 16, 8, 1),)
     if what == "forward":
         if wide <= 64:
             return Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 64, 4, 3)

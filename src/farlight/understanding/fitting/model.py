@@ -29,7 +29,7 @@ from farlight.understanding.fitting.candidates import sorted_out
 from farlight.understanding.fitting.fit import Fit, gathered, head_options, read_target
 from farlight.understanding.fitting.frontier import Option, allocate
 from farlight.understanding.fitting.measured import Measured
-from farlight.understanding.fitting.profile import Profile
+from farlight.understanding.fitting.profile import DENSE, Profile
 from farlight.understanding.passages import cut_passages
 from farlight.understanding.subjects import Subject
 
@@ -295,15 +295,15 @@ def fit_reading(
     weights = [1.0] * len(options)
     layers = chosen(weights)
     if weigh:
-        weights = _layer_weights(model, ids, layers, step)
+        weights = _layer_weights(model, ids, layers, even, step)
         layers = chosen(weights)
     subject = Subject("fitted", patterns_of(layers, gist))
     step("judged on what it was fitted to")
-    trained = measure_fidelity(model, _evenly(ids, -(-judged // 2)), [subject]).patterns[0]
+    trained = measure_fidelity(model, _evenly(ids, -(-judged // 2)), [subject], backend=_backend(ids)).patterns[0]
     apart = None
     if held_out is not None:
         step("judged on other text")
-        apart = measure_fidelity(model, _evenly(held_out, judged), [subject]).patterns[0]
+        apart = measure_fidelity(model, _evenly(held_out, judged), [subject], backend=_backend(ids)).patterns[0]
     told = {"class": type(model).__name__, "type": getattr(model.config, "model_type", None), "layers": len(layers)}
     return ModelFit(
         layers,
@@ -324,8 +324,10 @@ def patterns_of(layers: dict[int, Fit], gist: int | None) -> dict[int, Pattern |
     return {number: read_router(f"gist({layer.expression}, block={gist})") for number, layer in layers.items()}
 
 
-def _layer_weights(model: Any, ids: Tensor, layers: dict[int, Fit], step: Callable[[str], None]) -> list[float]:
+def _layer_weights(model: Any, ids: Tensor, layers: dict[int, Fit], even: bool, step: Callable[[str], None]) -> list[float]:
     """How much a lost share counts in each layer, mean 1: √(loss of cosine / loss of attention) with that layer alone sparse.
+
+    The loss of attention is squared where squares are fitted.
 
     The root lies half way between counting all layers alike and trusting what was measured with one layer at a time, which
     does not see how errors of early layers add up.
@@ -336,14 +338,20 @@ def _layer_weights(model: Any, ids: Tensor, layers: dict[int, Fit], step: Callab
     for number, layer in layers.items():
         step(f"weighing: layer {number}")
         moved = 1 - token_cosine(reference, _run(model, sample, {number: layer.pattern}))
-        ratios.append((max(moved, 0.0) / max(float(layer.lost.mean()), 1e-6)) ** 0.5)
+        lost = layer.lost.square() if even else layer.lost
+        ratios.append((max(moved, 0.0) / max(float(lost.mean()), 1e-6)) ** 0.5)
     mean = sum(ratios) / len(ratios)
     return [ratio / mean if mean else 1.0 for ratio in ratios]
 
 
 def _run(model: Any, ids: Tensor, layers: Any) -> Tensor:
-    with use_pattern(model, layers):
+    with use_pattern(model, layers, backend=_backend(ids)):
         return hidden(model, ids)
+
+
+def _backend(ids: Tensor) -> str:
+    """Short passages are judged under a mask: what is asked is what is lost, and a plan for each head would take longer."""
+    return "dense" if ids.shape[1] <= DENSE else "auto"
 
 
 def _evenly(ids: Tensor, count: int) -> Tensor:

@@ -32,12 +32,26 @@
     return { frame: false, space: text.slice(0, text.length - word.length), word: word || "␣" };
   };
 
+  /* The whole word at a position: the tokenizer's pieces of one word are told together. */
   FL.word = (position) => {
     const piece = FL.piece(position);
-    return piece ? piece.word.trim().slice(0, 40) : null;
+    if (!piece) return null;
+    let word = piece.word;
+    const letters = /^[\p{L}\p{N}]+$/u, whole = (other) => other && !other.frame && letters.test(other.word);
+    if (piece.frame || !letters.test(word)) return word.trim().slice(0, 40);
+    for (let at = position, here = piece; at > 0 && !here.space && whole(FL.piece(at - 1)); at--) {
+      here = FL.piece(at - 1);
+      word = here.word + word;
+    }
+    for (let at = position + 1, n = FL.n(); at < n; at++) {
+      const here = FL.piece(at);
+      if (!whole(here) || here.space) break;
+      word += here.word;
+    }
+    return word.slice(0, 40);
   };
 
-  /* The whole word around a token, its other pieces included, with some words on both sides. */
+  /* The text on both sides of a token. */
   FL.context = (position, reach = 5) => {
     const part = (from, to) => {
       let out = "";

@@ -43,9 +43,10 @@
     context.drawImage(matrix.held.image, (was.left - now.left) * scale, (was.top - now.top) * scale, was.span * scale, was.span * scale);
   }
 
+  const fineness = () => Math.max(64, Math.min(1024, Math.round(canvas.clientWidth * (window.devicePixelRatio || 1))));
+
   async function draw() {
-    const run = ++matrix.run, alive = () => run === matrix.run;
-    const size = Math.max(64, Math.min(1024, Math.round(canvas.clientWidth * (window.devicePixelRatio || 1))));
+    const run = ++matrix.run, alive = () => run === matrix.run, size = fineness();
     if (canvas.width !== size) canvas.width = canvas.height = size;
     const context = canvas.getContext("2d");
     context.clearRect(0, 0, size, size);
@@ -62,11 +63,15 @@
       image.data[4 * at + 2] = blue;
       image.data[4 * at + 3] = Math.round(255 * dark);
     };
-    const paint = () => {
+    // What is not yet counted keeps the stretched part of the last picture.
+    const paint = (lines) => {
+      const high = (lines * size) / pixels;
       paper.putImageData(image, 0, 0);
       context.clearRect(0, 0, size, size);
+      stretch(context, size);
+      context.clearRect(0, 0, size, high);
       context.imageSmoothingEnabled = false;
-      context.drawImage(sheet, 0, 0, size, size);
+      context.drawImage(sheet, 0, 0, pixels, lines, 0, 0, size, high);
     };
     const picture = FL.view().picture;
     let exact = true;
@@ -81,13 +86,13 @@
         for (let p = 0; p < pixels; p++) ink(r * pixels + p, darkness(line[p], cells));
         if (performance.now() - painted > 120) {
           painted = performance.now();
-          paint();
+          paint(r + 1);
           canvas.dataset.done = String(Math.round((100 * r) / pixels));
         }
       }, alive);
       if (!done) return;
     }
-    paint();
+    paint(pixels);
     if (cells && size / pixels >= 7) lines(context, size, pixels);
     const copy = document.createElement("canvas");
     copy.width = copy.height = size;
@@ -270,7 +275,7 @@
     const { cursor: { i, j }, view: { top, left, span } } = matrix;
     return i >= top && i < top + span && j >= left && j < left + span;
   };
-  new ResizeObserver(() => matrix.view && draw()).observe(canvas);
+  new ResizeObserver(() => matrix.view && canvas.clientWidth && canvas.width !== fineness() && draw()).observe(canvas);
 
   FL.on((changed) => {
     if (changed.has("scope") || changed.has("start")) {

@@ -32,7 +32,7 @@
   const around = (position, name) => {
     const [before, after] = FL.context(position), piece = FL.piece(position);
     return FL.el("td", {}, FL.el("span", { class: "context", text: before + (piece && piece.space ? " " : "") }),
-      FL.el("span", { class: `word ${name}`, text: FL.word(position) || FL.number(position) }), FL.el("span", { class: "context", text: after }));
+      FL.el("span", { class: `word ${name}`, text: piece ? piece.word : FL.number(position) }), FL.el("span", { class: "context", text: after }));
   };
 
   function lost() {
