@@ -16,8 +16,8 @@ from farlight.errors import ArgumentError
 __all__ = ["Option", "allocate", "concave"]
 
 
-# What is left of a budget is not spent on less than this share of a row.
-_LEAST = 1e-5
+# Once a budget no longer pays for what is wanted most, it is not spent on crumbs: less than this share of a head.
+_LEAST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,15 @@ def allocate(
         )
     steps = [(-weights[head] * _slope(hull[0], hull[1]), head) for head, hull in enumerate(hulls) if len(hull) > 1]
     heapq.heapify(steps)
-    last = -1
+    last, tight = -1, False
     while steps and (keep is None or kept < keep * len(heads) - 1e-9):
         _, head = heapq.heappop(steps)
         here, there = hulls[head][at[head]], hulls[head][at[head] + 1]
         if links is not None and spent + there.links - here.links > links * (1 + 1e-9):
+            tight = True
             continue  # too dear; a cheaper step of another head may still fit
+        if tight and there.value - here.value < _LEAST:
+            continue
         at[head] += 1
         last = head
         spent += there.links - here.links
@@ -127,7 +130,7 @@ def _spend_the_rest(
             for option in options:
                 more = option.links - now.links
                 gain = weights[head] * (option.value - now.value)
-                if gain > _LEAST and more <= left and (more <= 0 or gain / more > best):
+                if gain > _LEAST * weights[head] and more <= left and (more <= 0 or gain / more > best):
                     best, place = (gain / more if more > 0 else float("inf")), (head, option)
         if place is None:
             return chosen
