@@ -1,5 +1,6 @@
 #include "run.h"
 
+#include <cstring>
 #include <memory>
 
 #include "memory.h"
@@ -12,11 +13,22 @@ namespace {
 
 constexpr int64_t kWorthThreads = 50'000;  // keys visited times head dimension, below which one thread is faster than two
 
-// A thread's working memory; kept from call to call.
-char* scratch(int64_t bytes) {
+// A thread's working memory; kept from call to call, but for its beginning, which is cleared for each.
+char* scratch(int64_t bytes, int64_t cleared, uint64_t call) {
   thread_local Room room;
-  if (room.bytes() < bytes) room = Room(bytes);
+  thread_local uint64_t served = 0;
+  if (room.bytes() < bytes) {
+    room = Room(bytes);
+    served = 0;
+  }
+  if (served != call) std::memset(room.as<char>(), 0, static_cast<size_t>(cleared));
+  served = call;
   return room.as<char>();
+}
+
+uint64_t next_call() {
+  static std::atomic<uint64_t> calls{0};
+  return calls.fetch_add(1, std::memory_order_relaxed) + 1;
 }
 
 // Results of split tiles on their way.
@@ -46,16 +58,18 @@ int64_t rows_bytes(const Call& call, Type type, int64_t heads, int64_t rows) {
 void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads) {
   const Partials partials(call, schedule);
   const int64_t bytes = kernels.scratch_bytes(call);
+  const uint64_t number = next_call();
   if (schedule.cost * call.dim < kWorthThreads) threads = 1;
   expect_writes(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q));
   for (const Phase& phase : schedule.phases)
     for_each(static_cast<int64_t>(phase.forward.size()), threads,
-             [&](int64_t i) { kernels.forward(call, phase.forward[i], scratch(bytes)); });
+             [&](int64_t i) { kernels.forward(call, phase.forward[i], scratch(bytes, kernels.cleared_bytes, number)); });
 }
 
 void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads) {
   const Partials partials(call, schedule);
   const int64_t bytes = kernels.scratch_bytes(call);
+  const uint64_t number = next_call();
   if (schedule.cost * call.dim < kWorthThreads) threads = 1;
   expect_writes(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q));
   for (void* grad : {dk, dv}) expect_writes(grad, rows_bytes(call, call.type, call.kv_heads, call.plan->n_k));
@@ -69,7 +83,7 @@ void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, v
     for_each(units, threads, [&](int64_t unit) {
       if (p == 0) sums.open(unit);
       const Slab& slab = phase.slabs[unit];
-      for (int64_t i = slab.first; i < slab.last; ++i) kernels.backward(call, phase.backward[i], sums.of(unit), scratch(bytes));
+      for (int64_t i = slab.first; i < slab.last; ++i) kernels.backward(call, phase.backward[i], sums.of(unit), scratch(bytes, kernels.cleared_bytes, number));
       if (at_once && sums.finished(unit)) {
         const int64_t group = unit / schedule.slab_count;
         for (int64_t block = 0; block < schedule.blocks; ++block) sums.add_up(group, block);

@@ -99,6 +99,7 @@ struct Item {
 // The functions of one instruction set.
 struct Kernels {
   const char* name;
+  int64_t cleared_bytes;  // of the working memory's beginning, zero when a thread first serves a call
   int64_t (*scratch_bytes)(const Call&);
   void (*forward)(const Call&, const Item&, char* scratch);
   void (*backward)(const Call&, const Item&, const Sums&, char* scratch);

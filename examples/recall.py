@@ -5,7 +5,8 @@ reach of the windows. A model of two layers is trained from nothing to answer wi
 
     window                  the name is out of reach: chance
     window + lighthouse     token 0 sees everything and is seen by everyone: it carries the name over
-    window + rooms          KMeans routing in the last layer: question and name learn to meet in one room
+    window + rooms          KMeans routing in the last layer: question and name learn to meet in one room (in the shortest
+                            texts, with which training begins, that layer reads everything while its rooms form)
     full                    every pair, for comparison
 
     python examples/recall.py                      # 4096 tokens; some minutes on two cores
@@ -41,6 +42,7 @@ class Config:
     questions: int = 16  # at most; the last token is one of them
     window: int = 8
     rooms: int = 8
+    whole: int = 64  # texts up to this length are read whole while rooms are learned: what never meets is never drawn together
     width: int = 64
     heads: int = 4
     layers: int = 2
@@ -50,7 +52,7 @@ class Config:
     warm: float = 0.6  # the full length comes after this part of the steps at the latest
     rate: float = 3e-3
     judged: int = 100  # fresh texts that the table is made from
-    seconds: float = 140.0  # for each pattern, at most
+    seconds: float = 200.0  # for each pattern, at most
     threads: int = 2
     seed: int = 0
 
@@ -67,7 +69,7 @@ class Config:
 
 
 SMOKE = Config(
-    tokens=192, names=8, fillers=24, page=32, window=2, rooms=4, batch=8, steps=240, first=32, seconds=10.0, threads=1
+    tokens=192, names=8, fillers=24, page=32, window=2, rooms=4, whole=32, batch=8, steps=240, first=32, seconds=10.0, threads=1
 )
 
 
@@ -90,7 +92,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: Config, routed: bool, fixed: fl.Pattern) -> None:
         super().__init__()
-        width, self.heads, self.fixed = config.width, config.heads, fixed
+        width, self.heads, self.fixed, self.whole = config.width, config.heads, fixed, config.whole
         self.norm_a, self.norm_b = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
@@ -101,6 +103,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm_a(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         pattern = self.fixed if self.router is None else self.router(q, k) | self.fixed
+        if self.router is not None and self.training and x.shape[1] <= self.whole:
+            pattern = fl.full()
         x = x + self.out(fl.attention(q, k, v, pattern).transpose(1, 2).flatten(2))
         mixed: Tensor = x + self.mlp(self.norm_b(x))
         return mixed

@@ -178,7 +178,7 @@ def test_fidelity_against_direct_computation(make: Any) -> None:
 
 @pytest.mark.parametrize("batch_tokens", [64, 130, 10**6])
 def test_batches_do_not_show(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farlight.understanding.fidelity._BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr("farlight.understanding.fidelity.BATCH_TOKENS", batch_tokens)
     cut = cut_passages(words(300), tokenizer(), 64, 3)
     found = measure_fidelity(encoder(), cut.ids, PATTERNS[:2]).patterns[1]
     monkeypatch.undo()
@@ -193,7 +193,7 @@ def test_audit_puts_it_together() -> None:
     result = audit(decoder(), cut, PATTERNS, model_name="m", text_name="t", step=said.append)
     assert (result.layers, result.heads, result.kv_heads, result.head_dim) == (3, 4, 2, 8)
     assert (result.tokens, result.passages, result.passage_tokens, result.own) == (700, 3, 64, "causal()")
-    assert len(said) == steps(cut, len(PATTERNS))
+    assert said == steps(cut, PATTERNS)
     first, _, everything = result.patterns
     assert first.links == (fl.causal() & fl.window(3)).count(64) * 12
     assert first.density == pytest.approx((fl.causal() & fl.window(3)).count(64) / fl.causal().count(64))

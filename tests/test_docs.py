@@ -27,3 +27,15 @@ def test_the_first_snippet_runs(name, capsys):
 def test_links_lead_somewhere(name):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), f"{name} links to {target}, which does not exist"
+
+
+def test_the_snippets_of_building_run():
+    """In order, as one program, on a text of 256 tokens."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "building.md").read_text(encoding="utf-8"), re.DOTALL))
+    for long, short in (("[1000, 3096]", "[100, 156]"), ("[4096], [3000]", "[256], [200]"), ("4096", "256"), ("(6, ", "(2, ")):
+        assert long in code
+        code = code.replace(long, short)
+    held = {}
+    exec(compile(code, "building.md", "exec"), held)
+    assert held["logits"].shape == (1, 1024, 256)
+    assert held["states"].shape == (2, 256, 256)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import farlight as fl
-from farlight.understanding import retention as module
+from farlight.understanding import probability as module
 from farlight.understanding.histogram import BINS, HistogramBuilder
 from farlight.understanding.memory import peak_memory
 from farlight.understanding.retention import Retention, retention, retentions
@@ -101,6 +101,19 @@ def test_scale_and_offset(scale: float | None, q_offset: int | None) -> None:
     q, k, v = tensors()
     found = retention(q, k, fl.window(5), v, base=fl.causal(), scale=scale, q_offset=q_offset)
     check(found, brute(q, k, v, fl.window(5), fl.causal(), scale, q_offset), 1e-12)
+
+
+@pytest.mark.parametrize("few", [1, 10**9])
+@pytest.mark.parametrize("name", ["window", "nothing", "some rows empty", "union", "future only"])
+@pytest.mark.parametrize("base", [None, fl.causal()])
+def test_reading_few_pairs_is_reading_a_mask(
+    few: int, name: str, base: fl.Pattern | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs listed one by one, whenever they are listed at all, or never."""
+    monkeypatch.setattr(module, "_FEW", few)
+    monkeypatch.setattr(module, "_TILE", 3000)
+    q, k, v = tensors()
+    check(retention(q, k, PATTERNS[name], base=base), brute(q, k, v, PATTERNS[name], base, None, None), 1e-12)
 
 
 @pytest.mark.parametrize("budget", [1, 100, 1000, 10**9])

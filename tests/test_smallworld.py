@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import farlight as fl
 from farlight.errors import ArgumentError, PatternError
 from farlight.patterns import Sizes
+from farlight.testing import CASES
 from farlight.testing.strategies import patterns
 from farlight.understanding.graph import SmallWorld, smallworld, yardsticks
 from farlight.understanding.graph import clustering as clustering_module
@@ -177,6 +178,19 @@ def test_links_are_the_pattern(problem: tuple[fl.Pattern, Sizes, int, int]) -> N
     strict = dense & ~np.eye(n, dtype=bool)
     assert links.hear(values) == pytest.approx(strict @ values, abs=1e-12)
     assert links.tell(values) == pytest.approx(strict.T @ values, abs=1e-12)
+
+
+def test_links_are_every_shared_case() -> None:
+    """Also where a term has an order of its keys and single keys at once, as a stride of random keys has."""
+    for case in CASES:
+        if case.n_q != case.n_k or case.q_offset not in (None, 0) or not 0 < case.n_k <= 260:
+            continue
+        truth = case.pattern.dense(case.n_k, batch=case.batch, heads=case.heads)
+        head = truth.shape[1] - 1
+        seen = np.zeros((case.n_k, case.n_k), dtype=int)
+        for part in Links.of(case.pattern, case.n_k, 0, head).stretches(np.arange(case.n_k)):
+            np.add.at(seen, part.keys(), 1)
+        assert np.array_equal(seen, truth[0, head].int().numpy()), case.name
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------------------

@@ -91,6 +91,30 @@ def _against_window(row: Row) -> str:
     return f"{rate(row['useful_gflops'])} ({share(row['rate_of_window'])}, {share(row['time_of_window'])})"
 
 
+def routing(results: dict[str, Any]) -> str:
+    rows = measured(rows_of(results, "routing"))
+    head = ["router", "", "density", "choosing", "planning", "attending", "together", "dense SDPA", "against dense"]
+    body = []
+    for row in rows:
+        cells = [code(row["pattern"]), kind(row), percent(row["density"]), seconds(row["route_seconds"])]
+        cells += [seconds(row["plan_seconds"]), seconds(row["attend_seconds"]), seconds(row["seconds"])]
+        body.append([*cells, seconds(row["dense_seconds"]), times(row["times_dense"])])
+    note = (
+        "Every head chooses for itself, from random vectors: the hardest case for planning. Planning is the first attention "
+        "under a new choice less a later one under the same.\n"
+    )
+    return (
+        table(
+            [*head, "planning ÷ what it saves"],
+            [[*cells, percent(row.get("plan_of_saved"))] for cells, row in zip(body, rows, strict=True)],
+        )
+        + "\n"
+        + note
+        if rows
+        else ""
+    )
+
+
 def dims(results: dict[str, Any]) -> str:
     rows = measured(rows_of(results, "dims"))
     kinds = distinct(rows, "dtype", "pass")
@@ -125,11 +149,17 @@ def models(results: dict[str, Any]) -> str:
         "against dense",
     ]
     body = []
-    for row in measured(rows_of(results, "models")):
+    for row in measured(rows_of(results, "models"), measure="layer"):
         cells = [row["model"], f"{row['tokens']:,}", seconds(row["module_seconds"]), seconds(row["projection_seconds"])]
         cells += [seconds(row["theirs_seconds"]), spread(row), times(row["times_theirs"]), times(row["times_dense"])]
         body.append(cells)
-    return table(head, body)
+    whole = ["whole model", "tokens", "Hugging Face's", "with farlight (range)", "against it", "peak memory", "with farlight"]
+    rows = []
+    for row in measured(rows_of(results, "models"), measure="whole model"):
+        cells = [f"{row['model']}, {row['layers']} layers", f"{row['tokens']:,}", seconds(row["theirs_seconds"]), spread(row)]
+        memory = [f"{row[column] / 2**20:,.0f} MiB" for column in ("theirs_peak_bytes", "peak_bytes")]
+        rows.append([*cells, times(row["times_theirs"]), *memory])
+    return "\n".join((table(head, body), table(whole, rows)))
 
 
 def scaling(results: dict[str, Any]) -> str:
@@ -211,6 +241,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "headline": headline,
     "length": length,
     "patterns": patterns,
+    "routing": routing,
     "dims": dims,
     "models": models,
     "scaling": scaling,

@@ -54,6 +54,7 @@ def targets(results: dict[str, Any]) -> Iterator[Target]:
     yield most("dilation 4: time ÷ undilated", 1.15, found("patterns", "time_of_window", pattern=dilated))
     yield least("clusters of 512: rate ÷ window's", 0.7, found("patterns", "rate_of_window", pattern="clusters of 512"))
     yield least("bigbird(64, 3): rate ÷ window's", 0.8, found("patterns", "rate_of_window", pattern="bigbird(64, 3)"))
+    yield most("planning what content chose ÷ the attention it saves", 0.15, found("routing", "plan_of_saved"))
     longest = results["settings"]["long_tokens"][1]
     yield most(f"{longest:,} tokens: time ÷ linear", 1.2, found("scaling", "of_linear", measure="long text"))
     peak = found("scaling", "peak_of_inputs_and_output", measure="long text")

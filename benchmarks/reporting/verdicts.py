@@ -48,7 +48,10 @@ def comparisons(results: dict[str, Any]) -> Iterator[Comparison]:
             task = f"{row['dtype']} {row['pass']} at {row['tokens']:,} tokens"
             ours = f"farlight {row['backend']}"
             yield Comparison(task, ours, row["seconds"], "dense SDPA", row["dense_seconds"], row["dense_predicted"])
-    for row in measured(rows_of(results, "models")):
+    for row in measured(rows_of(results, "routing")):
+        task, ours = f"{row['pattern']}, {row['pass']} at {row['tokens']:,} tokens", "choosing, planning and attending"
+        yield Comparison(task, ours, row["seconds"], "dense SDPA", row["dense_seconds"])
+    for row in measured(rows_of(results, "models"), measure="layer"):
         task, ours = f"the links of {row['model']} at {row['tokens']:,} tokens, {row['dtype']}", f"farlight {row['backend']}"
         yield Comparison(task, ours, row["seconds"], "Hugging Face's attention", row["theirs_seconds"])
         yield Comparison(task, ours, row["seconds"], "dense SDPA", row["dense_seconds"])

@@ -16,17 +16,21 @@ class Backward {
   using Word = typename Op::Word;
 
  public:
+  using Session = typename Mode::Session;
+
   Backward(const Call& call, const Item& item, Arena& arena)
       : call_(call),
         item_(item),
         dim_(call.dim),
         ld_(rounded(call.dim, 32)),
-        keys_({call.k, item.batch, kv_head()}, dim_),
-        values_({call.v, item.batch, kv_head()}, dim_),
+        keys_({call.k, item.batch, kv_head()}, dim_, call.plan->n_k),
+        values_({call.v, item.batch, kv_head()}, dim_, call.plan->n_k),
+        columns_(keys_.source(), dim_, item.batch * call.kv_heads + kv_head()),
         queries_(dim_),
         upstream_(dim_) {
-    chunk_ = arena.take<Chunk>(1);
-    keys_.reserve(arena, true, true);
+    columns_.reserve(arena);
+    chunks_ = arena.take<Chunk>(2);
+    keys_.reserve(arena, true, !in_tiles<Mode>);
     values_.reserve(arena, true, false);
     queries_.reserve(arena);
     upstream_.reserve(arena);
@@ -39,12 +43,13 @@ class Backward {
       slope_rows_ = arena.take<Word>(kKeys * kRows / 2);
       slope_columns_ = arena.take<Word>(kKeys * kRows / 2);
     }
+    if (in_tiles<Mode>) loose_ = arena.take<float>(16 * ld_);
     weights_at_ = arena.take<const Word*>(kKeys);
     slopes_at_ = arena.take<const Word*>(kKeys);
     dk_ = arena.take<float*>(kKeys);
     dv_ = arena.take<float*>(kKeys);
     spill_ = arena.take<float>(ld_);
-    dq_ = arena.take<float>(rounded(dim_, 8) * kRows);
+    dq_ = arena.take<float>(rounded(dim_, 16) * kRows);
     rows_ = arena.take<float>(kRows * ld_);
     query_ = arena.take<float>(ld_);
     row_upstream_ = arena.take<float>(ld_);
@@ -66,22 +71,24 @@ class Backward {
     const int terms = (tile.count + Op::per - 1) / Op::per;
     uint32_t touched = 0;
     bool fresh = true;
-    Walk walk(tile);
-    Chunk& c = *chunk_;
-    while (walk.next(c)) {
+    Walk walk(tile, chunk_of<Mode>, group_of<Mode>);
+    bool more = walk.next(chunks_[0]);
+    for (int turn = 0; more; turn ^= 1) {
+      chunk_ = chunks_ + turn;
+      more = walk.next(chunks_[turn ^ 1]);
+      const Chunk& c = *chunk_;
+      const Ahead<Mode> ahead{more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, dim_};
       for (int i = 0; i < c.n; ++i) touched |= c.seen[i];
-      keys_.fetch_rows(c, true);
-      values_.fetch_rows(c);
+      if constexpr (!in_tiles<Mode>) {
+        keys_.fetch_rows(c, true);
+        values_.fetch_rows(c);
+      }
       find_sums(sums);
-      score<Mode, false>(c, keys_, queries_, base2, lanes, scores_, nullptr);
-      score<Mode, false>(c, values_, upstream_, 1.0f, lanes, slopes_, nullptr);
-      differentiate(dropped, lanes);
-      add_to_sums(terms);
-      const int n = in_pairs<Mode> ? keys_.fetch_columns(c) : c.n;
-      const Word* slopes;
-      if constexpr (in_pairs<Mode>) slopes = slope_columns_;
-      else slopes = slopes_;
-      add_across<Op>(dq_, keys_.across, slopes, n, dim_, lanes, fresh);
+      score<Mode, false>(c, keys_, queries_, base2, lanes, scores_, nullptr, ahead);
+      score<Mode, false>(c, values_, upstream_, 1.0f, lanes, slopes_, nullptr, Nothing());
+      differentiate(dropped, base2, lanes);
+      add_to_sums(terms, sums.stride);
+      add_keys(lanes, fresh);
       fresh = false;
     }
     if (fresh) {
@@ -119,9 +126,13 @@ class Backward {
   // Rows as the operand of sums over rows: in pairs, word (i, d) holds rows 2i and 2i + 1.
   void lay_rows(const Source<T>& source, const Tile& tile, Word* to) {
     if constexpr (in_pairs<Mode>) {
-#if defined(FARLIGHT_ISA_AVX512BF16)
+#if defined(FARLIGHT_PAIRS)
       for (int s = 0; s < tile.count; s += 2)
         interleave_rows(source.row(tile.row[s]), s + 1 < tile.count ? source.row(tile.row[s + 1]) : nullptr, dim_, to + s / 2 * ld_);
+      if (in_tiles<Mode>) {
+        const int pairs = (tile.count + 1) / 2;
+        std::memset(to + pairs * ld_, 0, (kRows / 2 - pairs) * ld_ * sizeof(Word));
+      }
 #endif
     } else {
       for (int s = 0; s < tile.count; ++s) {
@@ -146,9 +157,9 @@ class Backward {
   }
 
   // From S and dP to P (with dropout) and dS, both times what the products need.
-  void differentiate(const Dropped& dropped, int lanes) {
+  void differentiate(const Dropped& dropped, float base2, int lanes) {
     const Chunk& c = *chunk_;
-    const F scale = all(call_.scale), inverse = all(dropped.inverse());
+    const F scale = all(call_.scale), inverse = all(dropped.inverse()), factor = all(base2);
     for (int g = 0; g < lanes; g += kV * W) {
       F lse[kV], delta[kV];
       for (int v = 0; v < kV; ++v) {
@@ -161,7 +172,9 @@ class Backward {
         FARLIGHT_UNROLL
         for (int v = 0; v < kV; ++v) {
           const int at = i * kRows + g + v * W;
-          p[v] = power2<Mode::degree>(sub(load(scores_ + at), lse[v]));
+          F score = load(scores_ + at);
+          if (in_tiles<Mode>) score = mul(score, factor);
+          p[v] = power2<Mode::degree>(sub(score, lse[v]));
           if (masked) p[v] = choose(c.seen[i] >> (g + v * W), p[v], all(0.0f));
           F dp = load(slopes_ + at);
           if (dropped.on()) {
@@ -177,12 +190,15 @@ class Backward {
         keep(i, g, p, ds);
       }
     }
-    if constexpr (in_pairs<Mode>) pair_slopes();
+    if constexpr (in_pairs<Mode>) {
+      if (in_tiles<Mode>) clear_rest();
+      pair_slopes();
+    }
   }
 
   FARLIGHT_INLINE void keep(int i, int g, const F (&p)[kV], const F (&ds)[kV]) {
     if constexpr (in_pairs<Mode>) {
-#if defined(FARLIGHT_ISA_AVX512BF16)
+#if defined(FARLIGHT_PAIRS)
       store_i(weight_rows_ + i * kRows / 2, narrowed(p[0], p[1]));
       store_i(slope_rows_ + i * kRows / 2, narrowed(ds[0], ds[1]));
 #endif
@@ -195,12 +211,20 @@ class Backward {
     }
   }
 
+  // Keys that only fill up the last group have no weight.
+  void clear_rest() {
+    const int64_t rest = chunk_->blocks * kM - chunk_->n;
+    std::memset(weight_rows_ + chunk_->n * kRows / 2, 0, rest * kRows / 2 * sizeof(Word));
+    std::memset(slope_rows_ + chunk_->n * kRows / 2, 0, rest * kRows / 2 * sizeof(Word));
+  }
+
   // dS once more with neighbouring keys in one word, for dQ.
   void pair_slopes() {
-#if defined(FARLIGHT_ISA_AVX512BF16)
-    for (int i = 0; i < chunk_->n; i += 2) {
+#if defined(FARLIGHT_PAIRS)
+    const int n = in_tiles<Mode> ? chunk_->blocks * kM : chunk_->n;
+    for (int i = 0; i < n; i += 2) {
       I low, high;
-      const I second = i + 1 < chunk_->n ? load_i(slope_rows_ + (i + 1) * kRows / 2) : all_i(0);
+      const I second = i + 1 < n ? load_i(slope_rows_ + (i + 1) * kRows / 2) : all_i(0);
       interleave(load_i(slope_rows_ + i * kRows / 2), second, low, high);
       store_i(slope_columns_ + i / 2 * kRows, low);
       store_i(slope_columns_ + i / 2 * kRows + W, high);
@@ -226,8 +250,13 @@ class Backward {
     }
   }
 
-  void add_to_sums(int terms) {
+  void add_to_sums(int terms, int64_t stride) {
     const Chunk& c = *chunk_;
+    if constexpr (in_tiles<Mode>) {
+      add_tiles_to_sums(dv_, weight_rows_, upstream_rows_, stride);
+      add_tiles_to_sums(dk_, slope_rows_, query_rows_, stride);
+      return;
+    }
     for (int block = 0; block < c.blocks; ++block) {
       const int at = block * kM;
       if (c.mixed[block] && repeats(at)) {
@@ -236,6 +265,50 @@ class Backward {
       }
       add_along<Op>(dv_ + at, weights_at_ + at, upstream_rows_, ld_, terms, dim_);
       add_along<Op>(dk_ + at, slopes_at_ + at, query_rows_, ld_, terms, dim_);
+    }
+  }
+
+  // Strips whose sums lie in one stretch are added to where they are, others by way of `loose_`, one key after the other.
+  void add_tiles_to_sums(float* const* sums, const Word* weights, const Word* rows, int64_t stride) {
+#if defined(FARLIGHT_ISA_AMX)
+    float* to[kKeys / kTile];
+    for (int first = 0; first < chunk_->blocks * kM;) {
+      int strips = 0;
+      for (; first < chunk_->blocks * kM && even(sums + first, stride); first += kTile) to[strips++] = sums[first];
+      const Word* at = weights + (first - strips * kTile) * kRows / 2;
+      if (strips) add_strips(to, stride, reinterpret_cast<const Half*>(at), rows, ld_, strips, dim_, false);
+      if (first >= chunk_->blocks * kM) return;
+      add_strips(&loose_, ld_, reinterpret_cast<const Half*>(weights + first * kRows / 2), rows, ld_, 1, dim_, true);
+      for (int i = 0; i < kTile && first + i < chunk_->n; ++i)
+        for (int64_t d = 0; d < dim_; d += W) store(sums[first + i] + d, add(load(sums[first + i] + d), load(loose_ + i * ld_ + d)));
+      first += kTile;
+    }
+#else
+    (void)sums, (void)weights, (void)rows, (void)stride;
+#endif
+  }
+
+#if defined(FARLIGHT_ISA_AMX)
+  static bool even(float* const* sums, int64_t stride) {
+    for (int i = 1; i < kTile; ++i)
+      if (sums[i] != sums[0] + i * stride) return false;
+    return true;
+  }
+#endif
+
+  // dQ^T += K^T dS^T.
+  void add_keys(int lanes, bool fresh) {
+    const Chunk& c = *chunk_;
+    if constexpr (in_tiles<Mode>) {
+#if defined(FARLIGHT_ISA_AMX)
+      add_across_groups(dq_, columns_.groups, slope_columns_, columns_.fetch(c), dim_, fresh);
+#endif
+    } else {
+      const int n = in_pairs<Mode> ? keys_.fetch_columns(c) : c.n;
+      const Word* slopes;
+      if constexpr (in_pairs<Mode>) slopes = slope_columns_;
+      else slopes = slopes_;
+      add_across<Op>(dq_, keys_.across, slopes, n, dim_, lanes, fresh);
     }
   }
 
@@ -330,11 +403,12 @@ class Backward {
   const Item& item_;
   int64_t dim_, ld_;
   Operand<Mode> keys_, values_;
+  ColumnsOf<Mode> columns_;
   Turned<Mode> queries_, upstream_;
-  Chunk* chunk_;
+  Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
   Word *query_rows_, *upstream_rows_, *weight_rows_ = nullptr, *slope_rows_ = nullptr, *slope_columns_ = nullptr;
   const Word **weights_at_, **slopes_at_;
-  float *scores_, *slopes_, **dk_, **dv_, *spill_, *dq_, *rows_, *query_, *row_upstream_;
+  float *loose_ = nullptr, *scores_, *slopes_, **dk_, **dv_, *spill_, *dq_, *rows_, *query_, *row_upstream_;
   float lse_[kRows], delta_[kRows];
 };
 

@@ -19,7 +19,7 @@ struct FloatWord {
   static FARLIGHT_INLINE F mac(F acc, Vector a, Vector b) { return fma(a, b, acc); }
 };
 
-#if defined(FARLIGHT_ISA_AVX512BF16)
+#if defined(FARLIGHT_PAIRS)
 struct PairWord {
   using Word = uint32_t;
   using Vector = I;

@@ -15,21 +15,25 @@ class Forward {
   using Word = typename Mode::Op::Word;
 
  public:
+  using Session = typename Mode::Session;
+
   Forward(const Call& call, const Item& item, Arena& arena)
       : call_(call),
         item_(item),
         dim_(call.dim),
         ld_(rounded(call.dim, 16)),
-        keys_({call.k, item.batch, kv_head()}, dim_),
-        values_({call.v, item.batch, kv_head()}, dim_),
+        keys_({call.k, item.batch, kv_head()}, dim_, call.plan->n_k),
+        values_({call.v, item.batch, kv_head()}, dim_, call.plan->n_k),
+        columns_(values_.source(), dim_, item.batch * call.kv_heads + kv_head()),
         queries_(dim_) {
-    chunk_ = arena.take<Chunk>(1);
+    columns_.reserve(arena);
+    chunks_ = arena.take<Chunk>(2);
     keys_.reserve(arena, true, false);
-    values_.reserve(arena, false, true);
+    values_.reserve(arena, false, !in_tiles<Mode>);
     queries_.reserve(arena);
     scores_ = arena.take<float>(kKeys * kRows);
     if (in_pairs<Mode>) weights_ = arena.take<Word>(kKeys / 2 * kRows);
-    sum_ = arena.take<float>(rounded(dim_, 8) * kRows);
+    sum_ = arena.take<float>(rounded(dim_, 16) * kRows);
     rows_ = arena.take<float>(kRows * ld_);
     query_ = arena.take<float>(ld_);
   }
@@ -46,19 +50,20 @@ class Forward {
       store(top_ + g, all(kNothing));
       store(total_ + g, all(0.0f));
     }
+    ask_for_results(tile);
     bool fresh = true;
-    Walk walk(tile);
-    while (walk.next(*chunk_)) {
+    Walk walk(tile, chunk_of<Mode>, group_of<Mode>);
+    bool more = walk.next(chunks_[0]);
+    for (int turn = 0; more; turn ^= 1) {
+      chunk_ = chunks_ + turn;
+      more = walk.next(chunks_[turn ^ 1]);
+      const Ahead<Mode> ahead{more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, dim_};
       float top[kRows];
-      keys_.fetch_rows(*chunk_);
-      score<Mode, true>(*chunk_, keys_, queries_, base2, lanes, scores_, top);
+      if constexpr (!in_tiles<Mode>) keys_.fetch_rows(*chunk_);
+      score<Mode, true>(*chunk_, keys_, queries_, base2, lanes, scores_, top, ahead);
       raise(top, lanes, fresh);
-      weigh(dropped, lanes);
-      const int n = values_.fetch_columns(*chunk_);
-      const Word* weights;
-      if constexpr (in_pairs<Mode>) weights = weights_;
-      else weights = scores_;
-      add_across<typename Mode::Op>(sum_, values_.across, weights, n, dim_, lanes, fresh);
+      weigh(dropped, base2, lanes);
+      add_values(lanes, fresh);
       fresh = false;
     }
     if (fresh) {
@@ -72,6 +77,13 @@ class Forward {
 
  private:
   int64_t kv_head() const { return item_.head / (call_.heads / call_.kv_heads); }
+
+  // Where the rows' results go: on its way to the cache before it is written.
+  void ask_for_results(const Tile& tile) const {
+    const int64_t width = call_.out_type == Type::f32 ? 4 : 2;
+    const char* at = static_cast<const char*>(call_.result) + (item_.batch * call_.heads + item_.head) * call_.plan->n_q * dim_ * width;
+    for (int s = 0; s < tile.count; ++s) ask_for(at + tile.row[s] * dim_ * width, dim_ * width);
+  }
 
   // A row whose largest score rose by more than this gets a new reference; until then its weights may exceed 1, harmlessly.
   static constexpr float kSlack = 8.0f;
@@ -90,18 +102,48 @@ class Forward {
     }
   }
 
-  // Scores to weights; their sums; what dropout leaves, as operands of the second product.
-  void weigh(const Dropped& dropped, int lanes) {
+  FARLIGHT_INLINE F weight(int i, int g, F reference) const {
+    return power2<Mode::degree>(sub(load(scores_ + i * kRows + g), reference));
+  }
+
+  // The weights of a block where products are made of tiles: scores come as they are, neither scaled nor masked, and keys that
+  // only fill up the last group are masked as others are. Their sum.
+  FARLIGHT_INLINE F weigh_block(int block, int g, F factor, F reference, const Dropped& dropped) {
+    F sum = all(0.0f);
+#if defined(FARLIGHT_ISA_AMX)
     const Chunk& c = *chunk_;
+    const int first = block * kM;
+    F w[kM];
+    FARLIGHT_UNROLL
+    for (int i = 0; i < kM; ++i) w[i] = power2<Mode::degree>(sub(mul(load(scores_ + (first + i) * kRows + g), factor), reference));
+    if (c.masked[block])
+      for (int i = 0; i < kM; ++i) w[i] = choose(c.seen[first + i] >> g, w[i], all(0.0f));
+    sum = add(add(add(w[0], w[1]), add(w[2], w[3])), add(add(w[4], w[5]), add(w[6], w[7])));
+    if (dropped.on())
+      for (int i = 0; i < kM; ++i) w[i] = choose(dropped.kept(c.key[first + i], g), w[i], all(0.0f));
+    FARLIGHT_UNROLL
+    for (int i = 0; i < kM; i += 2) store_i(weights_ + (first + i) / 2 * kRows + g, paired(w[i], w[i + 1]));
+#else
+    (void)block, (void)g, (void)factor, (void)reference, (void)dropped;
+#endif
+    return sum;
+  }
+
+  // Scores to weights; their sums; what dropout leaves, as operands of the second product.
+  void weigh(const Dropped& dropped, float base2, int lanes) {
+    const Chunk& c = *chunk_;
+    [[maybe_unused]] const F factor = all(base2);
     for (int g = 0; g < lanes; g += W) {
       const F reference = load(top_ + g);
       F total = all(0.0f);  // of this chunk, for the reason given at across_block
-      if constexpr (in_pairs<Mode>) {
-#if defined(FARLIGHT_ISA_AVX512BF16)
+      if constexpr (in_tiles<Mode>) {
+        for (int block = 0; block < c.blocks; ++block) total = add(total, weigh_block(block, g, factor, reference, dropped));
+      } else if constexpr (in_pairs<Mode>) {
+#if defined(FARLIGHT_PAIRS)
         for (int i = 0; i < c.n; i += 2) {
           const bool both = i + 1 < c.n;
-          F a = power2<Mode::degree>(sub(load(scores_ + i * kRows + g), reference));
-          F b = both ? power2<Mode::degree>(sub(load(scores_ + (i + 1) * kRows + g), reference)) : all(0.0f);
+          F a = weight(i, g, reference);
+          F b = both ? weight(i + 1, g, reference) : all(0.0f);
           total = add(total, add(a, b));
           if (dropped.on()) {
             a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
@@ -112,13 +154,29 @@ class Forward {
 #endif
       } else {
         for (int i = 0; i < c.n; ++i) {
-          F a = power2<Mode::degree>(sub(load(scores_ + i * kRows + g), reference));
+          F a = weight(i, g, reference);
           total = add(total, a);
           if (dropped.on()) a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
           store(scores_ + i * kRows + g, a);
         }
       }
       store(total_ + g, add(load(total_ + g), total));
+    }
+  }
+
+  // O^T += V^T P^T.
+  void add_values(int lanes, bool fresh) {
+    if constexpr (in_tiles<Mode>) {
+#if defined(FARLIGHT_ISA_AMX)
+      const int groups = columns_.fetch(*chunk_);
+      add_across_groups(sum_, columns_.groups, weights_, groups, dim_, fresh);
+#endif
+    } else {
+      const int n = values_.fetch_columns(*chunk_);
+      const Word* weights;
+      if constexpr (in_pairs<Mode>) weights = weights_;
+      else weights = scores_;
+      add_across<typename Mode::Op>(sum_, values_.across, weights, n, dim_, lanes, fresh);
     }
   }
 
@@ -217,8 +275,9 @@ class Forward {
   const Item& item_;
   int64_t dim_, ld_;
   Operand<Mode> keys_, values_;
+  ColumnsOf<Mode> columns_;
   Turned<Mode> queries_;
-  Chunk* chunk_;
+  Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
   float *scores_, *sum_, *rows_, *query_;
   Word* weights_ = nullptr;
   alignas(64) float top_[kRows];

@@ -21,8 +21,12 @@
 #define FARLIGHT_PREFETCH_L2(p) ((void)(p))
 #endif
 
-#if defined(FARLIGHT_ISA_AVX512BF16)
+#if defined(FARLIGHT_ISA_AMX)
+#define FARLIGHT_NS amx
+#define FARLIGHT_PAIRS
+#elif defined(FARLIGHT_ISA_AVX512BF16)
 #define FARLIGHT_NS avx512bf16
+#define FARLIGHT_PAIRS
 #elif defined(FARLIGHT_ISA_AVX512)
 #define FARLIGHT_NS avx512
 #elif defined(FARLIGHT_ISA_AVX2)
@@ -31,7 +35,7 @@
 #define FARLIGHT_NS portable
 #endif
 
-#if defined(FARLIGHT_ISA_AVX512BF16) || defined(FARLIGHT_ISA_AVX512)
+#if defined(FARLIGHT_PAIRS) || defined(FARLIGHT_ISA_AVX512)
 #include "simd_avx512.h"
 #elif defined(FARLIGHT_ISA_AVX2)
 #include "simd_avx2.h"

@@ -6,7 +6,9 @@ namespace farlight::FARLIGHT_NS {
 
 namespace {
 
-#if defined(FARLIGHT_ISA_AVX512BF16)
+#if defined(FARLIGHT_ISA_AMX)
+using Bfloat = Tiles;
+#elif defined(FARLIGHT_PAIRS)
 using Bfloat = Pairs;
 #else
 using Bfloat = Widened;
@@ -25,6 +27,7 @@ int64_t measure(const Call& call) {
 template <class Work, class... Rest>
 void run_item(const Call& call, const Item& item, char* scratch, const Rest&... rest) {
   Arena arena(scratch);
+  [[maybe_unused]] const typename Work::Session session;
   Work work(call, item, arena);
   const PieceView& piece = call.plan->pieces[item.piece];
   for (int first = 0; first < piece.count[item.entry]; first += kRows) work.run(first, rest...);
@@ -66,7 +69,12 @@ void fold(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int
 
 #define FARLIGHT_TEXT_OF(x) #x
 #define FARLIGHT_TEXT(x) FARLIGHT_TEXT_OF(x)
+#if defined(FARLIGHT_ISA_AMX)
+constexpr int64_t kCleared = kKept * sizeof(uint64_t);
+#else
+constexpr int64_t kCleared = 0;
+#endif
 extern const Kernels kernels;
-const Kernels kernels{FARLIGHT_TEXT(FARLIGHT_NS), scratch_bytes, forward, backward, fold};
+const Kernels kernels{FARLIGHT_TEXT(FARLIGHT_NS), kCleared, scratch_bytes, forward, backward, fold};
 
 }  // namespace farlight::FARLIGHT_NS

@@ -2,6 +2,7 @@
 //   InPlace  float32 tensors, float products; rows are read where they lie
 //   Widened  bfloat16 tensors, float products; rows are widened a chunk at a time
 //   Pairs    bfloat16 tensors, products of bfloat16 pairs; what is summed over keys or rows is interleaved a chunk at a time
+//   Tiles    the same operands as Pairs where the machine multiplies whole tiles of them (tiles.h)
 #pragma once
 
 #include "../views.h"
@@ -9,21 +10,42 @@
 #include "blocks.h"
 #include "chunk.h"
 #include "rows.h"
+#include "tiles.h"
 
 namespace farlight::FARLIGHT_NS {
 
+struct NoSession {
+  NoSession() {}  // what must be set up around an item: nothing
+};
+
 struct InPlace {
+  static constexpr bool tiles = false;
+  using Session = NoSession;
   using T = float;
   using Op = FloatWord;
   static constexpr int degree = 5;
 };
 struct Widened {
+  static constexpr bool tiles = false;
+  using Session = NoSession;
   using T = Half;
   using Op = FloatWord;
   static constexpr int degree = 3;
 };
-#if defined(FARLIGHT_ISA_AVX512BF16)
+#if defined(FARLIGHT_PAIRS)
 struct Pairs {
+  static constexpr bool tiles = false;
+  using Session = NoSession;
+  using T = Half;
+  using Op = PairWord;
+  static constexpr int degree = 3;
+};
+#endif
+
+#if defined(FARLIGHT_ISA_AMX)
+struct Tiles {
+  static constexpr bool tiles = true;
+  using Session = TileSession;
   using T = Half;
   using Op = PairWord;
   static constexpr int degree = 3;
@@ -32,6 +54,14 @@ struct Pairs {
 
 template <class Mode>
 constexpr bool in_pairs = Mode::Op::per == 2;
+// Whether products are made of tiles, and then how many keys are taken together.
+template <class Mode>
+constexpr bool in_tiles = Mode::tiles;
+template <class Mode>
+constexpr int group_of = in_tiles<Mode> ? 32 : kM;
+// Keys in a chunk: as many as leave K, V, the scores and the queries room in the first cache.
+template <class Mode>
+constexpr int chunk_of = sizeof(typename Mode::T) == 4 && kKeys >= 64 ? 64 / kM * kM : kKeys;
 
 // The rows of one (batch, head) of a tensor.
 template <class T>
@@ -43,7 +73,7 @@ struct Source {
   const T* row(int64_t i) const { return base + i * stride; }
 };
 
-#if defined(FARLIGHT_ISA_AVX512BF16)
+#if defined(FARLIGHT_PAIRS)
 // to[d] = (x[d], y[d]) for d < dim rounded up to 32; y null: zeros.
 FARLIGHT_INLINE void interleave_rows(const Half* x, const Half* y, int64_t dim, uint32_t* to) {
   for (int64_t d = 0; d < dim; d += 32) {
@@ -55,6 +85,15 @@ FARLIGHT_INLINE void interleave_rows(const Half* x, const Half* y, int64_t dim, 
 }
 #endif
 
+#if defined(FARLIGHT_ISA_AMX)
+// Whether so many keys (up to 16) are consecutive.
+FARLIGHT_INLINE bool neighbours(const int32_t* key, int count) {
+  const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i expected = _mm512_add_epi32(_mm512_set1_epi32(key[0]), steps);
+  return (_mm512_cmpneq_epi32_mask(_mm512_loadu_si512(key), expected) & ((1u << count) - 1)) == 0;
+}
+#endif
+
 // The K or V rows of a chunk as operands.
 template <class Mode>
 class Operand {
@@ -62,9 +101,13 @@ class Operand {
   using T = typename Mode::T;
   using Word = typename Mode::Op::Word;
 
-  Operand(const Source<T>& source, int64_t dim) : source_(source), dim_(dim), ld_(rounded(dim, 32)) {}
+  Operand(const Source<T>& source, int64_t dim, int64_t keys) : source_(source), dim_(dim), keys_(keys), ld_(rounded(dim, 32)) {}
 
   void reserve(Arena& arena, bool for_rows, bool for_columns) {
+    if (in_tiles<Mode>) {
+      along_room_ = arena.take<Word>(32 * ld_ / 2);
+      return;
+    }
     if (in_pairs<Mode>) {
       if (for_columns) across_room_ = arena.take<Word>(kKeys / 2 * ld_);
       if (for_rows && dim_ % 2) along_room_ = arena.take<Word>(kKeys * ld_ / 2);
@@ -116,6 +159,22 @@ class Operand {
     }
   }
 
+#if defined(FARLIGHT_ISA_AMX)
+  // Keys first ... first + 15 of the chunk as a strip of tiles: where they lie, or copied to the `place`th room (of two).
+  Strip strip(const Chunk& c, int first, int place) const {
+    const int real = least(c.n - first, kTile);
+    const bool inside = real == kTile || (real > 0 && c.key[first] + kTile <= keys_);
+    if (dim_ % kDeep == 0 && inside && neighbours(c.key + first, real))
+      return {source_.row(c.key[first]), source_.stride * static_cast<int64_t>(sizeof(T))};
+    Half* room = reinterpret_cast<Half*>(along_room_) + place * kTile * ld_;
+    for (int i = 0; i < real; ++i) {
+      const T* from = source_.row(c.key[first + i]);
+      for (int64_t d = 0; d < ld_; d += kDeep) store_i(reinterpret_cast<uint32_t*>(room + i * ld_ + d), load_halves(from + d, dim_ - d));
+    }
+    return {room, ld_ * static_cast<int64_t>(sizeof(T))};
+  }
+#endif
+
   const Source<T>& source() const { return source_; }
 
   const Word** along = nullptr;
@@ -132,7 +191,7 @@ class Operand {
   }
 
   Source<T> source_;
-  int64_t dim_, ld_;
+  int64_t dim_, keys_, ld_;
   Word* along_room_ = nullptr;
   Word* across_room_ = nullptr;
 };
@@ -147,7 +206,7 @@ class Turned {
   explicit Turned(int64_t dim) : dim_(dim), words((dim + Mode::Op::per - 1) / Mode::Op::per) {}
 
   void reserve(Arena& arena) {
-    turned = arena.take<Word>(rounded(words, 8) * kRows);
+    turned = arena.take<Word>(rounded(words, 16) * kRows);
     room_ = arena.take<Word>(kRows * rounded(dim_, 16));
   }
 
@@ -170,6 +229,7 @@ class Turned {
       }
     }
     turn_in(rows, words, turned);
+    if (in_tiles<Mode>) std::memset(turned + words * kRows, 0, (rounded(words, 16) - words) * kRows * sizeof(Word));
     if constexpr (!in_pairs<Mode>) {
       if (factor != 1.0f) {
         const F f = all(factor);

@@ -1,6 +1,7 @@
 // Single pairs: a key gathered for one row, the head dimension in lanes.
 #pragma once
 
+#include "columns.h"
 #include "operands.h"
 #include "scores.h"
 

@@ -48,7 +48,7 @@ FARLIGHT_INLINE F widen(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
 
-#if defined(FARLIGHT_ISA_AVX512BF16)
+#if defined(FARLIGHT_PAIRS)
 // Pairs of bfloat16 in 32-bit words: acc + a.low * b.low + a.high * b.high.
 FARLIGHT_INLINE F dot_pairs(F acc, I a, I b) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh&>(a), reinterpret_cast<__m512bh&>(b));

@@ -2,6 +2,7 @@
 
 from farlight import hf, nn, presets, routing
 from farlight.attention import attention, explain
+from farlight.decoding import KVCache, decode
 from farlight.errors import ArgumentError, FarlightError, PatternError, PlanError, UnsupportedError
 from farlight.merge import merge
 from farlight.patterns import (
@@ -29,6 +30,7 @@ from farlight.patterns import (
     window,
 )
 from farlight.plan import Plan, plan
+from farlight.understanding.fitting import Fit, fit
 from farlight.understanding.graph import Path, Reach, SmallWorld, path, reach, smallworld
 from farlight.understanding.retention import Retention, retention
 
@@ -37,6 +39,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "FarlightError",
+    "Fit",
+    "KVCache",
     "Path",
     "Pattern",
     "PatternError",
@@ -53,8 +57,10 @@ __all__ = [
     "chosen_blocks",
     "chosen_keys",
     "clusters",
+    "decode",
     "documents",
     "explain",
+    "fit",
     "full",
     "global_tokens",
     "hf",

@@ -55,5 +55,7 @@ def merge(pieces: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float] | No
     some = seeing.any(0)
     total = torch.logsumexp(torch.where(some, shifted, 0.0), 0)
     share = torch.where(seeing, torch.exp(torch.where(seeing, shifted, 0.0) - total), 0.0)
-    out = torch.stack([share[n].unsqueeze(-1) * piece.to(kind) for n, (piece, _) in enumerate(pieces)]).sum(0)
+    out = share[0].unsqueeze(-1) * pieces[0][0].to(kind)
+    for n, (piece, _) in enumerate(pieces[1:], 1):
+        out = torch.addcmul(out, share[n].unsqueeze(-1), piece.to(kind))
     return out.to(pieces[0][0].dtype), torch.where(some, total, float("-inf"))

@@ -16,6 +16,7 @@ from farlight.bench.machine import ceilings, load, machine
 from farlight.bench.models import model_rows
 from farlight.bench.patterns import pattern_rows
 from farlight.bench.planning import planning_rows, waste_rows
+from farlight.bench.routing import routing_rows
 from farlight.bench.scaling import scaling_rows
 from farlight.bench.settings import Box, Settings
 
@@ -34,11 +35,12 @@ class Section:
     rows: Callable[[Settings, Box], Iterator[Row]]
 
 
-# Together 25 minutes.
+# Together half an hour.
 _ALL = (
     Section("headline", "How fast is it beside dense attention, FlexAttention and the matrix product?", 400, headline_rows),
     Section("length", "From which length on does it win, and how does it grow?", 300, length_rows),
     Section("patterns", "Does a harder pattern keep the rate of the plain window?", 230, pattern_rows),
+    Section("routing", "What does it cost to let content decide?", 260, routing_rows),
     Section("dims", "Does the rate depend on the head dimension?", 110, dims_rows),
     Section("models", "How fast beside Hugging Face's Longformer and BigBird?", 120, model_rows),
     Section("scaling", "How does it scale: threads, tiny calls, a million tokens?", 130, scaling_rows),

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"farlight: the command line needs typer and rich ({error}); pip install typer rich.", file=sys.stderr)
         raise SystemExit(2) from None
 
-    from farlight.cli import audit, bench, doctor, map
+    from farlight.cli import audit, bench, doctor, embed, map
     from farlight.errors import FarlightError
 
     app = typer.Typer(
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app.command("audit")(audit.audit_command)
     app.command("bench")(bench.bench_command)
     app.command("doctor")(doctor.doctor_command)
+    app.command("embed")(embed.embed_command)
     app.command("map")(map.map_command)
     try:
         app(args=None if arguments is None else list(arguments), prog_name="farlight")

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farlight.cli.progress import progress
 from farlight.errors import ArgumentError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from farlight.patterns.base import Pattern
+    from farlight.routing import Router
     from farlight.understanding.audit import Audit
+    from farlight.understanding.fitting.model import ModelFit
+    from farlight.understanding.passages import Passages
+    from farlight.understanding.subjects import Subject
 
 __all__ = ["DEFAULT_PATTERNS", "audit_command"]
 
@@ -32,6 +37,7 @@ DEFAULT_PATTERNS = (
 
 # Longer passages are possible with --length; full attention over them is what takes the time.
 _LONGEST_PASSAGE = 2048
+_PASSAGES, _PASSAGES_OF_A_REPORT = 8, 32
 
 
 def audit_command(
@@ -42,70 +48,160 @@ def audit_command(
     ] = None,
     pattern: Annotated[
         list[str] | None,
-        typer.Option("--pattern", help='A pattern, e.g. "window(32) | global_tokens([0])". Repeat for several.'),
+        typer.Option(
+            "--pattern",
+            help='A pattern or router, e.g. "window(32) | global_tokens([0])" or "topblocks(share=0.1)". Repeat for several.',
+        ),
     ] = None,
-    passages: Annotated[int, typer.Option("--passages", help="How many passages the model reads.")] = 8,
+    keep: Annotated[
+        float | None,
+        typer.Option("--keep", help="Fit: the fewest links, head by head, that keep this share of full attention, e.g. 0.95."),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", help="Fit: the most that this share of all links can keep, e.g. 0.1.")
+    ] = None,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--candidate",
+            help="What a fit chooses from: window, dilated, strided, offsets, blocks, pairs, topblocks, or a pattern.",
+        ),
+    ] = None,
+    save: Annotated[Path | None, typer.Option("--save", help="Write the fit as JSON, for fl.hf.sparsify.")] = None,
+    passages: Annotated[
+        str | None,
+        typer.Option(
+            "--passages",
+            help='How many passages the model reads, from the start; "all" for the whole text. '
+            f"Default: {_PASSAGES}; with --html {_PASSAGES_OF_A_REPORT}, taken evenly from the whole text.",
+        ),
+    ] = None,
     length: Annotated[
         int | None,
         typer.Option("--length", help=f"Tokens in a passage. Default: what the model can read, at most {_LONGEST_PASSAGE}."),
     ] = None,
     backend: Annotated[str, typer.Option("--backend", help="Which backend computes sparse attention.")] = "auto",
+    page: Annotated[Path | None, typer.Option("--html", help="Write a report to look into, as one HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print what each sparse pattern saves and loses when a model reads a text."""
-    from farlight.cli.inputs import load_model, read_patterns, read_text
+    from farlight.cli.inputs import load_model, read_judged, read_text
     from farlight.kernels import dispatch
 
     # What is cheap to check is checked before a model is loaded.
-    patterns = read_patterns(pattern or DEFAULT_PATTERNS)
+    fitting = keep is not None or density is not None
+    judged: list[Pattern | Router | Subject] = [*read_judged(pattern or (() if fitting else DEFAULT_PATTERNS))]
+    if fitting:
+        _check_fit(keep, density, candidate, save)
+    elif candidate or save is not None:
+        raise ArgumentError("--candidate and --save belong to a fit: add --keep 0.95 or --density 0.1.")
     dispatch.check_name(backend)
-    if passages < 1:
-        raise ArgumentError(f"--passages {passages}: at least one passage is needed; the default is 8.")
+    count = _how_many(passages, _PASSAGES if page is None else _PASSAGES_OF_A_REPORT)
+    if page is not None and not page.parent.is_dir():
+        raise ArgumentError(f"--html {str(page)!r}: there is no folder {str(page.parent)!r}.")
     text_name, content = read_text(text)
-    with _progress() as (start, step):
-        start("loading the model", 1)
+    with progress() as (start, step):
+        start(["loading the model"])
+        step("loading the model")
         loaded = load_model(model)
         if length is not None and length > loaded.longest:
             raise ArgumentError(
                 f"--length {length}: {loaded.name} reads at most {loaded.longest} tokens at once; give that or less."
             )
 
+        from farlight import report
         from farlight.understanding.audit import audit, steps
         from farlight.understanding.passages import cut_passages
+        from farlight.understanding.subjects import Subject
 
-        cut = cut_passages(content, loaded.tokenizer, length or min(loaded.longest, _LONGEST_PASSAGE), passages)
-        start("reading", steps(cut, len(patterns)))
-        result = audit(loaded.model, cut, patterns, backend=backend, model_name=loaded.name, text_name=text_name, step=step)
+        size = length or min(loaded.longest, _LONGEST_PASSAGE)
+        spread = page is not None and passages is None
+        cut = cut_passages(content, loaded.tokenizer, size, count, spread=spread)
+        fitted = None
+        if fitting:
+            # As many passages again are read first; the ones audited below are not among them.
+            both = cut_passages(content, loaded.tokenizer, size, None if count is None else 2 * count, spread=spread)
+            fitted, cut = _fitted(loaded.model, both, keep, density, candidate, start, step)
+            judged = [*judged, Subject(_target(keep, density), fitted.patterns)]
+            if save is not None:
+                fitted.save(save)
+        start(steps(cut, judged) + (report.steps(cut, judged) if page is not None else []))
+        result = audit(
+            loaded.model,
+            cut,
+            judged,
+            backend=backend,
+            tokenizer=loaded.tokenizer,
+            model_name=loaded.name,
+            text_name=text_name,
+            step=step,
+        )
+        if page is not None:
+            words = report.words_of(content, loaded.tokenizer)
+            lost = report.lost_links(loaded.model, cut, judged, step=step)
+            report.write(report.render(report.audit_data(result, judged, cut, words, lost, step=step)), page)
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2, allow_nan=False))
+        extra = {} if fitted is None else {"fit": fitted.to_dict()}
+        print(json.dumps(result.to_dict() | extra, indent=2, allow_nan=False))
     else:
         _show(result)
+        if page is not None:
+            print(f"\nreport: {page}")
+        if fitted is not None:
+            print(f"\nfitted ({_target(keep, density)}): {fitted}" + (f"\nsaved: {save}" if save is not None else ""))
 
 
-@contextmanager
-def _progress() -> Iterator[tuple[Callable[[str, int], None], Callable[[str], None]]]:
-    """A bar on stderr, gone when done: (start a stage of so many steps, begin the next step)."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+def _target(keep: float | None, density: float | None) -> str:
+    return f"fitted, keep {keep:g}" if keep is not None else f"fitted, density {density:g}"
 
-    columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("", total=1)
-        done = -1
 
-        def start(what: str, total: int) -> None:
-            nonlocal done
-            done = -1
-            bar.reset(task, total=total, description=escape(what))
+def _check_fit(keep: float | None, density: float | None, candidates: list[str] | None, save: Path | None) -> None:
+    """Raise for a fit that cannot be made, before a model is loaded."""
+    from farlight.understanding.fitting.candidates import sorted_out
+    from farlight.understanding.fitting.fit import read_target
 
-        def step(what: str) -> None:
-            # The step named is the one that begins now, so one less is complete.
-            nonlocal done
-            done += 1
-            bar.update(task, completed=done, description=escape(what))
+    read_target(keep, density, False)
+    sorted_out(candidates, False)
+    if save is not None and not save.parent.is_dir():
+        raise ArgumentError(f"--save {str(save)!r}: there is no folder {str(save.parent)!r}.")
 
-        yield start, step
+
+def _fitted(
+    model: Any,
+    both: Passages,
+    keep: float | None,
+    density: float | None,
+    candidates: list[str] | None,
+    start: Callable[[Sequence[str]], None],
+    step: Callable[[str], None],
+) -> tuple[ModelFit, Passages]:
+    """Fit to the first half of the passages; (the fit, the other half)."""
+    from farlight.understanding.fidelity import BATCH_TOKENS
+    from farlight.understanding.fitting.model import fit_reading, read_passages
+
+    if both.count < 2:
+        raise ArgumentError(
+            f"the text makes {both.count} passage of {both.length} tokens; a fit needs one to fit to and another to be judged "
+            "on. Give a longer text, or a smaller --length."
+        )
+    half = both.count // 2
+    batch = max(1, BATCH_TOKENS // both.length)
+    reads = [f"reading: {min(first + batch, half)} of {half} passages" for first in range(0, half, batch)]
+    start([*reads, "frontiers of all heads", "judged on what it was fitted to", "judged on other text"])
+    reading = read_passages(model, both.ids[:half], candidates, step=step)
+    fitted = fit_reading(reading, both.ids[half:], keep=keep, density=density, step=step)
+    return fitted, replace(both, ids=both.ids[half:], starts=both.starts[half:])
+
+
+def _how_many(passages: str | None, otherwise: int) -> int | None:
+    """The number of passages asked for; None means all."""
+    if passages is None:
+        return otherwise
+    if passages == "all":
+        return None
+    if not passages.isdecimal() or int(passages) < 1:
+        raise ArgumentError(f'--passages {passages}: at least one passage is needed; give a number such as 8, or "all".')
+    return int(passages)
 
 
 def _show(result: Audit) -> None:
@@ -127,6 +223,9 @@ def _show(result: Audit) -> None:
     print_plain(f"{result.text}: {result.tokens:,} tokens, judged on {result.passages} passages of {result.passage_tokens}")
     console.print(_fidelity_table(result))
     console.print(_cost_table(result))
+    for row in result.patterns:
+        for link in row.lost[:3]:
+            print_plain(f"lost by {row.pattern}: {link}")
     for row in result.patterns:
         if row.long_text.why_not:
             print_plain(f"{row.pattern}: not measured at {row.long_text.tokens:,} tokens: {row.long_text.why_not}")

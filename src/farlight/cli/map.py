@@ -21,6 +21,7 @@ def map_command(
     target: Annotated[int | None, typer.Option("--to", help="… reaches this one. Negative: from the end.")] = None,
     head: Annotated[int, typer.Option("--head", help="Which head, for patterns that differ between heads.")] = 0,
     png: Annotated[Path | None, typer.Option("--png", help="Write a picture of the pattern, hops, reach and path.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write a report to look into, as one HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Print hops, clustering, reach by layer and the load of relays of a sparse pattern."""
@@ -29,8 +30,9 @@ def map_command(
 
     if (source is None) != (target is None):
         raise ArgumentError("--from and --to belong together: give both positions, or neither.")
-    if png is not None and not png.parent.is_dir():
-        raise ArgumentError(f"--png {str(png)!r}: there is no folder {str(png.parent)!r}.")
+    for name, file in (("--png", png), ("--html", page)):
+        if file is not None and not file.parent.is_dir():
+            raise ArgumentError(f"{name} {str(file)!r}: there is no folder {str(file.parent)!r}.")
     links = parse(pattern)
     # A path is found in a moment and may be refused; so it comes first.
     way = None if source is None or target is None else graph.path(links, tokens, source, target, head=head)
@@ -38,6 +40,10 @@ def map_command(
     reach = graph.reach(links, tokens, layers, head=head)
     if png is not None:
         _draw(png, world, reach, way)
+    if page is not None:
+        from farlight import report
+
+        report.write(report.render(report.map_data(links, tokens, world, reach, head=head)), page)
     if as_json:
         out: dict[str, Any] = {"smallworld": world.to_dict(), "reach": reach.to_dict()}
         if way is not None:
@@ -51,6 +57,8 @@ def map_command(
         print(f"\n{way}")
     if png is not None:
         print(f"\npicture: {png}")
+    if page is not None:
+        print(f"\nreport: {page}")
 
 
 def _draw(png: Path, world: Any, reach: Any, way: Any) -> None:

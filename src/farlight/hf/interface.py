@@ -2,74 +2,31 @@
 
 transformers looks up two functions under one name: one that computes attention and one that builds the mask.
 Registering the first without the second makes models drop causality and padding without a word, so here they are only
-ever registered together. The pattern to run under is kept on the model's own modules, where recomputation during the
-backward pass and other threads find it too.
+ever registered together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from farlight.errors import UnsupportedError
-from farlight.hf.masks import ModelMask, model_mask, tensor_mask
-from farlight.patterns import causal, full
+from farlight.errors import ArgumentError, UnsupportedError
+from farlight.hf.attend import SETTING, Chosen, Observation, Setting, attention_forward
+from farlight.hf.layers import attention_layers, attention_modules, crosses, for_layers, foreign_attention
+from farlight.hf.masks import model_mask
+from farlight.kernels import dispatch
 from farlight.patterns.base import Pattern
+from farlight.routing.base import Router
 
-__all__ = ["KEY", "Observation", "register", "use_pattern"]
+__all__ = ["KEY", "Observation", "register", "settle", "use_pattern"]
 
 KEY = "farlight"
-_SETTING = "_farlight_setting"
-
-# Arguments that a model may hand to its attention and that change nothing about which pairs are seen or how they count:
-# bookkeeping of the caller, hints for other kernels, and `sliding_window`, which is already part of the model's mask.
-_WITHOUT_EFFECT = frozenset({
-    "cache_position", "deterministic", "logits_to_keep", "num_items_in_batch", "output_hidden_states",
-    "output_router_logits", "past_key_values", "position_ids", "return_dict", "sliding_window", "use_cache",
-})  # fmt: skip
-
-_MEANING = {
-    "softcap": "squashes the scores before the softmax",
-    "s_aux": "adds attention sinks to the softmax",
-    "sinks": "adds attention sinks to the softmax",
-    "position_bias": "adds a bias to the scores",
-    "indices": "restricts each query to chosen keys",
-    "block_indices": "restricts each query to chosen blocks of keys",
-    "cache": "reads keys and values from a paged cache",
-    "cu_seq_lens_q": "packs several sequences into one; pass position_ids instead, from which farlight finds them",
-    "cu_seq_lens_k": "packs several sequences into one; pass position_ids instead, from which farlight finds them",
-    "max_length_q": "packs several sequences into one; pass position_ids instead, from which farlight finds them",
-    "max_length_k": "packs several sequences into one; pass position_ids instead, from which farlight finds them",
-    "output_attentions": "asks for the attention probabilities, which are never formed",
-}
-
-
-@dataclass(frozen=True)
-class Observation:
-    """One call of a layer's attention, as `use_pattern`'s observer sees it before it runs.
-
-    `q` is `(B, H, n_q, D)`, `k` and `v` are `(B, H_kv, n_k, D)`; `own` is what the model itself allows, and `scale` is
-    the factor on the scores (None = D^-0.5).
-    """
-
-    module: nn.Module
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float | None
-    own: Pattern
-    q_offset: int
-
-
-@dataclass(frozen=True)
-class _Setting:
-    pattern: Pattern | None = None
-    backend: str = "auto"
-    observer: Callable[[Observation], None] | None = None
 
 
 def register() -> None:
@@ -82,26 +39,37 @@ def register() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise ImportError("farlight.hf needs transformers, which cannot be imported; pip install 'farlight[hf]'.") from error
-    AttentionMaskInterface.register(KEY, model_mask)
-    AttentionInterface.register(KEY, attention_forward)
+    mask, attention = _outside_graphs()
+    AttentionMaskInterface.register(KEY, mask)
+    AttentionInterface.register(KEY, attention)
+
+
+@functools.cache
+def _outside_graphs() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Both functions as torch.compile should take them: as they are. Which pattern a mask is depends on its values."""
+    return torch.compiler.disable(model_mask), torch.compiler.disable(attention_forward)
 
 
 @contextmanager
 def use_pattern(
     model: Any,
-    pattern: Pattern | None,
+    pattern: Chosen | Mapping[int, Chosen],
     *,
     backend: str = "auto",
     observer: Callable[[Observation], None] | None = None,
 ) -> Iterator[Any]:
     """Run a Hugging Face model under `pattern` for the length of a `with` block, then put everything back.
 
-    A pair is seen when the model itself allows it and `pattern` does; None leaves the model's own attention. `observer`
-    is called with an `Observation` for each layer before it runs.
+    A pair is seen when the model itself allows it and `pattern` does; None leaves the model's own attention. Positions that
+    a pattern names count the real tokens of each text, so that padding changes nothing. A router is called in every layer
+    with that layer's queries and keys, padding left out. A mapping {layer number: pattern, router or None} gives layers
+    their own; those it does not name keep the model's attention. `observer` is called with an `Observation` for each layer
+    before it runs.
 
     The setting belongs to the model: two threads may use two models at once, not one model under two patterns.
 
     Raises:
+        ArgumentError: `pattern` is something else, or names a layer that the model does not have.
         UnsupportedError: the model does not take its attention from transformers' AttentionInterface, or it has
             cross-attention, whose queries and keys are positions of two different texts.
 
@@ -113,36 +81,98 @@ def use_pattern(
     ...     model(torch.arange(6)[None]).last_hidden_state.shape
     torch.Size([1, 6, 8])
     """
+    undo = settle(model, pattern, backend=backend, observer=observer)
+    try:
+        yield model
+    finally:
+        undo()
+
+
+@dataclass(frozen=True)
+class Undo:
+    """How a model computed its attention before `settle`; called, it puts that back. Copied and pickled with the model."""
+
+    settings: list[tuple[nn.Module, Setting | None]]
+    implementations: list[tuple[Any, Any]]
+
+    def __call__(self) -> None:
+        for module, before in self.settings:
+            if before is None:
+                module.__dict__.pop(SETTING, None)
+            else:
+                module.__dict__[SETTING] = before
+        for held, implementation in self.implementations:
+            held._attn_implementation_internal = implementation
+
+
+def settle(
+    model: Any,
+    pattern: Chosen | Mapping[int, Chosen],
+    *,
+    backend: str = "auto",
+    observer: Callable[[Observation], None] | None = None,
+) -> Undo:
+    """Let the model compute its attention with farlight under `pattern`, as `use_pattern` says. Returns how to undo it."""
     register()
+    dispatch.check_name(backend)
+    _check_chosen(pattern)
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "set_attn_implementation"):
-        raise UnsupportedError(f"{name} is not a transformers model; use_pattern needs a PreTrainedModel.")
-    if pattern is not None and (getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)):
+        raise UnsupportedError(f"{name} is not a transformers model; a PreTrainedModel is needed.")
+    if pattern is not None and crosses(model):
         raise UnsupportedError(
             f"{name} has cross-attention, in which a query and a key are positions of two different texts; a pattern "
             "speaks of one text. Use its encoder alone (model.get_encoder())."
         )
-    implementations = _implementations(model)
-    settings = [(module, module.__dict__.get(_SETTING)) for module in model.modules()]
+    undo = Undo([(module, module.__dict__.get(SETTING)) for module in model.modules()], _implementations(model))
     try:
         model.set_attn_implementation(KEY)
-        if config._attn_implementation != KEY:
+        if config._attn_implementation != KEY or not attention_modules(model):
             raise UnsupportedError(
                 f"{name} does not take its attention from transformers' AttentionInterface, so no other attention can "
                 "be plugged in. Use a model of the same family whose modeling file calls ALL_ATTENTION_FUNCTIONS."
             )
-        for module, _ in settings:
-            module.__dict__[_SETTING] = _Setting(pattern, backend, observer)
-        yield model
-    finally:
-        for module, before in settings:
-            if before is None:
-                module.__dict__.pop(_SETTING, None)
-            else:
-                module.__dict__[_SETTING] = before
-        for held, implementation in implementations:
-            held._attn_implementation_internal = implementation
+        own = foreign_attention(model) if isinstance(pattern, Pattern | Router) else []
+        if own:
+            raise UnsupportedError(
+                f"{name} holds {type(own[0]).__name__}, which computes attention by itself, so that a pattern for the whole "
+                "model would not reach it; give a mapping {layer number: pattern} for the layers that take one, of "
+                f"{', '.join(map(str, attention_layers(model)))}."
+            )
+        if isinstance(pattern, Mapping):
+            by_layer, numbered = for_layers(model, pattern), set(attention_layers(model).values())
+            for module, _ in undo.settings:
+                module.__dict__[SETTING] = Setting(by_layer.get(module), backend, observer, module in numbered)
+        else:
+            for module, _ in undo.settings:
+                module.__dict__[SETTING] = Setting(pattern, backend, observer)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def settled_again(*values: Any) -> Setting:
+    """A setting as it comes out of a pickle: what its model asks transformers for must be known there."""
+    register()
+    return Setting(*values)
+
+
+def _check_chosen(pattern: Any) -> None:
+    """Raise ArgumentError for what cannot stand for a pattern."""
+    if isinstance(pattern, Mapping):
+        for number, inner in pattern.items():
+            if not isinstance(inner, Pattern | Router | None):
+                raise ArgumentError(
+                    f"the pattern of layer {number!r} is {type(inner).__name__}; pass a pattern such as fl.window(256), a "
+                    "router such as fl.routing.TopBlocks(8), or None for the model's own attention."
+                )
+    elif not isinstance(pattern, Pattern | Router | None):
+        raise ArgumentError(
+            f"the pattern is {type(pattern).__name__}; pass a pattern such as fl.window(256), a router such as "
+            "fl.routing.TopBlocks(8), a mapping {layer number: one of these}, or None for the model's own attention."
+        )
 
 
 def _implementations(model: Any) -> list[tuple[Any, Any]]:
@@ -155,84 +185,3 @@ def _implementations(model: Any) -> list[tuple[Any, Any]]:
             found[id(config)] = (config, config._attn_implementation_internal)
             waiting += [sub for name in config.sub_configs if (sub := getattr(config, name, None)) is not None]
     return list(found.values())
-
-
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: ModelMask | Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function registered with transformers: `(B, H, N, D)` in, `(B, N, H, D)` contiguous out."""
-    import farlight
-
-    _refuse_unknown(module, kwargs)
-    setting: _Setting = module.__dict__.get(_SETTING) or _Setting()
-    own = _own_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
-    if own.dropped and setting.pattern is not None:
-        raise UnsupportedError(
-            f"{type(module).__name__}: the cache has dropped the first {own.dropped} keys, so positions in the "
-            "pattern no longer match; generate with a cache that keeps every key, or without a pattern."
-        )
-    if setting.observer is not None:
-        setting.observer(Observation(module, query, key, value, scaling, own.pattern, own.q_offset))
-    pattern = own.pattern
-    if setting.pattern is not None:
-        pattern = setting.pattern if pattern == full() else pattern & setting.pattern
-    out = farlight.attention(
-        query, key, value, pattern, scale=scaling, q_offset=own.q_offset, dropout=dropout, backend=setting.backend
-    )
-    assert isinstance(out, Tensor)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raise for an argument that would change the result and that farlight would have to drop."""
-    for name, value in kwargs.items():
-        if value is None or value is False or name in _WITHOUT_EFFECT:
-            continue
-        meaning = _MEANING.get(name, "is not known to farlight")
-        raise UnsupportedError(
-            f"{type(module).__name__} passes {name}, which {meaning}; attn_implementation='farlight' does not support "
-            "it and would have to ignore it. Use 'eager' or 'sdpa' for this model or call."
-        )
-
-
-def _own_mask(
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    mask: ModelMask | Tensor | None,
-    is_causal: bool | None,
-    sliding_window: int | None,
-) -> ModelMask:
-    """What the model allows by itself."""
-    n_q, n_k = q.shape[2], k.shape[2]
-    if isinstance(mask, ModelMask):
-        return mask
-    if isinstance(mask, Tensor):
-        return tensor_mask(mask, n_q, n_k)
-    if mask is not None:
-        raise UnsupportedError(
-            f"{type(module).__name__} passes a mask of type {type(mask).__name__}, which was built for another "
-            "attention implementation; set attn_implementation='farlight' on the whole model."
-        )
-    # No mask at all: the model relies on the flag, as with SDPA. A single query is the newest token and
-    # sees everything.
-    past_only = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if sliding_window is not None or (past_only and 1 < n_q != n_k):
-        what = (
-            f"a sliding window of {sliding_window}"
-            if sliding_window is not None
-            else f"causality for {n_q} queries and {n_k} keys"
-        )
-        raise UnsupportedError(
-            f"{type(module).__name__} asks for {what} but passes no mask, so where its queries stand is unknown; pass "
-            "an attention_mask to the model."
-        )
-    return ModelMask(causal() if past_only and n_q > 1 else full(), n_k - n_q)

@@ -9,32 +9,21 @@ that no restriction is ever lost. What a user's sparse pattern adds is not decid
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from farlight.errors import UnsupportedError
+from farlight.hf.lazy import LazyMask, ModelMask
 from farlight.patterns import causal, documents, full, padding, pairs, window
 from farlight.patterns.base import Pattern
 
-__all__ = ["ModelMask", "model_mask", "tensor_mask"]
+__all__ = ["model_mask", "read_mask", "tensor_mask"]
 
 # Pairs that an unknown mask function may be evaluated on: 16 384 tokens, 256 MiB of bool.
 _EVALUATED = 1 << 28
-
-
-@dataclass(frozen=True)
-class ModelMask:
-    """The model's own mask for one forward pass: a pattern, and where the queries stand among the keys.
-
-    `pattern` counts keys from 0 even when a sliding cache has dropped the first `dropped` of them.
-    """
-
-    pattern: Pattern
-    q_offset: int
-    dropped: int = 0
 
 
 def model_mask(
@@ -46,26 +35,56 @@ def model_mask(
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
+) -> LazyMask:
+    """The mask function registered with transformers: its own arguments in, a tensor that holds a `ModelMask` out.
+
+    Never None: what a missing mask would mean depends on the model.
+    """
+    own = read_mask(batch_size, q_length, kv_length, int(q_offset), int(kv_offset), mask_function, attention_mask, kwargs)
+    return LazyMask(own, batch_size, q_length, kv_length, kwargs.get("device", "cpu"))
+
+
+def read_mask(
+    batch: int,
+    n_q: int,
+    n_k: int,
+    offset: int,
+    dropped: int,
+    function: Callable[..., Any] | None,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
 ) -> ModelMask:
-    """The mask function registered with transformers: its own arguments in, a `ModelMask` out. Never None."""
+    """What a model allows: the rule that `function` stands for, and the real keys of `attention_mask` `(B, tokens)`."""
     from transformers.masking_utils import causal_mask_function
 
-    offset, dropped = int(q_offset), int(kv_offset)
-    function = causal_mask_function if mask_function is None else mask_function
+    function = causal_mask_function if function is None else function
     rule = _recognise(function)
-    if rule is not None and isinstance(rule.groups, Tensor) and rule.groups.shape[-1] != kv_length:
+    if rule is not None and isinstance(rule.groups, Tensor) and rule.groups.shape[-1] != n_k:
         rule = None
     if rule is None:
-        pattern = _evaluate(batch_size, q_length, kv_length, offset, dropped, function, kwargs)
+        seen, pattern = n_k, _evaluate(batch, n_q, n_k, offset, dropped, function, kwargs)
     else:
-        pattern = rule.pattern(kv_length, dropped)
+        seen = max(0, min(n_k, offset - dropped + n_q)) if rule.right == 0 else n_k
+        pattern = rule.pattern(seen, dropped)
+    real = None
     if attention_mask is not None:
-        real = attention_mask.to(torch.bool)[:, dropped : dropped + kv_length]
+        real = attention_mask.to(torch.bool)[:, dropped : dropped + seen]
         # Keys past the end of the mask are slots of a cache that nothing has been written to.
-        real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))
-        if not bool(real.all()):
+        real = torch.nn.functional.pad(real, (0, seen - real.shape[1]))
+        if bool(real.all()):
+            real = None
+        else:
             pattern = padding(real) if pattern == full() else pattern & padding(real)
-    return ModelMask(pattern, offset - dropped, dropped)
+
+    def whole() -> ModelMask:
+        held = torch.ones(batch, dropped + n_k, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        device = kwargs.get("device", held.device)
+        kept = torch.arange(held.shape[1], device=device) >= dropped
+        found = read_mask(batch, n_q, dropped + n_k, offset, 0, function, held.to(device) & kept, kwargs)
+        text = torch.nn.functional.pad(held.to(device), (0, max(0, dropped + seen - held.shape[1])))
+        return replace(found, text=text[:, : found.n_k])
+
+    return ModelMask(pattern, offset - dropped, dropped, seen, real, whole=whole if dropped else None)
 
 
 def tensor_mask(mask: Tensor, n_q: int, n_k: int) -> ModelMask:
@@ -85,7 +104,8 @@ def tensor_mask(mask: Tensor, n_q: int, n_k: int) -> ModelMask:
                 "a bias, which a pattern cannot express. Use attn_implementation='sdpa' or 'eager' for this model."
             )
         mask = allowed
-    return ModelMask(pairs(mask), n_k - n_q)
+    # A key that no query sees is padding, and so is a query that sees nothing.
+    return ModelMask(pairs(mask), n_k - n_q, key_real=mask.any(2).any(1), query_real=mask.any(3).any(1))
 
 
 @dataclass(frozen=True)
@@ -101,13 +121,17 @@ class _Rule:
             near: Pattern = full()
         elif self.left is None and self.right == 0:
             near = causal()
+        elif self.left == -1 and self.right == 0:  # no key at all: Qwen2-MoE asks for it beside the masks that it uses
+            near = ~full()
+        elif self.left == -1:
+            near = ~causal() if self.right is None else window(0, self.right) - causal()
         else:
             # A side without limit reaches the end of any text.
             near = window(*(2**40 if side is None else side for side in (self.left, self.right)))
         if self.groups is None:
             return near
         if isinstance(self.groups, Tensor):
-            ids = self.groups
+            ids = self.groups[..., :n]
         else:
             length, left = self.groups
             ids = (torch.arange(n, device=left.device) + dropped - left.reshape(-1, 1)) // length
@@ -127,9 +151,9 @@ def _recognise(function: Callable[..., Any]) -> _Rule | None:
     if getattr(function, "__module__", "") != masking_utils.__name__:
         return None
     match getattr(function, "__qualname__", "").split(".<locals>.")[0], _held(function):
-        case "sliding_window_overlay", {"sliding_window": int(width)}:
+        case "sliding_window_overlay", {"sliding_window": int(width)} if width >= 0:
             return _Rule(left=width - 1)
-        case "sliding_window_bidirectional_overlay", {"sliding_window": int(width)}:
+        case "sliding_window_bidirectional_overlay", {"sliding_window": int(width)} if width >= 0:
             return _Rule(left=width, right=width)
         case "chunked_overlay", {"chunk_size": int(length), "left_padding": Tensor() as left}:
             return _Rule(groups=(length, left))

@@ -1,5 +1,18 @@
 """Layers to build models with."""
 
+from farlight.nn.attention import SparseAttention
+from farlight.nn.decoder import SparseDecoder, SparseDecoderLayer
+from farlight.nn.encoder import SparseEncoder, SparseEncoderLayer
 from farlight.nn.native_sparse import NativeSparseAttention
+from farlight.nn.positions import LearnedPositions, RotaryPositions
 
-__all__ = ["NativeSparseAttention"]
+__all__ = [
+    "LearnedPositions",
+    "NativeSparseAttention",
+    "RotaryPositions",
+    "SparseAttention",
+    "SparseDecoder",
+    "SparseDecoderLayer",
+    "SparseEncoder",
+    "SparseEncoderLayer",
+]

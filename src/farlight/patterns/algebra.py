@@ -17,7 +17,7 @@ from farlight.patterns.arguments import listed
 from farlight.patterns.base import Atom, Pattern, Sizes
 from farlight.patterns.spans import Spans
 
-__all__ = ["Complement", "Difference", "HeadsOf", "Intersection", "PerHead", "Union", "operand", "per_head"]
+__all__ = ["Complement", "Difference", "HeadsOf", "Intersection", "PerHead", "Union", "looks_back", "operand", "per_head"]
 
 
 def operand(value: object, sign: str) -> Pattern:
@@ -129,6 +129,13 @@ class Complement(_Node):
         return ~self.parts[0]._spans(sizes, b, h, i)
 
 
+def looks_back(pattern: Pattern) -> bool:
+    """Whether `causal()` is one of the patterns whose intersection this is: no token sees a later one."""
+    if isinstance(pattern, Intersection):
+        return any(looks_back(part) for part in pattern.parts)
+    return pattern.text == "causal()"
+
+
 class PerHead(_Node):
     """Head h follows the h-th part."""
 
@@ -160,6 +167,14 @@ class PerHead(_Node):
         return [(part, tuple(hs)) for part, hs in heads.items()]
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if h.dim() == 4 and h.shape == (1, len(self.parts), 1, 1):
+            # All heads side by side, as `dense` asks: each part is asked about its own heads only.
+            shape = torch.broadcast_shapes(b.shape, h.shape, i.shape, j.shape)
+            out = torch.zeros(shape, dtype=torch.bool, device=i.device)
+            for number, part in enumerate(self.parts):
+                own = slice(number, number + 1)
+                out[:, own] = part._allows(sizes, b, h[:, own], i, j)
+            return out
         out = torch.zeros((), dtype=torch.bool, device=i.device)
         for part, heads in self.groups():
             out = out | (HeadsOf(heads)._allows(sizes, b, h, i, j) & part._allows(sizes, b, h, i, j))
@@ -194,6 +209,9 @@ class HeadsOf(Atom):
 
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         return Spans.thin(sizes.n_k, torch.zeros_like(i), self._member(h) * sizes.n_k)
+
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return torch.ones_like(first, dtype=torch.bool)
 
 
 def per_head(patterns: Sequence[Pattern]) -> Pattern:

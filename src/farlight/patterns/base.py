@@ -23,7 +23,7 @@ from farlight.patterns.spans import Spans
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Atom", "Form", "Labels", "Pattern", "Sizes"]
+__all__ = ["Atom", "Changes", "Form", "Labels", "Pattern", "Sizes"]
 
 Form = Literal["spans", "points", "labels"]
 
@@ -56,6 +56,19 @@ class Labels:
 
     query: Tensor
     key: Tensor
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Where the column of a key changes: among query positions of one residue (mod `period`), whether the key is seen can
+    differ between i - 1 and i only at the positions i in its row of `at` `(keys, m)`, in any order, repeated or not.
+
+    `every` = it may change anywhere.
+    """
+
+    at: Tensor | None = None
+    period: int = 1
+    every: bool = False
 
 
 class Pattern:
@@ -276,6 +289,10 @@ class Atom(Pattern):
         """Whether `_spans` costs a few intervals per row rather than one per pair."""
         return self._form(sizes) != "labels"
 
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        """Elementwise on positions `first <= last`: True where all rows from the one to the other surely see the same keys."""
+        return torch.zeros_like(first, dtype=torch.bool)
+
     def _variation(self, sizes: Sizes) -> Tensor:
         """Integers `(B|1, H|1)`: (batch, head) with equal numbers see the same links."""
         batch = torch.arange(sizes.batch if self.varies_over_batch else 1).view(-1, 1)
@@ -289,6 +306,18 @@ class Atom(Pattern):
     def _points(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Tensor:
         """For form "points": the keys of each row as `(rows, m)`, -1 = none, none repeated."""
         raise NotImplementedError
+
+    # ---- for caches: the set read by columns -----------------------------------------------------------------------------
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        """Where the columns of these keys change, all 1-D tensors of one length. The default is right for any atom."""
+        return Changes(every=True)
+
+    def _needs_length(self) -> str | None:
+        """Why this atom means something only in a text of known length; None when the pair (i, j) alone decides.
+
+        The default is right for any atom: it asks for a length that may not be needed.
+        """
+        return f"{type(self).__name__} is made for a text of one length"
 
 
 def digest(table: Tensor) -> str:

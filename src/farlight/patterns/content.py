@@ -119,23 +119,10 @@ class blocks(_Table):
         new = torch.ones_like(i, dtype=torch.bool)
         new[1:] = (row[1:] != row[:-1]) | (h[1:] != h[:-1]) | (b[1:] != b[:-1])
         runs = Spans.from_mask(at(self.tables[0], b[new], h[new], row[new]) & inside[new][:, None])
-        return repeat_rows(runs, new, sizes.n_k, self.block)
+        return runs.repeated(new.cumsum(0) - 1).scaled(self.block, sizes.n_k)
 
-
-def repeat_rows(runs: Spans, new: Tensor, keys: int, block: int) -> Spans:
-    """Intervals of blocks for each run of equal rows, as intervals of keys for every row."""
-    row, lo, hi = runs.listed()
-    first = new.nonzero().squeeze(1)
-    length = torch.diff(first, append=torch.tensor([new.numel()], device=new.device))
-    per_run = torch.bincount(row, minlength=runs.rows)
-    start = per_run.cumsum(0) - per_run
-    # Row r of run u has per_run[u] intervals, which stand at start[u] of the list.
-    of_row = torch.arange(runs.rows, device=new.device).repeat_interleave(length)
-    count = per_run[of_row]
-    out_row = torch.arange(new.numel(), device=new.device).repeat_interleave(count)
-    within = torch.arange(out_row.numel(), device=new.device) - (count.cumsum(0) - count)[out_row]
-    source = start[of_row[out_row]] + within
-    return Spans(new.numel(), keys, out_row, lo[source] * block, (hi[source] * block).clamp(max=keys))
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return self._row(sizes, first)[0] == self._row(sizes, last)[0]
 
 
 class clusters(_Table):
@@ -235,7 +222,10 @@ class chosen_blocks(_Table):
         chosen = at(self.tables[0], b[new], h[new], row[new])
         real = (chosen >= 0) & inside[new][:, None]
         runs = Spans.from_table(-(-sizes.n_k // self.block), chosen, torch.where(real, chosen + 1, chosen))
-        return repeat_rows(runs, new, sizes.n_k, self.block)
+        return runs.repeated(new.cumsum(0) - 1).scaled(self.block, sizes.n_k)
+
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return self._row(sizes, first)[0] == self._row(sizes, last)[0]
 
 
 class chosen_keys(_Table):

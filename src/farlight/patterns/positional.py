@@ -9,13 +9,23 @@ from torch import Tensor
 
 from farlight.errors import PatternError
 from farlight.patterns.arguments import listed, whole
-from farlight.patterns.base import Atom, Form, Labels, Pattern, Sizes
+from farlight.patterns.base import Atom, Changes, Form, Labels, Pattern, Sizes
 from farlight.patterns.spans import Spans
 
 __all__ = ["blocked_window", "causal", "full", "landmarks", "offsets", "strided", "window"]
 
 
-class full(Atom):
+class _Positional(Atom):
+    """Where the two tokens stand decides, however long the text is."""
+
+    def _needs_length(self) -> str | None:
+        return None
+
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        return Changes()
+
+
+class full(_Positional):
     """Every pair is allowed.
 
     >>> import farlight as fl
@@ -32,8 +42,11 @@ class full(Atom):
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         return Spans.everything(i.numel(), sizes.n_k, i.device)
 
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return torch.ones_like(first, dtype=torch.bool)
 
-class causal(Atom):
+
+class causal(_Positional):
     """A token sees itself and the past: j <= i.
 
     >>> import farlight as fl
@@ -50,8 +63,11 @@ class causal(Atom):
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         return Spans.thin(sizes.n_k, torch.zeros_like(i), i + 1)
 
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        return Changes(j[:, None])
 
-class window(Atom):
+
+class window(_Positional):
     """A token sees its neighbours: -left·dilation <= j - i <= right·dilation, and dilation divides j - i.
 
     `left` and `right` count neighbours, inclusive: `window(4)` holds 9 keys inside a text, fewer at its ends (clipped,
@@ -95,8 +111,11 @@ class window(Atom):
             return self._rewrite()._spans(sizes, b, h, i)
         return Spans.thin(sizes.n_k, i - self.left, i + self.right + 1)
 
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        return Changes(torch.stack((j - self.right * self.dilation, j + self.left * self.dilation + 1), 1), self.dilation)
 
-class strided(Atom):
+
+class strided(_Positional):
     """A token sees every stride-th token: stride divides j - i.
 
     With `phase`, only tokens at positions p with p ≡ phase (mod stride) take part, as queries and as keys;
@@ -151,8 +170,11 @@ class strided(Atom):
             key = torch.where(key == phase, 0, -1)
         return Labels(query, key)
 
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        return Changes(period=self.stride)
 
-class blocked_window(Atom):
+
+class blocked_window(_Positional):
     """A token sees whole blocks around its own: -left <= j//block - i//block <= right.
 
     `blocked_window(0, block=n)` cuts the text into segments of n tokens that do not see one another;
@@ -182,8 +204,15 @@ class blocked_window(Atom):
         own = torch.div(i, self.block, rounding_mode="floor")
         return Spans.thin(sizes.n_k, (own - self.left) * self.block, (own + self.right + 1) * self.block)
 
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        own = torch.div(j, self.block, rounding_mode="floor")
+        return Changes(torch.stack((own - self.right, own + self.left + 1), 1) * self.block)
 
-class landmarks(Atom):
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return torch.div(first, self.block, rounding_mode="floor") == torch.div(last, self.block, rounding_mode="floor")
+
+
+class landmarks(_Positional):
     """Every token sees the last `count` tokens of each run of `every`: j mod every >= every - count.
 
     The summary positions of the "fixed" pattern of Child et al. 2019, "Sparse Transformers", arXiv:1904.10509.
@@ -220,7 +249,7 @@ class landmarks(Atom):
         return Labels(torch.zeros(h.numel(), sizes.n_q, dtype=torch.int64, device=h.device), key.expand(h.numel(), -1))
 
 
-class offsets(Atom):
+class offsets(_Positional):
     """A token sees the tokens at the given distances: j - i is one of `values` (negative = to the left).
 
     >>> import farlight as fl
@@ -241,3 +270,7 @@ class offsets(Atom):
         reachable = [v for v in self.values if abs(v) <= sizes.n_k + abs(sizes.q_offset) + sizes.n_q]
         lo = i[:, None] + torch.tensor(reachable, dtype=torch.int64, device=i.device)
         return Spans.from_table(sizes.n_k, lo, lo + 1)
+
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        seen = j[:, None] - torch.tensor(self.values, dtype=torch.int64, device=j.device)
+        return Changes(torch.cat((seen, seen + 1), 1))

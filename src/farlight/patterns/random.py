@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from farlight.patterns.arguments import whole
-from farlight.patterns.base import Atom, Form, Sizes
+from farlight.patterns.base import Atom, Changes, Form, Sizes
 from farlight.patterns.hashing import draw_below, hash_words
 from farlight.patterns.spans import Spans
 
 __all__ = ["random_blocks", "random_keys"]
+
+# The longest text of which all draws are made to learn who draws a key.
+_LONGEST_DRAWN = 2**24
 
 
 def draw_distinct(seed: int, head: Tensor, at: Tensor, count: int, population: Tensor) -> Tensor:
@@ -32,6 +35,17 @@ def draw_distinct(seed: int, head: Tensor, at: Tensor, count: int, population: T
     return drawn
 
 
+def drawn_by(drawn: Tensor, population: int) -> Tensor:
+    """Who drew each number, from what each drew `(n, count)`: `(population, most)`, -1 pads."""
+    who, _ = (drawn >= 0).nonzero(as_tuple=True)
+    number, order = torch.sort(drawn[drawn >= 0], stable=True)
+    times = torch.bincount(number, minlength=population)
+    place = torch.arange(number.numel(), device=drawn.device) - (times.cumsum(0) - times)[number]
+    table = torch.full((population, int(times.max()) if population else 0), -1, dtype=torch.int64, device=drawn.device)
+    table[number, place] = who[order]
+    return table
+
+
 class _Random(Atom):
     number: int
     seed: int
@@ -46,6 +60,11 @@ class _Random(Atom):
             causal=bool(causal),
             tables=(),
         )
+
+    def _needs_length(self) -> str | None:
+        if self.causal or not self.number:
+            return None
+        return f"{type(self).__name__} draws from the keys of the whole text, unless causal=True"
 
     def _options(self) -> str:
         return (f", seed={self.seed}" if self.seed else "") + (", causal=True" if self.causal else "")
@@ -81,6 +100,13 @@ class random_keys(_Random):
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         keys = self._points(sizes, b, h, i)
         return Spans.from_table(sizes.n_k, keys, keys + (keys >= 0))
+
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        if sizes.n_k > _LONGEST_DRAWN:
+            return Changes(every=True)
+        i = torch.arange(sizes.n_k, device=j.device)
+        seen = drawn_by(self._points(sizes, i, h[:1], i), sizes.n_k)[j]
+        return Changes(torch.cat((seen, seen + 1), 1))
 
 
 class random_blocks(_Random):
@@ -126,3 +152,15 @@ class random_blocks(_Random):
         if self.causal:
             hi = torch.minimum(hi, i[:, None] + 1)
         return Spans.from_table(sizes.n_k, lo, hi)
+
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        if sizes.n_k > _LONGEST_DRAWN:
+            return Changes(every=True)
+        blocks = -(-sizes.n_k // self.block)
+        first = torch.arange(blocks, device=j.device) * self.block
+        seen = drawn_by(self._drawn(sizes, h[:1], first), blocks)[torch.div(j, self.block, rounding_mode="floor")]
+        return Changes(torch.cat((seen * self.block, (seen + 1) * self.block, j[:, None]), 1))
+
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        same = torch.div(first, self.block, rounding_mode="floor") == torch.div(last, self.block, rounding_mode="floor")
+        return same & ((first == last) | (not self.causal))

@@ -103,9 +103,32 @@ class Spans:
         pick = kept[self.row]
         return Spans(self.rows, self.keys, self.row[pick], self.lo[pick], self.hi[pick])
 
+    def repeated(self, source: Tensor) -> Spans:
+        """Row r of the result is row `source[r]` of these; `source` is sorted."""
+        if self.row is None:
+            return Spans(source.numel(), self.keys, None, self.lo[source], self.hi[source])
+        times = torch.bincount(self.row, minlength=self.rows)
+        count = times[source]
+        row = torch.arange(source.numel(), device=source.device).repeat_interleave(count)
+        # The intervals of a row stand together, from `times.cumsum(0) - times` on.
+        skip = (times.cumsum(0) - times)[source] - (count.cumsum(0) - count)
+        at = torch.arange(row.numel(), device=source.device) + skip[row]
+        return Spans(source.numel(), self.keys, row, self.lo[at], self.hi[at])
+
+    def scaled(self, block: int, keys: int) -> Spans:
+        """Intervals of blocks of `block` keys as intervals of keys, of which there are `keys`."""
+        return Spans(self.rows, keys, self.row, self.lo * block, (self.hi * block).clamp(max=keys))
+
     def count(self) -> int:
         """Number of (row, key) pairs."""
         return int((self.hi - self.lo).clamp(min=0).sum())
+
+    def per_row(self) -> Tensor:
+        """`(rows,)`: how many keys each row sees."""
+        length = (self.hi - self.lo).clamp(min=0)
+        if self.row is None:
+            return length
+        return torch.zeros(self.rows, dtype=torch.int64, device=length.device).index_add_(0, self.row, length)
 
     def is_empty(self) -> bool:
         return not bool((self.lo < self.hi).any())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farlight.errors import PatternError
 from farlight.patterns.arguments import check_leading, listed, positions_text, read_positions, read_table, whole
-from farlight.patterns.base import Atom, Form, Labels, Pattern, Sizes
+from farlight.patterns.base import Atom, Changes, Form, Labels, Pattern, Sizes
 from farlight.patterns.spans import Spans
 
 __all__ = ["documents", "global_tokens", "padding", "seen_by_all", "sees_all"]
@@ -61,9 +61,27 @@ class _Named(Atom):
         if self.positions is None:
             table = self.tables[0].to(position.device)
             return table[b if self.varies_over_batch else torch.zeros_like(b), position.clamp(0, sizes.n_k - 1)] & inside
-        member = torch.zeros(sizes.n_k, dtype=torch.bool, device=position.device)
-        member[self._listed(sizes, position.device)] = True
-        return member[position.clamp(0, sizes.n_k - 1)] & inside
+        named = self._listed(sizes, position.device)
+        # No longer than the last of them: the text may be endless.
+        member = torch.zeros(int(named[-1]) + 2 if named.numel() else 1, dtype=torch.bool, device=position.device)
+        member[named] = True
+        return member[position.clamp(0, member.numel() - 1)] & inside
+
+    def _needs_length(self) -> str | None:
+        name = type(self).__name__
+        if self.positions is None:
+            return f"{name} is given as a mask"
+        if any(p < 0 for p in self.positions):
+            return f"{name}({positions_text(self.positions)}) counts from the end of the text"
+        return None
+
+    def _turns(self, sizes: Sizes, device: torch.device) -> Tensor:
+        """The positions at which being named begins or ends, in any batch item."""
+        if self.positions is None:
+            mask = self.tables[0].to(device)
+            return torch.nn.functional.pad(mask, (1, 1)).int().diff(dim=1).any(0).nonzero().squeeze(1)
+        named = self._listed(sizes, device)
+        return torch.cat((named, named + 1))
 
     def _run(self, sizes: Sizes) -> tuple[Tensor, Tensor] | None:
         """First and last + 1 of the named tokens for each batch item, when they are consecutive in each; else None."""
@@ -104,6 +122,9 @@ class sees_all(_Named):
         query = torch.where(self._is_named(sizes, b[:, None], position[None, :]), 0, -1)
         return Labels(query.expand(b.numel(), -1), torch.zeros(b.numel(), sizes.n_k, dtype=torch.int64, device=b.device))
 
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        return Changes(self._turns(sizes, j.device).expand(j.numel(), -1))
+
 
 class seen_by_all(_Named):
     """The named tokens are seen by everyone: j is one of `positions`.
@@ -129,9 +150,15 @@ class seen_by_all(_Named):
         named = self._listed(sizes, i.device).expand(i.numel(), -1)
         return Spans.from_table(sizes.n_k, named, named + 1)
 
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return torch.ones_like(first, dtype=torch.bool)
+
     def _labels(self, sizes: Sizes, b: Tensor, h: Tensor) -> Labels:
         key = torch.where(self._is_named(sizes, b[:, None], torch.arange(sizes.n_k, device=b.device)[None, :]), 0, -1)
         return Labels(torch.zeros(b.numel(), sizes.n_q, dtype=torch.int64, device=b.device), key.expand(b.numel(), -1))
+
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        return Changes()
 
 
 class global_tokens(_Named):
@@ -154,6 +181,9 @@ class global_tokens(_Named):
 
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         return self._rewrite()._spans(sizes, b, h, i)
+
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        return Changes(self._turns(sizes, j.device).expand(j.numel(), -1))
 
 
 class documents(Atom):
@@ -231,7 +261,33 @@ class documents(Atom):
         kept = runs[runs >= 0]
         return bool(kept.numel() != torch.unique(kept).numel())
 
+    def _needs_length(self) -> str | None:
+        return "documents is given as ids" if self.lengths is None else None
+
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        if self.lengths is None:
+            ids = self._ids(sizes, j.device)
+            turns = torch.nn.functional.pad(ids.diff(dim=1).ne(0).any(0), (1, 0)).nonzero().squeeze(1)
+        else:
+            turns = self._ends(j.device).flatten()
+        return Changes(turns.expand(j.numel(), -1))
+
+    def _ends(self, device: torch.device) -> Tensor:
+        """`(B or 1, documents)`: where each document ends; short lists repeat their last end."""
+        assert self.lengths is not None
+        most = max((len(item) for item in self.lengths), default=0)
+        rows = [[*item, *[0] * (most - len(item))] for item in self.lengths]
+        return torch.tensor(rows, dtype=torch.int64, device=device).cumsum(1)
+
     def _id_at(self, sizes: Sizes, b: Tensor, position: Tensor, otherwise: int) -> Tensor:
+        if self.lengths is not None:
+            ends, far = self._ends(position.device), 2**42
+            item = b if self.varies_over_batch else torch.zeros_like(b)
+            # The first document that ends behind the position; the lists of the batch items stand far apart in one.
+            listed_ends = (ends + torch.arange(ends.shape[0], device=ends.device)[:, None] * far).flatten()
+            place = (item * far + position.clamp(-1, far - 1)).contiguous()
+            found = torch.searchsorted(listed_ends, place, right=True) - item * ends.shape[1]
+            return torch.where((position >= 0) & (found < ends.shape[1]), found, otherwise)
         ids = self._ids(sizes, position.device)
         inside = (position >= 0) & (position < sizes.n_k)
         if sizes.n_k == 0:
@@ -334,3 +390,12 @@ class padding(Atom):
         if self.lengths is None:
             return self._real()._spans(sizes, b, h, i)
         return Spans.thin(sizes.n_k, torch.zeros_like(i), self._length(b) + torch.zeros_like(i))
+
+    def _needs_length(self) -> str | None:
+        return "padding is given as a mask" if self.lengths is None else None
+
+    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
+        return Changes()
+
+    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+        return torch.ones_like(first, dtype=torch.bool)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farlight.patterns.base import Labels, Pattern, Sizes
 from farlight.patterns.spans import Spans
+from farlight.plan.coarse import Coarse, coarse
 from farlight.plan.split import Draft, split_long_tiles
 from farlight.plan.tables import Plan
 from farlight.plan.terms import Conjunction, Term, terms_of
@@ -17,8 +18,9 @@ from farlight.plan.tiles import MaskStore
 
 __all__ = ["TileShape", "build", "count_pairs"]
 
-_ROWS_AT_ONCE = 1 << 16
+_ROWS_AT_ONCE = 1 << 15
 _PAIRS_AT_ONCE = 1 << 22
+_FEW_KEYS, _FEW_INTERVALS = 16, 4
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,18 @@ class Layout:
             else:
                 self.settled.append((earlier.parts[0], rows))
         if labels is not None:
+            if bool(((labels.key >= 0).sum(1) <= _FEW_KEYS).all()):
+                self.asked += [one for one in term.earlier if one.is_intervals and self._is_torn(one)]
             self.keys = sorted_keys(labels.query, labels.key)
             if bool(labels.query.any()):
                 self.order = sorted_order(labels.query, tile)
+
+    def _is_torn(self, term: Term) -> bool:
+        """Whether the rows of an interval term see many intervals: then a few keys are sooner asked about one by one."""
+        row = torch.arange(0, self.sizes.n_q, max(1, self.sizes.n_q // 64))
+        b, h = self.b[:1].expand_as(row), self.h[:1].expand_as(row)
+        spans = term.spans(self.sizes, b, h, row + self.sizes.q_offset)
+        return spans.listed()[0].numel() > _FEW_INTERVALS * row.numel()
 
     @property
     def is_natural(self) -> bool:
@@ -192,12 +203,18 @@ class Layout:
     def spans(self, variant: Tensor, row: Tensor) -> Spans:
         """The slots that each of these rows sees."""
         b, h, i = self.b[variant], self.h[variant], row + self.sizes.q_offset
-        out = self.term.spans(self.sizes, b, h, i, with_labels=not self.term.labels)
+        out = self.term.spans(self.sizes, b, h, i, with_labels=not self.term.labels, asked=self.asked)
         for part, rows in self.settled:
             out = out - part.spans(self.sizes, b, h, i, with_labels=False).only(rows[variant, row])
         if self.keys is not None:
             out = self.keys.map(out, self.keys.query_code[variant, row])
         return self._asked(out, b, h, i) if self.asked or self.term.parts[0].rest else out
+
+    def coarse(self, variant: Tensor, row: Tensor, tile_of: Tensor) -> Coarse | None:
+        """What `spans` says, by tile as far as the rows of a tile agree; None where that would save nothing."""
+        if not self.is_natural or self.keys is not None:
+            return None
+        return coarse(self.term, self.sizes, self.b[variant], self.h[variant], row + self.sizes.q_offset, tile_of)
 
     def _asked(self, spans: Spans, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         """The intervals without the pairs for which the term's truth is False, a few million pairs at a time."""
@@ -243,13 +260,16 @@ def count_pairs(pattern: Pattern, sizes: Sizes) -> int:
     for term in terms_of(pattern, sizes):
         layout = Layout(term, sizes, 32, natural)
         times = layout.times()
-        for _, variant, row, _, _ in layout.chunks(32):
+        for _, variant, row, tile_of, _ in layout.chunks(32):
             if term.points:
                 seen = variant[layout.points(variant, row)[0]]
                 total += int(times[seen].sum())
-            else:
-                at, lo, hi = layout.spans(variant, row).listed()
-                total += int(((hi - lo) * times[variant[at]]).sum())
+                continue
+            found = layout.coarse(variant, row, tile_of)
+            in_row = layout.spans(variant, row).per_row() if found is None else found.rest.per_row()
+            if found is not None:
+                in_row = in_row + found.whole.per_row()[tile_of]
+            total += int((in_row * times[variant]).sum())
     return total
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from farlight.plan.tables import Layer, Piece
-from farlight.plan.tiles import MaskStore, runs_of
+from farlight.plan.tiles import MaskStore, runs_of, with_whole
 
 if TYPE_CHECKING:
     from farlight.plan.build import Layout, TileShape
@@ -79,10 +79,14 @@ class Draft:
                 here = int(times[variant[at]].sum())
                 pairs, visited = pairs + here, visited + here
                 continue
-            spans = layout.spans(variant, row)
-            at, lo, hi = spans.listed()
-            layer.seen[variant[at], row[at]] = 1
+            coarse = layout.coarse(variant, row, tile_of)
+            spans = layout.spans(variant, row) if coarse is None else coarse.rest
             runs = runs_of(spans, tile_of, slot, count, store, gather=shape.gather, longest=shape.longest)
+            in_row = spans.per_row()
+            if coarse is not None:
+                runs = with_whole(runs, coarse.whole, count)
+                in_row += coarse.whole.per_row()[tile_of]
+            layer.seen[variant, row] = (in_row > 0).to(torch.int8)
             layer.tile.append((runs.tile + t0).int())
             layer.lo.append(runs.lo.int())
             layer.hi.append(runs.hi.int())
@@ -91,7 +95,7 @@ class Draft:
             key = runs.point_slot if layer.keys is None else layer.keys[runs.point_slot]
             layer.point_key.append(key.int())
             of_tile = torch.zeros_like(count).scatter_(0, tile_of, variant)
-            pairs += int(((hi - lo) * times[variant[at]]).sum())
+            pairs += int((in_row * times[variant]).sum())
             visited += int(((runs.hi - runs.lo) * count[runs.tile] * times[of_tile[runs.tile]]).sum())
             visited += int(times[variant[runs.point_row]].sum())
         return pairs, visited

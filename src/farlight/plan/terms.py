@@ -14,6 +14,7 @@ intervals are subtracted; where it is not, its truth is evaluated on the later's
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,7 +86,7 @@ class Conjunction:
         return [*self.within, *self.without, *self.labels, *self.points, *(pattern for pattern, _ in self.rest)]
 
 
-@dataclass
+@dataclass(eq=False)
 class Term:
     """Several interval conjunctions, or one of another kind, without what the `earlier` terms hold."""
 
@@ -121,16 +122,19 @@ class Term:
                         classes = torch.unique(classes, return_inverse=True)[1]
         return classes
 
-    def spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, *, with_labels: bool = True) -> Spans:
+    def spans(
+        self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, *, with_labels: bool = True, asked: Sequence[Term] = ()
+    ) -> Spans:
         """The term's intervals in order of position, without those of earlier terms made of intervals.
 
-        `with_labels=False` leaves out the label atoms, for a caller that applies them by sorting.
+        `with_labels=False` leaves out the label atoms, for a caller that applies them by sorting; the earlier terms in
+        `asked` stay in, for a caller that asks them pair by pair.
         """
         out = self.parts[0].spans(sizes, b, h, i, with_labels=with_labels)
         for part in self.parts[1:]:
             out = out | part.spans(sizes, b, h, i, with_labels=with_labels)
         for term in self.earlier:
-            if term.is_intervals:
+            if term.is_intervals and term not in asked:
                 for part in term.parts:
                     out = out - part.spans(sizes, b, h, i, with_labels=True)
         return out

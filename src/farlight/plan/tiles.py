@@ -17,7 +17,7 @@ from torch import Tensor
 from farlight.patterns.spans import Spans
 from farlight.plan.tables import BITS, BITS_KEYS, BITS_WORDS, BOUNDS, EMPTY, Masks
 
-__all__ = ["MaskStore", "Runs", "runs_of"]
+__all__ = ["MaskStore", "Runs", "runs_of", "with_whole"]
 
 
 @dataclass
@@ -143,6 +143,17 @@ def runs_of(
     all_points = torch.sort(all_points).values
     point = torch.div(all_points, width, rounding_mode="floor")
     return Runs(all_tile, all_lo, all_hi, all_mask, point, all_points - point * width, pairs, visited)
+
+
+def with_whole(runs: Runs, whole: Spans, count: Tensor) -> Runs:
+    """The runs together with stretches that all rows of a tile see; `whole` is by tile, `count` says how many rows each has."""
+    tile, lo, hi = whole.listed()
+    area = int(((hi - lo) * count[tile]).sum())
+    columns = ((runs.tile, tile), (runs.lo, lo), (runs.hi, hi), (runs.mask, torch.full_like(tile, -1)))
+    tile, lo, hi, mask = (torch.cat(pair) for pair in columns)
+    order = torch.argsort(tile * (whole.keys + 2) + lo)
+    tile, lo, hi, mask = _joined(tile[order], lo[order], hi[order], mask[order])
+    return Runs(tile, lo, hi, mask, runs.point_row, runs.point_slot, runs.pairs + area, runs.visited + area)
 
 
 def _joined(tile: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

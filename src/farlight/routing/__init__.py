@@ -4,6 +4,8 @@ from farlight.patterns.text import constructors
 from farlight.routing.base import Router
 from farlight.routing.gate import gated_attention
 from farlight.routing.gist import gist_attention
+from farlight.routing.heads import PerHeadRouter
+from farlight.routing.heard import Gist
 from farlight.routing.kmeans import KMeans
 from farlight.routing.lsh import LSH
 from farlight.routing.meets import meets
@@ -18,7 +20,9 @@ constructors().update(between=between, meets=meets, rooms=rooms, unseen=unseen)
 
 __all__ = [
     "LSH",
+    "Gist",
     "KMeans",
+    "PerHeadRouter",
     "Router",
     "TopBlocks",
     "TopKeys",

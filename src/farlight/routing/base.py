@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from farlight.errors import ArgumentError
 from farlight.patterns.base import Pattern
 
-__all__ = ["Choice", "Router", "joined", "read", "stretches"]
+__all__ = ["Choice", "Joined", "Router", "joined", "read", "stretches"]
 
 # Scores held at a time, in elements.
 _SCORES = 1 << 23
@@ -85,6 +85,9 @@ class Router(nn.Module):
     [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     """
 
+    # The text that `read_router` made it from; None for a router built by hand.
+    expression: str | None = None
+
     def choose(self, given: Choice) -> Pattern:
         raise NotImplementedError
 
@@ -105,7 +108,7 @@ class Router(nn.Module):
 _SIGNS: dict[str, Callable[[Pattern, Pattern], Pattern]] = {"|": operator.or_, "&": operator.and_, "-": operator.sub}
 
 
-class _Joined(Router):
+class Joined(Router):
     """Two parts, each a router or a pattern, as one router."""
 
     def __init__(self, left: Router | Pattern, right: Router | Pattern, sign: str) -> None:
@@ -125,7 +128,7 @@ def joined(left: Router | Pattern, right: Router | Pattern, sign: str) -> Router
                 f"`router {sign} {part!r}`: {type(part).__name__} is neither a router nor a pattern; "
                 "join routers with routers and patterns."
             )
-    return _Joined(left, right, sign)
+    return Joined(left, right, sign)
 
 
 def read(q: Tensor, k: Tensor, key_mask: Tensor | None = None, query_mask: Tensor | None = None) -> Choice:

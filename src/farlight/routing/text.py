@@ -12,18 +12,21 @@ from farlight.patterns.base import Pattern
 from farlight.patterns.positional import full
 from farlight.patterns.text import parse, shorten
 from farlight.routing.base import Choice, Router, joined
+from farlight.routing.heads import PerHeadRouter
+from farlight.routing.heard import Gist
 from farlight.routing.kmeans import KMeans
 from farlight.routing.lsh import LSH
 from farlight.routing.topblocks import TopBlocks
 from farlight.routing.topkeys import TopKeys
 
-__all__ = ["read_router"]
+__all__ = ["always", "is_router", "read_router"]
 
-_LONGEST = 100_000
+_LONGEST = 4_000_000  # with room for the tables of fitted patterns
 
 
 def read_router(text: str) -> Router:
-    """The router that an expression stands for: the notation of patterns, with `topblocks`, `topkeys`, `lsh` and `kmeans`.
+    """The router that an expression stands for: the notation of patterns, with `topblocks`, `topkeys`, `lsh` and `kmeans`;
+    `per_head([…])` may hold them, and `gist(…, block=16)` around all of it lets the rest be heard in summary.
 
     Their arguments are those of the classes; `kmeans(clusters, per_cluster=…, causal=…, shared=…, seed=…)` makes centroids
     for the heads it meets and fits them to the tokens of each call, as an analysis of one example wants. An expression
@@ -41,16 +44,27 @@ def read_router(text: str) -> Router:
             f"read_router: text of at most {_LONGEST} characters is needed, such as 'topblocks(8) | window(16)'."
         )
     try:
-        found = _read(ast.parse(text.strip(), mode="eval").body, text)
+        body = ast.parse(text.strip(), mode="eval").body
+        found = _read(body, text, body)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         if isinstance(error, PatternError):
             raise
         raise PatternError(f"cannot read the router {shorten(text)!r}: it is not an expression.") from None
-    return found if isinstance(found, Router) else _Always(found)
+    router = found if isinstance(found, Router) else _Always(found)
+    router.expression = text
+    return router
 
 
-def _read(node: ast.expr, text: str) -> Router | Pattern:
-    if not any(_name(inner) in _ROUTERS for inner in ast.walk(node)):
+def is_router(text: str) -> bool:
+    """Whether content decides somewhere in this expression (which need not be a correct one)."""
+    try:
+        return any(_name(inner) in _CONTENT for inner in ast.walk(ast.parse(text.strip(), mode="eval")))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+
+
+def _read(node: ast.expr, text: str, whole_text: ast.expr | None = None) -> Router | Pattern:
+    if not any(_name(inner) in _CONTENT for inner in ast.walk(node)):
         return parse(ast.unparse(node))
     match node:
         case ast.BinOp(left=left, op=ast.BitOr() | ast.BitAnd() | ast.Sub() as sign, right=right):
@@ -58,6 +72,20 @@ def _read(node: ast.expr, text: str) -> Router | Pattern:
             return joined(_read(left, text), _read(right, text), spelled)
         case ast.UnaryOp(op=ast.Invert(), operand=inner):
             return joined(full(), _read(inner, text), "-")
+        case ast.Call(args=[ast.List(elts=parts)], keywords=[]) if _name(node) == "per_head":
+            return PerHeadRouter([_read(part, text) for part in parts])
+        case ast.Call(args=[inner, *rest], keywords=keywords) if _name(node) == "gist":
+            if node is not whole_text:
+                raise PatternError(
+                    f"cannot read the router {shorten(text)!r}: gist(…) stands around the whole expression; move it outwards."
+                )
+            try:
+                given = [ast.literal_eval(arg) for arg in rest]
+                return Gist(_read(inner, text), *given, **{str(k.arg): ast.literal_eval(k.value) for k in keywords})
+            except (TypeError, ValueError, ArgumentError) as error:
+                if isinstance(error, PatternError):
+                    raise
+                raise PatternError(f"cannot read the router {shorten(text)!r}: gist: {error}") from None
         case ast.Call(args=args, keywords=keywords) if _name(node) in _ROUTERS:
             try:
                 given = [ast.literal_eval(arg) for arg in args]
@@ -66,7 +94,7 @@ def _read(node: ast.expr, text: str) -> Router | Pattern:
             except (TypeError, ValueError, ArgumentError) as error:
                 raise PatternError(f"cannot read the router {shorten(text)!r}: {ast.unparse(node)}: {error}") from None
     raise PatternError(
-        f"cannot read the router {shorten(text)!r}: a router may stand alone or be joined by |, &, - and ~; "
+        f"cannot read the router {shorten(text)!r}: a router may stand alone, in per_head([…]), or be joined by |, &, - and ~; "
         f"{shorten(ast.unparse(node))!r} is something else."
     )
 
@@ -75,6 +103,11 @@ def _name(node: ast.AST) -> str:
     if not isinstance(node, ast.Call):
         return ""
     return ast.unparse(node.func).removeprefix("fl.").removeprefix("routing.").lower()
+
+
+def always(pattern: Pattern) -> Router:
+    """The router that always answers with this pattern."""
+    return _Always(pattern)
 
 
 class _Always(Router):
@@ -103,3 +136,4 @@ class _Fitted(Router):
 
 
 _ROUTERS: dict[str, Callable[..., Router]] = {"kmeans": _Fitted, "lsh": LSH, "topblocks": TopBlocks, "topkeys": TopKeys}
+_CONTENT = {*_ROUTERS, "gist"}

@@ -79,11 +79,24 @@ class TopBlocks(Router):
 
     def choose(self, given: Choice) -> Pattern:
         first, queries, alive = self._represent(given)
-        indices = self._indices(given, first, queries, alive)
+        indices = self._indices(given, first, queries, alive, self.summary(given.k, given.key_real))
         pattern = listed_blocks(indices, given, first, self.block, self.query_block)
         if self.causal:
             pattern = pattern & past()
         return pattern if given.key_real is None else pattern & padding(given.key_real)
+
+    def summary(self, k: Tensor, real: Tensor | None = None) -> list[Tensor]:
+        """What the score needs of each block of keys, `(B, H_kv, blocks, D)` each: its mean, or its least and most."""
+        return [block_mean(k, self.block, real)] if self.score == "mean" else list(block_bounds(k, self.block, real))
+
+    def listed(self, given: Choice, summary: list[Tensor]) -> Tensor:
+        """`(B, H, n_q, most)`: the key blocks of each query, -1 pads, when the summary is known (query_block = 1 only).
+
+        The keys themselves are not read. The summary may lack the blocks that queries lie in, which are never scored.
+        """
+        missing = -(-given.n_k // self.block) - summary[0].shape[2]
+        padded = [torch.nn.functional.pad(part, (0, 0, 0, missing)) for part in summary]
+        return self._indices(given, given.offset, given.q, given.query_real, padded)
 
     def _represent(self, given: Choice) -> tuple[int, Tensor, Tensor | None]:
         """Where the first block of queries begins, `(B, H, U, D)` one vector for each block, and `(B, U)` whether it has a
@@ -110,15 +123,12 @@ class TopBlocks(Router):
         chief = by_block.int().argmax(-1)[:, None, :, None, None].expand(*q.shape[:2], -1, 1, q.shape[3])
         return first, q.view(*q.shape[:2], -1, size, q.shape[3]).gather(3, chief).squeeze(3), by_block.any(-1)
 
-    def _indices(self, given: Choice, first: int, queries: Tensor, alive: Tensor | None) -> Tensor:
+    def _indices(self, given: Choice, first: int, queries: Tensor, alive: Tensor | None, summary: list[Tensor]) -> Tensor:
         """`(B, H, U, most)`: the key blocks of each block of queries, -1 pads."""
         device, block = queries.device, self.block
         group = given.heads // given.kv_heads
         sizes = block_sizes(given.n_k, block, given.key_real, device)
-        if self.score == "mean":
-            summary = [block_mean(given.k, block, given.key_real).repeat_interleave(group, 1)]
-        else:
-            summary = [edge.repeat_interleave(group, 1) for edge in block_bounds(given.k, block, given.key_real)]
+        summary = [part.repeat_interleave(group, 1) for part in summary]
         blocks = torch.arange(sizes.shape[1], device=device)
         scale = queries.shape[-1] ** -0.5 if self.scale is None else self.scale
         found = []

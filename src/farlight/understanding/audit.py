@@ -6,17 +6,21 @@ cost is taken there and at the text's full length. This module puts the two toge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from farlight.errors import PatternError
+from farlight.patterns import full
 from farlight.patterns.base import Pattern
-from farlight.understanding.cost import Cost, Layer, cost_at_length, cost_in_passages, full_seconds
-from farlight.understanding.fidelity import Fidelity, measure_fidelity
+from farlight.routing.base import Router
+from farlight.understanding.cost import Cost, Layer, cost_at_length, cost_in_passages, full_seconds, mean_cost
+from farlight.understanding.fidelity import BATCH_TOKENS, Fidelity, measure_fidelity
+from farlight.understanding.lost import LostLink, words_of
 from farlight.understanding.passages import Passages
+from farlight.understanding.subjects import Judged, Subject, subjects
 
 __all__ = ["Audit", "LongText", "PatternAudit", "audit", "steps"]
 
@@ -53,8 +57,10 @@ class PatternAudit:
     `measured_speedup` compares the time of one attention layer under `backend` with torch's full attention (about 1
     where "auto" decided for full attention), and `peak_bytes` is what that layer needs beside q, k and v. `mass` and
     `best` are means over layers, heads and rows: the share of full attention kept, and the most that as many links
-    could keep; `worst_head` is the smallest mass of a head, in layer and head `worst_head_at`. The cosines compare last
-    hidden states and their means over a passage, sparse against full.
+    could keep, `mass_by_head` and `best_by_head` the same by layer and head; `worst_head` is the smallest mass of a head, in
+    layer and head `worst_head_at`. The cosines compare last hidden states and their means over a passage, sparse against
+    full. `lost` are the heaviest lost links, the words at their ends included where they are known. Where layers have patterns
+    of their own, times are means over the layers and memory is the largest.
     """
 
     pattern: str
@@ -71,6 +77,9 @@ class PatternAudit:
     token_cosine: float
     pooled_cosine: float
     long_text: LongText
+    mass_by_head: tuple[tuple[float, ...], ...] = ()
+    best_by_head: tuple[tuple[float, ...], ...] = ()
+    lost: tuple[LostLink, ...] = ()
 
     @property
     def of_best(self) -> float:
@@ -106,18 +115,22 @@ class Audit:
         return out
 
 
-def steps(passages: Passages, patterns: int) -> int:
-    """How often `audit` reports progress."""
-    batches = -(-passages.count // max(1, 4096 // passages.length))
-    return batches * (1 + patterns) + 1 + 2 * patterns
+def steps(passages: Passages, patterns: Sequence[Judged | Subject]) -> list[str]:
+    """What `audit` reports as progress, in order: the name of each step, repeated where the work is repeated."""
+    batches = -(-passages.count // max(1, BATCH_TOKENS // passages.length))
+    names = [one.name for one in subjects(patterns)]
+    timed = ["timed: full attention", *(f"timed: {name}" for name in names)]
+    return ["full attention", *names] * batches + timed + [f"{passages.tokens:,} tokens: {name}" for name in names]
 
 
 def audit(
     model: Any,
     passages: Passages,
-    patterns: Sequence[Pattern],
+    patterns: Sequence[Judged | Subject],
     *,
     backend: str = "auto",
+    tokenizer: Any = None,
+    lost: int = 12,
     model_name: str = "",
     text_name: str = "",
     step: Callable[[str], None] = lambda what: None,
@@ -127,9 +140,11 @@ def audit(
     Args:
         model: an encoder or causal language model in evaluation mode whose output begins with the last hidden states.
         passages: from `cut_passages`; its `tokens` is the full length at which cost is measured.
-        patterns: each is intersected with what the model itself allows.
+        patterns: patterns, routers, or mappings {layer number: one of these}; each is intersected with what the model itself
+            allows.
         backend: as in `farlight.attention`; also used where the model runs under a pattern.
-        step: called with a few words before each piece of work, `steps(passages, len(patterns))` times.
+        tokenizer: tells the words at the ends of lost links; `lost` is how many links to list for each pattern.
+        step: called with a few words before each piece of work, those of `steps(passages, patterns)`.
 
     Raises:
         PatternError: no pattern, or one that does not fit the passages. UnsupportedError: the model's attention cannot
@@ -137,22 +152,28 @@ def audit(
     """
     if not patterns:
         raise PatternError("no pattern was given; an audit needs at least one, such as window(32).")
-    run = measure_fidelity(model, passages.ids, patterns, backend=backend, step=step)
+    judged = subjects(patterns)
+    words = None if tokenizer is None else [words_of(row, tokenizer) for row in passages.ids.tolist()]
+    run = measure_fidelity(model, passages.ids, judged, backend=backend, lost=lost, words=words, step=step)
     q, k, v = run.first.q, run.first.k, run.first.v
     layer = Layer(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, run.first.own, run.first.scale)
 
-    step("full attention, timed")
+    step("timed: full attention")
     long_full, measured_at = full_seconds(layer, passages.tokens)
     short: list[Cost] = []
-    for pattern in patterns:
-        step(f"{pattern!r}, timed")
-        short.append(cost_in_passages(layer, pattern, (q, k, v), backend=backend))
+    for one in judged:
+        step(f"timed: {one.name}")
+        short.append(
+            mean_cost([cost_in_passages(layer, chosen, (q, k, v), backend=backend) for chosen in _layers(one, run.layers)])
+        )
     long_tensors = layer.random(passages.tokens)
     rows = []
-    for pattern, found, cost in zip(patterns, run.patterns, short, strict=True):
-        step(f"{pattern!r}, {passages.tokens:,} tokens")
-        long = cost_at_length(layer, pattern, long_tensors, long_full, backend=backend)
-        rows.append(_row(pattern, found, cost, long, run.layers, layer.heads))
+    for one, found, cost in zip(judged, run.patterns, short, strict=True):
+        step(f"{passages.tokens:,} tokens: {one.name}")
+        long = mean_cost(
+            [cost_at_length(layer, chosen, long_tensors, long_full, backend=backend) for chosen in _layers(one, run.layers)]
+        )
+        rows.append(_row(one, found, cost, long, run.layers, layer.heads))
     return Audit(
         model=model_name or type(model).__name__,
         text=text_name,
@@ -171,10 +192,16 @@ def audit(
     )
 
 
-def _row(pattern: Pattern, found: Fidelity, short: Cost, long: Cost, layers: int, heads: int) -> PatternAudit:
+def _layers(one: Subject, layers: int) -> list[Pattern | Router]:
+    """What is to be timed: one pattern for all layers, or each layer's own."""
+    numbers = range(layers) if isinstance(one.chosen, Mapping) else range(1)
+    return [one.at(number) or full() for number in numbers]
+
+
+def _row(one: Subject, found: Fidelity, short: Cost, long: Cost, layers: int, heads: int) -> PatternAudit:
     worst = int(found.mass.argmin())
     return PatternAudit(
-        pattern=repr(pattern),
+        pattern=one.name,
         density=found.links / found.own_links if found.own_links else 0.0,
         links=round(found.links * layers * heads),
         backend=short.backend,
@@ -192,10 +219,13 @@ def _row(pattern: Pattern, found: Fidelity, short: Cost, long: Cost, layers: int
             links=round(long.links * layers * heads),
             full_links=round(long.own_links * layers * heads),
             backend=long.backend,
-            seconds=long.plan_seconds + long.seconds * layers,
+            seconds=long.plan_seconds * (1 if isinstance(one.chosen, Pattern) else layers) + long.seconds * layers,
             full_seconds=long.full_seconds * layers,
             peak_bytes=long.peak_bytes,
             peak_method=long.peak_method,
             why_not=long.why_not,
         ),
+        mass_by_head=tuple(tuple(row) for row in found.mass.tolist()),
+        best_by_head=tuple(tuple(row) for row in found.best.tolist()),
+        lost=found.lost,
     )

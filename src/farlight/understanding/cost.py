@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from farlight.errors import PatternError, UnsupportedError
+from farlight.errors import ArgumentError, PatternError, UnsupportedError
 from farlight.patterns import causal, full
 from farlight.patterns.base import Pattern, Sizes
+from farlight.plan.cache import plans
+from farlight.routing.base import Router
 from farlight.understanding.memory import peak_memory
 
-__all__ = ["Cost", "Layer", "cost_at_length", "cost_in_passages", "full_seconds", "links_per_head"]
+__all__ = ["Cost", "Layer", "cost_at_length", "cost_in_passages", "full_seconds", "links_per_head", "mean_cost"]
 
 # Multiplications spent on timing full attention once: about a quarter of a second on two cores.
 _FULL_FLOPS = 3e10
@@ -59,7 +61,8 @@ class Cost:
     `links` and `own_links` are pairs per head and text. `backend` is the one that ran; `predicted_speedup` is what
     `farlight.explain` expects of sparse against full attention. `seconds` and `peak_bytes` (beyond q, k, v; output
     included) are measured over a whole batch, `full_seconds` likewise or, for a long text, predicted. `why_not` says
-    what kept a pattern from being measured; the rest is then zero.
+    what kept a pattern from being measured; the rest is then zero. `plan_seconds` is what is done once for a pattern, and in
+    every layer for a router, whose choice is part of it.
     """
 
     tokens: int
@@ -79,16 +82,23 @@ class Cost:
         return self.full_seconds / self.seconds if self.seconds else 0.0
 
 
-def links_per_head(pattern: Pattern, n: int, heads: int) -> float:
-    """Exact number of allowed pairs in a text of n tokens, averaged over the heads."""
-    heads = heads if pattern.varies_over_heads else 1
-    return pattern.count(n, heads=heads) / heads
+def links_per_head(pattern: Pattern, n: int, heads: int, batch: int = 1) -> float:
+    """Exact number of allowed pairs in a text of n tokens, averaged over the heads, and the texts of a batch."""
+    heads, batch = heads if pattern.varies_over_heads else 1, batch if pattern.varies_over_batch else 1
+    return pattern.count(n, batch=batch, heads=heads) / (heads * batch)
 
 
 def cost_in_passages(
-    layer: Layer, pattern: Pattern, tensors: tuple[Tensor, Tensor, Tensor], *, backend: str = "auto", least: float = 0.4
+    layer: Layer,
+    pattern: Pattern | Router,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    *,
+    backend: str = "auto",
+    least: float = 0.4,
 ) -> Cost:
-    """Measure one layer under `pattern` on these q, k, v, turn about with full attention for `least` seconds."""
+    """Measure one layer under `pattern`, a router's choice included, on these q, k, v, turn about with full attention for
+    `least` seconds.
+    """
     cost, run = _first_run(layer, pattern, tensors, backend)
     if run is None:
         return cost
@@ -98,7 +108,7 @@ def cost_in_passages(
 
 def cost_at_length(
     layer: Layer,
-    pattern: Pattern,
+    pattern: Pattern | Router,
     tensors: tuple[Tensor, Tensor, Tensor],
     full_seconds: float,
     *,
@@ -109,8 +119,21 @@ def cost_at_length(
     return replace(cost, full_seconds=full_seconds)
 
 
+def mean_cost(costs: Sequence[Cost]) -> Cost:
+    """The cost of a layer on average, where layers differ; memory is that of the largest."""
+    stopped = next((cost for cost in costs if cost.why_not), None)
+    if stopped is not None or len(costs) == 1:
+        return stopped or costs[0]
+    mean: dict[str, Any] = {
+        name: statistics.fmean(getattr(cost, name) for cost in costs)
+        for name in ("links", "own_links", "predicted_speedup", "seconds", "plan_seconds", "full_seconds")
+    }
+    backends = " / ".join(dict.fromkeys(cost.backend for cost in costs))
+    return replace(costs[0], **mean, backend=backends, peak_bytes=max(cost.peak_bytes for cost in costs))
+
+
 def _first_run(
-    layer: Layer, pattern: Pattern, tensors: tuple[Tensor, Tensor, Tensor], backend: str
+    layer: Layer, pattern: Pattern | Router, tensors: tuple[Tensor, Tensor, Tensor], backend: str
 ) -> tuple[Cost, Callable[[], Any] | None]:
     """Plan and run once, watching memory; and the run, to be repeated. None where it cannot be run at this length."""
     import farlight
@@ -119,13 +142,19 @@ def _first_run(
 
     q, k, v = tensors
     n = q.shape[2]
-    both = pattern if layer.own == full() else layer.own & pattern
     sizes = Sizes.of(n, batch=q.shape[0], heads=q.shape[1])
-    request = Request(both, sizes, k.shape[1], q.shape[3], q.dtype, q.device, False, 0.0, False)
 
-    def run() -> Any:
+    def allowed() -> Pattern:
+        found = pattern(q, k) if isinstance(pattern, Router) else pattern
+        return found if layer.own == full() else layer.own & found
+
+    def run(chosen: Pattern | None = None) -> Any:
         with torch.no_grad():
-            out = farlight.attention(q, k, v, both, scale=layer.scale, backend=backend)
+            if chosen is None:
+                chosen = allowed()
+                if isinstance(pattern, Router):
+                    plans.clear()  # every text is chosen for, and planned, anew
+            out = farlight.attention(q, k, v, chosen, scale=layer.scale, backend=backend)
             _wait(q)
             return out
 
@@ -136,17 +165,18 @@ def _first_run(
         with peak_memory() as peak:
             began = time.perf_counter()
             # Plans for the backend's tiles, which the run then finds again.
-            choice = dispatch.choose(request)
+            both = allowed()
+            choice = dispatch.choose(Request(both, sizes, k.shape[1], q.shape[3], q.dtype, q.device, False, 0.0, False))
             planned = time.perf_counter()
-            run()
+            run(both)
             ended = time.perf_counter()
-    except (PatternError, UnsupportedError) as error:
+    except (ArgumentError, PatternError, UnsupportedError) as error:
         # A pattern with a table of its own, chosen keys say, fits one length only; a backend that was named may not
         # reach this far.
         return Cost(n, why_not=str(error)), None
     cost = Cost(
         tokens=n,
-        links=links_per_head(both, n, layer.heads),
+        links=links_per_head(both, n, layer.heads, sizes.batch),
         own_links=links_per_head(layer.own, n, layer.heads),
         backend=choice.backend if backend == "auto" else backend,
         predicted_speedup=choice.dense.seconds / choice.sparse.seconds,

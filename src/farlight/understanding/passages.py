@@ -15,7 +15,7 @@ from torch import Tensor
 
 from farlight.errors import ArgumentError
 
-__all__ = ["FEWEST_TOKENS", "Passages", "cut_passages"]
+__all__ = ["FEWEST_TOKENS", "Passages", "cut_passages", "frame"]
 
 # Below this, shares and cosines say more about the ends of the text than about the pattern.
 FEWEST_TOKENS = 32
@@ -23,10 +23,13 @@ FEWEST_TOKENS = 32
 
 @dataclass(frozen=True)
 class Passages:
-    """`ids` is `(passages, length)` int64, framed; `tokens` counts the whole text, unframed."""
+    """`ids` is `(passages, length)` int64, framed; `tokens` counts the whole text, unframed; passage p begins, without its
+    frame, at token `starts[p]` of the text.
+    """
 
     ids: Tensor
     tokens: int
+    starts: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
@@ -37,30 +40,33 @@ class Passages:
         return self.ids.shape[1]
 
 
-def cut_passages(text: str, tokenizer: Any, length: int, count: int) -> Passages:
-    """The first `count` passages of `length` tokens each, frame included; fewer when the text ends before.
+def cut_passages(text: str, tokenizer: Any, length: int, count: int | None, *, spread: bool = False) -> Passages:
+    """The first `count` passages of `length` tokens each, frame included; fewer when the text ends before; None: all.
 
-    A text too short for one whole passage becomes one shorter passage. `tokenizer` is a Hugging Face tokenizer. Raises
-    ArgumentError when the text has fewer than `FEWEST_TOKENS` tokens, or `length` leaves no room for them.
+    With `spread` they are taken evenly from the whole text instead. A text too short for one whole passage becomes one
+    shorter passage. `tokenizer` is a Hugging Face tokenizer. Raises ArgumentError when the text has fewer than
+    `FEWEST_TOKENS` tokens, or `length` leaves no room for them.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    before, after = _frame(tokenizer)
+    before, after = frame(tokenizer)
     room = length - len(before) - len(after)
     if room < FEWEST_TOKENS:
         least = length - room + FEWEST_TOKENS
         raise ArgumentError(f"passages of {length} tokens leave {room} for the text; use a length of at least {least}.")
-    if count < 1:
+    if count is not None and count < 1:
         raise ArgumentError(f"passages = {count}: at least one is needed.")
     if len(ids) < FEWEST_TOKENS:
         raise ArgumentError(
             f"the text has {len(ids)} tokens; at least {FEWEST_TOKENS} are needed to say anything about a pattern."
         )
-    starts = range(0, min(count * room, len(ids) // room * room), room) if len(ids) >= room else range(1)
+    whole = max(1, len(ids) // room)
+    wanted = whole if count is None else min(count, whole)
+    starts = tuple(room * (p * whole // wanted if spread else p) for p in range(wanted))
     framed = [before + ids[start : start + room] + after for start in starts]
-    return Passages(torch.tensor(framed, dtype=torch.int64), len(ids))
+    return Passages(torch.tensor(framed, dtype=torch.int64), len(ids), starts)
 
 
-def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and after a text."""
     bare = tokenizer("the", add_special_tokens=False)["input_ids"]
     framed = tokenizer("the")["input_ids"]

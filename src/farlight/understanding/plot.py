@@ -15,13 +15,16 @@ from farlight.understanding.graph.links import Array, Links, Order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
     from farlight.patterns.base import Pattern
+    from farlight.understanding.fitting.fit import Fit
     from farlight.understanding.graph.paths import Path
     from farlight.understanding.graph.receptive import Reach
     from farlight.understanding.graph.worlds import SmallWorld
+    from farlight.understanding.retention import Retention
 
-__all__ = ["densities", "plot_hops", "plot_path", "plot_pattern", "plot_reach"]
+__all__ = ["densities", "plot_frontier", "plot_heads", "plot_hops", "plot_path", "plot_pattern", "plot_reach"]
 
 _INK = "#1f4e79"
 _ACCENT = "#c8501e"
@@ -179,6 +182,56 @@ def plot_path(path: Path, *, ax: Axes | None = None) -> Axes:
         fontsize=9,
     )
     ax.set_xlabel("position in the text")
+    return ax
+
+
+def plot_heads(values: Tensor, *, label: str = "mass", ax: Axes | None = None, percent: bool = True) -> Axes:
+    """Draw `(layers, heads)` numbers, such as the share of full attention that each head keeps, as a map of squares."""
+    if values.dim() != 2 or not values.numel():
+        raise ArgumentError(f"values have shape {tuple(values.shape)}; (layers, heads) are needed.")
+    layers, heads = values.shape
+    ax = _axes(ax, (1.2 + 0.42 * heads, 1.2 + 0.42 * layers))
+    table = values.double().numpy()
+    most = 1.0 if label == "mass" else max(float(table.max()), 1e-9)
+    ax.imshow(table, cmap="Blues", vmin=0, vmax=most, aspect="auto")
+    if heads <= 16 and layers <= 16:
+        for layer in range(layers):
+            for head in range(heads):
+                value = table[layer, head]
+                words = f"{100 * value:.0f}" if percent else f"{value:.2g}"
+                ax.text(
+                    head, layer, words, ha="center", va="center", fontsize=7, color="white" if value > 0.6 * most else "black"
+                )
+    ax.set_xticks(range(heads))
+    ax.set_yticks(range(layers))
+    ax.set_xlabel("head")
+    ax.set_ylabel("layer")
+    ax.set_title(label + (", %" if percent else ""), fontsize=9)
+    return ax
+
+
+def plot_frontier(found: Retention, fitted: Fit | None = None, *, ax: Axes | None = None) -> Axes:
+    """Draw the share that the best links of each density keep, head by head and on average, and where a pattern stands.
+
+    Curves are of the first text of the batch; crosses are what the measured pattern keeps in each head, circles what a fit
+    does.
+    """
+    ax = _axes(ax, (5.6, 4.0))
+    density, share = (x[0].double().numpy() for x in found.frontier())
+    at = np.linspace(0, 1, 201)
+    curves = np.stack([np.interp(at, d, s) for d, s in zip(density, share, strict=True)])
+    for curve in curves:
+        ax.plot(at, curve, color=_INK, alpha=0.25, linewidth=0.8)
+    ax.plot(at, curves.mean(0), color=_INK, label="best links, mean over heads")
+    ax.plot(found.density[0].numpy(), found.mass[0].double().numpy(), "x", color=_ACCENT, label="the pattern, by head")
+    if fitted is not None:
+        of_all = (fitted.links / fitted.base_links.clamp(min=1)).numpy()
+        ax.plot(of_all, fitted.kept.numpy(), "o", color=_ACCENT, fillstyle="none", label="the fit, by head")
+    ax.set_xlim(0, 1)
+    ax.set_ylim(0, 1.02)
+    ax.set_xlabel("density")
+    ax.set_ylabel("share of full attention kept")
+    ax.legend(fontsize=8, frameon=False, loc="lower right")
     return ax
 
 

@@ -10,20 +10,19 @@ Nothing here runs sparse attention; this is the measure that sparse attention is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from farlight.errors import ArgumentError
-from farlight.patterns.base import Pattern, Sizes
+from farlight.patterns.base import Pattern
 from farlight.understanding.histogram import Histogram, HistogramBuilder
+from farlight.understanding.lost import Lost, LostBuilder
+from farlight.understanding.probability import Tile, check_problem, mix, sizes_of, softmax, tiles, wide_type
 
 __all__ = ["Retention", "retention", "retentions"]
-
-# Scores of one tile, in elements: 8 MiB in float32. Some eight tensors of that size live at once.
-_TILE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Retention:
             the truth, and below it by at most `best_slack`.
         best_slack: `(B, H)` float64, the bound on the error of `best`.
         error: `(B, H)` relative L2 error of the head's output, ‖sparse - full‖ / ‖full‖; None when v was not given.
+        lost: the heaviest links outside the pattern, when asked for.
     """
 
     kept: Tensor
@@ -46,6 +46,7 @@ class Retention:
     best: Tensor
     best_slack: Tensor
     error: Tensor | None = None
+    lost: Lost | None = None
     _histogram: Histogram = field(repr=False, kw_only=True)
 
     @property
@@ -89,6 +90,7 @@ def retention(
     base: Pattern | None = None,
     scale: float | None = None,
     q_offset: int | None = None,
+    lost: int = 0,
 ) -> Retention:
     """The share of full attention probability that `pattern` keeps, per head and row, against the best it could keep.
 
@@ -104,6 +106,7 @@ def retention(
         base: what full attention looks at; None means every pair. For a causal language model pass `causal()`.
         scale: factor on the scores; None means D^-0.5.
         q_offset: position of the first query; None means n_k - n_q.
+        lost: how many of the heaviest links outside the pattern to list, over all heads and rows.
 
     Raises:
         ArgumentError: shapes or dtypes that do not fit. PatternError: a pattern that does not fit the sizes.
@@ -116,7 +119,7 @@ def retention(
     >>> found.mass.item(), found.best.item(), found.density.item()
     (0.125, 0.125, 0.125)
     """
-    return retentions(q, k, [pattern], v, base=base, scale=scale, q_offset=q_offset)[0]
+    return retentions(q, k, [pattern], v, base=base, scale=scale, q_offset=q_offset, lost=lost)[0]
 
 
 def retentions(
@@ -128,11 +131,14 @@ def retentions(
     base: Pattern | None = None,
     scale: float | None = None,
     q_offset: int | None = None,
+    lost: int = 0,
 ) -> list[Retention]:
     """`retention` for several patterns in one pass over the full probabilities."""
-    _check(q, k, v, scale)
+    check_problem(q, k, v, scale)
+    if isinstance(lost, bool) or not isinstance(lost, int) or lost < 0:
+        raise ArgumentError(f"lost = {lost!r}: the number of lost links to list is a whole number >= 0; the default is 0.")
     with torch.no_grad():
-        return _measure(q, k, patterns, v, base, scale, q_offset)
+        return _measure(q, k, patterns, v, base, scale, q_offset, lost)
 
 
 def _measure(
@@ -143,38 +149,30 @@ def _measure(
     base: Pattern | None,
     scale: float | None,
     q_offset: int | None,
+    lost: int,
 ) -> list[Retention]:
-    batch, heads, n_q, dim = q.shape
-    n_k = k.shape[2]
-    sizes = Sizes.of(n_q, n_k, batch=max(1, batch), heads=max(1, heads), q_offset=q_offset)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    factor = dim**-0.5 if scale is None else scale
-    seen = [_Seen(pattern, q, wide, v is not None) for pattern in patterns]
+    batch, heads, n_q, _ = q.shape
+    sizes = sizes_of(q, k, q_offset)
+    seen = [_Seen(pattern, q, v is not None, lost) for pattern in patterns]
     base_links = torch.zeros(batch, heads, dtype=torch.int64, device=q.device)
     builder = HistogramBuilder(batch, heads, q.device)
     full_norm = torch.zeros(batch, heads, dtype=torch.float64, device=q.device)
 
-    for rows, items, group in _tiles(q, k):
-        # (B', H', rows): the slices of this tile. Patterns and base answer for all heads; `_part` cuts out those here.
-        here = slice(group.start * heads // k.shape[1], group.stop * heads // k.shape[1])
-        scores = _scores(q[items, here, rows], k[items, group], factor, wide)
-        if base is not None:
-            allowed = _part(base.dense_rows(rows.start, rows.stop, sizes, device=q.device), items, here)
-            scores = scores.masked_fill_(~allowed, -torch.inf)
-            base_links[items, here] += allowed.sum((-1, -2))
-        else:
-            allowed = None
-            base_links[items, here] += (rows.stop - rows.start) * n_k
-        full = _softmax(scores)
-        builder.add(full, items, here)
-        values = None if v is None else v[items, group].to(wide)
-        out = None if values is None else _mix(full, values)
+    for tile in tiles(q, k, base, scale, sizes):
+        every = (tile.rows.stop - tile.rows.start) * k.shape[2]
+        base_links[tile.items, tile.heads] += every if tile.allowed is None else tile.allowed.sum((-1, -2))
+        builder.add(tile.full, tile.items, tile.heads)
+        values = None if v is None else v[tile.items, tile.group].to(tile.full.dtype)
+        out = None if values is None else mix(tile.full, values)
         if out is not None:
-            full_norm[items, here] += out.double().square().sum((-1, -2))
+            full_norm[tile.items, tile.heads] += out.double().square().sum((-1, -2))
         for part in seen:
-            mask = _part(part.pattern.dense_rows(rows.start, rows.stop, sizes, device=q.device), items, here)
-            mask = mask if allowed is None else mask & allowed
-            part.add(full, scores, mask, values, out, rows, items, here)
+            few = None if v is not None or lost else tile.kept(part.pattern, base, sizes)
+            if few is not None:
+                part.kept[tile.items, tile.heads, tile.rows] = few[0]
+                part.links[tile.items, tile.heads] += few[1]
+            else:
+                part.add(tile, tile.seen(part.pattern, sizes), values, out, sizes.q_offset)
     histogram = builder.finish(n_q, base_links)
     return [part.finish(base_links, histogram, full_norm) for part in seen]
 
@@ -182,30 +180,25 @@ def _measure(
 class _Seen:
     """The sums of one pattern while the tiles pass by."""
 
-    def __init__(self, pattern: Pattern, q: Tensor, wide: torch.dtype, with_output: bool) -> None:
+    def __init__(self, pattern: Pattern, q: Tensor, with_output: bool, lost: int) -> None:
         batch, heads, n_q, _ = q.shape
+        wide = wide_type(q)
         self.pattern = pattern
         self.kept = torch.zeros(batch, heads, n_q, dtype=wide, device=q.device)
         self.links = torch.zeros(batch, heads, dtype=torch.int64, device=q.device)
         self.wrong = torch.zeros(batch, heads, dtype=torch.float64, device=q.device) if with_output else None
+        self.lost = LostBuilder(lost, wide, q.device) if lost else None
 
-    def add(
-        self,
-        full: Tensor,
-        scores: Tensor,
-        mask: Tensor,
-        values: Tensor | None,
-        out: Tensor | None,
-        rows: slice,
-        items: slice,
-        here: slice,
-    ) -> None:
-        self.kept[items, here, rows] = (full * mask).sum(-1)
+    def add(self, tile: Tile, mask: Tensor, values: Tensor | None, out: Tensor | None, q_offset: int) -> None:
+        items, here = tile.items, tile.heads
+        self.kept[items, here, tile.rows] = (tile.full * mask).sum(-1)
         self.links[items, here] += mask.sum((-1, -2))
         if self.wrong is not None and values is not None and out is not None:
             # A fresh softmax: dividing by `kept` would lose all digits where a row keeps next to nothing.
-            sparse = _mix(_softmax(scores.masked_fill(~mask, -torch.inf)), values)
+            sparse = mix(softmax(tile.scores.masked_fill(~mask, -torch.inf)), values)
             self.wrong[items, here] += (sparse - out).double().square().sum((-1, -2))
+        if self.lost is not None:
+            self.lost.add(tile, mask, q_offset)
 
     def finish(self, base_links: Tensor, histogram: Histogram, full_norm: Tensor) -> Retention:
         best, slack = histogram.best(self.links)
@@ -213,85 +206,5 @@ class _Seen:
         if self.wrong is not None:
             # Nothing wrong is no error, also where the full output is zero.
             error = torch.where(self.wrong == 0, 0.0, (self.wrong / full_norm).sqrt()).to(self.kept.dtype)
-        return Retention(self.kept, self.links, base_links, best, slack, error, _histogram=histogram)
-
-
-def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """(rows, batch items, key heads) such that a tile's scores stay within the budget.
-
-    All heads go together while at least 32 rows fit, since a pattern shared by the heads is then evaluated once; a long
-    text is taken one key head at a time.
-    """
-    batch, heads, n_q, _ = q.shape
-    kv_heads, n_k = k.shape[1], max(1, k.shape[2])
-    together = batch * heads * n_k * min(32, n_q) <= _TILE
-    per_row = n_k * (batch * heads if together else heads // max(1, kv_heads))
-    step = max(1, _TILE // max(1, per_row))
-    for start in range(0, n_q, step):
-        rows = slice(start, min(n_q, start + step))
-        if together:
-            if batch and heads:
-                yield rows, slice(0, batch), slice(0, kv_heads)
-            continue
-        for item in range(batch):
-            for group in range(kv_heads):
-                yield rows, slice(item, item + 1), slice(group, group + 1)
-
-
-def _part(mask: Tensor, items: slice, heads: slice) -> Tensor:
-    """The part of a `(B or 1, H or 1, rows, n_k)` mask that belongs to these batch items and heads; 1 stays 1."""
-    mask = mask[items] if mask.shape[0] > 1 else mask
-    return mask[:, heads] if mask.shape[1] > 1 else mask
-
-
-def _scores(q: Tensor, k: Tensor, factor: float, wide: torch.dtype) -> Tensor:
-    """`(B, H, rows, n_k)`: factor · q·kᵀ; query heads that share a key head are stacked: k is never repeated."""
-    batch, heads, rows, dim = q.shape
-    stacked = (q.to(wide) * factor).reshape(batch, k.shape[1], heads // k.shape[1] * rows, dim)
-    return (stacked @ k.to(wide).transpose(-1, -2)).view(batch, heads, rows, -1)
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """softmax over keys, in which a row that sees nothing is all zeros."""
-    top = (
-        scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-        if scores.shape[-1]
-        else scores.sum(-1, keepdim=True)
-    )
-    weight = torch.exp(scores - top)
-    return weight.div_(weight.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny))
-
-
-def _mix(probability: Tensor, values: Tensor) -> Tensor:
-    """probability · v with shared value heads, `(B, H, rows, D_v)`."""
-    batch, heads, rows, keys = probability.shape
-    stacked = probability.reshape(batch, values.shape[1], heads // values.shape[1] * rows, keys)
-    return (stacked @ values).view(batch, heads, rows, -1)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor | None, scale: float | None) -> None:
-    """Raise ArgumentError when these tensors cannot be one attention problem."""
-    tensors = [("q", q), ("k", k)] + ([] if v is None else [("v", v)])
-    for name, tensor in tensors:
-        if tensor.dim() != 4:
-            raise ArgumentError(
-                f"{name} has shape {tuple(tensor.shape)}: four dimensions (batch, heads, tokens, head_dim) are "
-                f"needed; add the missing ones with {name}.unsqueeze(0)."
-            )
-        if not tensor.dtype.is_floating_point:
-            raise ArgumentError(f"{name} has dtype {tensor.dtype}: a floating dtype is needed; pass {name}.float().")
-        if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ArgumentError(
-                f"{name} is {tensor.dtype} on {tensor.device}, but q is {q.dtype} on {q.device}; pass {name}.to(q) so "
-                "that they agree."
-            )
-        if tensor.shape[0] != q.shape[0]:
-            raise ArgumentError(f"{name} has batch {tensor.shape[0]}, but q has {q.shape[0]}; they must agree.")
-    if k.shape[3] != q.shape[3]:
-        raise ArgumentError(f"k has head_dim {k.shape[3]}, but q has {q.shape[3]}; they must agree.")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ArgumentError(f"q has {q.shape[1]} heads and k has {k.shape[1]}; q's must be a multiple of k's.")
-    if v is not None and v.shape[1:3] != k.shape[1:3]:
-        raise ArgumentError(f"v has (heads, tokens) = {tuple(v.shape[1:3])}, but k has {tuple(k.shape[1:3])}; they must agree.")
-    if scale is not None and scale != scale:
-        raise ArgumentError("scale = nan: the factor on the scores must be a number; pass None for head_dim ** -0.5.")
+        lost = None if self.lost is None else self.lost.finish()
+        return Retention(self.kept, self.links, base_links, best, slack, error, lost, _histogram=histogram)

@@ -82,7 +82,9 @@ class LazyLinks:
             first, last = layout.order.row_first[variant : variant + 2].tolist()
             member = np.zeros(self.n, dtype=bool)
             member[layout.order.rows[first:last].numpy()] = True
-        return layout, variant, member, None if layout.keys is None else layout.keys.slots.numpy()
+        # Points are keys as they stand, also where their term has labels.
+        slots = None if layout.keys is None or layout.term.points else layout.keys.slots.numpy()
+        return layout, variant, member, slots
 
     def stretches(self, rows: Array) -> list[Stretches]:
         """What these rows see, one `Stretches` for each order of keys."""

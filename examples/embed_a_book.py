@@ -1,0 +1,188 @@
+"""A book embedded chapter by chapter, each in one pass, against the usual ways: what is gained, what is lost.
+
+all-MiniLM-L6-v2 reads 512 tokens. `fl.hf.lengthen` gives it 8192 positions, a sparse pattern makes a chapter affordable, and
+passages are means of tokens that have seen their whole chapter. The same passages are also embedded by the plain model,
+alone and in windows of 512 tokens. Then sentences drawn at random look for the passage, and for the chapter, they stand in.
+
+    python examples/embed_a_book.py book.txt --out results             # a quarter of an hour on two cores
+    python examples/embed_a_book.py book.txt --out results --smoke     # seconds: does it run?
+
+Vectors are kept in --out, one file for each way of embedding, and used again by the next run; the table is written there too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import farlight as fl
+from farlight.cli.inputs import load_model, read_text
+from farlight.embedding.book import Part, parts_of
+from farlight.embedding.chapters import sentences, split_chapters
+from farlight.embedding.reading import Embedder, Reading
+
+PLAIN_LENGTH = 512
+PATTERNS = (
+    "window(64) | global_tokens([0, -1])",
+    "window(128) | global_tokens([0, -1])",
+    "window(256) | global_tokens([0, -1])",
+    "full()",
+)
+ALONE, WINDOWS = "plain, each passage alone", "plain, windows of 512 tokens"
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A unit vector for every chapter and every passage, and how long it took."""
+
+    chapters: Tensor
+    passages: Tensor
+    seconds: float
+
+
+def stacked(readings: Iterator[tuple[Tensor, Tensor]]) -> Vectors:
+    begun = time.perf_counter()
+    chapters, passages = zip(*readings, strict=True)
+    return Vectors(torch.stack(chapters), torch.cat(passages), time.perf_counter() - begun)
+
+
+def in_one_pass(embedder: Embedder, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor]]:
+    for part in parts:
+        reading = embedder.read(part.tokens.ids)
+        yield reading.vector, reading.passages(part.passages)
+
+
+def in_windows(plain: Embedder, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows that follow one another; a chapter is the mean of its windows' vectors, a passage that of its tokens."""
+    for part in parts:
+        readings = [plain.read(part.tokens.ids[at : at + plain.room]) for at in range(0, len(part.tokens), plain.room)]
+        chapter = normalize(torch.stack([reading.vector for reading in readings]).mean(0), dim=0)
+        whole = Reading(torch.cat([reading.states for reading in readings]), chapter)
+        yield chapter, whole.passages(part.passages)
+
+
+def each_alone(plain: Embedder, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor]]:
+    for part in parts:
+        vectors = torch.stack([plain.read(part.tokens.ids[a:b]).vector for a, b in part.passages])
+        yield normalize(vectors.mean(0), dim=0), vectors
+
+
+def drawn(texts: Sequence[Part], text: str, owners: Sequence[tuple[int, int]], count: int, seed: int) -> list[tuple[int, str]]:
+    """(passage, sentence) pairs: sentences of 8 words or more that lie whole in one passage, drawn without repetition."""
+    found = []
+    for number, (part, passage) in enumerate(owners):
+        start, stop = texts[part].span(passage)
+        for a, b in sentences(text, start, stop):
+            if len(text[a:b].split()) >= 8:
+                found.append((number, " ".join(text[a:b].split())))
+    return random.Random(seed).sample(found, min(count, len(found)))
+
+
+def ranks(queries: Tensor, vectors: Tensor, wanted: Tensor) -> Tensor:
+    """How many vectors are nearer to each query than the wanted one."""
+    near = queries @ vectors.T
+    return (near > near.gather(1, wanted[:, None])).sum(1)
+
+
+def judge(found: Vectors, windows: Vectors, queries: Tensor, passage: Tensor, chapter: Tensor) -> dict[str, float]:
+    by_passage, by_chapter = ranks(queries, found.passages, passage), ranks(queries, found.chapters, chapter)
+    cosine = (found.chapters * windows.chapters).sum(-1)
+    return {
+        "passage_hit_1": (by_passage < 1).float().mean().item(),
+        "passage_hit_5": (by_passage < 5).float().mean().item(),
+        "passage_mrr": (1 / (1 + by_passage.float())).mean().item(),
+        "chapter_hit_1": (by_chapter < 1).float().mean().item(),
+        "chapter_hit_5": (by_chapter < 5).float().mean().item(),
+        "cosine_mean": cosine.mean().item(),
+        "cosine_least": cosine.min().item(),
+        "seconds": found.seconds,
+    }
+
+
+SHARES = {
+    "passage_hit_1": "passage hit@1", "passage_hit_5": "hit@5", "passage_mrr": "MRR", "chapter_hit_1": "chapter hit@1",
+    "chapter_hit_5": "hit@5", "cosine_mean": "cosine to windows, mean", "cosine_least": "least",
+}  # fmt: skip
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    lines = [f"| embedded how | {' | '.join(SHARES.values())} | seconds |", "|---" * (len(SHARES) + 2) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {' | '.join(f'{row[key]:.3f}' for key in SHARES)} | {row['seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path, help="a long UTF-8 text with chapters")
+    parser.add_argument("--out", type=Path, default=Path("embed_a_book"))
+    parser.add_argument("--pattern", action="append", help=f"repeat for several; default {PATTERNS}")
+    parser.add_argument("--positions", type=int, default=8192)
+    parser.add_argument("--passage", type=int, default=128, help="tokens in a passage, at most")
+    parser.add_argument("--sentences", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="embed in this way only (part of its name), and stop")
+    parser.add_argument("--smoke", action="store_true", help="three chapters, twenty sentences")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+
+    name, text = read_text(given.text)
+    chapters = split_chapters(text)
+    if given.smoke:
+        chapters, given.sentences = chapters[:3], 20
+    plain_model, long_model = load_model(None), load_model(None)
+    plain = Embedder(plain_model.model, plain_model.tokenizer, fl.full(), positions=PLAIN_LENGTH, backend="auto")
+    long = Embedder(long_model.model, long_model.tokenizer, fl.full(), positions=given.positions)
+    parts = [part for c in chapters for part in parts_of(long, text, c, c.title, 0, given.passage)]
+    owners = [(number, i) for number, part in enumerate(parts) for i in range(len(part.passages))]
+    sizes = [len(part.tokens) for part in parts]
+    print(f"{len(parts)} passes, {sum(sizes):,} tokens, longest {max(sizes):,}, {len(owners):,} passages", flush=True)
+
+    ways: dict[str, Any] = {ALONE: lambda: each_alone(plain, parts), WINDOWS: lambda: in_windows(plain, parts)}
+    for pattern in given.pattern or PATTERNS:
+        sparse = Embedder(long_model.model, long_model.tokenizer, fl.parse(pattern), positions=given.positions)
+        ways[f"one pass, {pattern}"] = lambda sparse=sparse: in_one_pass(sparse, parts)
+    made: dict[str, Vectors] = {}
+    for way, readings in ways.items():
+        if given.only and given.only not in way:
+            continue
+        stamp = f"{'smoke ' if given.smoke else ''}{way} {given.positions} {given.passage}"
+        kept = given.out / ("".join(c if c.isalnum() else "-" for c in stamp) + ".pt")
+        if kept.exists():
+            made[way] = Vectors(**torch.load(kept))
+        else:
+            made[way] = stacked(readings())
+            torch.save(vars(made[way]), kept)
+        print(f"{way}: {made[way].seconds:.0f} s", flush=True)
+    if given.only:
+        return
+
+    asked = drawn(parts, text, owners, given.sentences, given.seed)
+    queries = torch.stack([plain.read(plain.tokens(sentence).ids[: plain.room]).vector for _, sentence in asked])
+    passage = torch.tensor([number for number, _ in asked])
+    chapter = torch.tensor([owners[number][0] for number, _ in asked])
+    rows = {way: judge(found, made[WINDOWS], queries, passage, chapter) for way, found in made.items()}
+    about = {
+        "text": Path(name).name, "passes": len(parts), "tokens": sum(sizes), "longest": max(sizes), "passages": len(owners),
+        "sentences": len(asked), "seed": given.seed, "passage": given.passage, "positions": given.positions,
+        "machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "transformers": __import__("transformers").__version__, "farlight": fl.__version__,
+    }  # fmt: skip
+    (given.out / "results.json").write_text(json.dumps({"about": about, "ways": rows}, indent=2), encoding="utf-8")
+    (given.out / "table.md").write_text(table(rows), encoding="utf-8")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

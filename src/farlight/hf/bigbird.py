@@ -1,0 +1,299 @@
+"""BigBird and the encoder of BigBird-Pegasus: Hugging Face's numbers without its n² tensor, or the paper's pattern.
+
+With blocks of b tokens numbered 0 … n - 1, r random ones, and m(u, v) how often a query in block u counts the keys of block v:
+
+    out[i] = Σ_j p[i, j] v[j],   p[i, j] ∝ m(i // b, j // b) exp(q[i]·k[j] / √D)   over real j;   out[i] = 0 where i is padding
+
+    u = 0 and u = n - 1:  m = 1 for every v                                        (global blocks see all)
+    else:                 m = 1 for |u - v| <= 1, v = 0, v = n - 1, plus one for each time that v is drawn
+
+"hf_eval" draws as Hugging Face's model does: in evaluation block 0, r times over, so that m(u, 0) = 1 + r; in training from the
+first blocks of the text, the same at every step. "paper" draws from the whole text and counts a block once. Zaheer et al.
+2020, "Big Bird: Transformers for Longer Sequences", arXiv:2007.14062.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import farlight
+from farlight.errors import ArgumentError, UnsupportedError
+from farlight.hf.swap import (
+    Replacement,
+    assign,
+    class_of,
+    common,
+    heads_apart,
+    heads_joined,
+    in_use,
+    refuse_attentions,
+    restore,
+)
+from farlight.patterns import blocked_window, chosen_blocks, full, padding, seen_by_all, sees_all
+from farlight.patterns.base import Pattern
+from farlight.presets import bigbird
+
+__all__ = ["BigBirdAttention", "replaces", "restore", "sparsify"]
+
+_KEY = "farlight_bigbird"
+_SEMANTICS = ("hf_eval", "paper")
+# file, class of the model or encoder that holds the layers, class of one layer's attention, its block-sparse child
+_KINDS = (
+    ("big_bird.modeling_big_bird", "BigBirdModel", "BigBirdAttention", "BigBirdBlockSparseAttention"),
+    (
+        "bigbird_pegasus.modeling_bigbird_pegasus",
+        "BigBirdPegasusEncoder",
+        "BigBirdPegasusEncoderAttention",
+        "BigBirdPegasusBlockSparseAttention",
+    ),
+)
+Weighted = tuple[Pattern, float]
+
+
+def replaces(model: nn.Module) -> bool:
+    """Whether the model holds block-sparse attention of BigBird or of BigBird-Pegasus' encoder (or farlight's in its place)."""
+    return in_use(model, BigBirdAttention) or next(_wrappers(model), None) is not None
+
+
+def sparsify(model: Any, *, semantics: str = "hf_eval", seed: int = 0, backend: str = "auto") -> Any:
+    """Replace the block-sparse attention of a BigBird model, or of BigBird-Pegasus' encoder; the model is changed and returned.
+
+    Parameters and state dict stay what they are; `restore(model)` undoes it. A text is not padded to whole blocks, memory
+    does not grow with n², and a short text changes nothing for the next one. Calling it again changes the options.
+
+    Args:
+        model: a transformers model whose configuration says attention_type="block_sparse".
+        semantics: "hf_eval" gives the numbers of Hugging Face's model, in evaluation and in training; up to (5 + 2r)·b tokens
+            that is full attention, as there. "paper" is `fl.presets.bigbird(b, r, seed + layer)` at every length. Only full
+            attention drops attention links in training: block-sparse attention never did, there or as published.
+        seed: of the "paper" draws.
+        backend: as in `fl.attention`.
+
+    Raises:
+        UnsupportedError: the model has no such attention, or is a decoder. ArgumentError: an unknown semantics.
+
+    >>> import torch, farlight.hf.bigbird
+    >>> from transformers import BigBirdConfig, BigBirdModel
+    >>> sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8, vocab_size=9)
+    >>> config = BigBirdConfig(block_size=2, num_random_blocks=1, max_position_embeddings=32, **sizes)
+    >>> model = BigBirdModel(config).eval()
+    >>> ids = torch.arange(20)[None] % 8 + 1
+    >>> before = model(ids).last_hidden_state
+    >>> after = farlight.hf.bigbird.sparsify(model)(ids).last_hidden_state
+    >>> torch.allclose(before, after, atol=1e-6)
+    True
+    """
+    if semantics not in _SEMANTICS:
+        raise ArgumentError(
+            f'semantics = {semantics!r} is unknown; use "hf_eval" (the numbers of Hugging Face\'s model) or "paper" (random '
+            "blocks over the whole text)."
+        )
+    restore(model)
+    wrappers = list(_wrappers(model))
+    if not wrappers:
+        raise UnsupportedError(
+            f"{type(model).__name__} holds no block-sparse attention of BigBird or BigBird-Pegasus (its configuration must say "
+            'attention_type="block_sparse"); for other models use fl.hf.sparsify.'
+        )
+    for owner, kind in wrappers:
+        if getattr(owner.config, "is_decoder", False):
+            raise UnsupportedError(
+                f"{type(owner).__name__} is a decoder, but block-sparse BigBird attention sees the future (Hugging Face's "
+                'too); load it with attention_type="original_full" or with is_decoder=False.'
+            )
+        # A short text may have switched the model to full attention for good: this is the way back.
+        owner.set_attention_type("block_sparse")
+        for layer, module in enumerate(m for m in owner.modules() if isinstance(m, kind)):
+            module.self = BigBirdAttention(module.self, owner.config, semantics, seed + layer, backend)
+        _take_over(owner, kind)
+    return model
+
+
+def _wrappers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """(model or encoder, class of its attention) of what can be replaced."""
+    for file, owner, attention, _ in _KINDS:
+        kind = class_of(file, owner)
+        for module in model.modules():
+            if kind is not None and isinstance(module, kind) and module.config.attention_type == "block_sparse":
+                yield module, class_of(file, attention)
+
+
+def _take_over(owner: Any, kind: Any) -> None:
+    """Let the model prepare no mask but farlight's, and neither pad nor switch.
+
+    With attention_type "original_full" it does so: it asks the mask function of its configuration, once, and hands the
+    result to every layer.
+    """
+    from transformers import AttentionMaskInterface
+
+    AttentionMaskInterface.register(_KEY, _text)
+    # The decoder of BigBird-Pegasus reads the same configuration and keeps its own masks.
+    config = copy.copy(owner.config)
+    config._attn_implementation_internal = _KEY
+    assign(owner, owner, "config", config)
+    assign(owner, owner, "set_attention_type", functools.partial(_fixed, type(owner).__name__))
+    for module in owner.modules():
+        if module is owner or isinstance(module, kind):
+            assign(module, module, "attention_type", "original_full")
+
+
+def _fixed(name: str, value: str) -> None:
+    raise UnsupportedError(
+        f"{name}: the attention type cannot be set to {value!r} while the model is sparsified; call restore(model) first."
+    )
+
+
+class BigBirdAttention(Replacement):
+    """In the place of one `BigBirdBlockSparseAttention` or `BigBirdPegasusBlockSparseAttention`.
+
+    See the head of this file for what is computed.
+    """
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+
+    def __init__(self, original: nn.Module, config: Any, semantics: str = "hf_eval", seed: int = 0, backend: str = "auto"):
+        super().__init__(original, ("query", "key", "value"))
+        self.heads: int = config.num_attention_heads
+        self.block: int = config.block_size
+        self.random: int = config.num_random_blocks
+        # BigBird-Pegasus names it otherwise.
+        self.dropout: float = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
+        self.semantics, self.seed, self.backend = semantics, seed, backend
+        self._drawn: dict[int, Tensor] = {}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """`(B, N, E)` to `(B, N, E)`, N any number; `attention_mask` is the `Text` that the model's mask function made."""
+        refuse_attentions(self, kwargs.get("output_attentions"))
+        if encoder_hidden_states is not None or past_key_values is not None:
+            raise UnsupportedError(
+                f"{type(self).__name__} was given encoder_hidden_states or past_key_values, but block-sparse attention has "
+                "neither cross-attention nor a cache; call restore(model) for that."
+            )
+        if not isinstance(attention_mask, Text):
+            raise UnsupportedError(
+                f"{type(self).__name__} was given a mask of type {type(attention_mask).__name__}, not farlight's own: pass the "
+                "model a 2-D attention_mask, and after set_attn_implementation call sparsify again."
+            )
+        q, k, v = (heads_apart(f(hidden_states), self.heads) for f in (self.query, self.key, self.value))
+        short = self.semantics == "hf_eval" and hidden_states.shape[1] <= (5 + 2 * self.random) * self.block
+        dropout = self.dropout if self.training and short else 0.0
+        if short:
+            pieces = attention_mask.pieces("short", lambda: [(full(), 1.0)], blank=False)
+        elif self.semantics == "paper":
+            pieces = attention_mask.pieces(("paper", self.seed), lambda: self._paper(attention_mask.tokens))
+        elif not self.training:
+            pieces = attention_mask.pieces("evaluation", lambda: self._evaluation(attention_mask.tokens))
+        else:
+            pieces = attention_mask.pieces(("training", id(self)), lambda: self._training(attention_mask.tokens))
+        seen = [
+            farlight.attention(q, k, v, pattern, dropout=dropout, return_lse=len(pieces) > 1, backend=self.backend)
+            for pattern, _ in pieces
+        ]
+        out: Any = farlight.merge(seen, [w for _, w in pieces])[0] if len(pieces) > 1 else seen[0]  # type: ignore[arg-type]
+        return heads_joined(out), None
+
+    def _paper(self, tokens: int) -> list[Weighted]:
+        return [(full() if tokens <= 2 * self.block else bigbird(self.block, self.random, self.seed), 1.0)]
+
+    def _fixed_links(self, tokens: int) -> tuple[Pattern, Pattern, Pattern]:
+        """(links of the inner rows without block 0, links to block 0, rows that see all)."""
+        last = range((tokens - 1) // self.block * self.block, tokens)
+        first = range(self.block)
+        outer = sees_all([*first, *last])
+        near = blocked_window(1, block=self.block) | seen_by_all(last)
+        return near - seen_by_all(first), seen_by_all(first), outer
+
+    def _evaluation(self, tokens: int) -> list[Weighted]:
+        """Block 0 is named once as a global block and r times as a random one."""
+        near, first, outer = self._fixed_links(tokens)
+        return [(near | outer, 1.0), (first - outer, 1.0 + self.random)]
+
+    def _training(self, tokens: int) -> list[Weighted]:
+        """Blocks drawn for each head; one that is drawn although it is seen anyway counts twice."""
+        near, first, outer = self._fixed_links(tokens)
+        n = -(-tokens // self.block)
+        if n not in self._drawn:
+            self._drawn[n] = _draw(self.original, n)
+        drawn = self._drawn[n]
+        u = torch.arange(n)[:, None]
+        known = ((drawn - u).abs() <= 1) | (drawn == 0) | (drawn == n - 1)
+        links = near | first | outer | chosen_blocks(torch.where(known, -1, drawn), block=self.block)
+        if not bool((known & (drawn >= 0)).any()):
+            return [(links, 1.0)]
+        again = chosen_blocks(torch.where(known, drawn, -1), block=self.block)
+        return [(links - again, 1.0), (again, 2.0)]
+
+
+class Text:
+    """The lengths and the padding of one batch; `pieces` of patterns are shared by all layers that ask for the same."""
+
+    def __init__(self, tokens: int, real: Tensor | None) -> None:
+        self.tokens = tokens
+        self.real = None if real is None or bool(real.all()) else common(real)
+        self._pieces: dict[Any, list[Weighted]] = {}
+
+    def pieces(self, name: Any, make: Any, blank: bool = True) -> list[Weighted]:
+        """The patterns of `make` without padding keys and, with `blank`, without padding rows."""
+        if name not in self._pieces:
+            self._pieces[name] = [(self._real(pattern, blank), weight) for pattern, weight in make()]
+        return self._pieces[name]
+
+    def _real(self, pattern: Pattern, blank: bool) -> Pattern:
+        if self.real is None:
+            return pattern
+        pattern = padding(self.real) if pattern == full() else pattern & padding(self.real)
+        return pattern - sees_all(~self.real) if blank else pattern
+
+
+def _text(batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **_: Any) -> Text:
+    """The mask function registered with transformers for models that `sparsify` has changed."""
+    return Text(kv_length, attention_mask)
+
+
+_DRAWING = threading.Lock()
+
+
+def _draw(original: Any, n: int) -> Tensor:
+    """The random blocks of Hugging Face's module in training, `(1, H, n, r)`, -1 in the outer rows.
+
+    It draws from numpy's global state, seeded with the layer's number, so that they never change; that state is put back.
+    """
+    block, count, heads = original.block_size, original.num_random_blocks, original.num_attention_heads
+    tokens, longest = n * block, original.max_seqlen
+    with _DRAWING:
+        state, training = np.random.get_state(), original.training
+        try:
+            original.training = True
+            np.random.seed(original.seed)
+            if tokens in (1024, 3072, 4096):
+                rows = [
+                    original._bigbird_block_rand_mask(longest, longest, block, block, count, last_idx=1024)[: n - 2]
+                    for _ in range(heads)
+                ]
+            else:
+                lengths, counts = original._get_rand_attn_plan(tokens, block, count)
+                rows = original._bigbird_block_rand_mask_with_head(tokens, tokens, block, block, heads, lengths, counts)
+        finally:
+            original.training = training
+            np.random.set_state(state)
+    drawn = torch.full((1, heads, n, count), -1, dtype=torch.int64)
+    drawn[0, :, 1:-1] = torch.from_numpy(np.stack(rows).astype(np.int64))
+    return drawn

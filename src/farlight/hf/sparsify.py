@@ -1,0 +1,97 @@
+"""A Hugging Face model made sparse for good, and made dense again.
+
+`use_pattern` is for the length of a block; here the same setting stays on the model. It lives on the modules beside their
+weights, not in them: parameters, state dict and configuration file are those of the dense model, so a checkpoint saved
+from one loads into the other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from farlight.errors import ArgumentError
+from farlight.hf import bigbird, longformer, swap
+from farlight.hf.attend import Chosen
+from farlight.hf.fitted import read_layers
+from farlight.hf.interface import settle
+
+__all__ = ["restore", "sparsify"]
+
+_UNDO = "_farlight_undo"
+
+
+def sparsify(
+    model: Any,
+    pattern: Chosen | Mapping[int, Chosen] | str | os.PathLike[str] = None,
+    *,
+    backend: str = "auto",
+    **options: Any,
+) -> Any:
+    """Make a Hugging Face model compute its attention with farlight, under `pattern`; the model is changed and returned.
+
+    A pair (query i, key j) of a layer is seen when the model itself allows it, padding, causality and sliding windows
+    included, and `pattern` does. Parameters stay what they are; `restore(model)` undoes it.
+
+    Longformer, LED, BigBird and BigBird-Pegasus bring a sparse attention of their own, which is replaced by farlight's
+    (`farlight.hf.longformer`, `farlight.hf.bigbird`); `pattern` must be None for them, and `options` are theirs.
+
+    Args:
+        model: a PreTrainedModel of these, or one that takes its attention from AttentionInterface.
+        pattern: one pattern or router for all layers; a mapping {layer number: pattern, router or None}; the path of a file
+            written by `fl.fit` or `write_layers`; or None, the model's own attention computed by farlight. Layers that
+            are not named keep the model's own attention.
+        backend: as for `fl.attention`.
+
+    `copy.deepcopy` and pickle keep the setting. `save_pretrained` writes the dense model: call `sparsify` again after
+    `from_pretrained`, with the same pattern or file. Calling it on a sparse model replaces the pattern.
+
+    Raises:
+        ArgumentError: `pattern` is something else, names a layer that the model does not have, or is given for a model that
+            brings its own; an option that the model does not have.
+        PatternError: the file is not one of per-layer patterns.
+        UnsupportedError: the model has cross-attention, or does not take its attention from AttentionInterface.
+
+    >>> import torch, farlight as fl
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=2, intermediate_size=8)
+    >>> model = fl.hf.sparsify(BertModel(BertConfig(**sizes)).eval(), {0: fl.window(2), 1: fl.window(8)})
+    >>> with torch.no_grad():
+    ...     model(torch.arange(6)[None]).last_hidden_state.shape
+    torch.Size([1, 6, 8])
+    """
+    for kind in (longformer, bigbird):
+        if kind.replaces(model):
+            if pattern is not None:
+                raise ArgumentError(
+                    f"{type(model).__name__} brings a sparse attention of its own, which farlight computes as it is; leave "
+                    f"the pattern out (see farlight.hf.{kind.__name__.split('.')[-1]}.sparsify for its options)."
+                )
+            return kind.sparsify(model, backend=backend, **options)
+    if options:
+        raise ArgumentError(
+            f"sparsify: {next(iter(options))!r} is not an option for {type(model).__name__}; it takes a pattern and backend."
+        )
+    chosen: Any = read_layers(pattern) if isinstance(pattern, str | os.PathLike) else pattern
+    undo = settle(model, chosen, backend=backend)
+    # What was there before the first call is what `restore` goes back to.
+    model.__dict__.setdefault(_UNDO, undo)
+    return model
+
+
+def restore(model: Any) -> Any:
+    """Undo `sparsify`: the model computes its attention as before the first call. Returns the model.
+
+    Raises ArgumentError when the model is not sparse, or when only the model around it or a part of it was made so.
+    """
+    undo = model.__dict__.pop(_UNDO, None)
+    if undo is None and swap.in_use(model, swap.Replacement):
+        return swap.restore(model)
+    if undo is None:
+        raise ArgumentError(
+            f"this {type(model).__name__} was not made sparse by fl.hf.sparsify; call restore on the very model that was given "
+            "to it."
+        )
+    undo()
+    return model

@@ -1,0 +1,108 @@
+"""Modules of a Hugging Face model replaced by others that hold the same parameters, and everything put back.
+
+Some models bring their own sparse attention and leave no place where another could be plugged in. Their attention modules
+are replaced one by one. Keys of the state dict, parameters and optimisers do not notice: the replacement holds the very
+projections of the original, under the same names.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from farlight.errors import UnsupportedError
+
+__all__ = ["Replacement", "assign", "class_of", "common", "heads_apart", "heads_joined", "in_use", "restore"]
+
+_BEFORE = "_farlight_before"
+
+
+class Replacement(nn.Module):
+    """An attention module in the place of `original`, whose `projections` it shares."""
+
+    original: nn.Module
+
+    def __init__(self, original: nn.Module, projections: tuple[str, ...]) -> None:
+        super().__init__()
+        # Not registered as a submodule: its parameters are counted once, here.
+        self.__dict__["original"] = original
+        self.projections = projections
+        for name in projections:
+            self.add_module(name, getattr(original, name))
+        self.train(original.training)
+
+    def handed_back(self) -> nn.Module:
+        """The original with the projections and the mode as they are now."""
+        for name in self.projections:
+            setattr(self.original, name, getattr(self, name))
+        return self.original.train(self.training)
+
+
+def class_of(module: str, name: str) -> Any:
+    """A class of transformers if that file has been imported, else None: no model can then hold an object of it."""
+    return getattr(sys.modules.get(f"transformers.models.{module}"), name, None)
+
+
+def assign(owner: nn.Module, target: Any, name: str, value: Any) -> None:
+    """Set an attribute of a module or configuration of `owner`; `restore` undoes it."""
+    held = vars(target)
+    owner.__dict__.setdefault(_BEFORE, []).append((target, name, name in held, held.get(name)))
+    held[name] = value
+
+
+def in_use(model: nn.Module, kind: type[Replacement]) -> bool:
+    """Whether the model holds a replacement of this kind."""
+    return any(isinstance(module, kind) for module in model.modules())
+
+
+def restore(model: Any) -> Any:
+    """Undo `sparsify`: the model's own attention modules and methods, with the parameters as they are now."""
+    changed: list[tuple[Any, str, bool, Any]] = []
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Replacement):
+                setattr(module, name, child.handed_back())
+        changed += module.__dict__.pop(_BEFORE, [])
+    for target, name, held, before in reversed(changed):
+        if held:
+            vars(target)[name] = before
+        else:
+            vars(target).pop(name, None)
+    return model
+
+
+def children(model: nn.Module, kind: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, child) of every submodule that is of this class and computes as it does."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if kind is not None and isinstance(child, kind) and type(child).forward is kind.forward:
+                yield parent, name, child
+
+
+def heads_apart(x: Tensor, heads: int) -> Tensor:
+    """`(B, N, H·D)` as `(B, H, N, D)`, nothing copied."""
+    apart: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return apart
+
+
+def heads_joined(x: Tensor) -> Tensor:
+    """`(B, H, N, D)` as `(B, N, H·D)`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def common(mask: Tensor) -> Tensor:
+    """A mask `(B, N)` as `(1, N)` where all items agree, so that one plan serves the batch."""
+    return mask[:1] if mask.shape[0] > 1 and torch.equal(mask, mask[:1].expand_as(mask)) else mask
+
+
+def refuse_attentions(module: nn.Module, wanted: Any) -> None:
+    """Raise where a model is asked for the matrix of probabilities."""
+    if wanted:
+        raise UnsupportedError(
+            f"output_attentions=True asks {type(module).__name__} for the attention probabilities, which are never formed "
+            "here; call restore(model) to get them from Hugging Face's own modules, or leave the option out."
+        )

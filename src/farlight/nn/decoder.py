@@ -1,0 +1,188 @@
+"""Decoder layers and decoders: no token looks ahead, and the rest is as patterns, or routers, let it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from farlight.errors import ArgumentError
+from farlight.nn.attention import SparseAttention
+from farlight.nn.block import Block
+from farlight.nn.masks import both
+from farlight.nn.positions import LearnedPositions, RotaryPositions, Rotation
+from farlight.nn.stack import Stack
+from farlight.patterns.base import Pattern
+from farlight.patterns.positional import causal
+from farlight.routing.base import Router
+
+__all__ = ["SparseDecoder", "SparseDecoderLayer"]
+
+
+class SparseDecoderLayer(Block):
+    """One layer of a decoder: causal sparse self-attention, cross-attention if wanted, and an MLP.
+
+    Self-attention sees `pattern & causal()` whatever the pattern. A router must choose without looking ahead; those of
+    fl.routing that would (`causal=False`) are refused. Without `cross_pattern` this is a layer of a language model; with it,
+    the call and the names in the state dict are those of `nn.TransformerDecoderLayer(batch_first=True)`.
+
+    Args:
+        cross_pattern: which tokens of the memory each token sees, both counted from 0 in their own text; None: there is no
+            cross-attention.
+        The others: as in SparseEncoderLayer.
+
+    >>> import torch, farlight as fl
+    >>> layer = fl.nn.SparseDecoderLayer(32, 4, fl.presets.streaming(4, 16), kv_heads=2, rotary=True)
+    >>> layer(torch.randn(2, 100, 32)).shape
+    torch.Size([2, 100, 32])
+    """
+
+    self_attn: SparseAttention
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        pattern: Pattern | Router,
+        *,
+        cross_pattern: Pattern | None = None,
+        mlp_dim: int | None = None,
+        kv_heads: int | None = None,
+        dropout: float = 0.0,
+        activation: str = "gelu",
+        norm_first: bool = True,
+        norm: str = "layer",
+        norm_eps: float = 1e-5,
+        bias: bool = True,
+        rotary: RotaryPositions | Rotation | bool | None = None,
+        route_before_rotary: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if isinstance(pattern, Router):
+            for part in pattern.modules():
+                if getattr(part, "causal", None) is False:
+                    raise ArgumentError(
+                        f"{name}: {type(part).__name__}(causal=False) may choose by what comes later, so a decoder would see "
+                        "its own future; build the router with causal=True."
+                    )
+            pattern = pattern & causal()
+        elif isinstance(pattern, Pattern):
+            pattern = both(pattern, causal())
+        given: dict[str, Any] = {"kv_heads": kv_heads, "bias": bias, "dropout": dropout, "backend": backend}
+        given |= {"device": device, "dtype": dtype}
+        branches: dict[str, nn.Module] = {
+            "self_attn": SparseAttention(
+                embed_dim, num_heads, pattern, rotary=rotary, route_before_rotary=route_before_rotary, **given
+            )
+        }
+        if cross_pattern is not None:
+            if not isinstance(cross_pattern, Pattern):
+                raise ArgumentError(
+                    f"{name}: cross_pattern is {type(cross_pattern).__name__}; pass a pattern such as fl.full(), or None."
+                )
+            branches["multihead_attn"] = SparseAttention(embed_dim, num_heads, cross_pattern, **given)
+        super().__init__(
+            name, embed_dim, branches=branches, mlp_dim=mlp_dim, dropout=dropout, activation=activation,
+            norm_first=norm_first, norm=norm, norm_eps=norm_eps, bias=bias, device=device, dtype=dtype,
+        )  # fmt: skip
+
+    @property
+    def _across(self) -> nn.Module | None:
+        return self._modules.get("multihead_attn")
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor | None = None,
+        tgt_mask: Tensor | Pattern | None = None,
+        memory_mask: Tensor | Pattern | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = True,
+        memory_is_causal: bool = False,
+        *,
+        chosen: list[Pattern] | None = None,
+    ) -> Tensor:
+        """`(B, N, embed_dim)` to the same; `memory` `(B, M, embed_dim)` where there is cross-attention.
+
+        `tgt_is_causal` is there for torch's sake and changes nothing: a decoder is causal.
+        """
+        name = type(self).__name__
+        if memory is not None and self._across is None:
+            raise ArgumentError(f"{name}: a memory was given, but there is no cross-attention; build it with cross_pattern.")
+        if memory is None and self._across is not None:
+            raise ArgumentError(f"{name}: there is cross-attention, but no memory was given; pass the encoder's states.")
+
+        def look_back(x: Tensor) -> Tensor:
+            out, _ = self.self_attn(x, x, x, tgt_key_padding_mask, attn_mask=tgt_mask, chosen=chosen)
+            return self.drop(out)
+
+        def look_across(x: Tensor) -> Tensor:
+            out, _ = self._across(  # type: ignore[misc]
+                x, memory, memory, memory_key_padding_mask, attn_mask=memory_mask, is_causal=memory_is_causal, q_offset=0
+            )
+            return self.drop(out)
+
+        branches = [look_back] + ([] if memory is None else [look_across]) + [lambda x: self.drop(self.mlp(x))]
+        for number, branch in enumerate(branches, 1):
+            norm = getattr(self, f"norm{number}")
+            tgt = tgt + branch(norm(tgt)) if self.norm_first else norm(tgt + branch(tgt))
+        return tgt
+
+
+class SparseDecoder(Stack):
+    """A stack of `SparseDecoderLayer`: embeddings `(B, N, embed_dim)` in, states of the same shape out, no look ahead.
+
+    The arguments are those of SparseEncoder, `options` those of SparseDecoderLayer; the call and the names in the state dict
+    are those of `nn.TransformerDecoder`.
+
+    >>> import torch, farlight as fl
+    >>> decoder = fl.nn.SparseDecoder(2, 32, 4, fl.window(15, 0), kv_heads=2, activation="swiglu", norm="rms", bias=False)
+    >>> decoder(torch.randn(2, 100, 32)).shape
+    torch.Size([2, 100, 32])
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        embed_dim: int,
+        num_heads: int,
+        pattern: Pattern | Router | Sequence[Pattern | Router],
+        *,
+        positions: str | RotaryPositions | LearnedPositions | None = "rotary",
+        max_positions: int | None = None,
+        checkpoint: bool = False,
+        **options: object,
+    ) -> None:
+        super().__init__(
+            SparseDecoderLayer, num_layers, embed_dim, num_heads, pattern,
+            positions=positions, max_positions=max_positions, checkpoint=checkpoint, options=options,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor | None = None,
+        tgt_mask: Tensor | Pattern | None = None,
+        memory_mask: Tensor | Pattern | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """The states after the last layer; masks as in SparseAttention, for every layer."""
+        allowed = self.restricted(tgt, tgt_mask, False)
+
+        def step(layer: SparseDecoderLayer, x: Tensor, chosen: list[Pattern] | None) -> Tensor:
+            out: Tensor = layer(
+                x, memory, allowed, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+                memory_is_causal=memory_is_causal, chosen=chosen,
+            )  # fmt: skip
+            return out
+
+        return self.run(tgt, step)

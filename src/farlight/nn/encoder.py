@@ -1,0 +1,147 @@
+"""Encoder layers and encoders whose tokens look where patterns, or routers, let them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from farlight.nn.attention import SparseAttention
+from farlight.nn.block import Block
+from farlight.nn.positions import LearnedPositions, RotaryPositions, Rotation
+from farlight.nn.stack import Stack
+from farlight.patterns.base import Pattern
+from farlight.routing.base import Router
+
+__all__ = ["SparseEncoder", "SparseEncoderLayer"]
+
+
+class SparseEncoderLayer(Block):
+    """One layer of an encoder: sparse self-attention and an MLP, each with a norm and a residual.
+
+        norm_first:  x + attend(norm1(x)), then x + mlp(norm2(x));    else: norm1(x + attend(x)), then norm2(x + mlp(x))
+
+    The call and the names in the state dict are those of `nn.TransformerEncoderLayer(batch_first=True)`, so weights of one
+    load into the other ("gelu" and "relu"), and `nn.TransformerEncoder` can hold these layers.
+
+    Args:
+        embed_dim, num_heads, pattern, kv_heads, rotary, route_before_rotary, backend, device, dtype: as in SparseAttention.
+        mlp_dim: width of the MLP; None means 4 · embed_dim, and about two thirds of it for "swiglu".
+        dropout: on links, inside the MLP and on what each branch adds.
+        activation: "gelu", "relu" or "swiglu".
+        norm_first, norm, norm_eps: where the norms stand; "layer" or "rms"; their epsilon.
+        bias: in projections, MLP and layer norms.
+
+    >>> import torch, farlight as fl
+    >>> layer = fl.nn.SparseEncoderLayer(32, 4, fl.window(8) | fl.global_tokens([0]), activation="swiglu", rotary=True)
+    >>> layer(torch.randn(2, 100, 32)).shape
+    torch.Size([2, 100, 32])
+    """
+
+    self_attn: SparseAttention
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        pattern: Pattern | Router,
+        *,
+        mlp_dim: int | None = None,
+        kv_heads: int | None = None,
+        dropout: float = 0.0,
+        activation: str = "gelu",
+        norm_first: bool = True,
+        norm: str = "layer",
+        norm_eps: float = 1e-5,
+        bias: bool = True,
+        rotary: RotaryPositions | Rotation | bool | None = None,
+        route_before_rotary: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        name = type(self).__name__
+        look = SparseAttention(
+            embed_dim, num_heads, pattern, kv_heads=kv_heads, bias=bias, dropout=dropout, rotary=rotary,
+            route_before_rotary=route_before_rotary, backend=backend, device=device, dtype=dtype,
+        )  # fmt: skip
+        super().__init__(
+            name, embed_dim, branches={"self_attn": look}, mlp_dim=mlp_dim, dropout=dropout, activation=activation,
+            norm_first=norm_first, norm=norm, norm_eps=norm_eps, bias=bias, device=device, dtype=dtype,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | Pattern | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        chosen: list[Pattern] | None = None,
+    ) -> Tensor:
+        """`(B, N, embed_dim)` to the same; masks and `chosen` as in SparseAttention."""
+
+        def attend(x: Tensor) -> Tensor:
+            out, _ = self.self_attn(x, x, x, src_key_padding_mask, attn_mask=src_mask, is_causal=is_causal, chosen=chosen)
+            return self.drop(out)
+
+        if self.norm_first:
+            src = src + attend(self.norm1(src))
+            return src + self.drop(self.mlp(self.norm2(src)))
+        src = self.norm1(src + attend(src))
+        out: Tensor = self.norm2(src + self.drop(self.mlp(src)))
+        return out
+
+
+class SparseEncoder(Stack):
+    """A stack of `SparseEncoderLayer`: embeddings `(B, N, embed_dim)` in, states of the same shape out.
+
+    The call and the names in the state dict are those of `nn.TransformerEncoder`, with a last norm (`norm`) where norms come
+    first.
+
+    Args:
+        num_layers: how many.
+        pattern: one for all layers, or a list with one for each. A router that is given once is copied for each layer, so
+            that each has centroids of its own.
+        positions: "rotary" (in every layer), "learned" (added to the embeddings; needs `max_positions`), a RotaryPositions or
+            LearnedPositions of your own, or None: what the embeddings carry already.
+        checkpoint: in training keep only what enters each layer and compute the rest again in the backward pass. A router's
+            choice is remembered, not made again.
+        options: those of SparseEncoderLayer.
+
+    >>> import torch, farlight as fl
+    >>> skim = fl.window(8) | fl.global_tokens([0])
+    >>> encoder = fl.nn.SparseEncoder(2, 32, 4, [skim, skim | fl.random_keys(2)])
+    >>> padding = torch.zeros(2, 100, dtype=torch.bool)
+    >>> encoder(torch.randn(2, 100, 32), src_key_padding_mask=padding).shape
+    torch.Size([2, 100, 32])
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        embed_dim: int,
+        num_heads: int,
+        pattern: Pattern | Router | Sequence[Pattern | Router],
+        *,
+        positions: str | RotaryPositions | LearnedPositions | None = "rotary",
+        max_positions: int | None = None,
+        checkpoint: bool = False,
+        **options: object,
+    ) -> None:
+        super().__init__(
+            SparseEncoderLayer, num_layers, embed_dim, num_heads, pattern,
+            positions=positions, max_positions=max_positions, checkpoint=checkpoint, options=options,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | Pattern | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """The states after the last layer; masks as in SparseAttention, for every layer."""
+        allowed = self.restricted(src, mask, bool(is_causal))
+        return self.run(src, lambda layer, x, chosen: layer(x, allowed, src_key_padding_mask, chosen=chosen))

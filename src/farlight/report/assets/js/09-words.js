@@ -1,0 +1,96 @@
+/* The text, token by token: which word stands at a position of the chosen scope. */
+"use strict";
+(() => {
+  const PAGE = 400;
+  let content = "", ends = new Int32Array(0);
+
+  FL.loadWords = async () => {
+    const words = FL.data.words;
+    if (!words) return;
+    content = await FL.unpack(words.content);
+    const lengths = await FL.unpack(words.lengths);
+    ends = new Int32Array(lengths.length);
+    for (let t = 0, end = 0; t < lengths.length; t++) ends[t] = end += lengths[t];
+  };
+
+  const slice = (t) => content.slice(t ? ends[t - 1] : 0, ends[t]);
+
+  /* {frame, space, word} at a position of the scope; null where the page does not hold the text. */
+  FL.piece = (position) => {
+    const { words, passages } = FL.data;
+    if (!words || position === null) return null;
+    let token = position;
+    if (FL.state.scope === "passage") {
+      const inside = passages.length - words.before.length - words.after.length, start = passages.starts[FL.state.passage];
+      const size = Math.min(inside, passages.of - start);
+      if (position < words.before.length) return { frame: true, space: "", word: words.before[position] };
+      if (position >= words.before.length + size) return { frame: true, space: "", word: words.after[position - words.before.length - size] };
+      token = start + position - words.before.length;
+    }
+    if (token >= ends.length) return null;
+    const text = slice(token), word = text.trimStart();
+    return { frame: false, space: text.slice(0, text.length - word.length), word: word || "␣" };
+  };
+
+  /* The whole word at a position: the tokenizer's pieces of one word are told together. */
+  FL.word = (position) => {
+    const piece = FL.piece(position);
+    if (!piece) return null;
+    let word = piece.word;
+    const letters = /^[\p{L}\p{N}]+$/u, whole = (other) => other && !other.frame && letters.test(other.word);
+    if (piece.frame || !letters.test(word)) return word.trim().slice(0, 40);
+    for (let at = position, here = piece; at > 0 && !here.space && whole(FL.piece(at - 1)); at--) {
+      here = FL.piece(at - 1);
+      word = here.word + word;
+    }
+    for (let at = position + 1, n = FL.n(); at < n; at++) {
+      const here = FL.piece(at);
+      if (!whole(here) || here.space) break;
+      word += here.word;
+    }
+    return word.slice(0, 40);
+  };
+
+  /* The text on both sides of a token. */
+  FL.context = (position, reach = 5) => {
+    const part = (from, to) => {
+      let out = "";
+      for (let p = Math.max(0, from); p < Math.min(FL.n(), to); p++) {
+        const piece = FL.piece(p);
+        if (piece && !piece.frame) out += piece.space.replace(/\s+/g, " ") + piece.word;
+      }
+      return out;
+    };
+    return [part(position - reach, position), part(position + 1, position + 1 + reach)];
+  };
+
+  /* Positions of the chosen scope that stand on page `page`, and how many pages there are. */
+  FL.pages = () => (FL.state.scope === "passage" ? FL.data.passages.starts.length : Math.max(1, Math.ceil(ends.length / PAGE)));
+  FL.pageOf = (position) => (FL.state.scope === "passage" ? FL.state.passage : Math.floor(position / PAGE));
+  FL.onPage = () => {
+    if (FL.state.scope === "passage") return [0, FL.data.passages.length];
+    return [FL.state.page * PAGE, Math.min(ends.length, (FL.state.page + 1) * PAGE)];
+  };
+
+  /* The next position after `from` at which this word begins, going round once; -1 when it is nowhere. */
+  FL.findWord = (word, from) => {
+    const wanted = word.toLowerCase(), text = FL.lower || (FL.lower = content.toLowerCase());
+    const offset = FL.state.scope === "passage"
+      ? { base: FL.data.passages.starts[FL.state.passage], shift: FL.data.words.before.length } : { base: 0, shift: 0 };
+    const last = FL.state.scope === "passage"
+      ? Math.min(ends.length, offset.base + FL.data.passages.length - FL.data.words.before.length - FL.data.words.after.length) : ends.length;
+    const startOf = (t) => (t > 0 ? ends[t - 1] : 0);
+    const low = startOf(offset.base), high = last ? ends[last - 1] : 0;
+    const begin = from === null ? low : startOf(Math.min(last, Math.max(offset.base, from - offset.shift + offset.base + 1)));
+    let at = text.indexOf(wanted, begin);
+    if (at < 0 || at >= high) at = text.indexOf(wanted, low);
+    if (at < 0 || at >= high) return -1;
+    let a = 0, b = ends.length;
+    while (a < b) {
+      const middle = (a + b) >> 1;
+      if (ends[middle] <= at) a = middle + 1;
+      else b = middle;
+    }
+    return a - offset.base + offset.shift;
+  };
+})();

@@ -1,0 +1,118 @@
+/* The text itself: tokens to click, the path lit up on them, and what the listener has heard of so far. */
+"use strict";
+(() => {
+  const box = FL.id("tokens"), page = FL.id("page");
+  let focus = 0, next = "source";
+
+  function lay() {
+    if (!FL.data.words) return;
+    const [from, to] = FL.onPage(), passage = FL.state.scope === "passage";
+    page.max = FL.pages() - 1;
+    page.value = passage ? FL.state.passage : FL.state.page;
+    FL.id("back").disabled = Number(page.value) === 0;
+    FL.id("forth").disabled = Number(page.value) === Number(page.max);
+    FL.id("place").textContent = FL.say(passage ? "text.passage" : "text.place", {
+      number: FL.number(Number(page.value) + 1), of: FL.number(FL.pages()), from: FL.number(from), to: FL.number(to - 1),
+    });
+    page.setAttribute("aria-valuetext", FL.id("place").textContent);
+    const parts = [];
+    for (let position = from; position < to; position++) {
+      const piece = FL.piece(position);
+      if (!piece) continue;
+      if (piece.space) parts.push(piece.space.replace(/\n\s*\n/g, "\n\n").replace(/([^\n])\n([^\n])/g, "$1 $2").replace(/^\n$/, " "));
+      parts.push(FL.el("span", { role: "button", tabindex: -1, "data-at": position, class: piece.frame ? "frame-token" : "", text: piece.word }));
+    }
+    box.replaceChildren(...parts);
+    if (focus < from || focus >= to) focus = from;
+    rove(focus, false);
+    const { shown, tokens } = FL.data.words;
+    FL.id("ended").textContent = shown < tokens ? FL.say("text.ended", { shown: FL.number(shown), tokens: FL.number(tokens) }) : "";
+    mark();
+  }
+
+  function mark() {
+    const { source, target, layer } = FL.state, relays = new Set(FL.path_ ? FL.path_.positions.slice(1, -1) : []);
+    for (const span of box.children) {
+      const at = Number(span.dataset.at), own = at === source ? "source" : at === target ? "target" : relays.has(at) ? "relay" : "";
+      const heard = FL.levels && FL.levels[at] >= 0 && FL.levels[at] <= layer;
+      span.classList.remove("source", "target", "relay", "heard");
+      if (own) span.classList.add(own);
+      else if (heard) span.classList.add("heard");
+      span.setAttribute("aria-pressed", own === "source" || own === "target" ? "true" : "false");
+      span.title = own ? FL.say(`legend.${own}`) : "";
+    }
+  }
+
+  function rove(position, take = true) {
+    const was = box.querySelector('[tabindex="0"]'), now = box.querySelector(`[data-at="${position}"]`);
+    if (was) was.tabIndex = -1;
+    if (!now) return;
+    focus = position;
+    now.tabIndex = 0;
+    if (take) now.focus();
+  }
+
+  /* The first token picked speaks, the second listens; a third begins anew. */
+  function pick(position) {
+    if (next === "source" || FL.state.source === null) {
+      next = "target";
+      FL.set({ source: position, target: null });
+    } else {
+      next = "source";
+      FL.set({ target: position });
+    }
+    rove(position, false);
+  }
+
+  FL.goTo = (position, take) => {
+    if (FL.state.scope !== "passage") FL.set({ page: Math.min(FL.pages() - 1, FL.pageOf(position)) });
+    rove(position, take);
+    const span = box.querySelector(`[data-at="${position}"]`);
+    if (span) span.scrollIntoView({ block: "center" });
+  };
+
+  box.addEventListener("click", (event) => {
+    const span = event.target.closest("[data-at]");
+    if (span) pick(Number(span.dataset.at));
+  });
+  box.addEventListener("keydown", (event) => {
+    const [from, to] = FL.onPage();
+    const moves = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 12, ArrowUp: -12 };
+    if (event.key in moves) {
+      event.preventDefault();
+      rove(Math.min(to - 1, Math.max(from, focus + moves[event.key])));
+    } else if (event.key === "Home" || event.key === "End") {
+      event.preventDefault();
+      rove(event.key === "Home" ? from : to - 1);
+    } else if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      pick(focus);
+    }
+  });
+
+  const turn = (number) => {
+    const to = Math.min(FL.pages() - 1, Math.max(0, number));
+    FL.set(FL.state.scope === "passage" ? { passage: to } : { page: to });
+  };
+  page.addEventListener("input", () => turn(Number(page.value)));
+  FL.id("back").addEventListener("click", () => turn(Number(page.value) - 1));
+  FL.id("forth").addEventListener("click", () => turn(Number(page.value) + 1));
+  FL.id("find").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const word = FL.id("find-word").value.trim();
+    if (!word) return;
+    const position = FL.findWord(word, FL.found === word ? focus : null);
+    FL.found = word;
+    FL.id("find-says").textContent = position < 0 ? FL.say("text.nowhere") : FL.say("text.found", { position: FL.number(position) });
+    if (position >= 0) FL.goTo(position, false);
+  });
+
+  FL.on((changed) => {
+    if (["scope", "start"].some((name) => changed.has(name))) {
+      focus = 0;
+      if (FL.state.page) FL.state.page = 0;
+    }
+    if (["scope", "start", "passage", "page", "language"].some((name) => changed.has(name))) lay();
+    else if (["source", "target", "path", "levels", "layer"].some((name) => changed.has(name))) mark();
+  });
+})();

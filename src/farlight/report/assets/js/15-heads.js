@@ -1,0 +1,69 @@
+/* What was kept by each head of each layer, and the words that would have been lost. */
+"use strict";
+(() => {
+  function heat() {
+    const { mass_by_head: mass, best_by_head: best } = FL.row().audit, table = FL.id("heat");
+    const head = FL.el("tr", {}, FL.el("th", { scope: "col", text: FL.say("heads.layer") }));
+    (mass[0] || []).forEach((_, h) => head.append(FL.el("th", { scope: "col", text: h })));
+    table.tHead.replaceChildren(head);
+    table.tBodies[0].replaceChildren(...mass.map((row, l) => {
+      const line = FL.el("tr", {}, FL.el("th", { scope: "row", text: l }));
+      row.forEach((share, h) => {
+        const says = FL.say("heads.cell", { layer: l, head: h, mass: FL.percent(share), best: FL.percent(best[l][h]) });
+        const cell = FL.el("button", {
+          type: "button", text: share >= 0.9995 ? "100" : FL.fixed(100 * share, 0), "aria-label": says, title: says,
+          class: h === FL.state.head ? "chosen" : "",
+          onclick: () => { FL.set({ head: h }); FL.id("heat-says").textContent = says; },
+          onfocus: () => { FL.id("heat-says").textContent = says; },
+          onmouseenter: () => { FL.id("heat-says").textContent = says; },
+        });
+        cell.style.background = `rgb(var(--ink) / ${0.05 + 0.95 * share ** 1.5})`;
+        cell.style.color = share > 0.62 ? "var(--paper)" : "var(--text)";
+        line.append(FL.el("td", {}, cell));
+      });
+      return line;
+    }));
+    const row = FL.row().audit;
+    FL.id("heat-says").textContent = FL.say("heads.says", {
+      mass: FL.percent(row.mass), best: FL.percent(row.best), worst: FL.percent(row.worst_head), layer: row.worst_head_at[0], head: row.worst_head_at[1],
+    });
+  }
+
+  const around = (position, name) => {
+    const [before, after] = FL.context(position), piece = FL.piece(position);
+    return FL.el("td", {}, FL.el("span", { class: "context", text: before + (piece && piece.space ? " " : "") }),
+      FL.el("span", { class: `word ${name}`, text: piece ? piece.word : FL.number(position) }), FL.el("span", { class: "context", text: after }));
+  };
+
+  function lost() {
+    const body = FL.id("losses").tBodies[0], held = { scope: FL.state.scope, passage: FL.state.passage };
+    const links = FL.row().lost;
+    if (!links.length) return body.replaceChildren(FL.el("tr", {}, FL.el("td", { colspan: 6, text: FL.say("lost.nothing") })));
+    const rows = links.map((link) => {
+      // Words are looked up in the passage of the link, whatever is shown above.
+      Object.assign(FL.state, { scope: "passage", passage: link.passage });
+      const row = FL.el("tr", {}, around(link.query, "target"), around(link.key, "source"),
+        FL.el("td", { class: "num", text: FL.percent(link.share) }),
+        FL.el("td", { class: "num", text: FL.say("lost.at", { layer: link.layer, head: link.head }) }),
+        FL.el("td", { class: "num", text: FL.number(link.heads) }),
+        FL.el("td", {}, FL.hasView() ? FL.el("button", { type: "button", text: FL.say("lost.show"), onclick: () => show(link) }) : ""));
+      return row;
+    });
+    Object.assign(FL.state, held);
+    body.replaceChildren(...rows);
+  }
+
+  function show(link) {
+    FL.set({ scope: "passage" });
+    FL.set({ passage: link.passage, head: link.head });
+    FL.set({ source: link.key, target: link.query });
+    FL.goTo(link.query, false);
+    FL.id("words").scrollIntoView();
+  }
+
+  FL.on((changed) => {
+    if (FL.data.kind !== "audit") return;
+    if (["pattern", "start", "language", "head", "theme"].some((name) => changed.has(name))) heat();
+    if (["pattern", "start", "language"].some((name) => changed.has(name))) lost();
+  });
+})();

@@ -1,0 +1,97 @@
+"""What a page shows, as plain data: a pattern by itself (`map_data`), or a model's audit with its text (`audit_data`).
+
+Nothing here knows HTML. Every number is the library's own: links from `Pattern.count`, reach from `fl.reach`, retention from
+the audit; the page computes only what the reader asks of it, from rules that are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from farlight.patterns import full, parse
+from farlight.patterns.base import Pattern
+from farlight.report.lost import READ, LostLink
+from farlight.report.views import curve, view
+from farlight.report.words import Words
+from farlight.understanding.audit import Audit, PatternAudit
+from farlight.understanding.graph.receptive import Reach
+from farlight.understanding.graph.worlds import SmallWorld
+from farlight.understanding.passages import Passages
+from farlight.understanding.subjects import Judged, Subject, subjects
+
+__all__ = ["audit_data", "map_data", "steps"]
+
+# Beyond so many heads a page shows the first ones only; the heat map has them all.
+_MOST_HEADS = 64
+
+
+def steps(passages: Passages, patterns: Sequence[Judged | Subject]) -> list[str]:
+    """What `lost_links` and `audit_data` report as progress, in order."""
+    return [*["lost links"] * min(READ, passages.count), *(f"reach: {one.name}" for one in subjects(patterns))]
+
+
+def map_data(pattern: Pattern, n: int, world: SmallWorld, found: Reach, *, head: int = 0) -> dict[str, Any]:
+    """One pattern over n tokens without a text, from what `farlight map` has worked out."""
+    own = None
+    cost = curve(pattern, own, n, {n: world.links}, 1)
+    row = {
+        "text": repr(pattern),
+        "views": {"text": view(pattern, n, [head], found.layers, found=found, world=world)},
+        "cost": cost,
+    }
+    return {"kind": "map", "name": repr(pattern), "layers": found.layers, "scopes": [{"id": "text", "n": n}], "patterns": [row]}
+
+
+def audit_data(
+    result: Audit,
+    patterns: Sequence[Judged | Subject],
+    passages: Passages,
+    words: Words,
+    lost: Sequence[Sequence[LostLink]],
+    *,
+    step: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """An audit: each pattern within a passage and within the whole text, what it kept by head, and what it lost in words."""
+    own = parse(result.own)
+    heads = range(min(result.heads, _MOST_HEADS))
+    scopes = [{"id": "passage", "n": passages.length}, {"id": "text", "n": passages.tokens}]
+    rows = []
+    for one, judged, links in zip(subjects(patterns), result.patterns, lost, strict=True):
+        step(f"reach: {one.name}")
+        row: dict[str, Any] = {"text": one.name, "views": {}, "cost": None}
+        if isinstance(one.chosen, Pattern):
+            row |= _looked_at(one.chosen, own, judged, passages, heads, result)
+        rows.append(row | {"audit": _judged(judged), "lost": [vars(link) for link in links]})
+    return {
+        "kind": "audit",
+        "name": result.text,
+        "model": {
+            name: getattr(result, name)
+            for name in ("model", "layers", "heads", "kv_heads", "head_dim", "own", "threads", "backend", "full_measured_at")
+        },
+        "layers": result.layers,
+        "scopes": scopes,
+        "patterns": rows,
+        "words": words.to_page(),
+        "passages": {"starts": list(passages.starts), "length": passages.length, "of": passages.tokens},
+    }
+
+
+def _looked_at(
+    pattern: Pattern, own: Pattern, judged: PatternAudit, passages: Passages, heads: Sequence[int], result: Audit
+) -> dict[str, Any]:
+    """What only one pattern for all layers and texts has: a matrix, reach, links at any length."""
+    both = pattern if own == full() else own & pattern
+    views = {"passage": view(both, passages.length, heads, result.layers)}
+    known: dict[int, float] = {}
+    if judged.long_text.why_not is None:
+        views["text"] = view(both, passages.tokens, heads, result.layers)
+        known[passages.tokens] = judged.long_text.links / (result.layers * result.heads)
+    cost = curve(both, None if own == full() else own, passages.tokens, known, result.heads)
+    return {"views": views, "cost": cost}
+
+
+def _judged(row: PatternAudit) -> dict[str, Any]:
+    return {**asdict(row), "lost": None, "of_best": row.of_best}
