@@ -10,7 +10,7 @@ import torch
 
 from farlight.kernels.request import Request
 from farlight.kernels.triton.call import backward, forward
-from farlight.kernels.triton.machine import MOST_DIMS, interpreted, missing, unfit
+from farlight.kernels.triton.machine import MOST_DIMS, interpreted, missing, not_installed, unfit
 from farlight.plan.build import TileShape
 
 __all__ = ["SHAPE", "backward", "forward", "interpreted", "reasons"]
@@ -23,12 +23,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def reasons(request: Request) -> list[str]:
     """Why these kernels cannot serve the request; empty when they can."""
-    found = []
-    for why in (missing(), unfit(request.device)):
-        if why is not None:
-            found.append(why)
+    found = [why for why in (not_installed(), unfit(request.device)) if why is not None]
     if request.dtype not in _DTYPES:
         found.append(f"{str(request.dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16")
     if not 1 <= request.head_dim <= MOST_DIMS:
         found.append(f"head_dim {request.head_dim} is outside 1 … {MOST_DIMS}")
-    return found
+    # Importing Triton takes a second: only where it would be used.
+    broken = None if found else missing()
+    return found if broken is None else [broken]

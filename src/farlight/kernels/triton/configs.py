@@ -27,7 +27,7 @@ def padded(head_dim: int) -> int:
 
 
 def candidates(what: str, head_dim: int, dtype: torch.dtype, *, hopper: bool = True) -> tuple[Config, ...]:
-    """The configurations worth timing for a pass, the default first; none of those for 16-bit numbers spills registers.
+    """The configurations worth timing for a pass, the default first; in 16 bits and up to head_dim 128 none spills registers.
 
     `hopper`: compute capability 9 or later, where products read their operands from shared memory.
     """

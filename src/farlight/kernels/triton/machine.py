@@ -8,16 +8,24 @@ import os
 
 import torch
 
-__all__ = ["MOST_DIMS", "interpreted", "is_hopper", "missing", "unfit", "workers"]
+__all__ = ["MOST_DIMS", "interpreted", "is_hopper", "missing", "not_installed", "unfit", "workers"]
 
 MOST_DIMS = 256
+
+
+def not_installed() -> str | None:
+    """Why there is no Triton to import; None when there is one. Imports nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'farlight[triton]' (it comes with torch builds for GPUs)"
+    return None
 
 
 @functools.cache
 def missing() -> str | None:
     """Why Triton cannot be imported; None when it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install 'farlight[triton]' (it comes with torch builds for GPUs)"
+    why = not_installed()
+    if why is not None:
+        return why
     try:
         import triton.language  # noqa: F401
     except Exception as error:  # a broken installation can raise anything, and it becomes a reason
