@@ -160,7 +160,8 @@ def _received(last: Observation, pattern: Pattern, start: int, stop: int, weight
     v = torch.zeros_like(k).requires_grad_()
     with torch.enable_grad():
         out = attention(q, k, v, allowed, scale=last.scale, q_offset=last.q_offset + start)
-        out.backward(weights.to(out)[None, None, :, None].expand_as(out).contiguous() / q.shape[1])  # type: ignore[union-attr]
+        assert isinstance(out, Tensor)
+        out.backward(weights.to(out)[None, None, :, None].expand_as(out).contiguous() / q.shape[1])
     assert v.grad is not None
     received: Tensor = v.grad[0, :, :, 0].sum(0).float().cpu()
     return received
