@@ -5,12 +5,14 @@ BIN    := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow lint bench sanitize sanitize-thread wheel clean
 
 help:
 	@echo "make demo       audit a real model on a real text: what each pattern saves and what it loses"
 	@echo "make test       run the tests              make test-slow  those that take long"
 	@echo "make lint       ruff and mypy              make bench      measure on this machine"
+	@echo "make sanitize   the kernel tests on native code that checks its addresses and arithmetic; sanitize-thread: its threads"
+	@echo "make wheel      build a wheel for this Python, install it apart and test it"
 
 setup: $(READY)
 
@@ -45,6 +47,25 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/report.py
+
+TOOLS := $(VENV)/.tools
+
+$(TOOLS): $(READY)
+	$(PIP) cmake ninja nanobind
+	@touch $@
+
+sanitize: $(TOOLS)
+	$(BIN)/python scripts/sanitize.py address,undefined
+
+sanitize-thread: $(TOOLS)
+	$(BIN)/python scripts/sanitize.py thread
+
+# In an environment of its own, where farlight itself is not installed.
+wheel:
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install --quiet -c constraints.txt torch numpy typer rich pytest hypothesis networkx
+	build/wheel-venv/bin/python scripts/check_wheel.py --keep dist
+	build/wheel-venv/bin/python scripts/check_wheel.py --without-compiler
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,6 +2,7 @@
 // mapped), plain threads elsewhere.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -15,7 +16,10 @@
 
 namespace farlight {
 
-// Calls body(i) for every i < count, in order of i as threads become free. The first exception is thrown to the caller.
+constexpr int64_t kBatch = 16;  // neighbours that a thread takes at once, at most: they read mostly the same keys
+
+// Calls body(i) for every i < count, in order of i as threads become free: a few neighbours at a time, single ones towards the
+// end. The first exception is thrown to the caller.
 template <class Body>
 void for_each(int64_t count, int threads, const Body& body) {
   threads = static_cast<int>(threads < count ? threads : count);
@@ -26,9 +30,16 @@ void for_each(int64_t count, int threads, const Body& body) {
   std::atomic<int64_t> next{0};
   std::exception_ptr failure;
   std::mutex guard;
+  auto batch = [&](int64_t left) { return std::clamp<int64_t>(left / (8 * int64_t{threads}), 1, kBatch); };
   auto work = [&] {
     try {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
+      int64_t first = next.load(std::memory_order_relaxed);
+      while (first < count) {
+        const int64_t last = first + batch(count - first);
+        if (!next.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
+        for (int64_t i = first; i < last; ++i) body(i);
+        first = next.load(std::memory_order_relaxed);
+      }
     } catch (...) {
       const std::lock_guard<std::mutex> lock(guard);
       if (!failure) failure = std::current_exception();

@@ -47,7 +47,7 @@ PARTS = ("distances", "pairs", "content", "summary", "frontier", "figure")
 
 
 class Experiment:
-    def __init__(self, out: Path, smoke: bool) -> None:
+    def __init__(self, out: Path, smoke: bool, every: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.smoke, self.file = out, smoke, out / "fit.json"
         self.found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {"rows": []}
@@ -55,7 +55,7 @@ class Experiment:
         self.model = loaded.model
         ids = cut_passages(read_text(None)[1], loaded.tokenizer, 64 if smoke else 512, 1_000_000).ids
         half = ids.shape[0] // 2
-        self.train, self.held = (ids[:8], ids[-8:]) if smoke else (ids[:half], ids[half:])
+        self.train, self.held = (ids[:8], ids[-8:]) if smoke else (ids[:half:every], ids[half:])
         self.judged = 2 if smoke else 16
         self.densities: tuple[float, ...] = (0.15,) if smoke else (0.15, 0.1, 0.2, 0.3)
         self.found |= {"passages": [len(self.train), len(self.held), self.judged], "tokens": ids.shape[1]}
@@ -128,7 +128,7 @@ class Experiment:
 
     def read_content(self) -> Reading:
         """Routers have nothing to learn by heart: one passage in eight is enough."""
-        return self.read("content", self.train[:: 1 if self.smoke else 8], ("topblocks",))
+        return self.read("content", self.train[:: 1 if self.smoke else max(1, len(self.train) // 16)], ("topblocks",))
 
     def read(self, name: str, ids: Tensor, candidates: Sequence[str]) -> Reading:
         """Read the passages, or take what an earlier run has read."""
@@ -202,8 +202,9 @@ def main() -> None:
     read.add_argument("--out", type=Path, default=Path("fit"))
     read.add_argument("--part", choices=PARTS, action="append", help="one part; repeat for several; default: all")
     read.add_argument("--smoke", action="store_true", help="a few short passages")
+    read.add_argument("--every", type=int, default=1, help="fit to every N-th passage of the first half: quicker, and worse")
     given = read.parse_args()
-    experiment = Experiment(given.out, given.smoke)
+    experiment = Experiment(given.out, given.smoke, given.every)
     for part in given.part or PARTS:
         began = time.perf_counter()
         getattr(experiment, part)()

@@ -274,6 +274,93 @@ def test_batch_items_do_not_meet(isa: str) -> None:
         assert torch.equal(getattr(found, name)[1:2], getattr(single, name)), name
 
 
+KEPT = {
+    "more keys than are kept": Case("full, wide", fl.full(), 70, 1200, q_offset=0, heads=1, head_dim=256),
+    "two that want one place": Case(
+        "window and globals, wide", fl.window(40) | fl.global_tokens(range(64)), 1250, heads=2, kv_heads=1, head_dim=256
+    ),
+    "every other start": Case("odd window", fl.window(37, 50), 500, batch=2, heads=2, head_dim=64),
+    "blocks that break off": Case("short runs", fl.strided(3) | fl.window(70, dilation=5), 400, heads=1, head_dim=48),
+}
+
+
+@pytest.mark.parametrize("case", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("name", [x for x in ISAS if x in ("amx", "avx512")][:1] or ISAS[:1])
+def test_turned_blocks_that_a_thread_keeps(name: str, case: Case) -> None:
+    """With tiles a thread keeps blocks of keys for the next query tile: neither wrong ones nor those of another call."""
+    before = cpu.isa()
+    cpu.use(name)
+    try:
+        check(case, torch.bfloat16)
+        given = inputs(case, torch.bfloat16)
+        first = run(case, given, plan_of(case))
+        given.v.neg_()
+        given.k.mul_(2.0)
+        given.q.mul_(0.5)
+        again = run(case, given, plan_of(case))
+    finally:
+        cpu.use(before)
+    assert torch.equal(again.out, -first.out)
+    assert torch.equal(again.lse, first.lse)
+
+
+# Tensors that end (or begin) where the next page may not be read: a step outside ends the process.
+GUARDED = """
+import ctypes, mmap, sys
+import torch
+import farlight as fl
+from farlight.kernels import cpu
+from farlight.plan.build import build
+
+libc = ctypes.CDLL(None, use_errno=True)
+PAGE = mmap.PAGESIZE
+kept = []
+
+def guarded(source, at_end):
+    size = source.numel() * source.element_size()
+    pages = (size + PAGE - 1) // PAGE
+    room = mmap.mmap(-1, (pages + 2) * PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    for page in (0, pages + 1):
+        assert libc.mprotect(ctypes.c_void_p(start + page * PAGE), ctypes.c_size_t(PAGE), 0) == 0
+    kept.append(room)
+    offset = PAGE + (pages * PAGE - size if at_end else 0)
+    return torch.frombuffer(room, dtype=source.dtype, count=source.numel(), offset=offset).view(source.shape).copy_(source)
+
+if sys.argv[2] == "step":
+    x = guarded(torch.zeros(4), True)
+    print("ready", flush=True)
+    ctypes.string_at(x.data_ptr(), 17)
+cpu.use(sys.argv[1])
+pattern = fl.window(20) | fl.global_tokens([0]) | fl.random_keys(2) | fl.window(2, dilation=7)
+for dim in (1, 5, 24, 32, 64):
+    for rows, keys in ((48, 48), (37, 90), (70, 45)):
+        plan = build(pattern, fl.patterns.Sizes.of(rows, keys), cpu.SHAPE)
+        for dtype in (torch.float32, torch.bfloat16):
+            for at_end in (True, False):
+                make = lambda n: guarded(torch.randn(1, 1, n, dim).to(dtype), at_end)
+                q, k, v, dout = make(rows), make(keys), make(keys), make(rows)
+                out, lse = cpu.forward(q, k, v, plan, scale=0.3)
+                out = guarded(out, at_end)
+                for x in cpu.backward(dout, None, q, k, v, out, lse, plan, scale=0.3):
+                    assert bool(x.isfinite().all())
+print("inside")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+def test_no_step_outside_a_tensor(isa: str) -> None:
+    found = subprocess.run([sys.executable, "-c", GUARDED, isa, "stay"], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout.strip()) == (0, "inside"), found.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+def test_a_step_outside_would_be_seen() -> None:
+    found = subprocess.run([sys.executable, "-c", GUARDED, ISAS[-1], "step"], capture_output=True, text=True, check=False)
+    assert found.returncode != 0
+    assert found.stdout.strip() == "ready", found.stderr
+
+
 THREADED = [
     Case("threads: skim", fl.window(40) | fl.global_tokens([0, 99]) | fl.random_keys(3), 700, batch=2, heads=3),
     Case("threads: one head", fl.window(60) | fl.global_tokens([0]), 2500, heads=1, head_dim=24),

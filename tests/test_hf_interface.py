@@ -224,6 +224,9 @@ def mask_functions(n: int) -> dict[str, Callable[..., Any]]:
         "causal": m.causal_mask_function,
         "bidirectional": m.bidirectional_mask_function,
         "sliding": m.sliding_window_causal_mask_function(4),
+        "a window of nothing": m.sliding_window_causal_mask_function(0),
+        "all that comes after": m.sliding_window_overlay(0),
+        "some that come after": m.and_masks(m.sliding_window_overlay(0), m.sliding_window_bidirectional_overlay(3)),
         "sliding both ways": m.sliding_window_bidirectional_mask_function(3),
         "chunked": m.chunked_causal_mask_function(5, torch.tensor([0, 3])),
         "packed": m.packed_sequence_compatibility_function(m.causal_mask_function, positions, packed),
@@ -272,6 +275,7 @@ def test_the_common_masks_cost_nothing() -> None:
     assert pattern(functions["causal"], torch.ones(2, 17)) == fl.causal()
     assert pattern(functions["bidirectional"]) == fl.full()
     assert pattern(functions["sliding"]) == fl.window(3, 0)
+    assert pattern(functions["a window of nothing"]) == ~fl.full()
     assert pattern(functions["sliding both ways"]) == fl.window(3)
     assert "pairs" not in pattern(functions["packed"]).text
     assert "pairs" not in pattern(functions["chunked"]).text

@@ -18,12 +18,17 @@ Rule = Callable[[Any, Any, Any, Any], Any]
 
 @dataclass(frozen=True)
 class Problem:
-    """`rule(b, h, i, j)` is what a mask function of FlexAttention says; `by_head`: it looks at h."""
+    """`rule(b, h, i, j)` is what FlexAttention's mask function says; `by_head`: it looks at h. `radius`: of a plain window."""
 
     name: str
     pattern: fl.Pattern
     rule: Rule
     by_head: bool
+    radius: int | None = None
+
+
+def window(n: int, heads: int, device: str) -> Problem:
+    return Problem("window(256)", fl.window(256), lambda b, h, i, j: (i - j).abs() <= 256, False, 256)
 
 
 def longformer(n: int, heads: int, device: str) -> Problem:
@@ -73,4 +78,4 @@ def clusters(n: int, heads: int, device: str) -> Problem:
     return Problem("32 clusters", fl.clusters(labels), lambda b, h, i, j: on_device[h, i] == on_device[h, j], True)
 
 
-problems: tuple[Callable[[int, int, str], Problem], ...] = (longformer, bigbird, dilated, random_keys, clusters)
+problems: tuple[Callable[[int, int, str], Problem], ...] = (longformer, bigbird, dilated, random_keys, clusters, window)

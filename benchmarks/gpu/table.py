@@ -43,20 +43,20 @@ def _table(rows: list[dict[str, Any]], name: str) -> list[str]:
     if not rows:
         return []
     head = [
-        "pattern", "tokens", "H", "D", "density", "waste", "ours ms", "flex ms", "× flex", "× flex with its mask", "full ms",
-        "× full", "useful TFLOP/s", "of the roofline", "visited, of full attention's rate",
+        "pattern", "tokens", "H", "D", "density", "waste", "ours ms", "flex ms", "× flex", "× flex with its mask",
+        "flash window ms", "full ms", "× full", "useful TFLOP/s", "of the roofline", "visited, of full attention's rate",
     ]  # fmt: skip
     lines = [f"## {name}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = row["passes"][name]
         mine = cells["ours"]["seconds"]
-        flex, full = (cells.get(one, {}).get("seconds") for one in ("flex", "full"))
+        flex, flash, full = (cells.get(one, {}).get("seconds") for one in ("flex", "flash window", "full"))
         with_mask = None if flex is None else flex + row["flex_mask_seconds"]
         rate = cells.get("of_full_attention_rate")
         lines.append(
             f"| {row['pattern']} | {row['tokens']:,} | {row['heads']} | {row['head_dim']} | {row['density']:.2%} "
             f"| {row['waste']:.2f} | {mine * 1e3:.3f} | {_ms(flex)} | {_times(flex, mine)} | {_times(with_mask, mine)} "
-            f"| {_ms(full)} | {_times(full, mine)} | {cells['useful_tflops']:.1f} | {cells['of_roofline']:.0%} "
+            f"| {_ms(flash)} | {_ms(full)} | {_times(full, mine)} | {cells['useful_tflops']:.1f} | {cells['of_roofline']:.0%} "
             f"| {'' if rate is None else f'{rate:.0%}'} |"
         )
     return [*lines, ""]

@@ -29,7 +29,7 @@ class Backward {
         queries_(dim_),
         upstream_(dim_) {
     columns_.reserve(arena);
-    chunk_ = arena.take<Chunk>(1);
+    chunks_ = arena.take<Chunk>(2);
     keys_.reserve(arena, true, !in_tiles<Mode>);
     values_.reserve(arena, true, false);
     queries_.reserve(arena);
@@ -71,17 +71,21 @@ class Backward {
     const int terms = (tile.count + Op::per - 1) / Op::per;
     uint32_t touched = 0;
     bool fresh = true;
-    Walk walk(tile, group_of<Mode>);
-    Chunk& c = *chunk_;
-    while (walk.next(c)) {
+    Walk walk(tile, chunk_of<Mode>, group_of<Mode>);
+    bool more = walk.next(chunks_[0]);
+    for (int turn = 0; more; turn ^= 1) {
+      chunk_ = chunks_ + turn;
+      more = walk.next(chunks_[turn ^ 1]);
+      const Chunk& c = *chunk_;
+      const Ahead<Mode> ahead{more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, dim_};
       for (int i = 0; i < c.n; ++i) touched |= c.seen[i];
       if constexpr (!in_tiles<Mode>) {
         keys_.fetch_rows(c, true);
         values_.fetch_rows(c);
       }
       find_sums(sums);
-      score<Mode, false>(c, keys_, queries_, base2, lanes, scores_, nullptr);
-      score<Mode, false>(c, values_, upstream_, 1.0f, lanes, slopes_, nullptr);
+      score<Mode, false>(c, keys_, queries_, base2, lanes, scores_, nullptr, ahead);
+      score<Mode, false>(c, values_, upstream_, 1.0f, lanes, slopes_, nullptr, Nothing());
       differentiate(dropped, base2, lanes);
       add_to_sums(terms, sums.stride);
       add_keys(lanes, fresh);
@@ -401,7 +405,7 @@ class Backward {
   Operand<Mode> keys_, values_;
   ColumnsOf<Mode> columns_;
   Turned<Mode> queries_, upstream_;
-  Chunk* chunk_;
+  Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
   Word *query_rows_, *upstream_rows_, *weight_rows_ = nullptr, *slope_rows_ = nullptr, *slope_columns_ = nullptr;
   const Word **weights_at_, **slopes_at_;
   float *loose_ = nullptr, *scores_, *slopes_, **dk_, **dv_, *spill_, *dq_, *rows_, *query_, *row_upstream_;

@@ -7,7 +7,7 @@
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr int kKeys = 128 / kM * kM;  // keys in a chunk
+constexpr int kKeys = 128 / kM * kM;  // keys in a chunk, at most
 constexpr uint32_t kEvery = 0xffffffffu;
 
 // The rows of one turn: at most kRows of a tile entry.
@@ -57,15 +57,15 @@ struct Chunk {
 
 class Walk {
  public:
-  // Chunks are filled up to a multiple of `group` keys.
-  explicit Walk(const Tile& tile, int group) : tile_(tile), group_(group), layer_(-1), run_(0), stop_(0), slot_(0), hi_(0) { advance(); }
+  // Chunks hold at most `most` keys, and are filled up to a multiple of `group`.
+  Walk(const Tile& tile, int most, int group) : tile_(tile), most_(most), group_(group), layer_(-1), run_(0), stop_(0), slot_(0), hi_(0) { advance(); }
 
   // The next keys; false when there are none.
   bool next(Chunk& c) {
     c.n = 0;
     for (int i = 0; i < kKeys / kM; ++i) c.mixed[i] = false;
-    while (c.n < kKeys && more_) {
-      const int take = least(kKeys - c.n, hi_ - slot_);
+    while (c.n < most_ && more_) {
+      const int take = least(most_ - c.n, hi_ - slot_);
       if (c.n % kM) c.mixed[c.n / kM] = true;
       if (at_->keys) {
         for (int i = 0; i < take; ++i) c.key[c.n + i] = at_->keys[slot_ + i];
@@ -152,19 +152,20 @@ class Walk {
   }
 
   void mark(Chunk& c, int take) const {
-    if (mask_ < 0) {
-      for (int i = 0; i < take; ++i) c.seen[c.n + i] = kEvery;
-      return;
+    uint32_t* seen = c.seen + c.n;
+    int from = 0, to = take;  // seen by every row
+    if (mask_ >= 0) {
+      from = static_cast<int>(most<int64_t>(0, least<int64_t>(core_lo_ - slot_, take)));
+      to = static_cast<int>(most<int64_t>(from, least<int64_t>(core_hi_ - slot_, take)));
     }
-    for (int i = 0; i < take; ++i) {
-      const int32_t slot = slot_ + i;
-      c.seen[c.n + i] = slot >= core_lo_ && slot < core_hi_ ? kEvery : rows_seeing(slot);
-    }
+    for (int i = 0; i < from; ++i) seen[i] = rows_seeing(slot_ + i);
+    for (int i = from; i < to; ++i) seen[i] = kEvery;
+    for (int i = to; i < take; ++i) seen[i] = rows_seeing(slot_ + i);
   }
 
   const Tile& tile_;
   const LayerView* at_ = nullptr;
-  int group_, layer_;
+  int most_, group_, layer_;
   int64_t run_, stop_;
   int32_t slot_, lo_ = 0, hi_;
   bool more_ = false;

@@ -27,7 +27,7 @@ class Forward {
         columns_(values_.source(), dim_, item.batch * call.kv_heads + kv_head()),
         queries_(dim_) {
     columns_.reserve(arena);
-    chunk_ = arena.take<Chunk>(1);
+    chunks_ = arena.take<Chunk>(2);
     keys_.reserve(arena, true, false);
     values_.reserve(arena, false, !in_tiles<Mode>);
     queries_.reserve(arena);
@@ -50,12 +50,17 @@ class Forward {
       store(top_ + g, all(kNothing));
       store(total_ + g, all(0.0f));
     }
+    ask_for_results(tile);
     bool fresh = true;
-    Walk walk(tile, group_of<Mode>);
-    while (walk.next(*chunk_)) {
+    Walk walk(tile, chunk_of<Mode>, group_of<Mode>);
+    bool more = walk.next(chunks_[0]);
+    for (int turn = 0; more; turn ^= 1) {
+      chunk_ = chunks_ + turn;
+      more = walk.next(chunks_[turn ^ 1]);
+      const Ahead<Mode> ahead{more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, dim_};
       float top[kRows];
       if constexpr (!in_tiles<Mode>) keys_.fetch_rows(*chunk_);
-      score<Mode, true>(*chunk_, keys_, queries_, base2, lanes, scores_, top);
+      score<Mode, true>(*chunk_, keys_, queries_, base2, lanes, scores_, top, ahead);
       raise(top, lanes, fresh);
       weigh(dropped, base2, lanes);
       add_values(lanes, fresh);
@@ -72,6 +77,13 @@ class Forward {
 
  private:
   int64_t kv_head() const { return item_.head / (call_.heads / call_.kv_heads); }
+
+  // Where the rows' results go: on its way to the cache before it is written.
+  void ask_for_results(const Tile& tile) const {
+    const int64_t width = call_.out_type == Type::f32 ? 4 : 2;
+    const char* at = static_cast<const char*>(call_.result) + (item_.batch * call_.heads + item_.head) * call_.plan->n_q * dim_ * width;
+    for (int s = 0; s < tile.count; ++s) ask_for(at + tile.row[s] * dim_ * width, dim_ * width);
+  }
 
   // A row whose largest score rose by more than this gets a new reference; until then its weights may exceed 1, harmlessly.
   static constexpr float kSlack = 8.0f;
@@ -90,30 +102,48 @@ class Forward {
     }
   }
 
-  // 2^(score - reference) of key i; where products are made of tiles, scores come as they are.
-  FARLIGHT_INLINE F weight(int i, int g, F factor, F reference) const {
-    const F score = load(scores_ + i * kRows + g);
-    if constexpr (in_tiles<Mode>) {
-      const F w = power2<Mode::degree>(sub(mul(score, factor), reference));
-      return chunk_->masked[i / kM] ? choose(chunk_->seen[i] >> g, w, all(0.0f)) : w;
-    } else {
-      return power2<Mode::degree>(sub(score, reference));
-    }
+  FARLIGHT_INLINE F weight(int i, int g, F reference) const {
+    return power2<Mode::degree>(sub(load(scores_ + i * kRows + g), reference));
+  }
+
+  // The weights of a block where products are made of tiles: scores come as they are, neither scaled nor masked, and keys that
+  // only fill up the last group are masked as others are. Their sum.
+  FARLIGHT_INLINE F weigh_block(int block, int g, F factor, F reference, const Dropped& dropped) {
+    F sum = all(0.0f);
+#if defined(FARLIGHT_ISA_AMX)
+    const Chunk& c = *chunk_;
+    const int first = block * kM;
+    F w[kM];
+    FARLIGHT_UNROLL
+    for (int i = 0; i < kM; ++i) w[i] = power2<Mode::degree>(sub(mul(load(scores_ + (first + i) * kRows + g), factor), reference));
+    if (c.masked[block])
+      for (int i = 0; i < kM; ++i) w[i] = choose(c.seen[first + i] >> g, w[i], all(0.0f));
+    sum = add(add(add(w[0], w[1]), add(w[2], w[3])), add(add(w[4], w[5]), add(w[6], w[7])));
+    if (dropped.on())
+      for (int i = 0; i < kM; ++i) w[i] = choose(dropped.kept(c.key[first + i], g), w[i], all(0.0f));
+    FARLIGHT_UNROLL
+    for (int i = 0; i < kM; i += 2) store_i(weights_ + (first + i) / 2 * kRows + g, paired(w[i], w[i + 1]));
+#else
+    (void)block, (void)g, (void)factor, (void)reference, (void)dropped;
+#endif
+    return sum;
   }
 
   // Scores to weights; their sums; what dropout leaves, as operands of the second product.
   void weigh(const Dropped& dropped, float base2, int lanes) {
     const Chunk& c = *chunk_;
-    const F factor = all(base2);
+    [[maybe_unused]] const F factor = all(base2);
     for (int g = 0; g < lanes; g += W) {
       const F reference = load(top_ + g);
       F total = all(0.0f);  // of this chunk, for the reason given at across_block
-      if constexpr (in_pairs<Mode>) {
+      if constexpr (in_tiles<Mode>) {
+        for (int block = 0; block < c.blocks; ++block) total = add(total, weigh_block(block, g, factor, reference, dropped));
+      } else if constexpr (in_pairs<Mode>) {
 #if defined(FARLIGHT_PAIRS)
         for (int i = 0; i < c.n; i += 2) {
           const bool both = i + 1 < c.n;
-          F a = weight(i, g, factor, reference);
-          F b = both ? weight(i + 1, g, factor, reference) : all(0.0f);
+          F a = weight(i, g, reference);
+          F b = both ? weight(i + 1, g, reference) : all(0.0f);
           total = add(total, add(a, b));
           if (dropped.on()) {
             a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
@@ -121,11 +151,10 @@ class Forward {
           }
           store_i(weights_ + i / 2 * kRows + g, paired(a, b));
         }
-        for (int i = (c.n + 1) / 2; i < c.blocks * kM / 2; ++i) store_i(weights_ + i * kRows + g, all_i(0));
 #endif
       } else {
         for (int i = 0; i < c.n; ++i) {
-          F a = weight(i, g, factor, reference);
+          F a = weight(i, g, reference);
           total = add(total, a);
           if (dropped.on()) a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
           store(scores_ + i * kRows + g, a);
@@ -248,7 +277,7 @@ class Forward {
   Operand<Mode> keys_, values_;
   ColumnsOf<Mode> columns_;
   Turned<Mode> queries_;
-  Chunk* chunk_;
+  Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
   float *scores_, *sum_, *rows_, *query_;
   Word* weights_ = nullptr;
   alignas(64) float top_[kRows];

@@ -45,6 +45,13 @@ FARLIGHT_INLINE void read_row(Type type, const void* from, int64_t at, float* to
   else copy_as_float(static_cast<const Half*>(from) + at, to, n);
 }
 
+// Asks for a row to come into the second cache.
+template <class T>
+FARLIGHT_INLINE void ask_for(const T* row, int64_t n) {
+  const char* at = reinterpret_cast<const char*>(row);
+  for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(T)); byte += 64) FARLIGHT_PREFETCH_L2(at + byte);
+}
+
 // dot(a, b), and to += weight * b. The tail is summed in a fixed order, as everything else.
 template <class T>
 FARLIGHT_INLINE float dot(const float* a, const T* b, int64_t n) {

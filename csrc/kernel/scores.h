@@ -10,39 +10,66 @@ constexpr float kNothing = -1e30f;  // the running maximum of a row that has see
 constexpr float kUnseen = -3e38f;   // the score of a pair that is not allowed: exp2(kUnseen - kNothing) is 0
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+// The rows of K and V that the next chunk (null: there is none) will read, asked for a block at a time while scores are formed:
+// memory answers late, and machines do not foresee a walk down the columns of V.
+template <class Mode>
+struct Ahead {
+  const Chunk* next;
+  const Operand<Mode>&keys, &values;
+  int64_t dim;
+
+  FARLIGHT_INLINE void operator()(int block) const {
+    if (!next || block >= next->blocks) return;
+    for (int i = block * kM; i < block * kM + kM; ++i) {
+      ask_for(keys.source().row(next->key[i]), dim);
+      ask_for(values.source().row(next->key[i]), dim);
+    }
+  }
+};
+
+struct Nothing {
+  FARLIGHT_INLINE void operator()(int) const {}
+};
+
 // The same with tiles: scores stay as the product gives them, neither scaled nor masked; `top` is of scaled and masked ones.
-template <class Mode, bool Masking>
+template <class Mode, bool Masking, class Also>
 inline void score_tiles(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, float scale, int lanes, float* scores,
-                        float* top) {
+                        float* top, const Also& also) {
 #if defined(FARLIGHT_ISA_AMX)
   if constexpr (in_tiles<Mode>) {
     const int64_t steps = (queries.words + kTile - 1) / kTile;
-    for (int first = 0; first < c.n; first += 2 * kTile)
+    for (int first = 0; first < c.n; first += 2 * kTile) {
+      for (int block = first / kM; block < (first + 2 * kTile) / kM; ++block) also(block);
       score_group(keys.strip(c, first, 0), keys.strip(c, first + kTile, 1), queries.turned, steps, scores + first * kRows);
+    }
     if constexpr (Masking) {
       const F factor = all(scale);
       for (int g = 0; g < lanes; g += W) {
         F largest = all(kUnseen);
-        for (int i = 0; i < c.n; ++i) {
-          F x = mul(load(scores + i * kRows + g), factor);
-          if (c.masked[i / kM]) x = choose(c.seen[i] >> g, x, all(kUnseen));
-          largest = max(x, largest);
+        for (int block = 0; block < c.blocks; ++block) {
+          F x[kM];
+          FARLIGHT_UNROLL
+          for (int m = 0; m < kM; ++m) x[m] = mul(load(scores + (block * kM + m) * kRows + g), factor);
+          if (c.masked[block])
+            for (int m = 0; m < kM; ++m) x[m] = choose(c.seen[block * kM + m] >> g, x[m], all(kUnseen));
+          static_assert(kM == 8);
+          largest = max(max(max(max(x[0], x[1]), max(x[2], x[3])), max(max(x[4], x[5]), max(x[6], x[7]))), largest);
         }
         store(top + g, largest);
       }
     }
   }
 #endif
-  (void)c, (void)keys, (void)queries, (void)scale, (void)lanes, (void)scores, (void)top;
+  (void)c, (void)keys, (void)queries, (void)scale, (void)lanes, (void)scores, (void)top, (void)also;
 }
 
 // scores[key][row] of the chunk, times `scale` where the rows were not scaled before; `top[row]` grows to the largest.
-// Without `masking` pairs that are not allowed keep their scores.
-template <class Mode, bool Masking>
+// Without `Masking` pairs that are not allowed keep their scores. `also(block)` is done on the way.
+template <class Mode, bool Masking, class Also>
 inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, float scale, int lanes, float* scores,
-                  float* top) {
+                  float* top, const Also& also) {
   if constexpr (in_tiles<Mode>) {
-    score_tiles<Mode, Masking>(c, keys, queries, scale, lanes, scores, top);
+    score_tiles<Mode, Masking>(c, keys, queries, scale, lanes, scores, top, also);
     return;
   }
   using Op = typename Mode::Op;
@@ -51,6 +78,7 @@ inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>&
     for (int g = 0; g < lanes; g += W) store(top + g, all(kUnseen));
   }
   for (int block = 0; block < c.blocks; ++block) {
+    also(block);
     for (int g = 0; g < lanes; g += kV * W) {
       F acc[kM][kV];
       clear(acc);

@@ -87,10 +87,22 @@ def _processor() -> dict[str, Any]:
         "architecture": platform.machine(),
         "instructions": [name for name in _INSTRUCTIONS if name in (_cpu_field("flags", "Features") or "").split()],
         "torch uses": torch.backends.cpu.get_cpu_capability(),
+        "native kernels use": _native_set(),
         "cores usable": usable,
         "threads": torch.get_num_threads(),
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def _native_set() -> str:
+    """The instruction set of backend "cpu", and those that FARLIGHT_CPU_ISA may name instead."""
+    from farlight.kernels import cpu
+
+    missing = cpu.unavailable()
+    if missing is not None:
+        return f"nothing: {missing}"
+    others = [name for name in cpu.available() if name != cpu.isa()]
+    return cpu.isa() + (f" (there are also {', '.join(others)}; FARLIGHT_CPU_ISA=… names one)" if others else "")
 
 
 def _cpu_field(*names: str) -> str | None:

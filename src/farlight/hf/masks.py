@@ -121,6 +121,10 @@ class _Rule:
             near: Pattern = full()
         elif self.left is None and self.right == 0:
             near = causal()
+        elif self.left == -1 and self.right == 0:  # no key at all: Qwen2-MoE asks for it beside the masks that it uses
+            near = ~full()
+        elif self.left == -1:
+            near = ~causal() if self.right is None else window(0, self.right) - causal()
         else:
             # A side without limit reaches the end of any text.
             near = window(*(2**40 if side is None else side for side in (self.left, self.right)))
@@ -147,9 +151,9 @@ def _recognise(function: Callable[..., Any]) -> _Rule | None:
     if getattr(function, "__module__", "") != masking_utils.__name__:
         return None
     match getattr(function, "__qualname__", "").split(".<locals>.")[0], _held(function):
-        case "sliding_window_overlay", {"sliding_window": int(width)}:
+        case "sliding_window_overlay", {"sliding_window": int(width)} if width >= 0:
             return _Rule(left=width - 1)
-        case "sliding_window_bidirectional_overlay", {"sliding_window": int(width)}:
+        case "sliding_window_bidirectional_overlay", {"sliding_window": int(width)} if width >= 0:
             return _Rule(left=width, right=width)
         case "chunked_overlay", {"chunk_size": int(length), "left_padding": Tensor() as left}:
             return _Rule(groups=(length, left))

@@ -38,7 +38,9 @@ def check_name(backend: str) -> None:
 
 
 def planned_backend(request: Request) -> str:
-    """The best backend that executes a plan."""
+    """The best backend that executes a plan. On a CPU without native kernels the first call says so."""
+    if request.device.type == "cpu":
+        cpu.warn_if_missing()
     for name in PLANNED:
         # On the CPU Triton is interpreted, which is for tests: only who names it gets it.
         if (name != "triton" or request.device.type != "cpu") and not reasons(name, request):

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from farlight.kernels.cpu.call import backward, forward
-from farlight.kernels.cpu.native import MOST_DIMS, available, isa, unavailable, use
+from farlight.kernels.cpu.native import MOST_DIMS, available, isa, unavailable, use, warn_if_missing
 from farlight.kernels.request import Request
 from farlight.plan.build import TileShape
 
-__all__ = ["SHAPE", "available", "backward", "forward", "isa", "reasons", "unavailable", "use"]
+__all__ = ["SHAPE", "available", "backward", "forward", "isa", "reasons", "unavailable", "use", "warn_if_missing"]
 
 SHAPE = TileShape(tile=32, gather=8, longest=16_384)
 

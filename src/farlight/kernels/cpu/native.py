@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch  # noqa: F401
 from farlight.errors import PlanError, UnsupportedError
 from farlight.plan.tables import Plan
 
-__all__ = ["MOST_DIMS", "available", "handle", "isa", "module", "unavailable", "use"]
+__all__ = ["MOST_DIMS", "available", "handle", "isa", "module", "unavailable", "use", "warn_if_missing"]
 
 MOST_DIMS = 256
 
@@ -38,6 +39,17 @@ def unavailable() -> str | None:
     return _missing
 
 
+_told = False
+
+
+def warn_if_missing() -> None:
+    """Say once in a process that attention on the CPU runs without the native kernels, and why."""
+    global _told
+    if _missing is not None and not _told:
+        _told = True
+        warnings.warn(f"attention on the CPU runs in plain torch, several times slower: {_missing}.", stacklevel=2)
+
+
 def module() -> Any:
     """The native module. Raises UnsupportedError where there is none."""
     if _native is None:
@@ -46,7 +58,7 @@ def module() -> Any:
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable" (which is NEON on arm64)."""
+    """The instruction set in use: "amx", "avx512bf16", "avx512", "avx2" or "portable" (which is NEON on arm64)."""
     name: str = module().isa()
     return name
 

@@ -26,12 +26,26 @@ _SINGLE = 1024
 
 @dataclass(frozen=True)
 class Grown:
-    """A state on the way: distances (as ranges [from, to)), keys, and what they cost and keep together."""
+    """A state on the way: distances (as ranges [from, to)), keys, and what they cost and keep together.
+
+    States of one growth share its lists, which only become longer; a state is the beginning of them.
+    """
 
     links: float
     kept: float
-    runs: tuple[tuple[int, int], ...]
-    keys: tuple[int, ...]
+    _units: Units
+    _runs: Sequence[int]
+    _keys: Sequence[int]
+    _taken: tuple[int, int]
+
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        edges = self._units.edges
+        return tuple((int(edges[unit]), int(edges[unit + 1])) for unit in self._runs[: self._taken[0]])
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        return tuple(int(self._units.keys[key]) for key in self._keys[: self._taken[1]])
 
 
 class Units:
@@ -165,8 +179,7 @@ def grow(
 
 
 def _state(units: Units, links: float, kept: float, runs: list[int], keys: list[int]) -> Grown:
-    spans = tuple((int(units.edges[unit]), int(units.edges[unit + 1])) for unit in runs)
-    return Grown(float(links), float(kept), spans, tuple(int(units.keys[key]) for key in keys))
+    return Grown(float(links), float(kept), units, runs, keys, (len(runs), len(keys)))
 
 
 def row_shares(profile: HeadProfile, grown: Grown) -> torch.Tensor:

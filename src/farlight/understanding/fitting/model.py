@@ -295,7 +295,7 @@ def fit_reading(
     weights = [1.0] * len(options)
     layers = chosen(weights)
     if weigh:
-        weights = _layer_weights(model, ids, layers, step)
+        weights = _layer_weights(model, ids, layers, even, step)
         layers = chosen(weights)
     subject = Subject("fitted", patterns_of(layers, gist))
     step("judged on what it was fitted to")
@@ -324,8 +324,10 @@ def patterns_of(layers: dict[int, Fit], gist: int | None) -> dict[int, Pattern |
     return {number: read_router(f"gist({layer.expression}, block={gist})") for number, layer in layers.items()}
 
 
-def _layer_weights(model: Any, ids: Tensor, layers: dict[int, Fit], step: Callable[[str], None]) -> list[float]:
+def _layer_weights(model: Any, ids: Tensor, layers: dict[int, Fit], even: bool, step: Callable[[str], None]) -> list[float]:
     """How much a lost share counts in each layer, mean 1: √(loss of cosine / loss of attention) with that layer alone sparse.
+
+    The loss of attention is squared where squares are fitted.
 
     The root lies half way between counting all layers alike and trusting what was measured with one layer at a time, which
     does not see how errors of early layers add up.
@@ -336,7 +338,8 @@ def _layer_weights(model: Any, ids: Tensor, layers: dict[int, Fit], step: Callab
     for number, layer in layers.items():
         step(f"weighing: layer {number}")
         moved = 1 - token_cosine(reference, _run(model, sample, {number: layer.pattern}))
-        ratios.append((max(moved, 0.0) / max(float(layer.lost.mean()), 1e-6)) ** 0.5)
+        lost = layer.lost.square() if even else layer.lost
+        ratios.append((max(moved, 0.0) / max(float(lost.mean()), 1e-6)) ** 0.5)
     mean = sum(ratios) / len(ratios)
     return [ratio / mean if mean else 1.0 for ratio in ratios]
 
