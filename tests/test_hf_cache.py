@@ -106,7 +106,7 @@ def test_256_tokens_are_identical() -> None:
         cache = fl.hf.SparseCache(model, pattern)
         found = said(model, pattern, given, 256, past_key_values=cache)
         assert found.tolist() == said(model, pattern, given, 256, use_cache=False).tolist()
-        assert cache.kept == 36
+        assert cache.kept == (9 if name.startswith("mistral") else 36)
 
 
 def test_layers_may_have_patterns_of_their_own() -> None:
