@@ -76,7 +76,7 @@ class Experiment:
     def judge(self, patterns: Sequence[Any]) -> Sequence[Fidelity]:
         count = min(self.judged, len(self.held))
         evenly = self.held[[place * len(self.held) // count for place in range(count)]]
-        return measure_fidelity(self.model, evenly, patterns, backend="dense").patterns
+        return measure_fidelity(self.model, evenly, patterns).patterns
 
     def fitted(self, kind: str, reading: Reading, name: str, save: str = "", **options: Any) -> ModelFit:
         began = time.perf_counter()

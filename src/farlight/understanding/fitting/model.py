@@ -298,12 +298,14 @@ def fit_reading(
         weights = _layer_weights(model, ids, layers, even, step)
         layers = chosen(weights)
     subject = Subject("fitted", patterns_of(layers, gist))
+    # Summaries are merged by their lse, which torch's attention under a mask does not give.
+    backend = _backend(ids) if gist is None else "auto"
     step("judged on what it was fitted to")
-    trained = measure_fidelity(model, _evenly(ids, -(-judged // 2)), [subject], backend=_backend(ids)).patterns[0]
+    trained = measure_fidelity(model, _evenly(ids, -(-judged // 2)), [subject], backend=backend).patterns[0]
     apart = None
     if held_out is not None:
         step("judged on other text")
-        apart = measure_fidelity(model, _evenly(held_out, judged), [subject], backend=_backend(ids)).patterns[0]
+        apart = measure_fidelity(model, _evenly(held_out, judged), [subject], backend=backend).patterns[0]
     told = {"class": type(model).__name__, "type": getattr(model.config, "model_type", None), "layers": len(layers)}
     return ModelFit(
         layers,
