@@ -7,6 +7,7 @@ triton is first imported.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -184,6 +185,31 @@ def test_decoding(n_q: int, heads: int, kv_heads: int, dtype: torch.dtype) -> No
         assert (out.dtype, lse.dtype) == (dtype, torch.float32)
         fl.testing.assert_matches(out, truth, plain, "out")
         fl.testing.assert_matches(lse, truth_lse, plain_lse, "lse")
+
+
+def test_a_cache_decodes_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `fl.decode` computes with the kernel in its place is what it computes in plain torch."""
+    attend = importlib.import_module("farlight.decoding.attend")
+    calls = []
+
+    def counted(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        return decode(*given, **options)
+
+    answers = []
+    for serves in (False, True):
+        torch.manual_seed(3)
+        monkeypatch.setattr(attend.triton_decode, "serves", lambda q, k, serves=serves: serves)
+        monkeypatch.setattr(attend.triton_decode, "decode", counted)
+        cache = fl.KVCache(fl.causal() & (fl.window(20, 0) | fl.global_tokens([0])))
+        for length in (70, 1, 3):
+            q, k, v = torch.randn(1, 4, length, 16), *torch.randn(2, 1, 2, length, 16).unbind(0)
+            cache.append(k, v)
+            answers.append(fl.decode(q[:, :, -3:], cache, return_lse=True))
+    assert calls
+    for (out, lse), (other, other_lse) in zip(answers[:3], answers[3:], strict=True):
+        torch.testing.assert_close(other, out)
+        torch.testing.assert_close(other_lse, lse)
 
 
 def test_decoding_needs_what_fits() -> None:

@@ -1,6 +1,7 @@
-"""Attention of a few queries over the keys that were kept. The one place where decoding computes; a faster kernel goes here.
+"""Attention of a few queries over the keys that were kept: the one place where decoding computes.
 
-A batch of queries sees the same list of keys, so this is a pair of matrix products over everything kept; where each query
+On a GPU a Triton kernel splits the keys over the processors. Elsewhere, and for what it does not take, plain torch:
+a batch of queries sees the same list of keys, so this is a pair of matrix products over everything kept; where each query
 sees little of it, what it sees is gathered first.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from farlight.kernels.triton import decode as triton_decode
 
 __all__ = ["attend_kept"]
 
@@ -29,6 +32,9 @@ def attend_kept(
     if not k.shape[2] or not q.shape[2]:
         lse = torch.full(q.shape[:3], float("-inf"), dtype=_sums(q), device=q.device)
         return torch.zeros_like(q), lse if return_lse else None
+    if triton_decode.serves(q, k):
+        out, lse = triton_decode.decode(q, k, v, scale=scale, allowed=mask)
+        return out, lse if return_lse else None
     if mask is not None and q.shape[2] == 1 and k.shape[2] >= 64:
         most = int(mask.sum(-1).max())
         if most * _SPARSE <= k.shape[2]:

@@ -10,12 +10,22 @@ from farlight.kernels.triton.call import on_device, precision
 from farlight.kernels.triton.configs import padded
 from farlight.kernels.triton.machine import MOST_DIMS, missing, unfit, workers
 
-__all__ = ["decode"]
+__all__ = ["decode", "serves"]
 
 _LOG2_E = 1.4426950408889634
 _BLOCK = 64
 # Keys of a split at the least: below, joining costs more than it saves.
 _SHORTEST = 4 * _BLOCK
+# Rows of one key head beyond which this is no longer decoding.
+_MOST_ROWS = 256
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def serves(q: Tensor, k: Tensor) -> bool:
+    """Whether `decode` is the kernel to take for these tensors: few queries, on a device that Triton compiles for."""
+    rows = q.shape[1] // max(1, k.shape[1]) * q.shape[2]
+    fits = q.device.type != "cpu" and q.dtype in _DTYPES and q.shape[3] <= MOST_DIMS and rows <= _MOST_ROWS
+    return fits and unfit(q.device) is None and missing() is None
 
 
 def decode(
@@ -84,7 +94,7 @@ def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
         )
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ArgumentError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: the first must be a multiple of the second.")
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
         raise ArgumentError(
             f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; decoding takes one of float32, bfloat16, float16 for all three."
         )
