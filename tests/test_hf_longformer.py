@@ -416,15 +416,21 @@ def test_a_mask_that_is_written_to_is_read_again() -> None:
 
 
 def test_autocast() -> None:
+    """Rounded no more than Hugging Face's own module is, within a factor of two."""
     model = LongformerModel(config(), add_pooling_layer=False).eval()
     ids, chosen = torch.randint(3, 40, (2, 40)), torch.zeros(2, 40, dtype=torch.long)
     chosen[:, 0], chosen[1, 9] = 1, 1
-    for autoregressive in (False, True):
-        sparsify(model, autoregressive=autoregressive)
+
+    def error() -> float:
         exact = model(ids, global_attention_mask=chosen).last_hidden_state
         with torch.autocast("cpu", torch.bfloat16):
             rough = model(ids, global_attention_mask=chosen).last_hidden_state
-        torch.testing.assert_close(rough, exact, rtol=0, atol=0.2, check_dtype=False)
+        return (rough - exact).abs().mean().item()
+
+    theirs = error()
+    for autoregressive in (False, True):
+        sparsify(model, autoregressive=autoregressive)
+        assert 0 < error() < 2 * theirs
 
 
 @torch.no_grad()

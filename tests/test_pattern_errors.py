@@ -187,6 +187,7 @@ def test_the_whole_text(call: Callable[[], object], text: str) -> None:
 ALSO: list[tuple[Callable[[], object], str]] = [
     (lambda: fl.clusters([[1], [2, 3]]), r"^clusters: query_labels: cannot be read as a tensor \(.+\); pass a torch tensor\.$"),
     (lambda: fl.pairs(object()), r"^pairs: mask: cannot be read as a tensor \(.+\); pass a torch tensor\.$"),
+    (lambda: fl.KVCache(fl.global_tokens([-1])), r", but this text has no known length: .+ Give max_length=…, "),
 ]
 
 

@@ -231,8 +231,8 @@ TABLE: list[tuple[Callable[[], object], type[FarlightError], str]] = [
     (
         lambda: read_router("topkeys(3) + window(2)"),
         PatternError,
-        "cannot read the router 'topkeys(3) + window(2)': a router may stand alone or be joined by |, &, - and ~; "
-        "'topkeys(3) + window(2)' is something else.",
+        "cannot read the router 'topkeys(3) + window(2)': a router may stand alone, in per_head([…]), or be "
+        "joined by |, &, - and ~; 'topkeys(3) + window(2)' is something else.",
     ),
     (
         lambda: read_router("topkeys(__import__('os'))"),
@@ -248,7 +248,7 @@ TABLE: list[tuple[Callable[[], object], type[FarlightError], str]] = [
     (
         lambda: read_router(3),  # type: ignore[arg-type]
         PatternError,
-        "read_router: text of at most 100000 characters is needed, such as 'topblocks(8) | window(16)'.",
+        "read_router: text of at most 4000000 characters is needed, such as 'topblocks(8) | window(16)'.",
     ),
 ]
 

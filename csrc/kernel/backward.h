@@ -4,6 +4,8 @@
 
 #include <math.h>
 
+#include <utility>
+
 #include "points.h"
 #include "scores.h"
 
@@ -50,6 +52,7 @@ class Backward {
     dv_ = arena.take<float*>(kKeys);
     spill_ = arena.take<float>(ld_);
     dq_ = arena.take<float>(rounded(dim_, 16) * kRows);
+    dq_before_ = arena.take<float>(rounded(dim_, 16) * kRows);
     rows_ = arena.take<float>(kRows * ld_);
     query_ = arena.take<float>(ld_);
     row_upstream_ = arena.take<float>(ld_);
@@ -70,7 +73,7 @@ class Backward {
     const int lanes = static_cast<int>(rounded(tile.count, kV * W));
     const int terms = (tile.count + Op::per - 1) / Op::per;
     uint32_t touched = 0;
-    bool fresh = true;
+    int done = 0;
     Walk walk(tile, chunk_of<Mode>, group_of<Mode>);
     bool more = walk.next(chunks_[0]);
     for (int turn = 0; more; turn ^= 1) {
@@ -88,12 +91,17 @@ class Backward {
       score<Mode, false>(c, values_, upstream_, 1.0f, lanes, slopes_, nullptr, Nothing());
       differentiate(dropped, base2, lanes);
       add_to_sums(terms, sums.stride);
-      add_keys(lanes, fresh);
-      fresh = false;
+      if (done && done % kTogether == 0) put_by(done == kTogether);
+      add_keys(lanes, done % kTogether == 0);
+      ++done;
     }
-    if (fresh) {
+    if (!done) {
       for (int s = 0; s < tile.count; ++s) std::memset(rows_ + s * ld_, 0, ld_ * sizeof(float));
     } else {
+      if (done > kTogether) {
+        put_by(false);
+        std::swap(dq_, dq_before_);
+      }
       turn_out(dq_, dim_, rows_, ld_);
     }
     if (tile.any_points()) touched |= add_points(tile, q, dout, dropped, sums);
@@ -122,6 +130,17 @@ class Backward {
 
  private:
   int64_t kv_head() const { return item_.head / (call_.heads / call_.kv_heads); }
+
+  // Chunks that are added up in one place. Their sum then joins what came before: a row that sees thousands of chunks is
+  // rounded as often as their number divided by this, and no oftener.
+  static constexpr int kTogether = 16;
+
+  void put_by(bool first) {
+    for (int64_t i = 0; i < dim_ * kRows; i += W) {
+      const F sum = load(dq_ + i);
+      store(dq_before_ + i, first ? sum : add(load(dq_before_ + i), sum));
+    }
+  }
 
   // Rows as the operand of sums over rows: in pairs, word (i, d) holds rows 2i and 2i + 1.
   void lay_rows(const Source<T>& source, const Tile& tile, Word* to) {
@@ -408,7 +427,7 @@ class Backward {
   Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
   Word *query_rows_, *upstream_rows_, *weight_rows_ = nullptr, *slope_rows_ = nullptr, *slope_columns_ = nullptr;
   const Word **weights_at_, **slopes_at_;
-  float *loose_ = nullptr, *scores_, *slopes_, **dk_, **dv_, *spill_, *dq_, *rows_, *query_, *row_upstream_;
+  float *loose_ = nullptr, *scores_, *slopes_, **dk_, **dv_, *spill_, *dq_, *dq_before_, *rows_, *query_, *row_upstream_;
   float lse_[kRows], delta_[kRows];
 };
 
