@@ -107,7 +107,7 @@ TABLE: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         attend(backend="cuda"),
         ArgumentError,
-        f"backend = 'cuda' is unknown; use 'auto' or one of {', '.join(repr(name) for name in BACKENDS)}.",
+        f"backend = 'cuda' is unknown; use 'auto' or one of {', '.join(repr(name) for name in dispatch.BACKENDS)}.",
     ),
     (
         attend(pattern=fl.global_tokens([12])),

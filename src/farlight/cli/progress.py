@@ -28,7 +28,7 @@ class Estimate:
     >>> for name in ("read", "judge", "read"):
     ...     left.begin(name)
     >>> left.seconds(), left.spoken()  # read 10 s, judge 1 s, and of "sum up" nothing is known
-    ((12.0, False), 'at least 12 s left')
+    ((11.0, False), 'at least 11 s left')
     """
 
     def __init__(self, plan: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:

@@ -63,7 +63,8 @@ class _Named(Atom):
             return table[b if self.varies_over_batch else torch.zeros_like(b), position.clamp(0, sizes.n_k - 1)] & inside
         named = self._listed(sizes, position.device)
         # No longer than the last of them: the text may be endless.
-        member = torch.zeros(int(named[-1]) + 2 if named.numel() else 1, dtype=torch.bool, device=position.device)
+        last = max((p % sizes.n_k for p in self.positions), default=-1)
+        member = torch.zeros(last + 2, dtype=torch.bool, device=position.device)
         member[named] = True
         return member[position.clamp(0, member.numel() - 1)] & inside
 

@@ -18,7 +18,7 @@ _KINDS: dict[str, np.dtype[Any]] = {"i4": np.dtype("<i4"), "u1": np.dtype("u1"),
 def pack(values: Any, kind: str = "i4") -> list[float] | dict[str, Any]:
     """Numbers as a plain list when few, else as `{"kind", "size", "data"}`; kinds are i4, u1 and f4.
 
-    >>> pack([1, 2, 3]), unpack(pack(np.arange(1000)))[-1]
+    >>> pack([1, 2, 3]), unpack(pack(np.arange(1000)))[-1].item()
     ([1, 2, 3], 999)
     """
     array = np.ascontiguousarray(np.asarray(values).reshape(-1).astype(_KINDS[kind]))

@@ -59,7 +59,7 @@ def render(data: dict[str, Any]) -> str:
 
 
 def block(value: Any) -> str:
-    """JSON that may stand inside a script element: no character in it means anything to HTML.
+    r"""JSON that may stand inside a script element: no character in it means anything to HTML.
 
     >>> block({"text": "</script><img src=x>&"})
     '{"text":"\\u003c/script\\u003e\\u003cimg src=x\\u003e\\u0026"}'
