@@ -116,12 +116,13 @@ class Backward {
       const Tile tile(*call_.plan, item_, skip);
       for (int s = 0; s < tile.count; ++s) {
         float* row = rows_ + s * ld_;
-        std::memset(row, 0, ld_ * sizeof(float));
+        const int parts = piece.parts[item_.entry];
         bool touched = false;
-        for (int part = 0; part < piece.parts[item_.entry]; ++part) {
-          const float* at = partial(first + part) + (skip + s) * (dim_ + 2);
-          touched |= at[0] != 0.0f;
-          for (int64_t d = 0; d < dim_; ++d) row[d] += at[2 + d];
+        for (int part = 0; part < parts; ++part) touched |= partial(first + part)[(skip + s) * (dim_ + 2)] != 0.0f;
+        for (int64_t d = 0; d < dim_; ++d) {
+          double sum = 0.0;  // there may be a thousand parts
+          for (int part = 0; part < parts; ++part) sum += partial(first + part)[(skip + s) * (dim_ + 2) + 2 + d];
+          row[d] = static_cast<float>(sum);
         }
         write(tile.row[s], row, touched);
       }

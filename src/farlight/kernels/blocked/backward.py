@@ -18,6 +18,8 @@ from farlight.plan.tables import Plan
 
 __all__ = ["backward"]
 
+_ROWS = 1024
+
 
 def backward(
     dout: Tensor,
@@ -36,7 +38,9 @@ def backward(
     """(dq, dk, dv), summed in float32 (float64 for float64 inputs)."""
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     schedule = schedule_of(plan, q.device)
-    delta = (dout.to(kind) * out.to(kind)).sum(-1) - dlse.to(kind)
+    # Some rows at a time: the product of all would be one more tensor of the size of out.
+    some = zip(dout.split(_ROWS, 2), out.split(_ROWS, 2), strict=True)
+    delta = torch.cat([(d.to(kind) * o.to(kind)).sum(-1) for d, o in some], 2) - dlse.to(kind)
     dq = torch.zeros(q.shape, dtype=kind, device=q.device)
     dk = torch.zeros(k.shape, dtype=kind, device=q.device)
     dv = torch.zeros(v.shape, dtype=kind, device=q.device)
