@@ -247,7 +247,7 @@ def test_even_pairs_lift_the_rows_that_keep_little() -> None:
 
 # ---- planted structure -----------------------------------------------------------------------------------------------
 def planted(n: int = 64) -> tuple[Tensor, Tensor]:
-    """Three heads: to the token three before (the first three tokens to the last three), to token 5, and to everything alike."""
+    """Three heads: to the token three before (of the first three, to the last three), to token 5, to everything alike."""
     q, k = torch.zeros(1, 3, n, n + 1), torch.zeros(1, 3, n, n + 1)
     q[0, 0, :, :n] = torch.eye(n) * 80
     k[0, 0, :, :n] = torch.eye(n).roll(3, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from farlight.understanding.audit import audit
 from farlight.understanding.cost import Layer, cost_in_passages, mean_cost
 from farlight.understanding.fidelity import measure_fidelity
 from farlight.understanding.fitting.model import fit_reading, read_passages
+from farlight.understanding.lost import LostLink, told
 from farlight.understanding.passages import Passages
 from farlight.understanding.plot import plot_frontier, plot_heads
 from farlight.understanding.subjects import Subject, subjects
@@ -299,16 +301,26 @@ def test_layers_of_their_own_are_judged_by_number() -> None:
     assert found[1].token_cosine < found[0].token_cosine < 1.0
 
 
-def test_lost_links_of_an_audit_are_the_heaviest_of_all() -> None:
+def test_lost_links_of_an_audit_are_the_heaviest_that_are_told() -> None:
+    """Of each head the eight heaviest; of those each pair once, and two of any head at most."""
     model, tokens = encoder(), ids(5)
     found = measure_fidelity(model, tokens, [fl.window(2)], lost=7, words=[[str(t) for t in row] for row in tokens.tolist()])
     model.set_attn_implementation("eager")
     with torch.no_grad():
         full = torch.stack(model(input_ids=tokens, output_attentions=True).attentions)
     full = full.masked_fill(fl.window(2).dense(48), 0.0)
-    best = full.flatten().sort(descending=True).values[:7]
+    every = [
+        LostLink(share, head, place // 48 % 48, place % 48, place // 48**2, layer)
+        for layer in range(2)
+        for head in range(4)
+        for share, place in zip(*(x.tolist() for x in full[layer, :, head].flatten().topk(8)), strict=True)
+    ]
+    best = told(every, 7)
     links = found.patterns[0].lost
-    torch.testing.assert_close(torch.tensor([link.probability for link in links]), best, rtol=1e-3, atol=1e-5)
+    assert [replace(link, probability=0.0, query_word=None, key_word=None) for link in links] == [
+        replace(link, probability=0.0) for link in best
+    ]
+    assert links[0].probability == pytest.approx(full.max().item(), rel=1e-3)
     for link in links:
         assert link.layer is not None
         place = full[link.layer, link.text, link.head, link.query, link.key].item()

@@ -125,7 +125,7 @@ def audit_command(
             judged = [*judged, Subject(_target(keep, density), fitted.patterns)]
             if save is not None:
                 fitted.save(save)
-        start(steps(cut, judged) + (report.steps(cut, judged) if page is not None else []))
+        start(steps(cut, judged) + (report.steps(judged) if page is not None else []))
         result = audit(
             loaded.model,
             cut,
@@ -138,8 +138,7 @@ def audit_command(
         )
         if page is not None:
             words = report.words_of(content, loaded.tokenizer)
-            lost = report.lost_links(loaded.model, cut, judged, step=step)
-            report.write(report.render(report.audit_data(result, judged, cut, words, lost, step=step)), page)
+            report.write(report.render(report.audit_data(result, judged, cut, words, step=step)), page)
     if as_json:
         extra = {} if fitted is None else {"fit": fitted.to_dict()}
         print(json.dumps(result.to_dict() | extra, indent=2, allow_nan=False))

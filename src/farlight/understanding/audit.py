@@ -130,7 +130,7 @@ def audit(
     *,
     backend: str = "auto",
     tokenizer: Any = None,
-    lost: int = 12,
+    lost: int = 24,
     model_name: str = "",
     text_name: str = "",
     step: Callable[[str], None] = lambda what: None,
