@@ -328,8 +328,7 @@ def fit_reading(
         weights = _layer_weights(model, ids, layers, even, step)
         layers = chosen(weights)
     subject = Subject("fitted", patterns_of(layers, gist))
-    # Summaries are merged by their lse, which torch's attention under a mask does not give.
-    backend = _backend(ids) if gist is None else "auto"
+    backend = _backend(ids, gist is not None)
     step("judged on what it was fitted to")
     trained = measure_fidelity(model, _evenly(ids, -(-judged // 2)), [subject], backend=backend).patterns[0]
     apart = None
@@ -381,9 +380,14 @@ def _run(model: Any, ids: Tensor, layers: Any) -> Tensor:
         return hidden(model, ids)
 
 
-def _backend(ids: Tensor) -> str:
-    """Short passages are judged under a mask: what is asked is what is lost, and a plan for each head would take longer."""
-    return "dense" if ids.shape[1] <= DENSE else "auto"
+def _backend(ids: Tensor, merged: bool = False) -> str:
+    """Short passages are judged under a mask: what is asked is what is lost, and a plan for each head would take longer.
+
+    Summaries are `merged` by their lse, which the reference gives and torch's own attention does not.
+    """
+    if ids.shape[1] > DENSE:
+        return "auto"
+    return "reference" if merged else "dense"
 
 
 def _evenly(ids: Tensor, count: int) -> Tensor:
