@@ -5,7 +5,7 @@ seen: fixed ones that hold for any length, fixed ones that name every pair, and 
 what was not chosen heard in summary. Beside them stand Longformer's pattern, the same for all heads, and the frontier of
 perfect knowledge: for each row the fewest keys that hold a share of its probability.
 
-    python examples/fit_minilm.py --out fit                  # all parts; half an hour on two cores
+    python examples/fit_minilm.py --out fit                  # all parts; an hour on one core
     python examples/fit_minilm.py --out fit --part pairs     # or one after the other
     python examples/fit_minilm.py --out fit --smoke          # seconds: does it run?
 
