@@ -5,7 +5,7 @@ seen: fixed ones that hold for any length, fixed ones that name every pair, and 
 what was not chosen heard in summary. Beside them stand Longformer's pattern, the same for all heads, and the frontier of
 perfect knowledge: for each row the fewest keys that hold a share of its probability.
 
-    python examples/fit_minilm.py --out fit                  # all parts; half an hour on two cores
+    python examples/fit_minilm.py --out fit                  # all parts; an hour on one core
     python examples/fit_minilm.py --out fit --part pairs     # or one after the other
     python examples/fit_minilm.py --out fit --smoke          # seconds: does it run?
 
@@ -53,7 +53,7 @@ class Experiment:
         self.found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {"rows": []}
         loaded = load_model(None)
         self.model = loaded.model
-        ids = cut_passages(read_text(None)[1], loaded.tokenizer, 64 if smoke else 512, 1_000_000).ids
+        ids = cut_passages(read_text(None)[1], loaded.tokenizer, 128 if smoke else 512, 1_000_000).ids
         half = ids.shape[0] // 2
         self.train, self.held = (ids[:8], ids[-8:]) if smoke else (ids[:half:every], ids[half:])
         self.judged = 2 if smoke else 16

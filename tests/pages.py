@@ -47,8 +47,7 @@ def audited(patterns: Sequence[Judged] = PATTERNS) -> tuple[Audit, Passages, dic
     reader, spoken, content = model(), tokenizer(), text()
     cut = cut_passages(content, spoken, 48, 3)
     found = audit(reader, cut, patterns, model_name="small", text_name=HOSTILE)
-    lost = report.lost_links(reader, cut, patterns)
-    return found, cut, report.audit_data(found, patterns, cut, report.words_of(content, spoken), lost)
+    return found, cut, report.audit_data(found, patterns, cut, report.words_of(content, spoken))
 
 
 def mapped(pattern: fl.Pattern, n: int, layers: int = 3) -> dict[str, Any]:

@@ -28,9 +28,10 @@ from farlight.cli import inputs, main
 from farlight.cli.audit import DEFAULT_PATTERNS
 from farlight.cli.doctor import examine
 from farlight.hf import use_pattern
+from farlight.routing import TopBlocks
 from farlight.understanding import memory
 from farlight.understanding.audit import audit, steps
-from farlight.understanding.cost import Layer, cost_at_length, full_seconds, links_per_head
+from farlight.understanding.cost import Layer, cost_at_length, full_seconds, links_per_head, timed_length
 from farlight.understanding.fidelity import measure_fidelity
 from farlight.understanding.memory import peak_memory
 from farlight.understanding.passages import cut_passages
@@ -210,6 +211,37 @@ def test_audit_puts_it_together() -> None:
     )
 
 
+def test_a_text_too_long_to_be_timed_is_timed_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links are counted over the whole text, except those that content chose; time is told with its own length."""
+    monkeypatch.setattr("farlight.understanding.cost._TIMED_BYTES", 300 * 4 * 4 * 8 * 4)
+    cut = cut_passages(words(700), tokenizer(), 64, 1)
+    patterns = [fl.window(3), TopBlocks(2, 8), {0: fl.window(1), 1: TopBlocks(2, 8)}]
+    fixed, chosen, mixed = (row.long_text for row in audit(encoder(), cut, patterns).patterns)
+    assert (fixed.tokens, fixed.timed_tokens) == (700, 256)
+    assert (fixed.links, fixed.full_links) == (fl.window(3).count(700) * 8, 700**2 * 8)
+    assert fixed.full_seconds == chosen.full_seconds
+    for row in (chosen, mixed):
+        assert (row.tokens, row.timed_tokens) == (256, 256)
+        assert row.full_links == 256**2 * 8
+    monkeypatch.setattr("farlight.understanding.cost._TIMED_BYTES", 2**30)
+    assert audit(encoder(), cut, patterns[:1]).patterns[0].long_text.timed_tokens == 700
+
+
+def test_how_long_a_text_is_timed() -> None:
+    minilm = Layer(12, 12, 32, 32, torch.float32, torch.device("cpu"), fl.full())
+    assert [timed_length(minilm, n) for n in (1, 174_762, 174_763, 10**7)] == [1, 174_762, 1 << 17, 1 << 17]
+    llama = Layer(32, 8, 128, 128, torch.bfloat16, torch.device("cpu"), fl.causal())
+    assert timed_length(llama, 10**6) == 1 << 15
+
+
+def test_a_pattern_made_for_the_timed_length_is_not_counted_elsewhere() -> None:
+    layer = Layer(2, 1, 4, 4, torch.float32, torch.device("cpu"), fl.full())
+    pattern = fl.pairs(torch.ones(64, 64, dtype=torch.bool).tril())
+    cost = cost_at_length(layer, pattern, layer.random(64), 1.0, counted=100)
+    assert "it has 64 rows, but there are 100 queries" in str(cost.why_not)
+    assert (cost.tokens, cost.counted, cost.seconds, cost.links) == (64, 100, 0.0, 0.0)
+
+
 def test_a_pattern_that_fits_one_length_only_is_audited_there() -> None:
     cut = cut_passages(words(700), tokenizer(), 64, 1)
     result = audit(encoder(), cut, [fl.pairs(torch.ones(64, 64, dtype=torch.bool).tril())])
@@ -291,7 +323,9 @@ def test_audit_prints_one_json_object(place: Path, capsys: pytest.CaptureFixture
             "pooled_cosine",
             "measured_speedup",
         } <= set(row)
-        assert {"links", "seconds", "full_seconds", "speedup", "peak_bytes", "peak_method"} <= set(row["long_text"])
+        assert {"links", "timed_tokens", "seconds", "full_seconds", "speedup", "peak_bytes", "peak_method"} <= set(
+            row["long_text"]
+        )
 
 
 def test_audit_prints_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,7 +152,7 @@ REACHING_UP = {
     ("farlight.patterns.text", "farlight.patterns"): "the notation knows the constructors' names",
     ("farlight.kernels.calibrate", "farlight"): "the file of measured rates carries the version",
     ("farlight.understanding.cost", "farlight"): "times the public attention",
-    ("farlight.hf.fitting", "farlight.understanding.fitting.model"): "fl.hf.fit is analysis under its public name",
+    ("farlight.hf", "farlight.understanding.fitting.model"): "fl.hf.fit is analysis under its public name",
     ("farlight.cli.doctor", "farlight"): "prints the version",
 }
 

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import farlight as fl
-from farlight.understanding.lost import LostLink, heaviest, words_of
-from farlight.understanding.retention import retention
+from farlight.understanding.lost import LostLink, of_each_head, told, words_of
+from farlight.understanding.retention import retention, retentions
 
 
 def tensors(n_q: int = 37, n_k: int = 41) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,9 +82,36 @@ def test_a_query_before_the_text_has_no_word() -> None:
     assert {link.query: link.query_word for link in links} == {-2: None, -1: None, 0: "a", 1: "b"}
 
 
-def test_heaviest_of_several() -> None:
-    links = [LostLink(p, 0, 0, 0) for p in (0.1, 0.5, 0.3)]
-    assert [link.probability for link in heaviest(links, 2)] == [0.5, 0.3]
+@pytest.mark.parametrize("budget", [1, 500, 1 << 21])
+def test_the_heaviest_of_each_head(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farlight.understanding.probability._TILE", budget)
+    q, k = tensors()
+    pattern = fl.per_head([fl.window(2), fl.global_tokens([0]), fl.random_keys(3), fl.full()])
+    found = retentions(q, k, [pattern], lost=6, by_head=True)[0].lost
+    assert found is not None
+    full = (q @ k.repeat_interleave(2, 1).mT * 8**-0.5).softmax(-1)
+    full = full.masked_fill(pattern.dense(37, 41, batch=2, heads=4), 0.0)
+    assert len(found) == 18, "a head that sees everything loses nothing"
+    assert found.probability.tolist() == sorted(found.probability.tolist(), reverse=True)
+    for head in range(3):
+        best = full[:, head].flatten().sort(descending=True).values[:6]
+        torch.testing.assert_close(found.probability[found.head == head], best, rtol=0, atol=1e-12)
+    place = full[found.text, found.head, found.query - 4, found.key]
+    torch.testing.assert_close(place, found.probability, rtol=0, atol=1e-12)
+
+
+def test_of_each_head_a_few() -> None:
+    links = [LostLink(p, head, 0, 0, layer=layer) for p, layer, head in ((0.1, 0, 0), (0.5, 0, 0), (0.3, 1, 0), (0.2, 0, 0))]
+    assert [link.probability for link in of_each_head(links, 1)] == [0.5, 0.3]
+    assert [link.probability for link in of_each_head(links, 2)] == [0.5, 0.3, 0.2]
+
+
+def test_a_pair_that_many_heads_lost_is_told_once() -> None:
+    links = [LostLink(p, head, 4, 2, text=1) for head, p in enumerate((0.1, 0.5, 0.3))]
+    others = [LostLink(p, 1, query, 2) for query, p in ((7, 0.4), (8, 0.35), (4, 0.2))]
+    found = told([*links, *others], 9)
+    assert [(link.probability, link.head, link.query, link.heads) for link in found] == [(0.5, 1, 4, 3), (0.4, 1, 7, 1)]
+    assert len(told([*links, *others], 1)) == 1
 
 
 def test_pieces_become_words() -> None:

@@ -284,6 +284,8 @@ def test_lost_links_are_the_heaviest_that_are_missing(audited: tuple[Any, Any, d
             assert lost[place].item() == pytest.approx(link["share"], rel=1e-3)
             assert link["heads"] >= 1
         assert row["lost"][0]["share"] == pytest.approx(lost.max().item(), rel=1e-3)
+        pairs = [(link["passage"], link["query"], link["key"]) for link in row["lost"]]
+        assert len(set(pairs)) == len(pairs)
         shares = [link["share"] for link in row["lost"]]
         assert shares == sorted(shares, reverse=True)
         places = [(link["layer"], link["head"]) for link in row["lost"]]

@@ -57,5 +57,5 @@ def merge(pieces: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float] | No
     share = torch.where(seeing, torch.exp(torch.where(seeing, shifted, 0.0) - total), 0.0)
     out = share[0].unsqueeze(-1) * pieces[0][0].to(kind)
     for n, (piece, _) in enumerate(pieces[1:], 1):
-        out = torch.addcmul(out, share[n].unsqueeze(-1), piece.to(kind))
+        out.addcmul_(share[n].unsqueeze(-1), piece.to(kind))  # a product of our own, which no gradient reads
     return out.to(pieces[0][0].dtype), torch.where(some, total, float("-inf"))

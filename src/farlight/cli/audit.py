@@ -125,7 +125,7 @@ def audit_command(
             judged = [*judged, Subject(_target(keep, density), fitted.patterns)]
             if save is not None:
                 fitted.save(save)
-        start(steps(cut, judged) + (report.steps(cut, judged) if page is not None else []))
+        start(steps(cut, judged) + (report.steps(judged) if page is not None else []))
         result = audit(
             loaded.model,
             cut,
@@ -138,8 +138,7 @@ def audit_command(
         )
         if page is not None:
             words = report.words_of(content, loaded.tokenizer)
-            lost = report.lost_links(loaded.model, cut, judged, step=step)
-            report.write(report.render(report.audit_data(result, judged, cut, words, lost, step=step)), page)
+            report.write(report.render(report.audit_data(result, judged, cut, words, step=step)), page)
     if as_json:
         extra = {} if fitted is None else {"fit": fitted.to_dict()}
         print(json.dumps(result.to_dict() | extra, indent=2, allow_nan=False))
@@ -228,7 +227,7 @@ def _show(result: Audit) -> None:
             print_plain(f"lost by {row.pattern}: {link}")
     for row in result.patterns:
         if row.long_text.why_not:
-            print_plain(f"{row.pattern}: not measured at {row.long_text.tokens:,} tokens: {row.long_text.why_not}")
+            print_plain(f"{row.pattern}: not measured on the long text: {row.long_text.why_not}")
     print_plain(
         "mass: share of full attention kept, mean over layers, heads and rows; of best: of what the best links of "
         "that number keep.\n"
@@ -236,9 +235,20 @@ def _show(result: Audit) -> None:
         "speed-up: of one attention layer, batch of all passages; predicted for sparse attention, measured for the backend "
         "that ran.\n"
         "memory: peak beside q, k and v, output included.\n"
-        f"Long text: sparse time measured on one layer, times {result.layers}; full attention measured at "
-        f"{result.full_measured_at:,} tokens, scaled by the square."
+        f"Long text: links counted over all {result.tokens:,} tokens{_chosen_at(result)}; sparse time measured on one layer of "
+        f"{_timed_at(result):,} tokens, times {result.layers}; full attention measured at {result.full_measured_at:,} tokens, "
+        "scaled by the square."
     )
+
+
+def _timed_at(result: Audit) -> int:
+    return result.patterns[0].long_text.timed_tokens
+
+
+def _chosen_at(result: Audit) -> str:
+    """Where links that content chose were counted, if that is not the whole text."""
+    shorter = any(row.long_text.tokens < result.tokens for row in result.patterns)
+    return f" (where content decides, over {_timed_at(result):,})" if shorter else ""
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:
@@ -281,7 +291,8 @@ def _cost_table(result: Audit) -> Table:
     from rich.text import Text
 
     columns = ("pattern", "links", "of all links", "time, measured", "full, predicted", "speed-up", "backend", "memory")
-    table = _table(f"At the full length of {result.tokens:,} tokens", columns)
+    timed = "" if _timed_at(result) == result.tokens else f"; timed over {_timed_at(result):,}"
+    table = _table(f"At the full length of {result.tokens:,} tokens{timed}", columns)
     for row in result.patterns:
         long = row.long_text
         if long.why_not:

@@ -1,12 +1,14 @@
 """farlight inside Hugging Face transformers: `register()`, then `attn_implementation="farlight"`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from farlight.hf.fitted import read_layers, write_layers
-from farlight.hf.fitting import fit
 from farlight.hf.interface import Observation, register, use_pattern
 from farlight.hf.lengthen import lengthen
 from farlight.hf.sparsify import restore, sparsify
+
+if TYPE_CHECKING:
+    from farlight.understanding.fitting.model import fit_model as fit
 
 __all__ = [
     "Observation",
@@ -23,9 +25,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`SparseCache` inherits from a class of transformers, which is not loaded before it is needed."""
+    """`SparseCache` inherits from a class of transformers, and `fit` is analysis: not loaded before they are needed."""
     if name == "SparseCache":
         from farlight.hf.cache import SparseCache
 
         return SparseCache
+    if name == "fit":
+        from farlight.understanding.fitting.model import fit_model
+
+        return fit_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

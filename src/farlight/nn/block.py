@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,6 +78,13 @@ class Block(nn.Module):
 
     def drop(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.dropout_p, self.training)
+
+    def through(self, x: Tensor, *branches: Callable[[Tensor], Tensor]) -> Tensor:
+        """x through the attention branches, then through the MLP."""
+        for number, branch in enumerate((*branches, self.mlp), 1):
+            norm = getattr(self, f"norm{number}")
+            x = x + self.drop(branch(norm(x))) if self.norm_first else norm(x + self.drop(branch(x)))
+        return x
 
     def mlp(self, x: Tensor) -> Tensor:
         x = self.linear1(x)

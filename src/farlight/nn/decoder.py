@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from farlight.errors import ArgumentError
 from farlight.nn.attention import SparseAttention
 from farlight.nn.block import Block
 from farlight.nn.masks import both
-from farlight.nn.positions import LearnedPositions, RotaryPositions, Rotation
+from farlight.nn.positions import RotaryPositions, Rotation
 from farlight.nn.stack import Stack
 from farlight.patterns.base import Pattern
 from farlight.patterns.positional import causal
@@ -119,20 +118,16 @@ class SparseDecoderLayer(Block):
             raise ArgumentError(f"{name}: there is cross-attention, but no memory was given; pass the encoder's states.")
 
         def look_back(x: Tensor) -> Tensor:
-            out, _ = self.self_attn(x, x, x, tgt_key_padding_mask, attn_mask=tgt_mask, chosen=chosen)
-            return self.drop(out)
+            out: Tensor = self.self_attn(x, x, x, tgt_key_padding_mask, attn_mask=tgt_mask, chosen=chosen)[0]
+            return out
 
         def look_across(x: Tensor) -> Tensor:
-            out, _ = self._across(  # type: ignore[misc]
+            out: Tensor = self._across(  # type: ignore[misc]
                 x, memory, memory, memory_key_padding_mask, attn_mask=memory_mask, is_causal=memory_is_causal, q_offset=0
-            )
-            return self.drop(out)
+            )[0]
+            return out
 
-        branches = [look_back] + ([] if memory is None else [look_across]) + [lambda x: self.drop(self.mlp(x))]
-        for number, branch in enumerate(branches, 1):
-            norm = getattr(self, f"norm{number}")
-            tgt = tgt + branch(norm(tgt)) if self.norm_first else norm(tgt + branch(tgt))
-        return tgt
+        return self.through(tgt, look_back) if memory is None else self.through(tgt, look_back, look_across)
 
 
 class SparseDecoder(Stack):
@@ -147,22 +142,7 @@ class SparseDecoder(Stack):
     torch.Size([2, 100, 32])
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        embed_dim: int,
-        num_heads: int,
-        pattern: Pattern | Router | Sequence[Pattern | Router],
-        *,
-        positions: str | RotaryPositions | LearnedPositions | None = "rotary",
-        max_positions: int | None = None,
-        checkpoint: bool = False,
-        **options: object,
-    ) -> None:
-        super().__init__(
-            SparseDecoderLayer, num_layers, embed_dim, num_heads, pattern,
-            positions=positions, max_positions=max_positions, checkpoint=checkpoint, options=options,
-        )  # fmt: skip
+    layer_type = SparseDecoderLayer
 
     def forward(
         self,

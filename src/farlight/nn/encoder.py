@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from farlight.nn.attention import SparseAttention
 from farlight.nn.block import Block
-from farlight.nn.positions import LearnedPositions, RotaryPositions, Rotation
+from farlight.nn.positions import RotaryPositions, Rotation
 from farlight.nn.stack import Stack
 from farlight.patterns.base import Pattern
 from farlight.routing.base import Router
@@ -83,15 +81,12 @@ class SparseEncoderLayer(Block):
         """`(B, N, embed_dim)` to the same; masks and `chosen` as in SparseAttention."""
 
         def attend(x: Tensor) -> Tensor:
-            out, _ = self.self_attn(x, x, x, src_key_padding_mask, attn_mask=src_mask, is_causal=is_causal, chosen=chosen)
-            return self.drop(out)
+            out: Tensor = self.self_attn(x, x, x, src_key_padding_mask, attn_mask=src_mask, is_causal=is_causal, chosen=chosen)[
+                0
+            ]
+            return out
 
-        if self.norm_first:
-            src = src + attend(self.norm1(src))
-            return src + self.drop(self.mlp(self.norm2(src)))
-        src = self.norm1(src + attend(src))
-        out: Tensor = self.norm2(src + self.drop(self.mlp(src)))
-        return out
+        return self.through(src, attend)
 
 
 class SparseEncoder(Stack):
@@ -118,22 +113,7 @@ class SparseEncoder(Stack):
     torch.Size([2, 100, 32])
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        embed_dim: int,
-        num_heads: int,
-        pattern: Pattern | Router | Sequence[Pattern | Router],
-        *,
-        positions: str | RotaryPositions | LearnedPositions | None = "rotary",
-        max_positions: int | None = None,
-        checkpoint: bool = False,
-        **options: object,
-    ) -> None:
-        super().__init__(
-            SparseEncoderLayer, num_layers, embed_dim, num_heads, pattern,
-            positions=positions, max_positions=max_positions, checkpoint=checkpoint, options=options,
-        )  # fmt: skip
+    layer_type = SparseEncoderLayer
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint as recompute_later
@@ -22,20 +22,21 @@ __all__ = ["Stack"]
 
 
 class Stack(nn.Module):
-    """Layers of one kind, run one after another."""
+    """Layers of one kind, `layer_type`, run one after another."""
+
+    layer_type: ClassVar[Callable[..., nn.Module]]
 
     def __init__(
         self,
-        make: Callable[..., nn.Module],
         num_layers: int,
         embed_dim: int,
         num_heads: int,
         pattern: Pattern | Router | Sequence[Pattern | Router],
         *,
-        positions: str | RotaryPositions | LearnedPositions | None,
-        max_positions: int | None,
-        checkpoint: bool,
-        options: dict[str, Any],
+        positions: str | RotaryPositions | LearnedPositions | None = "rotary",
+        max_positions: int | None = None,
+        checkpoint: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -62,7 +63,7 @@ class Stack(nn.Module):
             )
         if max_positions is not None and self.positions is None:
             raise ArgumentError(f"{name}: max_positions = {max_positions} means something for positions='learned' only.")
-        self.layers = nn.ModuleList(make(embed_dim, num_heads, each, **options) for each in patterns)
+        self.layers = nn.ModuleList(self.layer_type(embed_dim, num_heads, each, **options) for each in patterns)
         self.norm: nn.Module | None = None
         if options.get("norm_first", True):
             kind, eps, bias = options.get("norm", "layer"), options.get("norm_eps", 1e-5), options.get("bias", True)

@@ -12,12 +12,12 @@ from typing import Any
 
 from farlight.patterns import full, parse
 from farlight.patterns.base import Pattern
-from farlight.report.lost import READ, LostLink
 from farlight.report.views import curve, view
 from farlight.report.words import Words
 from farlight.understanding.audit import Audit, PatternAudit
 from farlight.understanding.graph.receptive import Reach
 from farlight.understanding.graph.worlds import SmallWorld
+from farlight.understanding.lost import LostLink
 from farlight.understanding.passages import Passages
 from farlight.understanding.subjects import Judged, Subject, subjects
 
@@ -27,9 +27,9 @@ __all__ = ["audit_data", "map_data", "steps"]
 _MOST_HEADS = 64
 
 
-def steps(passages: Passages, patterns: Sequence[Judged | Subject]) -> list[str]:
-    """What `lost_links` and `audit_data` report as progress, in order."""
-    return [*["lost links"] * min(READ, passages.count), *(f"reach: {one.name}" for one in subjects(patterns))]
+def steps(patterns: Sequence[Judged | Subject]) -> list[str]:
+    """What `audit_data` reports as progress, in order."""
+    return [f"reach: {one.name}" for one in subjects(patterns)]
 
 
 def map_data(pattern: Pattern, n: int, world: SmallWorld, found: Reach, *, head: int = 0) -> dict[str, Any]:
@@ -49,7 +49,6 @@ def audit_data(
     patterns: Sequence[Judged | Subject],
     passages: Passages,
     words: Words,
-    lost: Sequence[Sequence[LostLink]],
     *,
     step: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
@@ -58,12 +57,12 @@ def audit_data(
     heads = range(min(result.heads, _MOST_HEADS))
     scopes = [{"id": "passage", "n": passages.length}, {"id": "text", "n": passages.tokens}]
     rows = []
-    for one, judged, links in zip(subjects(patterns), result.patterns, lost, strict=True):
+    for one, judged in zip(subjects(patterns), result.patterns, strict=True):
         step(f"reach: {one.name}")
         row: dict[str, Any] = {"text": one.name, "views": {}, "cost": None}
         if isinstance(one.chosen, Pattern):
             row |= _looked_at(one.chosen, own, judged, passages, heads, result)
-        rows.append(row | {"audit": _judged(judged), "lost": [vars(link) for link in links]})
+        rows.append(row | {"audit": _judged(judged), "lost": [_lost(link) for link in judged.lost]})
     return {
         "kind": "audit",
         "name": result.text,
@@ -91,6 +90,12 @@ def _looked_at(
         known[passages.tokens] = judged.long_text.links / (result.layers * result.heads)
     cost = curve(both, None if own == full() else own, passages.tokens, known, result.heads)
     return {"views": views, "cost": cost}
+
+
+def _lost(link: LostLink) -> dict[str, Any]:
+    """Without its words, which the page takes from the text."""
+    own = {name: getattr(link, name) for name in ("layer", "head", "query", "key", "heads")}
+    return own | {"passage": link.text, "share": link.probability}
 
 
 def _judged(row: PatternAudit) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The audit: what each pattern saves and what it loses when a given model reads a given text.
 
 Fidelity is judged in passages of the model's own length, where full attention can still be run beside the sparse one;
-cost is taken there and at the text's full length. This module puts the two together and knows nothing of printing.
+cost is taken there and on a long text. This module puts the two together and knows nothing of printing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from farlight.errors import PatternError
 from farlight.patterns import full
 from farlight.patterns.base import Pattern
 from farlight.routing.base import Router
-from farlight.understanding.cost import Cost, Layer, cost_at_length, cost_in_passages, full_seconds, mean_cost
+from farlight.understanding.cost import Cost, Layer, cost_at_length, cost_in_passages, full_seconds, mean_cost, timed_length
 from farlight.understanding.fidelity import BATCH_TOKENS, Fidelity, measure_fidelity
 from farlight.understanding.lost import LostLink, words_of
 from farlight.understanding.passages import Passages
@@ -27,13 +27,16 @@ __all__ = ["Audit", "LongText", "PatternAudit", "audit", "steps"]
 
 @dataclass(frozen=True)
 class LongText:
-    """One pattern at the text's full length, all layers together.
+    """One pattern on a long text, all layers together.
 
-    `seconds` and `peak_bytes` are measured on one layer of random queries, keys and values (times the layers; memory is
-    used by one layer at a time). `full_seconds` is predicted. `why_not` says why a pattern could not be measured.
+    `links` and `full_links` are counted over `tokens`, the whole text (where content decides, over `timed_tokens`).
+    `seconds` and `peak_bytes` are measured over `timed_tokens`, the whole text unless that is too long for it, on one layer of
+    random queries, keys and values (times the layers; memory is used by one layer at a time). `full_seconds` is predicted for
+    the same length. `why_not` says why a pattern could not be measured.
     """
 
     tokens: int
+    timed_tokens: int
     links: int
     full_links: int
     backend: str
@@ -120,7 +123,7 @@ def steps(passages: Passages, patterns: Sequence[Judged | Subject]) -> list[str]
     batches = -(-passages.count // max(1, BATCH_TOKENS // passages.length))
     names = [one.name for one in subjects(patterns)]
     timed = ["timed: full attention", *(f"timed: {name}" for name in names)]
-    return ["full attention", *names] * batches + timed + [f"{passages.tokens:,} tokens: {name}" for name in names]
+    return ["full attention", *names] * batches + timed + [f"long text: {name}" for name in names]
 
 
 def audit(
@@ -130,7 +133,7 @@ def audit(
     *,
     backend: str = "auto",
     tokenizer: Any = None,
-    lost: int = 12,
+    lost: int = 24,
     model_name: str = "",
     text_name: str = "",
     step: Callable[[str], None] = lambda what: None,
@@ -159,20 +162,23 @@ def audit(
     layer = Layer(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, run.first.own, run.first.scale)
 
     step("timed: full attention")
-    long_full, measured_at = full_seconds(layer, passages.tokens)
+    timed = timed_length(layer, passages.tokens)
+    long_full, measured_at = full_seconds(layer, timed)
     short: list[Cost] = []
     for one in judged:
         step(f"timed: {one.name}")
         short.append(
             mean_cost([cost_in_passages(layer, chosen, (q, k, v), backend=backend) for chosen in _layers(one, run.layers)])
         )
-    long_tensors = layer.random(passages.tokens)
+    long_tensors = layer.random(timed)
     rows = []
     for one, found, cost in zip(judged, run.patterns, short, strict=True):
-        step(f"{passages.tokens:,} tokens: {one.name}")
-        long = mean_cost(
-            [cost_at_length(layer, chosen, long_tensors, long_full, backend=backend) for chosen in _layers(one, run.layers)]
-        )
+        step(f"long text: {one.name}")
+        chosen = _layers(one, run.layers)
+        # Where content decides in some layer, links are those of its choice, over the tokens that it chose among.
+        counted = passages.tokens if all(isinstance(each, Pattern) for each in chosen) else None
+        options: dict[str, Any] = {"backend": backend, "counted": counted}
+        long = mean_cost([cost_at_length(layer, each, long_tensors, long_full, **options) for each in chosen])
         rows.append(_row(one, found, cost, long, run.layers, layer.heads))
     return Audit(
         model=model_name or type(model).__name__,
@@ -215,7 +221,8 @@ def _row(one: Subject, found: Fidelity, short: Cost, long: Cost, layers: int, he
         token_cosine=found.token_cosine,
         pooled_cosine=found.pooled_cosine,
         long_text=LongText(
-            tokens=long.tokens,
+            tokens=long.counted,
+            timed_tokens=long.tokens,
             links=round(long.links * layers * heads),
             full_links=round(long.own_links * layers * heads),
             backend=long.backend,

@@ -22,10 +22,15 @@ from farlight.plan.cache import plans
 from farlight.routing.base import Router
 from farlight.understanding.memory import peak_memory
 
-__all__ = ["Cost", "Layer", "cost_at_length", "cost_in_passages", "full_seconds", "links_per_head", "mean_cost"]
+__all__ = [
+    "Cost", "Layer", "cost_at_length", "cost_in_passages", "full_seconds", "links_per_head", "mean_cost", "timed_length",
+]  # fmt: skip
 
 # Multiplications spent on timing full attention once: about a quarter of a second on two cores.
 _FULL_FLOPS = 3e10
+# What q, k, v and the output of one layer may take where a long text is timed: beyond, a book would need more memory than a
+# laptop has, and minutes for each pattern, to show the same straight line.
+_TIMED_BYTES = 2**30
 # Scores that the reference backend may form; it is made for short texts and forms all of them.
 _REFERENCE_BYTES = 2**31
 
@@ -58,14 +63,15 @@ class Layer:
 class Cost:
     """One layer of attention over n tokens under a pattern.
 
-    `links` and `own_links` are pairs per head and text. `backend` is the one that ran; `predicted_speedup` is what
-    `farlight.explain` expects of sparse against full attention. `seconds` and `peak_bytes` (beyond q, k, v; output
-    included) are measured over a whole batch, `full_seconds` likewise or, for a long text, predicted. `why_not` says
-    what kept a pattern from being measured; the rest is then zero. `plan_seconds` is what is done once for a pattern, and in
-    every layer for a router, whose choice is part of it.
+    `links` and `own_links` are pairs per head and text, over `counted` tokens. `backend` is the one that ran;
+    `predicted_speedup` is what `farlight.explain` expects of sparse against full attention. `seconds` and `peak_bytes` (beyond
+    q, k, v; output included) are measured over a whole batch, `full_seconds` likewise or, for a long text, predicted.
+    `why_not` says what kept a pattern from being measured; the rest is then zero. `plan_seconds` is what is done once for a
+    pattern, and in every layer for a router, whose choice is part of it.
     """
 
     tokens: int
+    counted: int
     links: float = 0.0
     own_links: float = 0.0
     backend: str = ""
@@ -113,10 +119,30 @@ def cost_at_length(
     full_seconds: float,
     *,
     backend: str = "auto",
+    counted: int | None = None,
 ) -> Cost:
-    """Measure one layer under `pattern` on these q, k, v, once; `full_seconds` is what full attention would take."""
+    """Measure one layer under `pattern` on these q, k, v, once; `full_seconds` is what full attention would take.
+
+    The links of a pattern can be counted over another number of tokens, `counted`; a router's choice has that of q and k.
+    """
     cost, _ = _first_run(layer, pattern, tensors, backend)
-    return replace(cost, full_seconds=full_seconds)
+    cost = replace(cost, full_seconds=full_seconds)
+    if counted is None or cost.why_not is not None:
+        return cost
+    assert isinstance(pattern, Pattern)
+    both = pattern if layer.own == full() else layer.own & pattern
+    try:
+        links, own = (links_per_head(one, counted, layer.heads) for one in (both, layer.own))
+    except (ArgumentError, PatternError) as error:
+        return Cost(cost.tokens, counted, why_not=str(error))
+    return replace(cost, counted=counted, links=links, own_links=own)
+
+
+def timed_length(layer: Layer, n: int) -> int:
+    """Where a text of n tokens is timed: n, or the largest power of two whose q, k, v and output stay within a gibibyte."""
+    each = (layer.heads + layer.kv_heads) * (layer.head_dim + layer.value_dim) * layer.dtype.itemsize
+    most = max(1, _TIMED_BYTES // each)
+    return n if n <= most else 1 << (most.bit_length() - 1)
 
 
 def mean_cost(costs: Sequence[Cost]) -> Cost:
@@ -160,7 +186,7 @@ def _first_run(
 
     scores = 4 * sizes.batch * sizes.heads * n * n
     if backend == "reference" and scores > _REFERENCE_BYTES:
-        return Cost(n, why_not=f"the reference backend forms all scores, here {scores / 2**30:,.0f} GiB"), None
+        return Cost(n, n, why_not=f"the reference backend forms all scores, here {scores / 2**30:,.0f} GiB"), None
     try:
         with peak_memory() as peak:
             began = time.perf_counter()
@@ -173,9 +199,10 @@ def _first_run(
     except (ArgumentError, PatternError, UnsupportedError) as error:
         # A pattern with a table of its own, chosen keys say, fits one length only; a backend that was named may not
         # reach this far.
-        return Cost(n, why_not=str(error)), None
+        return Cost(n, n, why_not=str(error)), None
     cost = Cost(
         tokens=n,
+        counted=n,
         links=links_per_head(both, n, layer.heads, sizes.batch),
         own_links=links_per_head(layer.own, n, layer.heads),
         backend=choice.backend if backend == "auto" else backend,

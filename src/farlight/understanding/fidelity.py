@@ -22,7 +22,7 @@ from farlight.patterns.algebra import looks_back
 from farlight.patterns.base import Pattern
 from farlight.routing.base import Router
 from farlight.routing.heard import Gist, heard_links
-from farlight.understanding.lost import LostLink, heaviest
+from farlight.understanding.lost import KEPT, LostLink, of_each_head, told
 from farlight.understanding.probability import sizes_of
 from farlight.understanding.retention import Retention, retentions
 from farlight.understanding.subjects import Judged, Subject, pattern_for, subjects
@@ -40,7 +40,7 @@ class Fidelity:
     `mass` and `best` are `(layers, heads)` float64, means over passages and rows; `best` is what the best pattern with
     as many links in that head and passage would keep. `links` and `own_links` count pairs per passage, averaged over
     layers, heads and passages: allowed by the pattern and the model, and by the model alone. `lost` are the heaviest links
-    that full attention looks along and the pattern does not, over all layers, heads and passages.
+    that full attention looks along and the pattern does not, over all layers, heads and passages, as `told` tells them.
     """
 
     mass: Tensor
@@ -80,6 +80,7 @@ def measure_fidelity(
     """
     judged = subjects(patterns)
     sums = [_Sums(lost) for _ in judged]
+    kept = KEPT if lost else 0
     first: Observation | None = None
     layers = passages = 0
     numbers: dict[int, int] = {}
@@ -99,7 +100,9 @@ def measure_fidelity(
             base = None if call.own == full() else call.own
             number = numbers.get(id(call.module), len(seen))
             asked = [pattern_for(one.at(number), call.q, call.k, call.key_real) or full() for one in judged]
-            found = retentions(call.q, call.k, asked, base=base, scale=call.scale, q_offset=call.q_offset, lost=lost)
+            found = retentions(
+                call.q, call.k, asked, base=base, scale=call.scale, q_offset=call.q_offset, lost=kept, by_head=True
+            )
             # Summaries that are heard are links too.
             more = [heard_for(one.at(number), pattern, call) for one, pattern in zip(judged, asked, strict=True)]
             seen.append([_shed(one, len(seen), before, spoken, extra) for one, extra in zip(found, more, strict=True)])
@@ -168,7 +171,7 @@ class _Sums:
 
     def __init__(self, lost: int) -> None:
         self.passages = 0
-        self.most, self.lost = lost, tuple[LostLink, ...]()
+        self.most, self.lost = lost, list[LostLink]()
         self.mass: Tensor | float = 0.0
         self.best: Tensor | float = 0.0
         self.links = self.own_links = self.token = self.pooled = 0.0
@@ -179,7 +182,7 @@ class _Sums:
         self.best = self.best + torch.stack([layer.best.sum(0) for layer in layers])
         self.links += sum(layer.links.double().mean(1).sum().item() for layer in layers) / len(layers)
         self.own_links += sum(layer.own_links.double().mean(1).sum().item() for layer in layers) / len(layers)
-        self.lost = heaviest([*self.lost, *(link for layer in layers for link in layer.lost)], self.most)
+        self.lost = of_each_head([*self.lost, *(link for layer in layers for link in layer.lost)], KEPT)
         self.token += torch.cosine_similarity(full_run, sparse_run, dim=-1).mean(1).sum().item()
         self.pooled += torch.cosine_similarity(full_run.mean(1), sparse_run.mean(1), dim=-1).sum().item()
 
@@ -187,6 +190,5 @@ class _Sums:
         assert isinstance(self.mass, Tensor)
         assert isinstance(self.best, Tensor)
         n = self.passages
-        return Fidelity(
-            self.mass / n, self.best / n, self.links / n, self.own_links / n, self.token / n, self.pooled / n, self.lost
-        )
+        means = (self.links / n, self.own_links / n, self.token / n, self.pooled / n)
+        return Fidelity(self.mass / n, self.best / n, *means, told(self.lost, self.most))

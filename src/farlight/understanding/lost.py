@@ -6,7 +6,8 @@ probabilities pass by, a handful at any time, and are told in words where the to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,11 @@ from torch import Tensor
 
 from farlight.understanding.probability import Tile
 
-__all__ = ["Lost", "LostBuilder", "LostLink", "heaviest", "words_of"]
+__all__ = ["KEPT", "Lost", "LostBuilder", "LostLink", "of_each_head", "told", "words_of"]
+
+# Of each head of a model so many of the heaviest lost links are kept, and so many at most are told.
+KEPT = 8
+_TOLD_OF_A_HEAD = 2
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class LostLink:
     """One link that full attention looks along and the pattern does not.
 
     `probability` is its share of the query's full attention; `query` and `key` are positions. `layer` and the words are there
-    where they are known, `text` is the number of the text in its batch, or of the passage.
+    where they are known, `text` is the number of the text in its batch, or of the passage. `heads` counts the (layer, head) in
+    which the pair is among the heaviest lost.
     """
 
     probability: float
@@ -34,6 +40,7 @@ class LostLink:
     layer: int | None = None
     query_word: str | None = None
     key_word: str | None = None
+    heads: int = 1
 
     def __str__(self) -> str:
         ends = [
@@ -75,40 +82,71 @@ class Lost:
         return tuple(out)
 
 
-def heaviest(links: Sequence[LostLink], count: int) -> tuple[LostLink, ...]:
-    """The `count` heaviest of links that come from several layers or passages."""
-    return tuple(sorted(links, key=lambda link: -link.probability)[:count])
+def of_each_head(links: Iterable[LostLink], count: int) -> list[LostLink]:
+    """The heaviest links, heaviest first, `count` of any one head at most."""
+    seen: Counter[tuple[int | None, int]] = Counter()
+    out = []
+    for link in sorted(links, key=lambda link: -link.probability):
+        seen[link.layer, link.head] += 1
+        if seen[link.layer, link.head] <= count:
+            out.append(link)
+    return out
+
+
+def told(links: Iterable[LostLink], count: int) -> tuple[LostLink, ...]:
+    """The `count` heaviest losses worth telling, of links that come from several heads, layers and texts.
+
+    A pair of tokens that many heads lost is one loss told many times: it is told once, where it weighed most, with the number
+    of heads. And a head that copies words would fill the list with its own: two of any head at most.
+    """
+    best: dict[tuple[int, int, int], LostLink] = {}
+    heads: Counter[tuple[int, int, int]] = Counter()
+    for link in links:
+        pair = link.text, link.query, link.key
+        heads[pair] += 1
+        if pair not in best or link.probability > best[pair].probability:
+            best[pair] = link
+    once = (replace(link, heads=heads[pair]) for pair, link in best.items())
+    return tuple(of_each_head(once, _TOLD_OF_A_HEAD)[:count])
 
 
 class LostBuilder:
-    """Keeps the `count` heaviest links outside a mask while tiles pass by."""
+    """Keeps the `count` heaviest links outside a mask while tiles pass by: of all heads, or of each of `by_head` heads."""
 
-    def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.count = count
-        self._probability = torch.zeros(0, dtype=dtype, device=device)
-        self._place = torch.zeros(4, 0, dtype=torch.int64, device=device)
+    def __init__(self, count: int, dtype: torch.dtype, device: torch.device, by_head: int | None = None) -> None:
+        self.by_head = by_head is not None
+        shape = (1 if by_head is None else by_head, count)
+        self._probability = torch.zeros(shape, dtype=dtype, device=device)
+        self._place = torch.zeros(4, *shape, dtype=torch.int64, device=device)
 
     def add(self, tile: Tile, mask: Tensor, q_offset: int) -> None:
         """`mask` is what the pattern and the base allow in this tile."""
-        lost = tile.full.masked_fill(mask, 0.0)
-        least = self._probability.min() if self._probability.numel() == self.count else lost.new_zeros(())
-        if not lost.numel() or not bool(lost.amax() > least):
+        lost = tile.full.masked_fill(mask, 0.0).transpose(0, 1)
+        if not lost.numel():
             return
-        found, at = lost.flatten().topk(min(self.count, lost.numel()))
-        at, found = at[found > least], found[found > least]
+        here = tile.heads if self.by_head else slice(0, 1)
+        each = lost.reshape(here.stop - here.start, -1)
+        held = self._probability[here]
+        if not bool((each.amax(1) > held.amin(1)).any()):
+            return
+        found, at = each.topk(min(held.shape[1], each.shape[1]), dim=1)
+        at += torch.arange(each.shape[0], device=at.device)[:, None] * each.shape[1]
         place = []
         for size in reversed(lost.shape):
             place.append(at % size)
             at = at.div(size, rounding_mode="floor")
-        key, row, head, text = place
+        key, row, text, head = place
         starts = (tile.items.start, tile.heads.start, tile.rows.start + q_offset)
         new = torch.stack([text + starts[0], head + starts[1], row + starts[2], key])
-        everything = torch.cat([self._probability, found])
-        order = everything.sort(descending=True, stable=True).indices[: self.count]
-        self._probability, self._place = everything[order], torch.cat([self._place, new], 1)[:, order]
+        everything, places = torch.cat([held, found], 1), torch.cat([self._place[:, here], new], 2)
+        order = everything.sort(dim=1, descending=True, stable=True).indices[:, : held.shape[1]]
+        self._probability[here] = everything.gather(1, order)
+        self._place[:, here] = places.gather(2, order.expand(4, -1, -1))
 
     def finish(self) -> Lost:
-        return Lost(self._probability, *self._place)
+        probability = self._probability.flatten()
+        order = probability.sort(descending=True, stable=True).indices[: int((probability > 0).sum())]
+        return Lost(probability[order], *self._place.flatten(1)[:, order])
 
 
 def words_of(ids: Sequence[int], tokenizer: Any) -> list[str]:

@@ -132,13 +132,14 @@ def retentions(
     scale: float | None = None,
     q_offset: int | None = None,
     lost: int = 0,
+    by_head: bool = False,
 ) -> list[Retention]:
-    """`retention` for several patterns in one pass over the full probabilities."""
+    """`retention` for several patterns in one pass over the full probabilities; `by_head` lists `lost` links of each head."""
     check_problem(q, k, v, scale)
     if isinstance(lost, bool) or not isinstance(lost, int) or lost < 0:
         raise ArgumentError(f"lost = {lost!r}: the number of lost links to list is a whole number >= 0; the default is 0.")
     with torch.no_grad():
-        return _measure(q, k, patterns, v, base, scale, q_offset, lost)
+        return _measure(q, k, patterns, v, base, scale, q_offset, lost, by_head)
 
 
 def _measure(
@@ -150,10 +151,11 @@ def _measure(
     scale: float | None,
     q_offset: int | None,
     lost: int,
+    by_head: bool,
 ) -> list[Retention]:
     batch, heads, n_q, _ = q.shape
     sizes = sizes_of(q, k, q_offset)
-    seen = [_Seen(pattern, q, v is not None, lost) for pattern in patterns]
+    seen = [_Seen(pattern, q, v is not None, lost, by_head) for pattern in patterns]
     base_links = torch.zeros(batch, heads, dtype=torch.int64, device=q.device)
     builder = HistogramBuilder(batch, heads, q.device)
     full_norm = torch.zeros(batch, heads, dtype=torch.float64, device=q.device)
@@ -180,14 +182,14 @@ def _measure(
 class _Seen:
     """The sums of one pattern while the tiles pass by."""
 
-    def __init__(self, pattern: Pattern, q: Tensor, with_output: bool, lost: int) -> None:
+    def __init__(self, pattern: Pattern, q: Tensor, with_output: bool, lost: int, by_head: bool) -> None:
         batch, heads, n_q, _ = q.shape
         wide = wide_type(q)
         self.pattern = pattern
         self.kept = torch.zeros(batch, heads, n_q, dtype=wide, device=q.device)
         self.links = torch.zeros(batch, heads, dtype=torch.int64, device=q.device)
         self.wrong = torch.zeros(batch, heads, dtype=torch.float64, device=q.device) if with_output else None
-        self.lost = LostBuilder(lost, wide, q.device) if lost else None
+        self.lost = LostBuilder(lost, wide, q.device, heads if by_head else None) if lost else None
 
     def add(self, tile: Tile, mask: Tensor, values: Tensor | None, out: Tensor | None, q_offset: int) -> None:
         items, here = tile.items, tile.heads

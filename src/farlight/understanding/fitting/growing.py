@@ -189,7 +189,7 @@ def row_shares(profile: HeadProfile, grown: Grown) -> torch.Tensor:
     by_distance = torch.zeros(profile.n_q + profile.n_k - 1, dtype=torch.bool)
     for start, stop in grown.runs:
         by_distance[start - low : stop - low] = True
-    row = torch.arange(profile.n_q)[:, None]
-    mask = by_distance[torch.arange(profile.n_k)[None] - row + profile.n_q - 1]
+    # Row r sees the distances from n_q - 1 - r on: one row back is one place on.
+    mask = by_distance.unfold(0, profile.n_k, 1).flip(0)
     mask[:, list(grown.keys)] = True
     return (profile.cells * mask).sum(1)

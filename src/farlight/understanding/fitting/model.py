@@ -161,7 +161,37 @@ def fit_model(
     gist: int | None = None,
     step: Callable[[str], None] = lambda what: None,
 ) -> ModelFit:
-    """`farlight.hf.fit`, which documents it."""
+    """For each layer and head the cheapest candidate such that `keep` of full attention is kept, or the most within `density`.
+
+    As `farlight.fit`, over all heads of all layers at once: the budget goes where a link keeps most. The first texts are fitted
+    to, the last ones only judged on; both results and their difference are reported.
+
+    Args:
+        model: an encoder or causal language model in evaluation mode.
+        texts: token ids `(passages, tokens)`, or a text or texts, which `tokenizer` reads and which are cut into passages of
+            `length` tokens (default: 512, or what the model reads), at most `passages` of them.
+        keep, density, candidates: as in `farlight.fit`.
+        held_out: share of the passages, the last ones, that is not fitted to.
+        even: count a row's share as 1 - (1 - share)², so that no row is left with little; None = with `density`, where it is
+            possible.
+        weigh: count what is lost in a layer by how far it moves the model's output, measured layer by layer.
+        gist: let every block of so many tokens of which a query sees nothing be heard in summary (`gist_attention`). The
+            summaries, 1 / gist of all links at most, are part of `density`.
+        step: called with a few words before each piece of work.
+
+    Raises:
+        ArgumentError: texts, targets or candidates that cannot be used. UnsupportedError: the model's attention cannot be
+        replaced, or passages are padded.
+
+    >>> import torch, farlight as fl
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=2, intermediate_size=8)
+    >>> model = BertModel(BertConfig(**sizes)).eval()
+    >>> found = fl.hf.fit(model, torch.randint(0, 99, (4, 40)), density=0.2)
+    >>> found.density <= 0.2, sorted(found.patterns)
+    (True, [0, 1])
+    >>> model = fl.hf.sparsify(model, found.patterns)
+    """
     read_target(keep, density, bool(even))
     if isinstance(texts, Tensor):
         ids = texts
@@ -298,8 +328,7 @@ def fit_reading(
         weights = _layer_weights(model, ids, layers, even, step)
         layers = chosen(weights)
     subject = Subject("fitted", patterns_of(layers, gist))
-    # Summaries are merged by their lse, which torch's attention under a mask does not give.
-    backend = _backend(ids) if gist is None else "auto"
+    backend = _backend(ids, gist is not None)
     step("judged on what it was fitted to")
     trained = measure_fidelity(model, _evenly(ids, -(-judged // 2)), [subject], backend=backend).patterns[0]
     apart = None
@@ -351,9 +380,14 @@ def _run(model: Any, ids: Tensor, layers: Any) -> Tensor:
         return hidden(model, ids)
 
 
-def _backend(ids: Tensor) -> str:
-    """Short passages are judged under a mask: what is asked is what is lost, and a plan for each head would take longer."""
-    return "dense" if ids.shape[1] <= DENSE else "auto"
+def _backend(ids: Tensor, merged: bool = False) -> str:
+    """Short passages are judged under a mask: what is asked is what is lost, and a plan for each head would take longer.
+
+    Summaries are `merged` by their lse, which the reference gives and torch's own attention does not.
+    """
+    if ids.shape[1] > DENSE:
+        return "auto"
+    return "reference" if merged else "dense"
 
 
 def _evenly(ids: Tensor, count: int) -> Tensor:
