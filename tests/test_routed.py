@@ -187,6 +187,22 @@ def test_what_routers_answer_is_planned_on_the_device(here: None) -> None:
     assert not serves(TopBlocks(3, 16, 32), mask)
 
 
+def test_routers_that_take_a_count_choose_without_asking() -> None:
+    q, k = torch.randn(2, 4, 200, 16), torch.randn(2, 2, 200, 16)
+    mask = torch.arange(200) < torch.tensor([[200], [150]])
+    for router in (
+        KMeans(4, 16, 8, causal=True).eval(),
+        TopBlocks(3, 16),
+        TopBlocks(3, 16, causal=True),
+        TopBlocks(3, 16, 40, causal=True),
+        TopKeys(4, causal=True),
+    ):
+        for key_mask in (None, mask):
+            with Waits() as waits:
+                router(q, k, key_mask=key_mask)
+            assert waits.seen == [], router
+
+
 def request_for(pattern: Pattern, sizes: Sizes, kv_heads: int) -> Request:
     return Request(pattern, sizes, kv_heads, 16, torch.float32, torch.device("cpu"), False, 0.0, False)
 
