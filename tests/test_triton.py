@@ -32,6 +32,7 @@ from farlight.plan import Plan, TileShape
 from farlight.plan.build import build
 from farlight.testing import CASES, Case, case
 from parity import request_of
+from triton_lists import seen_by_keys, seen_by_queries
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -68,77 +69,12 @@ def test_auto_never_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- lowering: the lists of blocks are the plan -----------------------------------------------------------------------
-def allowed_of(data: Tensor, column: Tensor, row: Tensor, block: list[int]) -> Tensor:
-    """What `device.links.allowed_links` computes, in torch."""
-    lo, hi, bounds, bits = block
-    low, high = torch.full_like(row, lo), torch.full_like(row, hi)
-    if bounds >= 0:
-        low, high = lo + data[bounds + 2 * row], hi + data[bounds + 2 * row + 1]
-    allowed = (column >= low) & (column < high)
-    if bits >= 0:
-        place = (column - lo).clamp(0, 127)
-        allowed = allowed & ((data[bits + 4 * row + place // 32] >> (place % 32)) & 1 == 1)
-    return allowed & (column >= lo) & (column < hi)
+def by_queries(plan: Plan, height: int, width: int, group: int) -> Tensor:
+    return seen_by_queries(lower_queries(plan, height, width, group, 8), plan.sizes, width)
 
 
-def seen_by_queries(plan: Plan, height: int, width: int, group: int, workers: int) -> Tensor:
-    """How often each pair is computed by the passes over queries."""
-    made = lower_queries(plan, height, width, group, workers)
-    sizes, data = plan.sizes, made.data.long()
-    times = torch.zeros(sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, dtype=torch.int64)
-    keys, column = made.keys.long(), torch.arange(width)
-    for launch in made.launches:
-        slots = []
-        for b, h, start, count, tile, is_sorted, w0, w1, k0, k1, m0, m1, p0, p1, slot in launch.work.tolist():
-            s = torch.arange(count)
-            rows = made.rows[start + s].long() if is_sorted else start + s
-            slots += [slot] if slot >= 0 else []
-            for first in made.whole[w0:w1].tolist():
-                times[b, h, rows[:, None], first + column] += 1
-            for first in made.whole[k0:k1].tolist():
-                times[b, h, rows[:, None], keys[first + column]] += 1
-            for first, *block in made.masked[m0:m1].tolist():
-                inside = column[(column >= block[0]) & (column < block[1])]
-                allowed = allowed_of(data, inside[None, :], tile + s[:, None], block)
-                key = first + inside if first >= 0 else keys[-1 - first + inside]
-                times[b, h, rows[:, None], key] += allowed.long()
-            point = made.point_key[p0:p1].long(), rows[made.point_row[p0:p1].long()]
-            times[b, h].index_put_((point[1], point[0]), torch.ones_like(point[0]), accumulate=True)
-        assert sorted(slots) == list(range(launch.slots))
-        assert sum(launch.merges[:, -1].tolist()) == launch.slots if launch.slots else launch.merges.shape[0] == 0
-    return times
-
-
-def seen_by_keys(plan: Plan, height: int, width: int, group: int, workers: int) -> Tensor:
-    """How often each pair is computed by the pass over keys; and no two programs of a launch own one key."""
-    made = lower_keys(plan, height, width, group, workers)
-    sizes, data = plan.sizes, made.data.long()
-    times = torch.zeros(sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, dtype=torch.int64)
-    for launch in made.launches:
-        owned = torch.zeros(sizes.batch, sizes.heads // group, sizes.n_k, dtype=torch.int64)
-        for at, (b, kv, start, count, slot) in enumerate(launch.work.tolist()):
-            column = torch.arange(count)
-            key = made.keys[start + column].long() if launch.keyed else start + column
-            if slot < 0:
-                owned[b, kv, key] += 1
-            for g, (w0, w1, m0, m1, p0, p1) in enumerate(launch.ranges[at].view(group, 6).tolist()):
-                h = kv * group + g
-                for masked, items in ((False, launch.whole[w0:w1]), (True, launch.masked[m0:m1])):
-                    for first, lo, hi, bounds, bits, rows, tile in items.tolist():
-                        s = torch.arange(rows)
-                        row = first + s if first >= 0 else made.rows[-1 - first + s].long()
-                        allowed = torch.ones(rows, count, dtype=torch.bool)
-                        if masked:
-                            allowed = allowed_of(data, column[None, :], tile + s[:, None], [lo, hi, bounds, bits])
-                        times[b, h, row[:, None], key] += allowed.long()
-                point = launch.point_row[p0:p1].long(), launch.point_key[p0:p1].long()
-                assert bool(((point[1] >= start) & (point[1] < start + count)).all())
-                times[b, h].index_put_(point, torch.ones_like(point[0]), accumulate=True)
-        for b, kv, start, count, is_sorted, _, _ in launch.merges.tolist():
-            owned[b, kv, made.keys[start : start + count].long() if is_sorted else torch.arange(start, start + count)] += 1
-        assert bool((owned <= 1).all())
-        assert launch.add or bool((owned == 1).all())
-    return times
+def by_keys(plan: Plan, height: int, width: int, group: int) -> Tensor:
+    return seen_by_keys(lower_keys(plan, height, width, group, 8), plan.sizes, group)
 
 
 def lowered_is_the_plan(of: Case, shape: TileShape, *sizes: Any) -> None:
@@ -146,8 +82,8 @@ def lowered_is_the_plan(of: Case, shape: TileShape, *sizes: Any) -> None:
     wanted = of.pattern.dense(of.n_q, of.n_k, batch=of.batch, heads=of.heads, q_offset=of.q_offset)
     wanted = wanted.expand(of.batch, of.heads, -1, -1).long()
     group = of.heads // of.kv_heads
-    assert torch.equal(seen_by_queries(plan, *sizes[0], group, 8), wanted), of
-    assert torch.equal(seen_by_keys(plan, *sizes[1], group, 8), wanted), of
+    assert torch.equal(by_queries(plan, *sizes[0], group), wanted), of
+    assert torch.equal(by_keys(plan, *sizes[1], group), wanted), of
 
 
 @pytest.mark.parametrize("of", [one for one in CASES if one.name not in LARGE and one.n_q and one.n_k], ids=str)
@@ -186,9 +122,9 @@ def test_a_damaged_table_shows_in_the_lists() -> None:
     data[plan.masks.start[0] + 7] -= 1
     harmed = dataclasses.replace(plan, masks=dataclasses.replace(plan.masks, data=data), derived={})
     wanted = of.pattern.dense(of.n_q).long().expand(1, 1, -1, -1)
-    assert torch.equal(seen_by_queries(plan, 128, 64, 1, 8), wanted)
-    assert not torch.equal(seen_by_queries(harmed, 128, 64, 1, 8), wanted)
-    assert not torch.equal(seen_by_keys(harmed, 64, 64, 1, 8), wanted)
+    assert torch.equal(by_queries(plan, 128, 64, 1), wanted)
+    assert not torch.equal(by_queries(harmed, 128, 64, 1), wanted)
+    assert not torch.equal(by_keys(harmed, 64, 64, 1), wanted)
 
 
 def test_a_window_has_whole_blocks_in_the_middle_only() -> None:

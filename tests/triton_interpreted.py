@@ -19,12 +19,15 @@ from torch import Tensor
 import farlight as fl
 from farlight.kernels import triton as backend
 from farlight.kernels.triton import deal as dealing
+from farlight.kernels.triton import routed as on_device
 from farlight.kernels.triton.decode import decode
 from farlight.plan import Plan
 from farlight.plan.build import build
 from farlight.plan.cache import plans
 from farlight.testing import CASES, Answer, Case, assert_answer, case, inputs
-from parity import SEED, compare, same, solution
+from parity import SEED, answer, compare, same, solution
+from routed_cases import ROUTED
+from waits import Waits
 
 assert backend.interpreted(), "run by test_triton.py, which sets TRITON_INTERPRET=1"
 
@@ -104,6 +107,122 @@ def test_parts_are_joined_exactly(name: str, everything_is_split: None) -> None:
     assert any(launch.slots for work in lowered for launch in work.launches)  # type: ignore[attr-defined]
 
 
+# ---- plans of routers, made where the choice lies -----------------------------------------------------------------------
+@pytest.fixture
+def choices_are_planned_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_device, "on_the_cpu_too", True)
+
+
+ROUTED_ALWAYS = (
+    "clusters with keys of their own",
+    "clusters, causal, last queries",
+    "lists of blocks, row by row, causal, last queries",
+    "chosen blocks, causal, of two sizes",
+    "chosen keys, last queries",
+)
+
+
+@pytest.mark.parametrize("name", ROUTED_ALWAYS)
+def test_parity_of_routed(name: str, choices_are_planned_where_they_lie: None) -> None:
+    of = next(of for of in ROUTED if of.name == name)
+    compare(of, "triton", torch.float32, with_grad_lse=True)
+    assert isinstance(of.pattern.__dict__["_routed"][of.sizes], backend.RoutedPlan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("of", ROUTED, ids=str)
+def test_parity_of_all_routed(of: Case, dtype: torch.dtype, choices_are_planned_where_they_lie: None) -> None:
+    compare(of, "triton", dtype)
+
+
+def test_routed_and_host_plans_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = case("clusters")
+    by_host = answer(of, "triton", torch.float32)
+    monkeypatch.setattr(on_device, "on_the_cpu_too", True)
+    by_device = answer(dataclasses.replace(of, pattern=fl.clusters(of.pattern.tables[0])), "triton", torch.float32)
+    for name in ("out", "lse", "dq"):
+        same(getattr(by_host, name), getattr(by_device, name), name)
+
+
+# ---- what a call asks of the device -------------------------------------------------------------------------------------
+class Silent:
+    """In place of a kernel: notes the launch, computes nothing."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            assert all(type(n) is int for n in grid)
+            self.launches += 1
+
+        return launch
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Silent:
+    """No kernel runs, and a call takes the way of plain tensors although a mode watches it."""
+    stand_in = Silent()
+    for module, names in (
+        ("forward", ("forward_kernel", "merge_kernel")),
+        ("queries", ("queries_kernel", "sum_kernel", "delta_kernel")),
+        ("keys", ("keys_kernel",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(importlib.import_module(f"farlight.kernels.triton.device.{module}"), name, stand_in)
+    monkeypatch.setattr(importlib.import_module("farlight.ops"), "is_plain", lambda *tensors: True)
+    return stand_in
+
+
+def attended(pattern: fl.Pattern, dropout: float) -> list[str]:
+    """What a forward and a backward pass make the host wait for."""
+    q = torch.randn(2, 4, 150, 16, requires_grad=True)
+    k, v = (torch.randn(2, 2, 150, 16, requires_grad=True) for _ in range(2))
+    seed = torch.tensor(7)
+    with Waits() as waits:
+        out = fl.attention(q, k, v, pattern, dropout=dropout, seed=seed, backend="triton")
+        assert isinstance(out, Tensor)
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    return waits.seen
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        fl.window(4) | fl.global_tokens([0, -1]) | fl.random_keys(2),
+        fl.window(3, dilation=2) | fl.strided(7),
+        fl.clusters(torch.arange(150) % 3) | fl.window(2),
+        fl.pairs(torch.rand(150, 150) < 0.1),
+    ],
+    ids=["lighthouses and random keys", "sorted", "clusters and a window", "a mask"],
+)
+def test_a_call_with_a_known_plan_asks_nothing(pattern: fl.Pattern, dropout: float, silent: Silent, cold_cache: None) -> None:
+    """So it can be captured in a CUDA graph."""
+    assert attended(pattern, dropout)
+    before = silent.launches
+    assert attended(pattern, dropout) == []
+    assert silent.launches - before >= 4
+
+
+@pytest.mark.parametrize("of", [of for of in ROUTED if of.name in ROUTED_ALWAYS], ids=str)
+def test_a_new_choice_asks_once_and_a_known_one_nothing(
+    of: Case, silent: Silent, choices_are_planned_where_they_lie: None
+) -> None:
+    pattern = fl.parse(of.pattern.text, of.pattern.tables)
+    q = torch.randn(of.batch, of.heads, of.n_q, 16, requires_grad=True)
+    k, v = (torch.randn(of.batch, of.kv_heads, of.n_k, 16, requires_grad=True) for _ in range(2))
+    seen = []
+    for _ in range(2):
+        with Waits() as waits:
+            out = fl.attention(q, k, v, pattern, q_offset=of.q_offset, backend="triton")
+            assert isinstance(out, Tensor)
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        seen.append([what.split()[0] for what in waits.seen])
+    assert seen == [["tolist"], []]
+
+
 @pytest.mark.parametrize("name", ["two strides", "clusters within clusters", "per head, dilations"])
 def test_key_heads_whose_query_heads_sort_keys_differently(name: str) -> None:
     of = dataclasses.replace(case(name), kv_heads=1)
@@ -144,6 +263,31 @@ def test_a_damaged_table_is_noticed() -> None:
     for what, harmed in harms(plan):
         with pytest.raises(AssertionError, match=r"rows are wrong|the mean error"):
             assert_answer(computed(of, harmed), solution(of, torch.float32), what)
+
+
+def test_what_does_not_fit_a_plan_is_refused() -> None:
+    """Lists that name rows and keys which the tensors do not have would be read outside of them."""
+    of = case("window, wide")
+    plan, given = build(of.pattern, of.sizes, backend.SHAPE), inputs(of)
+    q, k, v = given.q, given.k, given.v
+    out, lse = backend.forward(q, k, v, plan, scale=1.0)
+    halves = lse[..., 1:]
+
+    def run(q: Tensor, k: Tensor) -> Any:
+        return backend.forward(q, k, v, plan, scale=1.0)
+
+    for message, call in (
+        (r"plan is for 300 queries and 300 keys, the tensors have 299 and 300", lambda: run(q[:, :, 1:], k)),
+        (r"the plan is for 1 batch items and 1 heads, q has 1 and 2", lambda: run(q.expand(1, 2, -1, -1), k)),
+        (r"k is torch.float64 of shape .* the Triton kernels take", lambda: run(q, k.double())),
+        (r"they must be \(B, H, n_q, D\) and twice", lambda: run(q, k[:, :, 1:])),
+        (
+            r"lse has shape \(1, 1, 299\), q asks for \(1, 1, 300\)",
+            lambda: backend.backward(given.grad_out, None, q, k, v, out, halves, plan, scale=1.0),
+        ),
+    ):
+        with pytest.raises(fl.ArgumentError, match=message):
+            call()
 
 
 def test_a_wrong_dropout_seed_is_noticed() -> None:
@@ -220,9 +364,12 @@ def test_decoding_needs_what_fits() -> None:
     assert not bool(empty.any())
     assert bool((nothing == -torch.inf).all())
     for message, call in (
-        (r"q has 3 heads and k has 2", lambda: decode(q[:, :3], k, k)),
+        (r"with H a multiple of H_kv", lambda: decode(q[:, :3], k, k)),
         (r"they must be \(B, H, n_q, D\)", lambda: decode(q, k, k[..., :4])),
-        (r"decoding takes one of float32, bfloat16, float16", lambda: decode(q.double(), k.double(), k.double())),
+        (
+            r"decoding takes \(B, H, N, D\) tensors of one dtype, float32, bfloat16 or float16",
+            lambda: decode(q.double(), k.double(), k.double()),
+        ),
         (r"lengths is torch.float32 of shape \(1,\); pass \(1,\) integers", lambda: decode(q, k, k, lengths=torch.ones(1))),
         (r"allowed is torch.int64; pass bool", lambda: decode(q, k, k, allowed=torch.ones(1, 1, 1, 30, dtype=torch.int64))),
         (r"does not broadcast to \(1, 4, 1, 30\)", lambda: decode(q, k, k, allowed=torch.ones(1, 3, 1, 30, dtype=torch.bool))),

@@ -87,12 +87,12 @@ def attention(
     # While a graph is being traced there are no sizes to check or to plan for: that happens inside the operator, later.
     if ops.is_plain(q, k, v):
         request = _request(q, k, v, pattern, offset, dropout, return_lse)
-        pattern.check(request.sizes)
+        # Whoever plans the pattern or forms its mask checks that it fits: here that would ask the device about its tables.
         if backend == "auto":
             backend = dispatch.choose(request).backend
         else:
             dispatch.require(backend, request)
-        if backend in dispatch.PLANNED and not request.needs_grad:
+        if backend in dispatch.PLANNED:
             out, lse = ops.attend_now(q, k, v, request, scale=scale, seed=drawn, backend=backend)
             return (out, lse) if return_lse else out
         if backend == "dense":

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from farlight.kernels import blocked, cpu, triton
-from farlight.kernels.dispatch import planned_backend, require
+from farlight.kernels.dispatch import plan_of, planned_backend, require
 from farlight.kernels.request import Request
 from farlight.patterns.base import Pattern, Sizes
 from farlight.patterns.text import parse
-from farlight.plan import plan_for
 
 __all__ = ["attend", "attend_backward", "attend_now", "is_plain", "pattern_mask"]
 
@@ -39,12 +38,13 @@ def _request(q: Tensor, k: Tensor, pattern: Pattern, q_offset: int, dropout: flo
     return Request(pattern, sizes, k.shape[1], q.shape[3], q.dtype, q.device, False, dropout, True)
 
 
-def _kernel(backend: str, request: Request) -> Any:
+def _found(backend: str, request: Request) -> tuple[Any, Any]:
+    """The kernels of a backend, and the plan that they execute."""
     if backend == "auto":
         backend = planned_backend(request)
     else:
         require(backend, request)
-    return _KERNELS[backend]
+    return _KERNELS[backend], plan_of(backend, request)
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -60,11 +60,34 @@ def is_plain(*tensors: Tensor) -> bool:
 def attend_now(
     q: Tensor, k: Tensor, v: Tensor, request: Request, *, scale: float, seed: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """What `attend` computes, without the operator around it: for plain tensors that need no gradient."""
-    kernel = _kernel(backend, request)
-    plan = plan_for(request.pattern, request.sizes, kernel.SHAPE)
-    out, lse = kernel.forward(q, k, v, plan, scale=scale, dropout=request.dropout, seed=seed)
+    """What `attend` computes, without the operator around it, for plain tensors: the pattern itself is at hand here, and so the
+    plan that is kept for it. With gradients the plan is looked up once and serves the backward pass too.
+    """
+    out, lse = _Attend.apply(q, k, v, request, scale, seed, backend)
     return out, lse
+
+
+class _Attend(torch.autograd.Function):
+    """`attend` and `attend_backward` for plain tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, request: Request, scale: float, seed: Tensor, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        kernel, plan = _found(backend, request)
+        out, lse = kernel.forward(q, k, v, plan, scale=scale, dropout=request.dropout, seed=seed)
+        if request.needs_grad:
+            ctx.save_for_backward(q, k, v, out, lse, seed)
+            ctx.found = kernel, plan, scale, request.dropout
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, lse, seed = ctx.saved_tensors
+        kernel, plan, scale, dropout = ctx.found
+        dq, dk, dv = kernel.backward(dout, dlse, q, k, v, out, lse, plan, scale=scale, dropout=dropout, seed=seed)
+        return dq, dk, dv, None, None, None, None
 
 
 @torch.library.custom_op("farlight::attend", mutates_args=())
@@ -82,7 +105,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) over the pairs that the pattern allows, by a backend that executes plans."""
     request = _request(q, k, _pattern(pattern, tables), q_offset, dropout)
-    return attend_now(q, k, v, request, scale=scale, seed=seed, backend=backend)
+    kernel, plan = _found(backend, request)
+    out, lse = kernel.forward(q, k, v, plan, scale=scale, dropout=dropout, seed=seed)
+    return out, lse
 
 
 @attend.register_fake
@@ -121,8 +146,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of `attend`."""
     request = _request(q, k, _pattern(pattern, tables), q_offset, dropout)
-    kernel = _kernel(backend, request)
-    plan = plan_for(request.pattern, request.sizes, kernel.SHAPE)
+    kernel, plan = _found(backend, request)
     grads: tuple[Tensor, Tensor, Tensor] = kernel.backward(
         dout, dlse, q, k, v, out, lse, plan, scale=scale, dropout=dropout, seed=seed
     )

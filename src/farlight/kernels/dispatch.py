@@ -14,9 +14,9 @@ from farlight.kernels import blocked, cpu, dense, reference, triton
 from farlight.kernels.calibrate import calibrated
 from farlight.kernels.cost import Estimate, estimate
 from farlight.kernels.request import Request
-from farlight.plan import plan_for
+from farlight.plan import Plan, plan_for
 
-__all__ = ["BACKENDS", "PLANNED", "Choice", "choose", "planned_backend", "reasons"]
+__all__ = ["BACKENDS", "PLANNED", "Choice", "choose", "plan_of", "planned_backend", "reasons"]
 
 BACKENDS = ("cpu", "triton", "torch", "dense", "reference")
 # Backends that execute a plan, best first.
@@ -48,6 +48,12 @@ def planned_backend(request: Request) -> str:
     raise UnsupportedError(refusal(request))
 
 
+def plan_of(backend: str, request: Request) -> Plan | triton.RoutedPlan:
+    """The plan that a backend executes: made on the device where the pattern was made there, and can be; else on the host."""
+    found = triton.routed_plan(request) if backend == "triton" else None
+    return plan_for(request.pattern, request.sizes, _MODULES[backend].SHAPE) if found is None else found
+
+
 def refusal(request: Request) -> str:
     lines = [f"no backend can run this attention ({request.describe()}):"]
     lines += [f"  {name}: {'; '.join(reasons(name, request))}" for name in BACKENDS]
@@ -66,7 +72,7 @@ class Choice:
 def choose(request: Request) -> Choice:
     """The backend that "auto" takes: full attention where that is allowed and expected to be faster, else the best planned."""
     planned = planned_backend(request)
-    plan = plan_for(request.pattern, request.sizes, _MODULES[planned].SHAPE)
+    plan = plan_of(planned, request)
     sparse, full = estimate(planned, request, plan.visited), estimate("dense", request, None)
     if 1 / _CLOSE < full.seconds / sparse.seconds < _CLOSE and request.device.type == "cpu":
         rates = calibrated()

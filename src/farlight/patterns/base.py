@@ -136,7 +136,7 @@ class Pattern:
         return hash(self.key)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_key"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_key", "_routed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -302,6 +302,12 @@ class Atom(Pattern):
     def _labels(self, sizes: Sizes, b: Tensor, h: Tensor) -> Labels:
         """For form "labels": a `(V, n_q)` and a `(V, n_k)` table for the V given (batch, head)."""
         raise NotImplementedError
+
+    def _clusterings(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Labels `(B|1, H|1, N)` of queries and of keys, as in `clusters`: clusterings of which no two hold one pair, and whose
+        union is this atom. None where it is no such thing, or where the numbers in the tables would have to be looked at.
+        """
+        return None
 
     def _points(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Tensor:
         """For form "points": the keys of each row as `(rows, m)`, -1 = none, none repeated."""

@@ -16,7 +16,7 @@ from farlight.patterns.arguments import check_leading, query_base, read_table, w
 from farlight.patterns.base import Atom, Form, Labels, Sizes
 from farlight.patterns.spans import Spans
 
-__all__ = ["blocks", "chosen_blocks", "chosen_keys", "clusters", "pairs"]
+__all__ = ["blocks", "check_indices", "check_lists", "chosen_blocks", "chosen_keys", "clusters", "pairs"]
 
 
 def leading(table: Tensor, b: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,9 +202,10 @@ class chosen_blocks(_Table):
     query_block: int
 
     def check(self, sizes: Sizes) -> None:
-        check_indices(
-            "chosen_blocks: indices", self.tables[0], sizes, self.query_block, -(-sizes.n_k // self.block), "key blocks"
-        )
+        check_lists("chosen_blocks: indices", self.tables[0], sizes, self.query_block)
+        if self.tables[0].numel():
+            least, largest = (int(edge) for edge in self.tables[0].aminmax())
+            check_indices("chosen_blocks: indices", least, largest, -(-sizes.n_k // self.block), "key blocks")
 
     def _row(self, sizes: Sizes, i: Tensor) -> tuple[Tensor, Tensor]:
         base = query_base("chosen_blocks: indices", self.tables[0].shape[2], sizes, self.query_block)
@@ -242,7 +243,10 @@ class chosen_keys(_Table):
         self._take(read_table("chosen_keys: indices", indices, 4, kind="int"), text="chosen_keys($0)")
 
     def check(self, sizes: Sizes) -> None:
-        check_indices("chosen_keys: indices", self.tables[0], sizes, 1, sizes.n_k, "keys")
+        check_lists("chosen_keys: indices", self.tables[0], sizes, 1)
+        if self.tables[0].numel():
+            least, largest = (int(edge) for edge in self.tables[0].aminmax())
+            check_indices("chosen_keys: indices", least, largest, sizes.n_k, "keys")
 
     def _row(self, sizes: Sizes, i: Tensor) -> tuple[Tensor, Tensor]:
         row = i - query_base("chosen_keys: indices", self.tables[0].shape[2], sizes)
@@ -268,9 +272,14 @@ def listed(table: Tensor, b: Tensor, h: Tensor, row: Tensor, value: Tensor) -> T
     return out
 
 
-def check_indices(what: str, table: Tensor, sizes: Sizes, unit: int, limit: int, things: str) -> None:
+def check_lists(what: str, table: Tensor, sizes: Sizes, unit: int) -> None:
+    """The shape of a table of lists; what stands in it is not looked at."""
     check_leading(what, table, sizes)
     query_base(what, table.shape[2], sizes, unit)
-    if table.numel() and not (-1 <= int(table.min()) and int(table.max()) < limit):
-        wrong = int(table.min()) if int(table.min()) < -1 else int(table.max())
+
+
+def check_indices(what: str, least: int, largest: int, limit: int, things: str) -> None:
+    """The least and the largest number that a table lists."""
+    if not (-1 <= least and largest < limit):
+        wrong = least if least < -1 else largest
         raise PatternError(f"{what}: {wrong} is not one of the {limit} {things}; use 0 … {limit - 1}, or -1 for none.")

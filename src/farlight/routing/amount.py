@@ -41,34 +41,40 @@ class Amount:
     def __str__(self) -> str:
         return ", ".join(f"{what}={value:g}" for what, value in self.__dict__.items() if value is not None)
 
-    def take(self, scores: Tensor, forced: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+    def take(
+        self, scores: Tensor, forced: Tensor | None = None, counted: Tensor | None = None, most: int | None = None
+    ) -> Tensor:
         """Indices into the last dimension of `scores`, ascending, -1 pads: `(…, most)`.
 
         A score of -inf cannot be taken. `forced` (bool, the shape of scores) are taken whatever happens; their scores must
         be -inf, and they count as visible and as taken in count and share (as `counted` of them, `(…)`, where that is
-        given), not in the mass.
+        given), not in the mass. `most`, where it is known, is how many are forced at the most: then a count is taken without
+        asking the device for anything.
         """
         width = scores.shape[-1]
         visible = (scores > float("-inf")).sum(-1)
         there = torch.zeros_like(visible) if forced is None else forced.sum(-1)
         counted = there if counted is None else counted
+        most = 0 if forced is None else _largest(there) if most is None else min(most, width)
         if self.mass is not None:
             ordered, order = scores.sort(dim=-1, descending=True, stable=True)
             number = reaching(ordered, self.mass)
+            order = order[..., : _largest(number)]
         else:
             number = torch.full_like(visible, self.count or 0)
             if self.share is not None:
                 # A product that should be whole may lie a rounding above it.
                 number = ((visible + counted).double() * self.share - 1e-9).ceil().long()
             number = torch.minimum((number - counted).clamp(min=0), visible)
-            order = scores.topk(_largest(number), -1).indices
-        order = order[..., : _largest(number)]
+            at_most = _largest(number) if self.count is None else min(self.count, width)
+            order = scores.topk(at_most, -1).indices
         rank = torch.arange(order.shape[-1], device=scores.device)
         chosen = torch.where(rank < number.unsqueeze(-1), order, width)
         if forced is not None:
-            is_forced, place = forced.to(torch.uint8).topk(_largest(there), -1)
+            is_forced, place = forced.to(torch.uint8).topk(most, -1)
             chosen = torch.cat((torch.where(is_forced > 0, place, width), chosen), -1)
-        chosen = chosen.sort(-1).values[..., : _largest(number + there)]
+        longest = _largest(number + there) if self.count is None else min(max(self.count, most), width)
+        chosen = chosen.sort(-1).values[..., :longest]
         return torch.where(chosen < width, chosen, -1)
 
 

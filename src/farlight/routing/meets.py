@@ -90,11 +90,15 @@ class meets(_Table):
         if not rounds:
             return self
         if self._is_list and rounds > 1:
-            pairs = list(ascending(query, key))
+            pairs = [(q, k) for q, k in ascending(query, key) if bool((q >= 0).any())]
         else:
             pairs = [pair for r in range(rounds) for pair in first_meeting(query, key, r)]
         # "everything and" keeps the complement in one piece: a planner denies this pattern whole, not round by round.
         return full() & functools.reduce(operator.or_, (clusters(q, k) for q, k in pairs))
+
+    def _clusterings(self) -> list[tuple[Tensor, Tensor]] | None:
+        # Rounds of many labels fall into as many clusterings as their largest label has bits: that would have to be read.
+        return ascending(self.tables[0], self.tables[-1]) if self._is_list and self.tables[0].shape[3] else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_runs"}
@@ -142,7 +146,7 @@ def ascending(query: Tensor, key: Tensor) -> list[tuple[Tensor, Tensor]]:
     twice = torch.zeros_like(ordered, dtype=torch.bool)
     twice[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
     ordered = ordered.masked_fill(twice, -1)
-    return [(ordered[..., r], key[..., 0]) for r in range(ordered.shape[3]) if bool((ordered[..., r] >= 0).any())]
+    return [(ordered[..., r], key[..., 0]) for r in range(ordered.shape[3])]
 
 
 def first_meeting(query: Tensor, key: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:

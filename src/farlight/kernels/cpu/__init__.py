@@ -6,18 +6,15 @@ How the kernels work is told in csrc/ and docs; this package only checks what it
 
 from __future__ import annotations
 
-import torch
-
 from farlight.kernels.cpu.call import backward, forward
-from farlight.kernels.cpu.native import MOST_DIMS, available, isa, unavailable, use, warn_if_missing
+from farlight.kernels.cpu.native import available, isa, unavailable, use, warn_if_missing
+from farlight.kernels.inputs import refused
 from farlight.kernels.request import Request
 from farlight.plan.build import TileShape
 
 __all__ = ["SHAPE", "available", "backward", "forward", "isa", "reasons", "unavailable", "use", "warn_if_missing"]
 
 SHAPE = TileShape(tile=32, gather=8, longest=16_384)
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def reasons(request: Request) -> list[str]:
@@ -28,8 +25,5 @@ def reasons(request: Request) -> list[str]:
         found.append(missing)
     if request.device.type != "cpu":
         found.append(f"the tensors are on {request.device.type}, these kernels run on the CPU")
-    if request.dtype not in _DTYPES:
-        found.append(f"{str(request.dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16")
-    if not 1 <= request.head_dim <= MOST_DIMS:
-        found.append(f"head_dim {request.head_dim} is outside 1 … {MOST_DIMS}")
+    found += refused(request)
     return found

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from farlight.errors import ArgumentError
-from farlight.kernels.cpu.native import MOST_DIMS, handle, module
-from farlight.patterns.hashing import dropout_threshold
+from farlight.kernels.cpu.native import handle, module
+from farlight.kernels.inputs import check_gradients, check_plan, check_tensors, dropped
 from farlight.plan.tables import Plan
 
 __all__ = ["backward", "forward"]
 
+_CPU = torch.device("cpu")
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -23,8 +23,9 @@ def forward(
     q: `(B, H, n_q, D)`; k, v: `(B, H_kv, n_k, D)`; float32, bfloat16 or float16, any strides.
     """
     given = q.dtype
+    shape = check_tensors(q, k, v, "the native kernels take", _CPU)
+    check_plan(q, k, plan)
     q, k, v = (_usable(x) for x in (q, k, v))
-    shape = _shape(q, k, v, plan)
     native = handle(plan)
     joined = native.overlapping and q.dtype != torch.float32
     out_type = torch.float32 if joined else q.dtype
@@ -69,16 +70,10 @@ def backward(
     dout, out: as forward's out; dlse: the gradient that arrives at the lse, or None.
     """
     given = q.dtype
+    shape = check_tensors(q, k, v, "the native kernels take", _CPU)
+    check_plan(q, k, plan)
+    check_gradients(q, dout, out, lse, dlse)
     q, k, v, dout, out = (_usable(x.to(given)) for x in (q, k, v, dout, out))
-    shape = _shape(q, k, v, plan)
-    for name, x, size in (
-        ("dout", dout, q.shape),
-        ("out", out, q.shape),
-        ("lse", lse, q.shape[:3]),
-        ("dlse", dlse, q.shape[:3]),
-    ):
-        if x is not None and x.shape != size:
-            raise ArgumentError(f"{name} has shape {tuple(x.shape)}, q asks for {tuple(size)}.")
     lse = lse.to(torch.float32).contiguous()
     dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
     native = handle(plan)
@@ -117,28 +112,6 @@ def _usable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[int, int, int, int]:
-    """(batch, heads, kv heads, head_dim), when everything fits."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or x.device.type != "cpu" or x.dtype not in _CODES or x.dtype != q.dtype:
-            raise ArgumentError(
-                f"{name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; the native kernels take (B, H, N, D) "
-                "tensors of one dtype, float32, bfloat16 or float16, on the CPU."
-            )
-    batch, heads, n_q, dim = q.shape
-    kv_heads, n_k = k.shape[1], k.shape[2]
-    if k.shape != (batch, kv_heads, n_k, dim) or v.shape != k.shape or not kv_heads or heads % kv_heads:
-        raise ArgumentError(
-            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; they must be (B, H, n_q, D) and twice "
-            "(B, H_kv, n_k, D), with H a multiple of H_kv."
-        )
-    if (n_q, n_k) != (plan.n_q, plan.n_k):
-        raise ArgumentError(f"the plan is for {plan.n_q} queries and {plan.n_k} keys, the tensors have {n_q} and {n_k}.")
-    if not 1 <= dim <= MOST_DIMS:
-        raise ArgumentError(f"head_dim {dim} is outside 1 … {MOST_DIMS}.")
-    return batch, heads, kv_heads, dim
-
-
 def _address(x: Tensor) -> tuple[int, int, int, int]:
     batch, head, row, _ = x.stride()
     return x.data_ptr(), batch, head, row
@@ -149,5 +122,5 @@ def _links(dropout: float, seed: int | Tensor) -> tuple[tuple[int, int, int], fl
     if not dropout:
         return (0, 0, 0), 1.0
     seed = int(seed)
-    grown = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
-    return (dropout_threshold(dropout), seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF), grown
+    threshold, grown = dropped(dropout)
+    return (threshold, seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF), grown

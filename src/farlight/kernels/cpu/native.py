@@ -13,9 +13,8 @@ import torch  # noqa: F401
 from farlight.errors import PlanError, UnsupportedError
 from farlight.plan.tables import Plan
 
-__all__ = ["MOST_DIMS", "available", "handle", "isa", "module", "unavailable", "use", "warn_if_missing"]
+__all__ = ["available", "handle", "isa", "module", "unavailable", "use", "warn_if_missing"]
 
-MOST_DIMS = 256
 
 _native: Any = None
 _missing: str | None = None

@@ -9,26 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farlight.errors import ArgumentError
+from farlight.kernels.inputs import check_gradients, check_plan, check_tensors, dropped
 from farlight.kernels.triton.configs import Config, padded
 from farlight.kernels.triton.key_work import KeyWork, lower_keys
 from farlight.kernels.triton.machine import interpreted, workers
 from farlight.kernels.triton.query_work import QueryWork, lower_queries
+from farlight.kernels.triton.routed import RoutedPlan
 from farlight.kernels.triton.tuning import config_for
-from farlight.patterns.hashing import dropout_threshold
 from farlight.plan.tables import Plan
 
 __all__ = ["backward", "forward", "on_device", "precision"]
 
 _LOG2_E = 1.4426950408889634
+AnyPlan = Plan | RoutedPlan
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, dropout: float = 0.0, seed: int | Tensor = 0
+    q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, *, scale: float, dropout: float = 0.0, seed: int | Tensor = 0
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the planned pairs: `(B, H, n_q, D)` in q's dtype, contiguous, and `(B, H, n_q)` in float32.
 
     q: `(B, H, n_q, D)`; k, v: `(B, H_kv, n_k, D)`; float32, bfloat16 or float16, any strides.
     """
+    _check(q, k, v, plan)
     q, k, v = q.detach(), k.detach(), v.detach()
 
     def run(config: Config) -> tuple[Tensor, Tensor]:
@@ -38,7 +42,7 @@ def forward(
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, config: Config, scale: float, dropout: float, seed: int | Tensor
+    q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, config: Config, scale: float, dropout: float, seed: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     from farlight.kernels.triton.device.forward import forward_kernel, merge_kernel
 
@@ -82,7 +86,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    plan: Plan,
+    plan: AnyPlan,
     *,
     scale: float,
     dropout: float = 0.0,
@@ -94,6 +98,8 @@ def backward(
     """
     from farlight.kernels.triton.device.queries import delta_kernel
 
+    _check(q, k, v, plan)
+    check_gradients(q, dout, out, lse, dlse)
     q, k, v, dout = q.detach(), k.detach(), v.detach(), dout.detach().to(q.dtype)
     out, lse = out.detach().contiguous(), lse.detach().contiguous()
     dlse = None if dlse is None else dlse.detach().to(torch.float32).contiguous()
@@ -117,7 +123,7 @@ def backward(
 
 
 def _dq(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: Plan, config: Config, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: AnyPlan, config: Config, scale: float,
     dropout: float, seed: int | Tensor,
 ) -> Tensor:  # fmt: skip
     from farlight.kernels.triton.device.queries import queries_kernel, sum_kernel
@@ -148,7 +154,7 @@ def _dq(
 
 
 def _dk_dv(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: Plan, config: Config, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: AnyPlan, config: Config, scale: float,
     dropout: float, seed: int | Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from farlight.kernels.triton.device.keys import keys_kernel
@@ -185,7 +191,9 @@ def _dk_dv(
 
 
 # ---- what a plan was lowered to, kept with the plan ------------------------------------------------------------------
-def _query_work(plan: Plan, config: Config, device: torch.device, group: int) -> QueryWork:
+def _query_work(plan: AnyPlan, config: Config, device: torch.device, group: int) -> QueryWork:
+    if isinstance(plan, RoutedPlan):
+        return plan.queries(config, group)
     key = ("triton queries", config.rows, config.keys, group, device)
     found = plan.derived.get(key)
     if not isinstance(found, QueryWork):
@@ -193,7 +201,9 @@ def _query_work(plan: Plan, config: Config, device: torch.device, group: int) ->
     return found
 
 
-def _key_work(plan: Plan, config: Config, device: torch.device, group: int) -> KeyWork:
+def _key_work(plan: AnyPlan, config: Config, device: torch.device, group: int) -> KeyWork:
+    if isinstance(plan, RoutedPlan):
+        return plan.keys(config, group)
     key = ("triton keys", config.rows, config.keys, group, device)
     found = plan.derived.get(key)
     if not isinstance(found, KeyWork):
@@ -217,8 +227,18 @@ def _uploaded(value: Any, device: torch.device) -> Any:
     return value
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan) -> None:
+    batch, heads, _, _ = check_tensors(q, k, v, "the Triton kernels take", q.device)
+    check_plan(q, k, plan)
+    # The lists name each batch item and head.
+    if (batch, heads) != (plan.sizes.batch, plan.sizes.heads):
+        raise ArgumentError(
+            f"the plan is for {plan.sizes.batch} batch items and {plan.sizes.heads} heads, q has {batch} and {heads}."
+        )
+
+
 # ---- arguments that the kernels share --------------------------------------------------------------------------------
-def _sizes(q: Tensor, k: Tensor, plan: Plan, v: Tensor) -> tuple[int, int, int, int, int]:
+def _sizes(q: Tensor, k: Tensor, plan: AnyPlan, v: Tensor) -> tuple[int, int, int, int, int]:
     """heads, query heads for each key head, queries, head_dim, position of the first query (modulo 2^32, for hashing)."""
     offset = (plan.sizes.q_offset + 2**31) % 2**32 - 2**31
     return q.shape[1], q.shape[1] // k.shape[1], q.shape[2], q.shape[3], offset
@@ -226,9 +246,8 @@ def _sizes(q: Tensor, k: Tensor, plan: Plan, v: Tensor) -> tuple[int, int, int, 
 
 def _links(dropout: float, seed: int | Tensor, device: torch.device) -> tuple[tuple[int, float], Tensor]:
     """(the largest hash of a dropped link as a signed number, the factor of the others), and the seed on the device."""
-    threshold = dropout_threshold(dropout)
+    threshold, grown = dropped(dropout)
     below = threshold - 1 if threshold else 0
-    grown = 1.0 / (1.0 - dropout) if dropout else 1.0
     if not dropout:
         return (0, 1.0), torch.empty(1, dtype=torch.int64, device=device)
     if isinstance(seed, Tensor) and seed.device.type == device.type:

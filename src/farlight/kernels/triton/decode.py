@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from farlight.errors import ArgumentError, UnsupportedError
+from farlight.kernels.inputs import KERNEL_DTYPES, MOST_DIMS, check_tensors
 from farlight.kernels.triton.call import on_device, precision
 from farlight.kernels.triton.configs import padded
-from farlight.kernels.triton.machine import MOST_DIMS, missing, unfit, workers
+from farlight.kernels.triton.machine import missing, unfit, workers
 
 __all__ = ["decode", "serves"]
 
@@ -18,13 +19,12 @@ _BLOCK = 64
 _SHORTEST = 4 * _BLOCK
 # Rows of one key head beyond which this is no longer decoding.
 _MOST_ROWS = 256
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def serves(q: Tensor, k: Tensor) -> bool:
     """Whether `decode` is the kernel to take for these tensors: few queries, on a device that Triton compiles for."""
     rows = q.shape[1] // max(1, k.shape[1]) * q.shape[2]
-    fits = q.device.type != "cpu" and q.dtype in _DTYPES and q.shape[3] <= MOST_DIMS and rows <= _MOST_ROWS
+    fits = q.device.type != "cpu" and q.dtype in KERNEL_DTYPES and q.shape[3] <= MOST_DIMS and rows <= _MOST_ROWS
     return fits and unfit(q.device) is None and missing() is None
 
 
@@ -47,8 +47,9 @@ def decode(
 
     Raises ArgumentError where shapes or types do not fit, UnsupportedError where the kernels cannot run.
     """
-    batch, heads, n_q, head_dim = _checked(q, k, v)
-    kv_heads, n_k = k.shape[1], k.shape[2]
+    batch, heads, kv_heads, head_dim = check_tensors(q, k, v, "decoding takes", q.device)
+    _check_device(q.device)
+    n_q, n_k = q.shape[2], k.shape[2]
     if lengths is not None and (lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64)):
         raise ArgumentError(f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; pass ({batch},) integers.")
     mask = None if allowed is None else _mask(allowed, (batch, heads, n_q, n_k))
@@ -86,24 +87,10 @@ def decode(
     return out, lse
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ArgumentError(
-            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; they must be (B, H, n_q, D) and twice "
-            "(B, H_kv, n_k, D)."
-        )
-    if not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise ArgumentError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: the first must be a multiple of the second.")
-    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise ArgumentError(
-            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; decoding takes one of float32, bfloat16, float16 for all three."
-        )
-    if not 1 <= q.shape[3] <= MOST_DIMS:
-        raise ArgumentError(f"head_dim {q.shape[3]} is outside 1 … {MOST_DIMS}.")
-    for why in (missing(), unfit(q.device)):
+def _check_device(device: torch.device) -> None:
+    for why in (missing(), unfit(device)):
         if why is not None:
             raise UnsupportedError(f"the Triton decode kernel cannot run: {why}.")
-    return q.shape[0], q.shape[1], q.shape[2], q.shape[3]
 
 
 def _mask(allowed: Tensor, shape: tuple[int, int, int, int]) -> Tensor:

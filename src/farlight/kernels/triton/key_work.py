@@ -6,19 +6,21 @@ sort the keys come after, one stage each (more where query heads of one key head
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from farlight.kernels.triton.blocks import Extents, ranges_of, spread
-from farlight.kernels.triton.deal import deal
+from farlight.kernels.triton.deal import Dealt, deal
 from farlight.kernels.triton.lanes import Classes, classes_of
 from farlight.kernels.triton.query_work import int32, tables_of
 from farlight.plan.tables import Layer, Piece, Plan
 from farlight.plan.transpose import TransposedLayer
 
-__all__ = ["KeyLaunch", "KeyWork", "lower_keys"]
+__all__ = ["KeyLaunch", "KeyWork", "key_launch_of", "lower_keys"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,24 @@ class _Entries:
     @staticmethod
     def none() -> _Entries:
         return _Entries([], [], [], [], [], [], [])
+
+
+def key_launch_of(
+    blocks: tuple[Tensor, Tensor, Tensor], kv_heads: int, dealt: Dealt, as_int: Callable[[Tensor], Tensor], **options: Any
+) -> KeyLaunch:
+    """A launch over blocks of keys (batch · key heads + key head, first slot, slots) that have been dealt."""
+    lane, slot, slots = blocks
+    columns = torch.stack((torch.div(lane, kv_heads, rounding_mode="floor"), lane % kv_heads, slot, slots), 1)
+    merges = columns[dealt.cut[:, 0]]
+    sorted_keys = torch.full((merges.shape[0], 1), int(options["keyed"]), device=merges.device)
+    merges = torch.cat((merges, sorted_keys, dealt.cut[:, 1:]), 1)
+    return KeyLaunch(
+        work=as_int(torch.cat((columns[dealt.item], dealt.slot[:, None]), 1)),
+        ranges=as_int(dealt.ranges.flatten(1)),
+        merges=as_int(merges) if merges.shape[0] else merges,
+        slots=dealt.slots,
+        **options,
+    )
 
 
 class _Lowering:
@@ -139,16 +159,11 @@ class _Lowering:
         if not lane.numel():
             return None
         dealt = deal(ranges.flatten(1, 2), torch.tensor([1, 1, self.height]).repeat(self.group), self.workers)
-        kv_heads = self.plan.sizes.heads // self.group
-        columns = torch.stack((torch.div(lane, kv_heads, rounding_mode="floor"), lane % kv_heads, slot, slots), 1)
-        work = torch.cat((columns[dealt.item], dealt.slot[:, None]), 1)
-        merges = columns[dealt.cut[:, 0]]
-        sorted_keys = torch.full((merges.shape[0], 1), int(keyed))
-        return KeyLaunch(
-            work=int32(work),
-            ranges=int32(dealt.ranges.flatten(1)),
-            merges=int32(torch.cat((merges, sorted_keys, dealt.cut[:, 1:]), 1)) if merges.shape[0] else merges,
-            slots=dealt.slots,
+        return key_launch_of(
+            (lane, slot, slots),
+            self.plan.sizes.heads // self.group,
+            dealt,
+            int32,
             whole=int32(whole),
             masked=int32(masked),
             point_row=int32(point_row),

@@ -8,9 +8,7 @@ import os
 
 import torch
 
-__all__ = ["MOST_DIMS", "interpreted", "is_hopper", "missing", "not_installed", "unfit", "workers"]
-
-MOST_DIMS = 256
+__all__ = ["interpreted", "is_hopper", "missing", "not_installed", "unfit", "workers"]
 
 
 def not_installed() -> str | None:

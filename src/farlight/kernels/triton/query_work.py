@@ -6,18 +6,20 @@ one of gathered keys. A *launch* is one kernel call: groups of one height, of pi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from farlight.errors import PlanError
 from farlight.kernels.triton.blocks import Extents, grid, ranges_of, spread
-from farlight.kernels.triton.deal import deal
+from farlight.kernels.triton.deal import Dealt, deal
 from farlight.kernels.triton.lanes import classes_of
 from farlight.plan.tables import Piece, Plan
 
-__all__ = ["Launch", "QueryWork", "int32", "lower_queries"]
+__all__ = ["SMALLEST", "Launch", "QueryWork", "heights", "int32", "launch_of", "lower_queries", "narrowed"]
 
 SMALLEST = 16
 
@@ -54,9 +56,20 @@ class QueryWork:
 
 def int32(x: Tensor) -> Tensor:
     """As the kernels read it, never empty (a kernel must be given some address)."""
-    if x.numel() >= 2**31 or (x.numel() and (int(x.max()) >= 2**31 or int(x.min()) < -(2**31))):
-        raise PlanError("the plan has more than 2^31 blocks; split the queries over several calls.")
-    return (x if x.numel() else torch.zeros(1, dtype=torch.int64)).to(torch.int32).contiguous()
+    if x.numel() and (int(x.max()) >= 2**31 or int(x.min()) < -(2**31)):
+        raise too_many()
+    return narrowed(x)
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """`int32` of numbers that are known to fit."""
+    if x.numel() >= 2**31:
+        raise too_many()
+    return (x if x.numel() else torch.zeros(1, dtype=torch.int64, device=x.device)).to(torch.int32).contiguous()
+
+
+def too_many() -> PlanError:
+    return PlanError("the plan has more than 2^31 blocks; split the queries over several calls.")
 
 
 def tables_of(plan: Plan) -> tuple[Tensor, Tensor, list[int], list[list[int]]]:
@@ -102,7 +115,9 @@ class _Lists:
 
 @dataclass
 class _Items:
-    """Groups of rows of one piece: columns (batch, head, start, count, tile row, sorted, order in the piece) and ranges."""
+    """Groups of rows of one piece: columns (batch, head, start, count, tile row, sorted), ranges, and the place of each group's
+    first row among those of its variant.
+    """
 
     piece: int
     height: Tensor
@@ -230,7 +245,7 @@ def _items(
                 high[tile].repeat(batch.numel()),
                 torch.cat((lanes.repeat_interleave(many, 0), columns.repeat(batch.numel(), 1)), 1),
                 ranges.repeat(batch.numel(), 1, 1),
-                torch.arange(many).repeat(batch.numel()),
+                (start[tile] + offset - int(piece.row_first[v])).repeat(batch.numel()),
             )
         )
     return out
@@ -275,18 +290,27 @@ def _launch(plan: Plan, chosen: list[_Items], height: int, width: int, group: in
     kv = columns[:, 0] * plan.sizes.heads + torch.div(columns[:, 1], group, rounding_mode="floor") * group
     sort = torch.argsort((kv * (int(order.max()) + 1) + order) * group + columns[:, 1] % group, stable=True)
     columns, ranges = columns[sort], ranges[sort]
-    dealt = deal(ranges, torch.tensor([1, 1, 1, width]), workers)
-    item, parts = dealt.item, dealt.ranges
-    work = torch.cat((columns[item], parts.flatten(1), dealt.slot[:, None]), 1)
-    cut = dealt.cut
-    return Launch(
+    return launch_of(
+        columns,
+        deal(ranges, torch.tensor([1, 1, 1, width]), workers),
+        int32,
         height=height,
-        work=int32(work),
-        merges=int32(torch.cat((columns[cut[:, 0]][:, [0, 1, 2, 3, 5]], cut[:, 1:]), 1)) if cut.shape[0] else cut,
-        slots=dealt.slots,
         ordered=bool((columns[:, 5] > 0).any()),
         keyed=any(layer.keys is not None for piece in plan.pieces for layer in piece.layers),
         bits=bool((plan.masks.kind == 1).any()),
         points=bool((ranges[:, 3, 1] > ranges[:, 3, 0]).any()),
         add=add,
+    )
+
+
+def launch_of(columns: Tensor, dealt: Dealt, as_int: Callable[[Tensor], Tensor], **options: Any) -> Launch:
+    """A launch over items (batch, head, start, count, tile row, sorted) that have been dealt."""
+    cut = dealt.cut
+    merged = columns[cut[:, 0]]
+    merges = torch.cat((merged[:, :4], merged[:, 5:], cut[:, 1:]), 1)
+    return Launch(
+        work=as_int(torch.cat((columns[dealt.item], dealt.ranges.flatten(1), dealt.slot[:, None]), 1)),
+        merges=as_int(merges) if cut.shape[0] else cut,
+        slots=dealt.slots,
+        **options,
     )

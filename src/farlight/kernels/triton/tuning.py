@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +25,8 @@ from torch import Tensor
 from farlight.caching import cache_folder
 from farlight.kernels.triton.configs import Config, candidates, padded
 from farlight.kernels.triton.machine import is_hopper
-from farlight.plan.tables import Plan
 
-__all__ = ["config_for", "fastest"]
+__all__ = ["config_for", "expected", "fastest"]
 
 # Pairs times head_dim below which a call is too short to be timed.
 _WORTH_TIMING = 2**33
@@ -35,25 +34,44 @@ _ROUNDS = 5
 _chosen: dict[tuple[str, torch.device, torch.dtype, int], Config] = {}
 
 
-def config_for(what: str, q: Tensor, plan: Plan, run: Callable[[Config], Any]) -> Config:
+class Planned(Protocol):
+    """What is asked of a plan here."""
+
+    @property
+    def visited(self) -> int: ...
+
+
+def config_for(what: str, q: Tensor, plan: Planned, run: Callable[[Config], Any]) -> Config:
     """The configuration for a pass over these tensors; `run` computes the pass with a given one."""
-    if q.device.type == "cpu":
-        # The interpreter's time goes by the number of blocks, not by their size.
-        return candidates(what, q.shape[3], torch.bfloat16, hopper=False)[0]
-    listed = candidates(what, q.shape[3], q.dtype, hopper=is_hopper(q.device))
+    listed = _listed(what, q.shape[3], q.dtype, q.device)
+    key = (what, q.device, q.dtype, padded(q.shape[3]))
     if len(listed) == 1:
         return listed[0]
-    key = (what, q.device, q.dtype, padded(q.shape[3]))
-    found = _chosen.get(key)
-    if found is None:
-        found = _stored(q.device).get(_name(what, q))
+    if key not in _chosen:
+        found = _stored(q.device).get(_name(what, q.dtype, q.shape[3]))
         if found not in listed:
             if plan.visited * q.shape[3] < _WORTH_TIMING or not _may_time(q.device):
                 return listed[0]
             found = fastest(listed, run)
-            _store(q.device, _name(what, q), found)
+            _store(q.device, _name(what, q.dtype, q.shape[3]), found)
         _chosen[key] = found
-    return found
+    return _chosen[key]
+
+
+def expected(what: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """The configuration that `config_for` will answer with, unless it has yet to time some."""
+    listed = _listed(what, head_dim, dtype, device)
+    if len(listed) == 1:
+        return listed[0]
+    found = _chosen.get((what, device, dtype, padded(head_dim))) or _stored(device).get(_name(what, dtype, head_dim))
+    return found if found in listed else listed[0]
+
+
+def _listed(what: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Config, ...]:
+    if device.type == "cpu":
+        # The interpreter's time goes by the number of blocks, not by their size.
+        return candidates(what, head_dim, torch.bfloat16, hopper=False)[:1]
+    return candidates(what, head_dim, dtype, hopper=is_hopper(device))
 
 
 def fastest(listed: tuple[Config, ...], run: Callable[[Config], Any], clock: Callable[[], float] | None = None) -> Config:
@@ -88,8 +106,8 @@ def _may_time(device: torch.device) -> bool:
     return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def _name(what: str, q: Tensor) -> str:
-    return f"{what} {str(q.dtype).removeprefix('torch.')} {padded(q.shape[3])}"
+def _name(what: str, dtype: torch.dtype, head_dim: int) -> str:
+    return f"{what} {str(dtype).removeprefix('torch.')} {padded(head_dim)}"
 
 
 @functools.cache
