@@ -156,8 +156,8 @@ class TopBlocks(Router):
                 )
                 counted = (last - first_own + 1).squeeze(1)
             # As many as a query block that begins at the end of a block lies in.
-            most = (self.query_block + block - 2) // block + 1
-            found.append(self.amount.take(scores.masked_fill(~scored, float("-inf")), forced, counted, most))
+            own_blocks = (self.query_block + block - 2) // block + 1
+            found.append(self.amount.take(scores.masked_fill(~scored, float("-inf")), forced, counted, own_blocks))
         most_taken = max((part.shape[-1] for part in found), default=0)
         parts = [torch.nn.functional.pad(part, (0, most_taken - part.shape[-1]), value=-1) for part in found]
         return torch.cat(parts, 2) if parts else torch.full((*queries.shape[:3], 0), -1, device=device)
