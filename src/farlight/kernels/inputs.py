@@ -76,4 +76,6 @@ def check_gradients(q: Tensor, dout: Tensor, out: Tensor, lse: Tensor, dlse: Ten
 
 def dropped(dropout: float) -> tuple[int, float]:
     """The hash from which on a link is kept, and the factor by which those kept grow."""
-    return (dropout_threshold(dropout), 1.0 / (1.0 - dropout)) if dropout else (0, 1.0)
+    if not dropout:
+        return 0, 1.0
+    return dropout_threshold(dropout), 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0  # of 1: nothing is left to grow
