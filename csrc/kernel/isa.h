@@ -7,6 +7,7 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define FARLIGHT_INLINE inline __attribute__((always_inline))
+#define FARLIGHT_APART __attribute__((noinline))
 #if defined(FARLIGHT_ROLLED)
 #define FARLIGHT_UNROLL
 #else
@@ -16,6 +17,7 @@
 #define FARLIGHT_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
 #else
 #define FARLIGHT_INLINE __forceinline
+#define FARLIGHT_APART __declspec(noinline)
 #define FARLIGHT_UNROLL
 #define FARLIGHT_PREFETCH(p) ((void)(p))
 #define FARLIGHT_PREFETCH_L2(p) ((void)(p))

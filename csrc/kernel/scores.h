@@ -63,6 +63,45 @@ inline void score_tiles(const Chunk& c, const Operand<Mode>& keys, const Turned<
   (void)c, (void)keys, (void)queries, (void)scale, (void)lanes, (void)scores, (void)top, (void)also;
 }
 
+// The scores of kM keys and kV vectors of rows. A function of its own, so that the pointers to the keys' rows have the registers
+// to themselves. `seen` is null where every row sees every key.
+template <class Mode, bool Masking>
+FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, const typename Mode::Op::Word* queries, int64_t words,
+                                float scale, const uint32_t* seen, int g, float* to, float* top) {
+  F acc[kM][kV];
+  clear(acc);
+  along_rows<typename Mode::Op, kM, kV>(acc, rows, queries, kRows, words);
+  if constexpr (in_pairs<Mode>) {
+    const F factor = all(scale);
+    FARLIGHT_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      FARLIGHT_UNROLL
+      for (int v = 0; v < kV; ++v) acc[m][v] = mul(acc[m][v], factor);
+    }
+  }
+  if constexpr (Masking) {
+    if (seen) {
+      FARLIGHT_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        FARLIGHT_UNROLL
+        for (int v = 0; v < kV; ++v) acc[m][v] = choose(seen[m] >> (g + v * W), acc[m][v], all(kUnseen));
+      }
+    }
+    FARLIGHT_UNROLL
+    for (int v = 0; v < kV; ++v) {
+      F largest = load(top + v * W);
+      FARLIGHT_UNROLL
+      for (int m = 0; m < kM; ++m) largest = max(acc[m][v], largest);
+      store(top + v * W, largest);
+    }
+  }
+  FARLIGHT_UNROLL
+  for (int m = 0; m < kM; ++m) {
+    FARLIGHT_UNROLL
+    for (int v = 0; v < kV; ++v) store(to + m * kRows + v * W, acc[m][v]);
+  }
+}
+
 // scores[key][row] of the chunk, times `scale` where the rows were not scaled before; `top[row]` grows to the largest.
 // Without `Masking` pairs that are not allowed keep their scores. `also(block)` is done on the way.
 template <class Mode, bool Masking, class Also>
@@ -72,47 +111,15 @@ inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>&
     score_tiles<Mode, Masking>(c, keys, queries, scale, lanes, scores, top, also);
     return;
   }
-  using Op = typename Mode::Op;
-  const F factor = all(scale);
   if constexpr (Masking) {
     for (int g = 0; g < lanes; g += W) store(top + g, all(kUnseen));
   }
   for (int block = 0; block < c.blocks; ++block) {
     also(block);
-    for (int g = 0; g < lanes; g += kV * W) {
-      F acc[kM][kV];
-      clear(acc);
-      along_rows<Op, kM, kV>(acc, keys.along + block * kM, queries.turned + g, kRows, queries.words);
-      if constexpr (in_pairs<Mode>) {
-        FARLIGHT_UNROLL
-        for (int m = 0; m < kM; ++m) {
-          FARLIGHT_UNROLL
-          for (int v = 0; v < kV; ++v) acc[m][v] = mul(acc[m][v], factor);
-        }
-      }
-      if constexpr (Masking) {
-        if (c.masked[block]) {
-          FARLIGHT_UNROLL
-          for (int m = 0; m < kM; ++m) {
-            FARLIGHT_UNROLL
-            for (int v = 0; v < kV; ++v) acc[m][v] = choose(c.seen[block * kM + m] >> (g + v * W), acc[m][v], all(kUnseen));
-          }
-        }
-        FARLIGHT_UNROLL
-        for (int v = 0; v < kV; ++v) {
-          F largest = load(top + g + v * W);
-          FARLIGHT_UNROLL
-          for (int m = 0; m < kM; ++m) largest = max(acc[m][v], largest);
-          store(top + g + v * W, largest);
-        }
-      }
-      float* to = scores + block * kM * kRows + g;
-      FARLIGHT_UNROLL
-      for (int m = 0; m < kM; ++m) {
-        FARLIGHT_UNROLL
-        for (int v = 0; v < kV; ++v) store(to + m * kRows + v * W, acc[m][v]);
-      }
-    }
+    const uint32_t* seen = c.masked[block] ? c.seen + block * kM : nullptr;
+    for (int g = 0; g < lanes; g += kV * W)
+      score_block<Mode, Masking>(keys.along + block * kM, queries.turned + g, queries.words, scale, seen, g,
+                                 scores + block * kM * kRows + g, Masking ? top + g : nullptr);
   }
 }
 
