@@ -45,6 +45,7 @@ class Routed:
     `(V, I, m)` of the variant and end, for the row at a place, before `ends(places)[v, i]`, which only grows with the place
     (`causal`) or is the same in all of a group. Stretches are disjoint; an empty one ends where it begins.
 
+    covers: every row is in some group.
     points: `(V, n_q, m)` single keys of each row, ascending, each once; -1 = none.
     worst: the indices of the choice that are still to be checked; None where there are none.
     """
@@ -214,17 +215,31 @@ def _groups(first: Tensor, size: int, n_q: int) -> tuple[Tensor, Tensor, Tensor,
     return tuple(x.reshape(1, -1) for x in (place, within, length, within < length))  # type: ignore[return-value]
 
 
-def _counts(table: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    variants = table.shape[0] * table.shape[1]
-    return tuple(torch.full((variants,), n, dtype=torch.int64, device=table.device) for n in (sizes.n_q, sizes.n_k))  # type: ignore[return-value]
+def _as_they_stand(
+    table: Tensor,
+    groups: tuple[Tensor, Tensor, Tensor, Tensor],
+    sizes: Sizes,
+    lo: Tensor,
+    ends: Callable[[Tensor], Tensor],
+    *,
+    causal: bool,
+    covers: bool,
+    points: Tensor | None = None,
+) -> Routed:
+    """Rows and keys in the order of the text, all of them real; a variant for each leading index of the table."""
+    shape = (table.shape[0], table.shape[1])
+    row_count, key_count = (
+        torch.full((shape[0] * shape[1],), n, dtype=torch.int64, device=table.device) for n in (sizes.n_q, sizes.n_k)
+    )
+    return Routed(shape, None, None, row_count, key_count, *groups, lo, ends, causal, covers, points)
 
 
 def _by_block(atom: chosen_blocks, sizes: Sizes, past: bool) -> Routed:
     table, size, block = atom.tables[0], atom.query_block, atom.block
     base = query_base("chosen_blocks: indices", table.shape[2], sizes, size)
     first = torch.arange(table.shape[2], device=table.device) * size + (base - sizes.q_offset)
-    place, within, length, valid = _groups(first, size, sizes.n_q)
-    steps = within.numel() // max(1, table.shape[2])
+    groups = _groups(first, size, sizes.n_q)
+    steps = groups[0].numel() // max(1, table.shape[2])
     # Neighbours in a list are one stretch: it begins where the block before is not listed.
     chosen = _once(table.flatten(0, 1))
     real = chosen >= 0
@@ -241,23 +256,9 @@ def _by_block(atom: chosen_blocks, sizes: Sizes, past: bool) -> Routed:
             return top
         return torch.minimum(top, (places + (sizes.q_offset + 1))[:, :, None])
 
-    row_count, key_count = _counts(table, sizes)
     offset = base - sizes.q_offset
-    return Routed(
-        shape=(table.shape[0], table.shape[1]),
-        rows=None,
-        keys=None,
-        row_count=row_count,
-        key_count=key_count,
-        place=place,
-        within=within,
-        length=length,
-        valid=valid,
-        lo=lo,
-        ends=ends,
-        causal=past,
-        covers=offset <= 0 and table.shape[2] * size + offset >= sizes.n_q,
-    )
+    covers = offset <= 0 and table.shape[2] * size + offset >= sizes.n_q
+    return _as_they_stand(table, groups, sizes, lo, ends, causal=past, covers=covers)
 
 
 def _by_key(atom: chosen_keys, masks: list[Tensor], sizes: Sizes, past: bool) -> Routed:
@@ -271,23 +272,8 @@ def _by_key(atom: chosen_keys, masks: list[Tensor], sizes: Sizes, past: bool) ->
         item = torch.arange(mask.shape[0], device=table.device).view(-1, 1, 1, 1)
         each = torch.where(mask[item, each.clamp(0, sizes.n_k - 1)], each, -1)
     points = _once(each)
-    place, within, length, valid = _groups(torch.arange(0, sizes.n_q, 128, device=table.device), 128, sizes.n_q)
-    variants = points.shape[0] * points.shape[1]
-    lo = torch.zeros(variants, place.shape[1], 0, dtype=torch.int64, device=table.device)
-    row_count, key_count = _counts(points, sizes)
-    return Routed(
-        shape=(points.shape[0], points.shape[1]),
-        rows=None,
-        keys=None,
-        row_count=row_count,
-        key_count=key_count,
-        place=place,
-        within=within,
-        length=length,
-        valid=valid,
-        lo=lo,
-        ends=lambda places: lo,
-        causal=False,
-        covers=True,
-        points=points.flatten(0, 1),
+    groups = _groups(torch.arange(0, sizes.n_q, 128, device=table.device), 128, sizes.n_q)
+    none = torch.zeros(points.shape[0] * points.shape[1], groups[0].shape[1], 0, dtype=torch.int64, device=table.device)
+    return _as_they_stand(
+        points, groups, sizes, none, lambda places: none, causal=False, covers=True, points=points.flatten(0, 1)
     )
