@@ -61,7 +61,7 @@ def page(results: dict[str, Any], source: str, images: dict[str, str]) -> str:
     parts = [
         "# Benchmarks",
         f"Written by `python benchmarks/report.py` from [{source}](../{source}); no figure on this page is typed by hand. "
-        f"Measured by `{results['command']}` (everything: `make bench`).",
+        "Measured by `python benchmarks/run.py` (`make bench`); `--only SECTION` measures one section anew.",
     ]
     if s["name"] != "full":
         parts.append(f"**This was a run at the {s['name']} sizes.**")

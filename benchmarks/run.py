@@ -7,7 +7,6 @@ measurements are in `farlight.bench`; `report.py` turns the results into docs/be
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -31,8 +30,7 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     settings = TINY if chosen.tiny else QUICK if chosen.quick else FULL
     here = machine()
-    command = shlex.join(["python", "benchmarks/run.py", *arguments])
-    results = Results(chosen.out or default_path(here, settings.name), here, settings.to_dict(), command)
+    results = Results(chosen.out or default_path(here, settings.name), here, settings.to_dict())
     failed = False
     for name in chosen.only or SECTIONS:
         section = SECTIONS[name]

@@ -25,9 +25,10 @@ def default_path(machine: dict[str, Any], settings: str) -> Path:
 class Results:
     """Sections by name. Those measured before on the same machine with the same settings stay until measured again."""
 
-    def __init__(self, path: Path, machine: dict[str, Any], settings: dict[str, Any], command: str) -> None:
+    def __init__(self, path: Path, machine: dict[str, Any], settings: dict[str, Any]) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        machine, settings = json.loads(json.dumps([machine, settings]))  # tuples read back as lists: compare what is stored
         kept: dict[str, Any] = {}
         if path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
@@ -39,7 +40,6 @@ class Results:
             "format": FORMAT,
             "machine": machine,
             "settings": settings,
-            "command": command,
             "written": "",
             "sections": kept,
         }

@@ -158,7 +158,8 @@ def test_results_are_stored_row_by_row(scripts: None, tmp_path: Path) -> None:
     from store import Results
 
     path, machine = tmp_path / "deep" / "results.json", {"processor": "P", "threads": 2}
-    results = Results(path, machine, {"name": "full"}, "first")
+    settings = {"name": "full", "dims": (32, 64)}  # a tuple, which JSON gives back as a list
+    results = Results(path, machine, settings)
     results.begin("waste", "How?", 1.0)
     results.add("waste", {"about": {"load": 0.5}})
     results.add("waste", {"pattern": "star()", "waste": 1.0})
@@ -167,11 +168,11 @@ def test_results_are_stored_row_by_row(scripts: None, tmp_path: Path) -> None:
     assert (killed["load"], killed["complete"]) == (0.5, False)
     with pytest.raises(ValueError, match="not JSON compliant"):
         results.add("waste", {"seconds": float("nan")})
-    again = Results(path, machine, {"name": "full"}, "second")
+    again = Results(path, machine, settings)
     again.begin("dims", "D?", 1.0)
     again.end("dims")
     assert set(json.loads(path.read_text())["sections"]) == {"waste", "dims"}
-    other = Results(path, {**machine, "threads": 1}, {"name": "full"}, "third")
+    other = Results(path, {**machine, "threads": 1}, settings)
     other.write()
     assert json.loads(path.read_text())["sections"] == {}
 
@@ -278,7 +279,6 @@ def synthetic() -> dict[str, Any]:
         "format": 1,
         "machine": {"processor": "Abacus", "threads": 2},
         "settings": FULL.to_dict(),
-        "command": "python benchmarks/run.py",
         "written": "now",
         "sections": {
             "headline": section(*headline),

@@ -42,9 +42,9 @@ _ALL = (
     Section("patterns", "Does a harder pattern keep the rate of the plain window?", 230, pattern_rows),
     Section("routing", "What does it cost to let content decide?", 260, routing_rows),
     Section("dims", "Does the rate depend on the head dimension?", 110, dims_rows),
-    Section("models", "How fast beside Hugging Face's Longformer and BigBird?", 120, model_rows),
-    Section("scaling", "How does it scale: threads, tiny calls, a million tokens?", 130, scaling_rows),
-    Section("breakeven", "From which length on does each pattern beat dense attention?", 130, breakeven_rows),
+    Section("models", "How fast beside Hugging Face's Longformer and BigBird?", 240, model_rows),
+    Section("scaling", "How does it scale: threads, tiny calls, a million tokens?", 90, scaling_rows),
+    Section("breakeven", "From which length on does each pattern beat dense attention?", 90, breakeven_rows),
     Section("planning", "How long does planning take?", 40, planning_rows),
     Section("waste", "How many pairs are visited for each pair wanted?", 40, waste_rows),
 )
