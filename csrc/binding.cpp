@@ -22,7 +22,7 @@ using namespace farlight;
 template <class T, int Dims>
 auto array_of(nb::handle owner, const char* name) {
   nb::ndarray<const T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu> array;
-  if (!nb::try_cast(owner.attr(name), array, false))
+  if (!nb::try_cast(owner.attr(name), array, false) || !array.is_valid())  // None casts to no array
     throw MalformedPlan(std::string(name) + " is not a contiguous " + std::to_string(Dims) + "-dimensional int" +
                         std::to_string(8 * sizeof(T)) + " tensor in the host's memory");
   return array;

@@ -224,6 +224,18 @@ def test_huge_values(isa: str, dtype: torch.dtype) -> None:
         assert bool(gradient.isfinite().all())
 
 
+@pytest.mark.parametrize("falls", (False, True), ids=("rising", "falling"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
+def test_scores_that_rise_along_the_keys(isa: str, dtype: torch.dtype, falls: bool) -> None:
+    """What earlier chunks gave is brought to the new largest score, in some rows of a tile and not in others."""
+    case = Case("full", fl.full(), 400, heads=2, head_dim=32)
+    given = inputs(case, dtype)
+    given.k[..., 0] = torch.linspace(0, 60, 400).flip(0) if falls else torch.linspace(0, 60, 400)
+    given.q[..., 0] = torch.arange(400) % 3
+    found = run(case, given, plan_of(case))
+    assert assert_answer(found, solve(case, given, with_grad_lse=True), f"{case.name}, {dtype}") == 5
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
 @pytest.mark.parametrize("feature", FEATURES)
 def test_nan_stays_in_its_row(isa: str, feature: str, dtype: torch.dtype) -> None:
@@ -281,6 +293,8 @@ KEPT = {
     ),
     "every other start": Case("odd window", fl.window(37, 50), 500, batch=2, heads=2, head_dim=64),
     "blocks that break off": Case("short runs", fl.strided(3) | fl.window(70, dilation=5), 400, heads=1, head_dim=48),
+    "keys at equal distances": Case("dilated, wide", fl.window(50, dilation=4), 900, heads=4, kv_heads=2, head_dim=64),
+    "keys in any order": Case("clusters", fl.clusters(torch.arange(700) * 37 % 11), 700, heads=2, kv_heads=1, head_dim=64),
 }
 
 
@@ -332,8 +346,9 @@ if sys.argv[2] == "step":
     print("ready", flush=True)
     ctypes.string_at(x.data_ptr(), 17)
 cpu.use(sys.argv[1])
-pattern = fl.window(20) | fl.global_tokens([0]) | fl.random_keys(2) | fl.window(2, dilation=7)
-for dim in (1, 5, 24, 32, 64):
+mixed = fl.window(20) | fl.global_tokens([0]) | fl.random_keys(2) | fl.window(2, dilation=7)
+spread = fl.window(40, dilation=3)
+for pattern, dim in ((mixed, 1), (mixed, 5), (mixed, 24), (mixed, 32), (mixed, 64), (spread, 32), (spread, 64)):
     for rows, keys in ((48, 48), (37, 90), (70, 45)):
         plan = build(pattern, fl.patterns.Sizes.of(rows, keys), cpu.SHAPE)
         for dtype in (torch.float32, torch.bfloat16):

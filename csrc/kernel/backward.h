@@ -63,7 +63,7 @@ class Backward {
     const Dropped dropped(call_.dropout, *call_.plan, tile);
     const Source<T> q(call_.q, item_.batch, item_.head), dout(call_.dout, item_.batch, item_.head);
     const float base2 = call_.scale * kLog2E;
-    if (tile.any_points()) prefetch_points(tile, keys_.source(), values_.source(), dim_);
+    PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
     queries_.fetch(q, tile, in_pairs<Mode> ? 1.0f : base2);
     upstream_.fetch(dout, tile, 1.0f);
     lay_rows(q, tile, query_rows_);
@@ -79,18 +79,24 @@ class Backward {
     for (int turn = 0; more; turn ^= 1) {
       chunk_ = chunks_ + turn;
       more = walk.next(chunks_[turn ^ 1]);
+      points.ask(kAsked);
       const Chunk& c = *chunk_;
-      const Ahead<Mode> ahead{more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, dim_};
+      Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, dim_);
       for (int i = 0; i < c.n; ++i) touched |= c.seen[i];
-      if constexpr (!in_tiles<Mode>) {
+      find_sums(sums);
+      if constexpr (in_tiles<Mode>) {
+#if defined(FARLIGHT_ISA_AMX)
+        score_tiles(c, keys_, queries_, scores_, &ahead);
+        score_tiles<Mode>(c, values_, upstream_, slopes_, nullptr);
+#endif
+      } else {
         keys_.fetch_rows(c, true);
         values_.fetch_rows(c);
+        score<Mode, false>(c, keys_, queries_, base2, lanes, scores_, nullptr, &ahead);
+        score<Mode, false>(c, values_, upstream_, 1.0f, lanes, slopes_, nullptr, nullptr);
       }
-      find_sums(sums);
-      score<Mode, false>(c, keys_, queries_, base2, lanes, scores_, nullptr, ahead);
-      score<Mode, false>(c, values_, upstream_, 1.0f, lanes, slopes_, nullptr, Nothing());
       differentiate(dropped, base2, lanes);
-      add_to_sums(terms, sums.stride);
+      add_to_sums(terms);
       if (done && done % kTogether == 0) put_by(done == kTogether);
       add_keys(lanes, done % kTogether == 0);
       ++done;
@@ -162,14 +168,14 @@ class Backward {
     }
   }
 
-  // lse in base 2 and delta - dlse of every row. A row that saw nothing gets weights of zero.
+  // lse and delta - dlse of every row. A row that saw nothing gets weights of zero.
   void prepare(const Tile& tile, const Source<T>& q, const Source<T>& dout) {
     const Source<T> out(call_.out, item_.batch, item_.head);
     for (int s = 0; s < kRows; ++s) {
       lse_[s] = delta_[s] = 0.0f;
       if (s >= tile.count) continue;
       const int64_t at = (item_.batch * call_.heads + item_.head) * call_.plan->n_q + tile.row[s];
-      lse_[s] = call_.lse[at] == -INFINITY ? -kUnseen : call_.lse[at] * kLog2E;
+      lse_[s] = call_.lse[at] == -INFINITY ? -kNothing : call_.lse[at];
       copy_as_float(dout.row(tile.row[s]), row_upstream_, dim_);
       delta_[s] = dot(row_upstream_, out.row(tile.row[s]), dim_) - (call_.dlse ? call_.dlse[at] : 0.0f);
     }
@@ -179,7 +185,7 @@ class Backward {
   // From S and dP to P (with dropout) and dS, both times what the products need.
   void differentiate(const Dropped& dropped, float base2, int lanes) {
     const Chunk& c = *chunk_;
-    const F scale = all(call_.scale), inverse = all(dropped.inverse()), factor = all(base2);
+    const F scale = all(call_.scale), inverse = all(dropped.inverse()), factor = all(base2), to_base2 = all(-kLog2E);
     for (int g = 0; g < lanes; g += kV * W) {
       F lse[kV], delta[kV];
       for (int v = 0; v < kV; ++v) {
@@ -194,7 +200,8 @@ class Backward {
           const int at = i * kRows + g + v * W;
           F score = load(scores_ + at);
           if (in_tiles<Mode>) score = mul(score, factor);
-          p[v] = power2<Mode::degree>(sub(score, lse[v]));
+          // Not rounded on the way: the lse's error is that of all weights of its row.
+          p[v] = power2<Mode::degree>(fma(lse[v], to_base2, score));
           if (masked) p[v] = choose(c.seen[i] >> (g + v * W), p[v], all(0.0f));
           F dp = load(slopes_ + at);
           if (dropped.on()) {
@@ -270,11 +277,11 @@ class Backward {
     }
   }
 
-  void add_to_sums(int terms, int64_t stride) {
+  void add_to_sums(int terms) {
     const Chunk& c = *chunk_;
     if constexpr (in_tiles<Mode>) {
-      add_tiles_to_sums(dv_, weight_rows_, upstream_rows_, stride);
-      add_tiles_to_sums(dk_, slope_rows_, query_rows_, stride);
+      add_tiles_to_sums(dv_, weight_rows_, upstream_rows_);
+      add_tiles_to_sums(dk_, slope_rows_, query_rows_);
       return;
     }
     for (int block = 0; block < c.blocks; ++block) {
@@ -288,28 +295,32 @@ class Backward {
     }
   }
 
-  // Strips whose sums lie in one stretch are added to where they are, others by way of `loose_`, one key after the other.
-  void add_tiles_to_sums(float* const* sums, const Word* weights, const Word* rows, int64_t stride) {
+  // Strips whose sums lie at equal distances are added to where they are, others by way of `loose_`, one key after the other.
+  void add_tiles_to_sums(float* const* sums, const Word* weights, const Word* rows) {
 #if defined(FARLIGHT_ISA_AMX)
     float* to[kKeys / kTile];
     for (int first = 0; first < chunk_->blocks * kM;) {
+      const int64_t stride = sums[first + 1] - sums[first];
       int strips = 0;
       for (; first < chunk_->blocks * kM && even(sums + first, stride); first += kTile) to[strips++] = sums[first];
-      const Word* at = weights + (first - strips * kTile) * kRows / 2;
-      if (strips) add_strips(to, stride, reinterpret_cast<const Half*>(at), rows, ld_, strips, dim_, false);
-      if (first >= chunk_->blocks * kM) return;
+      if (strips) {
+        const Word* at = weights + (first - strips * kTile) * kRows / 2;
+        add_strips(to, stride, reinterpret_cast<const Half*>(at), rows, ld_, strips, dim_, false);
+        continue;
+      }
       add_strips(&loose_, ld_, reinterpret_cast<const Half*>(weights + first * kRows / 2), rows, ld_, 1, dim_, true);
       for (int i = 0; i < kTile && first + i < chunk_->n; ++i)
         for (int64_t d = 0; d < dim_; d += W) store(sums[first + i] + d, add(load(sums[first + i] + d), load(loose_ + i * ld_ + d)));
       first += kTile;
     }
 #else
-    (void)sums, (void)weights, (void)rows, (void)stride;
+    (void)sums, (void)weights, (void)rows;
 #endif
   }
 
 #if defined(FARLIGHT_ISA_AMX)
   static bool even(float* const* sums, int64_t stride) {
+    if (stride <= 0) return false;
     for (int i = 1; i < kTile; ++i)
       if (sums[i] != sums[0] + i * stride) return false;
     return true;
@@ -374,7 +385,7 @@ class Backward {
   void add_point(int32_t key, int s, const Dropped& dropped, const Sums& sums) {
     const T *k = keys_.source().row(key), *v = values_.source().row(key);
     float p[W];
-    store(p, power2<5>(all(dot(query_, k, dim_) * (call_.scale * kLog2E) - lse_[s])));
+    store(p, power2<5>(fma(all(lse_[s]), all(-kLog2E), all(dot(query_, k, dim_) * (call_.scale * kLog2E)))));
     float dp = dot(row_upstream_, v, dim_), weight = p[0];
     if (dropped.on()) {
       const float factor = dropped.kept_one(key, s) ? dropped.inverse() : 0.0f;

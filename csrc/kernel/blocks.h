@@ -34,6 +34,20 @@ struct PairWord {
 };
 #endif
 
+// acc[m][v] += row[m][i] * b[v]
+template <class Op, int M, int V>
+FARLIGHT_INLINE void along_word(F (&acc)[M][V], const typename Op::Word* const (&row)[M], int64_t i, const typename Op::Word* b) {
+  typename Op::Vector x[V];
+  FARLIGHT_UNROLL
+  for (int v = 0; v < V; ++v) x[v] = Op::read(b + v * W);
+  FARLIGHT_UNROLL
+  for (int m = 0; m < M; ++m) {
+    const auto a = Op::broadcast(row[m] + i);
+    FARLIGHT_UNROLL
+    for (int v = 0; v < V; ++v) acc[m][v] = Op::mac(acc[m][v], a, x[v]);
+  }
+}
+
 // acc[m][v] += sum over i < n of rows[m][i] * b[i][v]
 template <class Op, int M, int V>
 FARLIGHT_INLINE void along_rows(F (&acc)[M][V], const typename Op::Word* const* rows, const typename Op::Word* b, int64_t ld,
@@ -41,23 +55,15 @@ FARLIGHT_INLINE void along_rows(F (&acc)[M][V], const typename Op::Word* const* 
   const typename Op::Word* row[M];
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) row[m] = rows[m];
-  for (int64_t i = 0; i < n; ++i, b += ld) {
-    typename Op::Vector x[V];
-    FARLIGHT_UNROLL
-    for (int v = 0; v < V; ++v) x[v] = Op::read(b + v * W);
-    FARLIGHT_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const auto a = Op::broadcast(row[m] + i);
-      FARLIGHT_UNROLL
-      for (int v = 0; v < V; ++v) acc[m][v] = Op::mac(acc[m][v], a, x[v]);
-    }
-  }
+  FARLIGHT_UNROLL_4
+  for (int64_t i = 0; i < n; ++i, b += ld) along_word<Op, M, V>(acc, row, i, b);
 }
 
 // acc[m][v] += sum over i < n of rows[i][at + m] * b[i][v]
 template <class Op, int M, int V>
 FARLIGHT_INLINE void across_rows(F (&acc)[M][V], const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b,
                                  int64_t ld, int64_t n) {
+  FARLIGHT_UNROLL_4
   for (int64_t i = 0; i < n; ++i, b += ld) {
     const typename Op::Word* row = rows[i] + at;
     typename Op::Vector x[V];

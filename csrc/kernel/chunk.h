@@ -63,7 +63,7 @@ class Walk {
   // The next keys; false when there are none.
   bool next(Chunk& c) {
     c.n = 0;
-    for (int i = 0; i < kKeys / kM; ++i) c.mixed[i] = false;
+    for (int i = 0; i < kKeys / kM; ++i) c.mixed[i] = c.masked[i] = false;
     while (c.n < most_ && more_) {
       const int take = least(most_ - c.n, hi_ - slot_);
       if (c.n % kM) c.mixed[c.n / kM] = true;
@@ -83,11 +83,7 @@ class Walk {
     for (int i = c.n; i < c.blocks * kM; ++i) {
       c.key[i] = c.key[c.n - 1];
       c.seen[i] = 0;
-    }
-    for (int i = 0; i < c.blocks; ++i) {
-      uint32_t every = kEvery;
-      for (int j = 0; j < kM; ++j) every &= c.seen[i * kM + j];
-      c.masked[i] = every != kEvery;
+      c.masked[i / kM] = true;
     }
     return true;
   }
@@ -158,9 +154,13 @@ class Walk {
       from = static_cast<int>(most<int64_t>(0, least<int64_t>(core_lo_ - slot_, take)));
       to = static_cast<int>(most<int64_t>(from, least<int64_t>(core_hi_ - slot_, take)));
     }
-    for (int i = 0; i < from; ++i) seen[i] = rows_seeing(slot_ + i);
+    const auto ask = [&](int i) {
+      seen[i] = rows_seeing(slot_ + i);
+      if (seen[i] != kEvery) c.masked[(c.n + i) / kM] = true;
+    };
+    for (int i = 0; i < from; ++i) ask(i);
     for (int i = from; i < to; ++i) seen[i] = kEvery;
-    for (int i = to; i < take; ++i) seen[i] = rows_seeing(slot_ + i);
+    for (int i = to; i < take; ++i) ask(i);
   }
 
   const Tile& tile_;

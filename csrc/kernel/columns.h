@@ -18,49 +18,56 @@ struct NoColumns {
 
 constexpr int64_t kKept = 256;  // blocks that a thread keeps, at most
 
+// Which blocks are kept: what must be cleared before a call.
+struct KeptNames {
+  uint64_t fetches;
+  uint64_t head[kKept];  // whose, from 1 on; 0: none
+  uint64_t used[kKept];  // in which fetch, last
+};
+
 class Columns {
  public:
-  Columns(const Source<Half>& source, int64_t dim, int64_t head) : source_(source), dim_(dim), head_(head) {}
+  Columns(const Source<Half>& source, int64_t dim, int64_t head) : source_(source), dim_(dim), head_(static_cast<uint64_t>(head) + 1) {}
 
   // The first thing taken from the arena: the names of the blocks that are kept must lie where the caller cleared them.
   void reserve(Arena& arena) {
     const int64_t block = rounded(dim_, 32) * kDeep;
     slots_ = least<int64_t>(kKept, kKeptBytes / (block * static_cast<int64_t>(sizeof(Half))));
-    names_ = arena.take<uint64_t>(kKept);
+    names_ = arena.take<KeptNames>(1);
+    keys_ = arena.take<int32_t>(kKept * kDeep);
     kept_ = arena.take<Half>(slots_ * block);
     own_ = arena.take<Half>(kGroups * block);
     pairs_ = arena.take<uint32_t>(kDeep / 2 * rounded(dim_, 32));
     groups = arena.take<const Half*>(kGroups);
   }
 
+  // Whether the block of the chunk's keys from `first` is among those kept.
+  bool keeps(const Chunk& c, int first) const { return first + kDeep <= c.n && find(c.key + first) >= 0; }
+
   // groups[i]: the block of the chunk's keys from 32 i; keys past the chunk's end are zero. The number of blocks.
   int fetch(const Chunk& c) {
     const int64_t size = rounded(dim_, 32) * kDeep;
     const int count = (c.n + kDeep - 1) / kDeep;
+    const uint64_t now = ++names_->fetches;
     for (int i = 0; i < count; ++i) {
       const int first = i * kDeep;
-      const int64_t key = c.key[first];
-      groups[i] = own_ + i * size;
-      if (first + kDeep > c.n || !neighbours(c.key + first, kTile) || !neighbours(c.key + first + kTile, kTile) ||
-          c.key[first + kTile] != key + kTile) {
-        turn(c, first, own_ + i * size);
-        continue;
-      }
-      // Named by its first key, wherever that is: the tiles of a pattern step by 32 rows, and so do the keys they begin with.
-      const int64_t slot = (key / kDeep) % slots_;
-      const uint64_t name = static_cast<uint64_t>(head_ + 1) << 32 | static_cast<uint64_t>(key);
-      Half* at = kept_ + slot * size;
-      bool taken = false;
-      for (int j = 0; j < i; ++j) taken |= groups[j] == at;
-      if (names_[slot] == name) {
-        groups[i] = at;
-      } else if (taken) {
-        turn(c, first, own_ + i * size);
+      int64_t slot = first + kDeep <= c.n ? find(c.key + first) : -1;
+      if (slot < 0) {
+        slot = first + kDeep <= c.n ? older(c.key[first]) : -1;
+        Half* to = own_ + i * size;
+        if (slot >= 0 && names_->used[slot] < now) {
+          to = kept_ + slot * size;
+          names_->head[slot] = head_;
+          std::memcpy(keys_ + slot * kDeep, c.key + first, kDeep * sizeof(int32_t));
+        } else {
+          slot = -1;
+        }
+        turn(c, first, to);
+        groups[i] = to;
       } else {
-        turn(c, first, at);
-        names_[slot] = name;
-        groups[i] = at;
+        groups[i] = kept_ + slot * size;
       }
+      if (slot >= 0) names_->used[slot] = now;
     }
     return count;
   }
@@ -70,6 +77,26 @@ class Columns {
  private:
   static constexpr int kGroups = kKeys / kDeep;
   static constexpr int64_t kKeptBytes = 512 << 10;  // together: a quarter of the second cache of the machines that have tiles
+
+  // A block has two places. The first depends on its first key: the tiles of a pattern step by 32 rows, and so do the keys that
+  // their blocks begin with.
+  int64_t place_of(int64_t key) const { return key / kDeep % slots_; }
+  int64_t other(int64_t place) const { return (place + slots_ / 2) % slots_; }
+
+  // Where these 32 keys are kept, or -1.
+  int64_t find(const int32_t* key) const {
+    const int64_t first = place_of(key[0]), second = other(first);
+    return is_at(first, key) ? first : is_at(second, key) ? second : -1;
+  }
+  bool is_at(int64_t slot, const int32_t* key) const {
+    const int32_t* kept = keys_ + slot * kDeep;
+    return names_->head[slot] == head_ && same(load_i(kept), load_i(key)) && same(load_i(kept + W), load_i(key + W));
+  }
+  // The place that was used longer ago.
+  int64_t older(int64_t key) const {
+    const int64_t first = place_of(key), second = other(first);
+    return names_->used[second] < names_->used[first] ? second : first;
+  }
 
   void turn(const Chunk& c, int first, Half* to) {
     const int64_t ld = rounded(dim_, 32);
@@ -82,14 +109,15 @@ class Columns {
     const char* rows[kDeep / 2];
     for (int i = 0; i < kDeep / 2; ++i) rows[i] = reinterpret_cast<const char*>(pairs_ + i * ld);
     for (int64_t d = 0; d < dim_; d += 8)
-      for (int i = 0; i < kDeep / 2; i += 8)
-        transpose8(rows + i, d * 4, reinterpret_cast<char*>(to + d * kDeep) + i * 4, kDeep * sizeof(Half));
+      turn_block(rows, kDeep / 2, d * 4, reinterpret_cast<char*>(to + d * kDeep), kDeep * sizeof(Half));
     for (int64_t d = rounded(dim_, 8); d < rounded(dim_, kTile); ++d) std::memset(to + d * kDeep, 0, kDeep * sizeof(Half));
   }
 
   Source<Half> source_;
-  int64_t dim_, head_, slots_ = 0;
-  uint64_t* names_ = nullptr;
+  int64_t dim_, slots_ = 0;
+  uint64_t head_;
+  KeptNames* names_ = nullptr;
+  int32_t* keys_ = nullptr;
   Half *kept_ = nullptr, *own_ = nullptr;
   uint32_t* pairs_ = nullptr;
 };

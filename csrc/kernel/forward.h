@@ -43,7 +43,7 @@ class Forward {
     const Dropped dropped(call_.dropout, *call_.plan, tile);
     const Source<T> q(call_.q, item_.batch, item_.head);
     const float base2 = call_.scale * kLog2E;
-    prefetch_points(tile, keys_.source(), values_.source(), dim_);
+    PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
     queries_.fetch(q, tile, in_pairs<Mode> ? 1.0f : base2);
     const int lanes = static_cast<int>(rounded(tile.count, kV * W));
     for (int g = 0; g < kRows; g += W) {
@@ -57,13 +57,10 @@ class Forward {
     for (int turn = 0; more; turn ^= 1) {
       chunk_ = chunks_ + turn;
       more = walk.next(chunks_[turn ^ 1]);
-      const Ahead<Mode> ahead{more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, dim_};
-      float top[kRows];
-      if constexpr (!in_tiles<Mode>) keys_.fetch_rows(*chunk_);
-      score<Mode, true>(*chunk_, keys_, queries_, base2, lanes, scores_, top, ahead);
-      raise(top, lanes, fresh);
-      weigh(dropped, base2, lanes);
-      add_values(lanes, fresh);
+      points.ask(kAsked);
+      Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, dim_);
+      if constexpr (in_tiles<Mode>) take_tiles(ahead, dropped, base2, lanes, fresh);
+      else take(ahead, dropped, base2, lanes, fresh);
       fresh = false;
     }
     if (fresh) {
@@ -71,7 +68,10 @@ class Forward {
     } else {
       turn_out(sum_, dim_, rows_, ld_);
     }
-    if (tile.any_points()) add_points(tile, q, dropped);
+    if (tile.any_points()) {
+      points.ask(kPoints);
+      add_points(tile, q, dropped);
+    }
     finish(tile, dropped.inverse());
   }
 
@@ -83,6 +83,34 @@ class Forward {
     const int64_t width = call_.out_type == Type::f32 ? 4 : 2;
     const char* at = static_cast<const char*>(call_.result) + (item_.batch * call_.heads + item_.head) * call_.plan->n_q * dim_ * width;
     for (int s = 0; s < tile.count; ++s) ask_for(at + tile.row[s] * dim_ * width, dim_ * width);
+  }
+
+  // One chunk: its scores, their weights, and the values with these.
+  FARLIGHT_INLINE void take(Ahead<Mode>& ahead, const Dropped& dropped, float base2, int lanes, bool fresh) {
+    float top[kRows];
+    keys_.fetch_rows(*chunk_);
+    score<Mode, true>(*chunk_, keys_, queries_, base2, lanes, scores_, top, &ahead);
+    raise(top, lanes, fresh);
+    weigh(dropped, lanes);
+    add_values(lanes, fresh);
+  }
+
+  // The same where products are made of tiles.
+  FARLIGHT_INLINE void take_tiles([[maybe_unused]] const Ahead<Mode>& ahead, [[maybe_unused]] const Dropped& dropped, [[maybe_unused]] float base2,
+                  [[maybe_unused]] int lanes, [[maybe_unused]] bool fresh) {
+#if defined(FARLIGHT_ISA_AMX)
+    F sums[kRows / W];
+    score_tiles(*chunk_, keys_, queries_, scores_, &ahead);
+    if (fresh || weigh_tiles(dropped, base2, lanes, sums)) {
+      float top[kRows];
+      largest_of(*chunk_, scores_, base2, lanes, top);
+      raise(top, lanes, fresh);
+      weigh_tiles(dropped, base2, lanes, sums);
+    }
+    for (int g = 0; g < lanes; g += W) store(total_ + g, add(load(total_ + g), sums[g / W]));
+    const int groups = columns_.fetch(*chunk_);
+    add_across_groups(sum_, columns_.groups, weights_, groups, dim_, fresh);
+#endif
   }
 
   // A row whose largest score rose by more than this gets a new reference; until then its weights may exceed 1, harmlessly.
@@ -106,39 +134,51 @@ class Forward {
     return power2<Mode::degree>(sub(load(scores_ + i * kRows + g), reference));
   }
 
-  // The weights of a block where products are made of tiles: scores come as they are, neither scaled nor masked, and keys that
-  // only fill up the last group are masked as others are. Their sum.
-  FARLIGHT_INLINE F weigh_block(int block, int g, F factor, F reference, const Dropped& dropped) {
-    F sum = all(0.0f);
 #if defined(FARLIGHT_ISA_AMX)
+  // The weights of a block where products are made of tiles: scores come as they are, neither scaled nor masked, and keys that
+  // only fill up the last group are masked as others are. Their sum; `most` grows to the largest power.
+  FARLIGHT_INLINE F weigh_block(int block, int g, F factor, F reference, const Dropped& dropped, F& most) {
     const Chunk& c = *chunk_;
     const int first = block * kM;
     F w[kM];
     FARLIGHT_UNROLL
-    for (int i = 0; i < kM; ++i) w[i] = power2<Mode::degree>(sub(mul(load(scores_ + (first + i) * kRows + g), factor), reference));
+    for (int i = 0; i < kM; ++i) w[i] = sub(mul(load(scores_ + (first + i) * kRows + g), factor), reference);
     if (c.masked[block])
-      for (int i = 0; i < kM; ++i) w[i] = choose(c.seen[first + i] >> g, w[i], all(0.0f));
-    sum = add(add(add(w[0], w[1]), add(w[2], w[3])), add(add(w[4], w[5]), add(w[6], w[7])));
+      for (int i = 0; i < kM; ++i) w[i] = choose(c.seen[first + i] >> g, w[i], all(kUnseen));
+    most = max(largest(w), most);
+    FARLIGHT_UNROLL
+    for (int i = 0; i < kM; ++i) w[i] = power2<Mode::degree>(w[i]);
+    const F sum = add(add(add(w[0], w[1]), add(w[2], w[3])), add(add(w[4], w[5]), add(w[6], w[7])));
     if (dropped.on())
       for (int i = 0; i < kM; ++i) w[i] = choose(dropped.kept(c.key[first + i], g), w[i], all(0.0f));
     FARLIGHT_UNROLL
     for (int i = 0; i < kM; i += 2) store_i(weights_ + (first + i) / 2 * kRows + g, paired(w[i], w[i + 1]));
-#else
-    (void)block, (void)g, (void)factor, (void)reference, (void)dropped;
-#endif
     return sum;
   }
 
+  // As `weigh`, with the references that there are and into `sums`; true where a row needs a new one, and then all is to be done
+  // again. Looking for the largest score on the way costs less than looking first.
+  bool weigh_tiles(const Dropped& dropped, float base2, int lanes, F* sums) {
+    const F factor = all(base2);
+    uint32_t risen = 0;
+    for (int g = 0; g < lanes; g += W) {
+      const F reference = load(top_ + g);
+      F sum = all(0.0f), most = all(kUnseen);
+      for (int block = 0; block < chunk_->blocks; ++block) sum = add(sum, weigh_block(block, g, factor, reference, dropped, most));
+      sums[g / W] = sum;
+      risen |= greater(most, all(kSlack));
+    }
+    return risen != 0;
+  }
+#endif
+
   // Scores to weights; their sums; what dropout leaves, as operands of the second product.
-  void weigh(const Dropped& dropped, float base2, int lanes) {
+  void weigh(const Dropped& dropped, int lanes) {
     const Chunk& c = *chunk_;
-    [[maybe_unused]] const F factor = all(base2);
     for (int g = 0; g < lanes; g += W) {
       const F reference = load(top_ + g);
       F total = all(0.0f);  // of this chunk, for the reason given at across_block
-      if constexpr (in_tiles<Mode>) {
-        for (int block = 0; block < c.blocks; ++block) total = add(total, weigh_block(block, g, factor, reference, dropped));
-      } else if constexpr (in_pairs<Mode>) {
+      if constexpr (in_pairs<Mode>) {
 #if defined(FARLIGHT_PAIRS)
         for (int i = 0; i < c.n; i += 2) {
           const bool both = i + 1 < c.n;
@@ -166,36 +206,17 @@ class Forward {
 
   // O^T += V^T P^T.
   void add_values(int lanes, bool fresh) {
-    if constexpr (in_tiles<Mode>) {
-#if defined(FARLIGHT_ISA_AMX)
-      const int groups = columns_.fetch(*chunk_);
-      add_across_groups(sum_, columns_.groups, weights_, groups, dim_, fresh);
-#endif
-    } else {
-      const int n = values_.fetch_columns(*chunk_);
-      const Word* weights;
-      if constexpr (in_pairs<Mode>) weights = weights_;
-      else weights = scores_;
-      add_across<typename Mode::Op>(sum_, values_.across, weights, n, dim_, lanes, fresh);
-    }
+    const int n = values_.fetch_columns(*chunk_);
+    const Word* weights;
+    if constexpr (in_pairs<Mode>) weights = weights_;
+    else weights = scores_;
+    add_across<typename Mode::Op>(sum_, values_.across, weights, n, dim_, lanes, fresh);
   }
 
   void add_points(const Tile& tile, const Source<T>& q, const Dropped& dropped) {
-    for (int s = 0; s < tile.count; ++s) {
-      copy_as_float(q.row(tile.row[s]), query_, dim_);
-      Softmax row{top_[s], total_[s], rows_ + s * ld_, dim_};
-      for (int i = 0; i < tile.piece->layer_count; ++i) {
-        const LayerView& layer = tile.piece->layers[i];
-        if (!tile.has_points(layer)) continue;
-        int64_t x, last;
-        tile.points(layer, s, x, last);
-        for (; x < last; x += kPoints)
-          row.take(query_, layer.point_keys + x, static_cast<int>(least<int64_t>(last - x, kPoints)), keys_.source(), values_.source(),
-                  call_.scale * kLog2E, dropped, s);
-      }
-      top_[s] = row.top;
-      total_[s] = row.total;
-    }
+    PointSoftmax<T> softmax(tile, q, keys_.source(), values_.source(), dim_, call_.scale * kLog2E, dropped);
+    for (int i = 0; i < tile.piece->layer_count; ++i)
+      if (tile.has_points(tile.piece->layers[i])) softmax.take(tile.piece->layers[i], query_, top_, total_, rows_, ld_);
   }
 
   void finish(const Tile& tile, float inverse) {

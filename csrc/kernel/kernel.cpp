@@ -70,7 +70,7 @@ void fold(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int
 #define FARLIGHT_TEXT_OF(x) #x
 #define FARLIGHT_TEXT(x) FARLIGHT_TEXT_OF(x)
 #if defined(FARLIGHT_ISA_AMX)
-constexpr int64_t kCleared = kKept * sizeof(uint64_t);
+constexpr int64_t kCleared = sizeof(KeptNames);
 #else
 constexpr int64_t kCleared = 0;
 #endif

@@ -61,7 +61,7 @@ template <class Mode>
 constexpr int group_of = in_tiles<Mode> ? 32 : kM;
 // Keys in a chunk: as many as leave K, V, the scores and the queries room in the first cache.
 template <class Mode>
-constexpr int chunk_of = sizeof(typename Mode::T) == 4 && kKeys >= 64 ? 64 / kM * kM : kKeys;
+constexpr int chunk_of = (sizeof(typename Mode::T) == 4 || in_tiles<Mode>) && kKeys >= 64 ? 64 / kM * kM : kKeys;
 
 // The rows of one (batch, head) of a tensor.
 template <class T>
@@ -86,11 +86,12 @@ FARLIGHT_INLINE void interleave_rows(const Half* x, const Half* y, int64_t dim, 
 #endif
 
 #if defined(FARLIGHT_ISA_AMX)
-// Whether so many keys (up to 16) are consecutive.
-FARLIGHT_INLINE bool neighbours(const int32_t* key, int count) {
-  const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i expected = _mm512_add_epi32(_mm512_set1_epi32(key[0]), steps);
-  return (_mm512_cmpneq_epi32_mask(_mm512_loadu_si512(key), expected) & ((1u << count) - 1)) == 0;
+// The distance between neighbours among so many keys (2 to 16), or 0 where it is not one and the same.
+FARLIGHT_INLINE int32_t step_of(const int32_t* key, int count) {
+  const __m512i places = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const int32_t step = key[1] - key[0];
+  const __m512i expected = _mm512_add_epi32(_mm512_set1_epi32(key[0]), _mm512_mullo_epi32(places, _mm512_set1_epi32(step)));
+  return (_mm512_cmpneq_epi32_mask(_mm512_loadu_si512(key), expected) & ((1u << count) - 1)) == 0 ? step : 0;
 }
 #endif
 
@@ -160,12 +161,13 @@ class Operand {
   }
 
 #if defined(FARLIGHT_ISA_AMX)
-  // Keys first ... first + 15 of the chunk as a strip of tiles: where they lie, or copied to the `place`th room (of two).
+  // Keys first ... first + 15 of the chunk as a strip of tiles: where they lie if that is at equal distances, or copied to the
+  // `place`th room (of two).
   Strip strip(const Chunk& c, int first, int place) const {
     const int real = least(c.n - first, kTile);
-    const bool inside = real == kTile || (real > 0 && c.key[first] + kTile <= keys_);
-    if (dim_ % kDeep == 0 && inside && neighbours(c.key + first, real))
-      return {source_.row(c.key[first]), source_.stride * static_cast<int64_t>(sizeof(T))};
+    const int32_t step = real > 1 && dim_ % kDeep == 0 ? step_of(c.key + first, real) : 0;
+    if (step > 0 && (real == kTile || c.key[first] + int64_t{kTile - 1} * step < keys_))
+      return {source_.row(c.key[first]), source_.stride * step * static_cast<int64_t>(sizeof(T))};
     Half* room = reinterpret_cast<Half*>(along_room_) + place * kTile * ld_;
     for (int i = 0; i < real; ++i) {
       const T* from = source_.row(c.key[first + i]);

@@ -7,62 +7,152 @@
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr int kPoints = 64;  // taken together
+constexpr int kPoints = 256;  // taken together
+constexpr int kAsked = 16;    // asked for with each chunk
 
-// Asks for the rows of all points of a tile early: they lie anywhere.
+// Asks for the rows of a tile's points early, a few at a time: they lie anywhere, and all at once they would hold up what is
+// wanted now.
 template <class T>
-inline void prefetch_points(const Tile& tile, const Source<T>& keys, const Source<T>& values, int64_t dim) {
-  for (int i = 0; i < tile.piece->layer_count; ++i) {
-    const LayerView& layer = tile.piece->layers[i];
-    if (!tile.has_points(layer)) continue;
-    int64_t first, last, ignored;
-    tile.points(layer, 0, first, ignored);
-    tile.points(layer, tile.count - 1, ignored, last);
-    if (last - first > 16 * kRows) continue;
-    for (int64_t x = first; x < last; ++x) {
-      const char* k = reinterpret_cast<const char*>(keys.row(layer.point_keys[x]));
-      const char* v = reinterpret_cast<const char*>(values.row(layer.point_keys[x]));
-      for (int64_t byte = 0; byte < dim * static_cast<int64_t>(sizeof(T)); byte += 64) {
-        FARLIGHT_PREFETCH(k + byte);
-        FARLIGHT_PREFETCH(v + byte);
+class PointsAhead {
+ public:
+  PointsAhead(const Tile& tile, const Source<T>& keys, const Source<T>& values, int64_t dim)
+      : tile_(tile), keys_(keys), values_(values), dim_(dim) {
+    advance();
+  }
+
+  void ask(int64_t count) {
+    for (; count > 0 && at_; --count, ++x_) {
+      if (x_ == last_) {
+        advance();
+        if (!at_) return;
       }
+      ask_for(keys_.row(at_->point_keys[x_]), dim_);
+      ask_for(values_.row(at_->point_keys[x_]), dim_);
     }
+  }
+
+ private:
+  static constexpr int64_t kMost = 16 * kRows;  // more would be gone again before they are used
+
+  // To the next layer that has points.
+  void advance() {
+    while (layer_ < tile_.piece->layer_count) {
+      at_ = &tile_.piece->layers[layer_++];
+      if (!tile_.has_points(*at_)) continue;
+      int64_t ignored;
+      tile_.points(*at_, 0, x_, ignored);
+      tile_.points(*at_, tile_.count - 1, ignored, last_);
+      if (x_ < last_ && last_ - x_ <= kMost) return;
+    }
+    at_ = nullptr;
+  }
+
+  const Tile& tile_;
+  const Source<T>&keys_, &values_;
+  int64_t dim_;
+  const LayerView* at_ = nullptr;
+  int layer_ = 0;
+  int64_t x_ = 0, last_ = 0;
+};
+
+// to += sum over i < n of weight[i] * values[key[i]]
+template <class T>
+inline void add_rows(float* to, const float* weight, const int32_t* key, int n, const Source<T>& values, int64_t dim) {
+  constexpr int kFew = 4;  // whose rows are walked together, so that `to` is read and written once for all
+  for (int i = 0; i < n; i += kFew) {
+    const int few = least(n - i, kFew);
+    const T* row[kFew];
+    for (int j = 0; j < few; ++j) row[j] = values.row(key[i + j]);
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) {
+      F sum = load(to + d);
+      for (int j = 0; j < few; ++j) sum = fma(all(weight[i + j]), widen(row[j] + d), sum);
+      store(to + d, sum);
+    }
+    for (; d < dim; ++d)
+      for (int j = 0; j < few; ++j) to[d] += weight[i + j] * as_float(row[j][d]);
   }
 }
 
-// The softmax of one row, as far as it has come.
-struct Softmax {
-  float top, total;
-  float* row;
-  int64_t dim;
+// The softmax of a tile's rows over their points, going on from what each has seen: `top` and `total` by row, sums from `rows` on,
+// `ld` floats between two. Scores of all rows come first, so that one waits for no other.
+template <class T>
+class PointSoftmax {
+ public:
+  PointSoftmax(const Tile& tile, const Source<T>& queries, const Source<T>& keys, const Source<T>& values, int64_t dim, float scale,
+               const Dropped& dropped)
+      : tile_(tile), queries_(queries), keys_(keys), values_(values), dim_(dim), scale_(scale), dropped_(dropped) {}
 
-  template <class T>
-  void take(const float* query, const int32_t* key, int n, const Source<T>& keys, const Source<T>& values, float scale,
-            const Dropped& dropped, int s) {
-    float weight[kPoints];
-    float largest = kUnseen;
-    for (int i = 0; i < n; ++i) {
-      weight[i] = dot(query, keys.row(key[i]), dim) * scale;
-      largest = weight[i] > largest ? weight[i] : largest;
+  // `query` has room for one row.
+  void take(const LayerView& layer, float* query, float* top, float* total, float* rows, int64_t ld) {
+    int64_t first, last, ignored;
+    tile_.points(layer, 0, first, ignored);
+    tile_.points(layer, tile_.count - 1, ignored, last);
+    int s = 0;
+    for (int64_t x = first; x < last; x += kPoints) {
+      const int n = static_cast<int>(least<int64_t>(last - x, kPoints));
+      while (end(layer, s) <= x) ++s;
+      weigh(layer, s, x, n, query, top, total, rows, ld);
+      for (int row = s, from = 0; from < n; ++row) {
+        const int to = static_cast<int>(least<int64_t>(end(layer, row) - x, n));
+        total[row] += add(layer.point_keys + x, from, to, row, rows + row * ld);
+        from = most(from, to);
+      }
     }
-    if (largest > top) {
-      float shrink[W];
-      store(shrink, power2<5>(all(top - largest)));
-      for (int64_t d = 0; d < dim; ++d) row[d] *= shrink[0];
-      total *= shrink[0];
-      top = largest;
-    }
-    for (int i = n; i % W; ++i) weight[i] = kUnseen;
-    F sums = all(0.0f);
-    for (int i = 0; i < n; i += W) {
-      const F w = power2<5>(sub(load(weight + i), all(top)));
-      sums = add(sums, w);
-      store(weight + i, w);
-    }
-    total += sum(sums);
-    for (int i = 0; i < n; ++i)
-      if (!dropped.on() || dropped.kept_one(key[i], s)) add_times(row, weight[i], values.row(key[i]), dim);
   }
+
+ private:
+  int64_t end(const LayerView& layer, int s) const {
+    int64_t first, last;
+    tile_.points(layer, s, first, last);
+    return last;
+  }
+
+  // The weights of points x ... x + n - 1, the first of which are row s's.
+  void weigh(const LayerView& layer, int s, int64_t x, int n, float* query, float* top, float* total, float* rows, int64_t ld) {
+    for (int from = 0; from < n; ++s) {
+      const int to = static_cast<int>(least<int64_t>(end(layer, s) - x, n));
+      if (from >= to) continue;
+      copy_as_float(queries_.row(tile_.row[s]), query, dim_);
+      float largest = kUnseen;
+      for (int i = from; i < to; ++i) {
+        weight_[i] = dot(query, keys_.row(layer.point_keys[x + i]), dim_) * scale_;
+        largest = weight_[i] > largest ? weight_[i] : largest;
+      }
+      if (largest > top[s]) {
+        float shrink[W];
+        store(shrink, power2<5>(all(top[s] - largest)));
+        for (int64_t d = 0; d < dim_; ++d) rows[s * ld + d] *= shrink[0];
+        total[s] *= shrink[0];
+        top[s] = largest;
+      }
+      for (; from < to; ++from) reference_[from] = top[s];
+    }
+    for (int i = n; i % W; ++i) weight_[i] = reference_[i] = 0.0f;
+    for (int i = 0; i < n; i += W) store(weight_ + i, power2<5>(sub(load(weight_ + i), load(reference_ + i))));
+  }
+
+  // Adds the values of row s's points; the sum of their weights.
+  float add(const int32_t* key, int from, int to, int s, float* row) {
+    float sum = 0.0f;
+    if (!dropped_.on()) {
+      for (int i = from; i < to; ++i) sum += weight_[i];
+      if (from < to) add_rows(row, weight_ + from, key + from, to - from, values_, dim_);
+      return sum;
+    }
+    for (int i = from; i < to; ++i) {
+      sum += weight_[i];
+      if (dropped_.kept_one(key[i], s)) add_times(row, weight_[i], values_.row(key[i]), dim_);
+    }
+    return sum;
+  }
+
+  const Tile& tile_;
+  const Source<T>&queries_, &keys_, &values_;
+  int64_t dim_;
+  float scale_;
+  const Dropped& dropped_;
+  float weight_[kPoints], reference_[kPoints];
 };
 
 }  // namespace farlight::FARLIGHT_NS

@@ -37,7 +37,11 @@ FARLIGHT_INLINE void write_row(Type type, void* to, int64_t at, const float* fro
     std::memcpy(static_cast<float*>(to) + at, from, n * sizeof(float));
   } else {
     Half* out = static_cast<Half*>(to) + at;
-    for (int64_t d = 0; d < n; ++d) out[d] = as_half(from[d]);
+    int64_t d = 0;
+#if defined(FARLIGHT_PAIRS)
+    for (; d + 2 * W <= n; d += 2 * W) store_halves(out + d, narrowed(load(from + d), load(from + d + W)));
+#endif
+    for (; d < n; ++d) out[d] = as_half(from[d]);
   }
 }
 FARLIGHT_INLINE void read_row(Type type, const void* from, int64_t at, float* to, int64_t n) {
@@ -74,23 +78,32 @@ FARLIGHT_INLINE void add_times(float* to, float weight, const T* b, int64_t n) {
   for (; d < n; ++d) to[d] += weight * as_float(b[d]);
 }
 
+// to[j][i] = rows[i][j] for `count` rows, a multiple of 8, and 8 words of each.
+FARLIGHT_INLINE void turn_block(const char* const* rows, int count, int64_t offset, char* to, int64_t stride) {
+  int i = 0;
+#if defined(FARLIGHT_TRANSPOSE16)
+  for (; i + 16 <= count; i += 16) transpose16(rows + i, offset, to + i * 4, stride);
+#endif
+  for (; i < count; i += 8) transpose8(rows + i, offset, to + i * 4, stride);
+}
+
 // to[d][s] = rows[s][d]: kRows rows of `words` 32-bit words, turned.
 inline void turn_in(const char* const* rows, int64_t words, void* to) {
   constexpr int64_t line = kRows * 4;
   char* out = static_cast<char*>(to);
   int64_t d = 0;
-  for (; d + 8 <= words; d += 8)
-    for (int s = 0; s < kRows; s += 8) transpose8(rows + s, d * 4, out + d * line + s * 4, line);
+  for (; d + 8 <= words; d += 8) turn_block(rows, kRows, d * 4, out + d * line, line);
   for (; d < words; ++d)
     for (int s = 0; s < kRows; ++s) std::memcpy(out + d * line + s * 4, rows[s] + d * 4, 4);
 }
 
 // to[s][d] = from[d][s], rows `ld` floats apart; both have room for `dim` rounded up to 8.
 inline void turn_out(const float* from, int64_t dim, float* to, int64_t ld) {
-  for (int64_t d = 0; d < dim; d += 8) {
-    const char* rows[8];
-    for (int i = 0; i < 8; ++i) rows[i] = reinterpret_cast<const char*>(from + (d + i) * kRows);
-    for (int s = 0; s < kRows; s += 8) transpose8(rows, s * 4, reinterpret_cast<char*>(to + s * ld + d), ld * 4);
+  for (int64_t d = 0; d < dim; d += 16) {
+    const int count = dim - d > 8 ? 16 : 8;
+    const char* rows[16];
+    for (int i = 0; i < count; ++i) rows[i] = reinterpret_cast<const char*>(from + (d + i) * kRows);
+    for (int s = 0; s < kRows; s += 8) turn_block(rows, count, s * 4, reinterpret_cast<char*>(to + s * ld + d), ld * 4);
   }
 }
 

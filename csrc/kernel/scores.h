@@ -1,6 +1,7 @@
 // S^T = K Q^T for a chunk: scaled, masked, with the largest score of every row.
 #pragma once
 
+#include "ahead.h"
 #include "elementary.h"
 #include "operands.h"
 
@@ -10,67 +11,69 @@ constexpr float kNothing = -1e30f;  // the running maximum of a row that has see
 constexpr float kUnseen = -3e38f;   // the score of a pair that is not allowed: exp2(kUnseen - kNothing) is 0
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// The rows of K and V that the next chunk (null: there is none) will read, asked for a block at a time while scores are formed:
-// memory answers late, and machines do not foresee a walk down the columns of V.
-template <class Mode>
-struct Ahead {
-  const Chunk* next;
-  const Operand<Mode>&keys, &values;
-  int64_t dim;
-
-  FARLIGHT_INLINE void operator()(int block) const {
-    if (!next || block >= next->blocks) return;
-    for (int i = block * kM; i < block * kM + kM; ++i) {
-      ask_for(keys.source().row(next->key[i]), dim);
-      ask_for(values.source().row(next->key[i]), dim);
-    }
+template <int N>
+FARLIGHT_INLINE F largest(const F (&x)[N]) {
+  if constexpr (N == 1) {
+    return x[0];
+  } else {
+    constexpr int half = (N + 1) / 2;
+    F pairs[half];
+    FARLIGHT_UNROLL
+    for (int i = 0; i < half; ++i) pairs[i] = i + half < N ? max(x[i], x[i + half]) : x[i];
+    return largest(pairs);
   }
-};
-
-struct Nothing {
-  FARLIGHT_INLINE void operator()(int) const {}
-};
-
-// The same with tiles: scores stay as the product gives them, neither scaled nor masked; `top` is of scaled and masked ones.
-template <class Mode, bool Masking, class Also>
-inline void score_tiles(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, float scale, int lanes, float* scores,
-                        float* top, const Also& also) {
-#if defined(FARLIGHT_ISA_AMX)
-  if constexpr (in_tiles<Mode>) {
-    const int64_t steps = (queries.words + kTile - 1) / kTile;
-    for (int first = 0; first < c.n; first += 2 * kTile) {
-      for (int block = first / kM; block < (first + 2 * kTile) / kM; ++block) also(block);
-      score_group(keys.strip(c, first, 0), keys.strip(c, first + kTile, 1), queries.turned, steps, scores + first * kRows);
-    }
-    if constexpr (Masking) {
-      const F factor = all(scale);
-      for (int g = 0; g < lanes; g += W) {
-        F largest = all(kUnseen);
-        for (int block = 0; block < c.blocks; ++block) {
-          F x[kM];
-          FARLIGHT_UNROLL
-          for (int m = 0; m < kM; ++m) x[m] = mul(load(scores + (block * kM + m) * kRows + g), factor);
-          if (c.masked[block])
-            for (int m = 0; m < kM; ++m) x[m] = choose(c.seen[block * kM + m] >> g, x[m], all(kUnseen));
-          static_assert(kM == 8);
-          largest = max(max(max(max(x[0], x[1]), max(x[2], x[3])), max(max(x[4], x[5]), max(x[6], x[7]))), largest);
-        }
-        store(top + g, largest);
-      }
-    }
-  }
-#endif
-  (void)c, (void)keys, (void)queries, (void)scale, (void)lanes, (void)scores, (void)top, (void)also;
 }
+
+#if defined(FARLIGHT_ISA_AMX)
+// Scores of a chunk as products of tiles give them, neither scaled nor masked. `ahead` may be null.
+template <class Mode>
+inline void score_tiles(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, float* scores, const Ahead<Mode>* ahead) {
+  const int64_t steps = (queries.words + kTile - 1) / kTile;
+  for (int first = 0; first < c.n; first += kDeep) {
+    if (ahead) ahead->group(first);
+    score_group(keys.strip(c, first, 0), keys.strip(c, first + kTile, 1), queries.turned, steps, scores + first * kRows);
+  }
+}
+
+// The largest of them for each row, scaled and masked.
+inline void largest_of(const Chunk& c, const float* scores, float scale, int lanes, float* top) {
+  const F factor = all(scale);
+  for (int g = 0; g < lanes; g += W) {
+    F most = all(kUnseen);
+    for (int block = 0; block < c.blocks; ++block) {
+      F x[kM];
+      FARLIGHT_UNROLL
+      for (int m = 0; m < kM; ++m) x[m] = mul(load(scores + (block * kM + m) * kRows + g), factor);
+      if (c.masked[block])
+        for (int m = 0; m < kM; ++m) x[m] = choose(c.seen[block * kM + m] >> g, x[m], all(kUnseen));
+      most = max(largest(x), most);
+    }
+    store(top + g, most);
+  }
+}
+#endif
 
 // The scores of kM keys and kV vectors of rows. A function of its own, so that the pointers to the keys' rows have the registers
 // to themselves. `seen` is null where every row sees every key.
 template <class Mode, bool Masking>
 FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, const typename Mode::Op::Word* queries, int64_t words,
-                                float scale, const uint32_t* seen, int g, float* to, float* top) {
+                                float scale, const uint32_t* seen, int g, float* to, float* top, const Lines* lines) {
+  using Op = typename Mode::Op;
   F acc[kM][kV];
   clear(acc);
-  along_rows<typename Mode::Op, kM, kV>(acc, rows, queries, kRows, words);
+  const typename Op::Word* row[kM];
+  FARLIGHT_UNROLL
+  for (int m = 0; m < kM; ++m) row[m] = rows[m];
+  if (lines) {
+    FARLIGHT_UNROLL_4
+    for (int64_t i = 0; i < words; ++i) {
+      lines->ask(i);
+      along_word<Op, kM, kV>(acc, row, i, queries + i * kRows);
+    }
+  } else {
+    FARLIGHT_UNROLL_4
+    for (int64_t i = 0; i < words; ++i) along_word<Op, kM, kV>(acc, row, i, queries + i * kRows);
+  }
   if constexpr (in_pairs<Mode>) {
     const F factor = all(scale);
     FARLIGHT_UNROLL
@@ -89,10 +92,10 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
     }
     FARLIGHT_UNROLL
     for (int v = 0; v < kV; ++v) {
-      F largest = load(top + v * W);
+      F column[kM];
       FARLIGHT_UNROLL
-      for (int m = 0; m < kM; ++m) largest = max(acc[m][v], largest);
-      store(top + v * W, largest);
+      for (int m = 0; m < kM; ++m) column[m] = acc[m][v];
+      store(top + v * W, max(largest(column), load(top + v * W)));
     }
   }
   FARLIGHT_UNROLL
@@ -103,23 +106,19 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
 }
 
 // scores[key][row] of the chunk, times `scale` where the rows were not scaled before; `top[row]` grows to the largest.
-// Without `Masking` pairs that are not allowed keep their scores. `also(block)` is done on the way.
-template <class Mode, bool Masking, class Also>
+// Without `Masking` pairs that are not allowed keep their scores. `ahead` may be null.
+template <class Mode, bool Masking>
 inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, float scale, int lanes, float* scores,
-                  float* top, const Also& also) {
-  if constexpr (in_tiles<Mode>) {
-    score_tiles<Mode, Masking>(c, keys, queries, scale, lanes, scores, top, also);
-    return;
-  }
+                  float* top, Ahead<Mode>* ahead) {
   if constexpr (Masking) {
     for (int g = 0; g < lanes; g += W) store(top + g, all(kUnseen));
   }
   for (int block = 0; block < c.blocks; ++block) {
-    also(block);
+    const Lines* lines = ahead ? ahead->lines(block, queries.words) : nullptr;
     const uint32_t* seen = c.masked[block] ? c.seen + block * kM : nullptr;
     for (int g = 0; g < lanes; g += kV * W)
       score_block<Mode, Masking>(keys.along + block * kM, queries.turned + g, queries.words, scale, seen, g,
-                                 scores + block * kM * kRows + g, Masking ? top + g : nullptr);
+                                 scores + block * kM * kRows + g, Masking ? top + g : nullptr, lines);
   }
 }
 

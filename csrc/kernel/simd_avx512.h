@@ -41,11 +41,39 @@ template <int N>
 FARLIGHT_INLINE I right(I a) { return _mm512_srli_epi32(a, N); }
 FARLIGHT_INLINE uint32_t less(I a, I b) { return _mm512_cmplt_epi32_mask(a, b); }
 FARLIGHT_INLINE uint32_t below(I a, I b) { return _mm512_cmplt_epu32_mask(a, b); }  // unsigned
+FARLIGHT_INLINE bool same(I a, I b) { return _mm512_cmpneq_epi32_mask(a, b) == 0; }
 FARLIGHT_INLINE uint32_t share_bits(I a, I b) { return _mm512_test_epi32_mask(a, b); }
 
 FARLIGHT_INLINE F widen(const uint16_t* p) {
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+
+#define FARLIGHT_TRANSPOSE16
+// to[j][i] = rows[i][j], 32-bit words: 16 rows from `offset` bytes on, 8 words of each; `stride` bytes between rows of `to`.
+FARLIGHT_INLINE void transpose16(const char* const* rows, int64_t offset, char* to, int64_t stride) {
+  F column[2][4];  // of rows 8h ... 8h + 7: lanes of rows 0-3 of word j, rows 0-3 of word j + 4, rows 4-7 of j, rows 4-7 of j + 4
+  FARLIGHT_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    F x[4];
+    FARLIGHT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const __m256 low = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[8 * h + i] + offset));
+      const __m256 high = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[8 * h + i + 4] + offset));
+      x[i] = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    }
+    const F a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpacklo_ps(x[2], x[3]);
+    const F c = _mm512_unpackhi_ps(x[0], x[1]), d = _mm512_unpackhi_ps(x[2], x[3]);
+    column[h][0] = _mm512_shuffle_ps(a, b, 0x44);
+    column[h][1] = _mm512_shuffle_ps(a, b, 0xee);
+    column[h][2] = _mm512_shuffle_ps(c, d, 0x44);
+    column[h][3] = _mm512_shuffle_ps(c, d, 0xee);
+  }
+  FARLIGHT_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    store(reinterpret_cast<float*>(to + j * stride), _mm512_shuffle_f32x4(column[0][j], column[1][j], 0x88));
+    store(reinterpret_cast<float*>(to + (j + 4) * stride), _mm512_shuffle_f32x4(column[0][j], column[1][j], 0xdd));
+  }
 }
 
 #if defined(FARLIGHT_PAIRS)
@@ -70,6 +98,7 @@ FARLIGHT_INLINE void interleave(I x, I y, I& low, I& high) {
 FARLIGHT_INLINE I load_halves(const uint16_t* p, int64_t n) {
   return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << n) - 1), p);
 }
+FARLIGHT_INLINE void store_halves(uint16_t* p, I x) { _mm512_storeu_si512(p, x); }
 // Word i holds (a[i], b[i]), rounded to bfloat16.
 FARLIGHT_INLINE I paired(F a, F b) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,

@@ -1,0 +1,69 @@
+// The rows of K and V that the next chunk will read, asked for while this one is scored: memory answers late, and machines do
+// not foresee a walk down the columns of V.
+#pragma once
+
+#include "columns.h"
+#include "operands.h"
+
+namespace farlight::FARLIGHT_NS {
+
+// The rows of one block, to be asked for a line at a time between the products of another, where that costs nothing.
+struct Lines {
+  const char* row[2 * kM];
+  int shift;     // a row has 2^shift lines
+  int64_t step;  // bytes between two of them
+
+  FARLIGHT_INLINE void ask(int64_t line) const {
+    FARLIGHT_PREFETCH(row[line >> shift] + (line & ((int64_t{1} << shift) - 1)) * step);
+  }
+};
+
+template <class Mode>
+class Ahead {
+ public:
+  // `next` is null where there is no further chunk.
+  Ahead(const Chunk* next, const Operand<Mode>& keys, const Operand<Mode>& values, const ColumnsOf<Mode>& columns, int64_t dim)
+      : next_(next), keys_(keys), values_(values), columns_(columns), dim_(dim) {}
+
+  // What to ask for while `words` products of a block are added up, one line with each; null where there is nothing, or where
+  // it does not come out even and is asked for at once.
+  const Lines* lines(int block, int64_t words) {
+    if (!next_ || block >= next_->blocks) return nullptr;
+    if (words < 16 || (words & (words - 1)) != 0) {
+      ask(block * kM, kM);
+      return nullptr;
+    }
+    for (lines_.shift = 0; (int64_t{16} << lines_.shift) < words; ++lines_.shift) {
+    }
+    lines_.step = dim_ * static_cast<int64_t>(sizeof(typename Mode::T)) >> lines_.shift;
+    for (int i = 0; i < kM; ++i) {
+      const int32_t key = next_->key[block * kM + i];
+      lines_.row[2 * i] = reinterpret_cast<const char*>(keys_.source().row(key));
+      lines_.row[2 * i + 1] = reinterpret_cast<const char*>(values_.source().row(key));
+    }
+    return &lines_;
+  }
+
+#if defined(FARLIGHT_ISA_AMX)
+  // The same for a group where products are made of tiles. Keys whose columns are kept were read not long ago.
+  void group(int first) const {
+    if (next_ && first < next_->n && !columns_.keeps(*next_, first)) ask(first, kDeep);
+  }
+#endif
+
+ private:
+  void ask(int first, int count) const {
+    for (int i = first; i < first + count; ++i) {
+      ask_for(keys_.source().row(next_->key[i]), dim_);
+      ask_for(values_.source().row(next_->key[i]), dim_);
+    }
+  }
+
+  const Chunk* next_;
+  const Operand<Mode>&keys_, &values_;
+  const ColumnsOf<Mode>& columns_;
+  int64_t dim_;
+  Lines lines_;
+};
+
+}  // namespace farlight::FARLIGHT_NS
