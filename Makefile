@@ -32,8 +32,9 @@ $(READY): $(INSTALLED)
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/farlight audit
 
+# A process for each core, up to four; each takes whole files.
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 # The report's tests in a browser also need: apt-get install chromium chromium-driver; pip install selenium (else they are skipped).
 test-slow: $(READY)

@@ -197,12 +197,11 @@ def test_kernels_under_the_interpreter() -> None:
 
 @needs_triton
 @pytest.mark.slow
-def test_kernels_under_the_interpreter_on_every_case() -> None:
+def test_kernels_under_the_interpreter_in_16_bits() -> None:
     interpreted("-m", "slow")
 
 
 @needs_triton
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ptxas comes with Triton on Linux")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dim", [64, 128])
@@ -249,7 +248,6 @@ def test_gpu_check_rehearses(tmp_path: Path) -> None:
 
 
 @needs_triton
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ptxas comes with Triton on Linux")
 def test_every_option_compiles() -> None:
     """What the interpreter takes, a compiler may refuse: each option of each kernel once, and all together."""

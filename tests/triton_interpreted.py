@@ -1,6 +1,6 @@
 """The Triton kernels under Triton's interpreter: run by `test_triton.py` in a process with TRITON_INTERPRET=1.
 
-A share of the cases is run always, all of them as `slow` tests. Not collected by itself: the variable must be set before
+All cases are run always in float32, and as `slow` tests in 16 bits. Not collected by itself: the variable must be set before
 triton is first imported.
 """
 
@@ -33,42 +33,24 @@ assert backend.interpreted(), "run by test_triton.py, which sets TRITON_INTERPRE
 
 pytestmark = pytest.mark.usefixtures("poison")
 HALF = (torch.bfloat16, torch.float16)
-# Each of these meets something in the kernels that the others do not.
-ALWAYS = (
-    *("window and a lighthouse, n=129", "no query", "no key", "window, rows far before the text", "strided, phase by head"),
-    *("scattered lighthouses", "padding by mask", "random keys, causal", "a mask per item and head"),
-    *("clusters with keys of their own", "per head, some empty", "two strides", "every other row empty", "head_dim 80"),
-    *(
-        "grouped heads, three to one",
-        "one key head, clusters",
-        "strides, every other",
-        "dropout, grouped heads",
-        "scale, negative",
-    ),
-)
+# Each of these meets something in 16 bits that the others do not.
 IN_HALF = ("dilated window, one side", "scale, negative", "head_dim 72")
 
 
 def test_the_named_cases_exist() -> None:
-    assert set(ALWAYS) | set(IN_HALF) <= {of.name for of in CASES}
+    assert set(IN_HALF) <= {of.name for of in CASES}
 
 
-@pytest.mark.parametrize("name", ALWAYS)
-def test_parity(name: str) -> None:
+@pytest.mark.parametrize("of", CASES, ids=str)
+def test_parity(of: Case) -> None:
     """Output, lse and gradients, those through the lse too."""
-    compare(case(name), "triton", torch.float32, with_grad_lse=True)
+    compare(of, "triton", torch.float32, with_grad_lse=True)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", IN_HALF)
 def test_parity_in_16_bits(name: str, dtype: torch.dtype) -> None:
     compare(case(name), "triton", dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("of", [of for of in CASES if of.name not in ALWAYS], ids=str)
-def test_parity_on_the_rest(of: Case) -> None:
-    compare(of, "triton", torch.float32, with_grad_lse=True)
 
 
 @pytest.mark.slow
@@ -113,26 +95,16 @@ def choices_are_planned_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_device, "on_the_cpu_too", True)
 
 
-ROUTED_ALWAYS = (
-    "clusters with keys of their own",
-    "clusters, causal, last queries",
-    "lists of blocks, row by row, causal, last queries",
-    "chosen blocks, causal, of two sizes",
-    "chosen keys, last queries",
-)
-
-
-@pytest.mark.parametrize("name", ROUTED_ALWAYS)
-def test_parity_of_routed(name: str, choices_are_planned_where_they_lie: None) -> None:
-    of = next(of for of in ROUTED if of.name == name)
+@pytest.mark.parametrize("of", ROUTED, ids=str)
+def test_parity_of_routed(of: Case, choices_are_planned_where_they_lie: None) -> None:
     compare(of, "triton", torch.float32, with_grad_lse=True)
     assert isinstance(of.pattern.__dict__["_routed"][of.sizes], backend.RoutedPlan)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("of", ROUTED, ids=str)
-def test_parity_of_all_routed(of: Case, dtype: torch.dtype, choices_are_planned_where_they_lie: None) -> None:
+def test_parity_of_routed_in_16_bits(of: Case, dtype: torch.dtype, choices_are_planned_where_they_lie: None) -> None:
     compare(of, "triton", dtype)
 
 
