@@ -7,6 +7,10 @@
 #include "parallel.h"
 #include "sums.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace farlight {
 
 namespace {
@@ -21,7 +25,12 @@ char* scratch(int64_t bytes, int64_t cleared, uint64_t call) {
     room = Room(bytes);
     served = 0;
   }
-  if (served != call) std::memset(room.as<char>(), 0, static_cast<size_t>(cleared));
+  if (served != call) {
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(room.as<char>(), bytes);  // it is divided anew, with other gaps where the kernels are others
+#endif
+    std::memset(room.as<char>(), 0, static_cast<size_t>(cleared));
+  }
   served = call;
   return room.as<char>();
 }
