@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import farlight
-from gpu import graphs, parity, speed, table
+from gpu import graphs, parity, routers, speed, table
 
 HERE = Path(__file__).parent
 NO_GPU = """gpu_check: torch {torch} sees no GPU (torch.cuda.is_available() is False; built for CUDA {cuda}, ROCm {hip}).
@@ -39,7 +39,7 @@ class Report:
         name = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
         self.path = folder / f"{name}.json"
         folder.mkdir(parents=True, exist_ok=True)
-        self.data: dict[str, Any] = {"format": 1, "machine": about, "parity": {}, "properties": [], "rows": [], "skipped": []}
+        self.data: dict[str, Any] = {"format": 1, "machine": about, "parity": {}, "properties": [], "rows": [], "routers": [], "skipped": []}
 
     def skip(self, what: str, why: str) -> None:
         print(f"  skipped {what}: {why}", flush=True)
@@ -109,6 +109,7 @@ def main() -> int:
         failed += parity.run(report, min(left(), options.seconds / 2), options.rehearse)
         failed += graphs.run(report, options.rehearse)
     if options.only != "parity":
+        failed += routers.run(report, left, options.rehearse)
         failed += speed.run(report, left, options.rehearse)
     print(table.markdown(report.data))
     print(f"{report.path} and {report.path.with_suffix('.md').name} written after {time.monotonic() - began:.0f} s")

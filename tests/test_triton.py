@@ -245,6 +245,7 @@ def test_gpu_check_rehearses(tmp_path: Path) -> None:
     assert "- float16: 4 of 4 cases agree, 0 fail, 0 not run" in page
     assert "- FlexAttention, Longformer(512) + 64 global, 160 tokens: a rehearsal compiles nothing" in page
     assert page.count("| 32 clusters | 160 |") == 3
+    assert page.count("| TopBlocks(count=10, block=16) | 160 |") == 2
 
 
 @needs_triton

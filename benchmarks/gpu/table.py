@@ -19,6 +19,7 @@ def markdown(data: dict[str, Any]) -> str:
     for name in ("forward", "forward + backward"):
         lines += _table(data["rows"], name)
     lines += _preparations(data["rows"])
+    lines += _routers(data["routers"])
     if data["skipped"]:
         lines += ["## Not run", "", *(f"- {one['what']}: {one['why']}" for one in data["skipped"]), ""]
     return "\n".join(lines)
@@ -87,6 +88,22 @@ def _preparations(rows: list[dict[str, Any]]) -> list[str]:
         )
     wrong = [f"- {row['pattern']}, {row['tokens']:,} tokens: {row['wrong']}" for row in rows if row["wrong"] is not None]
     return [*lines, "", *(["FAILED:", *wrong, ""] if wrong else [])]
+
+
+def _routers(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    head = ["router", "tokens", "H", "D", "pass", "choose ms", "choose, plan and attend ms", "attend alone ms", "full ms", "× full", "waits"]
+    lines = ["## Routers", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        for name, cells in row["passes"].items():
+            choose, step, attend, full = (cells[one].get("seconds") for one in ("choose", "step", "attend", "full"))
+            waits = "" if row["waits"] is None else row["waits"]
+            lines.append(
+                f"| {row['router']} | {row['tokens']:,} | {row['heads']} | {row['head_dim']} | {name} | {_ms(choose)} | {_ms(step)} "
+                f"| {_ms(attend)} | {_ms(full)} | {'' if step is None else _times(full, step)} | {waits} |"
+            )
+    return [*lines, ""]
 
 
 def _ms(seconds: float | None) -> str:

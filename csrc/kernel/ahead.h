@@ -9,9 +9,11 @@ namespace farlight::FARLIGHT_NS {
 
 // The rows of one block, to be asked for a line at a time between the products of another, where that costs nothing.
 struct Lines {
-  const char* row[2 * kM];
-  int shift;     // a row has 2^shift lines
-  int64_t step;  // bytes between two of them
+  static constexpr int kRowsAsked = 16;
+  static_assert(2 * kM <= kRowsAsked);
+  const char* row[kRowsAsked];  // of K and V in turn; where a block has fewer, the first ones again
+  int shift;                    // a row has 2^shift lines
+  int64_t step;                 // bytes between two of them
 
   FARLIGHT_INLINE void ask(int64_t line) const {
     FARLIGHT_PREFETCH(row[line >> shift] + (line & ((int64_t{1} << shift) - 1)) * step);
@@ -29,11 +31,11 @@ class Ahead {
   // it does not come out even and is asked for at once.
   const Lines* lines(int block, int64_t words) {
     if (!next_ || block >= next_->blocks) return nullptr;
-    if (words < 16 || (words & (words - 1)) != 0) {
+    if (words < Lines::kRowsAsked || (words & (words - 1)) != 0) {
       ask(block * kM, kM);
       return nullptr;
     }
-    for (lines_.shift = 0; (int64_t{16} << lines_.shift) < words; ++lines_.shift) {
+    for (lines_.shift = 0; (int64_t{Lines::kRowsAsked} << lines_.shift) < words; ++lines_.shift) {
     }
     lines_.step = dim_ * static_cast<int64_t>(sizeof(typename Mode::T)) >> lines_.shift;
     for (int i = 0; i < kM; ++i) {
@@ -41,6 +43,7 @@ class Ahead {
       lines_.row[2 * i] = reinterpret_cast<const char*>(keys_.source().row(key));
       lines_.row[2 * i + 1] = reinterpret_cast<const char*>(values_.source().row(key));
     }
+    for (int i = 2 * kM; i < Lines::kRowsAsked; ++i) lines_.row[i] = lines_.row[i - 2 * kM];
     return &lines_;
   }
 

@@ -1,0 +1,112 @@
+"""A router's whole step on the device: choosing, planning where the choice lies, attending; beside attention under a choice that
+is planned already, and full attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import farlight as fl
+from farlight.bench.timing import Contender, interleaved
+from farlight.patterns import Pattern
+from farlight.routing import KMeans, Router, TopBlocks
+
+__all__ = ["run"]
+
+# tokens, heads, head_dim
+SETTINGS, REHEARSED = (65_536, 16, 64), (160, 2, 16)
+ROW_SECONDS = 40.0
+
+
+def routers(n: int, heads: int, dim: int, device: str) -> dict[str, Router]:
+    rooms, block = max(2, n // 1024), 64 if n >= 1024 else 16
+    count = min(16, n // block)
+    return {
+        f"KMeans({rooms} clusters)": KMeans(heads, dim, rooms).to(device),
+        f"TopBlocks(count={count}, block={block})": TopBlocks(count=count, block=block),
+    }
+
+
+def run(report: Any, left: Callable[[], float], rehearsal: bool) -> int:
+    failed = 0
+    n, heads, dim = REHEARSED if rehearsal else SETTINGS
+    device, dtype = ("cpu", torch.float32) if rehearsal else ("cuda", torch.bfloat16)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    for name, router in routers(n, heads, dim, device).items():
+        where = f"{name}, {n} tokens, {heads} heads, head_dim {dim}"
+        if left() < (0 if rehearsal else ROW_SECONDS):
+            report.skip(where, f"{left():.0f} s were left of the time given")
+            continue
+        try:
+            if isinstance(router, KMeans):
+                router = router.fit(q.detach(), k.detach()).eval()
+            row = _row(name, router, (q, k, v), rehearsal)
+        except Exception as error:  # out of memory, or what a compiler raises: a row with its reason
+            report.skip(where, f"{type(error).__name__}: {error}"[:400])
+            failed += 1
+            continue
+        report.data["routers"].append(row)
+        report.write()
+        print(f"  {where}: {row['passes']}", flush=True)
+    return failed
+
+
+def _row(name: str, router: Router, qkv: tuple[Tensor, Tensor, Tensor], rehearsal: bool) -> dict[str, Any]:
+    q, k, v = qkv
+    grad = torch.randn_like(q)
+    known = router(q, k)
+
+    def attend(pattern: Pattern) -> Tensor:
+        out = fl.attention(q, k, v, pattern, backend="triton")
+        assert isinstance(out, Tensor)
+        return out
+
+    def full() -> Tensor:
+        return scaled_dot_product_attention(q, k, v)
+
+    row: dict[str, Any] = {
+        "router": name, "tokens": q.shape[2], "heads": q.shape[1], "head_dim": q.shape[3], "waits": _waits(router, q, k, v),
+        "passes": {},
+    }  # fmt: skip
+    for what in ("forward", "forward + backward"):
+
+        def whole(call: Callable[[], Tensor], backward: bool = what != "forward") -> Callable[[], Any]:
+            def quiet() -> Any:
+                if backward:
+                    return torch.autograd.grad(call(), (q, k, v), grad)
+                with torch.no_grad():
+                    return call()
+
+            return quiet
+
+        contenders = [
+            Contender("choose", lambda: router(q, k)),
+            Contender("step", whole(lambda: attend(router(q, k)))),
+            Contender("attend", whole(lambda: attend(known))),
+            Contender("full", whole(full)),
+        ]
+        found = interleaved(contenders, repeats=1 if rehearsal else 7, budget=8)
+        row["passes"][what] = {one: timing.row() for one, timing in found.items()}
+    return row
+
+
+def _waits(router: Router, q: Tensor, k: Tensor, v: Tensor) -> int | None:
+    """How often choosing, planning and attending wait for the device; None where there is no device to wait for."""
+    if not q.is_cuda:
+        return None
+    import warnings
+
+    with warnings.catch_warnings(record=True) as seen, torch.no_grad():
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            fl.attention(q, k, v, router(q, k), backend="triton")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(one.message) for one in seen)
