@@ -6,6 +6,7 @@
 
 #include <utility>
 
+#include "key_sums.h"
 #include "points.h"
 #include "scores.h"
 
@@ -28,6 +29,7 @@ class Backward {
         keys_({call.k, item.batch, kv_head()}, dim_, call.plan->n_k),
         values_({call.v, item.batch, kv_head()}, dim_, call.plan->n_k),
         columns_(keys_.source(), dim_, item.batch * call.kv_heads + kv_head()),
+        sums_(dim_),
         queries_(dim_),
         upstream_(dim_) {
     columns_.reserve(arena);
@@ -45,12 +47,7 @@ class Backward {
       slope_rows_ = arena.take<Word>(kKeys * kRows / 2);
       slope_columns_ = arena.take<Word>(kKeys * kRows / 2);
     }
-    if (in_tiles<Mode>) loose_ = arena.take<float>(16 * ld_);
-    weights_at_ = arena.take<const Word*>(kKeys);
-    slopes_at_ = arena.take<const Word*>(kKeys);
-    dk_ = arena.take<float*>(kKeys);
-    dv_ = arena.take<float*>(kKeys);
-    spill_ = arena.take<float>(ld_);
+    sums_.reserve(arena);
     dq_ = arena.take<float>(rounded(dim_, 16) * kRows);
     dq_before_ = arena.take<float>(rounded(dim_, 16) * kRows);
     rows_ = arena.take<float>(kRows * ld_);
@@ -69,7 +66,7 @@ class Backward {
     lay_rows(q, tile, query_rows_);
     lay_rows(dout, tile, upstream_rows_);
     prepare(tile, q, dout);
-    std::memset(spill_, 0, ld_ * sizeof(float));
+    sums_.begin();
     const int lanes = static_cast<int>(rounded(tile.count, kV * W));
     const int terms = (tile.count + Op::per - 1) / Op::per;
     uint32_t touched = 0;
@@ -83,7 +80,7 @@ class Backward {
       const Chunk& c = *chunk_;
       Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, dim_);
       for (int i = 0; i < c.n; ++i) touched |= c.seen[i];
-      find_sums(sums);
+      sums_.find(c, sums);
       if constexpr (in_tiles<Mode>) {
 #if defined(FARLIGHT_ISA_AMX)
         score_tiles(c, keys_, queries_, scores_, &ahead);
@@ -96,7 +93,7 @@ class Backward {
         score<Mode, false>(c, values_, upstream_, 1.0f, lanes, slopes_, nullptr, nullptr);
       }
       differentiate(dropped, base2, lanes);
-      add_to_sums(terms);
+      sums_.add(c, weights(), upstream_rows_, slopes(), query_rows_, terms);
       if (done && done % kTogether == 0) put_by(done == kTogether);
       add_keys(lanes, done % kTogether == 0);
       ++done;
@@ -259,73 +256,15 @@ class Backward {
 #endif
   }
 
-  // Where the chunk's sums lie, and that they are wanted soon: the two products that come first give them time to arrive.
-  void find_sums(const Sums& sums) {
-    const Chunk& c = *chunk_;
-    const int n = c.blocks * kM;
-    for (int i = 0; i < n; ++i) {
-      const int64_t block = c.key[i] / kBlock, within = c.key[i] % kBlock * sums.stride;
-      dk_[i] = i < c.n ? sums.dk[block] + within : spill_;
-      dv_[i] = i < c.n ? sums.dv[block] + within : spill_;
-      if constexpr (in_pairs<Mode>) {
-        weights_at_[i] = weight_rows_ + i * kRows / 2;
-        slopes_at_[i] = slope_rows_ + i * kRows / 2;
-      } else {
-        weights_at_[i] = scores_ + i * kRows;
-        slopes_at_[i] = slopes_ + i * kRows;
-      }
-    }
+  // P and dS, [key][row].
+  const Word* weights() const {
+    if constexpr (in_pairs<Mode>) return weight_rows_;
+    else return scores_;
   }
-
-  void add_to_sums(int terms) {
-    const Chunk& c = *chunk_;
-    if constexpr (in_tiles<Mode>) {
-      add_tiles_to_sums(dv_, weight_rows_, upstream_rows_);
-      add_tiles_to_sums(dk_, slope_rows_, query_rows_);
-      return;
-    }
-    for (int block = 0; block < c.blocks; ++block) {
-      const int at = block * kM;
-      if (c.mixed[block] && repeats(at)) {
-        add_one_by_one(at, terms);
-        continue;
-      }
-      add_along<Op>(dv_ + at, weights_at_ + at, upstream_rows_, ld_, terms, dim_);
-      add_along<Op>(dk_ + at, slopes_at_ + at, query_rows_, ld_, terms, dim_);
-    }
+  const Word* slopes() const {
+    if constexpr (in_pairs<Mode>) return slope_rows_;
+    else return slopes_;
   }
-
-  // Strips whose sums lie at equal distances are added to where they are, others by way of `loose_`, one key after the other.
-  void add_tiles_to_sums(float* const* sums, const Word* weights, const Word* rows) {
-#if defined(FARLIGHT_ISA_AMX)
-    float* to[kKeys / kTile];
-    for (int first = 0; first < chunk_->blocks * kM;) {
-      const int64_t stride = sums[first + 1] - sums[first];
-      int strips = 0;
-      for (; first < chunk_->blocks * kM && even(sums + first, stride); first += kTile) to[strips++] = sums[first];
-      if (strips) {
-        const Word* at = weights + (first - strips * kTile) * kRows / 2;
-        add_strips(to, stride, reinterpret_cast<const Half*>(at), rows, ld_, strips, dim_, false);
-        continue;
-      }
-      add_strips(&loose_, ld_, reinterpret_cast<const Half*>(weights + first * kRows / 2), rows, ld_, 1, dim_, true);
-      for (int i = 0; i < kTile && first + i < chunk_->n; ++i)
-        for (int64_t d = 0; d < dim_; d += W) store(sums[first + i] + d, add(load(sums[first + i] + d), load(loose_ + i * ld_ + d)));
-      first += kTile;
-    }
-#else
-    (void)sums, (void)weights, (void)rows;
-#endif
-  }
-
-#if defined(FARLIGHT_ISA_AMX)
-  static bool even(float* const* sums, int64_t stride) {
-    if (stride <= 0) return false;
-    for (int i = 1; i < kTile; ++i)
-      if (sums[i] != sums[0] + i * stride) return false;
-    return true;
-  }
-#endif
 
   // dQ^T += K^T dS^T.
   void add_keys(int lanes, bool fresh) {
@@ -340,24 +279,6 @@ class Backward {
       if constexpr (in_pairs<Mode>) slopes = slope_columns_;
       else slopes = slopes_;
       add_across<Op>(dq_, keys_.across, slopes, n, dim_, lanes, fresh);
-    }
-  }
-
-  bool repeats(int at) const {
-    for (int i = 1; i < kM; ++i)
-      for (int j = 0; j < i; ++j)
-        if (dk_[at + i] == dk_[at + j] && dk_[at + i] != spill_) return true;
-    return false;
-  }
-
-  // A block in which a key stands twice: its sums must not be read before the first one is written.
-  void add_one_by_one(int at, int terms) {
-    float* to[kM];
-    for (int i = 0; i < kM && at + i < chunk_->n; ++i) {
-      for (int j = 0; j < kM; ++j) to[j] = j == i ? dv_[at + i] : spill_;
-      add_along<Op>(to, weights_at_ + at, upstream_rows_, ld_, terms, dim_);
-      to[i] = dk_[at + i];
-      add_along<Op>(to, slopes_at_ + at, query_rows_, ld_, terms, dim_);
     }
   }
 
@@ -435,11 +356,11 @@ class Backward {
   int64_t dim_, ld_;
   Operand<Mode> keys_, values_;
   ColumnsOf<Mode> columns_;
+  KeySums<Mode> sums_;
   Turned<Mode> queries_, upstream_;
   Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
   Word *query_rows_, *upstream_rows_, *weight_rows_ = nullptr, *slope_rows_ = nullptr, *slope_columns_ = nullptr;
-  const Word **weights_at_, **slopes_at_;
-  float *loose_ = nullptr, *scores_, *slopes_, **dk_, **dv_, *spill_, *dq_, *dq_before_, *rows_, *query_, *row_upstream_;
+  float *scores_, *slopes_, *dq_, *dq_before_, *rows_, *query_, *row_upstream_;
   float lse_[kRows], delta_[kRows];
 };
 

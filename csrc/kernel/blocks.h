@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "../views.h"
 #include "isa.h"
 
 namespace farlight::FARLIGHT_NS {
