@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 import weakref
@@ -20,7 +21,8 @@ _native: Any = None
 _missing: str | None = None
 
 try:
-    from farlight import _cpu as _native  # type: ignore[attr-defined,no-redef]
+    # Not `from farlight import`: where there is none, Python would suspect a circular import.
+    _native = importlib.import_module("farlight._cpu")
 except ImportError as error:
     _missing = f"the native module farlight._cpu cannot be imported ({error}); install farlight where a C++ compiler is found"
 
