@@ -179,8 +179,7 @@ NB_MODULE(_cpu, m) {
   nb::set_leak_warnings(false);
   nb::class_<NativePlan>(m, "Plan", nb::is_weak_referenceable())
       .def(nb::init<nb::handle>(), "plan"_a)
-      .def_prop_ro("overlapping", &NativePlan::overlapping)
-      .def_prop_ro("covers_all_rows", &NativePlan::covers_all_rows);
+      .def_prop_ro("overlapping", &NativePlan::overlapping);
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("isa", [] { return std::string(farlight::kernels().name); });

@@ -1,7 +1,11 @@
 #include "run.h"
 
+#include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "memory.h"
 #include "parallel.h"
@@ -62,6 +66,25 @@ int64_t rows_bytes(const Call& call, Type type, int64_t heads, int64_t rows) {
   return call.batch * heads * rows * call.dim * (type == Type::f32 ? 4 : 2);
 }
 
+// Rows that see nothing have zeros, and an lse of minus infinity. All of the result is about to be written, here or by tiles.
+void begin_result(const Call& call, const Schedule& schedule, bool with_lse, int threads) {
+  expect_writes(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q));
+  constexpr int64_t stretch = 4096;  // rows that a thread takes at once
+  struct Stretch {
+    int64_t first, last;
+  };
+  std::vector<Stretch> all;
+  for (const auto& [first, last] : schedule.unsure_rows())
+    for (int64_t i = first; i < last; i += stretch) all.push_back({i, std::min(i + stretch, last)});
+  const int64_t width = call.dim * (call.out_type == Type::f32 ? 4 : 2), many = static_cast<int64_t>(all.size());
+  for_each(call.batch * call.heads * many, threads, [&](int64_t i) {
+    const Stretch& rows = all[i % many];
+    const int64_t at = i / many * call.plan->n_q + rows.first, count = rows.last - rows.first;
+    std::memset(static_cast<char*>(call.result) + at * width, 0, static_cast<size_t>(count * width));
+    if (with_lse) std::fill_n(call.lse + at, count, -std::numeric_limits<float>::infinity());
+  });
+}
+
 }  // namespace
 
 void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads) {
@@ -69,7 +92,7 @@ void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, in
   const int64_t bytes = kernels.scratch_bytes(call);
   const uint64_t number = next_call();
   if (schedule.cost * call.dim < kWorthThreads) threads = 1;
-  expect_writes(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q));
+  begin_result(call, schedule, true, threads);
   for (const Phase& phase : schedule.phases)
     for_each(static_cast<int64_t>(phase.forward.size()), threads,
              [&](int64_t i) { kernels.forward(call, phase.forward[i], scratch(bytes, kernels.cleared_bytes, number)); });
@@ -80,7 +103,7 @@ void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, v
   const int64_t bytes = kernels.scratch_bytes(call);
   const uint64_t number = next_call();
   if (schedule.cost * call.dim < kWorthThreads) threads = 1;
-  expect_writes(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q));
+  begin_result(call, schedule, false, threads);
   for (void* grad : {dk, dv}) expect_writes(grad, rows_bytes(call, call.type, call.kv_heads, call.plan->n_k));
   const int64_t units = schedule.groups() * schedule.slab_count;
   // With one phase and a group for every thread, a group is added up by whoever finishes its last slab, and its memory

@@ -47,11 +47,12 @@ void Tables::finish() {
                         l.variant.of.data(), l.variant.batch, l.variant.heads});
     layer_views_.push_back(std::move(layers));
   }
+  find_sure();
   for (size_t i = 0; i < pieces.size(); ++i) {
     const Piece& p = pieces[i];
     piece_views_.push_back({p.has_rows ? p.rows.data() : nullptr, p.first.data(), p.start.data(), p.count.data(), p.part.data(),
                             p.parts.data(), p.slot.data(), p.variant.of.data(), p.variant.batch, p.variant.heads, p.slots, p.groups,
-                            p.group.data(), layer_views_[i].data(), static_cast<int32_t>(layer_views_[i].size())});
+                            p.group.data(), p.sure.data(), layer_views_[i].data(), static_cast<int32_t>(layer_views_[i].size())});
   }
   covers_all_ = pieces.size() == 1;
   if (covers_all_) {
@@ -63,6 +64,7 @@ void Tables::finish() {
       covers_all_ = covers_all_ && rows == n_q;
     }
   }
+  if (covers_all_ && !overlapping) unsure_.clear();
   view_ = {piece_views_.data(),
            {masks.kind.data(), masks.start.data(), masks.core_lo.data(), masks.core_hi.data(), masks.data.data()},
            static_cast<int32_t>(pieces.size()),
@@ -70,6 +72,34 @@ void Tables::finish() {
            n_q,
            n_k,
            q_offset};
+}
+
+// A run without a mask is seen by all rows of its tile. Looked for where batch items and heads do not differ.
+void Tables::find_sure() {
+  std::vector<bool> served(n_q, false);
+  for (Piece& p : pieces) {
+    const int64_t entries = size(p.start);
+    p.sure.assign(entries, 0);
+    bool one = p.first.size() == 2;
+    for (const Layer& layer : p.layers) one = one && layer.entry_base.size() == 1;
+    if (!one) continue;
+    for (int64_t e = 0; e < entries; e += p.parts[e]) {
+      bool sure = false;
+      for (const Layer& l : p.layers)
+        for (int64_t t = e; t < e + p.parts[e] && !sure; ++t)
+          for (int64_t r = l.indptr[l.entry_base[0] + t]; r < l.indptr[l.entry_base[0] + t + 1] && !sure; ++r)
+            sure = l.mask[r] < 0 && l.lo[r] < l.hi[r];
+      if (!sure) continue;
+      for (int64_t t = e; t < e + p.parts[e]; ++t) p.sure[t] = 1;
+      for (int64_t i = p.start[e]; i < int64_t{p.start[e]} + p.count[e]; ++i) served[p.has_rows ? p.rows[i] : i] = true;
+    }
+  }
+  unsure_.clear();
+  for (int64_t i = 0; i < n_q; ++i) {
+    if (served[i] && !overlapping) continue;
+    if (unsure_.empty() || unsure_.back().second < i) unsure_.push_back({i, i});
+    unsure_.back().second = i + 1;
+  }
 }
 
 void Tables::check_heads(int64_t batch, int64_t heads) const {

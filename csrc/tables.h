@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "views.h"
@@ -40,7 +41,9 @@ struct Piece {
   std::vector<int32_t> start, count, part, parts;
   std::vector<Layer> layers;
   bool has_rows = false;
-  // Derived: where split tiles put their partial results, numbered inside a variant.
+  // Derived: which tiles have a run of keys that all of their rows see; where split tiles put their partial results, numbered
+  // inside a variant.
+  std::vector<uint8_t> sure;
   std::vector<int64_t> slot;
   std::vector<int32_t> group;
   int64_t slots = 0, groups = 0;
@@ -56,8 +59,10 @@ class Tables {
   // Checks everything and makes the view. Throws MalformedPlan.
   void finish();
   const PlanView& view() const { return view_; }
-  // Whether every row stands in exactly one tile, whatever the batch item and head: then no output needs to be initialised.
+  // Whether every row stands in exactly one tile, whatever the batch item and head: then tiles write what rows see nothing, too.
   bool covers_all_rows() const { return covers_all_; }
+  // The rows that might be written by no tile and must hold the result of a row that sees nothing before: [first, last) each.
+  const std::vector<std::pair<int64_t, int64_t>>& unsure_rows() const { return unsure_; }
   // Throws MalformedPlan unless the variants fit this many batch items and heads.
   void check_heads(int64_t batch, int64_t heads) const;
 
@@ -66,8 +71,10 @@ class Tables {
   void check_piece(Piece& piece, const std::string& where);
   void check_layer(const Piece& piece, const Layer& layer, const std::string& where) const;
   void number_parts(Piece& piece, const std::string& where);
+  void find_sure();
 
   bool covers_all_ = false;
+  std::vector<std::pair<int64_t, int64_t>> unsure_;
   PlanView view_{};
   std::vector<PieceView> piece_views_;
   std::vector<std::vector<LayerView>> layer_views_;

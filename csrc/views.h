@@ -41,6 +41,7 @@ struct PieceView {
   int64_t slots;   // partial results of the piece, for one (batch, head)
   int64_t groups;  // split tiles of the piece, for one (batch, head)
   const int32_t* group;  // which split tile an entry belongs to, -1 when not split
+  const uint8_t* sure;   // all rows of the tile see something here
   const LayerView* layers;
   int32_t layer_count;
 };
@@ -78,7 +79,7 @@ struct Call {
   const float* dlse;  // (B, H, Nq) or null
   void* result;       // forward: out; backward: dq; contiguous (B, H, Nq, D)
   bool joins;         // rows may already hold a result, to be merged or added to
-  bool leaves;        // rows that see nothing here are left as they are
+  bool leaves;        // rows that see nothing here are left as they are, where a tile might have such
   // Split tiles: partial results and how many parts are still to come. Indexed by base of the (piece, batch, head).
   float* partial;
   std::atomic<int32_t>* pending;

@@ -423,12 +423,34 @@ def test_nothing_to_do(n_q: int, n_k: int) -> None:
     assert not found.dk.any()
 
 
+UNSURE = [
+    Case("some rows see nothing", fl.strided(2, phase=0) & fl.window(6), 75),
+    Case("two pieces, each row in one", fl.window(4) | fl.global_tokens(range(64)), 300, heads=2),
+    Case("a tile of which some rows are served elsewhere", fl.window(4) | fl.global_tokens([0, 17]), 300, heads=2),
+    Case("rows beyond the keys", fl.window(9), 200, 50, q_offset=0),
+    Case("per head, some see nothing", fl.per_head([fl.window(3), fl.window(40) & fl.strided(7, phase=3)]), 120, heads=2),
+]
+
+
 def test_results_are_written_whole() -> None:
     """No output is left as memory was: the `poison` fixture fills what is allocated with NaN."""
     assert bool(torch.empty(8).isnan().all())
-    case = Case("some rows see nothing", fl.strided(2, phase=0) & fl.window(6), 75)
-    check(case, torch.float32)
-    check(case, torch.bfloat16)
+    for case in UNSURE:
+        check(case, torch.float32)
+        check(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("value", (-math.inf, math.inf, math.nan))
+def test_keys_without_bounds_leave_nothing_unwritten(value: float) -> None:
+    """A tile that is sure to serve its rows writes them also where all scores are minus infinity."""
+    case = Case("lighthouses", fl.window(4) | fl.global_tokens(range(40)), 150, heads=1)
+    given = inputs(case)
+    given.k.fill_(value)
+    given.q.fill_(1.0)
+    out, lse = cpu.forward(given.q, given.k, given.v, plan_of(case), scale=1.0)
+    expected, _ = cpu.forward(given.q, given.k, given.v, build(fl.full(), case.sizes, SHAPE), scale=1.0)
+    assert bool((out.isnan() == expected.isnan()).all())
+    assert bool((lse == -math.inf).all()) or value != -math.inf
 
 
 def test_plans_are_converted_once() -> None:

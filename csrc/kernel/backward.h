@@ -341,7 +341,7 @@ class Backward {
   void write(int64_t row, float* sum, bool touched) {
     const int64_t at = ((item_.batch * call_.heads + item_.head) * call_.plan->n_q + row) * dim_;
     if (!touched) {
-      if (call_.leaves) return;
+      if (leaves(call_, item_)) return;
       std::memset(sum, 0, dim_ * sizeof(float));
     }
     if (call_.joins) {

@@ -46,6 +46,11 @@ struct Tile {
   }
 };
 
+// Whether rows that see nothing in an item's tile keep what they have, rather than to be told so.
+FARLIGHT_INLINE bool leaves(const Call& call, const Item& item) {
+  return call.leaves && (call.joins || !call.plan->pieces[item.piece].sure[item.entry]);
+}
+
 struct Chunk {
   int n;                             // keys
   int blocks;                        // of kM keys; the last is filled up with copies of a key that no row sees

@@ -270,7 +270,7 @@ class Forward {
   void write(int64_t row, float top, float total, float* sum, float inverse) {
     const int64_t at = (item_.batch * call_.heads + item_.head) * call_.plan->n_q + row;
     if (total == 0.0f) {
-      if (call_.leaves) return;
+      if (leaves(call_, item_)) return;
       std::memset(sum, 0, dim_ * sizeof(float));
       write_row(call_.out_type, call_.result, at * dim_, sum, dim_);
       call_.lse[at] = -INFINITY;

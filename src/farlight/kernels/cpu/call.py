@@ -29,10 +29,7 @@ def forward(
     native = handle(plan)
     joined = native.overlapping and q.dtype != torch.float32
     out_type = torch.float32 if joined else q.dtype
-    # Where a row may be met by no tile, or by several, results start from "saw nothing".
-    empty = native.overlapping or not native.covers_all_rows
-    out = torch.zeros(q.shape, dtype=out_type) if empty else torch.empty(q.shape, dtype=out_type)
-    lse = torch.full(q.shape[:3], float("-inf")) if empty else torch.empty(q.shape[:3], dtype=torch.float32)
+    out, lse = torch.empty(q.shape, dtype=out_type), torch.empty(q.shape[:3], dtype=torch.float32)
     if out.numel():
         module().forward(
             native,
@@ -78,8 +75,7 @@ def backward(
     dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
     native = handle(plan)
     dq_type = torch.float32 if native.overlapping else q.dtype
-    empty = native.overlapping or not native.covers_all_rows
-    dq = torch.zeros(q.shape, dtype=dq_type) if empty else torch.empty(q.shape, dtype=dq_type)
+    dq = torch.empty(q.shape, dtype=dq_type)
     dk, dv = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
     if q.numel() or k.numel():
         module().backward(
