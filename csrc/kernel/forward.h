@@ -96,8 +96,7 @@ class Forward {
   }
 
   // The same where products are made of tiles.
-  FARLIGHT_INLINE void take_tiles([[maybe_unused]] const Ahead<Mode>& ahead, [[maybe_unused]] const Dropped& dropped, [[maybe_unused]] float base2,
-                  [[maybe_unused]] int lanes, [[maybe_unused]] bool fresh) {
+  FARLIGHT_INLINE void take_tiles(const Ahead<Mode>& ahead, const Dropped& dropped, float base2, int lanes, bool fresh) {
 #if defined(FARLIGHT_ISA_AMX)
     F sums[kRows / W];
     score_tiles(*chunk_, keys_, queries_, scores_, &ahead);
@@ -110,6 +109,8 @@ class Forward {
     for (int g = 0; g < lanes; g += W) store(total_ + g, add(load(total_ + g), sums[g / W]));
     const int groups = columns_.fetch(*chunk_);
     add_across_groups(sum_, columns_.groups, weights_, groups, dim_, fresh);
+#else
+    (void)ahead, (void)dropped, (void)base2, (void)lanes, (void)fresh;
 #endif
   }
 
