@@ -178,7 +178,7 @@ def test_a_call_with_a_known_plan_asks_nothing(pattern: fl.Pattern, dropout: flo
     assert silent.launches - before >= 4
 
 
-@pytest.mark.parametrize("of", [of for of in ROUTED if of.name in ROUTED_ALWAYS], ids=str)
+@pytest.mark.parametrize("of", ROUTED, ids=str)
 def test_a_new_choice_asks_once_and_a_known_one_nothing(
     of: Case, silent: Silent, choices_are_planned_where_they_lie: None
 ) -> None:
