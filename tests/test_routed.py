@@ -182,7 +182,7 @@ def test_what_routers_answer_is_planned_on_the_device(here: None) -> None:
         assert serves(router, mask), router
     assert serves(TopBlocks(3, 16, 32, causal=True))
     # The others are planned on the host: see docs/gpu.md.
-    for router in (KMeans(4, 16, 8, per_cluster=20).eval(), LSH(8, 2), TopKeys(4) | fl.window(3)):
+    for router in (KMeans(4, 16, 8, per_cluster=20).eval(), LSH(8, 2)):
         assert not serves(router), router
     assert not serves(TopBlocks(3, 16, 32), mask)
 
