@@ -38,8 +38,8 @@ _LONGEST_LIST = 48
 class Routed:
     """One order of rows and of keys, of V variants: the batch items and heads whose choices differ, `shape` = (B or 1, H or 1).
 
-    Rows stand in *places*: sorted by label (`rows` `(V, n_q)`, those without a label last), or as they are (`rows` None).
-    Keys stand in slots likewise. `row_count` and `key_count` `(V,)` say how many are real.
+    Rows stand in *places*: sorted by label (`rows` `(V, n_q)`, those without a label last), or from last to first, or as
+    they are (`rows` None). Keys stand in slots likewise. `row_count` and `key_count` `(V,)` say how many are real.
 
     A grid of I *items* begins groups of rows: item i starts at `place`, `within` rows after the first of a group of `length`
     rows that see the same stretches; `valid` = there is such a row. All `(V or 1, I)`. Its m stretches begin at slot `lo`
@@ -47,7 +47,7 @@ class Routed:
     (`causal`) or is the same in all of a group. Stretches are disjoint; an empty one ends where it begins.
 
     covers: every row is in some group.
-    ahead: places and slots are positions, and the row at place p sees what is before slot p + `ahead`; None where it is not so.
+    ahead: rows and keys are not sorted, and the row at place p sees what is before slot p + `ahead`; None where it is not so.
     points: `(V, n_q, m)` single keys of each row, ascending, each once; -1 = none.
     worst: the indices of the choice that are still to be checked; None where there are none.
     """

@@ -118,6 +118,6 @@ def _named(atoms: Sequence[Atom], sizes: Sizes, device: torch.device) -> Tensor 
 @functools.lru_cache(maxsize=16)
 def _mask(positions: tuple[int, ...], n: int, device: torch.device) -> Tensor:
     """`(n,)` bool, True at the positions: uploaded once for all choices."""
-    mask = torch.zeros(n, dtype=torch.bool)
+    mask = torch.zeros(n, dtype=torch.bool, device="cpu")
     mask[list(positions)] = True
     return mask.to(device)
