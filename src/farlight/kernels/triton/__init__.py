@@ -9,14 +9,11 @@ from __future__ import annotations
 from farlight.kernels.inputs import refused
 from farlight.kernels.request import Request
 from farlight.kernels.triton.call import backward, forward
+from farlight.kernels.triton.lowered import SHAPE
 from farlight.kernels.triton.machine import interpreted, missing, not_installed, unfit
 from farlight.kernels.triton.routed import RoutedPlan, routed_plan
-from farlight.plan.build import TileShape
 
 __all__ = ["SHAPE", "RoutedPlan", "backward", "forward", "interpreted", "reasons", "routed_plan"]
-
-# A gathered pair costs about as much as half a row of a block; long rows are cut when the device is known.
-SHAPE = TileShape(tile=128, gather=32, longest=2**30)
 
 
 def reasons(request: Request) -> list[str]:

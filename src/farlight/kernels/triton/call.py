@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor
 from farlight.errors import ArgumentError
 from farlight.kernels.inputs import check_gradients, check_plan, check_tensors, dropped
 from farlight.kernels.triton.configs import Config, padded
-from farlight.kernels.triton.key_work import KeyWork, lower_keys
-from farlight.kernels.triton.machine import interpreted, workers
-from farlight.kernels.triton.query_work import QueryWork, lower_queries
+from farlight.kernels.triton.key_work import KeyWork
+from farlight.kernels.triton.lowered import key_work, query_work
+from farlight.kernels.triton.machine import interpreted
+from farlight.kernels.triton.query_work import QueryWork
 from farlight.kernels.triton.routed import RoutedPlan
 from farlight.kernels.triton.tuning import config_for
 from farlight.plan.tables import Plan
@@ -46,10 +46,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from farlight.kernels.triton.device.forward import forward_kernel, merge_kernel
 
-    work = _query_work(plan, config, q.device, q.shape[1] // k.shape[1])
+    every = _query_work(plan, config, q.device, q.shape[1] // k.shape[1])
     wide = plan.overlapping and q.dtype != torch.float32
     kind = torch.float32 if wide else q.dtype
-    if work.covers and q.numel():
+    if every.covers and q.numel():
         out = torch.empty(q.shape, dtype=kind, device=q.device)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     else:
@@ -58,7 +58,7 @@ def _forward(
     sizes = _sizes(q, k, plan, v)
     links, draws = _links(dropout, seed, q.device)
     with on_device(q.device):
-        for launch in work.launches:
+        for work, launch in every.steps():
             part_out = torch.empty((launch.slots * launch.height, q.shape[3]), dtype=torch.float32, device=q.device)
             part_lse = torch.empty(launch.slots * launch.height, dtype=torch.float32, device=q.device)
             forward_kernel[(launch.work.shape[0],)](
@@ -128,13 +128,13 @@ def _dq(
 ) -> Tensor:  # fmt: skip
     from farlight.kernels.triton.device.queries import queries_kernel, sum_kernel
 
-    work = _query_work(plan, config, q.device, q.shape[1] // k.shape[1])
+    every = _query_work(plan, config, q.device, q.shape[1] // k.shape[1])
     kind = torch.float32 if plan.overlapping else q.dtype
-    make = torch.empty if work.covers and q.numel() else torch.zeros
+    make = torch.empty if every.covers and q.numel() else torch.zeros
     dq = make(q.shape, dtype=kind, device=q.device)
     links, draws = _links(dropout, seed, q.device)
     with on_device(q.device):
-        for launch in work.launches:
+        for work, launch in every.steps():
             part = torch.empty((launch.slots * launch.height, q.shape[3]), dtype=torch.float32, device=q.device)
             queries_kernel[(launch.work.shape[0],)](
                 q, k, v, dout, lse, delta, dq, part, draws,
@@ -161,14 +161,15 @@ def _dk_dv(
     from farlight.kernels.triton.device.queries import sum_kernel
 
     kv_heads, n_k, head_dim = k.shape[1:]
-    work = _key_work(plan, config, q.device, q.shape[1] // kv_heads)
-    kind = torch.float32 if len(work.launches) > 1 else k.dtype
-    make = torch.empty if work.covers else torch.zeros
+    every = _key_work(plan, config, q.device, q.shape[1] // kv_heads)
+    steps = list(every.steps())
+    kind = torch.float32 if len(steps) > 1 else k.dtype
+    make = torch.empty if every.covers else torch.zeros
     dk, dv = make(k.shape, dtype=kind, device=k.device), make(k.shape, dtype=kind, device=k.device)
     heads, group, n_q, _, q_offset = _sizes(q, k, plan, v)
     links, draws = _links(dropout, seed, q.device)
     with on_device(q.device):
-        for launch in work.launches:
+        for work, launch in steps:
             shape = (launch.slots * config.keys, head_dim)
             part_dk, part_dv = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
             keys_kernel[(launch.work.shape[0],)](
@@ -190,41 +191,16 @@ def _dk_dv(
     return dk.to(k.dtype), dv.to(v.dtype)
 
 
-# ---- what a plan was lowered to, kept with the plan ------------------------------------------------------------------
 def _query_work(plan: AnyPlan, config: Config, device: torch.device, group: int) -> QueryWork:
     if isinstance(plan, RoutedPlan):
         return plan.queries(config, group)
-    key = ("triton queries", config.rows, config.keys, group, device)
-    found = plan.derived.get(key)
-    if not isinstance(found, QueryWork):
-        found = plan.derived[key] = _lowered(lower_queries, plan, config, group, device)
-    return found
+    return query_work(plan, config.rows, config.keys, group, device)
 
 
 def _key_work(plan: AnyPlan, config: Config, device: torch.device, group: int) -> KeyWork:
     if isinstance(plan, RoutedPlan):
         return plan.keys(config, group)
-    key = ("triton keys", config.rows, config.keys, group, device)
-    found = plan.derived.get(key)
-    if not isinstance(found, KeyWork):
-        found = plan.derived[key] = _lowered(lower_keys, plan, config, group, device)
-    return found
-
-
-def _lowered(lower: Any, plan: Plan, config: Config, group: int, device: torch.device) -> Any:
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        return _uploaded(lower(plan, config.rows, config.keys, group, workers(device)), device)
-
-
-def _uploaded(value: Any, device: torch.device) -> Any:
-    """The same tables on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_uploaded(one, device) for one in value)
-    if hasattr(value, "__dataclass_fields__"):
-        return replace(value, **{field.name: _uploaded(getattr(value, field.name), device) for field in fields(value)})
-    return value
+    return key_work(plan, config.rows, config.keys, group, device)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan) -> None:

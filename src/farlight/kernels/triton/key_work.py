@@ -6,7 +6,7 @@ sort the keys come after, one stage each (more where query heads of one key head
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +44,23 @@ class KeyLaunch:
 
 @dataclass(frozen=True)
 class KeyWork:
-    """All launches of a plan's pass over keys. `covers`: the first writes every key."""
+    """All launches of a plan's pass over keys. `covers`: the first writes every key.
+
+    earlier: work that is done before, with lists of its own.
+    """
 
     launches: tuple[KeyLaunch, ...]
     covers: bool
     rows: Tensor
     keys: Tensor
     data: Tensor
+    earlier: KeyWork | None = None
+
+    def steps(self) -> Iterator[tuple[KeyWork, KeyLaunch]]:
+        """Every launch in order, with the work that holds its lists."""
+        if self.earlier is not None:
+            yield from self.earlier.steps()
+        yield from ((self, launch) for launch in self.launches)
 
 
 @dataclass

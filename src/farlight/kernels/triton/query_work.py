@@ -6,7 +6,7 @@ one of gathered keys. A *launch* is one kernel call: groups of one height, of pi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class QueryWork:
-    """All launches of a plan, in order, and the lists that they index. `covers`: the first writes every row."""
+    """All launches of a plan, in order, and the lists that they index. `covers`: the first writes every row.
+
+    earlier: work that is done before, with lists of its own.
+    """
 
     launches: tuple[Launch, ...]
     covers: bool
@@ -52,6 +55,13 @@ class QueryWork:
     point_key: Tensor
     point_row: Tensor
     data: Tensor
+    earlier: QueryWork | None = None
+
+    def steps(self) -> Iterator[tuple[QueryWork, Launch]]:
+        """Every launch in order, with the work that holds its lists."""
+        if self.earlier is not None:
+            yield from self.earlier.steps()
+        yield from ((self, launch) for launch in self.launches)
 
 
 def int32(x: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Plans of patterns that a router made on the device: their tables are made there too, after one small read by the host.
 
+A fixed pattern in union with the choice has a plan of the host's, whose lists are uploaded once for all choices; the kernels do
+its work first and join the choice's links to it.
+
 How long the tables are depends on the choice, and the host must know it to allocate and to launch. So everything that has a
 length known beforehand is computed first, for all passes that the call will need, and ends in a few dozen sums; these are
 read in one go. No other value comes to the host, none is copied from it.
@@ -8,7 +11,7 @@ read in one go. No other value comes to the host, none is copied from it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,13 +19,17 @@ from torch import Tensor
 from farlight.kernels.request import Request
 from farlight.kernels.triton.configs import Config
 from farlight.kernels.triton.key_work import KeyWork
+from farlight.kernels.triton.lowered import SHAPE, key_work, query_work
 from farlight.kernels.triton.machine import workers
 from farlight.kernels.triton.query_work import QueryWork, too_many
 from farlight.kernels.triton.routed_keys import RoutedKeys
 from farlight.kernels.triton.routed_queries import RoutedQueries, Tiles
 from farlight.kernels.triton.tuning import expected
 from farlight.patterns.base import Sizes
-from farlight.plan.routed import Routed, routed
+from farlight.plan import plan_for
+from farlight.plan.routed import Routed
+from farlight.plan.routed_union import chosen
+from farlight.plan.tables import Plan
 
 __all__ = ["RoutedPlan", "read", "routed_plan"]
 
@@ -37,17 +44,21 @@ def read(numbers: Sequence[Tensor]) -> list[int]:
 
 @dataclass(eq=False)
 class RoutedPlan:
-    """What the kernels need of a plan. `overlapping`: a row may be served by two pieces."""
+    """What the kernels need of a plan: the choice in pieces, and the plan of the `fixed` part, if there is one.
+
+    `overlapping`: a row may be served twice.
+    """
 
     sizes: Sizes
     pieces: list[Routed]
+    fixed: Plan | None = None
     visited: int = 0
     checked: bool = False
     derived: dict[object, object] = field(default_factory=dict)
 
     @property
     def overlapping(self) -> bool:
-        return len(self.pieces) > 1
+        return self.fixed is not None or len(self.pieces) > 1
 
     @property
     def device(self) -> torch.device:
@@ -59,26 +70,29 @@ class RoutedPlan:
         missing = [key for key in keys if (*key, group) not in self.derived]
         if not missing and self.checked:
             return
-        many = workers(self.device)
+        many, after = workers(self.device), self.fixed is not None
         with torch.inference_mode(False), torch.no_grad():
             found = [
-                (RoutedKeys if by_key else RoutedQueries)(self.pieces, self.sizes, rows, width, group, many)
+                (RoutedKeys if by_key else RoutedQueries)(self.pieces, self.sizes, rows, width, group, many, after=after)
                 for by_key, rows, width in missing
             ]
+            # Lowered while the device is at work on the sums.
+            earlier = [None if self.fixed is None else self._earlier(self.fixed, *key, group) for key in missing]
             worst = self.pieces[0].worst
             asked = [] if self.checked else [self._visited(), *(() if worst is None else (worst.least, worst.largest))]
             numbers = read([*asked, *(number for one in found for number in one.asked)])
             if not self.checked:
                 if worst is not None:
                     worst.check(numbers[1], numbers[2])
-                self.visited, self.checked = numbers[0], True
+                self.visited, self.checked = numbers[0] + (0 if self.fixed is None else self.fixed.visited), True
             at = len(asked)
             # Lists are numbered in 32 bits.
             if any(number >= 2**30 for number in numbers[at:]):
                 raise too_many()
-            for key, one in zip(missing, found, strict=True):
-                self.derived[(*key, group)] = one.made(numbers[at : at + len(one.asked)])
+            for key, one, before in zip(missing, found, earlier, strict=True):
+                work = one.made(numbers[at : at + len(one.asked)])
                 at += len(one.asked)
+                self.derived[(*key, group)] = work if before is None else replace(work, earlier=before, covers=before.covers)
 
     def queries(self, config: Config, group: int) -> QueryWork:
         self.prepare([("queries", config)], group)
@@ -91,6 +105,9 @@ class RoutedPlan:
         found = self.derived[True, config.rows, config.keys, group]
         assert isinstance(found, KeyWork)
         return found
+
+    def _earlier(self, fixed: Plan, by_key: bool, rows: int, width: int, group: int) -> QueryWork | KeyWork:
+        return (key_work if by_key else query_work)(fixed, rows, width, group, self.device)
 
     def _visited(self) -> Tensor:
         """Pairs that tiles of rows cover, over batch and heads."""
@@ -118,8 +135,9 @@ def routed_plan(request: Request) -> RoutedPlan | None:
     kept: dict[Sizes, RoutedPlan | None] = pattern.__dict__.setdefault("_routed", {})
     if sizes not in kept:
         with torch.inference_mode(False), torch.no_grad():
-            pieces = routed(pattern, sizes)
-        kept[sizes] = None if pieces is None else RoutedPlan(sizes, pieces)
+            found = chosen(pattern, sizes)
+        fixed = None if found is None or found.fixed is None else plan_for(found.fixed, sizes, SHAPE)
+        kept[sizes] = None if found is None else RoutedPlan(sizes, found.pieces, fixed)
     plan = kept[sizes]
     if plan is not None:
         passes = ("forward", "queries", "keys") if request.needs_grad else ("forward",)

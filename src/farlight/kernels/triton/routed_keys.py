@@ -12,7 +12,7 @@ from torch import Tensor
 from farlight.kernels.triton.deal import Counts, counted, deal, parts_of, picked
 from farlight.kernels.triton.key_work import KeyLaunch, KeyWork, key_launch_of
 from farlight.kernels.triton.query_work import narrowed
-from farlight.kernels.triton.routed_queries import Tiles, causal_data, classes, exclusive, spread_over
+from farlight.kernels.triton.routed_queries import Tiles, causal_data, classes, exclusive, orders, spread_over
 from farlight.patterns.base import Sizes
 from farlight.plan.routed import Routed
 
@@ -26,8 +26,9 @@ class _Piece:
     one key.
     """
 
-    def __init__(self, piece: Routed, sizes: Sizes, height: int, width: int, group: int, workers: int) -> None:
-        self.piece = piece
+    def __init__(self, piece: Routed, sizes: Sizes, height: int, width: int, group: int, workers: int, add: bool) -> None:
+        # Sorted keys leave out some.
+        self.piece, self.add = piece, add or piece.keys is not None
         self.tiles = tiles = Tiles(piece, height, smaller=False)
         self.blocks = -(-sizes.n_k // width)
         shape = tiles.hi.shape
@@ -57,7 +58,8 @@ class _Piece:
             total = total + torch.div(self.points + height - 1, height, rounding_mode="floor")
         self.asked = [piece.row_count.sum(), piece.key_count.sum(), self.count.sum(), whole.sum(), self.points.sum()]
         self.variant = classes(piece, sizes, group)
-        self.turns = group if piece.keys is not None and piece.shape[1] > 1 and group > 1 else 1
+        sorted_apart = piece.keys is not None and piece.ahead is None
+        self.turns = group if sorted_apart and piece.shape[1] > 1 and group > 1 else 1
         # (batch, key heads, blocks, group)
         of_head = total[self.variant].transpose(2, 3)
         exists = torch.arange(self.blocks, device=total.device) * width < piece.key_count[:, None]
@@ -65,18 +67,20 @@ class _Piece:
         for turn in range(self.turns):
             mine = of_head[..., turn] if self.turns > 1 else of_head.sum(-1)
             here = exists[self.variant[:, :, turn]]
-            if piece.keys is not None:
+            if self.add:
                 here = here & (mine > 0)
             self.flags.append(here)
             self.asked += counted(parts_of(mine, torch.where(here, mine, 0).sum(), workers), here)
 
 
 class RoutedKeys:
-    """`asked`: sums on the device; `made(their values)`: the tables."""
+    """`asked`: sums on the device; `made(their values)`: the tables. `after`: they add to what others wrote before them."""
 
-    def __init__(self, pieces: list[Routed], sizes: Sizes, height: int, width: int, group: int, workers: int) -> None:
+    def __init__(
+        self, pieces: list[Routed], sizes: Sizes, height: int, width: int, group: int, workers: int, *, after: bool = False
+    ) -> None:
         self.sizes, self.height, self.width, self.group, self.workers = sizes, height, width, group, workers
-        self.pieces = [_Piece(piece, sizes, height, width, group, workers) for piece in pieces]
+        self.pieces = [_Piece(piece, sizes, height, width, group, workers, after or at > 0) for at, piece in enumerate(pieces)]
         self.asked = [number for one in self.pieces for number in one.asked]
 
     def made(self, numbers: list[int]) -> KeyWork:
@@ -87,19 +91,17 @@ class RoutedKeys:
             mine = numbers[at : at + len(one.asked)]
             at += len(mine)
             piece, device = one.piece, one.piece.lo.device
-            order = None
-            if piece.rows is not None and piece.keys is not None:
-                order = picked(piece.valid.flatten(), mine[0])
-                tables[0].append(piece.rows.flatten()[order])
-                real = torch.arange(self.sizes.n_k, device=device) < piece.key_count[:, None]
-                tables[1].append(piece.keys.flatten()[picked(real.flatten(), mine[1])])
-            tables[2].append(causal_data(piece, order))
+            place, rows_of, keys_of = orders(piece, self.sizes, mine[0], mine[1])
+            if rows_of is not None and keys_of is not None:
+                tables[0].append(rows_of)
+                tables[1].append(keys_of)
+            tables[2].append(causal_data(piece, place))
             launches += self._launches(one, mine, rows, keys, data)
             rows, keys = (sum(table.numel() for table in tables[which]) for which in (0, 1))
             data += tables[2][-1].numel()
         none = torch.zeros(0, dtype=torch.int64, device=device)
-        rows_of, keys_of, data_of = (narrowed(torch.cat([none, *table])) for table in tables)
-        return KeyWork(tuple(launches), self.pieces[0].piece.keys is None, rows_of, keys_of, data_of)
+        all_of = [narrowed(torch.cat([none, *table])) for table in tables]
+        return KeyWork(tuple(launches), not self.pieces[0].add, *all_of)
 
     def _launches(self, one: _Piece, numbers: list[int], rows: int, keys: int, data: int) -> list[KeyLaunch]:
         piece, blocks = one.piece, one.blocks
@@ -150,7 +152,7 @@ class RoutedKeys:
                 keyed=piece.keys is not None,
                 bits=False,
                 points=piece.points is not None,
-                add=piece.keys is not None,
+                add=one.add,
             )
             out.append(launch)
         return out
@@ -159,13 +161,10 @@ class RoutedKeys:
         """Whole and masked entries, by block; and how many of each a block has."""
         piece, tiles, width, blocks = one.piece, one.tiles, self.width, one.blocks
         shape, owners = one.count.shape, piece.variants * blocks
-        row_base = exclusive(piece.row_count)[:, None] + rows
-        bounds = tiles.bounds(piece, row_base, self.sizes)
-        if piece.rows is None:
-            bounds = torch.where(bounds >= 0, bounds + data, bounds)
-            row = piece.place
-        else:
-            row = -1 - (piece.place + row_base)
+        bounds = tiles.bounds(piece, data)
+        row = piece.place
+        if piece.rows is not None:
+            row = -1 - (row + exclusive(piece.row_count)[:, None] + rows)
         source, step = spread_over(one.count.flatten(), entries)
 
         def of(table: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from farlight.kernels.triton.query_work import SMALLEST, Launch, QueryWork, heig
 from farlight.patterns.base import Sizes
 from farlight.plan.routed import Routed
 
-__all__ = ["RAMP", "RoutedQueries", "Tiles", "causal_data", "classes", "spread_over"]
+__all__ = ["RAMP", "RoutedQueries", "Tiles", "causal_data", "classes", "exclusive", "orders", "spread_over"]
 
 # Rows of a tile: masks are laid out, and groups of rows begin anew, every so many rows.
 TILE = 128
@@ -42,21 +42,24 @@ class Tiles:
         self.tile_hi = piece.ends(tile + (tall - 1).clamp(min=0))
         self.tile = tile
 
-    def bounds(self, piece: Routed, base: Tensor, sizes: Sizes) -> Tensor:
-        """Where the bounds of a tile's rows begin in `causal_data`; -1 where no row needs any."""
+    def bounds(self, piece: Routed, base: int) -> Tensor:
+        """Where the bounds of a tile's rows begin, when `causal_data` begins at `base`; -1 where no row needs any."""
         if not piece.causal:
             return torch.full_like(self.tile_hi, -1)
-        if piece.rows is not None:
-            return (2 * (base + self.tile))[:, :, None].expand_as(self.tile_hi)
-        ahead = self.tile[:, :, None] + (sizes.q_offset + 1) - self.tile_hi
-        return 2 * (ahead.clamp(-RAMP, 0) + RAMP)
+        if piece.ahead is None:
+            return (base + 2 * (exclusive(piece.row_count)[:, None] + self.tile))[:, :, None].expand_as(self.tile_hi)
+        ahead = self.tile[:, :, None] + piece.ahead - self.tile_hi
+        return base + 2 * (ahead.clamp(-RAMP, 0) + RAMP)
 
 
 def causal_data(piece: Routed, order: Tensor | None) -> Tensor:
-    """Bounds of rows, relative to the end of their tile's stretch: of each sorted row, or a ramp that serves all tiles."""
+    """Bounds of rows, relative to the end of their tile's stretch: of each sorted row, or a ramp that serves all tiles.
+
+    `order`: where in `(V, n_q)` the real places are, None = rows are not sorted.
+    """
     if not piece.causal:
         return torch.zeros(0, dtype=torch.int64, device=piece.lo.device)
-    if order is None:
+    if order is None or piece.ahead is not None:
         ahead = (torch.arange(2 * TILE, device=piece.lo.device) - RAMP).clamp(max=0)
     else:
         tiles = Tiles(piece, TILE, smaller=False)
@@ -76,6 +79,18 @@ def classes(piece: Routed, sizes: Sizes, group: int) -> Tensor:
     batch = torch.arange(sizes.batch, device=device)[:, None] * (piece.shape[0] > 1)
     head = torch.arange(sizes.heads, device=device)[None, :] * (piece.shape[1] > 1)
     return (batch * piece.shape[1] + head).view(sizes.batch, -1, group)
+
+
+def orders(piece: Routed, sizes: Sizes, rows: int, keys: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(the real places, their rows, the keys of the real slots) of all variants, `rows` and `keys` of them; None = natural."""
+    if piece.rows is None or piece.keys is None:
+        return None, None, None
+    device = piece.lo.device
+    place, slot = (
+        picked((torch.arange(n, device=device) < count[:, None]).flatten(), many)
+        for n, count, many in ((sizes.n_q, piece.row_count, rows), (sizes.n_k, piece.key_count, keys))
+    )
+    return place, piece.rows.flatten()[place], piece.keys.flatten()[slot]
 
 
 def exclusive(count: Tensor) -> Tensor:
@@ -117,11 +132,13 @@ class _Piece:
 
 
 class RoutedQueries:
-    """`asked`: sums on the device; `made(their values)`: the tables."""
+    """`asked`: sums on the device; `made(their values)`: the tables. `after`: they join what others wrote before them."""
 
-    def __init__(self, pieces: list[Routed], sizes: Sizes, height: int, width: int, group: int, workers: int) -> None:
+    def __init__(
+        self, pieces: list[Routed], sizes: Sizes, height: int, width: int, group: int, workers: int, *, after: bool = False
+    ) -> None:
         self.sizes, self.width, self.group, self.workers = sizes, width, group, workers
-        self.pieces = [_Piece(piece, sizes, height, width, workers, at > 0) for at, piece in enumerate(pieces)]
+        self.pieces = [_Piece(piece, sizes, height, width, workers, after or at > 0) for at, piece in enumerate(pieces)]
         self.asked = [number for one in self.pieces for number in one.asked]
 
     def made(self, numbers: list[int]) -> QueryWork:
@@ -149,16 +166,11 @@ class RoutedQueries:
         row_base = exclusive(piece.row_count)[:, None] + self.base["rows"]
         key_base = exclusive(piece.key_count)[:, None, None] + self.base["keys"]
         new: dict[str, Tensor] = {}
-        order = None
-        if piece.rows is not None and piece.keys is not None:
-            order = picked(piece.valid.flatten(), rows)
-            new["rows"] = piece.rows.flatten()[order]
-            real = torch.arange(self.sizes.n_k, device=device) < piece.key_count[:, None]
-            new["keys"] = piece.keys.flatten()[picked(real.flatten(), keys)]
-        new["data"] = causal_data(piece, order)
-        bounds = tiles.bounds(piece, row_base, self.sizes)
-        if not is_sorted:
-            bounds = torch.where(bounds >= 0, bounds + self.base["data"], bounds)
+        place, rows_of, keys_of = orders(piece, self.sizes, rows, keys)
+        if rows_of is not None and keys_of is not None:
+            new["rows"], new["keys"] = rows_of, keys_of
+        new["data"] = causal_data(piece, place)
+        bounds = tiles.bounds(piece, self.base["data"])
         lo = tiles.lo + (key_base if is_sorted else 0)
         tile_hi = tiles.tile_hi + (key_base if is_sorted else 0)
         full, some = one.whole.flatten(), (one.blocks - one.whole).flatten()
