@@ -16,7 +16,7 @@
 
 namespace farlight {
 
-constexpr int64_t kBatch = 16;  // neighbours that a thread takes at once, at most: they read mostly the same keys
+constexpr int64_t kBatch = 64;  // neighbours that a thread takes at once, at most: they read mostly the same keys
 
 // Calls body(i) for every i < count, in order of i as threads become free: a few neighbours at a time, single ones towards the
 // end. The first exception is thrown to the caller.
