@@ -39,7 +39,8 @@ class Report:
         name = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
         self.path = folder / f"{name}.json"
         folder.mkdir(parents=True, exist_ok=True)
-        self.data: dict[str, Any] = {"format": 1, "machine": about, "parity": {}, "properties": [], "rows": [], "routers": [], "skipped": []}
+        self.data: dict[str, Any] = {"format": 1, "machine": about, "parity": {}}
+        self.data |= {name: [] for name in ("properties", "rows", "routers", "skipped")}
 
     def skip(self, what: str, why: str) -> None:
         print(f"  skipped {what}: {why}", flush=True)

@@ -1,5 +1,5 @@
-"""A router's whole step on the device: choosing, planning where the choice lies, attending; beside attention under a choice that
-is planned already, and full attention.
+"""A router's whole step on the device: choosing, planning where the choice lies, attending; beside attention under a choice
+that is planned already, and full attention.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ SETTINGS, REHEARSED = (65_536, 16, 64), (160, 2, 16)
 ROW_SECONDS = 40.0
 
 
-def routers(n: int, heads: int, dim: int, device: str) -> dict[str, Router]:
-    rooms, block = max(2, n // 1024), 64 if n >= 1024 else 16
+def routers(n: int, heads: int, dim: int, device: str) -> dict[str, tuple[Router, Pattern | None]]:
+    """Each alone and with a window beside it."""
+    rooms, block, near = max(2, n // 1024), 64 if n >= 1024 else 16, min(128, n // 8)
     count = min(16, n // block)
+    rooms_of, blocks_of = f"KMeans({rooms} clusters)", f"TopBlocks(count={count}, block={block})"
     return {
-        f"KMeans({rooms} clusters)": KMeans(heads, dim, rooms).to(device),
-        f"TopBlocks(count={count}, block={block})": TopBlocks(count=count, block=block),
+        rooms_of: (KMeans(heads, dim, rooms).to(device), None),
+        f"window({near}) with {rooms_of}": (KMeans(heads, dim, rooms).to(device), fl.window(near)),
+        blocks_of: (TopBlocks(count=count, block=block), None),
+        f"window({near}) with {blocks_of}": (TopBlocks(count=count, block=block), fl.window(near)),
     }
 
 
@@ -38,7 +42,7 @@ def run(report: Any, left: Callable[[], float], rehearsal: bool) -> int:
     device, dtype = ("cpu", torch.float32) if rehearsal else ("cuda", torch.bfloat16)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, n, dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    for name, router in routers(n, heads, dim, device).items():
+    for name, (router, beside) in routers(n, heads, dim, device).items():
         where = f"{name}, {n} tokens, {heads} heads, head_dim {dim}"
         if left() < (0 if rehearsal else ROW_SECONDS):
             report.skip(where, f"{left():.0f} s were left of the time given")
@@ -46,7 +50,7 @@ def run(report: Any, left: Callable[[], float], rehearsal: bool) -> int:
         try:
             if isinstance(router, KMeans):
                 router = router.fit(q.detach(), k.detach()).eval()
-            row = _row(name, router, (q, k, v), rehearsal)
+            row = _row(name, router, beside, (q, k, v), rehearsal)
         except Exception as error:  # out of memory, or what a compiler raises: a row with its reason
             report.skip(where, f"{type(error).__name__}: {error}"[:400])
             failed += 1
@@ -57,10 +61,17 @@ def run(report: Any, left: Callable[[], float], rehearsal: bool) -> int:
     return failed
 
 
-def _row(name: str, router: Router, qkv: tuple[Tensor, Tensor, Tensor], rehearsal: bool) -> dict[str, Any]:
+def _row(
+    name: str, router: Router, beside: Pattern | None, qkv: tuple[Tensor, Tensor, Tensor], rehearsal: bool
+) -> dict[str, Any]:
     q, k, v = qkv
     grad = torch.randn_like(q)
-    known = router(q, k)
+
+    def choose() -> Pattern:
+        chosen = router(q, k)
+        return chosen if beside is None else beside | chosen
+
+    known = choose()
 
     def attend(pattern: Pattern) -> Tensor:
         out = fl.attention(q, k, v, pattern, backend="triton")
@@ -71,7 +82,7 @@ def _row(name: str, router: Router, qkv: tuple[Tensor, Tensor, Tensor], rehearsa
         return scaled_dot_product_attention(q, k, v)
 
     row: dict[str, Any] = {
-        "router": name, "tokens": q.shape[2], "heads": q.shape[1], "head_dim": q.shape[3], "waits": _waits(router, q, k, v),
+        "router": name, "tokens": q.shape[2], "heads": q.shape[1], "head_dim": q.shape[3], "waits": _waits(choose, q, k, v),
         "passes": {},
     }  # fmt: skip
     for what in ("forward", "forward + backward"):
@@ -86,8 +97,8 @@ def _row(name: str, router: Router, qkv: tuple[Tensor, Tensor, Tensor], rehearsa
             return quiet
 
         contenders = [
-            Contender("choose", lambda: router(q, k)),
-            Contender("step", whole(lambda: attend(router(q, k)))),
+            Contender("choose", choose),
+            Contender("step", whole(lambda: attend(choose()))),
             Contender("attend", whole(lambda: attend(known))),
             Contender("full", whole(full)),
         ]
@@ -96,17 +107,21 @@ def _row(name: str, router: Router, qkv: tuple[Tensor, Tensor, Tensor], rehearsa
     return row
 
 
-def _waits(router: Router, q: Tensor, k: Tensor, v: Tensor) -> int | None:
-    """How often choosing, planning and attending wait for the device; None where there is no device to wait for."""
+def _waits(choose: Callable[[], Pattern], q: Tensor, k: Tensor, v: Tensor) -> int | None:
+    """How often choosing, planning and attending wait for the device, in a second call: the first one plans the fixed part.
+
+    None where there is no device to wait for.
+    """
     if not q.is_cuda:
         return None
     import warnings
 
     with warnings.catch_warnings(record=True) as seen, torch.no_grad():
         warnings.simplefilter("always")
+        fl.attention(q, k, v, choose(), backend="triton")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            fl.attention(q, k, v, router(q, k), backend="triton")
+            fl.attention(q, k, v, choose(), backend="triton")
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(one.message) for one in seen)

@@ -93,15 +93,18 @@ def _preparations(rows: list[dict[str, Any]]) -> list[str]:
 def _routers(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
-    head = ["router", "tokens", "H", "D", "pass", "choose ms", "choose, plan and attend ms", "attend alone ms", "full ms", "× full", "waits"]
+    head = [
+        "router", "tokens", "H", "D", "pass", "choose ms", "choose, plan and attend ms", "attend alone ms", "full ms", "× full",
+        "waits",
+    ]  # fmt: skip
     lines = ["## Routers", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         for name, cells in row["passes"].items():
             choose, step, attend, full = (cells[one].get("seconds") for one in ("choose", "step", "attend", "full"))
             waits = "" if row["waits"] is None else row["waits"]
             lines.append(
-                f"| {row['router']} | {row['tokens']:,} | {row['heads']} | {row['head_dim']} | {name} | {_ms(choose)} | {_ms(step)} "
-                f"| {_ms(attend)} | {_ms(full)} | {'' if step is None else _times(full, step)} | {waits} |"
+                f"| {row['router']} | {row['tokens']:,} | {row['heads']} | {row['head_dim']} | {name} | {_ms(choose)} "
+                f"| {_ms(step)} | {_ms(attend)} | {_ms(full)} | {'' if step is None else _times(full, step)} | {waits} |"
             )
     return [*lines, ""]
 

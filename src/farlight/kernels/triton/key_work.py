@@ -7,7 +7,7 @@ sort the keys come after, one stage each (more where query heads of one key head
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class KeyWork:
     rows: Tensor
     keys: Tensor
     data: Tensor
-    earlier: KeyWork | None = None
+    earlier: KeyWork | None = field(default=None, kw_only=True)
 
     def steps(self) -> Iterator[tuple[KeyWork, KeyLaunch]]:
         """Every launch in order, with the work that holds its lists."""

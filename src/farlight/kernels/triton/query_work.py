@@ -7,7 +7,7 @@ one of gathered keys. A *launch* is one kernel call: groups of one height, of pi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class QueryWork:
     point_key: Tensor
     point_row: Tensor
     data: Tensor
-    earlier: QueryWork | None = None
+    earlier: QueryWork | None = field(default=None, kw_only=True)
 
     def steps(self) -> Iterator[tuple[QueryWork, Launch]]:
         """Every launch in order, with the work that holds its lists."""

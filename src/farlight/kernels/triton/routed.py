@@ -92,7 +92,9 @@ class RoutedPlan:
             for key, one, before in zip(missing, found, earlier, strict=True):
                 work = one.made(numbers[at : at + len(one.asked)])
                 at += len(one.asked)
-                self.derived[(*key, group)] = work if before is None else replace(work, earlier=before, covers=before.covers)
+                if before is not None:  # of the same pass, and so of the same kind
+                    work = replace(work, earlier=before, covers=before.covers)  # type: ignore[arg-type]
+                self.derived[(*key, group)] = work
 
     def queries(self, config: Config, group: int) -> QueryWork:
         self.prepare([("queries", config)], group)

@@ -152,11 +152,8 @@ class RoutedQueries:
             mine = numbers[at : at + len(one.asked)]
             at += len(mine)
             launches += self._piece(one, mine, lists)
-        return QueryWork(
-            launches=tuple(launches),
-            covers=self.pieces[0].piece.covers,
-            **{name: narrowed(torch.cat(parts)) for name, parts in lists.items()},
-        )
+        tables = [narrowed(torch.cat(parts)) for parts in lists.values()]
+        return QueryWork(tuple(launches), self.pieces[0].piece.covers, *tables)
 
     def _piece(self, one: _Piece, numbers: list[int], lists: dict[str, list[Tensor]]) -> list[Launch]:
         piece, tiles, width = one.piece, one.tiles, self.width
