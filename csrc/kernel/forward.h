@@ -68,10 +68,7 @@ class Forward {
     } else {
       turn_out(sum_, dim_, rows_, ld_);
     }
-    if (tile.any_points()) {
-      points.ask(kPoints);
-      add_points(tile, q, dropped);
-    }
+    if (tile.any_points()) add_points(tile, q, dropped);
     finish(tile, dropped.inverse());
   }
 
@@ -215,9 +212,10 @@ class Forward {
   }
 
   void add_points(const Tile& tile, const Source<T>& q, const Dropped& dropped) {
-    PointSoftmax<T> softmax(tile, q, keys_.source(), values_.source(), dim_, call_.scale * kLog2E, dropped);
+    PointSoftmax<T> softmax(tile, q, keys_.source(), values_.source(), dim_, call_.scale * kLog2E, dropped,
+                            {top_, total_, rows_, ld_, query_});
     for (int i = 0; i < tile.piece->layer_count; ++i)
-      if (tile.has_points(tile.piece->layers[i])) softmax.take(tile.piece->layers[i], query_, top_, total_, rows_, ld_);
+      if (tile.has_points(tile.piece->layers[i])) softmax.take(tile.piece->layers[i]);
   }
 
   void finish(const Tile& tile, float inverse) {
