@@ -224,6 +224,17 @@ def test_huge_values(isa: str, dtype: torch.dtype) -> None:
         assert bool(gradient.isfinite().all())
 
 
+@pytest.mark.parametrize("keys, head_dim", ((1024, 64), (256, 64), (576, 128)))
+def test_bfloat16_is_rounded_no_more_than_by_dense_attention(isa: str, keys: int, head_dim: int) -> None:
+    case = Case("full", fl.full(), keys, heads=4, head_dim=head_dim)
+    given = inputs(case, torch.bfloat16)
+    score = given.q.double() @ given.k.double().transpose(2, 3) * case.scale_value
+    exact = score.softmax(-1) @ given.v.double()
+    dense = torch.nn.functional.scaled_dot_product_attention(given.q, given.k, given.v)
+    mine, theirs = ((out.double() - exact).abs().mean() for out in (run(case, given, plan_of(case)).out, dense))
+    assert mine <= theirs
+
+
 @pytest.mark.parametrize("falls", (False, True), ids=("rising", "falling"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
 def test_scores_that_rise_along_the_keys(isa: str, dtype: torch.dtype, falls: bool) -> None:

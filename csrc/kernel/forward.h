@@ -32,7 +32,6 @@ class Forward {
     values_.reserve(arena, false, !in_tiles<Mode>);
     queries_.reserve(arena);
     scores_ = arena.take<float>(kKeys * kRows);
-    if (in_pairs<Mode>) weights_ = arena.take<Word>(kKeys / 2 * kRows);
     sum_ = arena.take<float>(rounded(dim_, 16) * kRows);
     rows_ = arena.take<float>(kRows * ld_);
     query_ = arena.take<float>(ld_);
@@ -95,24 +94,22 @@ class Forward {
   // The same where products are made of tiles.
   FARLIGHT_INLINE void take_tiles(const Ahead<Mode>& ahead, const Dropped& dropped, float base2, int lanes, bool fresh) {
 #if defined(FARLIGHT_ISA_AMX)
-    F sums[kRows / W];
     score_tiles(*chunk_, keys_, queries_, scores_, &ahead);
-    if (fresh || weigh_tiles(dropped, base2, lanes, sums)) {
-      float top[kRows];
-      largest_of(*chunk_, scores_, base2, lanes, top);
-      raise(top, lanes, fresh);
-      weigh_tiles(dropped, base2, lanes, sums);
-    }
-    for (int g = 0; g < lanes; g += W) store(total_ + g, add(load(total_ + g), sums[g / W]));
+    float top[kRows];
+    largest_of(*chunk_, scores_, base2, lanes, top);
+    raise(top, lanes, fresh);
+    weigh_tiles(dropped, base2, lanes);
     const int groups = columns_.fetch(*chunk_);
-    add_across_groups(sum_, columns_.groups, weights_, groups, dim_, fresh);
+    add_across_groups(sum_, columns_.groups, weights(), groups, dim_, fresh);
 #else
     (void)ahead, (void)dropped, (void)base2, (void)lanes, (void)fresh;
 #endif
   }
 
-  // A row whose largest score rose by more than this gets a new reference; until then its weights may exceed 1, harmlessly.
-  static constexpr float kSlack = 8.0f;
+  // A row whose largest score rose by more than this gets a new reference. Float weights may exceed 1 until then, harmlessly.
+  // Those that are rounded to bfloat16 may not: numbers just below 1 are rounded half as far as those above, so a reference that
+  // is the largest score itself costs a tenth less of the rounding that is seen in the results.
+  static constexpr float kSlack = in_pairs<Mode> ? 0.0f : 8.0f;
 
   void raise(const float* top, int lanes, bool fresh) {
     for (int g = 0; g < lanes; g += W) {
@@ -128,14 +125,17 @@ class Forward {
     }
   }
 
+  // Weights lie where their scores did, pairs of them in the first half: the first cache has room for little else.
+  FARLIGHT_INLINE Word* weights() const { return reinterpret_cast<Word*>(scores_); }
+
   FARLIGHT_INLINE F weight(int i, int g, F reference) const {
     return power2<Mode::degree>(sub(load(scores_ + i * kRows + g), reference));
   }
 
 #if defined(FARLIGHT_ISA_AMX)
   // The weights of a block where products are made of tiles: scores come as they are, neither scaled nor masked, and keys that
-  // only fill up the last group are masked as others are. Their sum; `most` grows to the largest power.
-  FARLIGHT_INLINE F weigh_block(int block, int g, F factor, F reference, const Dropped& dropped, F& most) {
+  // only fill up the last group are masked as others are. Their sum.
+  FARLIGHT_INLINE F weigh_block(int block, int g, F factor, F reference, const Dropped& dropped) {
     const Chunk& c = *chunk_;
     const int first = block * kM;
     F w[kM];
@@ -143,30 +143,25 @@ class Forward {
     for (int i = 0; i < kM; ++i) w[i] = sub(mul(load(scores_ + (first + i) * kRows + g), factor), reference);
     if (c.masked[block])
       for (int i = 0; i < kM; ++i) w[i] = choose(c.seen[first + i] >> g, w[i], all(kUnseen));
-    most = max(largest(w), most);
     FARLIGHT_UNROLL
     for (int i = 0; i < kM; ++i) w[i] = power2<Mode::degree>(w[i]);
     const F sum = add(add(add(w[0], w[1]), add(w[2], w[3])), add(add(w[4], w[5]), add(w[6], w[7])));
     if (dropped.on())
       for (int i = 0; i < kM; ++i) w[i] = choose(dropped.kept(c.key[first + i], g), w[i], all(0.0f));
     FARLIGHT_UNROLL
-    for (int i = 0; i < kM; i += 2) store_i(weights_ + (first + i) / 2 * kRows + g, paired(w[i], w[i + 1]));
+    for (int i = 0; i < kM; i += 2) store_i(weights() + (first + i) / 2 * kRows + g, paired(w[i], w[i + 1]));
     return sum;
   }
 
-  // As `weigh`, with the references that there are and into `sums`; true where a row needs a new one, and then all is to be done
-  // again. Looking for the largest score on the way costs less than looking first.
-  bool weigh_tiles(const Dropped& dropped, float base2, int lanes, F* sums) {
+  // As `weigh`.
+  void weigh_tiles(const Dropped& dropped, float base2, int lanes) {
     const F factor = all(base2);
-    uint32_t risen = 0;
     for (int g = 0; g < lanes; g += W) {
       const F reference = load(top_ + g);
-      F sum = all(0.0f), most = all(kUnseen);
-      for (int block = 0; block < chunk_->blocks; ++block) sum = add(sum, weigh_block(block, g, factor, reference, dropped, most));
-      sums[g / W] = sum;
-      risen |= greater(most, all(kSlack));
+      F sum = all(0.0f);
+      for (int block = 0; block < chunk_->blocks; ++block) sum = add(sum, weigh_block(block, g, factor, reference, dropped));
+      store(total_ + g, add(load(total_ + g), sum));
     }
-    return risen != 0;
   }
 #endif
 
@@ -187,7 +182,7 @@ class Forward {
             a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
             if (both) b = choose(dropped.kept(c.key[i + 1], g), b, all(0.0f));
           }
-          store_i(weights_ + i / 2 * kRows + g, paired(a, b));
+          store_i(weights() + i / 2 * kRows + g, paired(a, b));
         }
 #endif
       } else {
@@ -205,10 +200,7 @@ class Forward {
   // O^T += V^T P^T.
   void add_values(int lanes, bool fresh) {
     const int n = values_.fetch_columns(*chunk_);
-    const Word* weights;
-    if constexpr (in_pairs<Mode>) weights = weights_;
-    else weights = scores_;
-    add_across<typename Mode::Op>(sum_, values_.across, weights, n, dim_, lanes, fresh);
+    add_across<typename Mode::Op>(sum_, values_.across, weights(), n, dim_, lanes, fresh);
   }
 
   void add_points(const Tile& tile, const Source<T>& q, const Dropped& dropped) {
@@ -299,7 +291,6 @@ class Forward {
   Turned<Mode> queries_;
   Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
   float *scores_, *sum_, *rows_, *query_;
-  Word* weights_ = nullptr;
   alignas(64) float top_[kRows];
   alignas(64) float total_[kRows];
 };

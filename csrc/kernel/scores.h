@@ -11,17 +11,21 @@ constexpr float kNothing = -1e30f;  // the running maximum of a row that has see
 constexpr float kUnseen = -3e38f;   // the score of a pair that is not allowed: exp2(kUnseen - kNothing) is 0
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-template <int N>
-FARLIGHT_INLINE F largest(const F (&x)[N]) {
+template <int N, class Pick>
+FARLIGHT_INLINE F picked(const F (&x)[N], Pick pick) {
   if constexpr (N == 1) {
     return x[0];
   } else {
     constexpr int half = (N + 1) / 2;
     F pairs[half];
     FARLIGHT_UNROLL
-    for (int i = 0; i < half; ++i) pairs[i] = i + half < N ? max(x[i], x[i + half]) : x[i];
-    return largest(pairs);
+    for (int i = 0; i < half; ++i) pairs[i] = i + half < N ? pick(x[i], x[i + half]) : x[i];
+    return picked(pairs, pick);
   }
+}
+template <int N>
+FARLIGHT_INLINE F largest(const F (&x)[N]) {
+  return picked(x, [](F a, F b) { return max(a, b); });
 }
 
 #if defined(FARLIGHT_ISA_AMX)
@@ -35,21 +39,24 @@ inline void score_tiles(const Chunk& c, const Operand<Mode>& keys, const Turned<
   }
 }
 
-// The largest of them for each row, scaled and masked.
+// The largest of them for each row, scaled and masked. Scaled last, so a negative scale asks for the smallest.
 inline void largest_of(const Chunk& c, const float* scores, float scale, int lanes, float* top) {
-  const F factor = all(scale);
-  for (int g = 0; g < lanes; g += W) {
-    F most = all(kUnseen);
-    for (int block = 0; block < c.blocks; ++block) {
-      F x[kM];
-      FARLIGHT_UNROLL
-      for (int m = 0; m < kM; ++m) x[m] = mul(load(scores + (block * kM + m) * kRows + g), factor);
-      if (c.masked[block])
-        for (int m = 0; m < kM; ++m) x[m] = choose(c.seen[block * kM + m] >> g, x[m], all(kUnseen));
-      most = max(largest(x), most);
+  const auto look = [&](float unseen, auto pick) {
+    for (int g = 0; g < lanes; g += W) {
+      F most = all(unseen);
+      for (int block = 0; block < c.blocks; ++block) {
+        F x[kM];
+        FARLIGHT_UNROLL
+        for (int m = 0; m < kM; ++m) x[m] = load(scores + (block * kM + m) * kRows + g);
+        if (c.masked[block])
+          for (int m = 0; m < kM; ++m) x[m] = choose(c.seen[block * kM + m] >> g, x[m], all(unseen));
+        most = pick(picked(x, pick), most);
+      }
+      store(top + g, mul(most, all(scale)));
     }
-    store(top + g, most);
-  }
+  };
+  if (scale < 0.0f) look(-kUnseen, [](F a, F b) { return min(a, b); });
+  else look(kUnseen, [](F a, F b) { return max(a, b); });
 }
 #endif
 

@@ -20,8 +20,9 @@ FARLIGHT_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 FARLIGHT_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 FARLIGHT_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 FARLIGHT_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
-// The larger; b where either is NaN.
+// The larger, the smaller; b where either is NaN.
 FARLIGHT_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+FARLIGHT_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
 FARLIGHT_INLINE float sum(F x) { return _mm512_reduce_add_ps(x); }
 FARLIGHT_INLINE uint32_t greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 // Lane i: yes where bit i is set.
