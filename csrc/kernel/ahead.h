@@ -48,13 +48,29 @@ class Ahead {
   }
 
 #if defined(FARLIGHT_ISA_AMX)
-  // The same for a group where products are made of tiles. Keys whose columns are kept were read not long ago.
-  void group(int first) const {
-    if (next_ && first < next_->n && !columns_.keeps(*next_, first)) ask(first, kDeep);
+  // Where products are made of tiles: some lines of the keys whose columns are not kept. To be called between products.
+  FARLIGHT_INLINE void some() {
+    for (int i = 0; i < kSome && next_; ++i) {
+      if (key_ % kDeep == 0 && line_ == 0)
+        while (key_ < next_->n && columns_.keeps(*next_, key_)) key_ += kDeep;
+      if (key_ >= next_->n) {
+        next_ = nullptr;
+        return;
+      }
+      const int32_t key = next_->key[key_];
+      FARLIGHT_PREFETCH_L2(reinterpret_cast<const char*>(keys_.source().row(key)) + line_);
+      FARLIGHT_PREFETCH_L2(reinterpret_cast<const char*>(values_.source().row(key)) + line_);
+      line_ += 64;
+      if (line_ < dim_ * static_cast<int64_t>(sizeof(typename Mode::T))) continue;
+      line_ = 0;
+      ++key_;
+    }
   }
 #endif
 
  private:
+  static constexpr int kSome = 4;  // lines of K, and as many of V
+
   void ask(int first, int count) const {
     for (int i = first; i < first + count; ++i) {
       ask_for(keys_.source().row(next_->key[i]), dim_);
@@ -67,6 +83,8 @@ class Ahead {
   const ColumnsOf<Mode>& columns_;
   int64_t dim_;
   Lines lines_;
+  int key_ = 0;
+  int64_t line_ = 0;
 };
 
 }  // namespace farlight::FARLIGHT_NS

@@ -28,7 +28,8 @@ class Backward {
         ld_(rounded(call.dim, 32)),
         keys_({call.k, item.batch, kv_head()}, dim_, call.plan->n_k),
         values_({call.v, item.batch, kv_head()}, dim_, call.plan->n_k),
-        columns_(keys_.source(), dim_, item.batch * call.kv_heads + kv_head()),
+        sources_{keys_.source(), values_.source()},
+        columns_(keys_.source(), sources_, parts_of<Mode> > 1 ? 2 : 0, dim_, item.batch * call.kv_heads + kv_head()),
         sums_(dim_),
         queries_(dim_),
         upstream_(dim_) {
@@ -38,14 +39,14 @@ class Backward {
     values_.reserve(arena, true, false);
     queries_.reserve(arena);
     upstream_.reserve(arena);
-    query_rows_ = arena.take<Word>(kRows * ld_ / Op::per);
-    upstream_rows_ = arena.take<Word>(kRows * ld_ / Op::per);
+    query_rows_ = arena.take<Word>(parts_of<Mode> * kRows * ld_ / Op::per);
+    upstream_rows_ = arena.take<Word>(parts_of<Mode> * kRows * ld_ / Op::per);
     scores_ = arena.take<float>(kKeys * kRows);
     slopes_ = arena.take<float>(kKeys * kRows);
     if (in_pairs<Mode>) {
-      weight_rows_ = arena.take<Word>(kKeys * kRows / 2);
-      slope_rows_ = arena.take<Word>(kKeys * kRows / 2);
-      slope_columns_ = arena.take<Word>(kKeys * kRows / 2);
+      weight_rows_ = arena.take<Word>(parts_of<Mode> * kWeights);
+      slope_rows_ = arena.take<Word>(parts_of<Mode> * kWeights);
+      slope_columns_ = arena.take<Word>(parts_of<Mode> * kWeights);
     }
     sums_.reserve(arena);
     dq_ = arena.take<float>(rounded(dim_, 16) * kRows);
@@ -83,8 +84,9 @@ class Backward {
       sums_.find(c, sums);
       if constexpr (in_tiles<Mode>) {
 #if defined(FARLIGHT_ISA_AMX)
-        score_tiles(c, keys_, queries_, scores_, &ahead);
-        score_tiles<Mode>(c, values_, upstream_, slopes_, nullptr);
+        columns_.fetch(c);
+        score_tiles(c, keys_, columns_, 0, queries_, scores_, ahead);
+        score_tiles(c, values_, columns_, 1, upstream_, slopes_, ahead);
 #endif
       } else {
         keys_.fetch_rows(c, true);
@@ -95,7 +97,7 @@ class Backward {
       differentiate(dropped, base2, lanes);
       sums_.add(c, weights(), upstream_rows_, slopes(), query_rows_, terms);
       if (done && done % kTogether == 0) put_by(done == kTogether);
-      add_keys(lanes, done % kTogether == 0);
+      add_keys(lanes, done % kTogether == 0, ahead);
       ++done;
     }
     if (!done) {
@@ -150,12 +152,12 @@ class Backward {
   void lay_rows(const Source<T>& source, const Tile& tile, Word* to) {
     if constexpr (in_pairs<Mode>) {
 #if defined(FARLIGHT_PAIRS)
+      const int64_t part = kRows / 2 * ld_;
       for (int s = 0; s < tile.count; s += 2)
-        interleave_rows(source.row(tile.row[s]), s + 1 < tile.count ? source.row(tile.row[s + 1]) : nullptr, dim_, to + s / 2 * ld_);
-      if (in_tiles<Mode>) {
-        const int pairs = (tile.count + 1) / 2;
-        std::memset(to + pairs * ld_, 0, (kRows / 2 - pairs) * ld_ * sizeof(Word));
-      }
+        interleave_rows(source.row(tile.row[s]), s + 1 < tile.count ? source.row(tile.row[s + 1]) : nullptr, dim_, to + s / 2 * ld_, part);
+      const int pairs = (tile.count + 1) / 2;
+      for (int p = 0; in_tiles<Mode> && p < parts_of<Mode>; ++p)
+        std::memset(to + p * part + pairs * ld_, 0, (kRows / 2 - pairs) * ld_ * sizeof(Word));
 #endif
     } else {
       for (int s = 0; s < tile.count; ++s) {
@@ -223,8 +225,8 @@ class Backward {
   FARLIGHT_INLINE void keep(int i, int g, const F (&p)[kV], const F (&ds)[kV]) {
     if constexpr (in_pairs<Mode>) {
 #if defined(FARLIGHT_PAIRS)
-      store_i(weight_rows_ + i * kRows / 2, narrowed(p[0], p[1]));
-      store_i(slope_rows_ + i * kRows / 2, narrowed(ds[0], ds[1]));
+      store_narrowed<parts_of<Mode>>(p[0], p[1], weight_rows_ + i * kRows / 2, kWeights);
+      store_narrowed<parts_of<Mode>>(ds[0], ds[1], slope_rows_ + i * kRows / 2, kWeights);
 #endif
     } else {
       FARLIGHT_UNROLL
@@ -238,20 +240,27 @@ class Backward {
   // Keys that only fill up the last group have no weight.
   void clear_rest() {
     const int64_t rest = chunk_->blocks * kM - chunk_->n;
-    std::memset(weight_rows_ + chunk_->n * kRows / 2, 0, rest * kRows / 2 * sizeof(Word));
-    std::memset(slope_rows_ + chunk_->n * kRows / 2, 0, rest * kRows / 2 * sizeof(Word));
+    for (int p = 0; rest && p < parts_of<Mode>; ++p) {
+      const int64_t at = p * kWeights + chunk_->n * kRows / 2, bytes = rest * kRows / 2 * static_cast<int64_t>(sizeof(Word));
+      std::memset(weight_rows_ + at, 0, bytes);
+      std::memset(slope_rows_ + at, 0, bytes);
+    }
   }
 
   // dS once more with neighbouring keys in one word, for dQ.
   void pair_slopes() {
 #if defined(FARLIGHT_PAIRS)
     const int n = in_tiles<Mode> ? chunk_->blocks * kM : chunk_->n;
-    for (int i = 0; i < n; i += 2) {
-      I low, high;
-      const I second = i + 1 < n ? load_i(slope_rows_ + (i + 1) * kRows / 2) : all_i(0);
-      interleave(load_i(slope_rows_ + i * kRows / 2), second, low, high);
-      store_i(slope_columns_ + i / 2 * kRows, low);
-      store_i(slope_columns_ + i / 2 * kRows + W, high);
+    for (int p = 0; p < parts_of<Mode>; ++p) {
+      const Word* rows = slope_rows_ + p * kWeights;
+      Word* columns = slope_columns_ + p * kWeights;
+      for (int i = 0; i < n; i += 2) {
+        I low, high;
+        const I second = i + 1 < n ? load_i(rows + (i + 1) * kRows / 2) : all_i(0);
+        interleave(load_i(rows + i * kRows / 2), second, low, high);
+        store_i(columns + i / 2 * kRows, low);
+        store_i(columns + i / 2 * kRows + W, high);
+      }
     }
 #endif
   }
@@ -267,11 +276,11 @@ class Backward {
   }
 
   // dQ^T += K^T dS^T.
-  void add_keys(int lanes, bool fresh) {
+  void add_keys(int lanes, bool fresh, Ahead<Mode>& ahead) {
     const Chunk& c = *chunk_;
     if constexpr (in_tiles<Mode>) {
 #if defined(FARLIGHT_ISA_AMX)
-      add_across_groups(dq_, columns_.groups, slope_columns_, columns_.fetch(c), dim_, fresh);
+      add_across_groups<parts_of<Mode>>(dq_, columns_.groups, columns_.part(), slope_columns_, kWeights, (c.n + kDeep - 1) / kDeep, dim_, fresh, [&] { ahead.some(); });
 #endif
     } else {
       const int n = in_pairs<Mode> ? keys_.fetch_columns(c) : c.n;
@@ -279,6 +288,7 @@ class Backward {
       if constexpr (in_pairs<Mode>) slopes = slope_columns_;
       else slopes = slopes_;
       add_across<Op>(dq_, keys_.across, slopes, n, dim_, lanes, fresh);
+      (void)ahead;
     }
   }
 
@@ -351,10 +361,13 @@ class Backward {
     write_row(call_.out_type, call_.result, at, sum, dim_);
   }
 
+  static constexpr int64_t kWeights = KeySums<Mode>::kWeights;
+
   const Call& call_;
   const Item& item_;
   int64_t dim_, ld_;
   Operand<Mode> keys_, values_;
+  Source<T> sources_[2];
   ColumnsOf<Mode> columns_;
   KeySums<Mode> sums_;
   Turned<Mode> queries_, upstream_;

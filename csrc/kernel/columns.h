@@ -1,16 +1,18 @@
-// K or V of a chunk with keys side by side, as products over keys want it where they are made of tiles: blocks of 32 keys,
-// [d][key]. Turning a block costs as much as using it, and neighbouring query tiles see mostly the same keys, so a thread keeps
-// the blocks that it turned last, for the length of a call.
+// K and V of a chunk as products of tiles want them: blocks of 32 keys with keys side by side, [d][key], for products over keys; and
+// of floats, split into parts, their rows too. Making a block costs as much as using it, and neighbouring query tiles see mostly
+// the same keys, so a thread keeps the blocks that it made last, for the length of a call.
 #pragma once
 
-#include "operands.h"
+#include "modes.h"
+#include "rows.h"
+#include "tiles.h"
 
 namespace farlight::FARLIGHT_NS {
 
 // Where products are made of vectors, nothing is kept.
 struct NoColumns {
   template <class T>
-  NoColumns(const Source<T>&, int64_t, int64_t) {}
+  NoColumns(const Source<T>&, const Source<T>*, int, int64_t, int64_t) {}
   void reserve(Arena&) {}
 };
 
@@ -25,20 +27,29 @@ struct KeptNames {
   uint64_t used[kKept];  // in which fetch, last
 };
 
+template <class Mode>
 class Columns {
+  using T = typename Mode::T;
+
  public:
-  Columns(const Source<Half>& source, int64_t dim, int64_t head) : source_(source), dim_(dim), head_(static_cast<uint64_t>(head) + 1) {}
+  static constexpr int kParts = parts_of<Mode>;
+  static constexpr int kMostRows = 2;  // K and V
+
+  // Keeps the columns of `source`, and the rows of `count` others.
+  Columns(const Source<T>& source, const Source<T>* rows, int count, int64_t dim, int64_t head)
+      : source_(source), rows_{rows[0], rows[count > 1 ? 1 : 0]}, count_(count), dim_(dim), head_(static_cast<uint64_t>(head) + 1) {}
 
   // The first thing taken from the arena: the names of the blocks that are kept must lie where the caller cleared them.
   void reserve(Arena& arena) {
-    const int64_t block = rounded(dim_, 32) * kDeep;
-    slots_ = least<int64_t>(kKept, kKeptBytes / (block * static_cast<int64_t>(sizeof(Half))));
+    const int64_t block = (1 + count_) * size();
+    slots_ = most<int64_t>(kFewest, least<int64_t>(kKept, kKeptBytes / (block * static_cast<int64_t>(sizeof(Half)))));
     names_ = arena.take<KeptNames>(1);
     keys_ = arena.take<int32_t>(kKept * kDeep);
     kept_ = arena.take<Half>(slots_ * block);
     own_ = arena.take<Half>(kGroups * block);
-    pairs_ = arena.take<uint32_t>(kDeep / 2 * rounded(dim_, 32));
+    room_ = arena.take<uint32_t>(kDeep * ld());
     groups = arena.take<const Half*>(kGroups);
+    kept_infinite_ = arena.take<bool>(slots_);
   }
 
   // Whether the block of the chunk's keys from `first` is among those kept.
@@ -46,37 +57,56 @@ class Columns {
 
   // groups[i]: the block of the chunk's keys from 32 i; keys past the chunk's end are zero. The number of blocks.
   int fetch(const Chunk& c) {
-    const int64_t size = rounded(dim_, 32) * kDeep;
-    const int count = (c.n + kDeep - 1) / kDeep;
+    const int64_t block = (1 + count_) * size();
+    const int number = (c.n + kDeep - 1) / kDeep;
     const uint64_t now = ++names_->fetches;
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < number; ++i) {
       const int first = i * kDeep;
       int64_t slot = first + kDeep <= c.n ? find(c.key + first) : -1;
       if (slot < 0) {
         slot = first + kDeep <= c.n ? older(c.key[first]) : -1;
-        Half* to = own_ + i * size;
+        Half* to = own_ + i * block;
         if (slot >= 0 && names_->used[slot] < now) {
-          to = kept_ + slot * size;
+          to = kept_ + slot * block;
           names_->head[slot] = head_;
           std::memcpy(keys_ + slot * kDeep, c.key + first, kDeep * sizeof(int32_t));
         } else {
           slot = -1;
         }
-        turn(c, first, to);
+        const bool found = make(c, first, to);
         groups[i] = to;
+        infinite_[i] = found;
+        if (slot >= 0) kept_infinite_[slot] = found;
       } else {
-        groups[i] = kept_ + slot * size;
+        groups[i] = kept_ + slot * block;
+        infinite_[i] = kept_infinite_[slot];
       }
       if (slot >= 0) names_->used[slot] = now;
     }
-    return count;
+    return number;
+  }
+
+  // Numbers from one part to the next, of columns and of rows.
+  int64_t part() const { return ld() * kDeep; }
+  // Whether a number in the rows named first is infinite: its parts say no more than that, and times zero are not a number.
+  bool any_infinite(int g) const { return infinite_[g]; }
+  // 16 keys of group g of the rows that were named `which`th: tiles lie in one piece, those of 32 keys one after the other.
+  Strip strip(int g, int which, int half) const {
+    const Half* at = groups[g] + (1 + which) * size() + half * kTile * kDeep;
+    return {reinterpret_cast<const char*>(at), kDeep * 2, kDeep * kDeep * 2, part() * 2};
   }
 
   const Half** groups = nullptr;
 
  private:
-  static constexpr int kGroups = kKeys / kDeep;
-  static constexpr int64_t kKeptBytes = 512 << 10;  // together: a quarter of the second cache of the machines that have tiles
+  static constexpr int kGroups = chunk_of<Mode> / kDeep;
+  // Together; the second cache of the machines that have tiles holds 2 MiB.
+  static constexpr int64_t kKeptBytes = (kParts == 1 ? 512 : 768) << 10;
+
+  static constexpr int64_t kFewest = kParts == 1 ? 1 : 20;  // what a window of 512 keys and some named ones need
+
+  int64_t ld() const { return rounded(dim_, 32); }
+  int64_t size() const { return kParts * part(); }
 
   // A block has two places. The first depends on its first key: the tiles of a pattern step by 32 rows, and so do the keys that
   // their blocks begin with.
@@ -98,43 +128,99 @@ class Columns {
     return names_->used[second] < names_->used[first] ? second : first;
   }
 
-  void turn(const Chunk& c, int first, Half* to) {
-    const int64_t ld = rounded(dim_, 32);
-    for (int i = 0; i < kDeep / 2; ++i) {
-      const int at = first + 2 * i;
-      if (at < c.n)
-        interleave_rows(source_.row(c.key[at]), at + 1 < c.n ? source_.row(c.key[at + 1]) : nullptr, dim_, pairs_ + i * ld);
-      else std::memset(pairs_ + i * ld, 0, ld * sizeof(uint32_t));
+  // Whether there is an infinite number in the rows named first.
+  bool make(const Chunk& c, int first, Half* to) {
+    bool found = false;
+    if constexpr (kParts == 1) {
+      interleave_and_turn(c, first, to);
+    } else {
+      const T* rows[kDeep];
+      find_rows(c, first, source_, rows);
+      turn_and_split(rows, to);
+      for (int r = 0; r < count_; ++r) {
+        find_rows(c, first, rows_[r], rows);
+        const bool here = lay(rows, to + (1 + r) * size());
+        found |= r == 0 && here;
+      }
     }
-    const char* rows[kDeep / 2];
-    for (int i = 0; i < kDeep / 2; ++i) rows[i] = reinterpret_cast<const char*>(pairs_ + i * ld);
-    for (int64_t d = 0; d < dim_; d += 8)
-      turn_block(rows, kDeep / 2, d * 4, reinterpret_cast<char*>(to + d * kDeep), kDeep * sizeof(Half));
-    for (int64_t d = rounded(dim_, 8); d < rounded(dim_, kTile); ++d) std::memset(to + d * kDeep, 0, kDeep * sizeof(Half));
+    return found;
   }
 
-  Source<Half> source_;
+  // to[d][key] of bfloat16: pairs of keys are interleaved, then turned as words.
+  void interleave_and_turn(const Chunk& c, int first, Half* to) {
+    const char* rows[kDeep / 2];
+    for (int i = 0; i < kDeep / 2; ++i) {
+      const int at = first + 2 * i;
+      uint32_t* pair = room_ + i * ld();
+      interleave_rows(at < c.n ? source_.row(c.key[at]) : nullptr, at + 1 < c.n ? source_.row(c.key[at + 1]) : nullptr, dim_, pair, 0);
+      rows[i] = reinterpret_cast<const char*>(pair);
+    }
+    for (int64_t d = 0; d < ld(); d += 8)
+      turn_block(rows, kDeep / 2, d * 4, reinterpret_cast<char*>(to + d * kDeep), kDeep * sizeof(Half));
+  }
+
+  // Rows of floats where they lie, or copied where they end before a tile does. Keys past the chunk's end are zeros.
+  void find_rows(const Chunk& c, int first, const Source<T>& source, const T** rows) {
+    T* room = reinterpret_cast<T*>(room_);
+    for (int i = 0; i < kDeep; ++i, room += ld()) {
+      const bool real = first + i < c.n;
+      rows[i] = real ? source.row(c.key[first + i]) : room;
+      if (real && dim_ == ld()) continue;
+      std::memset(room, 0, ld() * sizeof(T));
+      if (real) std::memcpy(room, rows[i], dim_ * sizeof(T));
+      rows[i] = room;
+    }
+  }
+
+  // to[part][d][key]
+  void turn_and_split(const T* const* rows, Half* to) const {
+    const char* at[kDeep];
+    for (int i = 0; i < kDeep; ++i) at[i] = reinterpret_cast<const char*>(rows[i]);
+    for (int64_t d = 0; d < ld(); d += 8) {
+      alignas(64) float turned[8 * kDeep];
+      turn_block(at, kDeep, d * 4, reinterpret_cast<char*>(turned), kDeep * sizeof(float));
+      FARLIGHT_UNROLL
+      for (int i = 0; i < 8; ++i)
+        store_narrowed<kParts>(load(turned + i * kDeep), load(turned + i * kDeep + W), reinterpret_cast<uint32_t*>(to + (d + i) * kDeep), part() / 2);
+    }
+  }
+
+  // to[part][step][key][d of the step]
+  bool lay(const T* const* rows, Half* to) const {
+    uint32_t found = 0;
+    for (int64_t d = 0; d < ld(); d += kDeep)
+      for (int i = 0; i < kDeep; ++i) {
+        const F low = load(rows[i] + d), high = load(rows[i] + d + W);
+        found |= infinite(low) | infinite(high);
+        store_narrowed<kParts>(low, high, reinterpret_cast<uint32_t*>(to + (d + i) * kDeep), part() / 2);
+      }
+    return found != 0;
+  }
+
+  Source<T> source_, rows_[kMostRows];
+  int count_;
   int64_t dim_, slots_ = 0;
   uint64_t head_;
   KeptNames* names_ = nullptr;
   int32_t* keys_ = nullptr;
   Half *kept_ = nullptr, *own_ = nullptr;
-  uint32_t* pairs_ = nullptr;
+  uint32_t* room_ = nullptr;
+  bool infinite_[kGroups] = {}, *kept_infinite_ = nullptr;
 };
 
 #endif
 
-template <bool Tiled>
+template <class Mode, bool Tiled>
 struct ColumnsFor {
   using type = NoColumns;
 };
 #if defined(FARLIGHT_ISA_AMX)
-template <>
-struct ColumnsFor<true> {
-  using type = Columns;
+template <class Mode>
+struct ColumnsFor<Mode, true> {
+  using type = Columns<Mode>;
 };
 #endif
 template <class Mode>
-using ColumnsOf = typename ColumnsFor<in_tiles<Mode>>::type;
+using ColumnsOf = typename ColumnsFor<Mode, in_tiles<Mode>>::type;
 
 }  // namespace farlight::FARLIGHT_NS

@@ -24,7 +24,7 @@ class Forward {
         ld_(rounded(call.dim, 16)),
         keys_({call.k, item.batch, kv_head()}, dim_, call.plan->n_k),
         values_({call.v, item.batch, kv_head()}, dim_, call.plan->n_k),
-        columns_(values_.source(), dim_, item.batch * call.kv_heads + kv_head()),
+        columns_(values_.source(), &keys_.source(), parts_of<Mode> > 1 ? 1 : 0, dim_, item.batch * call.kv_heads + kv_head()),
         queries_(dim_) {
     columns_.reserve(arena);
     chunks_ = arena.take<Chunk>(2);
@@ -32,6 +32,7 @@ class Forward {
     values_.reserve(arena, false, !in_tiles<Mode>);
     queries_.reserve(arena);
     scores_ = arena.take<float>(kKeys * kRows);
+    weights_ = parts_of<Mode> > 1 ? arena.take<Word>(parts_of<Mode> * kWeights) : reinterpret_cast<Word*>(scores_);
     sum_ = arena.take<float>(rounded(dim_, 16) * kRows);
     rows_ = arena.take<float>(kRows * ld_);
     query_ = arena.take<float>(ld_);
@@ -92,15 +93,17 @@ class Forward {
   }
 
   // The same where products are made of tiles.
-  FARLIGHT_INLINE void take_tiles(const Ahead<Mode>& ahead, const Dropped& dropped, float base2, int lanes, bool fresh) {
+  FARLIGHT_INLINE void take_tiles(Ahead<Mode>& ahead, const Dropped& dropped, float base2, int lanes, bool fresh) {
 #if defined(FARLIGHT_ISA_AMX)
-    score_tiles(*chunk_, keys_, queries_, scores_, &ahead);
+    int groups = 0;
+    if (parts_of<Mode> > 1) groups = columns_.fetch(*chunk_);
+    score_tiles(*chunk_, keys_, columns_, 0, queries_, scores_, ahead);
     float top[kRows];
     largest_of(*chunk_, scores_, base2, lanes, top);
     raise(top, lanes, fresh);
     weigh_tiles(dropped, base2, lanes);
-    const int groups = columns_.fetch(*chunk_);
-    add_across_groups(sum_, columns_.groups, weights(), groups, dim_, fresh);
+    if (parts_of<Mode> == 1) groups = columns_.fetch(*chunk_);
+    add_across_groups<parts_of<Mode>>(sum_, columns_.groups, columns_.part(), weights_, kWeights, groups, dim_, fresh, [&] { ahead.some(); });
 #else
     (void)ahead, (void)dropped, (void)base2, (void)lanes, (void)fresh;
 #endif
@@ -109,7 +112,7 @@ class Forward {
   // A row whose largest score rose by more than this gets a new reference. Float weights may exceed 1 until then, harmlessly.
   // Those that are rounded to bfloat16 may not: numbers just below 1 are rounded half as far as those above, so a reference that
   // is the largest score itself costs a tenth less of the rounding that is seen in the results.
-  static constexpr float kSlack = in_pairs<Mode> ? 0.0f : 8.0f;
+  static constexpr float kSlack = in_pairs<Mode> && parts_of<Mode> == 1 ? 0.0f : 8.0f;
 
   void raise(const float* top, int lanes, bool fresh) {
     for (int g = 0; g < lanes; g += W) {
@@ -124,9 +127,6 @@ class Forward {
       for (int64_t d = 0; d < dim_; ++d) store(sum_ + d * kRows + g, mul(load(sum_ + d * kRows + g), shrink));
     }
   }
-
-  // Weights lie where their scores did, pairs of them in the first half: the first cache has room for little else.
-  FARLIGHT_INLINE Word* weights() const { return reinterpret_cast<Word*>(scores_); }
 
   FARLIGHT_INLINE F weight(int i, int g, F reference) const {
     return power2<Mode::degree>(sub(load(scores_ + i * kRows + g), reference));
@@ -149,7 +149,7 @@ class Forward {
     if (dropped.on())
       for (int i = 0; i < kM; ++i) w[i] = choose(dropped.kept(c.key[first + i], g), w[i], all(0.0f));
     FARLIGHT_UNROLL
-    for (int i = 0; i < kM; i += 2) store_i(weights() + (first + i) / 2 * kRows + g, paired(w[i], w[i + 1]));
+    for (int i = 0; i < kM; i += 2) store_paired<parts_of<Mode>>(w[i], w[i + 1], weights_ + (first + i) / 2 * kRows + g, kWeights);
     return sum;
   }
 
@@ -182,7 +182,7 @@ class Forward {
             a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
             if (both) b = choose(dropped.kept(c.key[i + 1], g), b, all(0.0f));
           }
-          store_i(weights() + i / 2 * kRows + g, paired(a, b));
+          store_i(weights_ + i / 2 * kRows + g, paired(a, b));
         }
 #endif
       } else {
@@ -200,7 +200,7 @@ class Forward {
   // O^T += V^T P^T.
   void add_values(int lanes, bool fresh) {
     const int n = values_.fetch_columns(*chunk_);
-    add_across<typename Mode::Op>(sum_, values_.across, weights(), n, dim_, lanes, fresh);
+    add_across<typename Mode::Op>(sum_, values_.across, weights_, n, dim_, lanes, fresh);
   }
 
   void add_points(const Tile& tile, const Source<T>& q, const Dropped& dropped) {
@@ -283,6 +283,8 @@ class Forward {
     write_row(call_.out_type, call_.result, at * dim_, sum, dim_);
   }
 
+  static constexpr int64_t kWeights = kKeys / 2 * kRows;  // words from one part of all weights to the next
+
   const Call& call_;
   const Item& item_;
   int64_t dim_, ld_;
@@ -290,6 +292,8 @@ class Forward {
   ColumnsOf<Mode> columns_;
   Turned<Mode> queries_;
   Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
+  // Weights lie where their scores did, if there is room for them: the first cache has room for little else.
+  Word* weights_ = nullptr;
   float *scores_, *sum_, *rows_, *query_;
   alignas(64) float top_[kRows];
   alignas(64) float total_[kRows];

@@ -7,6 +7,11 @@ namespace farlight::FARLIGHT_NS {
 namespace {
 
 #if defined(FARLIGHT_ISA_AMX)
+using Float = Parts;
+#else
+using Float = InPlace;
+#endif
+#if defined(FARLIGHT_ISA_AMX)
 using Bfloat = Tiles;
 #elif defined(FARLIGHT_PAIRS)
 using Bfloat = Pairs;
@@ -18,7 +23,7 @@ template <template <class> class Direction>
 int64_t measure(const Call& call) {
   const Item item{0, 0, 0, 0};
   Arena arena(nullptr);
-  if (call.type == Type::f32) Direction<InPlace>(call, item, arena);
+  if (call.type == Type::f32) Direction<Float>(call, item, arena);
   else Direction<Bfloat>(call, item, arena);
   return arena.used();
 }
@@ -43,12 +48,12 @@ int64_t scratch_bytes(const Call& call) {
 }
 
 void forward(const Call& call, const Item& item, char* scratch) {
-  if (call.type == Type::f32) run_item<Forward<InPlace>>(call, item, scratch);
+  if (call.type == Type::f32) run_item<Forward<Float>>(call, item, scratch);
   else run_item<Forward<Bfloat>>(call, item, scratch);
 }
 
 void backward(const Call& call, const Item& item, const Sums& sums, char* scratch) {
-  if (call.type == Type::f32) run_item<Backward<InPlace>>(call, item, scratch, sums);
+  if (call.type == Type::f32) run_item<Backward<Float>>(call, item, scratch, sums);
   else run_item<Backward<Bfloat>>(call, item, scratch, sums);
 }
 

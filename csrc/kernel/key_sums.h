@@ -58,6 +58,11 @@ class KeySums {
   static constexpr int kStrip = 16;  // keys, where products are made of tiles
   static constexpr int kLine = kRows / Op::per;
 
+ public:
+  static constexpr int64_t kWeights = kKeys * kLine;  // words from one part of all weights to the next
+
+ private:
+
   const Word* const* rows_of(const Word* weights, int at) {
     for (int m = 0; m < kM; ++m) rows_[m] = weights + (at + m) * kLine;
     return rows_;
@@ -90,10 +95,10 @@ class KeySums {
       for (; first < n && even(sums + first, stride); first += kStrip) to[strips++] = sums[first];
       if (strips) {
         const Word* at = weights + (first - strips * kStrip) * kLine;
-        add_strips(to, stride, reinterpret_cast<const Half*>(at), rows, ld_, strips, dim_, false);
+        add_strips<parts_of<Mode>>(to, stride, reinterpret_cast<const Half*>(at), kWeights * 2, rows, ld_, kRows / 2 * ld_, strips, dim_, false);
         continue;
       }
-      add_strips(&loose_, ld_, reinterpret_cast<const Half*>(weights + first * kLine), rows, ld_, 1, dim_, true);
+      add_strips<parts_of<Mode>>(&loose_, ld_, reinterpret_cast<const Half*>(weights + first * kLine), kWeights * 2, rows, ld_, kRows / 2 * ld_, 1, dim_, true);
       for (int i = 0; i < kStrip && first + i < c.n; ++i)
         for (int64_t d = 0; d < dim_; d += W) store(sums[first + i] + d, FARLIGHT_NS::add(load(sums[first + i] + d), load(loose_ + i * ld_ + d)));
       first += kStrip;

@@ -1,89 +1,10 @@
-// How K, V, Q and dO reach the register blocks. Three ways:
-//   InPlace  float32 tensors, float products; rows are read where they lie
-//   Widened  bfloat16 tensors, float products; rows are widened a chunk at a time
-//   Pairs    bfloat16 tensors, products of bfloat16 pairs; what is summed over keys or rows is interleaved a chunk at a time
-//   Tiles    the same operands as Pairs where the machine multiplies whole tiles of them (tiles.h)
+// K, V, Q and dO as operands of products.
 #pragma once
 
-#include "../views.h"
-#include "arena.h"
-#include "blocks.h"
-#include "chunk.h"
-#include "rows.h"
-#include "tiles.h"
+#include "columns.h"
+#include "modes.h"
 
 namespace farlight::FARLIGHT_NS {
-
-struct NoSession {
-  NoSession() {}  // what must be set up around an item: nothing
-};
-
-struct InPlace {
-  static constexpr bool tiles = false;
-  using Session = NoSession;
-  using T = float;
-  using Op = FloatWord;
-  static constexpr int degree = 5;
-};
-struct Widened {
-  static constexpr bool tiles = false;
-  using Session = NoSession;
-  using T = Half;
-  using Op = FloatWord;
-  static constexpr int degree = 3;
-};
-#if defined(FARLIGHT_PAIRS)
-struct Pairs {
-  static constexpr bool tiles = false;
-  using Session = NoSession;
-  using T = Half;
-  using Op = PairWord;
-  static constexpr int degree = 3;
-};
-#endif
-
-#if defined(FARLIGHT_ISA_AMX)
-struct Tiles {
-  static constexpr bool tiles = true;
-  using Session = TileSession;
-  using T = Half;
-  using Op = PairWord;
-  static constexpr int degree = 3;
-};
-#endif
-
-template <class Mode>
-constexpr bool in_pairs = Mode::Op::per == 2;
-// Whether products are made of tiles, and then how many keys are taken together.
-template <class Mode>
-constexpr bool in_tiles = Mode::tiles;
-template <class Mode>
-constexpr int group_of = in_tiles<Mode> ? 32 : kM;
-// Keys in a chunk: as many as leave K, V, the scores and the queries room in the first cache.
-template <class Mode>
-constexpr int chunk_of = (sizeof(typename Mode::T) == 4 || in_tiles<Mode>) && kKeys >= 64 ? 64 / kM * kM : kKeys;
-
-// The rows of one (batch, head) of a tensor.
-template <class T>
-struct Source {
-  const T* base;
-  int64_t stride;
-  Source(const Rows& rows, int64_t b, int64_t h)
-      : base(static_cast<const T*>(rows.data) + b * rows.batch + h * rows.head), stride(rows.row) {}
-  const T* row(int64_t i) const { return base + i * stride; }
-};
-
-#if defined(FARLIGHT_PAIRS)
-// to[d] = (x[d], y[d]) for d < dim rounded up to 32; y null: zeros.
-FARLIGHT_INLINE void interleave_rows(const Half* x, const Half* y, int64_t dim, uint32_t* to) {
-  for (int64_t d = 0; d < dim; d += 32) {
-    I low, high;
-    interleave(load_halves(x + d, dim - d), y ? load_halves(y + d, dim - d) : all_i(0), low, high);
-    store_i(to + d, low);
-    store_i(to + d + W, high);
-  }
-}
-#endif
 
 #if defined(FARLIGHT_ISA_AMX)
 // The distance between neighbours among so many keys (2 to 16), or 0 where it is not one and the same.
@@ -106,7 +27,7 @@ class Operand {
 
   void reserve(Arena& arena, bool for_rows, bool for_columns) {
     if (in_tiles<Mode>) {
-      along_room_ = arena.take<Word>(32 * ld_ / 2);
+      if (parts_of<Mode> == 1) along_room_ = arena.take<Word>(32 * ld_ / 2);
       return;
     }
     if (in_pairs<Mode>) {
@@ -150,7 +71,7 @@ class Operand {
       const int pairs = (c.n + 1) / 2;
       for (int i = 0; i < pairs; ++i) {
         const bool both = 2 * i + 1 < c.n;
-        interleave_rows(source_.row(c.key[2 * i]), both ? source_.row(c.key[2 * i + 1]) : nullptr, dim_, across_room_ + i * ld_);
+        interleave_rows(source_.row(c.key[2 * i]), both ? source_.row(c.key[2 * i + 1]) : nullptr, dim_, across_room_ + i * ld_, 0);
         across[i] = across_room_ + i * ld_;
       }
       return pairs;
@@ -167,13 +88,13 @@ class Operand {
     const int real = least(c.n - first, kTile);
     const int32_t step = real > 1 && dim_ % kDeep == 0 ? step_of(c.key + first, real) : 0;
     if (step > 0 && (real == kTile || c.key[first] + int64_t{kTile - 1} * step < keys_))
-      return {source_.row(c.key[first]), source_.stride * step * static_cast<int64_t>(sizeof(T))};
+      return {reinterpret_cast<const char*>(source_.row(c.key[first])), source_.stride * step * static_cast<int64_t>(sizeof(T)), kDeep * 2, 0};
     Half* room = reinterpret_cast<Half*>(along_room_) + place * kTile * ld_;
     for (int i = 0; i < real; ++i) {
       const T* from = source_.row(c.key[first + i]);
       for (int64_t d = 0; d < ld_; d += kDeep) store_i(reinterpret_cast<uint32_t*>(room + i * ld_ + d), load_halves(from + d, dim_ - d));
     }
-    return {room, ld_ * static_cast<int64_t>(sizeof(T))};
+    return {reinterpret_cast<const char*>(room), ld_ * static_cast<int64_t>(sizeof(T)), kDeep * 2, 0};
   }
 #endif
 
@@ -198,7 +119,7 @@ class Operand {
   Word* across_room_ = nullptr;
 };
 
-// A tile of Q or dO with rows in lanes: turned[d][row] words; rows past the tile's end are zero.
+// A tile of Q or dO with rows in lanes: turned[d][row] words, or [part][d][row]; rows past the tile's end are zero.
 template <class Mode>
 class Turned {
  public:
@@ -208,9 +129,14 @@ class Turned {
   explicit Turned(int64_t dim) : dim_(dim), words((dim + Mode::Op::per - 1) / Mode::Op::per) {}
 
   void reserve(Arena& arena) {
-    turned = arena.take<Word>(rounded(words, 16) * kRows);
+    turned = arena.take<Word>(parts_of<Mode> * part());
     room_ = arena.take<Word>(kRows * rounded(dim_, 16));
+    if (parts_of<Mode> > 1) whole = arena.take<float>(kRows * dim_);
   }
+
+  int64_t dim() const { return dim_; }
+  // Words from one part to the next.
+  int64_t part() const { return rounded(words, 16) * kRows; }
 
   void fetch(const Source<T>& source, const Tile& tile, float factor) {
     const int64_t ld = rounded(dim_, 16);
@@ -220,7 +146,7 @@ class Turned {
       Word* own = room_ + s * ld;
       rows[s] = reinterpret_cast<const char*>(own);
       if (s >= tile.count) {
-        std::memset(own, 0, words * sizeof(Word));
+        std::memset(own, 0, rounded(dim_, 16) * sizeof(Word));
       } else if (straight) {
         rows[s] = reinterpret_cast<const char*>(source.row(tile.row[s]));
       } else if constexpr (in_pairs<Mode>) {
@@ -230,8 +156,22 @@ class Turned {
         copy_as_float(source.row(tile.row[s]), own, dim_);
       }
     }
-    turn_in(rows, words, turned);
-    if (in_tiles<Mode>) std::memset(turned + words * kRows, 0, (rounded(words, 16) - words) * kRows * sizeof(Word));
+    if constexpr (parts_of<Mode> > 1) {
+#if defined(FARLIGHT_PAIRS)
+      turn_in(rows, dim_, whole);
+      uint32_t found = 0;
+      for (int64_t i = 0; i < dim_ * kRows; i += W) found |= infinite(load(whole + i));
+      any_infinite = found != 0;
+      for (int64_t i = 0; i < words; ++i)
+        for (int s = 0; s < kRows; s += W) {
+          const float* at = whole + 2 * i * kRows + s;
+          store_paired<parts_of<Mode>>(load(at), 2 * i + 1 < dim_ ? load(at + kRows) : all(0.0f), turned + i * kRows + s, part());
+        }
+#endif
+    } else {
+      turn_in(rows, words, turned);
+    }
+    for (int p = 0; in_tiles<Mode> && p < parts_of<Mode>; ++p) std::memset(turned + p * part() + words * kRows, 0, (rounded(words, 16) - words) * kRows * sizeof(Word));
     if constexpr (!in_pairs<Mode>) {
       if (factor != 1.0f) {
         const F f = all(factor);
@@ -241,6 +181,8 @@ class Turned {
   }
 
   Word* turned = nullptr;
+  float* whole = nullptr;  // of numbers that have parts: themselves, [d][row]
+  bool any_infinite = false;
 
  private:
   int64_t dim_;

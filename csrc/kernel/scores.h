@@ -29,13 +29,39 @@ FARLIGHT_INLINE F largest(const F (&x)[N]) {
 }
 
 #if defined(FARLIGHT_ISA_AMX)
-// Scores of a chunk as products of tiles give them, neither scaled nor masked. `ahead` may be null.
+// The scores of 32 keys by products of vectors.
 template <class Mode>
-inline void score_tiles(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, float* scores, const Ahead<Mode>* ahead) {
+FARLIGHT_APART void score_whole(const Chunk& c, int first, const Operand<Mode>& keys, const Turned<Mode>& queries, float* scores) {
+  if constexpr (parts_of<Mode> > 1) {
+    for (int block = 0; block < kDeep; block += kM)
+      for (int g = 0; g < kRows; g += kV * W) {
+        const float* rows[kM];
+        for (int m = 0; m < kM; ++m) rows[m] = keys.source().row(c.key[first + block + m]);
+        F acc[kM][kV];
+        clear(acc);
+        along_rows<FloatWord, kM, kV>(acc, rows, queries.whole + g, kRows, queries.dim());
+        for (int m = 0; m < kM; ++m)
+          for (int v = 0; v < kV; ++v) store(scores + (block + m) * kRows + g + v * W, acc[m][v]);
+      }
+  }
+}
+
+// Scores of a chunk as products of tiles give them, neither scaled nor masked.
+// Of rows that are split, `which` are meant of those that are kept with the columns.
+template <class Mode>
+inline void score_tiles(const Chunk& c, const Operand<Mode>& keys, const Columns<Mode>& kept, int which, const Turned<Mode>& queries,
+                        float* scores, Ahead<Mode>& ahead) {
   const int64_t steps = (queries.words + kTile - 1) / kTile;
   for (int first = 0; first < c.n; first += kDeep) {
-    if (ahead) ahead->group(first);
-    score_group(keys.strip(c, first, 0), keys.strip(c, first + kTile, 1), queries.turned, steps, scores + first * kRows);
+    if (parts_of<Mode> > 1 && which == 0 && (queries.any_infinite || kept.any_infinite(first / kDeep))) {
+      score_whole(c, first, keys, queries, scores + first * kRows);
+      continue;
+    }
+    const auto strip = [&](int half) {
+      if constexpr (parts_of<Mode> == 1) return keys.strip(c, first + half * kTile, half);
+      else return kept.strip(first / kDeep, which, half);
+    };
+    score_group<parts_of<Mode>>(strip(0), strip(1), queries.turned, queries.part(), steps, scores + first * kRows, [&] { ahead.some(); });
   }
 }
 

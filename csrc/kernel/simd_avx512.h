@@ -106,6 +106,29 @@ FARLIGHT_INLINE I paired(F a, F b) {
                                          19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(order, narrowed(a, b));
 }
+
+// The first n <= 16 of a row of floats, zeros behind.
+FARLIGHT_INLINE F load_floats(const float* p, int64_t n) {
+  return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(static_cast<__mmask16>(n > 0 ? (1u << n) - 1 : 0), p);
+}
+// x as the sum of three bfloat16, each in the upper half of a word: exactly, since they have 8 bits each and x has 24. What is
+// below the first is rounded, not cut, so that products left out of a sum have either sign.
+constexpr int kParts = 3;
+FARLIGHT_INLINE uint32_t infinite(F x) { return _mm512_fpclass_ps_mask(x, 0x18); }
+FARLIGHT_INLINE void split(F x, I (&part)[kParts]) {
+  const I upper = all_i(0xffff0000u);
+  part[0] = _mm512_and_si512(_mm512_castps_si512(x), upper);
+  const F rest = _mm512_sub_ps(x, _mm512_castsi512_ps(part[0]));
+  part[1] = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(rest), all_i(0x8000u)), upper);
+  part[2] = _mm512_castps_si512(_mm512_sub_ps(rest, _mm512_castsi512_ps(part[1])));
+}
+// The upper halves of both: word i holds (a[i], b[i]) / the neighbours 2i, 2i + 1, a's lanes first.
+FARLIGHT_INLINE I upper_paired(I a, I b) { return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(a, 16), b); }
+FARLIGHT_INLINE I upper_narrowed(I a, I b) {
+  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19,
+                                       17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(a, odd, b);
+}
 #endif
 
 }  // namespace farlight::FARLIGHT_NS

@@ -4,6 +4,9 @@
 // they lie in their tensor, or keys of P^T and dS^T with 32 query rows in a row. A tile of the right factor is 16 rows of 16
 // pairs: queries turned, weights paired along the keys, dO and Q interleaved along the rows. All tiles have their full size;
 // what a row lacks is zero.
+//
+// A float is the sum of three bfloat16, its parts, and a product of floats is six products of theirs: tiles are so much faster
+// than vectors that this is, too. Everything is then there three times, part after part.
 #pragma once
 
 #if defined(FARLIGHT_ISA_AMX)
@@ -41,107 +44,133 @@ class TileSession {
   static FARLIGHT_INLINE void fence() { __asm__ volatile("" ::: "memory"); }
 };
 
-// 16 rows of bfloat16, `stride` bytes apart.
+// 16 rows of bfloat16, and what lies beside them: `line` bytes between rows, `step` between a row's tiles, `part` between the
+// parts of its numbers.
 struct Strip {
-  const void* at;
-  int64_t stride;
+  const char* at;
+  int64_t line, step, part;
 };
 
-// to[i][lane] = sum over d of (low, then high)[i][d] * b[d][lane]: 32 keys x 32 rows of scores.
-inline void score_group(const Strip& low, const Strip& high, const uint32_t* b, int64_t steps, float* to) {
-  constexpr int64_t line = kRows * 4;
-  TileSession::fence();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  const char *x = static_cast<const char*>(low.at), *y = static_cast<const char*>(high.at);
-  for (int64_t s = 0; s < steps; ++s, x += 64, y += 64, b += kTile * kRows) {
-    _tile_loadd(4, x, low.stride);
-    _tile_loadd(6, b, line);
-    _tile_loadd(7, b + kTile, line);
+// The tiles 0 ... 3 grow by (low, high) x (b, b + 16 lanes): without `high` only 0 and 1, without `right` only 0 and 2. In b a line
+// has `line` bytes and a part `part` words. Numbers of three parts take six products, those of more than 24 bits: what is left out
+// is below the rounding of a float. `between` is called after every four products, which leave much else idle.
+template <int Parts, class Between>
+FARLIGHT_INLINE void multiply(const Strip& low, const Strip& high, bool has_high, const uint32_t* b, int64_t line, int64_t part,
+                              bool right, Between&& between) {
+  const auto left_of = [&](int p) {
+    _tile_loadd(4, low.at + p * low.part, low.line);
+    if (has_high) _tile_loadd(5, high.at + p * high.part, high.line);
+  };
+  const auto right_of = [&](int p) {
+    _tile_loadd(6, b + p * part, line);
+    if (right) _tile_loadd(7, b + p * part + kTile, line);
+  };
+  const auto products = [&] {
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, y, high.stride);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if (right) _tile_dpbf16ps(1, 4, 7);
+    if (has_high) _tile_dpbf16ps(2, 5, 6);
+    if (has_high && right) _tile_dpbf16ps(3, 5, 7);
+    between();
+  };
+  left_of(0);
+  if constexpr (Parts == 3) {
+    right_of(2);
+    products();
+    right_of(1);
+    products();
+    left_of(1);
+    products();
+    right_of(0);
+    products();
+    left_of(2);
+    products();
+    left_of(0);
+    products();
+  } else {
+    right_of(0);
+    products();
   }
-  _tile_stored(0, to, line);
-  _tile_stored(1, to + kTile, line);
-  _tile_stored(2, to + kTile * kRows, line);
-  _tile_stored(3, to + kTile * kRows + kTile, line);
 }
 
-// to[d][lane] (+)= sum over groups and their keys of columns[group][d][key] * b[key][lane], for d < dim rounded up to 16.
-inline void add_across_groups(float* to, const uint16_t* const* columns, const uint32_t* b, int groups, int64_t dim, bool fresh) {
+// The tiles 0 ... 3 as two lines of two, `stride` bytes between rows.
+struct Quad {
+  float *low, *high;
+  int64_t stride;
+  bool has_high, right;
+
+  FARLIGHT_INLINE void clear() const {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  FARLIGHT_INLINE void load() const {
+    _tile_loadd(0, low, stride);
+    if (right) _tile_loadd(1, low + kTile, stride);
+    if (has_high) _tile_loadd(2, high, stride);
+    if (has_high && right) _tile_loadd(3, high + kTile, stride);
+  }
+  FARLIGHT_INLINE void store() const {
+    _tile_stored(0, low, stride);
+    if (right) _tile_stored(1, low + kTile, stride);
+    if (has_high) _tile_stored(2, high, stride);
+    if (has_high && right) _tile_stored(3, high + kTile, stride);
+  }
+};
+
+// to[i][lane] = sum over d of (low, then high)[i][d] * b[d][lane]: 32 keys x 32 rows of scores. `part` words between the parts of b.
+template <int Parts, class Between>
+inline void score_group(Strip low, Strip high, const uint32_t* b, int64_t part, int64_t steps, float* to, Between&& between) {
+  constexpr int64_t line = kRows * 4;
+  TileSession::fence();
+  const Quad sums{to, to + kTile * kRows, line, true, true};
+  sums.clear();
+  for (int64_t s = 0; s < steps; ++s, low.at += low.step, high.at += high.step, b += kTile * kRows)
+    multiply<Parts>(low, high, true, b, line, part, true, between);
+  sums.store();
+}
+
+// to[d][lane] (+)= sum over groups and their keys of columns[group][d][key] * b[key][lane], for d < dim rounded up to 16. Between
+// parts lie `column_part` numbers of the columns and `part` words of b.
+template <int Parts, class Between>
+inline void add_across_groups(float* to, const uint16_t* const* columns, int64_t column_part, const uint32_t* b, int64_t part,
+                              int groups, int64_t dim, bool fresh, Between&& between) {
   constexpr int64_t line = kRows * 4;
   TileSession::fence();
   for (int64_t d = 0; d < dim; d += 2 * kTile, to += 2 * kTile * kRows) {
-    const bool two = d + kTile < dim;
-    float* second = to + kTile * kRows;
-    if (fresh) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    } else {
-      _tile_loadd(0, to, line);
-      _tile_loadd(1, to + kTile, line);
-      if (two) {
-        _tile_loadd(2, second, line);
-        _tile_loadd(3, second + kTile, line);
-      }
-    }
+    const Quad sums{to, to + kTile * kRows, line, d + kTile < dim, true};
+    if (fresh) sums.clear();
+    else sums.load();
     for (int g = 0; g < groups; ++g) {
-      const uint16_t* a = columns[g] + d * kDeep;
-      const uint32_t* x = b + g * (kDeep / 2) * kRows;
-      _tile_loadd(4, a, 64);
-      _tile_loadd(6, x, line);
-      _tile_loadd(7, x + kTile, line);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if (two) {
-        _tile_loadd(5, a + kTile * kDeep, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
+      const Strip low{reinterpret_cast<const char*>(columns[g] + d * kDeep), kDeep * 2, 0, column_part * 2};
+      const Strip high{low.at + kTile * kDeep * 2, low.line, 0, low.part};
+      multiply<Parts>(low, high, sums.has_high, b + g * (kDeep / 2) * kRows, line, part, true, between);
     }
-    _tile_stored(0, to, line);
-    _tile_stored(1, to + kTile, line);
-    if (two) {
-      _tile_stored(2, second, line);
-      _tile_stored(3, second + kTile, line);
-    }
+    sums.store();
   }
 }
 
 // sums[i][d] (+)= sum over 32 rows of a[i][row] * b[row][d], for `strips` strips of 16 keys whose 16 x 32 numbers follow one
 // another in `a`. The sums of a strip lie from to[strip], `stride` floats between keys; b has `ld` words between pairs of rows.
-inline void add_strips(float* const* to, int64_t stride, const uint16_t* a, const uint32_t* b, int64_t ld, int strips, int64_t dim,
-                       bool fresh) {
-  const int64_t line = stride * 4;
+// Between parts lie `a_part` numbers and `b_part` words.
+template <int Parts>
+inline void add_strips(float* const* to, int64_t stride, const uint16_t* a, int64_t a_part, const uint32_t* b, int64_t ld, int64_t b_part,
+                       int strips, int64_t dim, bool fresh) {
   TileSession::fence();
-  for (int64_t d = 0; d < dim; d += 4 * kTile) {
-    const int columns = static_cast<int>((least<int64_t>(dim - d, 4 * kTile) + kTile - 1) / kTile);
-    _tile_loadd(4, b + d, ld * 4);
-    if (columns > 1) _tile_loadd(5, b + d + kTile, ld * 4);
-    if (columns > 2) _tile_loadd(6, b + d + 2 * kTile, ld * 4);
-    if (columns > 3) _tile_loadd(7, b + d + 3 * kTile, ld * 4);
-    for (int s = 0; s < strips; ++s) {
-      float* at = to[s] + d;
-      _tile_loadd(0, a + s * kTile * kRows, kRows * 2);
-#define FARLIGHT_COLUMN(SUM, RIGHT, NUMBER)                    \
-  if (columns > NUMBER) {                                      \
-    if (fresh) _tile_zero(SUM);                                \
-    else _tile_loadd(SUM, at + NUMBER * kTile, line);          \
-    _tile_dpbf16ps(SUM, 0, RIGHT);                             \
-    _tile_stored(SUM, at + NUMBER * kTile, line);              \
-  }
-      FARLIGHT_COLUMN(1, 4, 0)
-      FARLIGHT_COLUMN(2, 5, 1)
-      FARLIGHT_COLUMN(3, 6, 2)
-      FARLIGHT_COLUMN(1, 7, 3)
-#undef FARLIGHT_COLUMN
+  for (int s = 0, taken = 0; s < strips; s += taken) {
+    // Two at once, unless a key stands in both: its sums must not be read before the first are written.
+    const auto place = [&](int i) { return reinterpret_cast<intptr_t>(to[i]); };
+    const int64_t apart = s + 1 < strips ? place(s + 1) - place(s) : 0, extent = kTile * stride * 4;
+    const bool two = apart >= extent || apart <= -extent;
+    taken = two ? 2 : 1;
+    const Strip low{reinterpret_cast<const char*>(a + s * kTile * kRows), kRows * 2, 0, a_part * 2};
+    const Strip high{low.at + kTile * kRows * 2, low.line, 0, low.part};
+    for (int64_t d = 0; d < dim; d += 2 * kTile) {
+      const Quad sums{to[s] + d, two ? to[s + 1] + d : nullptr, stride * 4, two, d + kTile < dim};
+      if (fresh) sums.clear();
+      else sums.load();
+      multiply<Parts>(low, high, two, b + d, ld * 4, b_part, sums.right, [] {});
+      sums.store();
     }
   }
 }
