@@ -60,9 +60,9 @@ class Backward {
     const Tile tile(*call_.plan, item_, first_row);
     const Dropped dropped(call_.dropout, *call_.plan, tile);
     const Source<T> q(call_.q, item_.batch, item_.head), dout(call_.dout, item_.batch, item_.head);
-    const float base2 = call_.scale * kLog2E;
+    const float base2 = call_.scale * kLog2E, factor = scaled_first<Mode> ? 1.0f : base2;
     PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
-    queries_.fetch(q, tile, in_pairs<Mode> ? 1.0f : base2);
+    queries_.fetch(q, tile, scaled_first<Mode> ? base2 : 1.0f);
     upstream_.fetch(dout, tile, 1.0f);
     lay_rows(q, tile, query_rows_);
     lay_rows(dout, tile, upstream_rows_);
@@ -91,10 +91,10 @@ class Backward {
       } else {
         keys_.fetch_rows(c, true);
         values_.fetch_rows(c);
-        score<Mode, false>(c, keys_, queries_, base2, lanes, scores_, nullptr, &ahead);
+        score<Mode, false>(c, keys_, queries_, factor, lanes, scores_, nullptr, &ahead);
         score<Mode, false>(c, values_, upstream_, 1.0f, lanes, slopes_, nullptr, nullptr);
       }
-      differentiate(dropped, base2, lanes);
+      differentiate(dropped, factor, lanes);
       sums_.add(c, weights(), upstream_rows_, slopes(), query_rows_, terms);
       if (done && done % kTogether == 0) put_by(done == kTogether);
       add_keys(lanes, done % kTogether == 0, ahead);
@@ -182,9 +182,9 @@ class Backward {
   }
 
   // From S and dP to P (with dropout) and dS, both times what the products need.
-  void differentiate(const Dropped& dropped, float base2, int lanes) {
+  void differentiate(const Dropped& dropped, float factor, int lanes) {
     const Chunk& c = *chunk_;
-    const F scale = all(call_.scale), inverse = all(dropped.inverse()), factor = all(base2), to_base2 = all(-kLog2E);
+    const F scale = all(call_.scale), inverse = all(dropped.inverse()), to_base2 = all(-kLog2E);
     for (int g = 0; g < lanes; g += kV * W) {
       F lse[kV], delta[kV];
       for (int v = 0; v < kV; ++v) {
@@ -198,7 +198,7 @@ class Backward {
         for (int v = 0; v < kV; ++v) {
           const int at = i * kRows + g + v * W;
           F score = load(scores_ + at);
-          if (in_tiles<Mode>) score = mul(score, factor);
+          if (in_tiles<Mode> && !scaled_first<Mode>) score = mul(score, all(factor));
           // Not rounded on the way: the lse's error is that of all weights of its row.
           p[v] = power2<Mode::degree>(fma(lse[v], to_base2, score));
           if (masked) p[v] = choose(c.seen[i] >> (g + v * W), p[v], all(0.0f));

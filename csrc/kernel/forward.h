@@ -42,9 +42,9 @@ class Forward {
     const Tile tile(*call_.plan, item_, first_row);
     const Dropped dropped(call_.dropout, *call_.plan, tile);
     const Source<T> q(call_.q, item_.batch, item_.head);
-    const float base2 = call_.scale * kLog2E;
+    const float base2 = call_.scale * kLog2E, factor = scaled_first<Mode> ? 1.0f : base2;
     PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
-    queries_.fetch(q, tile, in_pairs<Mode> ? 1.0f : base2);
+    queries_.fetch(q, tile, scaled_first<Mode> ? base2 : 1.0f);
     const int lanes = static_cast<int>(rounded(tile.count, kV * W));
     for (int g = 0; g < kRows; g += W) {
       store(top_ + g, all(kNothing));
@@ -59,8 +59,8 @@ class Forward {
       more = walk.next(chunks_[turn ^ 1]);
       points.ask(kAsked);
       Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, dim_);
-      if constexpr (in_tiles<Mode>) take_tiles(ahead, dropped, base2, lanes, fresh);
-      else take(ahead, dropped, base2, lanes, fresh);
+      if constexpr (in_tiles<Mode>) take_tiles(ahead, dropped, factor, lanes, fresh);
+      else take(ahead, dropped, factor, lanes, fresh);
       fresh = false;
     }
     if (fresh) {
@@ -83,29 +83,29 @@ class Forward {
   }
 
   // One chunk: its scores, their weights, and the values with these.
-  FARLIGHT_INLINE void take(Ahead<Mode>& ahead, const Dropped& dropped, float base2, int lanes, bool fresh) {
+  FARLIGHT_INLINE void take(Ahead<Mode>& ahead, const Dropped& dropped, float factor, int lanes, bool fresh) {
     float top[kRows];
     keys_.fetch_rows(*chunk_);
-    score<Mode, true>(*chunk_, keys_, queries_, base2, lanes, scores_, top, &ahead);
+    score<Mode, true>(*chunk_, keys_, queries_, factor, lanes, scores_, top, &ahead);
     raise(top, lanes, fresh);
     weigh(dropped, lanes);
     add_values(lanes, fresh);
   }
 
   // The same where products are made of tiles.
-  FARLIGHT_INLINE void take_tiles(Ahead<Mode>& ahead, const Dropped& dropped, float base2, int lanes, bool fresh) {
+  FARLIGHT_INLINE void take_tiles(Ahead<Mode>& ahead, const Dropped& dropped, float factor, int lanes, bool fresh) {
 #if defined(FARLIGHT_ISA_AMX)
     int groups = 0;
     if (parts_of<Mode> > 1) groups = columns_.fetch(*chunk_);
     score_tiles(*chunk_, keys_, columns_, 0, queries_, scores_, ahead);
     float top[kRows];
-    largest_of(*chunk_, scores_, base2, lanes, top);
+    largest_of(*chunk_, scores_, factor, lanes, top);
     raise(top, lanes, fresh);
-    weigh_tiles(dropped, base2, lanes);
+    weigh_tiles(dropped, factor, lanes);
     if (parts_of<Mode> == 1) groups = columns_.fetch(*chunk_);
     add_across_groups<parts_of<Mode>>(sum_, columns_.groups, columns_.part(), weights_, kWeights, groups, dim_, fresh, [&] { ahead.some(); });
 #else
-    (void)ahead, (void)dropped, (void)base2, (void)lanes, (void)fresh;
+    (void)ahead, (void)dropped, (void)factor, (void)lanes, (void)fresh;
 #endif
   }
 
@@ -135,12 +135,15 @@ class Forward {
 #if defined(FARLIGHT_ISA_AMX)
   // The weights of a block where products are made of tiles: scores come as they are, neither scaled nor masked, and keys that
   // only fill up the last group are masked as others are. Their sum.
-  FARLIGHT_INLINE F weigh_block(int block, int g, F factor, F reference, const Dropped& dropped) {
+  FARLIGHT_INLINE F weigh_block(int block, int g, [[maybe_unused]] F factor, F reference, const Dropped& dropped) {
     const Chunk& c = *chunk_;
     const int first = block * kM;
     F w[kM];
     FARLIGHT_UNROLL
-    for (int i = 0; i < kM; ++i) w[i] = sub(mul(load(scores_ + (first + i) * kRows + g), factor), reference);
+    for (int i = 0; i < kM; ++i) {
+      const F x = load(scores_ + (first + i) * kRows + g);
+      w[i] = sub(scaled_first<Mode> ? x : mul(x, factor), reference);
+    }
     if (c.masked[block])
       for (int i = 0; i < kM; ++i) w[i] = choose(c.seen[first + i] >> g, w[i], all(kUnseen));
     FARLIGHT_UNROLL
@@ -154,12 +157,11 @@ class Forward {
   }
 
   // As `weigh`.
-  void weigh_tiles(const Dropped& dropped, float base2, int lanes) {
-    const F factor = all(base2);
+  void weigh_tiles(const Dropped& dropped, float factor, int lanes) {
     for (int g = 0; g < lanes; g += W) {
       const F reference = load(top_ + g);
       F sum = all(0.0f);
-      for (int block = 0; block < chunk_->blocks; ++block) sum = add(sum, weigh_block(block, g, factor, reference, dropped));
+      for (int block = 0; block < chunk_->blocks; ++block) sum = add(sum, weigh_block(block, g, all(factor), reference, dropped));
       store(total_ + g, add(load(total_ + g), sum));
     }
   }

@@ -69,6 +69,9 @@ constexpr bool in_pairs = Mode::Op::per == 2;
 // How many parts a number has in products.
 template <class Mode>
 constexpr int parts_of = Mode::parts;
+// Whether Q is scaled before it is multiplied: what is bfloat16 would be rounded once more.
+template <class Mode>
+constexpr bool scaled_first = !in_pairs<Mode> || parts_of<Mode> > 1;
 // Whether products are made of tiles, and then how many keys are taken together.
 template <class Mode>
 constexpr bool in_tiles = Mode::tiles;

@@ -160,7 +160,11 @@ class Turned {
 #if defined(FARLIGHT_PAIRS)
       turn_in(rows, dim_, whole);
       uint32_t found = 0;
-      for (int64_t i = 0; i < dim_ * kRows; i += W) found |= infinite(load(whole + i));
+      for (int64_t i = 0; i < dim_ * kRows; i += W) {
+        const F x = mul(load(whole + i), all(factor));
+        found |= infinite(x);
+        store(whole + i, x);
+      }
       any_infinite = found != 0;
       for (int64_t i = 0; i < words; ++i)
         for (int s = 0; s < kRows; s += W) {
