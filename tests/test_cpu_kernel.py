@@ -305,19 +305,21 @@ KEPT = {
     "every other start": Case("odd window", fl.window(37, 50), 500, batch=2, heads=2, head_dim=64),
     "blocks that break off": Case("short runs", fl.strided(3) | fl.window(70, dilation=5), 400, heads=1, head_dim=48),
     "keys at equal distances": Case("dilated, wide", fl.window(50, dilation=4), 900, heads=4, kv_heads=2, head_dim=64),
+    "rows that see more than is kept": Case("long", fl.window(40) | fl.global_tokens(range(20, 60)), 1500, heads=2, head_dim=64),
     "keys in any order": Case("clusters", fl.clusters(torch.arange(700) * 37 % 11), 700, heads=2, kv_heads=1, head_dim=64),
 }
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
 @pytest.mark.parametrize("case", KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize("name", [x for x in ISAS if x in ("amx", "avx512")][:1] or ISAS[:1])
-def test_turned_blocks_that_a_thread_keeps(name: str, case: Case) -> None:
+def test_blocks_that_a_thread_keeps(name: str, case: Case, dtype: torch.dtype) -> None:
     """With tiles a thread keeps blocks of keys for the next query tile: neither wrong ones nor those of another call."""
     before = cpu.isa()
     cpu.use(name)
     try:
-        check(case, torch.bfloat16)
-        given = inputs(case, torch.bfloat16)
+        check(case, dtype)
+        given = inputs(case, dtype)
         first = run(case, given, plan_of(case))
         given.v.neg_()
         given.k.mul_(2.0)

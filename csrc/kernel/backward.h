@@ -29,7 +29,7 @@ class Backward {
         keys_({call.k, item.batch, kv_head()}, dim_, call.plan->n_k),
         values_({call.v, item.batch, kv_head()}, dim_, call.plan->n_k),
         sources_{keys_.source(), values_.source()},
-        columns_(keys_.source(), sources_, parts_of<Mode> > 1 ? 2 : 0, dim_, item.batch * call.kv_heads + kv_head()),
+        columns_(keys_.source(), sources_, kKeptRows, dim_, item.batch * call.kv_heads + kv_head()),
         sums_(dim_),
         queries_(dim_),
         upstream_(dim_) {
@@ -54,6 +54,10 @@ class Backward {
     rows_ = arena.take<float>(kRows * ld_);
     query_ = arena.take<float>(ld_);
     row_upstream_ = arena.take<float>(ld_);
+  }
+
+  static bool suits(const Call& call, const Item& item) {
+    return ColumnsOf<Mode>::keeps_all(call.dim, kKeptRows, keys_of(*call.plan, item));
   }
 
   void run(int first_row, const Sums& sums) {
@@ -361,6 +365,7 @@ class Backward {
     write_row(call_.out_type, call_.result, at, sum, dim_);
   }
 
+  static constexpr int kKeptRows = parts_of<Mode> > 1 ? 2 : 0;  // kinds of rows kept with the columns
   static constexpr int64_t kWeights = KeySums<Mode>::kWeights;
 
   const Call& call_;

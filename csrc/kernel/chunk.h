@@ -46,6 +46,20 @@ struct Tile {
   }
 };
 
+// How many keys an item visits, points apart.
+inline int64_t keys_of(const PlanView& plan, const Item& item) {
+  const PieceView& piece = plan.pieces[item.piece];
+  const int32_t v = variant_of(piece.variant, piece.variant_batch, piece.variant_heads, item.batch, item.head);
+  int64_t keys = 0;
+  for (int i = 0; i < piece.layer_count; ++i) {
+    const LayerView& layer = piece.layers[i];
+    const int32_t w = variant_of(layer.variant, layer.variant_batch, layer.variant_heads, item.batch, item.head);
+    const int64_t t = layer.entry_base[w] + item.entry - piece.first[v];
+    for (int64_t run = layer.indptr[t]; run < layer.indptr[t + 1]; ++run) keys += layer.hi[run] - layer.lo[run];
+  }
+  return keys;
+}
+
 // Whether rows that see nothing in an item's tile keep what they have, rather than to be told so.
 FARLIGHT_INLINE bool leaves(const Call& call, const Item& item) {
   return call.leaves && (call.joins || !call.plan->pieces[item.piece].sure[item.entry]);

@@ -14,6 +14,7 @@ struct NoColumns {
   template <class T>
   NoColumns(const Source<T>&, const Source<T>*, int, int64_t, int64_t) {}
   void reserve(Arena&) {}
+  static bool keeps_all(int64_t, int, int64_t) { return true; }
 };
 
 #if defined(FARLIGHT_ISA_AMX)
@@ -42,7 +43,7 @@ class Columns {
   // The first thing taken from the arena: the names of the blocks that are kept must lie where the caller cleared them.
   void reserve(Arena& arena) {
     const int64_t block = (1 + count_) * size();
-    slots_ = most<int64_t>(kFewest, least<int64_t>(kKept, kKeptBytes / (block * static_cast<int64_t>(sizeof(Half)))));
+    slots_ = room_for(dim_, count_);
     names_ = arena.take<KeptNames>(1);
     keys_ = arena.take<int32_t>(kKept * kDeep);
     kept_ = arena.take<Half>(slots_ * block);
@@ -51,6 +52,9 @@ class Columns {
     groups = arena.take<const Half*>(kGroups);
     kept_infinite_ = arena.take<bool>(slots_);
   }
+
+  // Whether so many keys are kept at the same time, with their columns and `count` kinds of rows.
+  static bool keeps_all(int64_t dim, int count, int64_t keys) { return keys <= room_for(dim, count) * kDeep; }
 
   // Whether the block of the chunk's keys from `first` is among those kept.
   bool keeps(const Chunk& c, int first) const { return first + kDeep <= c.n && find(c.key + first) >= 0; }
@@ -104,6 +108,11 @@ class Columns {
   static constexpr int64_t kKeptBytes = (kParts == 1 ? 512 : 768) << 10;
 
   static constexpr int64_t kFewest = kParts == 1 ? 1 : 20;  // what a window of 512 keys and some named ones need
+
+  static int64_t room_for(int64_t dim, int count) {
+    const int64_t bytes = (1 + count) * kParts * rounded(dim, 32) * kDeep * static_cast<int64_t>(sizeof(Half));
+    return most<int64_t>(kFewest, least<int64_t>(kKept, kKeptBytes / bytes));
+  }
 
   int64_t ld() const { return rounded(dim_, 32); }
   int64_t size() const { return kParts * part(); }

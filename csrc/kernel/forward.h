@@ -24,7 +24,7 @@ class Forward {
         ld_(rounded(call.dim, 16)),
         keys_({call.k, item.batch, kv_head()}, dim_, call.plan->n_k),
         values_({call.v, item.batch, kv_head()}, dim_, call.plan->n_k),
-        columns_(values_.source(), &keys_.source(), parts_of<Mode> > 1 ? 1 : 0, dim_, item.batch * call.kv_heads + kv_head()),
+        columns_(values_.source(), &keys_.source(), kKeptRows, dim_, item.batch * call.kv_heads + kv_head()),
         queries_(dim_) {
     columns_.reserve(arena);
     chunks_ = arena.take<Chunk>(2);
@@ -36,6 +36,11 @@ class Forward {
     sum_ = arena.take<float>(rounded(dim_, 16) * kRows);
     rows_ = arena.take<float>(kRows * ld_);
     query_ = arena.take<float>(ld_);
+  }
+
+  // A tile that sees more keys than are kept would have to split each of them anew; then products of vectors are faster.
+  static bool suits(const Call& call, const Item& item) {
+    return ColumnsOf<Mode>::keeps_all(call.dim, kKeptRows, keys_of(*call.plan, item));
   }
 
   void run(int first_row) {
@@ -285,6 +290,7 @@ class Forward {
     write_row(call_.out_type, call_.result, at * dim_, sum, dim_);
   }
 
+  static constexpr int kKeptRows = parts_of<Mode> > 1 ? 1 : 0;  // kinds of rows kept with the columns
   static constexpr int64_t kWeights = kKeys / 2 * kRows;  // words from one part of all weights to the next
 
   const Call& call_;

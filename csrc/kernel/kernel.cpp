@@ -19,13 +19,18 @@ using Bfloat = Pairs;
 using Bfloat = Widened;
 #endif
 
-template <template <class> class Direction>
+template <class Work>
 int64_t measure(const Call& call) {
   const Item item{0, 0, 0, 0};
   Arena arena(nullptr);
-  if (call.type == Type::f32) Direction<Float>(call, item, arena);
-  else Direction<Bfloat>(call, item, arena);
+  Work work(call, item, arena);
   return arena.used();
+}
+
+template <template <class> class Direction>
+int64_t measure(const Call& call) {
+  if (call.type != Type::f32) return measure<Direction<Bfloat>>(call);
+  return measure<Direction<Float>>(call) + measure<Direction<InPlace>>(call);
 }
 
 // Runs an item in turns of kRows rows; if it was the last part of a split tile to finish, joins them.
@@ -42,20 +47,19 @@ void run_item(const Call& call, const Item& item, char* scratch, const Rest&... 
   if (call.pending[at].fetch_sub(1, std::memory_order_acq_rel) == 1) work.join_parts();
 }
 
-int64_t scratch_bytes(const Call& call) {
-  const int64_t forward = measure<Forward>(call), backward = measure<Backward>(call);
-  return forward > backward ? forward : backward;
+// Runs an item in the way that suits it. What one way keeps for its next item the other must not overwrite.
+template <template <class> class Direction, class... Rest>
+void run(const Call& call, const Item& item, char* scratch, const Rest&... rest) {
+  if (call.type != Type::f32) run_item<Direction<Bfloat>>(call, item, scratch, rest...);
+  else if (Direction<Float>::suits(call, item)) run_item<Direction<Float>>(call, item, scratch, rest...);
+  else run_item<Direction<InPlace>>(call, item, scratch + measure<Direction<Float>>(call), rest...);
 }
 
-void forward(const Call& call, const Item& item, char* scratch) {
-  if (call.type == Type::f32) run_item<Forward<Float>>(call, item, scratch);
-  else run_item<Forward<Bfloat>>(call, item, scratch);
-}
+int64_t scratch_bytes(const Call& call) { return most(measure<Forward>(call), measure<Backward>(call)); }
 
-void backward(const Call& call, const Item& item, const Sums& sums, char* scratch) {
-  if (call.type == Type::f32) run_item<Backward<Float>>(call, item, scratch, sums);
-  else run_item<Backward<Bfloat>>(call, item, scratch, sums);
-}
+void forward(const Call& call, const Item& item, char* scratch) { run<Forward>(call, item, scratch); }
+
+void backward(const Call& call, const Item& item, const Sums& sums, char* scratch) { run<Backward>(call, item, scratch, sums); }
 
 void fold(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out) {
   const int64_t width = type == Type::f32 ? 4 : 2;
