@@ -25,7 +25,12 @@ class Ahead {
  public:
   // `next` is null where there is no further chunk.
   Ahead(const Chunk* next, const Operand<Mode>& keys, const Operand<Mode>& values, const ColumnsOf<Mode>& columns, int64_t dim)
-      : next_(next), keys_(keys), values_(values), columns_(columns), dim_(dim) {}
+      : next_(next), keys_(keys), values_(values), columns_(columns), dim_(dim) {
+#if defined(FARLIGHT_ISA_AMX)
+    if constexpr (in_tiles<Mode>)
+      if (next_) want(0);
+#endif
+  }
 
   // What to ask for while `words` products of a block are added up, one line with each; null where there is nothing, or where
   // it does not come out even and is asked for at once.
@@ -48,27 +53,34 @@ class Ahead {
   }
 
 #if defined(FARLIGHT_ISA_AMX)
-  // Where products are made of tiles: some lines of the keys whose columns are not kept. To be called between products.
+  // Where products are made of tiles, to be called between them: some lines of the keys that are not kept.
   FARLIGHT_INLINE void some() {
-    for (int i = 0; i < kSome && next_; ++i) {
-      if (key_ % kDeep == 0 && line_ == 0)
-        while (key_ < next_->n && columns_.keeps(*next_, key_)) key_ += kDeep;
-      if (key_ >= next_->n) {
-        next_ = nullptr;
-        return;
-      }
-      const int32_t key = next_->key[key_];
-      FARLIGHT_PREFETCH_L2(reinterpret_cast<const char*>(keys_.source().row(key)) + line_);
-      FARLIGHT_PREFETCH_L2(reinterpret_cast<const char*>(values_.source().row(key)) + line_);
-      line_ += 64;
-      if (line_ < dim_ * static_cast<int64_t>(sizeof(typename Mode::T))) continue;
-      line_ = 0;
-      ++key_;
-    }
+    if (wanted_) ask_some();
   }
 #endif
 
  private:
+#if defined(FARLIGHT_ISA_AMX)
+  // From `first` on, the first group of the next chunk that is not kept.
+  void want(int first) {
+    while (first < next_->n && columns_.keeps(*next_, first)) first += kDeep;
+    key_ = first;
+    wanted_ = first < next_->n;
+  }
+  FARLIGHT_APART void ask_some() {
+    for (int i = 0; i < kSome; ++i) {
+      const int32_t key = next_->key[key_];
+      FARLIGHT_PREFETCH_L2(reinterpret_cast<const char*>(keys_.source().row(key)) + line_);
+      FARLIGHT_PREFETCH_L2(reinterpret_cast<const char*>(values_.source().row(key)) + line_);
+      if ((line_ += 64) < dim_ * static_cast<int64_t>(sizeof(typename Mode::T))) continue;
+      line_ = 0;
+      if (++key_ % kDeep == 0) want(key_);
+      if (key_ >= next_->n) wanted_ = false;
+      if (!wanted_) return;
+    }
+  }
+#endif
+
   static constexpr int kSome = 4;  // lines of K, and as many of V
 
   void ask(int first, int count) const {
@@ -83,6 +95,7 @@ class Ahead {
   const ColumnsOf<Mode>& columns_;
   int64_t dim_;
   Lines lines_;
+  bool wanted_ = false;
   int key_ = 0;
   int64_t line_ = 0;
 };

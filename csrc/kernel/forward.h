@@ -100,14 +100,16 @@ class Forward {
   // The same where products are made of tiles.
   FARLIGHT_INLINE void take_tiles(Ahead<Mode>& ahead, const Dropped& dropped, float factor, int lanes, bool fresh) {
 #if defined(FARLIGHT_ISA_AMX)
-    int groups = 0;
-    if (parts_of<Mode> > 1) groups = columns_.fetch(*chunk_);
+    const int groups = columns_.fetch(*chunk_);
     score_tiles(*chunk_, keys_, columns_, 0, queries_, scores_, ahead);
-    float top[kRows];
-    largest_of(*chunk_, scores_, factor, lanes, top);
-    raise(top, lanes, fresh);
-    weigh_tiles(dropped, factor, lanes);
-    if (parts_of<Mode> == 1) groups = columns_.fetch(*chunk_);
+    F sums[kRows / W];
+    if (kSlack == 0.0f || fresh || weigh_tiles(dropped, factor, lanes, sums)) {
+      float top[kRows];
+      largest_of(*chunk_, scores_, factor, lanes, top);
+      raise(top, lanes, fresh);
+      weigh_tiles(dropped, factor, lanes, sums);
+    }
+    for (int g = 0; g < lanes; g += W) store(total_ + g, add(load(total_ + g), sums[g / W]));
     add_across_groups<parts_of<Mode>>(sum_, columns_.groups, columns_.part(), weights_, kWeights, groups, dim_, fresh, [&] { ahead.some(); });
 #else
     (void)ahead, (void)dropped, (void)factor, (void)lanes, (void)fresh;
@@ -139,8 +141,8 @@ class Forward {
 
 #if defined(FARLIGHT_ISA_AMX)
   // The weights of a block where products are made of tiles: scores come as they are, neither scaled nor masked, and keys that
-  // only fill up the last group are masked as others are. Their sum.
-  FARLIGHT_INLINE F weigh_block(int block, int g, [[maybe_unused]] F factor, F reference, const Dropped& dropped) {
+  // only fill up the last group are masked as others are. Their sum; `most` grows to the largest power.
+  FARLIGHT_INLINE F weigh_block(int block, int g, [[maybe_unused]] F factor, F reference, const Dropped& dropped, F& most) {
     const Chunk& c = *chunk_;
     const int first = block * kM;
     F w[kM];
@@ -151,6 +153,7 @@ class Forward {
     }
     if (c.masked[block])
       for (int i = 0; i < kM; ++i) w[i] = choose(c.seen[first + i] >> g, w[i], all(kUnseen));
+    if (kSlack > 0.0f) most = max(largest(w), most);
     FARLIGHT_UNROLL
     for (int i = 0; i < kM; ++i) w[i] = power2<Mode::degree>(w[i]);
     const F sum = add(add(add(w[0], w[1]), add(w[2], w[3])), add(add(w[4], w[5]), add(w[6], w[7])));
@@ -161,14 +164,18 @@ class Forward {
     return sum;
   }
 
-  // As `weigh`.
-  void weigh_tiles(const Dropped& dropped, float factor, int lanes) {
+  // As `weigh`, with the references that there are and into `sums`; true where a row needs a new one, and then all is to be done
+  // again. Where that is rare, looking for the largest score on the way costs less than looking first.
+  bool weigh_tiles(const Dropped& dropped, float factor, int lanes, F* sums) {
+    uint32_t risen = 0;
     for (int g = 0; g < lanes; g += W) {
       const F reference = load(top_ + g);
-      F sum = all(0.0f);
-      for (int block = 0; block < chunk_->blocks; ++block) sum = add(sum, weigh_block(block, g, all(factor), reference, dropped));
-      store(total_ + g, add(load(total_ + g), sum));
+      F sum = all(0.0f), most = all(kUnseen);
+      for (int block = 0; block < chunk_->blocks; ++block) sum = add(sum, weigh_block(block, g, all(factor), reference, dropped, most));
+      sums[g / W] = sum;
+      risen |= greater(most, all(kSlack));
     }
+    return risen != 0;
   }
 #endif
 

@@ -94,11 +94,10 @@ class KeySums {
       int strips = 0;
       for (; first < n && even(sums + first, stride); first += kStrip) to[strips++] = sums[first];
       if (strips) {
-        const Word* at = weights + (first - strips * kStrip) * kLine;
-        add_strips<parts_of<Mode>>(to, stride, reinterpret_cast<const Half*>(at), kWeights * 2, rows, ld_, kRows / 2 * ld_, strips, dim_, false);
+        add_strips_at(to, stride, weights + (first - strips * kStrip) * kLine, rows, strips, false);
         continue;
       }
-      add_strips<parts_of<Mode>>(&loose_, ld_, reinterpret_cast<const Half*>(weights + first * kLine), kWeights * 2, rows, ld_, kRows / 2 * ld_, 1, dim_, true);
+      add_strips_at(&loose_, ld_, weights + first * kLine, rows, 1, true);
       for (int i = 0; i < kStrip && first + i < c.n; ++i)
         for (int64_t d = 0; d < dim_; d += W) store(sums[first + i] + d, FARLIGHT_NS::add(load(sums[first + i] + d), load(loose_ + i * ld_ + d)));
       first += kStrip;
@@ -109,6 +108,12 @@ class KeySums {
   }
 
 #if defined(FARLIGHT_ISA_AMX)
+  void add_strips_at(float* const* to, int64_t stride, const Word* weights, const Word* rows, int strips, bool fresh) const {
+    const Half* a = reinterpret_cast<const Half*>(weights);
+    if constexpr (parts_of<Mode> == 1) add_strips(to, stride, a, rows, ld_, strips, dim_, fresh);
+    else add_strips_of_parts(to, stride, a, kWeights * 2, rows, ld_, kRows / 2 * ld_, strips, dim_, fresh);
+  }
+
   static bool even(float* const* sums, int64_t stride) {
     if (stride <= 0) return false;
     for (int i = 1; i < kStrip; ++i)

@@ -152,10 +152,38 @@ inline void add_across_groups(float* to, const uint16_t* const* columns, int64_t
 
 // sums[i][d] (+)= sum over 32 rows of a[i][row] * b[row][d], for `strips` strips of 16 keys whose 16 x 32 numbers follow one
 // another in `a`. The sums of a strip lie from to[strip], `stride` floats between keys; b has `ld` words between pairs of rows.
-// Between parts lie `a_part` numbers and `b_part` words.
-template <int Parts>
-inline void add_strips(float* const* to, int64_t stride, const uint16_t* a, int64_t a_part, const uint32_t* b, int64_t ld, int64_t b_part,
-                       int strips, int64_t dim, bool fresh) {
+inline void add_strips(float* const* to, int64_t stride, const uint16_t* a, const uint32_t* b, int64_t ld, int strips, int64_t dim,
+                       bool fresh) {
+  const int64_t line = stride * 4;
+  TileSession::fence();
+  for (int64_t d = 0; d < dim; d += 4 * kTile) {
+    const int columns = static_cast<int>((least<int64_t>(dim - d, 4 * kTile) + kTile - 1) / kTile);
+    _tile_loadd(4, b + d, ld * 4);
+    if (columns > 1) _tile_loadd(5, b + d + kTile, ld * 4);
+    if (columns > 2) _tile_loadd(6, b + d + 2 * kTile, ld * 4);
+    if (columns > 3) _tile_loadd(7, b + d + 3 * kTile, ld * 4);
+    for (int s = 0; s < strips; ++s) {
+      float* at = to[s] + d;
+      _tile_loadd(0, a + s * kTile * kRows, kRows * 2);
+#define FARLIGHT_COLUMN(SUM, RIGHT, NUMBER)                    \
+  if (columns > NUMBER) {                                      \
+    if (fresh) _tile_zero(SUM);                                \
+    else _tile_loadd(SUM, at + NUMBER * kTile, line);          \
+    _tile_dpbf16ps(SUM, 0, RIGHT);                             \
+    _tile_stored(SUM, at + NUMBER * kTile, line);              \
+  }
+      FARLIGHT_COLUMN(1, 4, 0)
+      FARLIGHT_COLUMN(2, 5, 1)
+      FARLIGHT_COLUMN(3, 6, 2)
+      FARLIGHT_COLUMN(1, 7, 3)
+#undef FARLIGHT_COLUMN
+    }
+  }
+}
+
+// The same of numbers that have parts: `a_part` numbers and `b_part` words lie between these.
+inline void add_strips_of_parts(float* const* to, int64_t stride, const uint16_t* a, int64_t a_part, const uint32_t* b, int64_t ld,
+                                int64_t b_part, int strips, int64_t dim, bool fresh) {
   TileSession::fence();
   for (int s = 0, taken = 0; s < strips; s += taken) {
     // Two at once, unless a key stands in both: its sums must not be read before the first are written.
@@ -169,7 +197,7 @@ inline void add_strips(float* const* to, int64_t stride, const uint16_t* a, int6
       const Quad sums{to[s] + d, two ? to[s + 1] + d : nullptr, stride * 4, two, d + kTile < dim};
       if (fresh) sums.clear();
       else sums.load();
-      multiply<Parts>(low, high, two, b + d, ld * 4, b_part, sums.right, [] {});
+      multiply<kParts>(low, high, two, b + d, ld * 4, b_part, sums.right, [] {});
       sums.store();
     }
   }
