@@ -69,6 +69,13 @@ def test_contenders_are_timed_in_turn() -> None:
     assert timings["once"].first is None
 
 
+def test_what_is_short_is_called_once_more_before_it_is_timed() -> None:
+    calls: list[str] = []
+    sides = [Contender(name, lambda name=name: calls.append(name), most=most) for name, most in (("A", 2), ("B", 1))]
+    interleaved(sides, repeats=1)
+    assert calls == ["A", "B", "A", "A", "B", "B"]
+
+
 def test_a_contender_that_fails_is_reported_and_the_others_go_on() -> None:
     def fail() -> None:
         raise NotImplementedError("not on this machine")

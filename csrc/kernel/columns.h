@@ -68,7 +68,7 @@ class Columns {
       const int first = i * kDeep;
       int64_t slot = first + kDeep <= c.n ? find(c.key + first) : -1;
       if (slot < 0) {
-        slot = first + kDeep <= c.n ? older(c.key[first]) : -1;
+        slot = first + kDeep <= c.n ? older(c.key + first) : -1;
         Half* to = own_ + i * block;
         if (slot >= 0 && names_->used[slot] < now) {
           to = kept_ + slot * block;
@@ -117,14 +117,17 @@ class Columns {
   int64_t ld() const { return rounded(dim_, 32); }
   int64_t size() const { return kParts * part(); }
 
-  // A block has two places. The first depends on its first key: the tiles of a pattern step by 32 rows, and so do the keys that
-  // their blocks begin with.
-  int64_t place_of(int64_t key) const { return key / kDeep % slots_; }
+  // A block has two places. The first depends on its first key and on how far it reaches: the tiles of a pattern step by 32 rows,
+  // and the keys that their blocks begin with by 32 times their distance.
+  int64_t place_of(const int32_t* key) const {
+    const int64_t reach = most<int64_t>(1, (key[kDeep - 1] - key[0]) / (kDeep - 1)) * kDeep;
+    return key[0] / reach % slots_;
+  }
   int64_t other(int64_t place) const { return (place + slots_ / 2) % slots_; }
 
   // Where these 32 keys are kept, or -1.
   int64_t find(const int32_t* key) const {
-    const int64_t first = place_of(key[0]), second = other(first);
+    const int64_t first = place_of(key), second = other(first);
     return is_at(first, key) ? first : is_at(second, key) ? second : -1;
   }
   bool is_at(int64_t slot, const int32_t* key) const {
@@ -132,7 +135,7 @@ class Columns {
     return names_->head[slot] == head_ && same(load_i(kept), load_i(key)) && same(load_i(kept + W), load_i(key + W));
   }
   // The place that was used longer ago.
-  int64_t older(int64_t key) const {
+  int64_t older(const int32_t* key) const {
     const int64_t first = place_of(key), second = other(first);
     return names_->used[second] < names_->used[first] ? second : first;
   }

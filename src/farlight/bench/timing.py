@@ -17,6 +17,9 @@ __all__ = ["Contender", "Timing", "interleaved", "matmul", "matmul_flops", "seco
 _MATMUL = 2048
 # Seconds of a repeat below which the clock, and threads that fell asleep, would be seen.
 _SHORTEST = 0.02
+# Seconds up to which a call is made once more, untimed, before each repeat. What stood in between may have taken half a minute:
+# caches hold other things, and memory that lay free for seconds is slow to get again (measured: 150 ms for 200 MB).
+_COLD = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def interleaved(contenders: Sequence[Contender], *, repeats: int = 5, budget: fl
             if contender.name in errors or turn >= contender.most:
                 continue
             once: dict[str, float] = {}
-            _time(contender, loops[contender.name], once, errors)
+            last = spent[contender.name][-1] if spent[contender.name] else first.get(contender.name, math.inf)
+            _time(contender, loops[contender.name], once, errors, warm=contender.loops is None and last < _COLD)
             spent[contender.name] += once.values()
     result = {}
     for name, seconds in spent.items():
@@ -93,11 +97,13 @@ def interleaved(contenders: Sequence[Contender], *, repeats: int = 5, budget: fl
     return result
 
 
-def _time(contender: Contender, loops: int, into: dict[str, float], errors: dict[str, str]) -> None:
+def _time(contender: Contender, loops: int, into: dict[str, float], errors: dict[str, str], *, warm: bool = False) -> None:
     if contender.before is not None:
         contender.before()
     try:
         gc.disable()
+        if warm:
+            contender.call()
         start = time.perf_counter()
         for _ in range(loops):
             contender.call()
