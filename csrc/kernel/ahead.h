@@ -4,6 +4,7 @@
 
 #include "columns.h"
 #include "operands.h"
+#include "points_ahead.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -24,12 +25,16 @@ template <class Mode>
 class Ahead {
  public:
   // `next` is null where there is no further chunk.
-  Ahead(const Chunk* next, const Operand<Mode>& keys, const Operand<Mode>& values, const ColumnsOf<Mode>& columns, int64_t dim)
-      : next_(next), keys_(keys), values_(values), columns_(columns), dim_(dim) {
+  Ahead(const Chunk* next, const Operand<Mode>& keys, const Operand<Mode>& values, const ColumnsOf<Mode>& columns,
+        PointsAhead<typename Mode::T>& points, int64_t dim)
+      : next_(next), keys_(keys), values_(values), columns_(columns), points_(points), dim_(dim) {
 #if defined(FARLIGHT_ISA_AMX)
-    if constexpr (in_tiles<Mode>)
+    if constexpr (in_tiles<Mode>) {
       if (next_) want(0);
+      return;
+    }
 #endif
+    points.ask(kAsked);
   }
 
   // What to ask for while `words` products of a block are added up, one line with each; null where there is nothing, or where
@@ -53,9 +58,11 @@ class Ahead {
   }
 
 #if defined(FARLIGHT_ISA_AMX)
-  // Where products are made of tiles, to be called between them: some lines of the keys that are not kept.
+  // Where products are made of tiles, to be called between them: some lines of the keys that are not kept, and of the
+  // tile's points.
   FARLIGHT_INLINE void some() {
     if (wanted_) ask_some();
+    else if (points_.wanted()) points_.ask_lines(parts_of<Mode> == 1 ? 4 : 2);
   }
 #endif
 
@@ -93,6 +100,7 @@ class Ahead {
   const Chunk* next_;
   const Operand<Mode>&keys_, &values_;
   const ColumnsOf<Mode>& columns_;
+  PointsAhead<typename Mode::T>& points_;
   int64_t dim_;
   Lines lines_;
   bool wanted_ = false;

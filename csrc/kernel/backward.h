@@ -81,9 +81,8 @@ class Backward {
     for (int turn = 0; more; turn ^= 1) {
       chunk_ = chunks_ + turn;
       more = walk.next(chunks_[turn ^ 1]);
-      points.ask(kAsked);
       const Chunk& c = *chunk_;
-      Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, dim_);
+      Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, points, dim_);
       for (int i = 0; i < c.n; ++i) touched |= c.seen[i];
       sums_.find(c, sums);
       if constexpr (in_tiles<Mode>) {

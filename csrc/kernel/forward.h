@@ -62,8 +62,7 @@ class Forward {
     for (int turn = 0; more; turn ^= 1) {
       chunk_ = chunks_ + turn;
       more = walk.next(chunks_[turn ^ 1]);
-      points.ask(kAsked);
-      Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, dim_);
+      Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, points, dim_);
       if constexpr (in_tiles<Mode>) take_tiles(ahead, dropped, factor, lanes, fresh);
       else take(ahead, dropped, factor, lanes, fresh);
       fresh = false;
