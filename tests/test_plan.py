@@ -36,6 +36,23 @@ def shape_name(shape: TileShape) -> str:
     return f"tile {shape.tile}, gather {shape.gather}, longest {shape.longest}"
 
 
+@pytest.mark.parametrize(
+    "pattern, pieces",
+    [
+        (fl.window(40, dilation=4) | fl.global_tokens(range(8)) | fl.random_keys(2), 2),  # the global rows are a piece too
+        (fl.random_keys(2) | fl.window(40, dilation=4), 1),
+        (fl.window(40, dilation=4) | fl.window(9), 2),  # a window in another order of rows would be torn
+    ],
+    ids=str,
+)
+def test_what_needs_no_order_of_rows_joins_one_that_has(pattern: Pattern, pieces: int) -> None:
+    """So that a dilated window with global tokens serves each row once, and no results are joined."""
+    plan = build(pattern, Sizes.of(300), TileShape())
+    assert len(plan.pieces) == pieces
+    assert plan.overlapping == (pattern == fl.window(40, dilation=4) | fl.window(9))
+    assert torch.equal(plan.dense(), pattern.dense(300))
+
+
 @pytest.mark.parametrize("case", MIDDLE, ids=str)
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=shape_name)
 def test_a_plan_of_an_odd_shape_is_its_pattern(case: Case, shape: TileShape) -> None:

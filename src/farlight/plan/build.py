@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -172,6 +173,16 @@ class Layout:
     def is_natural(self) -> bool:
         return self.order.rows is None
 
+    def is_alike(self) -> bool:
+        """Whether nearly all rows see the same intervals, as far as some of them show."""
+        row = torch.arange(0, self.sizes.n_q, max(1, self.sizes.n_q // 64))
+        at, lo, hi = self.spans(torch.zeros_like(row), row).listed()
+        seen: dict[int, list[tuple[int, int]]] = {}
+        for one, *interval in zip(at.tolist(), lo.tolist(), hi.tolist(), strict=True):
+            seen.setdefault(one, []).append((interval[0], interval[1]))
+        most = max(Counter(tuple(some) for some in seen.values()).values(), default=0)
+        return 8 * most >= 7 * row.numel()
+
     @property
     def tiles(self) -> int:
         """Tiles over all variants of this layout."""
@@ -250,6 +261,21 @@ class Layout:
         return r[true], keys[true]
 
 
+def host_of(layouts: list[Layout]) -> Layout | None:
+    """The term whose order of rows the terms without one can share, so that each row is served once and no results are joined.
+
+    It must have all rows; and the others must lose nothing by it: single keys, or intervals that are the same for nearly all
+    rows, as those of global tokens are.
+    """
+    for host in layouts:
+        rows = host.order.rows
+        if rows is None or host.variants > 1 or rows.numel() < host.sizes.n_q:
+            continue
+        natural = (one for one in layouts if one.is_natural)
+        return host if all(one.variants == 1 and (one.term.points or one.is_alike()) for one in natural) else None
+    return None
+
+
 def count_pairs(pattern: Pattern, sizes: Sizes) -> int:
     """The exact number of allowed pairs, over batch and heads."""
     pattern.check(sizes)
@@ -289,10 +315,14 @@ def build(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Plan:
         natural.count,
     )
     pairs = visited = 0
-    for term in terms_of(pattern, sizes) if sizes.n_q and sizes.n_k else ():
-        layout = Layout(term, sizes, shape.tile, natural)
+    terms = terms_of(pattern, sizes) if sizes.n_q and sizes.n_k else ()
+    layouts = [Layout(term, sizes, shape.tile, natural) for term in terms]
+    host = host_of(layouts)
+    for layout in sorted(layouts, key=lambda one: one is not host):
         order = layout.order
-        if layout.is_natural:
+        if layout.is_natural and host is not None:
+            layout.order, draft = host.order, drafts[0]
+        elif layout.is_natural:
             draft = at_home
         else:
             draft = Draft(layout.variation, order.rows, order.row_first, order.first, order.start, order.count)
