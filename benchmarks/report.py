@@ -68,9 +68,9 @@ def page(results: dict[str, Any], source: str, images: dict[str, str]) -> str:
     parts.append(
         "Unless said otherwise: window 256 + 64 global tokens (`window(256) | global_tokens(range(64))`), batch 1, "
         f"{s['heads']} heads, head_dim {s['head_dim']}. Times are medians with their range. The two sides of a ratio were "
-        "timed in turn, A B A B …, in one process, each after an untimed call if that takes less than a second. A *useful "
-        "pair* is an allowed (query, key) pair; it costs 4·D operations forward and 14·D forward + backward; what a contender computes besides does not count. *Against X* = how many times "
-        "as fast as X."
+        "timed in turn, A B A B …, in one process, each after an untimed call if that takes less than four seconds. A *useful "
+        "pair* is an allowed (query, key) pair; it costs 4·D operations forward and 14·D forward + backward; what a contender "
+        "computes besides does not count. *Against X* = how many times as fast as X."
     )
     parts += ["## Machine", table(["", ""], ([name.replace("_", " "), str(value)] for name, value in machine.items()))]
     parts += ["Each section measured the machine's ceilings anew, in its own process:", _ceilings(results)]
@@ -107,6 +107,7 @@ def _ceilings(results: dict[str, Any]) -> str:
 
 
 _PEAKS = {
+    "fma_float32_gflops": "FMA f32, GFLOP/s",
     "matmul_float32_gflops": "matmul f32, GFLOP/s",
     "matmul_bfloat16_gflops": "matmul bf16, GFLOP/s",
     "copy_gbs": "copy, GB/s",

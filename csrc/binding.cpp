@@ -5,10 +5,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <memory>
 #include <mutex>
 
 #include "dispatch.h"
+#include "parallel.h"
 #include "run.h"
 #include "tables.h"
 
@@ -173,6 +175,18 @@ void backward(NativePlan& plan, int type, int out_type, const std::vector<int64_
   run_backward(set, call, *schedule, reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), threads);
 }
 
+// What fused multiply-adds in registers give at most, on so many threads at once.
+double fma_gflops(int threads) {
+  const nb::gil_scoped_release free;
+  constexpr int64_t kTurns = 1 << 23;
+  const Kernels& set = kernels();
+  std::vector<float> sums(threads);
+  const auto start = std::chrono::steady_clock::now();
+  for_each(threads, threads, [&](int64_t i) { sums[i] = set.spin(kTurns); });
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return 1e-9 * static_cast<double>(kTurns * set.spin_operations * threads) / seconds;
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -182,6 +196,7 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("overlapping", &NativePlan::overlapping);
   m.def("forward", &forward);
   m.def("backward", &backward);
+  m.def("fma_gflops", &fma_gflops, "threads"_a);
   m.def("isa", [] { return std::string(farlight::kernels().name); });
   m.def("available", &available_sets);
   m.def("use", &use_set);

@@ -106,6 +106,8 @@ struct Kernels {
   void (*backward)(const Call&, const Item&, const Sums&, char* scratch);
   // Adds `count` blocks of sums to the first of them and writes `rows` rows of `dim` numbers, as `type`; out may be the first.
   void (*fold)(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out);
+  float (*spin)(int64_t turns);  // `spin_operations` operations a turn, in registers
+  int64_t spin_operations;
 };
 
 inline int32_t variant_of(const int32_t* variant, int32_t batch_extent, int32_t head_extent, int64_t b, int64_t h) {

@@ -42,6 +42,9 @@ def targets(results: dict[str, Any]) -> Iterator[Target]:
         for passes, bound in (("forward", forward), ("forward + backward", both)):
             values = found("headline", "of_matmul", contender="farlight cpu", dtype=dtype, **{"pass": passes})
             yield least(f"useful rate ÷ matmul, {dtype}, {passes}", bound, values)
+    peak_rate = results["sections"].get("headline", {}).get("ceilings", {}).get("fma_float32_gflops")
+    rates = found("headline", "useful_gflops", contender="farlight cpu", dtype="float32") if peak_rate else []
+    yield least("useful rate ÷ FMA peak, float32", 0.7, [(name, rate / peak_rate) for name, rate in rates])
     for dim in (32, 128):
         yield least(f"rate at head_dim {dim} ÷ rate at 64", 0.85, found("dims", "rate_of_usual", head_dim=dim))
     for dtype, bound in (("float32", 3.0), ("bfloat16", 8.0)):

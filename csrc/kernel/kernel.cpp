@@ -1,6 +1,7 @@
 // The kernels of one instruction set; compiled once for each, see isa.h.
 #include "backward.h"
 #include "forward.h"
+#include "spin.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -84,6 +85,6 @@ constexpr int64_t kCleared = sizeof(KeptNames);
 constexpr int64_t kCleared = 0;
 #endif
 extern const Kernels kernels;
-const Kernels kernels{FARLIGHT_TEXT(FARLIGHT_NS), kCleared, scratch_bytes, forward, backward, fold};
+const Kernels kernels{FARLIGHT_TEXT(FARLIGHT_NS), kCleared, scratch_bytes, forward, backward, fold, spin, 2 * kChains * W};
 
 }  // namespace farlight::FARLIGHT_NS

@@ -36,11 +36,15 @@ def machine() -> dict[str, Any]:
 
 
 def ceilings(size: int = 2048, repeats: int = 7) -> dict[str, float]:
-    """GFLOP/s of a square matrix product in float32 and bfloat16, GB/s of reading and writing 256 MiB: on this machine, now."""
+    """GFLOP/s of a square matrix product in float32 and bfloat16 and of float32 multiply-adds in registers, GB/s of reading and
+    writing 256 MiB: on this machine, now.
+    """
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         seconds = interleaved([matmul(dtype, size)], repeats=repeats)["matmul"].seconds
         rates[f"matmul_{str(dtype).removeprefix('torch.')}_gflops"] = matmul_flops(size) / seconds / 1e9
+    if cpu.unavailable() is None:
+        rates["fma_float32_gflops"] = max(cpu.fma_gflops(torch.get_num_threads()) for _ in range(repeats))
     return {**rates, "copy_gbs": copy_rate(repeats=repeats)}
 
 

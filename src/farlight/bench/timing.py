@@ -19,7 +19,7 @@ _MATMUL = 2048
 _SHORTEST = 0.02
 # Seconds up to which a call is made once more, untimed, before each repeat. What stood in between may have taken half a minute:
 # caches hold other things, and memory that lay free for seconds is slow to get again (measured: 150 ms for 200 MB).
-_COLD = 1.0
+_COLD = 4.0
 
 
 @dataclass(frozen=True)

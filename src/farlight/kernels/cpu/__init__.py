@@ -7,12 +7,12 @@ How the kernels work is told in csrc/ and docs; this package only checks what it
 from __future__ import annotations
 
 from farlight.kernels.cpu.call import backward, forward
-from farlight.kernels.cpu.native import available, isa, unavailable, use, warn_if_missing
+from farlight.kernels.cpu.native import available, fma_gflops, isa, unavailable, use, warn_if_missing
 from farlight.kernels.inputs import refused
 from farlight.kernels.request import Request
 from farlight.plan.build import TileShape
 
-__all__ = ["SHAPE", "available", "backward", "forward", "isa", "reasons", "unavailable", "use", "warn_if_missing"]
+__all__ = ["SHAPE", "available", "backward", "fma_gflops", "forward", "isa", "reasons", "unavailable", "use", "warn_if_missing"]
 
 SHAPE = TileShape(tile=32, gather=8, longest=16_384)
 

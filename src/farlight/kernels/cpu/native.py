@@ -14,7 +14,7 @@ import torch  # noqa: F401
 from farlight.errors import PlanError, UnsupportedError
 from farlight.plan.tables import Plan
 
-__all__ = ["available", "handle", "isa", "module", "unavailable", "use", "warn_if_missing"]
+__all__ = ["available", "fma_gflops", "handle", "isa", "module", "unavailable", "use", "warn_if_missing"]
 
 
 _native: Any = None
@@ -62,6 +62,11 @@ def isa() -> str:
     """The instruction set in use: "amx", "avx512bf16", "avx512", "avx2" or "portable" (which is NEON on arm64)."""
     name: str = module().isa()
     return name
+
+
+def fma_gflops(threads: int) -> float:
+    """GFLOP/s of float32 multiply-adds in registers, on so many threads at once: what no product of vectors exceeds."""
+    return float(module().fma_gflops(threads))
 
 
 def available() -> list[str]:
