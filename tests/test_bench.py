@@ -19,7 +19,7 @@ from farlight.bench.sections import SECTIONS
 from farlight.bench.settings import FULL, QUICK, TINY, Box, Settings
 from farlight.bench.timing import Contender, interleaved
 from farlight.cli import main as farlight
-from farlight.kernels import dispatch
+from farlight.kernels import cpu, dispatch
 from farlight.patterns import window
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -193,6 +193,7 @@ def test_run_and_report(scripts: None, tmp_path: Path, monkeypatch: pytest.Monke
     section = json.loads(path.read_text())["sections"]["waste"]
     assert section["complete"]
     assert section["ceilings"]["copy_gbs"] > 0
+    assert cpu.unavailable() is not None or section["ceilings"]["fma_float32_gflops"] > 1
     assert report.main([str(path), "--out", str(tmp_path / "page.md"), "--images", str(tmp_path / "img")]) == 0
     assert "| `bigbird(64, 3)` |" in (tmp_path / "page.md").read_text()
 

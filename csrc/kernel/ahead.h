@@ -28,13 +28,10 @@ class Ahead {
   Ahead(const Chunk* next, const Operand<Mode>& keys, const Operand<Mode>& values, const ColumnsOf<Mode>& columns,
         PointsAhead<typename Mode::T>& points, int64_t dim)
       : next_(next), keys_(keys), values_(values), columns_(columns), points_(points), dim_(dim) {
+    if constexpr (!in_tiles<Mode>) points.ask(kAsked);
 #if defined(FARLIGHT_ISA_AMX)
-    if constexpr (in_tiles<Mode>) {
-      if (next_) want(0);
-      return;
-    }
+    else if (next_) want(0);
 #endif
-    points.ask(kAsked);
   }
 
   // What to ask for while `words` products of a block are added up, one line with each; null where there is nothing, or where

@@ -20,6 +20,7 @@ class Backward {
 
  public:
   using Session = typename Mode::Session;
+  static constexpr int kKeptRows = parts_of<Mode> > 1 ? 2 : 0;  // kinds of rows kept with the columns: K and V
 
   Backward(const Call& call, const Item& item, Arena& arena)
       : call_(call),
@@ -54,10 +55,6 @@ class Backward {
     rows_ = arena.take<float>(kRows * ld_);
     query_ = arena.take<float>(ld_);
     row_upstream_ = arena.take<float>(ld_);
-  }
-
-  static bool suits(const Call& call, const Item& item) {
-    return ColumnsOf<Mode>::keeps_all(call.dim, kKeptRows, keys_of(*call.plan, item));
   }
 
   void run(int first_row, const Sums& sums) {
@@ -283,7 +280,9 @@ class Backward {
     const Chunk& c = *chunk_;
     if constexpr (in_tiles<Mode>) {
 #if defined(FARLIGHT_ISA_AMX)
-      add_across_groups<parts_of<Mode>>(dq_, columns_.groups, columns_.part(), slope_columns_, kWeights, (c.n + kDeep - 1) / kDeep, dim_, fresh, [&] { ahead.some(); });
+      const int groups = (c.n + kDeep - 1) / kDeep;
+      add_across_groups<parts_of<Mode>>(dq_, columns_.groups, columns_.part(), slope_columns_, kWeights, groups, dim_, fresh,
+                                        [&] { ahead.some(); });
 #endif
     } else {
       const int n = in_pairs<Mode> ? keys_.fetch_columns(c) : c.n;
@@ -364,7 +363,6 @@ class Backward {
     write_row(call_.out_type, call_.result, at, sum, dim_);
   }
 
-  static constexpr int kKeptRows = parts_of<Mode> > 1 ? 2 : 0;  // kinds of rows kept with the columns
   static constexpr int64_t kWeights = KeySums<Mode>::kWeights;
 
   const Call& call_;

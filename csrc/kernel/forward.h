@@ -16,6 +16,7 @@ class Forward {
 
  public:
   using Session = typename Mode::Session;
+  static constexpr int kKeptRows = parts_of<Mode> > 1 ? 1 : 0;  // kinds of rows kept with the columns: K
 
   Forward(const Call& call, const Item& item, Arena& arena)
       : call_(call),
@@ -36,11 +37,6 @@ class Forward {
     sum_ = arena.take<float>(rounded(dim_, 16) * kRows);
     rows_ = arena.take<float>(kRows * ld_);
     query_ = arena.take<float>(ld_);
-  }
-
-  // A tile that sees more keys than are kept would have to split each of them anew; then products of vectors are faster.
-  static bool suits(const Call& call, const Item& item) {
-    return ColumnsOf<Mode>::keeps_all(call.dim, kKeptRows, keys_of(*call.plan, item));
   }
 
   void run(int first_row) {
@@ -296,7 +292,6 @@ class Forward {
     write_row(call_.out_type, call_.result, at * dim_, sum, dim_);
   }
 
-  static constexpr int kKeptRows = parts_of<Mode> > 1 ? 1 : 0;  // kinds of rows kept with the columns
   static constexpr int64_t kWeights = kKeys / 2 * kRows;  // words from one part of all weights to the next
 
   const Call& call_;

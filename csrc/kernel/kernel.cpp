@@ -9,14 +9,12 @@ namespace {
 
 #if defined(FARLIGHT_ISA_AMX)
 using Float = Parts;
-#else
-using Float = InPlace;
-#endif
-#if defined(FARLIGHT_ISA_AMX)
 using Bfloat = Tiles;
 #elif defined(FARLIGHT_PAIRS)
+using Float = InPlace;
 using Bfloat = Pairs;
 #else
+using Float = InPlace;
 using Bfloat = Widened;
 #endif
 
@@ -28,10 +26,16 @@ int64_t measure(const Call& call) {
   return arena.used();
 }
 
+// What floats in parts need for themselves: they keep something for the next item, which products in place must not overwrite.
+template <template <class> class Direction>
+int64_t measure_parts(const Call& call) {
+  return in_tiles<Float> ? measure<Direction<Float>>(call) : 0;
+}
+
 template <template <class> class Direction>
 int64_t measure(const Call& call) {
   if (call.type != Type::f32) return measure<Direction<Bfloat>>(call);
-  return measure<Direction<Float>>(call) + measure<Direction<InPlace>>(call);
+  return measure_parts<Direction>(call) + measure<Direction<InPlace>>(call);
 }
 
 // Runs an item in turns of kRows rows; if it was the last part of a split tile to finish, joins them.
@@ -48,12 +52,14 @@ void run_item(const Call& call, const Item& item, char* scratch, const Rest&... 
   if (call.pending[at].fetch_sub(1, std::memory_order_acq_rel) == 1) work.join_parts();
 }
 
-// Runs an item in the way that suits it. What one way keeps for its next item the other must not overwrite.
+// Runs an item in the way that suits it. A tile that sees more keys than are kept would have to split each of them into parts anew;
+// then products of vectors are faster.
 template <template <class> class Direction, class... Rest>
 void run(const Call& call, const Item& item, char* scratch, const Rest&... rest) {
   if (call.type != Type::f32) run_item<Direction<Bfloat>>(call, item, scratch, rest...);
-  else if (Direction<Float>::suits(call, item)) run_item<Direction<Float>>(call, item, scratch, rest...);
-  else run_item<Direction<InPlace>>(call, item, scratch + measure<Direction<Float>>(call), rest...);
+  else if (ColumnsOf<Float>::keeps_all(call.dim, Direction<Float>::kKeptRows, keys_of(*call.plan, item)))
+    run_item<Direction<Float>>(call, item, scratch, rest...);
+  else run_item<Direction<InPlace>>(call, item, scratch + measure_parts<Direction>(call), rest...);
 }
 
 int64_t scratch_bytes(const Call& call) { return most(measure<Forward>(call), measure<Backward>(call)); }

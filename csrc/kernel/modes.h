@@ -15,53 +15,28 @@
 namespace farlight::FARLIGHT_NS {
 
 struct NoSession {
+  static constexpr bool tiles = false;
   NoSession() {}  // what must be set up around an item: nothing
 };
 
-struct InPlace {
-  static constexpr bool tiles = false;
-  static constexpr int parts = 1;
-  using Session = NoSession;
-  using T = float;
-  using Op = FloatWord;
-  static constexpr int degree = 5;
+// The numbers of the tensors, what is multiplied, the degree of exp2, what stands around an item, how many parts a number has.
+template <class Number, class Product, int Degree, class Around = NoSession, int Parts = 1>
+struct Way {
+  using T = Number;
+  using Op = Product;
+  using Session = Around;
+  static constexpr bool tiles = Around::tiles;
+  static constexpr int degree = Degree, parts = Parts;
 };
-struct Widened {
-  static constexpr bool tiles = false;
-  static constexpr int parts = 1;
-  using Session = NoSession;
-  using T = Half;
-  using Op = FloatWord;
-  static constexpr int degree = 3;
-};
-#if defined(FARLIGHT_PAIRS)
-struct Pairs {
-  static constexpr bool tiles = false;
-  static constexpr int parts = 1;
-  using Session = NoSession;
-  using T = Half;
-  using Op = PairWord;
-  static constexpr int degree = 3;
-};
-#endif
 
+using InPlace = Way<float, FloatWord, 5>;
+using Widened = Way<Half, FloatWord, 3>;
+#if defined(FARLIGHT_PAIRS)
+using Pairs = Way<Half, PairWord, 3>;
+#endif
 #if defined(FARLIGHT_ISA_AMX)
-struct Tiles {
-  static constexpr bool tiles = true;
-  static constexpr int parts = 1;
-  using Session = TileSession;
-  using T = Half;
-  using Op = PairWord;
-  static constexpr int degree = 3;
-};
-struct Parts {
-  static constexpr bool tiles = true;
-  static constexpr int parts = kParts;
-  using Session = TileSession;
-  using T = float;
-  using Op = PairWord;
-  static constexpr int degree = 5;
-};
+using Tiles = Way<Half, PairWord, 3, TileSession>;
+using Parts = Way<float, PairWord, 5, TileSession, kParts>;
 #endif
 
 template <class Mode>

@@ -88,7 +88,8 @@ class Operand {
     const int real = least(c.n - first, kTile);
     const int32_t step = real > 1 && dim_ % kDeep == 0 ? step_of(c.key + first, real) : 0;
     if (step > 0 && (real == kTile || c.key[first] + int64_t{kTile - 1} * step < keys_))
-      return {reinterpret_cast<const char*>(source_.row(c.key[first])), source_.stride * step * static_cast<int64_t>(sizeof(T)), kDeep * 2, 0};
+      return {reinterpret_cast<const char*>(source_.row(c.key[first])), source_.stride * step * static_cast<int64_t>(sizeof(T)),
+              kDeep * 2, 0};
     Half* room = reinterpret_cast<Half*>(along_room_) + place * kTile * ld_;
     for (int i = 0; i < real; ++i) {
       const T* from = source_.row(c.key[first + i]);
@@ -175,7 +176,8 @@ class Turned {
     } else {
       turn_in(rows, words, turned);
     }
-    for (int p = 0; in_tiles<Mode> && p < parts_of<Mode>; ++p) std::memset(turned + p * part() + words * kRows, 0, (rounded(words, 16) - words) * kRows * sizeof(Word));
+    for (int p = 0; in_tiles<Mode> && p < parts_of<Mode>; ++p)
+      std::memset(turned + p * part() + words * kRows, 0, part() * sizeof(Word) - words * kRows * sizeof(Word));
     if constexpr (!in_pairs<Mode>) {
       if (factor != 1.0f) {
         const F f = all(factor);

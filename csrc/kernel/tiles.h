@@ -32,6 +32,7 @@ alignas(64) constexpr TileShapes kTileShapes{};
 // The tile registers are a thread's own and must be told their shapes; given back, they cost nothing when threads change.
 class TileSession {
  public:
+  static constexpr bool tiles = true;
   TileSession() {
     _tile_loadconfig(&kTileShapes);
     fence();
