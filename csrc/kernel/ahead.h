@@ -8,17 +8,32 @@
 
 namespace farlight::FARLIGHT_NS {
 
-// The rows of one block, to be asked for a line at a time between the products of another, where that costs nothing.
+// The rows of K and V of one block of keys, to be asked for a line at a time between the products of another, where that costs
+// nothing. Where they lie is found on the way, too.
 struct Lines {
-  static constexpr int kRowsAsked = 16;
-  static_assert(2 * kM <= kRowsAsked);
-  const char* row[kRowsAsked];  // of K and V in turn; where a block has fewer, the first ones again
-  int shift;                    // a row has 2^shift lines
-  int64_t step;                 // bytes between two of them
+  const int32_t* key;             // kM of them
+  const char* side[2];            // K, V
+  int64_t stride[2];              // bytes between rows
+  int64_t many;                   // whole lines of a row
+  static constexpr int kRowsAsked = 2 * kM;
 
-  FARLIGHT_INLINE void ask(int64_t line) const {
-    FARLIGHT_PREFETCH(row[line >> shift] + (line & ((int64_t{1} << shift) - 1)) * step);
+  FARLIGHT_INLINE const char* row(int i) const { return side[i % 2] + key[i / 2] * stride[i % 2]; }
+};
+
+// The blocks of keys that a thread saw last, which are still in its cache: asking costs as much as loading, and neighbouring tiles
+// see mostly the same keys. A hint that may be wrong; what it says of an earlier call is.
+class Recent {
+ public:
+  // Whether the block whose first row of K lies there was seen; it is from now on.
+  FARLIGHT_INLINE bool saw(const void* row, int32_t key) {
+    const void*& place = first_[static_cast<uint32_t>(key) * 0x9E3779B1u >> 25];
+    const bool here = place == row;
+    place = row;
+    return here;
   }
+
+ private:
+  const void* first_[128];  // half a second cache full of them, of 64 floats
 };
 
 template <class Mode>
@@ -26,32 +41,26 @@ class Ahead {
  public:
   // `next` is null where there is no further chunk.
   Ahead(const Chunk* next, const Operand<Mode>& keys, const Operand<Mode>& values, const ColumnsOf<Mode>& columns,
-        PointsAhead<typename Mode::T>& points, int64_t dim)
-      : next_(next), keys_(keys), values_(values), columns_(columns), points_(points), dim_(dim) {
-    if constexpr (!in_tiles<Mode>) points.ask(kAsked);
+        PointsAhead<typename Mode::T>& points, Recent* recent, int64_t dim)
+      : next_(next), keys_(keys), values_(values), columns_(columns), points_(points), recent_(recent), dim_(dim) {
+    if constexpr (!in_tiles<Mode>) {
+      points.ask(kAsked);
+      constexpr int64_t width = sizeof(typename Mode::T);
+      lines_ = {nullptr,
+                {reinterpret_cast<const char*>(keys.source().row(0)), reinterpret_cast<const char*>(values.source().row(0))},
+                {keys.source().stride * width, values.source().stride * width},
+                dim * width / 64};
+    }
 #if defined(FARLIGHT_ISA_AMX)
     else if (next_) want(0);
 #endif
   }
 
-  // What to ask for while `words` products of a block are added up, one line with each; null where there is nothing, or where
-  // it does not come out even and is asked for at once.
-  const Lines* lines(int block, int64_t words) {
+  // What to ask for while a block of this chunk is scored; null where there is nothing.
+  FARLIGHT_INLINE const Lines* lines(int block) {
     if (!next_ || block >= next_->blocks) return nullptr;
-    if (words < Lines::kRowsAsked || (words & (words - 1)) != 0) {
-      ask(block * kM, kM);
-      return nullptr;
-    }
-    for (lines_.shift = 0; (int64_t{Lines::kRowsAsked} << lines_.shift) < words; ++lines_.shift) {
-    }
-    lines_.step = dim_ * static_cast<int64_t>(sizeof(typename Mode::T)) >> lines_.shift;
-    for (int i = 0; i < kM; ++i) {
-      const int32_t key = next_->key[block * kM + i];
-      lines_.row[2 * i] = reinterpret_cast<const char*>(keys_.source().row(key));
-      lines_.row[2 * i + 1] = reinterpret_cast<const char*>(values_.source().row(key));
-    }
-    for (int i = 2 * kM; i < Lines::kRowsAsked; ++i) lines_.row[i] = lines_.row[i - 2 * kM];
-    return &lines_;
+    lines_.key = next_->key + block * kM;
+    return recent_->saw(lines_.row(0), *lines_.key) ? nullptr : &lines_;
   }
 
 #if defined(FARLIGHT_ISA_AMX)
@@ -87,17 +96,11 @@ class Ahead {
 
   static constexpr int kSome = 4;  // lines of K, and as many of V
 
-  void ask(int first, int count) const {
-    for (int i = first; i < first + count; ++i) {
-      ask_for(keys_.source().row(next_->key[i]), dim_);
-      ask_for(values_.source().row(next_->key[i]), dim_);
-    }
-  }
-
   const Chunk* next_;
   const Operand<Mode>&keys_, &values_;
   const ColumnsOf<Mode>& columns_;
   PointsAhead<typename Mode::T>& points_;
+  Recent* recent_;
   int64_t dim_;
   Lines lines_;
   bool wanted_ = false;

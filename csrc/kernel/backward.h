@@ -35,6 +35,7 @@ class Backward {
         queries_(dim_),
         upstream_(dim_) {
     columns_.reserve(arena);
+    recent_ = arena.take<Recent>(1);
     chunks_ = arena.take<Chunk>(2);
     keys_.reserve(arena, true, !in_tiles<Mode>);
     values_.reserve(arena, true, false);
@@ -79,7 +80,7 @@ class Backward {
       chunk_ = chunks_ + turn;
       more = walk.next(chunks_[turn ^ 1]);
       const Chunk& c = *chunk_;
-      Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, points, dim_);
+      Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, points, recent_, dim_);
       for (int i = 0; i < c.n; ++i) touched |= c.seen[i];
       sums_.find(c, sums);
       if constexpr (in_tiles<Mode>) {
@@ -371,6 +372,7 @@ class Backward {
   Operand<Mode> keys_, values_;
   Source<T> sources_[2];
   ColumnsOf<Mode> columns_;
+  Recent* recent_ = nullptr;
   KeySums<Mode> sums_;
   Turned<Mode> queries_, upstream_;
   Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two

@@ -7,7 +7,11 @@
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr int kKeys = 128 / kM * kM;  // keys in a chunk, at most
+#if defined(FARLIGHT_ISA_AMX)
+constexpr int kKeys = 128;  // keys in a chunk, at most
+#else
+constexpr int kKeys = 192 / kM * kM;
+#endif
 constexpr uint32_t kEvery = 0xffffffffu;
 
 // The rows of one turn: at most kRows of a tile entry.

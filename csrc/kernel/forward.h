@@ -28,6 +28,7 @@ class Forward {
         columns_(values_.source(), &keys_.source(), kKeptRows, dim_, item.batch * call.kv_heads + kv_head()),
         queries_(dim_) {
     columns_.reserve(arena);
+    recent_ = arena.take<Recent>(1);
     chunks_ = arena.take<Chunk>(2);
     keys_.reserve(arena, true, false);
     values_.reserve(arena, false, !in_tiles<Mode>);
@@ -58,7 +59,7 @@ class Forward {
     for (int turn = 0; more; turn ^= 1) {
       chunk_ = chunks_ + turn;
       more = walk.next(chunks_[turn ^ 1]);
-      Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, points, dim_);
+      Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, points, recent_, dim_);
       if constexpr (in_tiles<Mode>) take_tiles(ahead, dropped, factor, lanes, fresh);
       else take(ahead, dropped, factor, lanes, fresh);
       fresh = false;
@@ -299,6 +300,7 @@ class Forward {
   int64_t dim_, ld_;
   Operand<Mode> keys_, values_;
   ColumnsOf<Mode> columns_;
+  Recent* recent_ = nullptr;
   Turned<Mode> queries_;
   Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
   // Weights lie where their scores did, if there is room for them: the first cache has room for little else.

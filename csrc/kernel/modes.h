@@ -52,9 +52,9 @@ template <class Mode>
 constexpr bool in_tiles = Mode::tiles;
 template <class Mode>
 constexpr int group_of = in_tiles<Mode> ? 32 : kM;
-// Keys in a chunk: as many as leave K, V, the scores and the queries room in the first cache.
+// Keys in a chunk: many are walked over with less ado; but what tiles are made of has to stay in the first cache.
 template <class Mode>
-constexpr int chunk_of = (sizeof(typename Mode::T) == 4 || in_tiles<Mode>) && kKeys >= 64 ? 64 / kM * kM : kKeys;
+constexpr int chunk_of = in_tiles<Mode> ? 64 : kKeys;
 
 // The rows of one (batch, head) of a tensor.
 template <class T>

@@ -97,16 +97,18 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
   const typename Op::Word* row[kM];
   FARLIGHT_UNROLL
   for (int m = 0; m < kM; ++m) row[m] = rows[m];
-  if (lines) {
+  int64_t i = 0;
+  // There are at least as many words as lines.
+  for (int r = 0; lines && r < Lines::kRowsAsked; ++r) {
+    const char* line = lines->row(r);
     FARLIGHT_UNROLL_4
-    for (int64_t i = 0; i < words; ++i) {
-      lines->ask(i);
+    for (const int64_t end = i + lines->many; i < end; ++i, line += 64) {
+      FARLIGHT_PREFETCH(line);
       along_word<Op, kM, kV>(acc, row, i, queries + i * kRows);
     }
-  } else {
-    FARLIGHT_UNROLL_4
-    for (int64_t i = 0; i < words; ++i) along_word<Op, kM, kV>(acc, row, i, queries + i * kRows);
   }
+  FARLIGHT_UNROLL_4
+  for (; i < words; ++i) along_word<Op, kM, kV>(acc, row, i, queries + i * kRows);
   if constexpr (in_pairs<Mode>) {
     const F factor = all(scale);
     FARLIGHT_UNROLL
@@ -147,7 +149,7 @@ inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>&
     for (int g = 0; g < lanes; g += W) store(top + g, all(kUnseen));
   }
   for (int block = 0; block < c.blocks; ++block) {
-    const Lines* lines = ahead ? ahead->lines(block, queries.words) : nullptr;
+    const Lines* lines = ahead ? ahead->lines(block) : nullptr;
     const uint32_t* seen = c.masked[block] ? c.seen + block * kM : nullptr;
     for (int g = 0; g < lanes; g += kV * W)
       score_block<Mode, Masking>(keys.along + block * kM, queries.turned + g, queries.words, scale, seen, g,
