@@ -26,14 +26,16 @@ class Recent {
  public:
   // Whether the block whose first row of K lies there was seen; it is from now on.
   FARLIGHT_INLINE bool saw(const void* row, int32_t key) {
-    const void*& place = first_[static_cast<uint32_t>(key) * 0x9E3779B1u >> 25];
+    const void*& place = first_[static_cast<uint32_t>(key) / kM % kBlocks];
     const bool here = place == row;
     place = row;
     return here;
   }
 
  private:
-  const void* first_[128];  // half a second cache full of them, of 64 floats
+  // Half a second cache full of them, of 64 floats. A prime, so that blocks at any equal distance have places of their own.
+  static constexpr uint32_t kBlocks = 127;
+  const void* first_[kBlocks];
 };
 
 template <class Mode>

@@ -286,7 +286,7 @@ class Backward {
                                         [&] { ahead.some(); });
 #endif
     } else {
-      const int n = in_pairs<Mode> ? keys_.fetch_columns(c) : c.n;
+      const int n = in_pairs<Mode> ? keys_.fetch_columns(c, columns_) : c.n;
       const Word* slopes;
       if constexpr (in_pairs<Mode>) slopes = slope_columns_;
       else slopes = slopes_;

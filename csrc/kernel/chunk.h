@@ -12,6 +12,7 @@ constexpr int kKeys = 128;  // keys in a chunk, at most
 #else
 constexpr int kKeys = 192 / kM * kM;
 #endif
+constexpr int kDeep = 32;              // keys in a group, of which a thread keeps operands (columns.h)
 constexpr uint32_t kEvery = 0xffffffffu;
 
 // The rows of one turn: at most kRows of a tile entry.

@@ -1,6 +1,7 @@
-// K and V of a chunk as products of tiles want them: blocks of 32 keys with keys side by side, [d][key], for products over keys; and
-// of floats, split into parts, their rows too. Making a block costs as much as using it, and neighbouring query tiles see mostly
-// the same keys, so a thread keeps the blocks that it made last, for the length of a call.
+// K and V of a chunk as products of pairs over keys want them: blocks of 32 keys with neighbours side by side; for products of tiles
+// [d][key], and of floats, split into parts, their rows too; for products of vectors [pair of keys][d]. Making a block costs much
+// beside using it, and neighbouring query tiles see mostly the same keys, so a thread keeps the blocks that it made last, for the
+// length of a call.
 #pragma once
 
 #include "modes.h"
@@ -9,7 +10,7 @@
 
 namespace farlight::FARLIGHT_NS {
 
-// Where products are made of vectors, nothing is kept.
+// Where floats are multiplied where they lie, nothing is kept.
 struct NoColumns {
   template <class T>
   NoColumns(const Source<T>&, const Source<T>*, int, int64_t, int64_t) {}
@@ -17,7 +18,7 @@ struct NoColumns {
   static bool keeps_all(int64_t, int, int64_t) { return true; }
 };
 
-#if defined(FARLIGHT_ISA_AMX)
+#if defined(FARLIGHT_PAIRS)
 
 constexpr int64_t kKept = 256;  // blocks that a thread keeps, at most
 
@@ -94,17 +95,21 @@ class Columns {
   int64_t part() const { return ld() * kDeep; }
   // Whether a number in the rows named first is infinite: its parts say no more than that, and times zero are not a number.
   bool any_infinite(int g) const { return infinite_[g]; }
+  // The words of the chunk's keys 2 i and 2 i + 1, where products are made of vectors.
+  const uint32_t* pair(int i) const { return reinterpret_cast<const uint32_t*>(groups[i / (kDeep / 2)]) + i % (kDeep / 2) * ld(); }
+#if defined(FARLIGHT_ISA_AMX)
   // 16 keys of group g of the rows that were named `which`th: tiles lie in one piece, those of 32 keys one after the other.
   Strip strip(int g, int which, int half) const {
     const Half* at = groups[g] + (1 + which) * size() + half * kTile * kDeep;
     return {reinterpret_cast<const char*>(at), kDeep * 2, kDeep * kDeep * 2, part() * 2};
   }
+#endif
 
   const Half** groups = nullptr;
 
  private:
   static constexpr int kGroups = chunk_of<Mode> / kDeep;
-  // Together; the second cache of the machines that have tiles holds 2 MiB.
+  // Together; the second cache of the machines that have tiles holds 2 MiB, that of others with products of pairs 1 MiB.
   static constexpr int64_t kKeptBytes = (kParts == 1 ? 512 : 768) << 10;
 
   static constexpr int64_t kFewest = kParts == 1 ? 1 : 20;  // what a window of 512 keys and some named ones need
@@ -143,7 +148,9 @@ class Columns {
   // Whether there is an infinite number in the rows named first.
   bool make(const Chunk& c, int first, Half* to) {
     bool found = false;
-    if constexpr (kParts == 1) {
+    if constexpr (!in_tiles<Mode>) {
+      interleave(c, first, reinterpret_cast<uint32_t*>(to));
+    } else if constexpr (kParts == 1) {
       interleave_and_turn(c, first, to);
     } else {
       const T* rows[kDeep];
@@ -158,15 +165,17 @@ class Columns {
     return found;
   }
 
+  // to[pair][d] of bfloat16; keys past the chunk's end are zeros.
+  void interleave(const Chunk& c, int first, uint32_t* to) const {
+    for (int at = first; at < first + kDeep; at += 2, to += ld())
+      interleave_rows(at < c.n ? source_.row(c.key[at]) : nullptr, at + 1 < c.n ? source_.row(c.key[at + 1]) : nullptr, dim_, to, 0);
+  }
+
   // to[d][key] of bfloat16: pairs of keys are interleaved, then turned as words.
   void interleave_and_turn(const Chunk& c, int first, Half* to) {
+    interleave(c, first, room_);
     const char* rows[kDeep / 2];
-    for (int i = 0; i < kDeep / 2; ++i) {
-      const int at = first + 2 * i;
-      uint32_t* pair = room_ + i * ld();
-      interleave_rows(at < c.n ? source_.row(c.key[at]) : nullptr, at + 1 < c.n ? source_.row(c.key[at + 1]) : nullptr, dim_, pair, 0);
-      rows[i] = reinterpret_cast<const char*>(pair);
-    }
+    for (int i = 0; i < kDeep / 2; ++i) rows[i] = reinterpret_cast<const char*>(room_ + i * ld());
     for (int64_t d = 0; d < ld(); d += 8)
       turn_block(rows, kDeep / 2, d * 4, reinterpret_cast<char*>(to + d * kDeep), kDeep * sizeof(Half));
   }
@@ -222,17 +231,17 @@ class Columns {
 
 #endif
 
-template <class Mode, bool Tiled>
+template <class Mode, bool InPairs>
 struct ColumnsFor {
   using type = NoColumns;
 };
-#if defined(FARLIGHT_ISA_AMX)
+#if defined(FARLIGHT_PAIRS)
 template <class Mode>
 struct ColumnsFor<Mode, true> {
   using type = Columns<Mode>;
 };
 #endif
 template <class Mode>
-using ColumnsOf = typename ColumnsFor<Mode, in_tiles<Mode>>::type;
+using ColumnsOf = typename ColumnsFor<Mode, in_pairs<Mode>>::type;
 
 }  // namespace farlight::FARLIGHT_NS

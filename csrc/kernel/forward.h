@@ -209,7 +209,7 @@ class Forward {
 
   // O^T += V^T P^T.
   void add_values(int lanes, bool fresh) {
-    const int n = values_.fetch_columns(*chunk_);
+    const int n = values_.fetch_columns(*chunk_, columns_);
     add_across<typename Mode::Op>(sum_, values_.across, weights_, n, dim_, lanes, fresh);
   }
 

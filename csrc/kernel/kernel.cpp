@@ -85,7 +85,7 @@ void fold(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int
 
 #define FARLIGHT_TEXT_OF(x) #x
 #define FARLIGHT_TEXT(x) FARLIGHT_TEXT_OF(x)
-#if defined(FARLIGHT_ISA_AMX)
+#if defined(FARLIGHT_PAIRS)
 constexpr int64_t kCleared = sizeof(KeptNames);
 #else
 constexpr int64_t kCleared = 0;

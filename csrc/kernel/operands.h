@@ -31,13 +31,12 @@ class Operand {
       return;
     }
     if (in_pairs<Mode>) {
-      if (for_columns) across_room_ = arena.take<Word>(kKeys / 2 * ld_);
       if (for_rows && dim_ % 2) along_room_ = arena.take<Word>(kKeys * ld_ / 2);
     } else {
       along_room_ = arena.take<Word>(kKeys * ld_);
     }
     along = arena.take<const Word*>(kKeys);
-    across = in_pairs<Mode> ? arena.take<const Word*>(kKeys / 2) : along;
+    across = in_pairs<Mode> && for_columns ? arena.take<const Word*>(kKeys / 2) : along;
   }
 
   // Words along the head dimension: along[key][d].
@@ -65,15 +64,12 @@ class Operand {
     }
   }
 
-  // Words along the keys: across[i][d], i over keys or pairs of them. The number of i.
-  int fetch_columns(const Chunk& c) {
+  // Words along the keys: across[i][d], i over keys or pairs of them, which are kept in `columns`. The number of i.
+  int fetch_columns(const Chunk& c, [[maybe_unused]] ColumnsOf<Mode>& columns) {
     if constexpr (in_pairs<Mode>) {
+      columns.fetch(c);
       const int pairs = (c.n + 1) / 2;
-      for (int i = 0; i < pairs; ++i) {
-        const bool both = 2 * i + 1 < c.n;
-        interleave_rows(source_.row(c.key[2 * i]), both ? source_.row(c.key[2 * i + 1]) : nullptr, dim_, across_room_ + i * ld_, 0);
-        across[i] = across_room_ + i * ld_;
-      }
+      for (int i = 0; i < pairs; ++i) across[i] = columns.pair(i);
       return pairs;
     } else {
       fetch_rows(c, true);
@@ -117,7 +113,6 @@ class Operand {
   Source<T> source_;
   int64_t dim_, keys_, ld_;
   Word* along_room_ = nullptr;
-  Word* across_room_ = nullptr;
 };
 
 // A tile of Q or dO with rows in lanes: turned[d][row] words, or [part][d][row]; rows past the tile's end are zero.

@@ -13,13 +13,11 @@
 
 #include <immintrin.h>
 
-#include "../views.h"
-#include "isa.h"
+#include "chunk.h"
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr int kTile = 16;  // rows of a tile, sums in a row of it
-constexpr int kDeep = 32;  // numbers summed in one step, and keys in a group
+constexpr int kTile = 16;  // rows of a tile, sums in a row of it; in one step it sums kDeep numbers
 
 struct TileShapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
