@@ -68,7 +68,7 @@ class Backward {
     upstream_.fetch(dout, tile, 1.0f);
     lay_rows(q, tile, query_rows_);
     lay_rows(dout, tile, upstream_rows_);
-    prepare(tile, q, dout);
+    prepare(tile, dout);
     sums_.begin();
     const int lanes = static_cast<int>(rounded(tile.count, kV * W));
     const int terms = (tile.count + Op::per - 1) / Op::per;
@@ -169,7 +169,7 @@ class Backward {
   }
 
   // lse and delta - dlse of every row. A row that saw nothing gets weights of zero.
-  void prepare(const Tile& tile, const Source<T>& q, const Source<T>& dout) {
+  void prepare(const Tile& tile, const Source<T>& dout) {
     const Source<T> out(call_.out, item_.batch, item_.head);
     for (int s = 0; s < kRows; ++s) {
       lse_[s] = delta_[s] = 0.0f;
@@ -179,7 +179,6 @@ class Backward {
       copy_as_float(dout.row(tile.row[s]), row_upstream_, dim_);
       delta_[s] = dot(row_upstream_, out.row(tile.row[s]), dim_) - (call_.dlse ? call_.dlse[at] : 0.0f);
     }
-    (void)q;
   }
 
   // From S and dP to P (with dropout) and dS, both times what the products need.

@@ -128,17 +128,20 @@ inline void add_across(float* to, const typename Op::Word* const* rows, const ty
 template <class Op, int M, int V>
 FARLIGHT_INLINE void along_block(float* const* sums, int64_t at, const typename Op::Word* const* rows, const typename Op::Word* b,
                                  int64_t ld, int64_t n) {
-  F acc[M][V];
+  float* to[M];
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) {
+    to[m] = sums[m] + at;
     FARLIGHT_UNROLL
-    for (int v = 0; v < V; ++v) acc[m][v] = load(sums[m] + at + v * W);
+    for (int v = 0; v < V; ++v) FARLIGHT_PREFETCH(to[m] + v * W);
   }
+  F acc[M][V];
+  clear(acc);
   along_rows<Op, M, V>(acc, rows, b + at, ld, n);
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) {
     FARLIGHT_UNROLL
-    for (int v = 0; v < V; ++v) store(sums[m] + at + v * W, acc[m][v]);
+    for (int v = 0; v < V; ++v) store(to[m] + v * W, add(load(to[m] + v * W), acc[m][v]));
   }
 }
 
