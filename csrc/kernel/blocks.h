@@ -60,22 +60,17 @@ FARLIGHT_INLINE void along_rows(F (&acc)[M][V], const typename Op::Word* const* 
   for (int64_t i = 0; i < n; ++i, b += ld) along_word<Op, M, V>(acc, row, i, b);
 }
 
-// acc[m][v] += sum over i < n of rows[i][at + m] * b[i][v]
+// acc[m][v] += row[m] * b[v]
 template <class Op, int M, int V>
-FARLIGHT_INLINE void across_rows(F (&acc)[M][V], const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b,
-                                 int64_t ld, int64_t n) {
-  FARLIGHT_UNROLL_4
-  for (int64_t i = 0; i < n; ++i, b += ld) {
-    const typename Op::Word* row = rows[i] + at;
-    typename Op::Vector x[V];
+FARLIGHT_INLINE void across_word(F (&acc)[M][V], const typename Op::Word* row, const typename Op::Word* b) {
+  typename Op::Vector x[V];
+  FARLIGHT_UNROLL
+  for (int v = 0; v < V; ++v) x[v] = Op::read(b + v * W);
+  FARLIGHT_UNROLL
+  for (int m = 0; m < M; ++m) {
+    const auto a = Op::broadcast(row + m);
     FARLIGHT_UNROLL
-    for (int v = 0; v < V; ++v) x[v] = Op::read(b + v * W);
-    FARLIGHT_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const auto a = Op::broadcast(row + m);
-      FARLIGHT_UNROLL
-      for (int v = 0; v < V; ++v) acc[m][v] = Op::mac(acc[m][v], a, x[v]);
-    }
+    for (int v = 0; v < V; ++v) acc[m][v] = Op::mac(acc[m][v], a, x[v]);
   }
 }
 
@@ -89,19 +84,28 @@ FARLIGHT_INLINE void clear(F (&acc)[M][V]) {
 }
 
 // to[d][lane] (+)= sum over i < n of rows[i][d] * b[i][lane], for d < dim: O^T += V^T P^T, and dQ^T += K^T dS^T.
-// A chunk is summed apart and then added: rounding grows with a chunk's length and the number of chunks, not with their product.
+// A chunk is summed apart, its even and its odd i apart, and then added: rounding grows with half a chunk's length and the number
+// of chunks, not with their product.
 template <class Op, int M>
 FARLIGHT_INLINE void across_block(float* to, const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b, int64_t n,
                                   bool fresh) {
-  F acc[M][kV];
-  clear(acc);
-  across_rows<Op, M, kV>(acc, rows, at, b, kRows, n);
+  F even[M][kV], odd[M][kV];
+  clear(even);
+  clear(odd);
+  int64_t i = 0;
+  FARLIGHT_UNROLL_2
+  for (; i + 2 <= n; i += 2, b += 2 * kRows) {
+    across_word<Op, M, kV>(even, rows[i] + at, b);
+    across_word<Op, M, kV>(odd, rows[i + 1] + at, b + kRows);
+  }
+  if (i < n) across_word<Op, M, kV>(even, rows[i] + at, b);
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) {
     FARLIGHT_UNROLL
     for (int v = 0; v < kV; ++v) {
-      float* sum = to + m * kRows + v * W;
-      store(sum, fresh ? acc[m][v] : add(load(sum), acc[m][v]));
+      const F sum = add(even[m][v], odd[m][v]);
+      float* place = to + m * kRows + v * W;
+      store(place, fresh ? sum : add(load(place), sum));
     }
   }
 }
@@ -109,13 +113,13 @@ FARLIGHT_INLINE void across_block(float* to, const typename Op::Word* const* row
 template <class Op>
 inline void add_across(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t n, int64_t dim, int lanes,
                        bool fresh) {
+  constexpr int few = kM / 2;
   for (int64_t d = 0; d < dim;) {
     const int64_t left = dim - d;
-    const int64_t step = left >= kM ? kM : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    const int64_t step = left >= few ? few : left >= 2 ? 2 : 1;
     for (int g = 0; g < lanes; g += kV * W) {
       float* at = to + d * kRows + g;
-      if (step == kM) across_block<Op, kM>(at, rows, d, b + g, n, fresh);
-      else if (step == 4) across_block<Op, 4>(at, rows, d, b + g, n, fresh);
+      if (step == few) across_block<Op, few>(at, rows, d, b + g, n, fresh);
       else if (step == 2) across_block<Op, 2>(at, rows, d, b + g, n, fresh);
       else across_block<Op, 1>(at, rows, d, b + g, n, fresh);
     }

@@ -7,11 +7,7 @@
 
 namespace farlight::FARLIGHT_NS {
 
-#if defined(FARLIGHT_ISA_AMX)
-constexpr int kKeys = 128;  // keys in a chunk, at most
-#else
-constexpr int kKeys = 320 / kM * kM;
-#endif
+constexpr int kKeys = 128 / kM * kM;  // keys in a chunk, at most
 constexpr int kDeep = 32;              // keys in a group, of which a thread keeps operands (columns.h)
 constexpr uint32_t kEvery = 0xffffffffu;
 

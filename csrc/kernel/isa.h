@@ -10,9 +10,11 @@
 #define FARLIGHT_APART __attribute__((noinline))
 #if defined(FARLIGHT_ROLLED)
 #define FARLIGHT_UNROLL
+#define FARLIGHT_UNROLL_2
 #define FARLIGHT_UNROLL_4
 #else
 #define FARLIGHT_UNROLL _Pragma("GCC unroll 16")
+#define FARLIGHT_UNROLL_2 _Pragma("GCC unroll 2")
 #define FARLIGHT_UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 #define FARLIGHT_PREFETCH(p) __builtin_prefetch(p)
@@ -21,6 +23,7 @@
 #define FARLIGHT_INLINE __forceinline
 #define FARLIGHT_APART __declspec(noinline)
 #define FARLIGHT_UNROLL
+#define FARLIGHT_UNROLL_2
 #define FARLIGHT_UNROLL_4
 #define FARLIGHT_PREFETCH(p) ((void)(p))
 #define FARLIGHT_PREFETCH_L2(p) ((void)(p))
