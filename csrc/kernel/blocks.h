@@ -84,26 +84,28 @@ FARLIGHT_INLINE void clear(F (&acc)[M][V]) {
 }
 
 // to[d][lane] (+)= sum over i < n of rows[i][d] * b[i][lane], for d < dim: O^T += V^T P^T, and dQ^T += K^T dS^T.
-// A chunk is summed apart, its even and its odd i apart, and then added: rounding grows with half a chunk's length and the number
-// of chunks, not with their product.
+// A chunk is summed apart, into kApart sums, and then added: rounding grows with such a sum's length and the number of chunks, not
+// with their product.
 template <class Op, int M>
 FARLIGHT_INLINE void across_block(float* to, const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b, int64_t n,
                                   bool fresh) {
-  F even[M][kV], odd[M][kV];
-  clear(even);
-  clear(odd);
+  F sums[kApart][M][kV];
+  FARLIGHT_UNROLL
+  for (int j = 0; j < kApart; ++j) clear(sums[j]);
   int64_t i = 0;
   FARLIGHT_UNROLL_2
-  for (; i + 2 <= n; i += 2, b += 2 * kRows) {
-    across_word<Op, M, kV>(even, rows[i] + at, b);
-    across_word<Op, M, kV>(odd, rows[i + 1] + at, b + kRows);
+  for (; i + kApart <= n; i += kApart) {
+    FARLIGHT_UNROLL
+    for (int j = 0; j < kApart; ++j) across_word<Op, M, kV>(sums[j], rows[i + j] + at, b + (i + j) * kRows);
   }
-  if (i < n) across_word<Op, M, kV>(even, rows[i] + at, b);
+  for (; i < n; ++i) across_word<Op, M, kV>(sums[0], rows[i] + at, b + i * kRows);
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) {
     FARLIGHT_UNROLL
     for (int v = 0; v < kV; ++v) {
-      const F sum = add(even[m][v], odd[m][v]);
+      F sum = sums[0][m][v];
+      FARLIGHT_UNROLL
+      for (int j = 1; j < kApart; ++j) sum = add(sum, sums[j][m][v]);
       float* place = to + m * kRows + v * W;
       store(place, fresh ? sum : add(load(place), sum));
     }
@@ -113,13 +115,14 @@ FARLIGHT_INLINE void across_block(float* to, const typename Op::Word* const* row
 template <class Op>
 inline void add_across(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t n, int64_t dim, int lanes,
                        bool fresh) {
-  constexpr int few = kM / 2;
+  constexpr int many = kM / kApart;
   for (int64_t d = 0; d < dim;) {
     const int64_t left = dim - d;
-    const int64_t step = left >= few ? few : left >= 2 ? 2 : 1;
+    const int64_t step = left >= many ? many : left >= 4 ? 4 : left >= 2 ? 2 : 1;
     for (int g = 0; g < lanes; g += kV * W) {
       float* at = to + d * kRows + g;
-      if (step == few) across_block<Op, few>(at, rows, d, b + g, n, fresh);
+      if (step == many) across_block<Op, many>(at, rows, d, b + g, n, fresh);
+      else if (step == 4) across_block<Op, 4>(at, rows, d, b + g, n, fresh);
       else if (step == 2) across_block<Op, 2>(at, rows, d, b + g, n, fresh);
       else across_block<Op, 1>(at, rows, d, b + g, n, fresh);
     }

@@ -7,7 +7,7 @@
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr int kKeys = 128 / kM * kM;  // keys in a chunk, at most
+constexpr int kKeys = 64 * kApart / kM * kM;  // keys in a chunk, at most: 64 that are summed into one number
 constexpr int kDeep = 32;              // keys in a group, of which a thread keeps operands (columns.h)
 constexpr uint32_t kEvery = 0xffffffffu;
 

@@ -13,6 +13,7 @@ using F = __m256;
 using I = __m256i;
 constexpr int W = 8;
 constexpr int kM = 6, kV = 2;         // register block: broadcast operands x vectors
+constexpr int kApart = 1;             // sums over keys: into so many, in turn
 
 FARLIGHT_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
 FARLIGHT_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }

@@ -12,6 +12,7 @@ using F = __m512;
 using I = __m512i;
 constexpr int W = 16;           // lanes
 constexpr int kM = 8, kV = 2;         // register block: broadcast operands x vectors
+constexpr int kApart = 2;             // sums over keys: into so many, in turn
 
 FARLIGHT_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 FARLIGHT_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }

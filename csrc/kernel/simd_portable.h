@@ -9,6 +9,7 @@
 namespace farlight::FARLIGHT_NS {
 
 constexpr int W = 4;
+constexpr int kApart = 1;
 #if defined(__aarch64__)
 constexpr int kM = 4, kV = 4;
 #else
