@@ -12,6 +12,7 @@ from torch import Tensor
 
 import farlight as fl
 from farlight.kernels import dispatch
+from farlight.plan.cache import plans
 from farlight.testing import CASES, Case, case, inputs, kept_links
 from farlight.understanding.memory import peak_memory
 from parity import BACKENDS, SEED, dense, every_backend, outputs, request_of, same, skip_where_it_cannot_run
@@ -109,6 +110,22 @@ def test_autocast_leaves_float64_alone() -> None:
     assert isinstance(out, Tensor)
     assert out.dtype == torch.float64
     same(out, fl.attention(q, k, v, fl.window(5)), "float64")  # type: ignore[arg-type]
+
+
+@every_backend
+def test_results_are_where_the_queries_are(backend: str, cold_cache: None) -> None:
+    """Not on the default device, where nothing may be made on the way either."""
+    of = case("skim")
+    given = inputs(of)
+    wanted = outputs(of, backend, given)
+    plans.clear()
+    torch.set_default_device("meta")
+    try:
+        found = outputs(of, backend, given)
+    finally:
+        torch.set_default_device(None)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 @every_backend

@@ -105,7 +105,7 @@ def attention(
     if backend == "dense":
         if return_lse or dropout:  # traced: the operator below has no place where this would be noticed
             dispatch.require(backend, _request(q, k, v, pattern, offset, dropout, return_lse))
-        return dense.attend(q, k, v, mask, scale=scale)
+        return dense.attend(q, k, v, dense.Mask.of(mask), scale=scale)
     out, lse = reference.attend(q, k, v, mask, scale=scale, q_offset=offset, dropout=dropout, seed=drawn)
     return (out, lse) if return_lse else out
 

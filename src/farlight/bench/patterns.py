@@ -58,7 +58,7 @@ def _row(one: Shown, plain: Shown, settings: Settings, qkv: tuple[Tensor, Tensor
     contenders = [ours(backend, one.pattern, *qkv, grads, name=one.name), product]
     if one.name != PLAIN:
         contenders.insert(0, ours(backend, plain.pattern, *qkv, grads, name=PLAIN))
-    timings = interleaved(contenders, repeats=settings.repeats, budget=3.0 if grads else 4.0)
+    timings = interleaved(contenders, repeats=settings.repeats, budget=9.0 if grads else 4.0)
     mine, base = timings[one.name], timings[PLAIN]
     row: Row = {"backend": backend, **mine.row()}
     row |= {

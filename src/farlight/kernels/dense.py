@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from farlight.kernels.request import Request
 
-__all__ = ["LARGEST_MASK", "attend", "reasons"]
+__all__ = ["LARGEST_MASK", "Mask", "attend", "reasons"]
 
 # Bytes of mask that are still called short.
 LARGEST_MASK = 2**28
@@ -32,15 +32,37 @@ def reasons(request: Request) -> list[str]:
     return found
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
-    """out for `mask` `(B|1, H|1, n_q, n_k)`; None = every pair."""
+class Mask(NamedTuple):
+    """The pairs that are allowed, `(B|1, H|1, n_q, n_k)`, as `scaled_dot_product_attention` can be asked.
+
+    Its answer for a row that sees nothing differs between its own kernels: such a row is let see everything, then blanked
+    where `seeing`, `(B|1, H|1, n_q, 1)`, is False. None: every row sees something.
+    """
+
+    pairs: Tensor
+    seeing: Tensor | None
+
+    @classmethod
+    def of(cls, pairs: Tensor) -> Mask:
+        seeing = pairs.any(-1, keepdim=True)
+        return cls(pairs | ~seeing, seeing)
+
+    @property
+    def nbytes(self) -> int:
+        return self.pairs.nbytes + (0 if self.seeing is None else self.seeing.nbytes)
+
+    def settled(self) -> Mask:
+        """The same without `seeing` where it says nothing; asks the device."""
+        return self if self.seeing is None or not bool(self.seeing.all()) else Mask(self.pairs, None)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, *, scale: float) -> Tensor:
+    """out for `mask`; None = every pair."""
     if not q.numel() or not k.numel():
         return torch.where(torch.zeros((), dtype=torch.bool, device=q.device), q + k.sum() + v.sum(), 0.0)
     # A literal True: under compile with dynamic shapes a comparison is a SymBool, which SDPA does not take.
     grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     if mask is None:
         return scaled_dot_product_attention(q, k, v, scale=scale, **grouped)
-    # A row that sees nothing is let see everything, then blanked: SDPA's answer for it differs between its own kernels.
-    seeing = mask.any(-1, keepdim=True)
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask | ~seeing, scale=scale, **grouped)
-    return torch.where(seeing, out, 0.0)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask.pairs, scale=scale, **grouped)
+    return out if mask.seeing is None else torch.where(mask.seeing, out, 0.0)

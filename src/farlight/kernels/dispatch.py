@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from farlight.caching import SizedCache
 from farlight.errors import ArgumentError, UnsupportedError
@@ -82,23 +81,25 @@ def choose(request: Request) -> Choice:
     return Choice(planned, sparse, full)
 
 
-_masks: SizedCache[Tensor] = SizedCache(64 * 2**20)
+_masks: SizedCache[dense.Mask] = SizedCache(64 * 2**20)
 
 
-def dense_mask(request: Request) -> Tensor | None:
+def dense_mask(request: Request) -> dense.Mask | None:
     """The mask for full attention, kept while it is small; None when every pair is allowed."""
     pattern, sizes, device = request.pattern, request.sizes, request.device
 
-    def make() -> Tensor:
+    def make() -> dense.Mask:
         with torch.inference_mode(False), torch.no_grad():
             mask = pattern.dense(
                 sizes.n_q, sizes.n_k, batch=sizes.batch, heads=sizes.heads, q_offset=sizes.q_offset, device=device
             )
             # One entry says "everything" as well as n_q · n_k of them.
-            return torch.ones(1, dtype=torch.bool, device=device) if bool(mask.all()) else mask
+            if bool(mask.all()):
+                return dense.Mask(torch.ones(1, dtype=torch.bool, device=device), None)
+            return dense.Mask.of(mask).settled()
 
     mask = _masks.get((pattern.key, sizes, device), make)
-    return mask if mask.dim() == 4 else None
+    return mask if mask.pairs.dim() == 4 else None
 
 
 def require(backend: str, request: Request) -> None:

@@ -29,7 +29,7 @@ def forward(
     native = handle(plan)
     joined = native.overlapping and q.dtype != torch.float32
     out_type = torch.float32 if joined else q.dtype
-    out, lse = torch.empty(q.shape, dtype=out_type), torch.empty(q.shape[:3], dtype=torch.float32)
+    out, lse = torch.empty(q.shape, dtype=out_type, device=_CPU), torch.empty(q.shape[:3], dtype=torch.float32, device=_CPU)
     if out.numel():
         module().forward(
             native,
@@ -75,8 +75,8 @@ def backward(
     dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
     native = handle(plan)
     dq_type = torch.float32 if native.overlapping else q.dtype
-    dq = torch.empty(q.shape, dtype=dq_type)
-    dk, dv = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
+    dq = torch.empty(q.shape, dtype=dq_type, device=_CPU)
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=_CPU) for x in (k, v))
     if q.numel() or k.numel():
         module().backward(
             native,
