@@ -1,6 +1,7 @@
-"""Results as a page: `python benchmarks/report.py [RESULTS.json] [--out docs/benchmarks.md] [--images docs/img]`.
+"""Results as pages: `python benchmarks/report.py [RESULTS.json] [--out docs/benchmarks.md] [--images docs/img]`.
 
-Nothing on that page is typed by hand: figures, wins, losses and what could not be measured all come from the results file.
+Nothing on a page is typed by hand: figures, wins, losses and what could not be measured all come from a results file. Without
+one named, every machine in benchmarks/results gets its page: the one measured last `--out`, each other a page beside it.
 """
 
 from __future__ import annotations
@@ -22,32 +23,49 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="?", help="default: the newest in benchmarks/results")
+    parser.add_argument("results", type=Path, nargs="?", help="default: all in benchmarks/results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md")
     parser.add_argument("--images", type=Path, default=ROOT / "docs" / "img")
     chosen = parser.parse_args(arguments)
-    path = chosen.results or _newest()
-    if path is None:
+    found = _read([chosen.results] if chosen.results else sorted((ROOT / "benchmarks" / "results").glob("*.json")))
+    if not found:
         print("benchmarks/results is empty; measure first: python benchmarks/run.py", file=sys.stderr)
         return 2
-    results = json.loads(path.read_text(encoding="utf-8"))
-    try:
-        from reporting.plots import draw_all
-
-        images = draw_all(results, chosen.images)
-    except ImportError as error:
-        print(f"no plots: {error}; pip install matplotlib", file=sys.stderr)
-        images = {}
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    links = {name: os.path.relpath(image, chosen.out.parent).replace(os.sep, "/") for name, image in images.items()}
-    chosen.out.write_text(page(results, _shown(path), links), encoding="utf-8")
-    print(f"wrote {chosen.out}" + "".join(f", {image}" for image in images.values()))
+    first, *others = found
+    outs = {first: chosen.out} | {path: chosen.out.with_name(f"{chosen.out.stem}-{path.stem}.md") for path in others}
+    for path, out in outs.items():
+        elsewhere = {_machine(found[other]): outs[other].name for other in found if other != path}
+        _write(found[path], _shown(path), out, chosen.images if path == first else chosen.images / path.stem, elsewhere)
     return 0
 
 
-def _newest() -> Path | None:
-    found = sorted((ROOT / "benchmarks" / "results").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    return found[-1] if found else None
+def _read(paths: list[Path]) -> dict[Path, dict[str, Any]]:
+    """The results by their files, those measured last first."""
+    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    return dict(sorted(found.items(), key=lambda item: _last_start(item[1]), reverse=True))
+
+
+def _last_start(results: dict[str, Any]) -> str:
+    return max((section.get("started", "") for section in results.get("sections", {}).values()), default="")
+
+
+def _machine(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    return f"{machine['processor']} ({machine['instructions']}), {machine['threads']} threads"
+
+
+def _write(results: dict[str, Any], source: str, out: Path, folder: Path, elsewhere: dict[str, str]) -> None:
+    try:
+        from reporting.plots import draw_all
+
+        images = draw_all(results, folder)
+    except ImportError as error:
+        print(f"no plots: {error}; pip install matplotlib", file=sys.stderr)
+        images = {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    links = {name: os.path.relpath(image, out.parent).replace(os.sep, "/") for name, image in images.items()}
+    out.write_text(page(results, source, links, elsewhere), encoding="utf-8")
+    print(f"wrote {out}" + "".join(f", {image}" for image in images.values()))
 
 
 def _shown(path: Path) -> str:
@@ -55,8 +73,8 @@ def _shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
-def page(results: dict[str, Any], source: str, images: dict[str, str]) -> str:
-    """The whole page as Markdown."""
+def page(results: dict[str, Any], source: str, images: dict[str, str], elsewhere: dict[str, str]) -> str:
+    """The whole page as Markdown; `elsewhere`: the pages of other machines."""
     s, machine = results["settings"], results["machine"]
     parts = [
         "# Benchmarks",
@@ -72,6 +90,8 @@ def page(results: dict[str, Any], source: str, images: dict[str, str]) -> str:
         "pair* is an allowed (query, key) pair; it costs 4·D operations forward and 14·D forward + backward; what a contender "
         "computes besides does not count. *Against X* = how many times as fast as X."
     )
+    if elsewhere:
+        parts.append("The same on other machines: " + "; ".join(f"[{name}]({link})" for name, link in elsewhere.items()) + ".")
     parts += ["## Machine", table(["", ""], ([name.replace("_", " "), str(value)] for name, value in machine.items()))]
     parts += ["Each section measured the machine's ceilings anew, in its own process:", _ceilings(results)]
     if s["name"] == "full":

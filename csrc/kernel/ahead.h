@@ -11,17 +11,17 @@ namespace farlight::FARLIGHT_NS {
 // The rows of K and V of one block of keys, to be asked for a line at a time between the products of another, where that costs
 // nothing. Where they lie is found on the way, too.
 struct Lines {
-  const int32_t* key;             // kM of them
-  const char* side[2];            // K, V
-  int64_t stride[2];              // bytes between rows
-  int64_t many;                   // whole lines of a row
   static constexpr int kRowsAsked = 2 * kM;
+  const int32_t* key;   // kM of them
+  const char* side[2];  // K, V
+  int64_t stride[2];    // bytes between rows
+  int64_t many;         // whole lines of a row
 
   FARLIGHT_INLINE const char* row(int i) const { return side[i % 2] + key[i / 2] * stride[i % 2]; }
 };
 
 // The blocks of keys that a thread saw last, which are still in its cache: asking costs as much as loading, and neighbouring tiles
-// see mostly the same keys. A hint that may be wrong; what it says of an earlier call is.
+// see mostly the same keys. A hint: what it remembers of an earlier call is wrong.
 class Recent {
  public:
   // Whether the block whose first row of K lies there was seen; it is from now on.

@@ -49,7 +49,7 @@ class Columns {
     keys_ = arena.take<int32_t>(kKept * kDeep);
     kept_ = arena.take<Half>(slots_ * block);
     own_ = arena.take<Half>(kGroups * block);
-    room_ = arena.take<uint32_t>(kDeep * ld());
+    if (in_tiles<Mode>) room_ = arena.take<uint32_t>(kDeep * ld());
     groups = arena.take<const Half*>(kGroups);
     kept_infinite_ = arena.take<bool>(slots_);
   }

@@ -1,7 +1,7 @@
 // How the numbers of tensors reach the products. Five ways:
 //   InPlace  float32 tensors, float products; rows are read where they lie
 //   Widened  bfloat16 tensors, float products; rows are widened a chunk at a time
-//   Pairs    bfloat16 tensors, products of bfloat16 pairs; what is summed over keys or rows is interleaved a chunk at a time
+//   Pairs    bfloat16 tensors, products of bfloat16 pairs; what is summed over keys or rows is interleaved, that of keys kept
 //   Tiles    the same operands as Pairs where the machine multiplies whole tiles of them (tiles.h)
 //   Parts    float32 tensors in place of InPlace there: operands as for Tiles, three times, for the parts of each number
 #pragma once

@@ -26,7 +26,7 @@ def dims_rows(settings: Settings, box: Box) -> Iterator[dict[str, Any]]:
             qkv = base if dim == usual else inputs(n, heads, dim, dtype)
             for grads in (False, True):
                 about = {"head_dim": dim, "dtype": name_of(dtype), "pass": "forward + backward" if grads else "forward"}
-                why = box.refusal(12.0 if grads else 4.0)
+                why = box.refusal(9.0 if grads else 4.0)
                 if why is not None:
                     yield {**about, "skipped": why}
                     continue
@@ -34,7 +34,7 @@ def dims_rows(settings: Settings, box: Box) -> Iterator[dict[str, Any]]:
                 contenders = [ours(backend, pattern, *qkv, grads, name="mine"), product]
                 if dim != usual:
                     contenders.insert(0, ours(backend, pattern, *base, grads, name="usual"))
-                timings = interleaved(contenders, repeats=settings.repeats, budget=14.0 if grads else 5.0)
+                timings = interleaved(contenders, repeats=settings.repeats, budget=9.0 if grads else 5.0)
                 mine = timings["mine"]
                 row = {**about, "backend": backend, **mine.row()}
                 if mine.error is None and timings.get("usual", mine).error is None:
