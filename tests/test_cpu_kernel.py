@@ -337,7 +337,7 @@ KEPT = {
 @pytest.mark.parametrize("case", KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize("name", [x for x in ISAS if x in ("amx", "avx512bf16")] or ISAS[:1])
 def test_blocks_that_a_thread_keeps(name: str, case: Case, dtype: torch.dtype) -> None:
-    """For products of pairs a thread keeps blocks of keys for the next query tile: neither wrong ones nor those of another call."""
+    """For products of pairs a thread keeps blocks of keys for the next query tile: no wrong ones, none of another call."""
     before = cpu.isa()
     cpu.use(name)
     try:
