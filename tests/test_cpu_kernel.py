@@ -194,7 +194,7 @@ def test_dropping_everything(isa: str) -> None:
     assert torch.equal(found.lse, kept.lse)
 
 
-@pytest.mark.parametrize("scale", (0.0, -0.7, 3.0))
+@pytest.mark.parametrize("scale", (0.0, 1e-38, -0.7, 3.0))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
 def test_scale(isa: str, scale: float, dtype: torch.dtype) -> None:
     check(Case("scale", fl.window(9) | fl.global_tokens([0]) | fl.random_keys(2), 70, head_dim=16, scale=scale), dtype)

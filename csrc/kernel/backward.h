@@ -92,8 +92,8 @@ class Backward {
       } else {
         keys_.fetch_rows(c, true);
         values_.fetch_rows(c);
-        score<Mode, false>(c, keys_, queries_, factor, lanes, scores_, nullptr, &ahead);
-        score<Mode, false>(c, values_, upstream_, 1.0f, lanes, slopes_, nullptr, nullptr);
+        score<Mode, false>(c, keys_, queries_, lanes, scores_, nullptr, &ahead);
+        score<Mode, false>(c, values_, upstream_, lanes, slopes_, nullptr, nullptr);
       }
       differentiate(dropped, factor, lanes);
       sums_.add(c, weights(), upstream_rows_, slopes(), query_rows_, terms);
@@ -184,12 +184,12 @@ class Backward {
   // From S and dP to P (with dropout) and dS, both times what the products need.
   void differentiate(const Dropped& dropped, float factor, int lanes) {
     const Chunk& c = *chunk_;
-    const F scale = all(call_.scale), inverse = all(dropped.inverse()), to_base2 = all(-kLog2E);
+    const F scale = all(call_.scale * dropped.inverse()), inverse = all(dropped.inverse()), to_base2 = all(-kLog2E);
     for (int g = 0; g < lanes; g += kV * W) {
-      F lse[kV], delta[kV];
+      F lse[kV], least[kV];  // what dS is of P for dP = 0
       for (int v = 0; v < kV; ++v) {
-        lse[v] = load(lse_ + g + v * W);
-        delta[v] = load(delta_ + g + v * W);
+        lse[v] = scaled_first<Mode> ? load(lse_ + g + v * W) : mul(load(lse_ + g + v * W), to_base2);
+        least[v] = mul(load(delta_ + g + v * W), all(-call_.scale));
       }
       for (int i = 0; i < c.n; ++i) {
         const bool masked = c.masked[i / kM];
@@ -197,19 +197,18 @@ class Backward {
         FARLIGHT_UNROLL
         for (int v = 0; v < kV; ++v) {
           const int at = i * kRows + g + v * W;
-          F score = load(scores_ + at);
-          if (in_tiles<Mode> && !scaled_first<Mode>) score = mul(score, all(factor));
-          // Not rounded on the way: the lse's error is that of all weights of its row.
-          p[v] = power2<Mode::degree>(fma(lse[v], to_base2, score));
+          const F score = load(scores_ + at);
+          // The lse's error is that of all weights of its row: in float32 it is not rounded on the way.
+          p[v] = power2<Mode::degree>(scaled_first<Mode> ? fma(lse[v], to_base2, score) : fma(score, all(factor), lse[v]));
           if (masked) p[v] = choose(c.seen[i] >> (g + v * W), p[v], all(0.0f));
-          F dp = load(slopes_ + at);
+          F slope = fma(load(slopes_ + at), scale, least[v]);
           if (dropped.on()) {
             const uint32_t kept = dropped.kept(c.key[i], g + v * W);
-            dp = choose(kept, mul(dp, inverse), all(0.0f));
-            ds[v] = mul(mul(p[v], scale), sub(dp, delta[v]));
+            slope = choose(kept, slope, least[v]);
+            ds[v] = mul(p[v], slope);
             p[v] = choose(kept, mul(p[v], inverse), all(0.0f));
           } else {
-            ds[v] = mul(mul(p[v], scale), sub(dp, delta[v]));
+            ds[v] = mul(p[v], slope);
           }
           if (masked) ds[v] = choose(c.seen[i] >> (g + v * W), ds[v], all(0.0f));
         }
@@ -285,11 +284,11 @@ class Backward {
                                         [&] { ahead.some(); });
 #endif
     } else {
-      const int n = in_pairs<Mode> ? keys_.fetch_columns(c, columns_) : c.n;
+      if constexpr (in_pairs<Mode>) keys_.fetch_columns(c, columns_);
       const Word* slopes;
       if constexpr (in_pairs<Mode>) slopes = slope_columns_;
       else slopes = slopes_;
-      add_across<Op>(dq_, keys_.across, slopes, n, dim_, lanes, fresh);
+      add_across<Op>(dq_, keys_.across, slopes, c.spans, dim_, lanes, fresh);
       (void)ahead;
     }
   }

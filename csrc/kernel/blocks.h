@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "../views.h"
-#include "isa.h"
+#include "chunk.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -83,26 +83,26 @@ FARLIGHT_INLINE void clear(F (&acc)[M][V]) {
   }
 }
 
-// to[d][lane] (+)= sum over i < n of rows[i][d] * b[i][lane], for d < dim: O^T += V^T P^T, and dQ^T += K^T dS^T.
-// A chunk is summed apart, into kApart sums, and then added: rounding grows with such a sum's length and the number of chunks, not
+// to[d][lane] (+)= sum over i < n of rows[i][d] * b[i][lane] for M numbers d and V vectors of lanes.
+// Keys are summed apart, into kApart sums, and then added: rounding grows with such a sum's length and the number of chunks, not
 // with their product.
-template <class Op, int M>
+template <class Op, int M, int V>
 FARLIGHT_INLINE void across_block(float* to, const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b, int64_t n,
                                   bool fresh) {
-  F sums[kApart][M][kV];
+  F sums[kApart][M][V];
   FARLIGHT_UNROLL
   for (int j = 0; j < kApart; ++j) clear(sums[j]);
   int64_t i = 0;
   FARLIGHT_UNROLL_2
   for (; i + kApart <= n; i += kApart) {
     FARLIGHT_UNROLL
-    for (int j = 0; j < kApart; ++j) across_word<Op, M, kV>(sums[j], rows[i + j] + at, b + (i + j) * kRows);
+    for (int j = 0; j < kApart; ++j) across_word<Op, M, V>(sums[j], rows[i + j] + at, b + (i + j) * kRows);
   }
-  for (; i < n; ++i) across_word<Op, M, kV>(sums[0], rows[i] + at, b + i * kRows);
+  for (; i < n; ++i) across_word<Op, M, V>(sums[0], rows[i] + at, b + i * kRows);
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) {
     FARLIGHT_UNROLL
-    for (int v = 0; v < kV; ++v) {
+    for (int v = 0; v < V; ++v) {
       F sum = sums[0][m][v];
       FARLIGHT_UNROLL
       for (int j = 1; j < kApart; ++j) sum = add(sum, sums[j][m][v]);
@@ -112,21 +112,36 @@ FARLIGHT_INLINE void across_block(float* to, const typename Op::Word* const* row
   }
 }
 
-template <class Op>
-inline void add_across(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t n, int64_t dim, int lanes,
-                       bool fresh) {
-  constexpr int many = kM / kApart;
+// The same for d < dim.
+template <class Op, int V>
+FARLIGHT_APART void across_keys(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t n, int64_t dim,
+                                bool fresh) {
+  constexpr int many = kM * kV / (V * kApart);
   for (int64_t d = 0; d < dim;) {
     const int64_t left = dim - d;
     const int64_t step = left >= many ? many : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    for (int g = 0; g < lanes; g += kV * W) {
-      float* at = to + d * kRows + g;
-      if (step == many) across_block<Op, many>(at, rows, d, b + g, n, fresh);
-      else if (step == 4) across_block<Op, 4>(at, rows, d, b + g, n, fresh);
-      else if (step == 2) across_block<Op, 2>(at, rows, d, b + g, n, fresh);
-      else across_block<Op, 1>(at, rows, d, b + g, n, fresh);
-    }
+    float* at = to + d * kRows;
+    if (step == many) across_block<Op, many, V>(at, rows, d, b, n, fresh);
+    else if (step == 4) across_block<Op, 4, V>(at, rows, d, b, n, fresh);
+    else if (step == 2) across_block<Op, 2, V>(at, rows, d, b, n, fresh);
+    else across_block<Op, 1, V>(at, rows, d, b, n, fresh);
     d += step;
+  }
+}
+
+// The same over keys that the lanes' halves see: O^T += V^T P^T, and dQ^T += K^T dS^T.
+template <class Op>
+inline void add_across(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, const Spans& spans, int64_t dim,
+                       int lanes, bool fresh) {
+  if (fresh && (spans.count == 0 || spans.span[0].halves != kBoth)) {
+    for (int64_t i = 0; i < dim * kRows; i += W) store(to + i, all(0.0f));
+    fresh = false;
+  }
+  for (const Span* span = spans.span; span < spans.span + spans.count; ++span, fresh = false) {
+    const int64_t first = span->first / Op::per, last = (span->last + Op::per - 1) / Op::per;
+    for_lanes(span->halves, lanes, [&]<int V>(int g) {
+      across_keys<Op, V>(to + g, rows + first, b + first * kRows + g, last - first, dim, fresh);
+    });
   }
 }
 

@@ -10,6 +10,8 @@ namespace farlight::FARLIGHT_NS {
 constexpr int kKeys = 64 * kApart / kM * kM;  // keys in a chunk, at most: 64 that are summed into one number
 constexpr int kDeep = 32;              // keys in a group, of which a thread keeps operands (columns.h)
 constexpr uint32_t kEvery = 0xffffffffu;
+constexpr int kHalf = kRows / 2;       // a half of the rows that sees nothing of a block is left out of its products
+constexpr uint32_t kBoth = 3;          // halves
 
 // The rows of one turn: at most kRows of a tile entry.
 struct Tile {
@@ -66,6 +68,28 @@ FARLIGHT_INLINE bool leaves(const Call& call, const Item& item) {
   return call.leaves && (call.joins || !call.plan->pieces[item.piece].sure[item.entry]);
 }
 
+// Keys of a chunk, in whole blocks, of which the same halves of the rows see something: bit 0 the first, bit 1 the second.
+struct Span {
+  int first, last;  // to before `last`
+  uint32_t halves;
+};
+struct Spans {
+  int count;
+  Span span[kKeys / kM];
+};
+
+// Takes the register blocks of lanes that belong to these halves: take.operator()<V>(g) for V vectors from lane g on.
+template <class Take>
+FARLIGHT_INLINE void for_lanes(uint32_t halves, int lanes, Take&& take) {
+  if constexpr (kV * W > kHalf) {
+    if (halves == kBoth) take.template operator()<kV>(0);
+    else take.template operator()<kV / 2>(halves == 1 ? 0 : kHalf);
+  } else {
+    for (int g = 0; g < lanes; g += kV * W)
+      if (halves >> (g / kHalf) & 1) take.template operator()<kV>(g);
+  }
+}
+
 struct Chunk {
   int n;                             // keys
   int blocks;                        // of kM keys; the last is filled up with copies of a key that no row sees
@@ -73,6 +97,7 @@ struct Chunk {
   uint32_t seen[kKeys];              // bit s: row s sees the key
   bool masked[kKeys / kM];           // some row does not see some key of the block
   bool mixed[kKeys / kM];            // the block's keys might not be distinct
+  Spans spans;                       // of all keys that some row sees
 };
 
 class Walk {
@@ -105,6 +130,7 @@ class Walk {
       c.seen[i] = 0;
       c.masked[i / kM] = true;
     }
+    find_spans(c);
     return true;
   }
 
@@ -181,6 +207,21 @@ class Walk {
     for (int i = 0; i < from; ++i) ask(i);
     for (int i = from; i < to; ++i) seen[i] = kEvery;
     for (int i = to; i < take; ++i) ask(i);
+  }
+
+  void find_spans(Chunk& c) const {
+    const uint32_t halves = tile_.count > kHalf ? kBoth : 1;
+    Spans& to = c.spans;
+    to.count = 0;
+    for (int first = 0; first < c.n; first += kM) {
+      uint32_t rows = c.masked[first / kM] ? 0 : kEvery;
+      for (int i = 0; rows != kEvery && i < kM; ++i) rows |= c.seen[first + i];
+      const uint32_t here = halves & ((rows << kHalf ? 1 : 0) | (rows >> kHalf ? 2 : 0));
+      if (here == 0) continue;
+      const int last = least(first + kM, c.n);
+      if (to.count && to.span[to.count - 1].last == first && to.span[to.count - 1].halves == here) to.span[to.count - 1].last = last;
+      else to.span[to.count++] = {first, last, here};
+    }
   }
 
   const Tile& tile_;

@@ -5,15 +5,16 @@
 
 namespace farlight::FARLIGHT_NS {
 
-// 2^x for x <= 127, by a polynomial in the fractional part; relative error 8e-8 (Degree 5) or 9e-5 (Degree 3). What is far
-// below -126 becomes 0; NaN stays NaN. The coefficients are minimax with p(0) = 1.
+// 2^x for x <= 127, by a polynomial in the fractional part; relative error 8e-8 (Degree 5) or 1e-4 (Degree 3). What is far
+// below -126 becomes 0; NaN stays NaN. The coefficients are minimax with p(0) = 1, those of degree 3 also with p(1) = 2: what should
+// be zero and is rounded to just below has the weight of zero.
 template <int Degree>
 FARLIGHT_INLINE F power2(F x) {
   const F f = fraction(x);
   F p;
   if constexpr (Degree == 3) {
-    p = fma(all(0.0770670548081398f), f, all(0.22764497995376587f));
-    p = fma(p, f, all(0.6951168179512024f));
+    p = fma(all(0.07826796919107437f), f, all(0.226307675242424f));
+    p = fma(p, f, all(0.6954243183135986f));
   } else {
     p = fma(all(0.0018671301659196615f), f, all(0.009017029777169228f));
     p = fma(p, f, all(0.05579991266131401f));

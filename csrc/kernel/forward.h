@@ -44,9 +44,9 @@ class Forward {
     const Tile tile(*call_.plan, item_, first_row);
     const Dropped dropped(call_.dropout, *call_.plan, tile);
     const Source<T> q(call_.q, item_.batch, item_.head);
-    const float base2 = call_.scale * kLog2E, factor = scaled_first<Mode> ? 1.0f : base2;
+    const float base2 = call_.scale * kLog2E, factor = scaled_first<Mode> ? 1.0f : in_tiles<Mode> ? base2 : most(base2 < 0.0f ? -base2 : base2, kLeastScale);
     PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
-    queries_.fetch(q, tile, scaled_first<Mode> ? base2 : 1.0f);
+    queries_.fetch(q, tile, scaled_first<Mode> ? base2 : in_tiles<Mode> || base2 >= 0.0f ? 1.0f : -1.0f);
     const int lanes = static_cast<int>(rounded(tile.count, kV * W));
     for (int g = 0; g < kRows; g += W) {
       store(top_ + g, all(kNothing));
@@ -87,9 +87,10 @@ class Forward {
   FARLIGHT_INLINE void take(Ahead<Mode>& ahead, const Dropped& dropped, float factor, int lanes, bool fresh) {
     float top[kRows];
     keys_.fetch_rows(*chunk_);
-    score<Mode, true>(*chunk_, keys_, queries_, factor, lanes, scores_, top, &ahead);
+    score<Mode, true>(*chunk_, keys_, queries_, lanes, scores_, top, &ahead);
+    for (int g = 0; !scaled_first<Mode> && g < lanes; g += W) store(top + g, mul(load(top + g), all(factor)));
     raise(top, lanes, fresh);
-    weigh(dropped, lanes);
+    weigh(dropped, all(factor), lanes);
     add_values(lanes, fresh);
   }
 
@@ -131,8 +132,9 @@ class Forward {
     }
   }
 
-  FARLIGHT_INLINE F weight(int i, int g, F reference) const {
-    return power2<Mode::degree>(sub(load(scores_ + i * kRows + g), reference));
+  FARLIGHT_INLINE F weight(int i, int g, [[maybe_unused]] F factor, F reference) const {
+    const F x = load(scores_ + i * kRows + g);
+    return power2<Mode::degree>(scaled_first<Mode> ? sub(x, reference) : fma(x, factor, sub(all(0.0f), reference)));
   }
 
 #if defined(FARLIGHT_ISA_AMX)
@@ -176,31 +178,34 @@ class Forward {
 #endif
 
   // Scores to weights; their sums; what dropout leaves, as operands of the second product.
-  void weigh(const Dropped& dropped, int lanes) {
+  void weigh(const Dropped& dropped, F factor, int lanes) {
     const Chunk& c = *chunk_;
     for (int g = 0; g < lanes; g += W) {
       const F reference = load(top_ + g);
       F total = all(0.0f);  // of this chunk, for the reason given at across_block
-      if constexpr (in_pairs<Mode>) {
+      for (const Span* span = c.spans.span; span < c.spans.span + c.spans.count; ++span) {
+        if (!(span->halves >> (g / kHalf) & 1)) continue;
+        if constexpr (in_pairs<Mode>) {
 #if defined(FARLIGHT_PAIRS)
-        for (int i = 0; i < c.n; i += 2) {
-          const bool both = i + 1 < c.n;
-          F a = weight(i, g, reference);
-          F b = both ? weight(i + 1, g, reference) : all(0.0f);
-          total = add(total, add(a, b));
-          if (dropped.on()) {
-            a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
-            if (both) b = choose(dropped.kept(c.key[i + 1], g), b, all(0.0f));
+          for (int i = span->first; i < span->last; i += 2) {
+            const bool both = i + 1 < span->last;
+            F a = weight(i, g, factor, reference);
+            F b = both ? weight(i + 1, g, factor, reference) : all(0.0f);
+            total = add(total, add(a, b));
+            if (dropped.on()) {
+              a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
+              if (both) b = choose(dropped.kept(c.key[i + 1], g), b, all(0.0f));
+            }
+            store_i(weights_ + i / 2 * kRows + g, paired(a, b));
           }
-          store_i(weights_ + i / 2 * kRows + g, paired(a, b));
-        }
 #endif
-      } else {
-        for (int i = 0; i < c.n; ++i) {
-          F a = weight(i, g, reference);
-          total = add(total, a);
-          if (dropped.on()) a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
-          store(scores_ + i * kRows + g, a);
+        } else {
+          for (int i = span->first; i < span->last; ++i) {
+            F a = weight(i, g, factor, reference);
+            total = add(total, a);
+            if (dropped.on()) a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
+            store(scores_ + i * kRows + g, a);
+          }
         }
       }
       store(total_ + g, add(load(total_ + g), total));
@@ -209,8 +214,8 @@ class Forward {
 
   // O^T += V^T P^T.
   void add_values(int lanes, bool fresh) {
-    const int n = values_.fetch_columns(*chunk_, columns_);
-    add_across<typename Mode::Op>(sum_, values_.across, weights_, n, dim_, lanes, fresh);
+    values_.fetch_columns(*chunk_, columns_);
+    add_across<typename Mode::Op>(sum_, values_.across, weights_, chunk_->spans, dim_, lanes, fresh);
   }
 
   void add_points(const Tile& tile, const Source<T>& q, const Dropped& dropped) {

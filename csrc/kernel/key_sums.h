@@ -42,21 +42,22 @@ class KeySums {
       add_tiles(c, dk_, slopes, queries);
       return;
     }
-    for (int block = 0; block < c.blocks; ++block) {
-      const int at = block * kM;
-      if (c.mixed[block] && repeats(at)) {
-        add_one_by_one(c, at, dv_, weights, upstream, terms);
-        add_one_by_one(c, at, dk_, slopes, queries, terms);
-        continue;
+    for (const Span* span = c.spans.span; span < c.spans.span + c.spans.count; ++span) {
+      const int first = span->halves == 2 ? kHalfLine : 0, count = least(terms, span->halves == 1 ? kHalfLine : kLine) - first;
+      const auto sum = [&](int at, float* const* sums, const Word* of, const Word* rows) {
+        if (c.mixed[at / kM] && repeats(at)) add_one_by_one(c, at, sums, of + first, rows + first * ld_, count);
+        else add_along<Op>(sums + at, rows_of(of + first, at), rows + first * ld_, ld_, count, dim_);
+      };
+      for (int at = span->first; at < span->last; at += kM) {
+        sum(at, dv_, weights, upstream);
+        sum(at, dk_, slopes, queries);
       }
-      add_along<Op>(dv_ + at, rows_of(weights, at), upstream, ld_, terms, dim_);
-      add_along<Op>(dk_ + at, rows_of(slopes, at), queries, ld_, terms, dim_);
     }
   }
 
  private:
   static constexpr int kStrip = 16;  // keys, where products are made of tiles
-  static constexpr int kLine = kRows / Op::per;
+  static constexpr int kLine = kRows / Op::per, kHalfLine = kLine / 2;
 
  public:
   static constexpr int64_t kWeights = kKeys * kLine;  // words from one part of all weights to the next

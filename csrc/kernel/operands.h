@@ -64,16 +64,14 @@ class Operand {
     }
   }
 
-  // Words along the keys: across[i][d], i over keys or pairs of them, which are kept in `columns`. The number of i.
-  int fetch_columns(const Chunk& c, [[maybe_unused]] ColumnsOf<Mode>& columns) {
+  // Words along the keys: across[i][d], i over keys or pairs of them, which are kept in `columns`.
+  void fetch_columns(const Chunk& c, [[maybe_unused]] ColumnsOf<Mode>& columns) {
     if constexpr (in_pairs<Mode>) {
       columns.fetch(c);
       const int pairs = (c.n + 1) / 2;
       for (int i = 0; i < pairs; ++i) across[i] = columns.pair(i);
-      return pairs;
     } else {
       fetch_rows(c, true);
-      return c.n;
     }
   }
 
@@ -170,6 +168,9 @@ class Turned {
 #endif
     } else {
       turn_in(rows, words, turned);
+      if constexpr (in_pairs<Mode>) {
+        for (int64_t i = 0; factor < 0.0f && i < words * kRows; ++i) turned[i] ^= 0x80008000u;
+      }
     }
     for (int p = 0; in_tiles<Mode> && p < parts_of<Mode>; ++p)
       std::memset(turned + p * part() + words * kRows, 0, part() * sizeof(Word) - words * kRows * sizeof(Word));

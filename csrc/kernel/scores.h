@@ -9,6 +9,8 @@ namespace farlight::FARLIGHT_NS {
 
 constexpr float kNothing = -1e30f;  // the running maximum of a row that has seen no key yet: finite, below every real score
 constexpr float kUnseen = -3e38f;   // the score of a pair that is not allowed: exp2(kUnseen - kNothing) is 0
+// Where scores are scaled after they were masked: this stays unseen, unless a scale of zero makes it NaN.
+constexpr float kNever = -INFINITY, kLeastScale = 1e-37f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <int N, class Pick>
@@ -27,6 +29,9 @@ template <int N>
 FARLIGHT_INLINE F largest(const F (&x)[N]) {
   return picked(x, [](F a, F b) { return max(a, b); });
 }
+
+template <class Mode>
+constexpr float unseen = scaled_first<Mode> ? kUnseen : kNever;
 
 #if defined(FARLIGHT_ISA_AMX)
 // The scores of 32 keys by products of vectors.
@@ -86,13 +91,13 @@ inline void largest_of(const Chunk& c, const float* scores, float scale, int lan
 }
 #endif
 
-// The scores of kM keys and kV vectors of rows. A function of its own, so that the pointers to the keys' rows have the registers
+// The scores of kM keys and V vectors of rows. A function of its own, so that the pointers to the keys' rows have the registers
 // to themselves. `seen` is null where every row sees every key.
-template <class Mode, bool Masking>
+template <class Mode, bool Masking, int V>
 FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, const typename Mode::Op::Word* queries, int64_t words,
-                                float scale, const uint32_t* seen, int g, float* to, float* top, const Lines* lines) {
+                                const uint32_t* seen, int g, float* to, float* top, const Lines* lines) {
   using Op = typename Mode::Op;
-  F acc[kM][kV];
+  F acc[kM][V];
   clear(acc);
   const typename Op::Word* row[kM];
   FARLIGHT_UNROLL
@@ -104,29 +109,21 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
     FARLIGHT_UNROLL_4
     for (const int64_t end = i + lines->many; i < end; ++i, line += 64) {
       FARLIGHT_PREFETCH(line);
-      along_word<Op, kM, kV>(acc, row, i, queries + i * kRows);
+      along_word<Op, kM, V>(acc, row, i, queries + i * kRows);
     }
   }
   FARLIGHT_UNROLL_4
-  for (; i < words; ++i) along_word<Op, kM, kV>(acc, row, i, queries + i * kRows);
-  if constexpr (in_pairs<Mode>) {
-    const F factor = all(scale);
-    FARLIGHT_UNROLL
-    for (int m = 0; m < kM; ++m) {
-      FARLIGHT_UNROLL
-      for (int v = 0; v < kV; ++v) acc[m][v] = mul(acc[m][v], factor);
-    }
-  }
+  for (; i < words; ++i) along_word<Op, kM, V>(acc, row, i, queries + i * kRows);
   if constexpr (Masking) {
     if (seen) {
       FARLIGHT_UNROLL
       for (int m = 0; m < kM; ++m) {
         FARLIGHT_UNROLL
-        for (int v = 0; v < kV; ++v) acc[m][v] = choose(seen[m] >> (g + v * W), acc[m][v], all(kUnseen));
+        for (int v = 0; v < V; ++v) acc[m][v] = choose(seen[m] >> (g + v * W), acc[m][v], all(unseen<Mode>));
       }
     }
     FARLIGHT_UNROLL
-    for (int v = 0; v < kV; ++v) {
+    for (int v = 0; v < V; ++v) {
       F column[kM];
       FARLIGHT_UNROLL
       for (int m = 0; m < kM; ++m) column[m] = acc[m][v];
@@ -136,25 +133,27 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
   FARLIGHT_UNROLL
   for (int m = 0; m < kM; ++m) {
     FARLIGHT_UNROLL
-    for (int v = 0; v < kV; ++v) store(to + m * kRows + v * W, acc[m][v]);
+    for (int v = 0; v < V; ++v) store(to + m * kRows + v * W, acc[m][v]);
   }
 }
 
-// scores[key][row] of the chunk, times `scale` where the rows were not scaled before; `top[row]` grows to the largest.
-// Without `Masking` pairs that are not allowed keep their scores. `ahead` may be null.
+// scores[key][row] of the chunk, as the products give them; `top[row]` is the largest.
+// Without `Masking` pairs that are not allowed keep their scores; a half that sees nothing of a block has none. `ahead` may be null.
 template <class Mode, bool Masking>
-inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, float scale, int lanes, float* scores,
-                  float* top, Ahead<Mode>* ahead) {
+inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, int lanes, float* scores, float* top,
+                  Ahead<Mode>* ahead) {
   if constexpr (Masking) {
-    for (int g = 0; g < lanes; g += W) store(top + g, all(kUnseen));
+    for (int g = 0; g < lanes; g += W) store(top + g, all(unseen<Mode>));
   }
-  for (int block = 0; block < c.blocks; ++block) {
-    const Lines* lines = ahead ? ahead->lines(block) : nullptr;
-    const uint32_t* seen = c.masked[block] ? c.seen + block * kM : nullptr;
-    for (int g = 0; g < lanes; g += kV * W)
-      score_block<Mode, Masking>(keys.along + block * kM, queries.turned + g, queries.words, scale, seen, g,
-                                 scores + block * kM * kRows + g, Masking ? top + g : nullptr, lines);
-  }
+  for (const Span* span = c.spans.span; span < c.spans.span + c.spans.count; ++span)
+    for (int at = span->first; at < span->last; at += kM) {
+      const Lines* lines = ahead ? ahead->lines(at / kM) : nullptr;
+      const uint32_t* seen = c.masked[at / kM] ? c.seen + at : nullptr;
+      for_lanes(span->halves, lanes, [&]<int V>(int g) {
+        score_block<Mode, Masking, V>(keys.along + at, queries.turned + g, queries.words, seen, g, scores + at * kRows + g,
+                                      Masking ? top + g : nullptr, lines);
+      });
+    }
 }
 
 // Which links of a tile survive dropout.
