@@ -85,6 +85,10 @@ void begin_result(const Call& call, const Schedule& schedule, bool with_lse, int
   });
 }
 
+const Item* after(const std::vector<Item>& items, int64_t i) {
+  return i + 1 < static_cast<int64_t>(items.size()) ? &items[i + 1] : nullptr;
+}
+
 }  // namespace
 
 void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads) {
@@ -94,8 +98,9 @@ void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, in
   if (schedule.cost * call.dim < kWorthThreads) threads = 1;
   begin_result(call, schedule, true, threads);
   for (const Phase& phase : schedule.phases)
-    for_each(static_cast<int64_t>(phase.forward.size()), threads,
-             [&](int64_t i) { kernels.forward(call, phase.forward[i], scratch(bytes, kernels.cleared_bytes, number)); });
+    for_each(static_cast<int64_t>(phase.forward.size()), threads, [&](int64_t i) {
+      kernels.forward(call, phase.forward[i], after(phase.forward, i), scratch(bytes, kernels.cleared_bytes, number));
+    });
 }
 
 void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads) {
@@ -115,7 +120,9 @@ void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, v
     for_each(units, threads, [&](int64_t unit) {
       if (p == 0) sums.open(unit);
       const Slab& slab = phase.slabs[unit];
-      for (int64_t i = slab.first; i < slab.last; ++i) kernels.backward(call, phase.backward[i], sums.of(unit), scratch(bytes, kernels.cleared_bytes, number));
+      for (int64_t i = slab.first; i < slab.last; ++i) 
+        kernels.backward(call, phase.backward[i], i + 1 < slab.last ? &phase.backward[i + 1] : nullptr, sums.of(unit),
+                         scratch(bytes, kernels.cleared_bytes, number));
       if (at_once && sums.finished(unit)) {
         const int64_t group = unit / schedule.slab_count;
         for (int64_t block = 0; block < schedule.blocks; ++block) sums.add_up(group, block);

@@ -5,6 +5,7 @@
 #include <math.h>
 
 #include "points.h"
+#include "rows_ahead.h"
 #include "scores.h"
 
 namespace farlight::FARLIGHT_NS {
@@ -40,11 +41,12 @@ class Forward {
     query_ = arena.take<float>(ld_);
   }
 
-  void run(int first_row) {
+  void run(int first_row, const Item* next) {
     const Tile tile(*call_.plan, item_, first_row);
     const Dropped dropped(call_.dropout, *call_.plan, tile);
     const Source<T> q(call_.q, item_.batch, item_.head);
     const float base2 = call_.scale * kLog2E, factor = scaled_first<Mode> ? 1.0f : in_tiles<Mode> ? base2 : most(base2 < 0.0f ? -base2 : base2, kLeastScale);
+    RowsAhead<T, 1> rows_ahead(call_, next, {&call_.q});
     PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
     queries_.fetch(q, tile, scaled_first<Mode> ? base2 : in_tiles<Mode> || base2 >= 0.0f ? 1.0f : -1.0f);
     const int lanes = static_cast<int>(rounded(tile.count, kV * W));
@@ -63,6 +65,7 @@ class Forward {
       if constexpr (in_tiles<Mode>) take_tiles(ahead, dropped, factor, lanes, fresh);
       else take(ahead, dropped, factor, lanes, fresh);
       fresh = false;
+      rows_ahead.some();
     }
     if (fresh) {
       for (int s = 0; s < tile.count; ++s) std::memset(rows_ + s * ld_, 0, ld_ * sizeof(float));
