@@ -83,12 +83,13 @@ FARLIGHT_INLINE void clear(F (&acc)[M][V]) {
   }
 }
 
-// to[d][lane] (+)= sum over i < n of rows[i][d] * b[i][lane] for M numbers d and V vectors of lanes.
+// to[d][lane] (+)= sum over i < n of rows[i][d] * b[i][lane] for M numbers d and V vectors of lanes, after `to` was multiplied
+// by shrink[lane] unless that is null.
 // Keys are summed apart, into kApart sums, and then added: rounding grows with such a sum's length and the number of chunks, not
 // with their product.
 template <class Op, int M, int V>
 FARLIGHT_INLINE void across_block(float* to, const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b, int64_t n,
-                                  bool fresh) {
+                                  bool fresh, const float* shrink) {
   F sums[kApart][M][V];
   FARLIGHT_UNROLL
   for (int j = 0; j < kApart; ++j) clear(sums[j]);
@@ -107,7 +108,7 @@ FARLIGHT_INLINE void across_block(float* to, const typename Op::Word* const* row
       FARLIGHT_UNROLL
       for (int j = 1; j < kApart; ++j) sum = add(sum, sums[j][m][v]);
       float* place = to + m * kRows + v * W;
-      store(place, fresh ? sum : add(load(place), sum));
+      store(place, fresh ? sum : shrink ? fma(load(place), load(shrink + v * W), sum) : add(load(place), sum));
     }
   }
 }
@@ -115,16 +116,16 @@ FARLIGHT_INLINE void across_block(float* to, const typename Op::Word* const* row
 // The same for d < dim.
 template <class Op, int V>
 FARLIGHT_APART void across_keys(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t n, int64_t dim,
-                                bool fresh) {
+                                bool fresh, const float* shrink) {
   constexpr int many = kM * kV / (V * kApart);
   for (int64_t d = 0; d < dim;) {
     const int64_t left = dim - d;
     const int64_t step = left >= many ? many : left >= 4 ? 4 : left >= 2 ? 2 : 1;
     float* at = to + d * kRows;
-    if (step == many) across_block<Op, many, V>(at, rows, d, b, n, fresh);
-    else if (step == 4) across_block<Op, 4, V>(at, rows, d, b, n, fresh);
-    else if (step == 2) across_block<Op, 2, V>(at, rows, d, b, n, fresh);
-    else across_block<Op, 1, V>(at, rows, d, b, n, fresh);
+    if (step == many) across_block<Op, many, V>(at, rows, d, b, n, fresh, shrink);
+    else if (step == 4) across_block<Op, 4, V>(at, rows, d, b, n, fresh, shrink);
+    else if (step == 2) across_block<Op, 2, V>(at, rows, d, b, n, fresh, shrink);
+    else across_block<Op, 1, V>(at, rows, d, b, n, fresh, shrink);
     d += step;
   }
 }
@@ -132,7 +133,7 @@ FARLIGHT_APART void across_keys(float* to, const typename Op::Word* const* rows,
 // The same over keys that the lanes' halves see: O^T += V^T P^T, and dQ^T += K^T dS^T.
 template <class Op>
 inline void add_across(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, const Spans& spans, int64_t dim,
-                       int lanes, bool fresh) {
+                       int lanes, bool fresh, const float* shrink = nullptr) {
   if (fresh && (spans.count == 0 || spans.span[0].halves != kBoth)) {
     for (int64_t i = 0; i < dim * kRows; i += W) store(to + i, all(0.0f));
     fresh = false;
@@ -140,7 +141,7 @@ inline void add_across(float* to, const typename Op::Word* const* rows, const ty
   for (const Span* span = spans.span; span < spans.span + spans.count; ++span, fresh = false) {
     const int64_t first = span->first / Op::per, last = (span->last + Op::per - 1) / Op::per;
     for_lanes(span->halves, lanes, [&]<int V>(int g) {
-      across_keys<Op, V>(to + g, rows + first, b + first * kRows + g, last - first, dim, fresh);
+      across_keys<Op, V>(to + g, rows + first, b + first * kRows + g, last - first, dim, fresh, shrink ? shrink + g : nullptr);
     });
   }
 }

@@ -212,7 +212,11 @@ class Walk {
   void find_spans(Chunk& c) const {
     const uint32_t halves = tile_.count > kHalf ? kBoth : 1;
     Spans& to = c.spans;
-    to.count = 0;
+    bool masked = false;
+    for (int i = 0; i < kKeys / kM; ++i) masked |= c.masked[i];
+    to.count = masked ? 0 : 1;
+    to.span[0] = {0, c.n, halves};
+    if (!masked) return;
     for (int first = 0; first < c.n; first += kM) {
       uint32_t rows = c.masked[first / kM] ? 0 : kEvery;
       for (int i = 0; rows != kEvery && i < kM; ++i) rows |= c.seen[first + i];

@@ -53,6 +53,7 @@ class Forward {
     for (int g = 0; g < kRows; g += W) {
       store(top_ + g, all(kNothing));
       store(total_ + g, all(0.0f));
+      store(shrink_ + g, all(1.0f));
     }
     ask_for_results(tile);
     bool fresh = true;
@@ -92,9 +93,9 @@ class Forward {
     keys_.fetch_rows(*chunk_);
     score<Mode, true>(*chunk_, keys_, queries_, lanes, scores_, top, &ahead);
     for (int g = 0; !scaled_first<Mode> && g < lanes; g += W) store(top + g, mul(load(top + g), all(factor)));
-    raise(top, lanes, fresh);
+    const bool shrinks = raise(top, lanes, fresh);
     weigh(dropped, all(factor), lanes);
-    add_values(lanes, fresh);
+    add_values(lanes, fresh, shrinks);
   }
 
   // The same where products are made of tiles.
@@ -106,7 +107,7 @@ class Forward {
     if (kSlack == 0.0f || fresh || weigh_tiles(dropped, factor, lanes, sums)) {
       float top[kRows];
       largest_of(*chunk_, scores_, factor, lanes, top);
-      raise(top, lanes, fresh);
+      if (raise(top, lanes, fresh)) shrink_sums();
       weigh_tiles(dropped, factor, lanes, sums);
     }
     for (int g = 0; g < lanes; g += W) store(total_ + g, add(load(total_ + g), sums[g / W]));
@@ -121,18 +122,28 @@ class Forward {
   // is the largest score itself costs a tenth less of the rounding that is seen in the results.
   static constexpr float kSlack = in_pairs<Mode> && parts_of<Mode> == 1 ? 0.0f : 8.0f;
 
-  void raise(const float* top, int lanes, bool fresh) {
+  // Whether sums must shrink for that, by shrink_; totals have.
+  bool raise(const float* top, int lanes, bool fresh) {
+    bool shrinks = false;
     for (int g = 0; g < lanes; g += W) {
       const F old = load(top_ + g), now = load(top + g);
       const uint32_t risen = greater(now, add(old, all(kSlack)));
+      store(shrink_ + g, all(1.0f));
       if (!risen) continue;
       const F reference = choose(risen, now, old);
       store(top_ + g, reference);
       if (fresh) continue;
       const F shrink = power2<5>(sub(old, reference));
+      store(shrink_ + g, shrink);
       store(total_ + g, mul(load(total_ + g), shrink));
-      for (int64_t d = 0; d < dim_; ++d) store(sum_ + d * kRows + g, mul(load(sum_ + d * kRows + g), shrink));
+      shrinks = true;
     }
+    return shrinks;
+  }
+
+  void shrink_sums() {
+    for (int64_t d = 0; d < dim_; ++d)
+      for (int g = 0; g < kRows; g += W) store(sum_ + d * kRows + g, mul(load(sum_ + d * kRows + g), load(shrink_ + g)));
   }
 
   FARLIGHT_INLINE F weight(int i, int g, [[maybe_unused]] F factor, F reference) const {
@@ -215,10 +226,13 @@ class Forward {
     }
   }
 
-  // O^T += V^T P^T.
-  void add_values(int lanes, bool fresh) {
+  // O^T += V^T P^T. Sums shrink on the way, if all rows see all that the chunk has.
+  void add_values(int lanes, bool fresh, bool shrinks) {
     values_.fetch_columns(*chunk_, columns_);
-    add_across<typename Mode::Op>(sum_, values_.across, weights_, chunk_->spans, dim_, lanes, fresh);
+    const Spans& spans = chunk_->spans;
+    const bool on_the_way = spans.count == 1 && spans.span[0].halves == kBoth;
+    if (shrinks && !on_the_way) shrink_sums();
+    add_across<typename Mode::Op>(sum_, values_.across, weights_, spans, dim_, lanes, fresh, shrinks && on_the_way ? shrink_ : nullptr);
   }
 
   void add_points(const Tile& tile, const Source<T>& q, const Dropped& dropped) {
@@ -316,6 +330,7 @@ class Forward {
   float *scores_, *sum_, *rows_, *query_;
   alignas(64) float top_[kRows];
   alignas(64) float total_[kRows];
+  alignas(64) float shrink_[kRows];
 };
 
 }  // namespace farlight::FARLIGHT_NS
