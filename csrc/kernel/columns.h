@@ -95,8 +95,14 @@ class Columns {
   int64_t part() const { return ld() * kDeep; }
   // Whether a number in the rows named first is infinite: its parts say no more than that, and times zero are not a number.
   bool any_infinite(int g) const { return infinite_[g]; }
-  // The words of the chunk's keys 2 i and 2 i + 1, where products are made of vectors.
-  const uint32_t* pair(int i) const { return reinterpret_cast<const uint32_t*>(groups[i / (kDeep / 2)]) + i % (kDeep / 2) * ld(); }
+  // Where products are made of vectors: the words of the chunk's keys 2 i and 2 i + 1, for i < (c.n + 1) / 2.
+  void find_pairs(int n, const uint32_t** pairs) const {
+    const uint32_t* at = nullptr;
+    for (int i = 0; i < (n + 1) / 2; ++i, at += ld()) {
+      if (i % (kDeep / 2) == 0) at = reinterpret_cast<const uint32_t*>(groups[i / (kDeep / 2)]);
+      pairs[i] = at;
+    }
+  }
 #if defined(FARLIGHT_ISA_AMX)
   // 16 keys of group g of the rows that were named `which`th: tiles lie in one piece, those of 32 keys one after the other.
   Strip strip(int g, int which, int half) const {
@@ -126,7 +132,7 @@ class Columns {
   // and the keys that their blocks begin with by 32 times their distance.
   int64_t place_of(const int32_t* key) const {
     const int64_t reach = most<int64_t>(1, (key[kDeep - 1] - key[0]) / (kDeep - 1)) * kDeep;
-    return key[0] / reach % slots_;
+    return static_cast<uint32_t>(key[0]) / static_cast<uint32_t>(reach) % static_cast<uint32_t>(slots_);  // quicker than of int64_t
   }
   int64_t other(int64_t place) const { return (place + slots_ / 2) % slots_; }
 

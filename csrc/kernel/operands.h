@@ -68,8 +68,7 @@ class Operand {
   void fetch_columns(const Chunk& c, [[maybe_unused]] ColumnsOf<Mode>& columns) {
     if constexpr (in_pairs<Mode>) {
       columns.fetch(c);
-      const int pairs = (c.n + 1) / 2;
-      for (int i = 0; i < pairs; ++i) across[i] = columns.pair(i);
+      columns.find_pairs(c.n, across);
     } else {
       fetch_rows(c, true);
     }
