@@ -146,11 +146,6 @@ class Forward {
       for (int g = 0; g < kRows; g += W) store(sum_ + d * kRows + g, mul(load(sum_ + d * kRows + g), load(shrink_ + g)));
   }
 
-  FARLIGHT_INLINE F weight(int i, int g, [[maybe_unused]] F factor, F reference) const {
-    const F x = load(scores_ + i * kRows + g);
-    return power2<Mode::degree>(scaled_first<Mode> ? sub(x, reference) : fma(x, factor, sub(all(0.0f), reference)));
-  }
-
 #if defined(FARLIGHT_ISA_AMX)
   // The weights of a block where products are made of tiles: scores come as they are, neither scaled nor masked, and keys that
   // only fill up the last group are masked as others are. Their sum; `most` grows to the largest power.
@@ -193,37 +188,41 @@ class Forward {
 
   // Scores to weights; their sums; what dropout leaves, as operands of the second product.
   void weigh(const Dropped& dropped, F factor, int lanes) {
-    const Chunk& c = *chunk_;
-    for (int g = 0; g < lanes; g += W) {
-      const F reference = load(top_ + g);
-      F total = all(0.0f);  // of this chunk, for the reason given at across_block
-      for (const Span* span = c.spans.span; span < c.spans.span + c.spans.count; ++span) {
-        if (!(span->halves >> (g / kHalf) & 1)) continue;
+    const Spans& spans = chunk_->spans;
+    for (const Span* span = spans.span; span < spans.span + spans.count; ++span)
+      for_lanes(span->halves, lanes, [&]<int V>(int g) { weigh_span<V>(*span, g, factor, dropped); });
+  }
+
+  // Vectors of neighbouring lanes together: one has to wait for itself.
+  template <int V>
+  FARLIGHT_INLINE void weigh_span(const Span& span, int g, [[maybe_unused]] F factor, const Dropped& dropped) {
+    F reference[V], total[V];  // of this span, for the reason given at across_block
+    FARLIGHT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      reference[v] = load(top_ + g + v * W);
+      total[v] = all(0.0f);
+    }
+    const auto weight = [&](int i, int v) {
+      const F x = load(scores_ + i * kRows + g + v * W);
+      const F w = power2<Mode::degree>(scaled_first<Mode> ? sub(x, reference[v]) : fma(x, factor, sub(all(0.0f), reference[v])));
+      total[v] = add(total[v], w);
+      return dropped.on() ? choose(dropped.kept(chunk_->key[i], g + v * W), w, all(0.0f)) : w;
+    };
+    for (int i = span.first; i < span.last; i += Mode::Op::per) {
+      FARLIGHT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        const F w = weight(i, v);
         if constexpr (in_pairs<Mode>) {
 #if defined(FARLIGHT_PAIRS)
-          for (int i = span->first; i < span->last; i += 2) {
-            const bool both = i + 1 < span->last;
-            F a = weight(i, g, factor, reference);
-            F b = both ? weight(i + 1, g, factor, reference) : all(0.0f);
-            total = add(total, add(a, b));
-            if (dropped.on()) {
-              a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
-              if (both) b = choose(dropped.kept(c.key[i + 1], g), b, all(0.0f));
-            }
-            store_i(weights_ + i / 2 * kRows + g, paired(a, b));
-          }
+          store_i(weights_ + i / 2 * kRows + g + v * W, paired(w, i + 1 < span.last ? weight(i + 1, v) : all(0.0f)));
 #endif
         } else {
-          for (int i = span->first; i < span->last; ++i) {
-            F a = weight(i, g, factor, reference);
-            total = add(total, a);
-            if (dropped.on()) a = choose(dropped.kept(c.key[i], g), a, all(0.0f));
-            store(scores_ + i * kRows + g, a);
-          }
+          store(scores_ + i * kRows + g + v * W, w);
         }
       }
-      store(total_ + g, add(load(total_ + g), total));
     }
+    FARLIGHT_UNROLL
+    for (int v = 0; v < V; ++v) store(total_ + g + v * W, add(load(total_ + g + v * W), total[v]));
   }
 
   // O^T += V^T P^T. Sums shrink on the way, if all rows see all that the chunk has.
