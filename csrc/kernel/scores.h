@@ -103,14 +103,21 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
   FARLIGHT_UNROLL
   for (int m = 0; m < kM; ++m) row[m] = rows[m];
   int64_t i = 0;
-  // There are at least as many words as lines.
-  for (int r = 0; lines && r < Lines::kRowsAsked; ++r) {
-    const char* line = lines->row(r);
-    FARLIGHT_UNROLL_4
-    for (const int64_t end = i + lines->many; i < end; ++i, line += 64) {
-      FARLIGHT_PREFETCH(line);
-      along_word<Op, kM, V>(acc, row, i, queries + i * kRows);
+  // There are at least as many words as lines. Loops of a known length cost a third of others.
+  const auto ask = [&]<int Known>() {
+    for (int r = 0; r < Lines::kRowsAsked; ++r) {
+      const char* line = lines->row(r);
+      FARLIGHT_UNROLL_4
+      for (int64_t n = Known ? Known : lines->many; n > 0; --n, ++i, line += 64) {
+        FARLIGHT_PREFETCH(line);
+        along_word<Op, kM, V>(acc, row, i, queries + i * kRows);
+      }
     }
+  };
+  if (lines) {
+    if (lines->many == 2) ask.template operator()<2>();
+    else if (lines->many == 4) ask.template operator()<4>();
+    else ask.template operator()<0>();
   }
   FARLIGHT_UNROLL_4
   for (; i < words; ++i) along_word<Op, kM, V>(acc, row, i, queries + i * kRows);
