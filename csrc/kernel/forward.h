@@ -307,11 +307,10 @@ class Forward {
       lse = larger + logf(both);
       read_row(call_.out_type, call_.result, at * dim_, query_, dim_);
       for (int64_t d = 0; d < dim_; ++d) sum[d] = sum[d] * factor + query_[d] * (its / both);
-    } else {
-      for (int64_t d = 0; d < dim_; ++d) sum[d] *= factor;
+      factor = 1.0f;
     }
     call_.lse[at] = lse;
-    write_row(call_.out_type, call_.result, at * dim_, sum, dim_);
+    write_row(call_.out_type, call_.result, at * dim_, sum, dim_, factor);
   }
 
   static constexpr int64_t kWeights = kKeys / 2 * kRows;  // words from one part of all weights to the next

@@ -32,16 +32,20 @@ FARLIGHT_INLINE void copy_as_float(const T* from, float* to, int64_t n) {
   for (; d < n; ++d) to[d] = as_float(from[d]);
 }
 
-FARLIGHT_INLINE void write_row(Type type, void* to, int64_t at, const float* from, int64_t n) {
+// to[at + d] = factor * from[d], as the type has it.
+FARLIGHT_INLINE void write_row(Type type, void* to, int64_t at, const float* from, int64_t n, float factor = 1.0f) {
+  const F f = all(factor);
+  int64_t d = 0;
   if (type == Type::f32) {
-    std::memcpy(static_cast<float*>(to) + at, from, n * sizeof(float));
+    float* out = static_cast<float*>(to) + at;
+    for (; d + W <= n; d += W) store(out + d, mul(load(from + d), f));
+    for (; d < n; ++d) out[d] = factor * from[d];
   } else {
     Half* out = static_cast<Half*>(to) + at;
-    int64_t d = 0;
 #if defined(FARLIGHT_PAIRS)
-    for (; d + 2 * W <= n; d += 2 * W) store_halves(out + d, narrowed(load(from + d), load(from + d + W)));
+    for (; d + 2 * W <= n; d += 2 * W) store_halves(out + d, narrowed(mul(load(from + d), f), mul(load(from + d + W), f)));
 #endif
-    for (; d < n; ++d) out[d] = as_half(from[d]);
+    for (; d < n; ++d) out[d] = as_half(factor * from[d]);
   }
 }
 FARLIGHT_INLINE void read_row(Type type, const void* from, int64_t at, float* to, int64_t n) {
