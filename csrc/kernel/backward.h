@@ -189,10 +189,10 @@ class Backward {
     const Chunk& c = *chunk_;
     const F scale = all(call_.scale * dropped.inverse()), inverse = all(dropped.inverse()), to_base2 = all(-kLog2E);
     for (int g = 0; g < lanes; g += kV * W) {
-      F lse[kV], least[kV];  // what dS is of P for dP = 0
+      F lse[kV], rest[kV];  // dS / P without dP
       for (int v = 0; v < kV; ++v) {
         lse[v] = scaled_first<Mode> ? load(lse_ + g + v * W) : mul(load(lse_ + g + v * W), to_base2);
-        least[v] = mul(load(delta_ + g + v * W), all(-call_.scale));
+        rest[v] = mul(load(delta_ + g + v * W), all(-call_.scale));
       }
       for (int i = 0; i < c.n; ++i) {
         const bool masked = c.masked[i / kM];
@@ -204,10 +204,10 @@ class Backward {
           // The lse's error is that of all weights of its row: in float32 it is not rounded on the way.
           p[v] = power2<Mode::degree>(scaled_first<Mode> ? fma(lse[v], to_base2, score) : fma(score, all(factor), lse[v]));
           if (masked) p[v] = choose(c.seen[i] >> (g + v * W), p[v], all(0.0f));
-          F slope = fma(load(slopes_ + at), scale, least[v]);
+          F slope = fma(load(slopes_ + at), scale, rest[v]);
           if (dropped.on()) {
             const uint32_t kept = dropped.kept(c.key[i], g + v * W);
-            slope = choose(kept, slope, least[v]);
+            slope = choose(kept, slope, rest[v]);
             ds[v] = mul(p[v], slope);
             p[v] = choose(kept, mul(p[v], inverse), all(0.0f));
           } else {

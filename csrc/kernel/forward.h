@@ -45,10 +45,10 @@ class Forward {
     const Tile tile(*call_.plan, item_, first_row);
     const Dropped dropped(call_.dropout, *call_.plan, tile);
     const Source<T> q(call_.q, item_.batch, item_.head);
-    const float base2 = call_.scale * kLog2E, factor = scaled_first<Mode> ? 1.0f : in_tiles<Mode> ? base2 : most(base2 < 0.0f ? -base2 : base2, kLeastScale);
+    const auto [before, factor] = scale_of<Mode>(call_.scale);
     RowsAhead<T, 1> rows_ahead(call_, next, {&call_.q});
     PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
-    queries_.fetch(q, tile, scaled_first<Mode> ? base2 : in_tiles<Mode> || base2 >= 0.0f ? 1.0f : -1.0f);
+    queries_.fetch(q, tile, before);
     const int lanes = static_cast<int>(rounded(tile.count, kV * W));
     for (int g = 0; g < kRows; g += W) {
       store(top_ + g, all(kNothing));

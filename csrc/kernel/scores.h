@@ -1,6 +1,8 @@
 // S^T = K Q^T for a chunk: scaled, masked, with the largest score of every row.
 #pragma once
 
+#include <math.h>
+
 #include "ahead.h"
 #include "elementary.h"
 #include "operands.h"
@@ -9,8 +11,7 @@ namespace farlight::FARLIGHT_NS {
 
 constexpr float kNothing = -1e30f;  // the running maximum of a row that has seen no key yet: finite, below every real score
 constexpr float kUnseen = -3e38f;   // the score of a pair that is not allowed: exp2(kUnseen - kNothing) is 0
-// Where scores are scaled after they were masked: this stays unseen, unless a scale of zero makes it NaN.
-constexpr float kNever = -INFINITY, kLeastScale = 1e-37f;
+constexpr float kNever = -INFINITY;  // the same where scores are scaled after they were masked
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <int N, class Pick>
@@ -32,6 +33,19 @@ FARLIGHT_INLINE F largest(const F (&x)[N]) {
 
 template <class Mode>
 constexpr float unseen = scaled_first<Mode> ? kUnseen : kNever;
+
+// What Q is multiplied by before the products, and scores after them, so that they are logarithms of base 2.
+struct Scale {
+  float before, after;
+};
+template <class Mode>
+FARLIGHT_INLINE Scale scale_of(float scale) {
+  const float whole = scale * kLog2E, size = whole < 0.0f ? -whole : whole;
+  if (scaled_first<Mode>) return {whole, 1.0f};
+  if (in_tiles<Mode>) return {1.0f, whole};
+  // The largest score must stay the largest, and what is unseen unseen: no sign, and no zero.
+  return {whole < 0.0f ? -1.0f : 1.0f, most(size, 1e-37f)};
+}
 
 #if defined(FARLIGHT_ISA_AMX)
 // The scores of 32 keys by products of vectors.
