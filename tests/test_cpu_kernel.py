@@ -198,6 +198,8 @@ def test_dropping_everything(isa: str) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
 def test_scale(isa: str, scale: float, dtype: torch.dtype) -> None:
     check(Case("scale", fl.window(9) | fl.global_tokens([0]) | fl.random_keys(2), 70, head_dim=16, scale=scale), dtype)
+    # Some rows of a tile see nothing of its first 128 keys, others nothing but these; some see nothing at all.
+    check(Case("scale, documents", fl.documents(lengths=[150, 100]), 300, head_dim=16, scale=scale), dtype)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
