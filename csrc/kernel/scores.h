@@ -129,7 +129,8 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
     }
   };
   if (lines) {
-    if (lines->many == 2) ask.template operator()<2>();
+    if (lines->many == 1) ask.template operator()<1>();
+    else if (lines->many == 2) ask.template operator()<2>();
     else if (lines->many == 4) ask.template operator()<4>();
     else ask.template operator()<0>();
   }
