@@ -120,9 +120,8 @@ void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, v
     for_each(units, threads, [&](int64_t unit) {
       if (p == 0) sums.open(unit);
       const Slab& slab = phase.slabs[unit];
-      for (int64_t i = slab.first; i < slab.last; ++i) 
-        kernels.backward(call, phase.backward[i], i + 1 < slab.last ? &phase.backward[i + 1] : nullptr, sums.of(unit),
-                         scratch(bytes, kernels.cleared_bytes, number));
+      for (int64_t i = slab.first; i < slab.last; ++i)
+        kernels.backward(call, phase.backward[i], sums.of(unit), scratch(bytes, kernels.cleared_bytes, number));
       if (at_once && sums.finished(unit)) {
         const int64_t group = unit / schedule.slab_count;
         for (int64_t block = 0; block < schedule.blocks; ++block) sums.add_up(group, block);

@@ -8,7 +8,6 @@
 
 #include "key_sums.h"
 #include "points.h"
-#include "rows_ahead.h"
 #include "scores.h"
 
 namespace farlight::FARLIGHT_NS {
@@ -59,12 +58,11 @@ class Backward {
     row_upstream_ = arena.take<float>(ld_);
   }
 
-  void run(int first_row, const Item* next, const Sums& sums) {
+  void run(int first_row, const Sums& sums) {
     const Tile tile(*call_.plan, item_, first_row);
     const Dropped dropped(call_.dropout, *call_.plan, tile);
     const Source<T> q(call_.q, item_.batch, item_.head), dout(call_.dout, item_.batch, item_.head);
     const float base2 = call_.scale * kLog2E, factor = scaled_first<Mode> ? 1.0f : base2;
-    RowsAhead<T, 3> rows_ahead(call_, next, {&call_.q, &call_.dout, &call_.out});
     PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
     queries_.fetch(q, tile, scaled_first<Mode> ? base2 : 1.0f);
     upstream_.fetch(dout, tile, 1.0f);
@@ -102,7 +100,6 @@ class Backward {
       if (done && done % kTogether == 0) put_by(done == kTogether);
       add_keys(lanes, done % kTogether == 0, ahead);
       ++done;
-      rows_ahead.some();
     }
     if (!done) {
       for (int s = 0; s < tile.count; ++s) std::memset(rows_ + s * ld_, 0, ld_ * sizeof(float));

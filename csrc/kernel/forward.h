@@ -46,7 +46,7 @@ class Forward {
     const Dropped dropped(call_.dropout, *call_.plan, tile);
     const Source<T> q(call_.q, item_.batch, item_.head);
     const auto [before, factor] = scale_of<Mode>(call_.scale);
-    RowsAhead<T, 1> rows_ahead(call_, next, {&call_.q});
+    RowsAhead<T> rows_ahead(call_, next);
     PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
     queries_.fetch(q, tile, before);
     const int lanes = static_cast<int>(rounded(tile.count, kV * W));

@@ -40,12 +40,12 @@ int64_t measure(const Call& call) {
 
 // Runs an item in turns of kRows rows; if it was the last part of a split tile to finish, joins them.
 template <class Work, class... Rest>
-void run_item(const Call& call, const Item& item, const Item* next, char* scratch, const Rest&... rest) {
+void run_item(const Call& call, const Item& item, char* scratch, const Rest&... rest) {
   Arena arena(scratch);
   [[maybe_unused]] const typename Work::Session session;
   Work work(call, item, arena);
   const PieceView& piece = call.plan->pieces[item.piece];
-  for (int first = 0; first < piece.count[item.entry]; first += kRows) work.run(first, next, rest...);
+  for (int first = 0; first < piece.count[item.entry]; first += kRows) work.run(first, rest...);
   const int32_t group = piece.group[item.entry];
   if (group < 0) return;
   const int64_t at = call.pending_base[item.piece] + (item.batch * call.heads + item.head) * piece.groups + group;
@@ -55,20 +55,18 @@ void run_item(const Call& call, const Item& item, const Item* next, char* scratc
 // Runs an item in the way that suits it. A tile that sees more keys than are kept would have to split each of them into parts anew;
 // then products of vectors are faster.
 template <template <class> class Direction, class... Rest>
-void run(const Call& call, const Item& item, const Item* next, char* scratch, const Rest&... rest) {
-  if (call.type != Type::f32) run_item<Direction<Bfloat>>(call, item, next, scratch, rest...);
+void run(const Call& call, const Item& item, char* scratch, const Rest&... rest) {
+  if (call.type != Type::f32) run_item<Direction<Bfloat>>(call, item, scratch, rest...);
   else if (ColumnsOf<Float>::keeps_all(call.dim, Direction<Float>::kKeptRows, keys_of(*call.plan, item)))
-    run_item<Direction<Float>>(call, item, next, scratch, rest...);
-  else run_item<Direction<InPlace>>(call, item, next, scratch + measure_parts<Direction>(call), rest...);
+    run_item<Direction<Float>>(call, item, scratch, rest...);
+  else run_item<Direction<InPlace>>(call, item, scratch + measure_parts<Direction>(call), rest...);
 }
 
 int64_t scratch_bytes(const Call& call) { return most(measure<Forward>(call), measure<Backward>(call)); }
 
-void forward(const Call& call, const Item& item, const Item* next, char* scratch) { run<Forward>(call, item, next, scratch); }
+void forward(const Call& call, const Item& item, const Item* next, char* scratch) { run<Forward>(call, item, scratch, next); }
 
-void backward(const Call& call, const Item& item, const Item* next, const Sums& sums, char* scratch) {
-  run<Backward>(call, item, next, scratch, sums);
-}
+void backward(const Call& call, const Item& item, const Sums& sums, char* scratch) { run<Backward>(call, item, scratch, sums); }
 
 void fold(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out) {
   const int64_t width = type == Type::f32 ? 4 : 2;
