@@ -1,4 +1,4 @@
-// S^T = K Q^T for a chunk: scaled, masked, with the largest score of every row.
+// S^T = K Q^T for a chunk: masked, with the largest score of every row; and what scores are scaled by.
 #pragma once
 
 #include <math.h>
