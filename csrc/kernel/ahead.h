@@ -1,5 +1,5 @@
-// The rows of K and V that the next chunk will read, asked for while this one is scored: memory answers late, and machines do
-// not foresee a walk down the columns of V.
+// The rows of K and V that the next chunk will read, or the tile's points, asked for while this chunk is scored: memory answers
+// late, and machines do not foresee a walk down the columns of V.
 #pragma once
 
 #include "columns.h"
@@ -7,18 +7,6 @@
 #include "points_ahead.h"
 
 namespace farlight::FARLIGHT_NS {
-
-// The rows of K and V of one block of keys, to be asked for a line at a time between the products of another, where that costs
-// nothing. Where they lie is found on the way, too.
-struct Lines {
-  static constexpr int kRowsAsked = 2 * kM;
-  const int32_t* key;   // kM of them
-  const char* side[2];  // K, V
-  int64_t stride[2];    // bytes between rows
-  int64_t many;         // whole lines of a row
-
-  FARLIGHT_INLINE const char* row(int i) const { return side[i % 2] + key[i / 2] * stride[i % 2]; }
-};
 
 // The blocks of keys that a thread saw last, which are still in its cache: asking costs as much as loading, and neighbouring tiles
 // see mostly the same keys. A hint: what it remembers of an earlier call is wrong.
@@ -45,24 +33,27 @@ class Ahead {
   Ahead(const Chunk* next, const Operand<Mode>& keys, const Operand<Mode>& values, const ColumnsOf<Mode>& columns,
         PointsAhead<typename Mode::T>& points, Recent* recent, int64_t dim)
       : next_(next), keys_(keys), values_(values), columns_(columns), points_(points), recent_(recent), dim_(dim) {
-    if constexpr (!in_tiles<Mode>) {
-      points.ask(kAsked);
-      constexpr int64_t width = sizeof(typename Mode::T);
-      lines_ = {nullptr,
-                {reinterpret_cast<const char*>(keys.source().row(0)), reinterpret_cast<const char*>(values.source().row(0))},
-                {keys.source().stride * width, values.source().stride * width},
-                dim * width / 64};
-    }
+    lines_.many = Lines::of_row<typename Mode::T>(dim);
 #if defined(FARLIGHT_ISA_AMX)
-    else if (next_) want(0);
+    if constexpr (in_tiles<Mode>) {
+      if (next_) want(0);
+    }
 #endif
   }
 
-  // What to ask for while a block of this chunk is scored; null where there is nothing.
+  // What to ask for while a block of this chunk is scored: the rows of the next chunk's, or else some of the tile's points.
+  // Null where there is nothing.
   FARLIGHT_INLINE const Lines* lines(int block) {
-    if (!next_ || block >= next_->blocks) return nullptr;
-    lines_.key = next_->key + block * kM;
-    return recent_->saw(lines_.row(0), *lines_.key) ? nullptr : &lines_;
+    if (next_ && block < next_->blocks) {
+      const int32_t* key = next_->key + block * kM;
+      if (!recent_->saw(keys_.source().row(*key), *key)) {
+        for (int i = 0; i < kM; ++i) lines_.set(i, keys_.source().row(key[i]), values_.source().row(key[i]));
+        return &lines_;
+      }
+    }
+    if (!points_.wanted()) return nullptr;
+    points_.fill(lines_);
+    return &lines_;
   }
 
 #if defined(FARLIGHT_ISA_AMX)

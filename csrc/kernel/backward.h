@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "key_sums.h"
-#include "points.h"
+#include "points_backward.h"
 #include "scores.h"
 
 namespace farlight::FARLIGHT_NS {
@@ -55,7 +55,6 @@ class Backward {
     dq_before_ = arena.take<float>(rounded(dim_, 16) * kRows);
     rows_ = arena.take<float>(kRows * ld_);
     query_ = arena.take<float>(ld_);
-    row_upstream_ = arena.take<float>(ld_);
   }
 
   void run(int first_row, const Sums& sums) {
@@ -64,6 +63,7 @@ class Backward {
     const Source<T> q(call_.q, item_.batch, item_.head), dout(call_.dout, item_.batch, item_.head);
     const float base2 = call_.scale * kLog2E, factor = scaled_first<Mode> ? 1.0f : base2;
     PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
+    [[maybe_unused]] SumsAhead sums_ahead(tile, sums, Lines::of_row<T>(dim_), dim_);
     queries_.fetch(q, tile, scaled_first<Mode> ? base2 : 1.0f);
     upstream_.fetch(dout, tile, 1.0f);
     lay_rows(q, tile, query_rows_);
@@ -92,8 +92,8 @@ class Backward {
       } else {
         keys_.fetch_rows(c, true);
         values_.fetch_rows(c);
-        score<Mode, false>(c, keys_, queries_, lanes, scores_, nullptr, &ahead);
-        score<Mode, false>(c, values_, upstream_, lanes, slopes_, nullptr, nullptr);
+        score<Mode, false>(c, keys_, queries_, lanes, scores_, nullptr, [&](int block) { return ahead.lines(block); });
+        score<Mode, false>(c, values_, upstream_, lanes, slopes_, nullptr, [&](int) { return sums_ahead.lines(); });
       }
       differentiate(dropped, factor, lanes);
       sums_.add(c, weights(), upstream_rows_, slopes(), query_rows_, terms);
@@ -176,8 +176,7 @@ class Backward {
       if (s >= tile.count) continue;
       const int64_t at = (item_.batch * call_.heads + item_.head) * call_.plan->n_q + tile.row[s];
       lse_[s] = call_.lse[at] == -INFINITY ? -kNothing : call_.lse[at];
-      copy_as_float(dout.row(tile.row[s]), row_upstream_, dim_);
-      delta_[s] = dot(row_upstream_, out.row(tile.row[s]), dim_) - (call_.dlse ? call_.dlse[at] : 0.0f);
+      delta_[s] = dot(dout.row(tile.row[s]), out.row(tile.row[s]), dim_) - (call_.dlse ? call_.dlse[at] : 0.0f);
     }
   }
 
@@ -293,42 +292,13 @@ class Backward {
     }
   }
 
+  // The rows that have points.
   uint32_t add_points(const Tile& tile, const Source<T>& q, const Source<T>& dout, const Dropped& dropped, const Sums& sums) {
+    PointGradients<T> points(tile, q, dout, keys_.source(), values_.source(), dim_, call_.scale, dropped, sums, lse_, delta_, rows_, ld_);
     uint32_t touched = 0;
-    for (int s = 0; s < tile.count; ++s) {
-      bool ready = false;
-      for (int i = 0; i < tile.piece->layer_count; ++i) {
-        const LayerView& layer = tile.piece->layers[i];
-        if (!tile.has_points(layer)) continue;
-        int64_t first, last;
-        tile.points(layer, s, first, last);
-        if (first < last && !ready) {
-          copy_as_float(q.row(tile.row[s]), query_, dim_);
-          copy_as_float(dout.row(tile.row[s]), row_upstream_, dim_);
-          ready = true;
-          touched |= 1u << s;
-        }
-        for (int64_t x = first; x < last; ++x) add_point(layer.point_keys[x], s, dropped, sums);
-      }
-    }
+    for (int i = 0; i < tile.piece->layer_count; ++i)
+      if (tile.has_points(tile.piece->layers[i])) touched |= points.take(tile.piece->layers[i]);
     return touched;
-  }
-
-  void add_point(int32_t key, int s, const Dropped& dropped, const Sums& sums) {
-    const T *k = keys_.source().row(key), *v = values_.source().row(key);
-    float p[W];
-    store(p, power2<5>(fma(all(lse_[s]), all(-kLog2E), all(dot(query_, k, dim_) * (call_.scale * kLog2E)))));
-    float dp = dot(row_upstream_, v, dim_), weight = p[0];
-    if (dropped.on()) {
-      const float factor = dropped.kept_one(key, s) ? dropped.inverse() : 0.0f;
-      dp *= factor;
-      weight *= factor;
-    }
-    const float slope = p[0] * call_.scale * (dp - delta_[s]);
-    const int64_t within = key % kBlock * sums.stride;
-    add_times(rows_ + s * ld_, slope, k, dim_);
-    add_times(sums.dk[key / kBlock] + within, slope, query_, dim_);
-    add_times(sums.dv[key / kBlock] + within, weight, row_upstream_, dim_);
   }
 
   float* partial(int64_t entry) const {
@@ -375,7 +345,7 @@ class Backward {
   Turned<Mode> queries_, upstream_;
   Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
   Word *query_rows_, *upstream_rows_, *weight_rows_ = nullptr, *slope_rows_ = nullptr, *slope_columns_ = nullptr;
-  float *scores_, *slopes_, *dq_, *dq_before_, *rows_, *query_, *row_upstream_;
+  float *scores_, *slopes_, *dq_, *dq_before_, *rows_, *query_;
   float lse_[kRows], delta_[kRows];
 };
 

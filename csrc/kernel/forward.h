@@ -91,7 +91,7 @@ class Forward {
   FARLIGHT_INLINE void take(Ahead<Mode>& ahead, const Dropped& dropped, float factor, int lanes, bool fresh) {
     float top[kRows];
     keys_.fetch_rows(*chunk_);
-    score<Mode, true>(*chunk_, keys_, queries_, lanes, scores_, top, &ahead);
+    score<Mode, true>(*chunk_, keys_, queries_, lanes, scores_, top, [&](int block) { return ahead.lines(block); });
     for (int g = 0; !scaled_first<Mode> && g < lanes; g += W) store(top + g, mul(load(top + g), all(factor)));
     const bool shrinks = raise(top, lanes, fresh);
     weigh(dropped, all(factor), lanes);

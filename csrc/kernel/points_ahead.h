@@ -1,50 +1,46 @@
-// The rows of K and V that a tile's points will read.
+// What a tile's points will read and add to, asked for early: it lies anywhere in memory, which answers late.
 #pragma once
 
 #include "modes.h"
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr int kAsked = 16;  // points whose rows are asked for with each chunk
+// Stretches of memory to be asked for, a line at a time, between the products of a block of keys, where that costs nothing.
+struct Lines {
+  static constexpr int kStretches = 2 * kM;
+  const char* first[kStretches];
+  int64_t many;  // whole lines of a stretch: those of a row of K
 
-// Asks for the rows of a tile's points early, a few at a time: they lie anywhere, and all at once they would hold up what is
-// wanted now.
-template <class T>
-class PointsAhead {
+  template <class T>
+  static int64_t of_row(int64_t dim) {
+    return dim * static_cast<int64_t>(sizeof(T)) / 64;
+  }
+  FARLIGHT_INLINE void set(int pair, const void* x, const void* y) {
+    first[2 * pair] = static_cast<const char*>(x);
+    first[2 * pair + 1] = static_cast<const char*>(y);
+  }
+};
+
+// The points of a tile, layer by layer.
+class PointQueue {
  public:
-  PointsAhead(const Tile& tile, const Source<T>& keys, const Source<T>& values, int64_t dim)
-      : tile_(tile), keys_(keys), values_(values), dim_(dim) {
-    advance();
-  }
+  explicit PointQueue(const Tile& tile) : tile_(tile) { advance(); }
 
-  // The rows of `count` points at once.
-  void ask(int64_t count) {
-    for (; count > 0 && at_; --count) {
-      ask_for(keys_.row(at_->point_keys[x_]), dim_);
-      ask_for(values_.row(at_->point_keys[x_]), dim_);
-      next();
-    }
+  bool empty() const { return !at_; }
+  int32_t front() const { return at_->point_keys[x_]; }
+  void pop() {
+    if (++x_ == last_) advance();
   }
-
-  bool wanted() const { return at_ != nullptr; }
-  // `count` lines of K and as many of V.
-  FARLIGHT_APART void ask_lines(int count) {
-    for (; count > 0 && at_; --count) {
-      const int64_t key = at_->point_keys[x_];
-      FARLIGHT_PREFETCH_L2(reinterpret_cast<const char*>(keys_.row(key)) + byte_);
-      FARLIGHT_PREFETCH_L2(reinterpret_cast<const char*>(values_.row(key)) + byte_);
-      if ((byte_ += 64) < dim_ * static_cast<int64_t>(sizeof(T))) continue;
-      byte_ = 0;
-      next();
-    }
+  // At most so many that lie together.
+  int take(int most, const int32_t*& keys) {
+    keys = at_->point_keys + x_;
+    const int n = static_cast<int>(least<int64_t>(most, last_ - x_));
+    if ((x_ += n) == last_) advance();
+    return n;
   }
 
  private:
   static constexpr int64_t kMost = 16 * kRows;  // more would be gone again before they are used
-
-  void next() {
-    if (++x_ == last_) advance();
-  }
 
   // To the next layer that has points.
   void advance() {
@@ -60,11 +56,70 @@ class PointsAhead {
   }
 
   const Tile& tile_;
-  const Source<T>&keys_, &values_;
-  int64_t dim_;
   const LayerView* at_ = nullptr;
   int layer_ = 0;
-  int64_t x_ = 0, last_ = 0, byte_ = 0;
+  int64_t x_ = 0, last_ = 0;
+};
+
+// The rows of K and V.
+template <class T>
+class PointsAhead {
+ public:
+  PointsAhead(const Tile& tile, const Source<T>& keys, const Source<T>& values, int64_t dim)
+      : queue_(tile), keys_(keys), values_(values), dim_(dim) {}
+
+  bool wanted() const { return !queue_.empty(); }
+  // Those of the next points.
+  FARLIGHT_APART void fill(Lines& lines) {
+    const int32_t* key;
+    const int n = queue_.take(kM, key);
+    for (int i = 0; i < kM; ++i) lines.set(i, keys_.row(key[least(i, n - 1)]), values_.row(key[least(i, n - 1)]));
+  }
+  // `count` lines of K and as many of V.
+  FARLIGHT_APART void ask_lines(int count) {
+    for (; count > 0 && wanted(); --count) {
+      const int64_t key = queue_.front();
+      FARLIGHT_PREFETCH_L2(reinterpret_cast<const char*>(keys_.row(key)) + byte_);
+      FARLIGHT_PREFETCH_L2(reinterpret_cast<const char*>(values_.row(key)) + byte_);
+      if ((byte_ += 64) < dim_ * static_cast<int64_t>(sizeof(T))) continue;
+      byte_ = 0;
+      queue_.pop();
+    }
+  }
+
+ private:
+  PointQueue queue_;
+  const Source<T>&keys_, &values_;
+  int64_t dim_, byte_ = 0;
+};
+
+// The rows of dk and dv, which may be two stretches long.
+class SumsAhead {
+ public:
+  SumsAhead(const Tile& tile, const Sums& sums, int64_t lines_of_key, int64_t dim)
+      : queue_(tile), sums_(sums), stretches_(Lines::of_row<float>(dim) > lines_of_key ? 2 : 1) {
+    lines_.many = lines_of_key;
+  }
+
+  // Those of the next points; null where there are none.
+  FARLIGHT_INLINE const Lines* lines() { return queue_.empty() ? nullptr : fill(); }
+
+ private:
+  FARLIGHT_APART const Lines* fill() {
+    const int32_t* key;
+    const int n = queue_.take(kM / stretches_, key);
+    for (int i = 0; i < kM; ++i) {
+      const int32_t at = key[least(i / stretches_, n - 1)];
+      const int64_t from = at % kBlock * sums_.stride + i % stretches_ * lines_.many * 16;
+      lines_.set(i, sums_.dk[at / kBlock] + from, sums_.dv[at / kBlock] + from);
+    }
+    return &lines_;
+  }
+
+  PointQueue queue_;
+  const Sums& sums_;
+  int stretches_;
+  Lines lines_;
 };
 
 }  // namespace farlight::FARLIGHT_NS

@@ -60,18 +60,23 @@ FARLIGHT_INLINE void ask_for(const T* row, int64_t n) {
   for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(T)); byte += 64) FARLIGHT_PREFETCH_L2(at + byte);
 }
 
+// Asks for a row that will be added to.
+FARLIGHT_INLINE void ask_for_write(const float* row, int64_t n) {
+  for (int64_t d = 0; d < n; d += 16) FARLIGHT_PREFETCH(row + d);
+}
+
 // dot(a, b), and to += weight * b. The tail is summed in a fixed order, as everything else.
-template <class T>
-FARLIGHT_INLINE float dot(const float* a, const T* b, int64_t n) {
+template <class S, class T>
+FARLIGHT_INLINE float dot(const S* a, const T* b, int64_t n) {
   F x = all(0.0f), y = all(0.0f);
   int64_t d = 0;
   for (; d + 2 * W <= n; d += 2 * W) {
-    x = fma(load(a + d), widen(b + d), x);
-    y = fma(load(a + d + W), widen(b + d + W), y);
+    x = fma(widen(a + d), widen(b + d), x);
+    y = fma(widen(a + d + W), widen(b + d + W), y);
   }
-  for (; d + W <= n; d += W) x = fma(load(a + d), widen(b + d), x);
+  for (; d + W <= n; d += W) x = fma(widen(a + d), widen(b + d), x);
   float total = sum(add(x, y));
-  for (; d < n; ++d) total += a[d] * as_float(b[d]);
+  for (; d < n; ++d) total += as_float(a[d]) * as_float(b[d]);
   return total;
 }
 template <class T>

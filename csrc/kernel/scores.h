@@ -117,13 +117,14 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
   FARLIGHT_UNROLL
   for (int m = 0; m < kM; ++m) row[m] = rows[m];
   int64_t i = 0;
-  // There are at least as many words as lines. Loops of a known length cost a third of others.
+  // There are at least as many words as lines. These come to the second cache: the first is the tile's own. Loops of a known
+  // length cost a third of others.
   const auto ask = [&]<int Known>() {
-    for (int r = 0; r < Lines::kRowsAsked; ++r) {
-      const char* line = lines->row(r);
+    for (int r = 0; r < Lines::kStretches; ++r) {
+      const char* line = lines->first[r];
       FARLIGHT_UNROLL_4
       for (int64_t n = Known ? Known : lines->many; n > 0; --n, ++i, line += 64) {
-        FARLIGHT_PREFETCH(line);
+        FARLIGHT_PREFETCH_L2(line);
         along_word<Op, kM, V>(acc, row, i, queries + i * kRows);
       }
     }
@@ -160,16 +161,17 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
 }
 
 // scores[key][row] of the chunk, as the products give them; `top[row]` is the largest.
-// Without `Masking` pairs that are not allowed keep their scores; a half that sees nothing of a block has none. `ahead` may be null.
-template <class Mode, bool Masking>
+// Without `Masking` pairs that are not allowed keep their scores; a half that sees nothing of a block has none. `ask(block)` says
+// what to ask for meanwhile.
+template <class Mode, bool Masking, class Ask>
 inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, int lanes, float* scores, float* top,
-                  Ahead<Mode>* ahead) {
+                  const Ask& ask) {
   if constexpr (Masking) {
     for (int g = 0; g < lanes; g += W) store(top + g, all(unseen<Mode>));
   }
   for (const Span* span = c.spans.span; span < c.spans.span + c.spans.count; ++span)
     for (int at = span->first; at < span->last; at += kM) {
-      const Lines* lines = ahead ? ahead->lines(at / kM) : nullptr;
+      const Lines* lines = ask(at / kM);
       const uint32_t* seen = c.masked[at / kM] ? c.seen + at : nullptr;
       for_lanes(span->halves, lanes, [&]<int V>(int g) {
         score_block<Mode, Masking, V>(keys.along + at, queries.turned + g, queries.words, seen, g, scores + at * kRows + g,
