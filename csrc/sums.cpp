@@ -18,6 +18,11 @@ GroupSums::GroupSums(const Kernels& kernels, const Call& call, const Schedule& s
   for (int64_t g = 0; g < schedule.groups(); ++g) left_[g].store(static_cast<int32_t>(schedule.slab_count), std::memory_order_relaxed);
 }
 
+GroupSums::~GroupSums() {
+  for (Unit& unit : units_) kept_rooms().give(std::move(unit.room));
+  for (Room& room : spare_) kept_rooms().give(std::move(room));
+}
+
 Room GroupSums::borrow(int64_t bytes) {
   {
     const std::lock_guard<std::mutex> lock(guard_);
@@ -29,7 +34,7 @@ Room GroupSums::borrow(int64_t bytes) {
         return found;
       }
   }
-  return Room(bytes);
+  return kept_rooms().take(bytes);
 }
 
 void GroupSums::open(int64_t unit) {

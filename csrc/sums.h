@@ -9,7 +9,7 @@
 #include <mutex>
 #include <vector>
 
-#include "memory.h"
+#include "rooms.h"
 #include "schedule.h"
 #include "views.h"
 
@@ -18,6 +18,7 @@ namespace farlight {
 class GroupSums {
  public:
   GroupSums(const Kernels& kernels, const Call& call, const Schedule& schedule, void* dk, void* dv);
+  ~GroupSums();
 
   void open(int64_t unit);  // clears the unit's blocks
   Sums of(int64_t unit) const;

@@ -452,6 +452,33 @@ def test_callers_in_several_threads() -> None:
         assert all(equal(found, alone) for found in pool.map(lambda _: run(case, given, plan), range(12)))
 
 
+KEPT_MEMORY = """
+import torch
+import farlight as fl
+from farlight.understanding import memory
+
+def backward(n):
+    q, k, v = (torch.ones(1, 1, n, 128, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    fl.attention(q, k, v, fl.window(32), backend="cpu").sum().backward()
+
+def resident(n):
+    backward(n)
+    memory._give_back()
+    return memory._status("VmRSS") / 2**20
+
+before = resident(1000)
+print(*(resident(n) - before for n in (131_072, 131_072, 90_000, 200_000)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory from /proc")
+def test_memory_kept_between_calls_has_a_bound() -> None:
+    """Sums of dk and dv need 150 to 230 MiB here; 64 MiB stay for later calls."""
+    done = subprocess.run([sys.executable, "-c", KEPT_MEMORY], capture_output=True, text=True, timeout=300, check=True)
+    growth = [float(word) for word in done.stdout.split()]
+    assert all(32 < one < 64 + 24 for one in growth), growth
+
+
 @pytest.mark.parametrize("n_q, n_k", ((0, 5), (5, 0), (0, 0)))
 def test_nothing_to_do(n_q: int, n_k: int) -> None:
     case = Case("empty", fl.full(), n_q, n_k, q_offset=0)
