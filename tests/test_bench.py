@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from farlight.bench import scaling
+from farlight.bench.allocator import kept_memory
 from farlight.bench.breakeven import first_win
 from farlight.bench.contenders import refusal, sparse
 from farlight.bench.fresh import FreshError, fresh_rows
@@ -21,6 +22,7 @@ from farlight.bench.timing import Contender, interleaved
 from farlight.cli import main as farlight
 from farlight.kernels import cpu, dispatch
 from farlight.patterns import window
+from farlight.understanding import memory
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -42,6 +44,22 @@ def test_every_section_measures(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     for row in rows:
         if "seconds" in row and "low" in row:
             assert 0 < row["low"] <= row["seconds"] <= row["high"]
+
+
+def test_freed_memory_stays_while_it_is_to_be_kept() -> None:
+    def resident() -> int:
+        return memory._status("VmRSS") or 0
+
+    if not resident():
+        pytest.skip("no /proc here")
+    with kept_memory() as granted:
+        if not granted:
+            pytest.skip("this C library cannot be told to keep memory")
+        before = resident()
+        torch.ones(2**24)
+        held = resident() - before
+    assert held > 60 * 2**20
+    assert resident() - before < 8 * 2**20
 
 
 @pytest.mark.parametrize("name", SECTIONS)

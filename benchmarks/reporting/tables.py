@@ -189,9 +189,11 @@ def scaling(results: dict[str, Any]) -> str:
     parts.append(table([f"call on {short} tokens", "heads", "dtype", "farlight", "dense SDPA", "difference"], body))
     body = []
     for row in measured(rows, measure="long text"):
-        cells = [f"{row['tokens']:,}", kind(row), spread(row), rate(row.get("useful_gflops")), share(row.get("of_linear"))]
-        body.append([*cells, share(row["peak_of_inputs_and_output"]), share(row["peak_first_call"]), f"{row['gib']:.1f} GiB"])
-    head = ["long text", "", "time (range)", "useful GFLOP/s", "time ÷ linear", "peak ÷ (q+k+v+out)", "first call", "q+k+v+out"]
+        cells = [f"{row['tokens']:,}", kind(row), row.get("memory", "fresh"), spread(row), rate(row.get("useful_gflops"))]
+        cells += [share(row.get("of_linear")), share(row["peak_of_inputs_and_output"])]
+        body.append([*cells, share(row["peak_first_call"]), f"{row['gib']:.1f} GiB"])
+    head = ["long text", "", "memory", "time (range)", "useful GFLOP/s", "time ÷ linear"]
+    head += ["peak ÷ (q+k+v+out)", "first call", "q+k+v+out"]
     parts.append(table(head, body))
     return "\n".join(part for part in parts if part)
 

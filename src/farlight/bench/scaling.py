@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from farlight.bench.allocator import kept_memory
 from farlight.bench.contenders import FORWARD_FLOPS, best_backend, inputs, ours, refusal, sparse
 from farlight.bench.fresh import FreshError, fresh_rows
 from farlight.bench.machine import free_memory
@@ -30,7 +33,7 @@ def scaling_rows(settings: Settings, box: Box) -> Iterator[Row]:
     yield from thread_rows(settings, box)
     yield from overhead_rows(settings)
     about = {"measure": "long text"}
-    why = box.refusal(settings.long_tokens[1] / 2**20 * 30)
+    why = box.refusal(settings.long_tokens[1] / 2**20 * 60)
     if why is not None:
         yield {**about, "skipped": why}
         return
@@ -63,7 +66,8 @@ def thread_rows(settings: Settings, box: Box) -> Iterator[Row]:
             set_one, set_all = partial(torch.set_num_threads, 1), partial(torch.set_num_threads, most)
             sides = [Contender("one", one.call, before=set_one), Contender("all", one.call, before=set_all)]
             try:
-                timings = interleaved(sides, repeats=settings.repeats, budget=15.0)
+                # Many rounds: neighbours on a shared machine are seen most where all of its cores are wanted.
+                timings = interleaved(sides, repeats=2 * settings.repeats + 1, budget=12.0)
             finally:
                 torch.set_num_threads(most)
             single, every = timings["one"], timings["all"]
@@ -101,8 +105,8 @@ def overhead_rows(settings: Settings) -> Iterator[Row]:
 
 
 def long_rows(settings: dict[str, Any]) -> Iterator[Row]:
-    """The longest text forward in the last dtype: seconds against a shorter one timed in turn, and memory at its peak as a
-    share of q + k + v + out.
+    """The longest text forward in the last dtype: memory at its peak as a share of q + k + v + out, and seconds against a
+    shorter one timed in turn: with memory that comes from the system for each call, and with memory that the process kept.
     """
     s = Settings.from_dict(settings)
     dtype = s.types()[-1]
@@ -114,26 +118,34 @@ def long_rows(settings: dict[str, Any]) -> Iterator[Row]:
         yield {**about, "skipped": f"needs {1.2 * size / 2**30:.1f} GiB, and {free_memory() / 2**30:.1f} GiB are free"}
         return
     sides = {n: inputs(n, s.heads, s.head_dim, dtype) for n in (short, long)}
-    ours(backend, pattern, *sides[short]).call()  # thread pools and the like
+    calls = [ours(backend, pattern, *qkv, name=str(n)) for n, qkv in sides.items()]
+    calls[0].call()  # thread pools and the like
     with peak_memory() as first:
-        _forget(ours(backend, pattern, *sides[long]).call())
+        _forget(calls[1].call())
     with peak_memory() as second:
-        _forget(ours(backend, pattern, *sides[long]).call())
-    calls = [ours(backend, pattern, *sides[n], name=str(n)) for n in (short, long)]
-    timings = interleaved(
-        [Contender(c.name, c.call, warm=n == short) for n, c in zip(sides, calls, strict=True)], repeats=3, budget=30.0
-    )
-    mine, base = timings[str(long)], timings[str(short)]
-    row: Row = {**about, "backend": backend, **mine.row(), "short_seconds": base.seconds}
-    if mine.error is None and base.error is None:
-        flops = FORWARD_FLOPS * s.head_dim * plan(pattern, long, heads=s.heads).pairs
-        row |= {"useful_gflops": flops / mine.seconds / 1e9, "of_linear": mine.seconds / (base.seconds * long / short)}
+        _forget(calls[1].call())
     # Growth during the call, out included, upon q, k and v, which stood there before.
-    row |= {
+    about |= {
+        "backend": backend,
+        "gib": size / 2**30,
         "peak_of_inputs_and_output": (0.75 * size + second.bytes) / size,
         "peak_first_call": (0.75 * size + first.bytes) / size,
+        "memory_method": second.method,
     }
-    yield {**row, "gib": size / 2**30, "memory_method": second.method}
+    flops = FORWARD_FLOPS * s.head_dim * plan(pattern, long, heads=s.heads).pairs
+    for memory, kept in (("fresh", contextlib.nullcontext(True)), ("kept", kept_memory())):
+        with kept as granted:
+            if not granted:
+                yield {**about, "memory": memory, "skipped": "this C library cannot be told to keep memory"}
+                continue
+            # The last call before was a fresh one; what is to be kept has to be had first.
+            sides_in_turn = [dataclasses.replace(call, warm=memory == "kept" or call is calls[0]) for call in calls]
+            timings = interleaved(sides_in_turn, repeats=3, budget=35.0)
+        mine, base = timings[str(long)], timings[str(short)]
+        row: Row = {**about, "memory": memory, **mine.row(), "short_seconds": base.seconds}
+        if mine.error is None and base.error is None:
+            row |= {"useful_gflops": flops / mine.seconds / 1e9, "of_linear": mine.seconds / (base.seconds * long / short)}
+        yield row
 
 
 def _forget(out: Tensor) -> None:
