@@ -39,12 +39,12 @@ class Section:
 _ALL = (
     Section("headline", "How fast is it beside dense attention, FlexAttention and the matrix product?", 310, headline_rows),
     Section("length", "From which length on does it win, and how does it grow?", 300, length_rows),
-    Section("patterns", "Does a harder pattern keep the rate of the plain window?", 340, pattern_rows),
+    Section("patterns", "Does a harder pattern keep the rate of the plain window?", 335, pattern_rows),
     Section("routing", "What does it cost to let content decide?", 220, routing_rows),
-    Section("dims", "Does the rate depend on the head dimension?", 160, dims_rows),
-    Section("models", "How fast beside Hugging Face's Longformer and BigBird?", 260, model_rows),
-    Section("scaling", "How does it scale: threads, tiny calls, a million tokens?", 120, scaling_rows),
-    Section("breakeven", "From which length on does each pattern beat dense attention?", 60, breakeven_rows),
+    Section("dims", "Does the rate depend on the head dimension?", 150, dims_rows),
+    Section("models", "How fast beside Hugging Face's Longformer and BigBird?", 250, model_rows),
+    Section("scaling", "How does it scale: threads, tiny calls, a million tokens?", 150, scaling_rows),
+    Section("breakeven", "From which length on does each pattern beat dense attention?", 55, breakeven_rows),
     Section("planning", "How long does planning take?", 20, planning_rows),
     Section("waste", "How many pairs are visited for each pair wanted?", 10, waste_rows),
 )
