@@ -85,9 +85,7 @@ void begin_result(const Call& call, const Schedule& schedule, bool with_lse, int
   });
 }
 
-const Item* after(const std::vector<Item>& items, int64_t i) {
-  return i + 1 < static_cast<int64_t>(items.size()) ? &items[i + 1] : nullptr;
-}
+const Item* after(const std::vector<Item>& items, int64_t i, int64_t end) { return i + 1 < end ? &items[i + 1] : nullptr; }
 
 }  // namespace
 
@@ -99,7 +97,7 @@ void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, in
   begin_result(call, schedule, true, threads);
   for (const Phase& phase : schedule.phases)
     for_each(static_cast<int64_t>(phase.forward.size()), threads, [&](int64_t i) {
-      kernels.forward(call, phase.forward[i], after(phase.forward, i), scratch(bytes, kernels.cleared_bytes, number));
+      kernels.forward(call, phase.forward[i], after(phase.forward, i, static_cast<int64_t>(phase.forward.size())), scratch(bytes, kernels.cleared_bytes, number));
     });
 }
 
@@ -121,7 +119,7 @@ void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, v
       if (p == 0) sums.open(unit);
       const Slab& slab = phase.slabs[unit];
       for (int64_t i = slab.first; i < slab.last; ++i)
-        kernels.backward(call, phase.backward[i], sums.of(unit), scratch(bytes, kernels.cleared_bytes, number));
+        kernels.backward(call, phase.backward[i], after(phase.backward, i, slab.last), sums.of(unit), scratch(bytes, kernels.cleared_bytes, number));
       if (at_once && sums.finished(unit)) {
         const int64_t group = unit / schedule.slab_count;
         for (int64_t block = 0; block < schedule.blocks; ++block) sums.add_up(group, block);

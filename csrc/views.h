@@ -104,7 +104,7 @@ struct Kernels {
   int64_t (*scratch_bytes)(const Call&);
   // `next` is what the thread will do afterwards, as far as is known; may be null.
   void (*forward)(const Call&, const Item&, const Item* next, char* scratch);
-  void (*backward)(const Call&, const Item&, const Sums&, char* scratch);
+  void (*backward)(const Call&, const Item&, const Item* next, const Sums&, char* scratch);
   // Adds `count` blocks of sums to the first of them and writes `rows` rows of `dim` numbers, as `type`; out may be the first.
   void (*fold)(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out);
   float (*spin)(int64_t turns);  // `spin_operations` operations a turn, in registers

@@ -8,6 +8,7 @@
 
 #include "key_sums.h"
 #include "points_backward.h"
+#include "rows_ahead.h"
 #include "scores.h"
 
 namespace farlight::FARLIGHT_NS {
@@ -57,13 +58,16 @@ class Backward {
     query_ = arena.take<float>(ld_);
   }
 
-  void run(int first_row, const Sums& sums) {
+  void run(int first_row, const Sums& sums, const Item* next) {
     const Tile tile(*call_.plan, item_, first_row);
     const Dropped dropped(call_.dropout, *call_.plan, tile);
     const Source<T> q(call_.q, item_.batch, item_.head), dout(call_.dout, item_.batch, item_.head);
     const float base2 = call_.scale * kLog2E, factor = scaled_first<Mode> ? 1.0f : base2;
     PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
     [[maybe_unused]] SumsAhead sums_ahead(tile, sums, Lines::of_row<T>(dim_), dim_);
+    RowsAhead rows_ahead(*call_.plan, Lines::of_row<T>(dim_));
+    const Turn after = Turn{&item_, first_row}.after(*call_.plan, next);
+    for (const Rows* rows : {&call_.q, &call_.dout, &call_.out}) rows_ahead.add(after, *rows, sizeof(T));
     queries_.fetch(q, tile, scaled_first<Mode> ? base2 : 1.0f);
     upstream_.fetch(dout, tile, 1.0f);
     lay_rows(q, tile, query_rows_);
@@ -93,7 +97,10 @@ class Backward {
         keys_.fetch_rows(c, true);
         values_.fetch_rows(c);
         score<Mode, false>(c, keys_, queries_, lanes, scores_, nullptr, [&](int block) { return ahead.lines(block); });
-        score<Mode, false>(c, values_, upstream_, lanes, slopes_, nullptr, [&](int) { return sums_ahead.lines(); });
+        score<Mode, false>(c, values_, upstream_, lanes, slopes_, nullptr, [&](int) {
+          const Lines* lines = sums_ahead.lines();
+          return lines ? lines : rows_ahead.lines();
+        });
       }
       differentiate(dropped, factor, lanes);
       sums_.add(c, weights(), upstream_rows_, slopes(), query_rows_, terms);

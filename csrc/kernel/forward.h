@@ -46,7 +46,10 @@ class Forward {
     const Dropped dropped(call_.dropout, *call_.plan, tile);
     const Source<T> q(call_.q, item_.batch, item_.head);
     const auto [before, factor] = scale_of<Mode>(call_.scale);
-    RowsAhead<T> rows_ahead(call_, next);
+    RowsAhead rows_ahead(*call_.plan, Lines::of_row<T>(dim_));
+    if (in_tiles<Mode>) ask_for_results(tile);
+    else rows_ahead.add({&item_, first_row}, results(), width());
+    rows_ahead.add(Turn{&item_, first_row}.after(*call_.plan, next), call_.q, sizeof(T));
     PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
     queries_.fetch(q, tile, before);
     const int lanes = static_cast<int>(rounded(tile.count, kV * W));
@@ -55,7 +58,6 @@ class Forward {
       store(total_ + g, all(0.0f));
       store(shrink_ + g, all(1.0f));
     }
-    ask_for_results(tile);
     bool fresh = true;
     Walk walk(tile, chunk_of<Mode>, group_of<Mode>);
     bool more = walk.next(chunks_[0]);
@@ -63,10 +65,13 @@ class Forward {
       chunk_ = chunks_ + turn;
       more = walk.next(chunks_[turn ^ 1]);
       Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, points, recent_, dim_);
-      if constexpr (in_tiles<Mode>) take_tiles(ahead, dropped, factor, lanes, fresh);
-      else take(ahead, dropped, factor, lanes, fresh);
+      if constexpr (in_tiles<Mode>) {
+        take_tiles(ahead, dropped, factor, lanes, fresh);
+        rows_ahead.some();
+      } else {
+        take(ahead, rows_ahead, dropped, factor, lanes, fresh);
+      }
       fresh = false;
-      rows_ahead.some();
     }
     if (fresh) {
       for (int s = 0; s < tile.count; ++s) std::memset(rows_ + s * ld_, 0, ld_ * sizeof(float));
@@ -80,18 +85,23 @@ class Forward {
  private:
   int64_t kv_head() const { return item_.head / (call_.heads / call_.kv_heads); }
 
+  int64_t width() const { return call_.out_type == Type::f32 ? 4 : 2; }
+  Rows results() const { return {call_.result, call_.heads * call_.plan->n_q * dim_, call_.plan->n_q * dim_, dim_}; }
   // Where the rows' results go: on its way to the cache before it is written.
   void ask_for_results(const Tile& tile) const {
-    const int64_t width = call_.out_type == Type::f32 ? 4 : 2;
-    const char* at = static_cast<const char*>(call_.result) + (item_.batch * call_.heads + item_.head) * call_.plan->n_q * dim_ * width;
-    for (int s = 0; s < tile.count; ++s) ask_for(at + tile.row[s] * dim_ * width, dim_ * width);
+    const Rows rows = results();
+    const char* at = static_cast<const char*>(rows.data) + (item_.batch * rows.batch + item_.head * rows.head) * width();
+    for (int s = 0; s < tile.count; ++s) ask_for(at + tile.row[s] * rows.row * width(), dim_ * width());
   }
 
   // One chunk: its scores, their weights, and the values with these.
-  FARLIGHT_INLINE void take(Ahead<Mode>& ahead, const Dropped& dropped, float factor, int lanes, bool fresh) {
+  FARLIGHT_INLINE void take(Ahead<Mode>& ahead, RowsAhead& rows_ahead, const Dropped& dropped, float factor, int lanes, bool fresh) {
     float top[kRows];
     keys_.fetch_rows(*chunk_);
-    score<Mode, true>(*chunk_, keys_, queries_, lanes, scores_, top, [&](int block) { return ahead.lines(block); });
+    score<Mode, true>(*chunk_, keys_, queries_, lanes, scores_, top, [&](int block) {
+      const Lines* lines = ahead.lines(block);
+      return lines ? lines : rows_ahead.lines();
+    });
     for (int g = 0; !scaled_first<Mode> && g < lanes; g += W) store(top + g, mul(load(top + g), all(factor)));
     const bool shrinks = raise(top, lanes, fresh);
     weigh(dropped, all(factor), lanes);

@@ -66,7 +66,9 @@ int64_t scratch_bytes(const Call& call) { return most(measure<Forward>(call), me
 
 void forward(const Call& call, const Item& item, const Item* next, char* scratch) { run<Forward>(call, item, scratch, next); }
 
-void backward(const Call& call, const Item& item, const Sums& sums, char* scratch) { run<Backward>(call, item, scratch, sums); }
+void backward(const Call& call, const Item& item, const Item* next, const Sums& sums, char* scratch) {
+  run<Backward>(call, item, scratch, sums, next);
+}
 
 void fold(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out) {
   const int64_t width = type == Type::f32 ? 4 : 2;
