@@ -85,6 +85,7 @@ void begin_result(const Call& call, const Schedule& schedule, bool with_lse, int
   });
 }
 
+// The item after item i of those before `end`, if there is one.
 const Item* after(const std::vector<Item>& items, int64_t i, int64_t end) { return i + 1 < end ? &items[i + 1] : nullptr; }
 
 }  // namespace
@@ -95,10 +96,12 @@ void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, in
   const uint64_t number = next_call();
   if (schedule.cost * call.dim < kWorthThreads) threads = 1;
   begin_result(call, schedule, true, threads);
-  for (const Phase& phase : schedule.phases)
-    for_each(static_cast<int64_t>(phase.forward.size()), threads, [&](int64_t i) {
-      kernels.forward(call, phase.forward[i], after(phase.forward, i, static_cast<int64_t>(phase.forward.size())), scratch(bytes, kernels.cleared_bytes, number));
+  for (const Phase& phase : schedule.phases) {
+    const int64_t count = static_cast<int64_t>(phase.forward.size());
+    for_each(count, threads, [&](int64_t i) {
+      kernels.forward(call, phase.forward[i], after(phase.forward, i, count), scratch(bytes, kernels.cleared_bytes, number));
     });
+  }
 }
 
 void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads) {
@@ -118,8 +121,10 @@ void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, v
     for_each(units, threads, [&](int64_t unit) {
       if (p == 0) sums.open(unit);
       const Slab& slab = phase.slabs[unit];
-      for (int64_t i = slab.first; i < slab.last; ++i)
-        kernels.backward(call, phase.backward[i], after(phase.backward, i, slab.last), sums.of(unit), scratch(bytes, kernels.cleared_bytes, number));
+      for (int64_t i = slab.first; i < slab.last; ++i) {
+        char* room = scratch(bytes, kernels.cleared_bytes, number);
+        kernels.backward(call, phase.backward[i], after(phase.backward, i, slab.last), sums.of(unit), room);
+      }
       if (at_once && sums.finished(unit)) {
         const int64_t group = unit / schedule.slab_count;
         for (int64_t block = 0; block < schedule.blocks; ++block) sums.add_up(group, block);

@@ -4,8 +4,6 @@
 
 #include <math.h>
 
-#include <utility>
-
 #include "key_sums.h"
 #include "points_backward.h"
 #include "rows_ahead.h"
@@ -65,9 +63,13 @@ class Backward {
     const float base2 = call_.scale * kLog2E, factor = scaled_first<Mode> ? 1.0f : base2;
     PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
     [[maybe_unused]] SumsAhead sums_ahead(tile, sums, Lines::of_row<T>(dim_), dim_);
-    RowsAhead rows_ahead(*call_.plan, Lines::of_row<T>(dim_));
+    [[maybe_unused]] RowsAhead rows_ahead(*call_.plan, Lines::of_row<T>(dim_));
     const Turn after = Turn{&item_, first_row}.after(*call_.plan, next);
-    for (const Rows* rows : {&call_.q, &call_.dout, &call_.out}) rows_ahead.add(after, *rows, sizeof(T));
+    if constexpr (!in_tiles<Mode>) {
+      rows_ahead.add(after, call_.q, sizeof(T));
+      rows_ahead.add(after, call_.dout, sizeof(T));
+      rows_ahead.add(after, call_.out, sizeof(T));
+    }
     queries_.fetch(q, tile, scaled_first<Mode> ? base2 : 1.0f);
     upstream_.fetch(dout, tile, 1.0f);
     lay_rows(q, tile, query_rows_);
@@ -80,11 +82,11 @@ class Backward {
     int done = 0;
     Walk walk(tile, chunk_of<Mode>, group_of<Mode>);
     bool more = walk.next(chunks_[0]);
-    for (int turn = 0; more; turn ^= 1) {
-      chunk_ = chunks_ + turn;
-      more = walk.next(chunks_[turn ^ 1]);
+    for (int which = 0; more; which ^= 1) {
+      chunk_ = chunks_ + which;
+      more = walk.next(chunks_[which ^ 1]);
       const Chunk& c = *chunk_;
-      Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, points, recent_, dim_);
+      Ahead<Mode> ahead(more ? chunks_ + (which ^ 1) : nullptr, keys_, values_, columns_, points, recent_, dim_);
       for (int i = 0; i < c.n; ++i) touched |= c.seen[i];
       sums_.find(c, sums);
       if constexpr (in_tiles<Mode>) {
@@ -113,7 +115,9 @@ class Backward {
     } else {
       if (done > kTogether) {
         put_by(false);
-        std::swap(dq_, dq_before_);
+        float* const before = dq_before_;
+        dq_before_ = dq_;
+        dq_ = before;
       }
       turn_out(dq_, dim_, rows_, ld_);
     }

@@ -47,9 +47,10 @@ class Forward {
     const Source<T> q(call_.q, item_.batch, item_.head);
     const auto [before, factor] = scale_of<Mode>(call_.scale);
     RowsAhead rows_ahead(*call_.plan, Lines::of_row<T>(dim_));
-    if (in_tiles<Mode>) ask_for_results(tile);
-    else rows_ahead.add({&item_, first_row}, results(), width());
-    rows_ahead.add(Turn{&item_, first_row}.after(*call_.plan, next), call_.q, sizeof(T));
+    const Turn turn{&item_, first_row};
+    rows_ahead.add(turn, results(), call_.out_type == Type::f32 ? 4 : 2);
+    if (in_tiles<Mode>) rows_ahead.some(kRows);
+    rows_ahead.add(turn.after(*call_.plan, next), call_.q, sizeof(T));
     PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
     queries_.fetch(q, tile, before);
     const int lanes = static_cast<int>(rounded(tile.count, kV * W));
@@ -61,13 +62,13 @@ class Forward {
     bool fresh = true;
     Walk walk(tile, chunk_of<Mode>, group_of<Mode>);
     bool more = walk.next(chunks_[0]);
-    for (int turn = 0; more; turn ^= 1) {
-      chunk_ = chunks_ + turn;
-      more = walk.next(chunks_[turn ^ 1]);
-      Ahead<Mode> ahead(more ? chunks_ + (turn ^ 1) : nullptr, keys_, values_, columns_, points, recent_, dim_);
+    for (int which = 0; more; which ^= 1) {
+      chunk_ = chunks_ + which;
+      more = walk.next(chunks_[which ^ 1]);
+      Ahead<Mode> ahead(more ? chunks_ + (which ^ 1) : nullptr, keys_, values_, columns_, points, recent_, dim_);
       if constexpr (in_tiles<Mode>) {
         take_tiles(ahead, dropped, factor, lanes, fresh);
-        rows_ahead.some();
+        rows_ahead.some(kRows / 4);
       } else {
         take(ahead, rows_ahead, dropped, factor, lanes, fresh);
       }
@@ -85,14 +86,7 @@ class Forward {
  private:
   int64_t kv_head() const { return item_.head / (call_.heads / call_.kv_heads); }
 
-  int64_t width() const { return call_.out_type == Type::f32 ? 4 : 2; }
   Rows results() const { return {call_.result, call_.heads * call_.plan->n_q * dim_, call_.plan->n_q * dim_, dim_}; }
-  // Where the rows' results go: on its way to the cache before it is written.
-  void ask_for_results(const Tile& tile) const {
-    const Rows rows = results();
-    const char* at = static_cast<const char*>(rows.data) + (item_.batch * rows.batch + item_.head * rows.head) * width();
-    for (int s = 0; s < tile.count; ++s) ask_for(at + tile.row[s] * rows.row * width(), dim_ * width());
-  }
 
   // One chunk: its scores, their weights, and the values with these.
   FARLIGHT_INLINE void take(Ahead<Mode>& ahead, RowsAhead& rows_ahead, const Dropped& dropped, float factor, int lanes, bool fresh) {

@@ -28,6 +28,7 @@ class RowsAhead {
     const PieceView& piece = plan_.pieces[turn.item->piece];
     const int32_t first = piece.start[turn.item->entry] + turn.first_row;
     const int32_t count = least(piece.count[turn.item->entry] - turn.first_row, kRows);
+    if (count <= 0) return;
     const int64_t begin = turn.item->batch * tensor.batch + turn.item->head * tensor.head;
     parts_[count_++] = {static_cast<const char*>(tensor.data) + begin * width, tensor.row * width, piece.rows, first, first + count};
   }
@@ -35,16 +36,16 @@ class RowsAhead {
   // Some of the rows; null where there are none left.
   FARLIGHT_INLINE const Lines* lines() { return at_ == count_ ? nullptr : fill(); }
 
-  // Where products are made of tiles: some rows at once.
-  void some() {
-    for (int n = 0; n < kSome && at_ < count_; ++n) {
+  // Where products are made of tiles: so many rows at once.
+  void some(int rows) {
+    for (; rows > 0 && at_ < count_; --rows) {
       const char* row = next();
       for (int64_t line = 0; line < lines_.many; ++line) FARLIGHT_PREFETCH_L2(row + line * 64);
     }
   }
 
  private:
-  static constexpr int kParts = 4, kSome = kRows / 4;
+  static constexpr int kParts = 3;
   struct Part {
     const char* base;
     int64_t stride;
