@@ -88,7 +88,9 @@ def page(results: dict[str, Any], source: str, images: dict[str, str], elsewhere
         f"{s['heads']} heads, head_dim {s['head_dim']}. Times are medians with their range. The two sides of a ratio were "
         "timed in turn, A B A B …, in one process, each after an untimed call if that takes less than four seconds. A *useful "
         "pair* is an allowed (query, key) pair; it costs 4·D operations forward and 14·D forward + backward; what a contender "
-        "computes besides does not count. *Against X* = how many times as fast as X."
+        "computes besides does not count. *Against X* = how many times as fast as X. Memory is *fresh* where what is freed "
+        "goes back to the system, as glibc has it, and comes from it anew; *kept* where it stays with the process (`mallopt`), "
+        "in sections that compare kernels: for all contenders alike."
     )
     if elsewhere:
         parts.append("The same on other machines: " + "; ".join(f"[{name}]({link})" for name, link in elsewhere.items()) + ".")
@@ -120,10 +122,10 @@ def _ceilings(results: dict[str, Any]) -> str:
     for name, section in results["sections"].items():
         peak = section.get("ceilings", {})
         load = f"{section.get('load', '')} → {section.get('load_at_end', '')}"
-        cells = [name, section.get("started", ""), seconds(section.get("seconds")), load]
+        cells = [name, section.get("started", ""), seconds(section.get("seconds")), load, section.get("memory", "fresh")]
         cells += [f"{peak[column]:.0f}" if column in peak else "" for column in _PEAKS]
         body.append(cells)
-    return table(["section", "started (UTC)", "took", "load", *_PEAKS.values()], body)
+    return table(["section", "started (UTC)", "took", "load", "memory", *_PEAKS.values()], body)
 
 
 _PEAKS = {

@@ -48,7 +48,7 @@ def _group(
         why = refusal(backend, pattern, n, heads, dim, dtype, grads)
         if why is None:
             mine = ours(backend, pattern, *qkv, grads)
-            contenders.append(dataclasses.replace(mine, most=settings.repeats) if backend == "torch" else mine)
+            contenders.append(dataclasses.replace(mine, most=3) if backend == "torch" else mine)
         else:
             yield {"contender": f"farlight {backend}", **about, "skipped": why}
     why = _without_flex(settings) or box.refusal(60.0)
@@ -66,7 +66,7 @@ def _group(
             yield {"contender": FLEX, **about, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     contenders.append(matmul(dtype, settings.matmul_size))
     # Most rounds are of those that the ratios are about: the others take long.
-    timings = interleaved(contenders, repeats=2 * settings.repeats + 1, budget=max(20.0, box.left / 2))
+    timings = interleaved(contenders, repeats=2 * settings.repeats + 1, budget=max(45.0, box.left / 2))
     ceiling = matmul_flops(settings.matmul_size) / timings["matmul"].seconds / 1e9
     flops = (BACKWARD_FLOPS if grads else FORWARD_FLOPS) * dim * plan(pattern, n, heads=heads).pairs
     yield {"contender": "matmul", **about, **timings["matmul"].row(), "gflops": ceiling, "of_matmul": 1.0}
