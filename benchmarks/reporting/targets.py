@@ -62,7 +62,8 @@ def targets(results: dict[str, Any]) -> Iterator[Target]:
     # Results of older runs tell of fresh memory only, and do not say so.
     kept = any("memory" in row for row in rows_of(results, "scaling"))
     long_text = {"measure": "long text", **({"memory": "kept"} if kept else {})}
-    yield most(f"{longest:,} tokens: time ÷ linear", 1.2, found("scaling", "of_linear", **long_text))
+    text = f"{longest:,} tokens: time ÷ linear" + (", memory kept" if kept else "")
+    yield most(text, 1.2, found("scaling", "of_linear", **long_text))
     peak = found("scaling", "peak_of_inputs_and_output", **long_text)
     yield most(f"{longest:,} tokens: peak memory ÷ (q+k+v+out)", 1.15, peak)
     yield least("two threads against one, one head", 1.8, found("scaling", "speed_up", measure="threads", threads=2))
