@@ -76,30 +76,25 @@ def _shown(path: Path) -> str:
 def page(results: dict[str, Any], source: str, images: dict[str, str], elsewhere: dict[str, str]) -> str:
     """The whole page as Markdown; `elsewhere`: the pages of other machines."""
     s, machine = results["settings"], results["machine"]
+    on_cpu = not results["sections"] or any(not name.startswith("gpu-") for name in results["sections"])
     parts = [
-        "# Benchmarks",
+        "# Benchmarks" if on_cpu else f"# Benchmarks on {machine['device']}",
         f"Written by `python benchmarks/report.py` from [{source}](../{source}); no figure on this page is typed by hand. "
-        "Measured by `python benchmarks/run.py` (`make bench`); `--only SECTION` measures one section anew.",
+        "Measured by `python benchmarks/run.py` (`make bench`); `--only SECTION` repeats one section.",
     ]
     if s["name"] != "full":
         parts.append(f"**This was a run at the {s['name']} sizes.**")
-    parts.append(
-        "Unless said otherwise: window 256 + 64 global tokens (`window(256) | global_tokens(range(64))`), batch 1, "
-        f"{s['heads']} heads, head_dim {s['head_dim']}. Times are medians with their range. The two sides of a ratio were "
-        "timed in turn, A B A B …, in one process, each after an untimed call if that takes less than four seconds. A *useful "
-        "pair* is an allowed (query, key) pair; it costs 4·D operations forward and 14·D forward + backward; what a contender "
-        "computes besides does not count. *Against X* = how many times as fast as X. Memory is *fresh* where what is freed "
-        "goes back to the system, as glibc has it, and comes from it anew; *kept* where it stays with the process (`mallopt`), "
-        "in sections that compare kernels: for all contenders alike."
-    )
+    if on_cpu:
+        parts.append(_METHOD.format(heads=s["heads"], head_dim=s["head_dim"]))
     if elsewhere:
         parts.append("The same on other machines: " + "; ".join(f"[{name}]({link})" for name, link in elsewhere.items()) + ".")
     parts += ["## Machine", table(["", ""], ([name.replace("_", " "), str(value)] for name, value in machine.items()))]
-    parts += ["Each section measured the machine's ceilings anew, in its own process:", _ceilings(results)]
-    if s["name"] == "full":
-        parts += ["## Aims", target_table(results)]
-    for title, found in (("Where it wins", wins(results)), ("Where it loses", losses(results))):
-        parts += [f"## {title}", "\n".join(f"- {line}" for line in found) or "Nothing was measured."]
+    if on_cpu:
+        parts += ["Each section measured the machine's ceilings, in its own process:", _ceilings(results)]
+        if s["name"] == "full":
+            parts += ["## Aims", target_table(results)]
+        for title, found in (("Where it wins", wins(results)), ("Where it loses", losses(results))):
+            parts += [f"## {title}", "\n".join(f"- {line}" for line in found) or "Nothing was measured."]
     for name, make in TABLES.items():
         section = results["sections"].get(name)
         if section is None:
@@ -128,6 +123,14 @@ def _ceilings(results: dict[str, Any]) -> str:
     return table(["section", "started (UTC)", "took", "load", "memory", *_PEAKS.values()], body)
 
 
+_METHOD = (
+    "Unless said otherwise: window 256 + 64 global tokens (`window(256) | global_tokens(range(64))`), batch 1, {heads} heads, "
+    "head_dim {head_dim}. Times are medians with their range. The two sides of a ratio were timed in turn, A B A B …, in one "
+    "process, each after an untimed call if that takes less than four seconds. A *useful pair* is an allowed (query, key) "
+    "pair; it costs 4·D operations forward and 14·D forward + backward; what a contender computes besides does not count. "
+    "*Against X* = how many times as fast as X. Memory is *fresh* where freed memory goes back to the system, as glibc has it; "
+    "*kept* where it stays with the process (`mallopt`), in sections that compare kernels: for all contenders alike."
+)
 _PEAKS = {
     "fma_float32_gflops": "FMA f32, GFLOP/s",
     "matmul_float32_gflops": "matmul f32, GFLOP/s",

@@ -154,12 +154,13 @@ def growing(config: Config, out: Path) -> list[dict[str, float]]:
 
 
 def table(sparse: list[dict[str, float]], dense: list[dict[str, float]], config: Config) -> str:
-    from farlight.bench.machine import machine
+    from farlight.cli.doctor import examine
 
-    about = machine()
+    about = examine()
+    versions = about["versions"]
     lines = [
-        f"{about['processor']}, {config.threads} thread(s), Python {about['python']}, torch {about['torch']}, transformers "
-        f"{about['transformers']}, farlight {about['farlight']}; `python examples/stream.py`",
+        f"{about['processor']['model']}, {config.threads} thread(s), Python {versions['python']}, torch {versions['torch']}, "
+        f"transformers {about['packages']['transformers']}, farlight {versions['farlight']}; `python examples/stream.py`",
         "",
         "| tokens so far | keys kept per layer | cache, MiB | process, MiB | ms per token |",
         "|---|---|---|---|---|",

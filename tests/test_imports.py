@@ -141,7 +141,7 @@ LAYERS = {
     "hf": 8, "nn": 8,
     "understanding": 9,
     "report": 10, "embedding": 10,
-    "cli": 11, "bench": 11,
+    "cli": 11,
 }  # fmt: skip
 
 # Functions that reach up when they are called, each with its reason.
@@ -169,7 +169,7 @@ def test_packages_import_in_one_direction() -> None:
         if source in ("", target) or (found.lazy and (found.module, found.target) in REACHING_UP):
             continue
         assert source in LAYERS, f"{found.module}: give the package a place in LAYERS"
-        if found.target == "farlight" or (source, target) == ("bench", "cli"):
+        if found.target == "farlight":
             # The public face may be imported whole by what stands above everything.
             if LAYERS[source] < 8 and found.target == "farlight":
                 wrong.append(str(found))
@@ -230,7 +230,7 @@ def test_what_is_exported_exists() -> None:
         assert getattr(fl, name) is not None
     assert sorted(fl.__all__) == list(fl.__all__)
     for module in MODULES:
-        if module.rsplit(".", 1)[-1].startswith("__main__") or module.startswith(("farlight.bench", "farlight.cli")):
+        if module.rsplit(".", 1)[-1].startswith("__main__") or module.startswith("farlight.cli"):
             continue
         loaded = __import__(module, fromlist=["__all__"])
         for name in getattr(loaded, "__all__", ()):

@@ -227,25 +227,11 @@ def gpu_check(*options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(torch.cuda.is_available() or sys.platform == "win32", reason="there is a GPU, or no shell")
 def test_gpu_check_without_a_gpu_says_so(tmp_path: Path) -> None:
-    found = gpu_check("--out", str(tmp_path))
+    found = gpu_check("--out", str(tmp_path / "gpu.json"))
     assert found.returncode == 3
-    assert f"gpu_check: torch {torch.__version__} sees no GPU" in found.stderr
+    assert f"torch {torch.__version__} sees no GPU" in found.stderr
     assert "pip install torch --index-url" in found.stderr
     assert not list(tmp_path.iterdir())
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no shell")
-def test_gpu_check_rehearses(tmp_path: Path) -> None:
-    """All steps of the program, at toy sizes; the page tells what was not run."""
-    found = gpu_check("--rehearse", "--out", str(tmp_path))
-    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-2000:]
-    page = (tmp_path / "rehearsal.md").read_text(encoding="utf-8")
-    assert "- float16: 4 of 4 cases agree, 0 fail, 0 not run" in page
-    assert "- FlexAttention, Longformer(512) + 64 global, 160 tokens: a rehearsal compiles nothing" in page
-    assert page.count("| 32 clusters | 160 |") == 3
-    assert page.count("| TopBlocks(count=10, block=16) | 160 |") == 2
 
 
 @needs_triton

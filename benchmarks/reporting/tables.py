@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from reporting.gpu import GPU_TABLES
 from reporting.wording import Row, code, distinct, kind, measured, percent, rate, rows_of, seconds, share, spread, table, times
 
 __all__ = ["TABLES"]
@@ -239,6 +240,25 @@ def waste(results: dict[str, Any]) -> str:
     return table(["pattern", "tokens", "density", "visited ÷ wanted", "pieces"], body)
 
 
+def decode(results: dict[str, Any]) -> str:
+    head = ["rule", "dtype", "keys kept", "cache MiB", "append", "decode", "SDPA, kept keys", "SDPA, all keys", "against all"]
+    body = []
+    for row in measured(rows_of(results, "decode")):
+        step = row["append_seconds"] + row["decode_seconds"]
+        cells = [code(row["pattern"]), row["dtype"], f"{row['kept']:,}", f"{row['cache_mib']:.1f}"]
+        cells += [seconds(row[f"{name}_seconds"]) for name in ("append", "decode", "kept", "all")]
+        body.append([*cells, times(row["all_seconds"] / step)])
+    return table(head, body)
+
+
+def llama(results: dict[str, Any]) -> str:
+    body = [
+        [code(row["pattern"]), f"{row['tokens']:,}", row["pass"], spread(row), times(row["times_dense"])]
+        for row in measured(rows_of(results, "llama"))
+    ]
+    return table(["attention", "tokens", "pass", "time (range)", "against SDPA"], body)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "headline": headline,
     "length": length,
@@ -247,7 +267,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "dims": dims,
     "models": models,
     "scaling": scaling,
+    "decode": decode,
+    "llama": llama,
     "breakeven": breakeven,
     "planning": planning,
     "waste": waste,
+    **GPU_TABLES,
 }

@@ -10,7 +10,8 @@ DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def rows_of(results: dict[str, Any], section: str) -> list[Row]:
-    return results["sections"].get(section, {}).get("rows", [])
+    rows: list[Row] = results["sections"].get(section, {}).get("rows", [])
+    return rows
 
 
 def measured(rows: Iterable[Row], **where: Any) -> list[Row]:

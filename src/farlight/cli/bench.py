@@ -1,80 +1,102 @@
-"""`farlight bench`: farlight measured on this machine, beside what else there is."""
+"""`farlight bench`: attention under patterns beside torch's full attention, timed in turn on this machine."""
 
 from __future__ import annotations
 
-import dataclasses
-import sys
+import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from farlight.errors import ArgumentError
 
-__all__ = ["bench_command"]
+__all__ = ["bench_command", "bench_row"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_DEFAULT = "window(256) | global_tokens(range(64))"
 
 
 def bench_command(
-    sections: Annotated[list[str] | None, typer.Argument(help="What to measure; default: headline. --list names all.")] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", help="Length of the text. Default: 16384 (--quick: 4096).")] = None,
+    pattern: Annotated[list[str] | None, typer.Argument(help=f'Patterns to time; default: "{_DEFAULT}".')] = None,
+    tokens: Annotated[list[int] | None, typer.Option("--tokens", "-n", help="Repeatable; default: 4096, 16384.")] = None,
     heads: Annotated[int, typer.Option("--heads", help="Attention heads.")] = 12,
     head_dim: Annotated[int, typer.Option("--head-dim", help="Size of a head.")] = 64,
-    dtype: Annotated[
-        list[str] | None, typer.Option("--dtype", help="float32, bfloat16 or float16; repeat for several.")
-    ] = None,
-    pattern: Annotated[str | None, typer.Option("--pattern", help='Default: "window(256) | global_tokens(range(64))".')] = None,
-    repeats: Annotated[int | None, typer.Option("--repeats", help="How often each call is timed.")] = None,
-    flex: Annotated[bool, typer.Option(help="Also compile and time FlexAttention (about a minute).")] = True,
-    memory: Annotated[bool, typer.Option(help="Also measure peak memory, each time in a process of its own.")] = True,
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller problems.")] = False,
-    tiny: Annotated[
-        bool, typer.Option("--tiny", help="Only show that the code runs; the figures mean nothing.", hidden=True)
-    ] = False,
-    as_list: Annotated[bool, typer.Option("--list", help="Name the sections and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each section instead of tables.")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help=", ".join(_DTYPES) + ".")] = "float32",
+    backward: Annotated[bool, typer.Option("--backward", help="Time a forward and a backward pass.")] = False,
+    backend: Annotated[str, typer.Option("--backend", help="As in farlight.attention.")] = "auto",
+    seconds: Annotated[float, typer.Option("--seconds", help="Time to spend on each row, at least three calls.")] = 3.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Time farlight on this machine beside dense attention, FlexAttention and Hugging Face's sparse models."""
-    from farlight.bench.sections import SECTIONS
-    from farlight.bench.settings import FULL, QUICK, TINY, Box
-    from farlight.bench.show import show
+    """Time attention under patterns beside torch's full attention (the full suite: benchmarks/run.py of a checkout)."""
     from farlight.cli.inputs import read_patterns
 
-    if as_list:
-        for section in SECTIONS.values():
-            print(f"{section.name:<10} {section.question} (at most {section.seconds:.0f} s)")
+    if dtype not in _DTYPES:
+        raise ArgumentError(f"--dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}.")
+    lengths = tokens or [4096, 16_384]
+    for name, values in (("--tokens", lengths), ("--heads", [heads]), ("--head-dim", [head_dim])):
+        if min(values) < 1:
+            raise ArgumentError(f"{name} {min(values)}: it must be at least 1.")
+    patterns = read_patterns(pattern or [_DEFAULT])
+    rows = [bench_row(p, n, heads, head_dim, dtype, backward, backend, seconds) for p in patterns for n in lengths]
+    if as_json:
+        print(json.dumps({"machine": _machine(), "rows": rows}, indent=1))
         return
-    wanted = sections or ["headline"]
-    for name in wanted:
-        if name not in SECTIONS:
-            raise ArgumentError(f"section {name!r} is unknown; use one of {', '.join(SECTIONS)}.")
-    if not tiny:
-        changes: dict[str, Any] = {
-            "tokens": tokens,
-            "heads": heads,
-            "head_dim": head_dim,
-            "repeats": repeats,
-            "flex": flex,
-            "memory": memory,
-        }
-        changes |= {"dtypes": tuple(_dtype(name) for name in dtype)} if dtype else {}
-        changes |= {"pattern": read_patterns([pattern])[0].to_json()} if pattern else {}
-        for name, value in changes.items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ArgumentError(f"--{name.replace('_', '-')} {value}: it must be at least 1.")
-        settings = dataclasses.replace(QUICK if quick else FULL, **{k: v for k, v in changes.items() if v is not None})
-    else:
-        settings = TINY
-    for name in wanted:
-        section, rows = SECTIONS[name], []
-        for row in section.rows(settings, Box(section.seconds)):
-            rows.append(row)
-            if sys.stderr.isatty():
-                print(f"\r{name}: {len(rows)} rows", end="", file=sys.stderr, flush=True)
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
-        show(section.question, rows, as_json=as_json, matmul_size=settings.matmul_size)
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{heads} heads of {head_dim}, {dtype}, {'forward and backward' if backward else 'forward'}")
+    for column in ("pattern", "tokens", "links", "backend", "farlight", "full", "×"):
+        table.add_column(column, justify="left" if column in ("pattern", "backend") else "right", overflow="fold")
+    for row in rows:
+        times = (f"{row[name] * 1e3:.4g} ms" for name in ("seconds", "full_seconds"))
+        shown = [row["pattern"], f"{row['tokens']:,}", f"{row['density']:.2%}", row["backend"]]
+        table.add_row(*shown, *times, f"{row['full_seconds'] / row['seconds']:.2f}")
+    Console().print(table)
+    print(", ".join(f"{name} {value}" for name, value in _machine().items()))
 
 
-def _dtype(name: str) -> str:
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ArgumentError(f"--dtype {name!r} is unknown; use float32, bfloat16 or float16.")
-    return name
+def bench_row(
+    pattern: Any, n: int, heads: int, head_dim: int, dtype: str, backward: bool, backend: str, seconds: float
+) -> dict[str, Any]:
+    """Median seconds of one call under `pattern` and of `scaled_dot_product_attention` over all pairs (with `is_causal` where
+    the pattern is causal), timed in turn for `seconds`.
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    import farlight as fl
+    from farlight.kernels import dispatch
+    from farlight.kernels.request import Request
+    from farlight.patterns import Sizes
+    from farlight.patterns.algebra import looks_back
+    from farlight.understanding.cost import paired_seconds
+
+    kind = getattr(torch, dtype)
+    q, k, v = (torch.randn(1, heads, n, head_dim).to(kind).requires_grad_(backward) for _ in range(3))
+    causal = looks_back(pattern)
+
+    def pass_of(attend: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            with torch.set_grad_enabled(backward):
+                out = attend()
+            if backward:
+                torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+        return run
+
+    sparse = pass_of(lambda: fl.attention(q, k, v, pattern, backend=backend))
+    full = pass_of(lambda: scaled_dot_product_attention(q, k, v, is_causal=causal))
+    sparse_seconds, full_seconds = paired_seconds(sparse, full, seconds)
+    if backend == "auto":
+        request = Request(pattern, Sizes.of(n, heads=heads), heads, head_dim, kind, q.device, backward, 0.0, False)
+        backend = dispatch.choose(request).backend
+    row = {"pattern": repr(pattern), "tokens": n, "density": pattern.density(n, heads=heads), "backend": backend}
+    return row | {"causal": causal, "seconds": sparse_seconds, "full_seconds": full_seconds}
+
+
+def _machine() -> dict[str, Any]:
+    from farlight.cli.doctor import examine
+
+    found = examine()
+    versions, processor = found["versions"], found["processor"]
+    return {"processor": processor["model"], "threads": processor["threads"], "torch": versions["torch"]}

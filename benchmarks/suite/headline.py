@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farlight.bench.contenders import BACKWARD_FLOPS, DENSE, FORWARD_FLOPS, dense, inputs, ours, refusal, sparse
-from farlight.bench.flex import FLEX, backward_refusal, compiled_flex
-from farlight.bench.memory import memory_columns
-from farlight.bench.settings import Box, Settings, name_of
-from farlight.bench.timing import Contender, interleaved, matmul, matmul_flops, seconds_of
 from farlight.plan import plan
+from suite.contenders import BACKWARD_FLOPS, DENSE, FORWARD_FLOPS, dense, inputs, ours, refusal, sparse
+from suite.flex import FLEX, backward_refusal, compiled_flex
+from suite.memory import memory_columns
+from suite.settings import Box, Settings, name_of
+from suite.timing import Contender, interleaved, matmul, matmul_flops, seconds_of
 
 __all__ = ["headline_rows"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farlight.bench.contenders import DENSE, dense, inputs, ours
-from farlight.bench.flex import FLEX, Flex, compiled_flex
-from farlight.bench.fresh import FreshError, fresh_rows
-from farlight.bench.settings import Settings, name_of
 from farlight.patterns import window
 from farlight.patterns.base import Pattern
 from farlight.understanding.memory import peak_memory
+from suite.contenders import DENSE, dense, inputs, ours
+from suite.flex import FLEX, Flex, compiled_flex
+from suite.fresh import FreshError, fresh_rows
+from suite.settings import Settings, name_of
 
 __all__ = ["extra_memory", "memory_columns"]
 
@@ -34,7 +34,7 @@ def memory_columns(contender: str, settings: Settings, dtype: torch.dtype, grads
         "calls": calls,
     }
     try:
-        return next(fresh_rows("farlight.bench.memory:extra_memory", arguments, limit=limit), {})
+        return next(fresh_rows("suite.memory:extra_memory", arguments, limit=limit), {})
     except FreshError as error:
         return {"memory_error": str(error)}
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from farlight.bench.contenders import BACKWARD_FLOPS, DENSE, FORWARD_FLOPS, best_backend, dense, inputs, ours
-from farlight.bench.machine import free_memory
-from farlight.bench.settings import Box, Settings, name_of
-from farlight.bench.timing import Timing, interleaved, matmul, matmul_flops
 from farlight.plan import plan
+from suite.contenders import BACKWARD_FLOPS, DENSE, FORWARD_FLOPS, best_backend, dense, inputs, ours
+from suite.machine import free_memory
+from suite.settings import Box, Settings, name_of
+from suite.timing import Timing, interleaved, matmul, matmul_flops
 
 __all__ = ["length_rows"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import farlight
-from farlight.bench.timing import interleaved, matmul, matmul_flops, seconds_of
 from farlight.kernels import cpu
+from suite.timing import interleaved, matmul, matmul_flops, seconds_of
 
 __all__ = ["ceilings", "copy_rate", "free_memory", "load", "machine"]
 
@@ -25,6 +25,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gib": round(_meminfo("MemTotal") / 2**30, 1),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **_accelerator(),
         "instructions": f"torch {torch.backends.cpu.get_cpu_capability()}, farlight {_native()}",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -32,6 +33,19 @@ def machine() -> dict[str, Any]:
         "numpy": _version("numpy"),
         "transformers": _version("transformers"),
         "farlight": farlight.__version__,
+    }
+
+
+def _accelerator() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "device_memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda or torch.version.hip,
+        "triton": _version("triton"),
     }
 
 

@@ -1,4 +1,4 @@
-"""The results of a run as one JSON file, written anew after every row: a run that is killed keeps what it has."""
+"""The results of a run as one JSON file, rewritten after every row: a run that is killed keeps its rows."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Results", "default_path"]
+__all__ = ["Results", "compact", "default_path"]
 
 Row = dict[str, Any]
 FORMAT = 1
 
 
-def default_path(machine: dict[str, Any], settings: str) -> Path:
-    """`results/amd-epyc-2-threads.json` beside this file; anything but the full sizes is named as such."""
-    words = re.sub(r"[^a-z0-9]+", "-", str(machine["processor"]).lower()).strip("-") or "machine"
-    kind = "" if settings == "full" else f"-{settings}"
-    return Path(__file__).parent / "results" / f"{words}-{machine['threads']}-threads{kind}.json"
+def default_path(machine: dict[str, Any], settings: str, on_gpu: bool = False) -> Path:
+    """`benchmarks/results/amd-epyc-2-threads.json`, for a GPU `…/nvidia-h100.json`; other than full sizes in the name."""
+    name = f"{machine['device']}" if on_gpu else f"{machine['processor']}-{machine['threads']}-threads"
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "machine"
+    sizes = "" if settings == "full" else f"-{settings}"
+    return Path(__file__).parents[1] / "results" / f"{words}{sizes}.json"
 
 
 class Results:
@@ -66,6 +67,18 @@ class Results:
     def write(self) -> None:
         self.data["written"] = datetime.now(UTC).isoformat(timespec="seconds")
         part = self.path.with_suffix(".part")
-        # NaN is no JSON: a row that has one is a mistake, and must not be stored.
-        part.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.write_text(compact(self.data), encoding="utf-8")
         os.replace(part, self.path)
+
+
+def compact(data: dict[str, Any]) -> str:
+    """The results as JSON with one line for each row. Raises ValueError for NaN, which JSON does not have."""
+    rows: list[str] = []
+
+    def mark(row: Row) -> str:
+        rows.append(json.dumps(row, allow_nan=False))
+        return f"@row {len(rows) - 1}@"
+
+    sections = {name: {**section, "rows": [mark(row) for row in section["rows"]]} for name, section in data["sections"].items()}
+    text = json.dumps({**data, "sections": sections}, indent=1, allow_nan=False)
+    return re.sub(r'"@row (\d+)@"', lambda found: rows[int(found[1])], text) + "\n"

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from farlight.bench.allocator import kept_memory
-from farlight.bench.contenders import FORWARD_FLOPS, best_backend, inputs, ours, refusal, sparse
-from farlight.bench.fresh import FreshError, fresh_rows
-from farlight.bench.machine import free_memory
-from farlight.bench.settings import Box, Settings, name_of
-from farlight.bench.timing import Contender, interleaved
 from farlight.patterns import window
 from farlight.plan import plan
 from farlight.understanding.memory import peak_memory
+from suite.allocator import kept_memory
+from suite.contenders import FORWARD_FLOPS, best_backend, inputs, ours, refusal, sparse
+from suite.fresh import FreshError, fresh_rows
+from suite.machine import free_memory
+from suite.settings import Box, Settings, name_of
+from suite.timing import Contender, interleaved
 
 __all__ = ["long_rows", "overhead_rows", "scaling_rows", "thread_rows"]
 
@@ -39,7 +39,7 @@ def scaling_rows(settings: Settings, box: Box) -> Iterator[Row]:
         return
     limit = max(60.0, 2 * box.left)
     try:
-        for row in fresh_rows("farlight.bench.scaling:long_rows", {"settings": settings.to_dict()}, limit=limit):
+        for row in fresh_rows("suite.scaling:long_rows", {"settings": settings.to_dict()}, limit=limit):
             yield {**about, **row}
     except FreshError as error:
         yield {**about, "error": str(error)}

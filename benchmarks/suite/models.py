@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from farlight.bench.contenders import DENSE, best_backend, inputs
-from farlight.bench.fresh import FreshError, fresh_rows
-from farlight.bench.settings import Box, Settings
-from farlight.bench.timing import Contender, Timing, interleaved
 from farlight.patterns import window
 from farlight.understanding.memory import peak_memory
+from suite.contenders import DENSE, best_backend, inputs
+from suite.fresh import FreshError, fresh_rows
+from suite.settings import Box, Settings
+from suite.timing import Contender, Timing, interleaved
 
 __all__ = ["model_rows", "whole_model"]
 
@@ -170,7 +170,7 @@ def _whole(name: str, settings: Settings, box: Box) -> Row:
         return {**row, "skipped": why}
     arguments = {"name": name, "tokens": n, "layers": _LAYERS, "repeats": min(3, settings.repeats)}
     try:
-        return row | next(fresh_rows("farlight.bench.models:whole_model", arguments, limit=max(60.0, box.left)), {})
+        return row | next(fresh_rows("suite.models:whole_model", arguments, limit=max(60.0, box.left)), {})
     except FreshError as error:
         return {**row, "error": str(error)}
 

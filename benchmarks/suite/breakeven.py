@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from farlight.bench.contenders import DENSE, automatic, best_backend, inputs, ours
-from farlight.bench.gallery import gallery
-from farlight.bench.settings import Box, Settings, name_of
-from farlight.bench.timing import Contender, Timing, interleaved
 from farlight.errors import FarlightError
 from farlight.patterns.base import Sizes
+from suite.contenders import DENSE, automatic, best_backend, inputs, ours
+from suite.gallery import gallery
+from suite.settings import Box, Settings, name_of
+from suite.timing import Contender, Timing, interleaved
 
 __all__ = ["breakeven_rows", "first_win"]
 

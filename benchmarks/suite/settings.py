@@ -35,9 +35,15 @@ class Settings:
     thread_tokens: int = 65_536
     long_tokens: tuple[int, int] = (65_536, 1_048_576)
     call_loops: int = 200
+    decode_heads: int = 8
     short_lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     plan_exponents: tuple[int, int] = (14, 20)
     matmul_size: int = 2048
+
+    @property
+    def rehearsal(self) -> bool:
+        """On a GPU's sections: toy sizes under Triton's interpreter, which prove the program and not the kernels' speed."""
+        return self.name == "tiny"
 
     def types(self) -> tuple[torch.dtype, ...]:
         return tuple(getattr(torch, name) for name in self.dtypes)
@@ -92,6 +98,7 @@ TINY = Settings(
     thread_tokens=256,
     long_tokens=(128, 512),
     call_loops=2,
+    decode_heads=2,
     short_lengths=(128, 256),
     plan_exponents=(8, 9),
     matmul_size=64,

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from farlight.bench.contenders import BACKWARD_FLOPS, FORWARD_FLOPS, best_backend, inputs, ours
-from farlight.bench.gallery import PLAIN, Shown, gallery
-from farlight.bench.settings import Box, Settings, name_of
-from farlight.bench.timing import interleaved, matmul, matmul_flops
 from farlight.errors import FarlightError
 from farlight.plan import plan
 from farlight.plan.cache import plans
+from suite.contenders import BACKWARD_FLOPS, FORWARD_FLOPS, best_backend, inputs, ours
+from suite.gallery import PLAIN, Shown, gallery
+from suite.settings import Box, Settings, name_of
+from suite.timing import interleaved, matmul, matmul_flops
 
 __all__ = ["pattern_rows"]
 

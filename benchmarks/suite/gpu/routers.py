@@ -4,7 +4,7 @@ that is planned already, and full attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import farlight as fl
-from farlight.bench.timing import Contender, interleaved
 from farlight.patterns import Pattern
 from farlight.routing import KMeans, Router, TopBlocks
+from suite.settings import Box, Settings
+from suite.timing import Contender, interleaved
 
-__all__ = ["run"]
+__all__ = ["router_rows"]
 
 # tokens, heads, head_dim
 SETTINGS, REHEARSED = (65_536, 16, 64), (160, 2, 16)
-ROW_SECONDS = 40.0
+ROW_SECONDS = 20.0
 
 
 def routers(n: int, heads: int, dim: int, device: str) -> dict[str, tuple[Router, Pattern | None]]:
@@ -36,39 +37,35 @@ def routers(n: int, heads: int, dim: int, device: str) -> dict[str, tuple[Router
     }
 
 
-def run(report: Any, left: Callable[[], float], rehearsal: bool) -> int:
-    failed = 0
+def router_rows(settings: Settings, box: Box) -> Iterator[dict[str, Any]]:
+    """For each router, forward and forward + backward: seconds to choose, of the whole step, of attention under a known choice,
+    and of full attention; `waits` counts the synchronisations of one step.
+    """
+    rehearsal = settings.rehearsal
     n, heads, dim = REHEARSED if rehearsal else SETTINGS
     device, dtype = ("cpu", torch.float32) if rehearsal else ("cuda", torch.bfloat16)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, n, dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     for name, (router, beside) in routers(n, heads, dim, device).items():
-        where = f"{name}, {n} tokens, {heads} heads, head_dim {dim}"
-        if left() < (0 if rehearsal else ROW_SECONDS):
-            report.skip(where, f"{left():.0f} s were left of the time given")
+        about = {"router": name, "tokens": n, "heads": heads, "head_dim": dim}
+        why = None if rehearsal else box.refusal(ROW_SECONDS)
+        if why is not None:
+            yield {**about, "skipped": why}
             continue
         try:
             if isinstance(router, KMeans):
                 router = router.fit(q.detach(), k.detach()).eval()
-            row = _row(name, router, beside, (q, k, v), rehearsal)
+            yield {**about, **_row(router, beside, (q, k, v), rehearsal)}
         except Exception as error:  # out of memory, or what a compiler raises: a row with its reason
-            report.skip(where, f"{type(error).__name__}: {error}"[:400])
-            failed += 1
-            continue
-        report.data["routers"].append(row)
-        report.write()
-        print(f"  {where}: {row['passes']}", flush=True)
-    return failed
+            yield {**about, "wrong": f"{type(error).__name__}: {error}"[:400]}
 
 
-def _row(
-    name: str, router: Router, beside: Pattern | None, qkv: tuple[Tensor, Tensor, Tensor], rehearsal: bool
-) -> dict[str, Any]:
+def _row(router: Router, beside: Pattern | None, qkv: tuple[Tensor, Tensor, Tensor], rehearsal: bool) -> dict[str, Any]:
     q, k, v = qkv
     grad = torch.randn_like(q)
 
     def choose() -> Pattern:
-        chosen = router(q, k)
+        chosen: Pattern = router(q, k)
         return chosen if beside is None else beside | chosen
 
     known = choose()
@@ -81,10 +78,7 @@ def _row(
     def full() -> Tensor:
         return scaled_dot_product_attention(q, k, v)
 
-    row: dict[str, Any] = {
-        "router": name, "tokens": q.shape[2], "heads": q.shape[1], "head_dim": q.shape[3], "waits": _waits(choose, q, k, v),
-        "passes": {},
-    }  # fmt: skip
+    row: dict[str, Any] = {"waits": _waits(choose, q, k, v), "passes": {}}
     for what in ("forward", "forward + backward"):
 
         def whole(call: Callable[[], Tensor], backward: bool = what != "forward") -> Callable[[], Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from farlight.bench.contenders import BACKWARD_FLOPS, FORWARD_FLOPS, best_backend, inputs, ours
-from farlight.bench.settings import Box, Settings, name_of
-from farlight.bench.timing import interleaved, matmul, matmul_flops
 from farlight.plan import plan
+from suite.contenders import BACKWARD_FLOPS, FORWARD_FLOPS, best_backend, inputs, ours
+from suite.settings import Box, Settings, name_of
+from suite.timing import interleaved, matmul, matmul_flops
 
 __all__ = ["dims_rows"]
 

@@ -9,20 +9,26 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from farlight.bench.allocator import kept_memory
-from farlight.bench.breakeven import breakeven_rows
-from farlight.bench.dims import dims_rows
-from farlight.bench.headline import headline_rows
-from farlight.bench.length import length_rows
-from farlight.bench.machine import ceilings, load, machine
-from farlight.bench.models import model_rows
-from farlight.bench.patterns import pattern_rows
-from farlight.bench.planning import planning_rows, waste_rows
-from farlight.bench.routing import routing_rows
-from farlight.bench.scaling import scaling_rows
-from farlight.bench.settings import Box, Settings
+from suite.allocator import kept_memory
+from suite.breakeven import breakeven_rows
+from suite.decode import decode_rows
+from suite.dims import dims_rows
+from suite.gpu.parity import parity_rows
+from suite.gpu.properties import property_rows
+from suite.gpu.routers import router_rows
+from suite.gpu.speed import speed_rows
+from suite.headline import headline_rows
+from suite.length import length_rows
+from suite.llama import llama_rows
+from suite.machine import ceilings, load, machine
+from suite.models import model_rows
+from suite.patterns import pattern_rows
+from suite.planning import planning_rows, waste_rows
+from suite.routing import routing_rows
+from suite.scaling import scaling_rows
+from suite.settings import Box, Settings
 
-__all__ = ["SECTIONS", "Section", "run_section"]
+__all__ = ["SECTIONS", "Section", "run_section", "sections_of"]
 
 Row = dict[str, Any]
 
@@ -31,7 +37,8 @@ Row = dict[str, Any]
 class Section:
     """One table: its question, its rows, and how many seconds it may take on two cores.
 
-    `keeps`: what is freed stays with the process, so that kernels are compared and not how soon the system finds memory.
+    `keeps`: freed memory stays with the process, so that kernels are compared and not how soon the system finds memory.
+    `device`: where the section runs, "cpu" or "cuda".
     """
 
     name: str
@@ -39,9 +46,10 @@ class Section:
     seconds: float
     rows: Callable[[Settings, Box], Iterator[Row]]
     keeps: bool = False
+    device: str = "cpu"
 
 
-# Together half an hour.
+# Those of the CPU take 35 minutes together, those of a GPU less than eight.
 _ALL = (
     Section(
         "headline",
@@ -56,11 +64,24 @@ _ALL = (
     Section("dims", "Does the rate depend on the head dimension?", 150, dims_rows, keeps=True),
     Section("models", "How fast beside Hugging Face's Longformer and BigBird?", 250, model_rows),
     Section("scaling", "How does it scale: threads, tiny calls, a million tokens?", 150, scaling_rows),
+    Section("decode", "What does one token cost through a cache?", 90, decode_rows, keeps=True),
+    Section("llama", "How much does a whole model gain?", 110, llama_rows),
     Section("breakeven", "From which length on does each pattern beat dense attention?", 50, breakeven_rows),
     Section("planning", "How long does planning take?", 15, planning_rows),
     Section("waste", "How many pairs are visited for each pair wanted?", 5, waste_rows),
+    Section("gpu-parity", "Is the Triton backend right on this device?", 190, parity_rows, device="cuda"),
+    Section(
+        "gpu-properties", "The same bits every time, inside a CUDA graph, while decoding?", 30, property_rows, device="cuda"
+    ),
+    Section("gpu-routers", "What does a router's whole step cost on the device?", 80, router_rows, device="cuda"),
+    Section("gpu-speed", "How fast beside FlexAttention and full attention?", 150, speed_rows, device="cuda"),
 )
 SECTIONS = {section.name: section for section in _ALL}
+
+
+def sections_of(device: str) -> dict[str, Section]:
+    """The sections that run on "cpu" or on "cuda", in their order."""
+    return {name: section for name, section in SECTIONS.items() if section.device == device}
 
 
 def run_section(name: str, settings: dict[str, Any]) -> Iterator[Row]:
@@ -76,8 +97,9 @@ def _measured(section: Section, chosen: Settings, kept: bool) -> Iterator[Row]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "load": load(),
-        "ceilings": ceilings(chosen.matmul_size, repeats=1 if chosen.name == "tiny" else 7),
     }
+    if section.device == "cpu":
+        about["ceilings"] = ceilings(chosen.matmul_size, repeats=1 if chosen.name == "tiny" else 7)
     yield {"about": about}
     start = time.perf_counter()
     yield from section.rows(chosen, Box(section.seconds))

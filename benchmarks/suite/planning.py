@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from farlight.bench.gallery import clusters_of, presets_shown
-from farlight.bench.settings import Box, Settings
 from farlight.patterns import global_tokens, random_keys, window
 from farlight.patterns.base import Sizes
 from farlight.plan.build import TileShape, build, count_pairs
 from farlight.understanding.memory import peak_memory
+from suite.gallery import clusters_of, presets_shown
+from suite.settings import Box, Settings
 
 __all__ = ["planning_rows", "waste_rows"]
 

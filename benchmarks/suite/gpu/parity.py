@@ -1,6 +1,6 @@
-"""Every shared case on the device against the float64 truth, shared among processes because each compiles kernels of its own.
+"""Every shared case on the device against the float64 truth, split over processes because each compiles its own kernels.
 
-A worker is this file run as a program: it prints one JSON line for each case.
+A worker is this module run as a program: it prints one JSON line for each case.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 import farlight as fl
 from farlight.testing import CASES, Answer, Case, assert_answer, inputs, solve
+from suite.settings import Box, Settings
+
+__all__ = ["parity_rows"]
 
 SEED = 0x1234_5678_9ABC
 DTYPES = ("float32", "bfloat16", "float16")
@@ -38,7 +42,8 @@ def compare(dtype_name: str, of: Case, device: str) -> None:
         return_lse=True, backend="triton",
     )  # fmt: skip
     torch.autograd.backward((out, lse), (given.grad_out, given.grad_lse))
-    on_cpu = [x.detach().cpu() for x in (out, lse, given.q.grad, given.k.grad, given.v.grad)]
+    gradients = (given.q.grad, given.k.grad, given.v.grad)
+    on_cpu = [x.detach().cpu() for x in (out, lse, *gradients) if x is not None]
     truth = solve(of, inputs(of, dtype), dropout_seed=SEED, with_grad_lse=True)
     assert_answer(Answer(*on_cpu), truth, f"{of.name}, {dtype_name}")
 
@@ -59,46 +64,56 @@ def worker(number: int, workers: int, seconds: float, rehearsal: bool) -> None:
             print(json.dumps({"dtype": dtype, "case": of.name, "result": "failed", "error": what}), flush=True)
 
 
-def run(report: Any, seconds: float, rehearsal: bool) -> int:
-    """Start the workers, collect their lines; the number of failures."""
-    workers = 1 if rehearsal else max(1, min(12, (os.cpu_count() or 2) - 2))
-    print(f"parity: {len(listed(rehearsal))} comparisons in {workers} processes, at most {seconds:.0f} s", flush=True)
-    began, lines = time.monotonic(), []
-    processes = []
-    for number in range(workers):
-        command = [sys.executable, __file__, str(number), str(workers), str(seconds * 0.9), str(int(rehearsal))]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ))
+def parity_rows(settings: Settings, box: Box) -> Iterator[dict[str, Any]]:
+    """A row for each comparison that failed (`wrong` says how), then one for each dtype: cases, and how many agree."""
+    rehearsal, seconds = settings.rehearsal, box.left
+    processes = 1 if rehearsal else max(1, min(12, (os.cpu_count() or 2) - 2))
+    lines, crashed = _answers(processes, seconds, rehearsal)
+    for line in lines:
+        if line["result"] == "failed":
+            yield {"check": "parity", "dtype": line["dtype"], "case": line["case"], "wrong": line["error"]}
+    if crashed:
+        yield {"check": "parity", "case": "worker processes", "wrong": f"{crashed} of {processes} died"}
+    for dtype in DTYPES:
+        every = sum(1 for name, _ in listed(rehearsal) if name == dtype)
+        agree = sum(line["dtype"] == dtype and line["result"] == "agrees" for line in lines)
+        failed = sum(line["dtype"] == dtype and line["result"] == "failed" for line in lines)
+        row = {"check": "parity", "dtype": dtype, "cases": every, "agree": agree, "failed": failed}
+        yield row | {"not_run": every - agree - failed}
+
+
+def _answers(processes: int, seconds: float, rehearsal: bool) -> tuple[list[dict[str, Any]], int]:
+    """What all workers printed within the time, and how many of them ended badly."""
+    began, lines = time.monotonic(), list[dict[str, Any]]()
+    workers = []
+    for number in range(processes):
+        command = [
+            sys.executable,
+            "-m",
+            "suite.gpu.parity",
+            str(number),
+            str(processes),
+            str(seconds * 0.9),
+            str(int(rehearsal)),
+        ]
+        workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
 
     def read(process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         lines.extend(json.loads(line) for line in process.stdout if line.startswith("{"))
 
-    readers = [threading.Thread(target=read, args=(process,)) for process in processes]
+    readers = [threading.Thread(target=read, args=(process,)) for process in workers]
     for reader in readers:
         reader.start()
     crashed = 0
-    for process, reader in zip(processes, readers, strict=True):
+    for process, reader in zip(workers, readers, strict=True):
         try:
             process.wait(max(1.0, seconds * 1.1 - (time.monotonic() - began)))
         except subprocess.TimeoutExpired:
             process.kill()
         reader.join()
         crashed += process.returncode not in (0, -9)
-    failures = [line for line in lines if line["result"] == "failed"]
-    summary: dict[str, Any] = {"seconds": time.monotonic() - began, "failures": failures, "crashed_workers": crashed}
-    for dtype in DTYPES:
-        every = sum(1 for name, _ in listed(rehearsal) if name == dtype)
-        agree = sum(line["dtype"] == dtype and line["result"] == "agrees" for line in lines)
-        failed = sum(line["dtype"] == dtype for line in failures)
-        summary[dtype] = {"cases": every, "agree": agree, "failed": failed, "not run": every - agree - failed}
-        print(f"  {dtype}: {agree} of {every} agree, {failed} fail", flush=True)
-        if every - agree - failed:
-            report.skip(f"parity of {every - agree - failed} cases in {dtype}", f"{seconds:.0f} s were over, or a worker died")
-    for line in failures[:10]:
-        print(f"  FAILED {line['case']}, {line['dtype']}: {line['error']}", flush=True)
-    report.data["parity"] = summary
-    report.write()
-    return len(failures) + crashed
+    return lines, crashed
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farlight.bench.contenders import DENSE, best_backend, dense, ours
-from farlight.bench.settings import Box, Settings, name_of
-from farlight.bench.timing import Contender, interleaved, matmul, matmul_flops, seconds_of
 from farlight.patterns.base import Pattern
 from farlight.plan import plan
 from farlight.plan.cache import plans
 from farlight.routing import LSH, KMeans, Router, TopBlocks
+from suite.contenders import DENSE, best_backend, dense, ours
+from suite.settings import Box, Settings, name_of
+from suite.timing import Contender, interleaved, matmul, matmul_flops, seconds_of
 
 __all__ = ["routing_rows"]
 

@@ -62,7 +62,7 @@ def random_keys(n: int, heads: int, device: str) -> Problem:
     drawn = fl.random_keys(3)
     sizes = Sizes.of(n, heads=heads)
     rows = torch.arange(n)
-    keys = [drawn._points(sizes, torch.zeros_like(rows), torch.full_like(rows, h), rows) for h in range(heads)]  # type: ignore[attr-defined]
+    keys = [drawn._points(sizes, torch.zeros_like(rows), torch.full_like(rows, h), rows) for h in range(heads)]
     table = torch.stack(keys).to(device)
 
     def rule(b: Any, h: Any, i: Any, j: Any) -> Any:

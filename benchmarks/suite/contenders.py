@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from farlight.attention import attention
-from farlight.bench.timing import Contender
 from farlight.errors import UnsupportedError
 from farlight.kernels import dispatch
 from farlight.kernels.request import Request
 from farlight.patterns.base import Pattern, Sizes
+from suite.timing import Contender
 
 __all__ = [
     "BACKWARD_FLOPS",

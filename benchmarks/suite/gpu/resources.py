@@ -1,6 +1,6 @@
 """The table of docs/gpu.md: what the compiler makes of each configuration, for devices that need not be at hand.
 
-PYTHONPATH=src python benchmarks/gpu/resources.py
+PYTHONPATH=src python benchmarks/suite/gpu/resources.py
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 import farlight as fl
 from farlight import testing
 from farlight.kernels.triton.decode import decode
+from suite.settings import Box, Settings
+
+__all__ = ["property_rows"]
 
 
 def _tensors(n: int, heads: int, dim: int, rehearsal: bool) -> list[Tensor]:
@@ -79,15 +82,11 @@ def decoding(rehearsal: bool) -> str:
     return f"one query, {heads} heads on {kv_heads}, {n} keys: largest error {error:.1e} against float64"
 
 
-def run(report: Any, rehearsal: bool) -> int:
-    failed = 0
+def property_rows(settings: Settings, box: Box) -> Iterator[dict[str, Any]]:
+    """A row for each property: `found` says what was seen; `wrong`, why it does not hold."""
     checks: dict[str, Callable[[bool], str]] = {"determinism": same_bits, "CUDA graph": captured, "decoding": decoding}
     for name, check in checks.items():
         try:
-            row = {"property": name, "holds": True, "what": check(rehearsal)}
+            yield {"check": name, "found": check(settings.rehearsal)}
         except Exception as error:  # a driver's error is a result too
-            row, failed = {"property": name, "holds": False, "what": f"{type(error).__name__}: {error}"[:600]}, failed + 1
-        print(f"  {name}: {row['what']}", flush=True)
-        report.data["properties"].append(row)
-        report.write()
-    return failed
+            yield {"check": name, "wrong": f"{type(error).__name__}: {error}"[:600]}

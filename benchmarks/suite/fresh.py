@@ -1,6 +1,6 @@
 """A measurement in a process of its own: no memory, thread pool or compiled code left over from the one before.
 
-    python -m farlight.bench.fresh farlight.bench.memory:extra_memory '{"contender": "farlight torch", …}'
+    python -m suite.fresh suite.memory:extra_memory '{"contender": "farlight torch", …}'
 
 calls that generator and prints each row as one marked line of JSON; `fresh_rows` starts it and yields the rows as they come.
 """
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 __all__ = ["FreshError", "fresh_rows"]
@@ -32,9 +34,11 @@ def fresh_rows(target: str, arguments: dict[str, Any], *, limit: float = 600.0) 
 
     Raises FreshError when the process fails or is stopped.
     """
-    command = [sys.executable, "-m", "farlight.bench.fresh", target, json.dumps(arguments)]
+    command = [sys.executable, "-m", "suite.fresh", target, json.dumps(arguments)]
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8", env=environment)
         stopped = threading.Event()
 
         def stop() -> None:
@@ -65,8 +69,8 @@ def fresh_rows(target: str, arguments: dict[str, Any], *, limit: float = 600.0) 
 
 def _main(target: str, arguments: str) -> None:
     module, _, name = target.partition(":")
-    if not module.startswith("farlight.bench."):
-        raise SystemExit(f"target = {target!r}: only measurements of farlight.bench can be run.")
+    if not module.startswith("suite."):
+        raise SystemExit(f"target = {target!r}: only measurements of this suite can be run.")
     for row in getattr(importlib.import_module(module), name)(**json.loads(arguments)):
         print(_MARK + json.dumps(row), flush=True)
 

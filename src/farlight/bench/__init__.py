@@ -1,1 +1,0 @@
-"""Measuring: attention against what else there is, both sides in one run. `sections.py` lists what can be measured."""
