@@ -1,6 +1,7 @@
 #include "run.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -88,10 +89,60 @@ void begin_result(const Call& call, const Schedule& schedule, bool with_lse, int
 // The item after item i of those before `end`, if there is one.
 const Item* after(const std::vector<Item>& items, int64_t i, int64_t end) { return i + 1 < end ? &items[i + 1] : nullptr; }
 
+int64_t rows_of(const Call& call) { return call.batch * call.heads * call.plan->n_q; }
+
+Room row_sums_of(const Call& call) {
+  const int64_t bytes = rows_of(call) * static_cast<int64_t>(sizeof(RowSum));
+  Room room(bytes);
+  std::memset(room.as<char>(), 0, static_cast<size_t>(bytes));
+  return room;
+}
+
+// The lse beyond which weights computed from it are off by more than 2^-14 in float32, 2^-10 in bfloat16.
+float largest_lse(Type type) { return type == Type::f32 ? 1024.0f : 16384.0f; }
+
+bool any_large(const Call& call, int threads) {
+  constexpr int64_t stretch = 1 << 16;
+  const float limit = largest_lse(call.type);
+  const int64_t rows = rows_of(call);
+  std::atomic<bool> found{false};
+  for_each((rows + stretch - 1) / stretch, threads, [&](int64_t i) {
+    bool large = false;
+    for (int64_t at = i * stretch; at < std::min(rows, (i + 1) * stretch); ++at)
+      large |= std::abs(call.lse[at]) > limit && std::isfinite(call.lse[at]);
+    if (large) found.store(true, std::memory_order_relaxed);
+  });
+  return found.load();
+}
+
+// The sums of rows for the backward pass of scores so large that their lse in float32 has too few digits: computed once more.
+// Where the lse at hand is another one than that of these keys, as far as it can be told, the weights are relative to it.
+Room exact_row_sums(const Kernels& kernels, const Call& call, const Schedule& schedule, int threads) {
+  Room sums = row_sums_of(call);
+  const int64_t rows = rows_of(call);
+  const Room out(rows_bytes(call, call.type, call.heads, call.plan->n_q)), lse(rows * static_cast<int64_t>(sizeof(float)));
+  Call again = call;
+  again.out_type = call.type;
+  again.dropout.on = false;
+  again.result = out.as<void>();
+  again.lse = lse.as<float>();
+  again.row_sums = sums.as<RowSum>();
+  run_forward(kernels, again, schedule, threads);
+  for (int64_t at = 0; at < rows; ++at) {
+    RowSum& row = again.row_sums[at];
+    if (row.total == 0.0f) continue;
+    const float apart = call.lse[at] - again.lse[at];
+    row.total = std::log(row.total) + (std::abs(apart) <= 0x1p-21f * std::abs(again.lse[at]) ? 0.0f : apart);
+  }
+  return sums;
+}
+
 }  // namespace
 
 void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads) {
   const Partials partials(call, schedule);
+  const Room row_sums = call.joins && !call.row_sums ? row_sums_of(call) : Room();
+  if (row_sums.bytes()) call.row_sums = row_sums.as<RowSum>();
   const int64_t bytes = kernels.scratch_bytes(call);
   const uint64_t number = next_call();
   if (schedule.cost * call.dim < kWorthThreads) threads = 1;
@@ -105,6 +156,8 @@ void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, in
 }
 
 void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads) {
+  const Room row_sums = any_large(call, threads) ? exact_row_sums(kernels, call, schedule, threads) : Room();
+  if (row_sums.bytes()) call.row_sums = row_sums.as<RowSum>();
   const Partials partials(call, schedule);
   const int64_t bytes = kernels.scratch_bytes(call);
   const uint64_t number = next_call();

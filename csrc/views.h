@@ -67,6 +67,11 @@ struct Dropout {
   float inverse;       // 1 / (1 - p)
 };
 
+// What a row's scores, times log2 e, add up to: total · 2^top. Kept where an lse in float32 would lose too much of it.
+struct RowSum {
+  float top, total;
+};
+
 // One call: the problem, the same for every item of work.
 struct Call {
   const PlanView* plan;
@@ -77,6 +82,8 @@ struct Call {
   Rows q, k, v, out, dout;
   float* lse;         // (B, H, Nq)
   const float* dlse;  // (B, H, Nq) or null
+  // (B, H, Nq) or null. Forward: written, and joined to; zeros at the start. Backward: `total` is the natural logarithm there.
+  RowSum* row_sums;
   void* result;       // forward: out; backward: dq; contiguous (B, H, Nq, D)
   bool joins;         // rows may already hold a result, to be merged or added to
   bool leaves;        // rows that see nothing here are left as they are, where a tile might have such

@@ -179,14 +179,15 @@ class Backward {
     }
   }
 
-  // lse and delta - dlse of every row. A row that saw nothing gets weights of zero.
+  // Reference, lse and delta - dlse of every row. A row that saw nothing gets weights of zero.
   void prepare(const Tile& tile, const Source<T>& dout) {
     const Source<T> out(call_.out, item_.batch, item_.head);
     for (int s = 0; s < kRows; ++s) {
-      lse_[s] = delta_[s] = 0.0f;
+      reference_[s] = lse_[s] = delta_[s] = 0.0f;
       if (s >= tile.count) continue;
       const int64_t at = (item_.batch * call_.heads + item_.head) * call_.plan->n_q + tile.row[s];
-      lse_[s] = call_.lse[at] == -INFINITY ? -kNothing : call_.lse[at];
+      lse_[s] = call_.lse[at] == -INFINITY ? -kNothing : call_.row_sums ? call_.row_sums[at].total : call_.lse[at];
+      if (call_.row_sums) reference_[s] = call_.row_sums[at].top;
       delta_[s] = dot(dout.row(tile.row[s]), out.row(tile.row[s]), dim_) - (call_.dlse ? call_.dlse[at] : 0.0f);
     }
   }
@@ -194,6 +195,11 @@ class Backward {
   // From S and dP to P (with dropout) and dS, both times what the products need.
   void differentiate(const Dropped& dropped, float factor, int lanes) {
     const Chunk& c = *chunk_;
+    if (call_.row_sums) {
+      if (!scaled_first<Mode>) scale_scores(scores_, c.n, factor);
+      subtract_references(scores_, c.n, reference_);
+      factor = 1.0f;
+    }
     const F scale = all(call_.scale * dropped.inverse()), inverse = all(dropped.inverse()), to_base2 = all(-kLog2E);
     for (int g = 0; g < lanes; g += kV * W) {
       F lse[kV], rest[kV];  // dS / P without dP
@@ -305,7 +311,8 @@ class Backward {
 
   // The rows that have points.
   uint32_t add_points(const Tile& tile, const Source<T>& q, const Source<T>& dout, const Dropped& dropped, const Sums& sums) {
-    PointGradients<T> points(tile, q, dout, keys_.source(), values_.source(), dim_, call_.scale, dropped, sums, lse_, delta_, rows_, ld_);
+    PointGradients<T> points(tile, q, dout, keys_.source(), values_.source(), dim_, call_.scale, dropped, sums, reference_, lse_, delta_,
+                             rows_, ld_);
     uint32_t touched = 0;
     for (int i = 0; i < tile.piece->layer_count; ++i)
       if (tile.has_points(tile.piece->layers[i])) touched |= points.take(tile.piece->layers[i]);
@@ -357,7 +364,7 @@ class Backward {
   Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
   Word *query_rows_, *upstream_rows_, *weight_rows_ = nullptr, *slope_rows_ = nullptr, *slope_columns_ = nullptr;
   float *scores_, *slopes_, *dq_, *dq_before_, *rows_, *query_;
-  float lse_[kRows], delta_[kRows];
+  float reference_[kRows], lse_[kRows], delta_[kRows];  // lse above the reference, which is 0 unless the call has exact sums of rows
 };
 
 }  // namespace farlight::FARLIGHT_NS

@@ -98,7 +98,7 @@ class Forward {
     });
     for (int g = 0; !scaled_first<Mode> && g < lanes; g += W) store(top + g, mul(load(top + g), all(factor)));
     const bool shrinks = raise(top, lanes, fresh);
-    weigh(dropped, all(factor), lanes);
+    weigh(dropped, all(scale_large(factor, lanes)), lanes);
     add_values(lanes, fresh, shrinks);
   }
 
@@ -112,7 +112,7 @@ class Forward {
       float top[kRows];
       largest_of(*chunk_, scores_, factor, lanes, top);
       if (raise(top, lanes, fresh)) shrink_sums();
-      weigh_tiles(dropped, factor, lanes, sums);
+      weigh_tiles(dropped, scale_large(factor, lanes), lanes, sums);
     }
     for (int g = 0; g < lanes; g += W) store(total_ + g, add(load(total_ + g), sums[g / W]));
     add_across_groups<parts_of<Mode>>(sum_, columns_.groups, columns_.part(), weights_, kWeights, groups, dim_, fresh, [&] { ahead.some(); });
@@ -143,6 +143,19 @@ class Forward {
       shrinks = true;
     }
     return shrinks;
+  }
+
+  // What the chunk's scores are still to be multiplied by. Where a reference is large they are multiplied here.
+  float scale_large(float factor, int lanes) {
+    if constexpr (scaled_first<Mode>) return factor;
+    uint32_t large = 0;
+    for (int g = 0; g < lanes; g += W) {
+      const F top = load(top_ + g);
+      large |= greater(top, all(kLargeReference)) | (greater(all(-kLargeReference), top) & greater(top, all(kNothing)));
+    }
+    if (!large) return factor;
+    scale_scores(scores_, chunk_->blocks * kM, factor);
+    return 1.0f;
   }
 
   void shrink_sums() {
@@ -302,18 +315,20 @@ class Forward {
       call_.lse[at] = -INFINITY;
       return;
     }
-    float lse = top * kLn2 + logf(total);
     float factor = inverse / total;
-    if (call_.joins && call_.lse[at] != -INFINITY) {
-      const float before = call_.lse[at], larger = before > lse ? before : lse;
-      const float its = expf(before - larger), mine = expf(lse - larger), both = its + mine;
+    RowSum* const before = call_.row_sums ? call_.row_sums + at : nullptr;
+    if (call_.joins && before->total != 0.0f) {
+      const float larger = before->top > top ? before->top : top;
+      const float its = before->total * exp2f(before->top - larger), mine = total * exp2f(top - larger), both = its + mine;
       factor *= mine / both;
-      lse = larger + logf(both);
       read_row(call_.out_type, call_.result, at * dim_, query_, dim_);
       for (int64_t d = 0; d < dim_; ++d) sum[d] = sum[d] * factor + query_[d] * (its / both);
       factor = 1.0f;
+      top = larger;
+      total = both;
     }
-    call_.lse[at] = lse;
+    if (before) *before = {top, total};
+    call_.lse[at] = top * kLn2 + logf(total);
     write_row(call_.out_type, call_.result, at * dim_, sum, dim_, factor);
   }
 

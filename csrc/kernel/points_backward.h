@@ -10,12 +10,12 @@ namespace farlight::FARLIGHT_NS {
 template <class T>
 class PointGradients {
  public:
-  // By row of the tile: `lse`, `delta`, and dq, `ld` floats between two rows.
+  // By row of the tile: `reference` and `lse` above it, `delta`, and dq, `ld` floats between two rows.
   PointGradients(const Tile& tile, const Source<T>& queries, const Source<T>& upstream, const Source<T>& keys, const Source<T>& values,
-                 int64_t dim, float scale, const Dropped& dropped, const Sums& sums, const float* lse, const float* delta, float* dq,
-                 int64_t ld)
+                 int64_t dim, float scale, const Dropped& dropped, const Sums& sums, const float* reference, const float* lse,
+                 const float* delta, float* dq, int64_t ld)
       : tile_(tile), queries_(queries), upstream_(upstream), keys_(keys), values_(values), dim_(dim), scale_(scale),
-        dropped_(dropped), sums_(sums), lse_(lse), delta_(delta), dq_(dq), ld_(ld) {}
+        dropped_(dropped), sums_(sums), reference_(reference), lse_(lse), delta_(delta), dq_(dq), ld_(ld) {}
 
   // The rows that have points in the layer.
   uint32_t take(const LayerView& layer) {
@@ -48,14 +48,16 @@ class PointGradients {
       ask_for_write(dv(keys[i]), dim_);
       weight_[i] = dot(queries_.row(row), keys_.row(keys[i]), dim_) * (scale_ * kLog2E);
       slope_[i] = dot(upstream_.row(row), values_.row(keys[i]), dim_);
+      top_[i] = reference_[row_[i]];
       base_[i] = lse_[row_[i]];
     }
-    for (int i = n; i % W; ++i) weight_[i] = base_[i] = 0.0f;
+    for (int i = n; i % W; ++i) weight_[i] = top_[i] = base_[i] = 0.0f;
   }
 
   // From S and dP to P (with dropout) and dS.
   void differentiate(const int32_t* keys, int n) {
-    for (int i = 0; i < n; i += W) store(weight_ + i, power2<5>(fma(load(base_ + i), all(-kLog2E), load(weight_ + i))));
+    for (int i = 0; i < n; i += W)
+      store(weight_ + i, power2<5>(fma(load(base_ + i), all(-kLog2E), sub(load(weight_ + i), load(top_ + i)))));
     for (int i = 0; i < n; ++i) {
       const float kept = !dropped_.on() ? 1.0f : dropped_.kept_one(keys[i], row_[i]) ? dropped_.inverse() : 0.0f;
       slope_[i] = weight_[i] * scale_ * (slope_[i] * kept - delta_[row_[i]]);
@@ -84,11 +86,11 @@ class PointGradients {
   float scale_;
   const Dropped& dropped_;
   const Sums& sums_;
-  const float *lse_, *delta_;
+  const float *reference_, *lse_, *delta_;
   float* dq_;
   int64_t ld_;
   int row_[kTogether];
-  float weight_[kTogether], slope_[kTogether], base_[kTogether];
+  float weight_[kTogether], slope_[kTogether], top_[kTogether], base_[kTogether];
 };
 
 }  // namespace farlight::FARLIGHT_NS

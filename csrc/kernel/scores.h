@@ -9,9 +9,8 @@
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr float kNothing = -1e30f;  // the running maximum of a row that has seen no key yet: finite, below every real score
-constexpr float kUnseen = -3e38f;   // the score of a pair that is not allowed: exp2(kUnseen - kNothing) is 0
-constexpr float kNever = -INFINITY;  // the same where scores are scaled after they were masked
+constexpr float kNothing = -3.402823466e38f;  // running maximum before the first key: finite, and no finite score is below it
+constexpr float kUnseen = -INFINITY;          // score of a pair that is not allowed: exp2(kUnseen - kNothing) is 0
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <int N, class Pick>
@@ -30,9 +29,6 @@ template <int N>
 FARLIGHT_INLINE F largest(const F (&x)[N]) {
   return picked(x, [](F a, F b) { return max(a, b); });
 }
-
-template <class Mode>
-constexpr float unseen = scaled_first<Mode> ? kUnseen : kNever;
 
 // What Q is multiplied by before the products, and scores after them, so that they are logarithms of base 2.
 struct Scale {
@@ -142,7 +138,7 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
       FARLIGHT_UNROLL
       for (int m = 0; m < kM; ++m) {
         FARLIGHT_UNROLL
-        for (int v = 0; v < V; ++v) acc[m][v] = choose(seen[m] >> (g + v * W), acc[m][v], all(unseen<Mode>));
+        for (int v = 0; v < V; ++v) acc[m][v] = choose(seen[m] >> (g + v * W), acc[m][v], all(kUnseen));
       }
     }
     FARLIGHT_UNROLL
@@ -167,7 +163,7 @@ template <class Mode, bool Masking, class Ask>
 inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, int lanes, float* scores, float* top,
                   const Ask& ask) {
   if constexpr (Masking) {
-    for (int g = 0; g < lanes; g += W) store(top + g, all(unseen<Mode>));
+    for (int g = 0; g < lanes; g += W) store(top + g, all(kUnseen));
   }
   for (const Span* span = c.spans.span; span < c.spans.span + c.spans.count; ++span)
     for (int at = span->first; at < span->last; at += kM) {
@@ -178,6 +174,21 @@ inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>&
                                       Masking ? top + g : nullptr, lines);
       });
     }
+}
+
+// Rounding the reference of a row that is larger than this would be seen in weights computed by one multiply-add: scores are
+// scaled, and so rounded, before it is subtracted. Then the largest score has the weight 1 whatever its size.
+constexpr float kLargeReference = 4096.0f;
+
+// Functions of their own: contracted with what follows, the product would not be rounded.
+FARLIGHT_APART inline void scale_scores(float* scores, int keys, float factor) {
+  for (int i = 0; i < keys * kRows; i += W) store(scores + i, mul(load(scores + i), all(factor)));
+}
+FARLIGHT_APART inline void subtract_references(float* scores, int keys, const float* reference) {
+  for (int g = 0; g < kRows; g += W) {
+    const F r = load(reference + g);
+    for (int i = g; i < keys * kRows; i += kRows) store(scores + i, sub(load(scores + i), r));
+  }
 }
 
 // Which links of a tile survive dropout.

@@ -1,8 +1,9 @@
-"""The specification: dense attention by plain torch operations, differentiated by autograd, in float64 where asked.
+"""The specification: dense attention by plain torch operations in float64, differentiated by autograd.
 
     S = scale · q kᵀ;   P = softmax(S over the allowed keys);   out = P v;   lse = log Σ exp(S over the allowed keys)
 
-It costs n_q · n_k and exists to be read and to be compared with.
+Inputs of every dtype are computed in float64 and results rounded once, gradients too: where keys share a large component, their
+sum Σ dS k cancels, and float32 would lose most of dq. It costs n_q · n_k and exists to be read and to be compared with.
 """
 
 from __future__ import annotations
@@ -23,22 +24,26 @@ def reasons(request: Request) -> list[str]:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, q_offset: int, dropout: float, seed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) for `mask` `(B|1, H|1, n_q, n_k)`; float64 inputs are computed in float64, all others in float32."""
-    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    """(out, lse) for `mask` `(B|1, H|1, n_q, n_k)`: out in q's dtype, the lse in float32, for float64 inputs in float64."""
+    # Apple's GPUs have no float64.
+    exact = torch.float32 if q.device.type == "mps" else torch.float64
     group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = (q.to(kind) @ k.to(kind).transpose(-1, -2)) * scale
+    keys, values = (x.to(exact).repeat_interleave(group, 1) for x in (k, v))
+    scores = (q.to(exact) @ keys.transpose(-1, -2)) * scale
     # A row that sees nothing takes part as if it saw everything and is blanked at the end: no NaN, and no gradient.
     seeing = mask.any(-1, keepdim=True)
     scores = scores.masked_fill(~(mask | ~seeing), float("-inf"))
-    lse = torch.logsumexp(scores, -1, keepdim=True) if scores.shape[-1] else scores.sum(-1, keepdim=True)
-    p = torch.exp(scores - lse)
+    # Not exp(S - lse): where scores are large the lse has no digits left for the logarithm of their number.
+    top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.sum(-1, keepdim=True)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    p = weights / total
     if dropout:
         keep = _kept(seed, dropout, scores, q_offset)
-        p = p * keep.to(kind) / (1 - dropout)
-    out = torch.where(seeing, p @ v.to(kind), 0.0)
-    lse = torch.where(seeing, lse, float("-inf")).squeeze(-1)
-    return out.to(q.dtype), lse
+        p = p * keep.to(exact) / (1 - dropout)
+    out = torch.where(seeing, p @ values, 0.0)
+    lse = torch.where(seeing, top + torch.log(total), float("-inf")).squeeze(-1)
+    return out.to(q.dtype), lse.to(q.dtype if q.dtype == torch.float64 else torch.float32)
 
 
 def _kept(seed: Tensor, dropout: float, scores: Tensor, q_offset: int) -> Tensor:
