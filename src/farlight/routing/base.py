@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from farlight.errors import ArgumentError
 from farlight.patterns.base import Pattern
 
-__all__ = ["Choice", "Joined", "Router", "joined", "read", "stretches"]
+__all__ = ["Choice", "Joined", "Router", "joined", "read", "stretches", "without_autocast"]
 
 # Scores held at a time, in elements.
 _SCORES = 1 << 23
@@ -93,7 +94,9 @@ class Router(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, query_mask: Tensor | None = None) -> Pattern:
         with torch.no_grad():
-            return self.choose(read(q, k, key_mask, query_mask))
+            given = read(q, k, key_mask, query_mask)
+            with without_autocast(given.q):
+                return self.choose(given)
 
     def __or__(self, other: Router | Pattern) -> Router:
         return joined(self, other, "|")
@@ -164,6 +167,13 @@ def _read_mask(name: str, mask: Tensor | None, x: Tensor) -> Tensor | None:
         found = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ArgumentError(f"router: {name} is {found}; a bool tensor {wanted}, True where a token is real, is needed.")
     return mask.detach().to(x.device).expand(wanted)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Scores and sums are taken in float32 at least: autocast would round both in every matrix product."""
+    device = x.device.type
+    on = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def stretches(rows: int, per_row: int) -> Iterator[slice]:

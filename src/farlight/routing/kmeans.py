@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from farlight.patterns.arguments import whole
 from farlight.patterns.base import Pattern
 from farlight.patterns.content import clusters
 from farlight.patterns.positional import causal as past
-from farlight.routing.base import Choice, Router, read
+from farlight.routing.base import Choice, Router, read, without_autocast
 from farlight.routing.centroids import by_centroid, first_centroids, members_sum, moved, nearest, squared_distance, unit
 from farlight.routing.rooms import between, rooms
 
@@ -36,9 +39,10 @@ class KMeans(Router):
 
     In training mode each call, after its choice has been made, moves the centroids towards the unit vectors that chose
     them, by exponential moving average: `μ_c ← (decay · μ_c + (1 - decay) · mean)/‖…‖`, over real queries and keys of the
-    whole batch and, where torch.distributed is initialised, of all ranks. No gradient reaches a centroid; `commitment`
-    gives a loss that draws tokens to centroids. The first such call places the centroids by `fit`. So a choice depends on
-    earlier calls and on the tokens of its own room, never on later tokens of its own text.
+    whole batch and, where torch.distributed is initialised, of all ranks. Centroids stay in float32 where a model is cast
+    to 16 bits. No gradient reaches a centroid; `commitment` gives a loss that draws tokens to centroids. The first such
+    call places the centroids by `fit`. So a choice depends on earlier calls and on the tokens of its own room, never on
+    later tokens of its own text.
 
     Args:
         heads: query heads (each has its own centroids); head_dim; clusters: rooms in each head.
@@ -82,9 +86,26 @@ class KMeans(Router):
             raise ArgumentError(f"KMeans: decay = {decay}: the share of a centroid that stays lies between 0 and 1.")
         self.causal, self.decay, self.shared = bool(causal), float(decay), bool(shared)
         self.seed = whole("KMeans: seed", seed, 0, 2**63 - 1)
-        drawn = torch.randn(heads, self.clusters, head_dim, generator=torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randn(heads, self.clusters, head_dim, generator=generator, dtype=torch.float32)
         self.register_buffer("centroids", unit(drawn))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    # ---- the dtype of centroids --------------------------------------------------------------------------------------
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KMeans:
+        """Casts of a model to 16 bits leave the centroids in float32: a moving average that adds 1 - decay of a mean, and sums
+        and numbers of members, would be lost in 8 or 11 bits."""
+        before = self.centroids
+        super()._apply(fn, recurse)
+        if self.centroids.itemsize < torch.float32.itemsize:
+            self.centroids = before.to(device=self.centroids.device, dtype=torch.float32)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name = f"{prefix}centroids"
+        if name in state_dict:
+            state_dict[name] = _at_least_float32(state_dict[name])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         heads, count, dim = self.centroids.shape
@@ -106,7 +127,8 @@ class KMeans(Router):
         with torch.no_grad():
             given = read(q, k, key_mask, query_mask)
             self._check(given)
-            return self._labels(given)
+            with without_autocast(given.q):
+                return self._labels(given)
 
     def commitment(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, query_mask: Tensor | None = None) -> Tensor:
         """The mean squared distance of unit queries and keys to their centroids, for training: a gradient for q and k.
@@ -131,11 +153,13 @@ class KMeans(Router):
         """
         given = read(q, k, key_mask, query_mask)
         self._check(given)
-        self.place(given, whole("KMeans.fit: steps", steps, 0))
+        with without_autocast(given.q):
+            self.place(given, whole("KMeans.fit: steps", steps, 0))
         return self
 
     # ---- the choice --------------------------------------------------------------------------------------------------
     def _check(self, given: Choice) -> None:
+        self.centroids = _at_least_float32(self.centroids)  # a loader may have replaced the buffer
         heads, _, dim = self.centroids.shape
         if (given.heads, given.q.shape[3]) != (heads, dim):
             raise ArgumentError(
@@ -195,6 +219,10 @@ class KMeans(Router):
         for _ in range(steps):
             self.centroids.copy_(moved(self.centroids, members_sum(tokens, self.centroids), 0.0))
         self.updates.clamp_(min=1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def strongest(x: Tensor, centroids: Tensor, real: Tensor | None, count: int) -> Tensor:
