@@ -53,9 +53,13 @@ def merge(pieces: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float] | No
     # Where no piece sees anything the sum is taken over zeros and blanked, so that no NaN enters the gradient.
     seeing = (shifted > float("-inf")) | shifted.isnan()
     some = seeing.any(0)
-    total = torch.logsumexp(torch.where(some, shifted, 0.0), 0)
-    share = torch.where(seeing, torch.exp(torch.where(seeing, shifted, 0.0) - total), 0.0)
+    # Shares by their sum, not by its logarithm: they add up to 1 where an lse has few digits, too.
+    base = torch.where(some, shifted, 0.0)
+    top = base.detach().amax(0)
+    powers = torch.exp(base - top)
+    total = powers.sum(0)
+    share = torch.where(seeing, powers / total, 0.0)
     out = share[0].unsqueeze(-1) * pieces[0][0].to(kind)
     for n, (piece, _) in enumerate(pieces[1:], 1):
         out.addcmul_(share[n].unsqueeze(-1), piece.to(kind))  # a product of our own, which no gradient reads
-    return out.to(pieces[0][0].dtype), torch.where(some, total, float("-inf"))
+    return out.to(pieces[0][0].dtype), torch.where(some, top + torch.log(total), float("-inf"))

@@ -71,7 +71,8 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
         blind = ~mask.any(-1, keepdim=True)
         scores = scores.masked_fill(~(mask | blind), float("-inf")).view(batch, kv_heads, -1, k.shape[2])
     lse = torch.logsumexp(scores, -1, keepdim=True)
-    out = torch.matmul(torch.exp(scores - lse), v.to(kind)).view(q.shape)
+    # Not exp(scores - lse): where scores are large the lse has no digits left for the logarithm of their number.
+    out = torch.matmul(torch.softmax(scores, -1), v.to(kind)).view(q.shape)
     lse = lse.view(batch, heads, n_q)
     if blind is not None:
         out, lse = out.masked_fill(blind, 0.0), lse.masked_fill(blind.squeeze(-1), float("-inf"))

@@ -9,30 +9,40 @@ from farlight.kernels.blocked.gather import Batch, batches
 from farlight.kernels.blocked.schedule import schedule_of
 from farlight.plan.tables import Plan
 
-__all__ = ["forward"]
+__all__ = ["forward", "row_sums"]
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, dropout: float, seed: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the planned pairs. float64 is computed in float64, everything else in float32."""
+    out, peak, total = _attend(q, k, v, plan, scale, dropout, seed)
+    # log 0 is the -inf of a row that sees nothing.
+    return out.to(q.dtype), total.log() + peak
+
+
+def row_sums(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+    """(peak, total) of each row's scores `(B, H, n_q)`, lse = peak + log total; (0, 0) for a row that sees nothing."""
+    _, peak, total = _attend(q, k, v, plan, scale, 0.0, torch.zeros((), dtype=torch.int64))
+    return peak, total
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, dropout: float, seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     schedule = schedule_of(plan, q.device)
     out = torch.zeros(q.shape[:-1] + v.shape[-1:], dtype=kind if schedule.merges else q.dtype, device=q.device)
-    lse = torch.full(q.shape[:-1], float("-inf"), dtype=kind, device=q.device)
+    peak, total = (torch.zeros(q.shape[:-1], dtype=kind, device=q.device) for _ in range(2))
     for batch in batches(schedule, q.shape[1], k.shape[1], q.shape[3]):
-        piece_out, piece_lse = _tile(batch, q, k, v, plan.sizes.q_offset, kind, scale, dropout, seed)
-        if schedule.merges:
-            _merge(batch, out, lse, piece_out, piece_lse)
-        else:
-            seeing = piece_lse > float("-inf")
-            if bool((seeing | piece_lse.isnan()).all()):
-                batch.put_queries(out, piece_out)
-                batch.put_queries(lse, piece_lse)
-            else:
-                # Rows that see nothing here may have been served by another piece.
-                _merge(batch, out, lse, piece_out, piece_lse)
-    return out.to(q.dtype), lse
+        piece_out, piece_peak, piece_total = _tile(batch, q, k, v, plan.sizes.q_offset, kind, scale, dropout, seed)
+        # Rows that see nothing here may have been served by another piece.
+        if schedule.merges or bool((piece_total == 0).any()):
+            piece_out, piece_peak, piece_total = _merged(batch, out, peak, total, piece_out, piece_peak, piece_total)
+        batch.put_queries(out, piece_out)
+        batch.put_queries(peak, piece_peak)
+        batch.put_queries(total, piece_total)
+    return out, peak, total
 
 
 def _tile(
@@ -45,8 +55,8 @@ def _tile(
     scale: float,
     dropout: float,
     seed: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`(c, tiles, heads · count, D)` and the lse of the batch's rows."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(c, tiles, heads · count, D)`, and the largest score and the sum of weights of the batch's rows."""
     queries = batch.take_queries(q).to(kind) * scale
     scores, alone, points = score(batch, queries, k, kind)
     top = [part.amax(-1) for part in (scores, alone) if part is not None]
@@ -68,8 +78,7 @@ def _tile(
             alone *= batch.kept(seed, dropout, q_offset, points, q.device).to(kind) / (1 - dropout)
         out = out + weigh(batch, alone, v, points, kind)
     assert isinstance(out, Tensor)
-    lse = (total.log() + peak).squeeze(-1)
-    return out / torch.where(total > 0, total, torch.where(total == 0, 1.0, total)), lse
+    return out / torch.where(total == 0, 1.0, total), peak.squeeze(-1), total.squeeze(-1)
 
 
 def score(batch: Batch, queries: Tensor, k: Tensor, kind: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -102,11 +111,14 @@ def weigh(batch: Batch, weight: Tensor, v: Tensor, keys: Tensor, kind: torch.dty
     return out
 
 
-def _merge(batch: Batch, out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
-    """Join a piece's result to what the rows have already, by lse."""
-    old_out, old_lse = batch.take_queries(out).to(more_out.dtype), batch.take_queries(lse)
-    both = torch.logaddexp(old_lse, more_lse)
-    base = torch.where(both == float("-inf"), 0.0, both)
-    merged = old_out * (old_lse - base).exp().unsqueeze(-1) + more_out * (more_lse - base).exp().unsqueeze(-1)
-    batch.put_queries(out, merged)
-    batch.put_queries(lse, both)
+def _merged(
+    batch: Batch, out: Tensor, peak: Tensor, total: Tensor, more_out: Tensor, more_peak: Tensor, more_total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A piece's result joined to what the rows have already. Not by lse: where scores are large it has too few digits."""
+    old_out, old_peak, old_total = batch.take_queries(out).to(more_out.dtype), batch.take_queries(peak), batch.take_queries(total)
+    both = torch.where(old_total == 0, more_peak, torch.where(more_total == 0, old_peak, torch.maximum(old_peak, more_peak)))
+    old, more = (old_peak - both).exp() * old_total, (more_peak - both).exp() * more_total
+    old, more = torch.where(old_total == 0, 0.0, old), torch.where(more_total == 0, 0.0, more)
+    sums = old + more
+    share = torch.where(sums == 0, 1.0, sums)
+    return old_out * (old / share).unsqueeze(-1) + more_out * (more / share).unsqueeze(-1), both, sums
