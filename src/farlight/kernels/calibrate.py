@@ -1,8 +1,8 @@
 """Measuring, once on each machine, how fast its backends are: for choices between sparse and full attention that are close.
 
-It takes a fraction of a second and is kept in a small file under the user's cache folder (`FARLIGHT_CACHE`, else
-`XDG_CACHE_HOME/farlight`, else `~/.cache/farlight`), named by what the figures depend on. `FARLIGHT_CALIBRATE=0` keeps to the
-rates that come with farlight, so that a choice is the same everywhere.
+It takes less than half a second: what is not measured by then keeps the rates that come with farlight. The rates are kept in a
+small file under the user's cache folder (`FARLIGHT_CACHE`, else `XDG_CACHE_HOME/farlight`, else `~/.cache/farlight`), named by
+what they depend on. `FARLIGHT_CALIBRATE=0` keeps to the rates that come with farlight, so that a choice is the same everywhere.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import tempfile
@@ -44,7 +45,7 @@ def _calibrated(threads: int) -> Rates:
     path = cache_folder() / f"rates-{_fingerprint(threads)}.json"
     try:
         return _read(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
         # Not measured yet, or not readable: measure. A file that cannot be written costs the next process the same again.
         rates = measure()
         with contextlib.suppress(OSError):
@@ -64,61 +65,113 @@ def _read(data: Any) -> Rates:
     rates = dict(DEFAULT_RATES)
     for name, (rate, fixed) in data.items():
         backend, dtype = name.split()
-        rates[backend, getattr(torch, dtype)] = (float(rate), float(fixed))
+        pair = float(rate), float(fixed)
+        if (backend, getattr(torch, dtype)) not in rates or not all(0 < x < math.inf for x in pair):
+            raise ValueError(f"{name}: {pair} is no rate")
+        rates[backend, getattr(torch, dtype)] = pair
     return rates
 
 
 def _write(path: Path, rates: Rates) -> None:
+    """Another process reads the old file or the whole new one; nothing else stays behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = {f"{backend} {str(dtype).removeprefix('torch.')}": pair for (backend, dtype), pair in rates.items()}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(data, file)
-    os.replace(file.name, path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}-", suffix=".tmp")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+_BUDGET = 0.4  # seconds for all measurements together; the call under way when they are over ends it
+_SAMPLED = 0.4  # the part of them that is for repeating calls; the rest is for plans and first calls
+_SAMPLES = range(3, 40)  # repetitions of a call
+_HEADS, _DIM = 4, 64
+_LARGE, _TINY = 512, 8  # tokens
+_CPU = torch.device("cpu")
+
+
+class _Unmeasured(Exception):
+    """The seconds for all measurements are over, or a rate cannot be told from them."""
+
+
+class _Budget:
+    """Times calls until its seconds are over."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.perf_counter() + seconds
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """What a call takes. Raises _Unmeasured where it would begin too late."""
+        start = time.perf_counter()
+        if start >= self.end:
+            raise _Unmeasured
+        call()
+        return time.perf_counter() - start
+
+    def fastest(self, call: Callable[[], object], share: float) -> float:
+        """The least that a call takes, of some that fit into a share of the seconds left."""
+        self.seconds(call)  # on its way to the caches
+        start = time.perf_counter()
+        until = start + share * (self.end - start)
+        best = math.inf
+        for number in range(_SAMPLES.stop):
+            if number >= _SAMPLES.start and time.perf_counter() + best >= until:
+                break
+            best = min(best, self.seconds(call))
+        return best
 
 
 def measure() -> Rates:
-    """Time a large and a tiny call of each backend: their difference gives the rate, the tiny one the fixed price."""
+    """Time a large and a tiny call of each backend: their difference gives the rate, the tiny one the fixed price.
+
+    The rates of a dtype are compared with each other: where not all of them can be measured, they stay as they were.
+    """
     rates = dict(DEFAULT_RATES)
     near = window(128)
     kernels: dict[str, Any] = {"torch": blocked}
     if cpu.unavailable() is None:
         kernels["cpu"] = cpu
-    with torch.inference_mode(False), torch.no_grad():
+    budget = _Budget(_BUDGET)
+    with torch.inference_mode(False), torch.no_grad(), contextlib.suppress(_Unmeasured):
+        measurements = 2 * (len(kernels) + 1)
         for dtype in (torch.float32, torch.bfloat16):
-            for name, kernel in kernels.items():
-                rates[name, dtype] = _rate(functools.partial(_sparse, kernel, near, dtype), large=4096, tiny=8)
-            rates["dense", dtype] = _rate(functools.partial(_dense, dtype), large=1024, tiny=8)
+            calls = {name: functools.partial(_sparse, kernel, near, dtype) for name, kernel in kernels.items()}
+            calls |= {"dense": functools.partial(_dense, dtype)}
+            measured: Rates = {}
+            for name, call_of in calls.items():
+                measured[name, dtype] = _rate(call_of, budget, _SAMPLED / measurements)
+                measurements -= 1
+            rates |= measured
     return rates
-
-
-_HEADS, _DIM = 4, 64
-_CPU = torch.device("cpu")
 
 
 def _sparse(kernel: Any, near: Any, dtype: torch.dtype, n: int) -> tuple[Callable[[], Any], int]:
     plan = plan_for(near, Sizes.of(n, heads=_HEADS), kernel.SHAPE)
-    q = torch.randn(1, _HEADS, n, _DIM, dtype=dtype, device=_CPU)
+    q = _numbers(n, dtype)
     return lambda: kernel.forward(q, q, q, plan, scale=0.125, dropout=0.0, seed=0), plan.visited
 
 
 def _dense(dtype: torch.dtype, n: int) -> tuple[Callable[[], Any], int]:
-    q, mask = torch.randn(1, _HEADS, n, _DIM, dtype=dtype, device=_CPU), torch.ones(n, n, dtype=torch.bool, device=_CPU)
+    q, mask = _numbers(n, dtype), torch.ones(n, n, dtype=torch.bool, device=_CPU)
     return lambda: scaled_dot_product_attention(q, q, q, attn_mask=mask), _HEADS * n * n
 
 
-def _rate(call_of: Callable[[int], tuple[Callable[[], Any], int]], *, large: int, tiny: int) -> tuple[float, float]:
-    seconds = []
-    work = []
-    for n, loops in ((large, 1), (tiny, 40)):  # a tiny call alone would be timed on its way to the caches
+def _numbers(n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Not of torch's default generator: a measurement must not change what a program draws."""
+    generator = torch.Generator(_CPU).manual_seed(0)
+    return torch.randn(1, _HEADS, n, _DIM, generator=generator, device=_CPU).to(dtype)
+
+
+def _rate(call_of: Callable[[int], tuple[Callable[[], Any], int]], budget: _Budget, share: float) -> tuple[float, float]:
+    seconds, work = [], []
+    for n, part in ((_LARGE, share / 2), (_TINY, share / 2)):
         call, pairs = call_of(n)
-        call()
-        spent = []
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(loops):
-                call()
-            spent.append((time.perf_counter() - start) / loops)
-        seconds.append(min(spent))
+        seconds.append(budget.fastest(call, part))
         work.append(4 * _DIM * pairs)
-    slope = max(seconds[0] - seconds[1], 1e-9) / (work[0] - work[1])
+    if seconds[0] <= seconds[1]:
+        raise _Unmeasured
+    slope = (seconds[0] - seconds[1]) / (work[0] - work[1])
     return 1 / slope / 1e9, max(seconds[1] - slope * work[1], 1e-6)

@@ -115,7 +115,11 @@ def _merged(
     batch: Batch, out: Tensor, peak: Tensor, total: Tensor, more_out: Tensor, more_peak: Tensor, more_total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A piece's result joined to what the rows have already. Not by lse: where scores are large it has too few digits."""
-    old_out, old_peak, old_total = batch.take_queries(out).to(more_out.dtype), batch.take_queries(peak), batch.take_queries(total)
+    old_out, old_peak, old_total = (
+        batch.take_queries(out).to(more_out.dtype),
+        batch.take_queries(peak),
+        batch.take_queries(total),
+    )
     both = torch.where(old_total == 0, more_peak, torch.where(more_total == 0, old_peak, torch.maximum(old_peak, more_peak)))
     old, more = (old_peak - both).exp() * old_total, (more_peak - both).exp() * more_total
     old, more = torch.where(old_total == 0, 0.0, old), torch.where(more_total == 0, 0.0, more)
