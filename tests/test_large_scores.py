@@ -11,6 +11,8 @@ from torch import Tensor
 import farlight as fl
 from farlight.decoding.attend import attend_kept
 from farlight.kernels import cpu
+from farlight.patterns import Sizes
+from farlight.plan import TileShape, plan_for
 from farlight.testing.oracle import attend, kept_links
 
 SETS = cpu.available() if cpu.unavailable() is None else ()
@@ -19,9 +21,9 @@ PATTERNS = {
     "whole runs": fl.full(),
     "masked runs": fl.window(4) & fl.causal(),
     "single pairs": fl.random_keys(3, seed=1),
-    "pieces": fl.window(4) | fl.window(3, dilation=8) | fl.random_keys(2, seed=2),
+    "pieces": fl.window(4) | fl.window(3, dilation=8),
 }
-MAGNITUDES = [1e1, 1e2, 1e3, 3e4, 1e6, 1e9, 1e13, 1e18]
+MAGNITUDES = [1e2, 1e3, 3e4, 1e9, 1e18]
 EPS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}
 N, DIM = 96, 40
 
@@ -103,7 +105,7 @@ def test_equal_scores_share_a_row_whatever_their_size(pattern: fl.Pattern, dtype
 def test_the_largest_score_takes_a_row_whatever_its_size(pattern: fl.Pattern, dtype: torch.dtype, backend: str) -> None:
     """Scores of normal numbers: from 10⁴ on the largest is ahead of the rest by more than float32 rounds."""
     name = chosen(backend)
-    for magnitude in MAGNITUDES[3:]:
+    for magnitude in MAGNITUDES[2:]:
         if 6 * magnitude > torch.finfo(dtype).max:
             continue
         given = inputs("normal", magnitude, dtype)
@@ -114,13 +116,15 @@ def test_the_largest_score_takes_a_row_whatever_its_size(pattern: fl.Pattern, dt
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_parts_of_a_split_row_share_it(dtype: torch.dtype, backend: str) -> None:
     """Rows that see a text of several thousand keys are computed in parts."""
-    n, name = 5000, chosen(backend)
-    pattern = fl.global_tokens([3])
-    plan = fl.plan(pattern, n, heads=2)
-    assert any(int(piece.parts.max()) > 1 for piece in plan.pieces)
+    n, name = 600, chosen(backend)
+    pattern = fl.sees_all([3, n - 1]) | fl.window(2)
+    given: fl.Pattern | fl.Plan = pattern
+    if name != "reference":
+        given = plan_for(pattern, Sizes.of(n, heads=2), TileShape(32, 8, 128))
+        assert any(int(piece.parts.max()) > 1 for piece in given.pieces)
     for magnitude in (1e2, 1e9):
         q, k, v, *_ = inputs("ties", magnitude, dtype, n)
-        out = fl.attention(q, k, v, pattern, backend=name)
+        out = fl.attention(q, k, v, given, backend=name)
         torch.testing.assert_close(out[:, :, 3].double(), v.double().mean(2), rtol=0, atol=4 * EPS[dtype])
 
 
