@@ -16,6 +16,12 @@ from farlight.patterns.spans import Spans
 __all__ = ["documents", "global_tokens", "padding", "seen_by_all", "sees_all"]
 
 
+def _equal_items(table: Tensor) -> Tensor:
+    """`(B, 1)`: equal numbers for batch items with equal rows of a `(B, …)` table, so that they share a plan's tables."""
+    number: Tensor = torch.unique(table, dim=0, return_inverse=True)[1]
+    return number.view(-1, 1)
+
+
 class _Named(Atom):
     """Tokens given as positions (negative: from the end) or as a bool mask `(N,)` or `(B, N)`."""
 
@@ -49,6 +55,9 @@ class _Named(Atom):
                     f"{name}: position {position} does not exist in a text of {sizes.n_k} tokens; "
                     f"use {-sizes.n_k} … {sizes.n_k - 1} (negative counts from the end)."
                 )
+
+    def _variation(self, sizes: Sizes) -> Tensor:
+        return _equal_items(self.tables[0].cpu()) if self.varies_over_batch else super()._variation(sizes)
 
     def _listed(self, sizes: Sizes, device: torch.device) -> Tensor:
         """The named positions, sorted, without repetition (positions given as numbers only)."""
@@ -235,6 +244,9 @@ class documents(Atom):
                     f"documents: the lengths add up to {sum(item)}, more than the {sizes.n_k} tokens of the text."
                 )
 
+    def _variation(self, sizes: Sizes) -> Tensor:
+        return _equal_items(self._ids(sizes, torch.device("cpu"))) if self.varies_over_batch else super()._variation(sizes)
+
     def _ids(self, sizes: Sizes, device: torch.device) -> Tensor:
         """`(B or 1, n_k)` ids."""
         if self.lengths is None:
@@ -372,6 +384,11 @@ class padding(Atom):
             )
         if max(self.lengths) > sizes.n_k:
             raise PatternError(f"padding: a length of {max(self.lengths)} exceeds the {sizes.n_k} keys that there are.")
+
+    def _variation(self, sizes: Sizes) -> Tensor:
+        if self.lengths is None:
+            return self._real()._variation(sizes)
+        return _equal_items(torch.tensor(self.lengths, device="cpu"))
 
     def _real(self) -> seen_by_all:
         return seen_by_all(self.tables[0])

@@ -128,9 +128,8 @@ def _points(
     else:
         ds = p * (dp - row_delta)
     batch.put_queries(dq, ((by_row(ds) @ keys).movedim(3, 2).flatten(2, 3)) * scale, add=True)
-    lanes = batch.lanes
     flat = points.reshape(-1)
     for target, weight, rows in ((dv, p, row_dout), (dk, ds, queries)):
         value = by_row(weight).transpose(-1, -2) @ by_row(rows)  # (c, tiles, count, m, D)
         # Two rows may have drawn one key: the sums must be accumulated.
-        target[lanes.batch, lanes.k0 : lanes.k1].index_add_(1, flat, value.flatten(1, 3))
+        batch.add_points(target, flat, value.flatten(1, 3))

@@ -99,8 +99,7 @@ def score(batch: Batch, queries: Tensor, k: Tensor, kind: torch.dtype) -> tuple[
 
 def take_points(batch: Batch, x: Tensor, keys: Tensor, kind: torch.dtype) -> Tensor:
     """`(c, tiles, count, m, D)`: the gathered keys or values of each row."""
-    heads = x[batch.lanes.batch, batch.lanes.k0 : batch.lanes.k1]
-    return heads[:, keys].to(kind)
+    return batch.take_points(x, keys).to(kind)
 
 
 def weigh(batch: Batch, weight: Tensor, v: Tensor, keys: Tensor, kind: torch.dtype) -> Tensor:

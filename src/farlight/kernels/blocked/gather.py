@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ _BUDGET = 4 * 2**20
 
 @dataclass
 class Batch:
-    """Some tiles of a group, for some heads: shapes are (key heads c, tiles g, …)."""
+    """Some tiles of a group, for some heads: shapes are (key heads c of all batch items, tiles g, …)."""
 
     lanes: Lanes
     group: Group
@@ -31,48 +32,76 @@ class Batch:
     def tiles(self) -> int:
         return self.last - self.first
 
+    @property
+    def key_heads(self) -> int:
+        """c."""
+        items = 1 if isinstance(self.lanes.batch, int) else self.lanes.batch.numel()
+        return items * (self.lanes.k1 - self.lanes.k0)
+
+    def _take(self, x: Tensor, first: int, last: int, at: Tensor | slice) -> Tensor:
+        """`(items · heads, …)`: rows `at` of heads `[first, last)`."""
+        item = self.lanes.batch
+        return x[item, first:last][:, at] if isinstance(item, int) else x[_several(item, first, last, at)].flatten(0, 1)
+
+    def _put(self, x: Tensor, first: int, last: int, at: Tensor | slice, value: Tensor, add: bool) -> None:
+        """The reverse of `_take`; `at` names no row twice."""
+        item = self.lanes.batch
+        if isinstance(item, int):
+            place: Any = (slice(None), at)
+            x = x[item, first:last]
+        else:
+            place = _several(item, first, last, at)
+            value = value.unflatten(0, (item.numel(), -1))
+        if add:
+            x[place] += value
+        else:
+            x[place] = value
+
     def take_queries(self, x: Tensor) -> Tensor:
         """`(c, tiles, heads per key head · count, …)` of a `(B, H, n_q, …)` tensor."""
-        heads = x[self.lanes.batch, self.lanes.q0 : self.lanes.q1]
-        picked = heads[:, self.rows]
-        c = self.lanes.k1 - self.lanes.k0
+        picked = self._take(x, self.lanes.q0, self.lanes.q1, self.rows)
+        c = self.key_heads
         shape = (c, picked.shape[0] // c, self.tiles, self.group.count, *picked.shape[2:])
         return picked.reshape(shape).transpose(1, 2).flatten(2, 3)
 
     def put_queries(self, x: Tensor, value: Tensor, *, add: bool = False) -> None:
         """The reverse of `take_queries`, into `x`."""
-        c = self.lanes.k1 - self.lanes.k0
-        heads = (self.lanes.q1 - self.lanes.q0) // c
-        value = value.unflatten(2, (heads, self.group.count)).transpose(1, 2)
-        value = value.reshape(c * heads, self.tiles * self.group.count, *value.shape[4:])
-        target = x[self.lanes.batch, self.lanes.q0 : self.lanes.q1]
-        if add:
-            target[:, self.rows] += value.to(x.dtype)
-        else:
-            target[:, self.rows] = value.to(x.dtype)
+        value = value.unflatten(2, (-1, self.group.count)).transpose(1, 2)
+        value = value.reshape(-1, self.tiles * self.group.count, *value.shape[4:])
+        self._put(x, self.lanes.q0, self.lanes.q1, self.rows, value.to(x.dtype), add)
 
     def take_keys(self, x: Tensor, kind: torch.dtype) -> Tensor:
         """`(c, tiles, width, D)` of a `(B, H_kv, n_k, D)` tensor."""
-        heads = x[self.lanes.batch, self.lanes.k0 : self.lanes.k1]
         parts = []
         for runs in self.group.tiles[self.first : self.last]:
             for (lo, hi), keys in zip(runs, self.group.keys, strict=True):
-                parts.append(heads[:, lo:hi] if keys is None else heads[:, keys[lo:hi]])
+                at = slice(lo, hi) if keys is None else keys[lo:hi]
+                parts.append(self._take(x, self.lanes.k0, self.lanes.k1, at))
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return whole.to(kind).reshape(heads.shape[0], self.tiles, self.group.width, x.shape[-1])
+        return whole.to(kind).reshape(self.key_heads, self.tiles, self.group.width, x.shape[-1])
 
     def add_keys(self, x: Tensor, value: Tensor) -> None:
         """Add `(c, tiles, width, D)` to the places that `take_keys` took; a run names no key twice."""
-        heads = x[self.lanes.batch, self.lanes.k0 : self.lanes.k1]
         for tile, runs in enumerate(self.group.tiles[self.first : self.last]):
             at = 0
             for (lo, hi), keys in zip(runs, self.group.keys, strict=True):
                 part = value[:, tile, at : at + hi - lo]
-                if keys is None:
-                    heads[:, lo:hi] += part
-                else:
-                    heads[:, keys[lo:hi]] += part
+                self._put(x, self.lanes.k0, self.lanes.k1, slice(lo, hi) if keys is None else keys[lo:hi], part, True)
                 at += hi - lo
+
+    def take_points(self, x: Tensor, keys: Tensor) -> Tensor:
+        """`(c, *keys.shape, D)`: gathered keys or values."""
+        taken = self._take(x, self.lanes.k0, self.lanes.k1, keys.flatten())
+        return taken.view(taken.shape[0], *keys.shape, x.shape[-1])
+
+    def add_points(self, x: Tensor, keys: Tensor, value: Tensor) -> None:
+        """Add `(c, keys, D)` to keys `(keys,)` of which some may stand twice."""
+        item = self.lanes.batch
+        heads = x[item, self.lanes.k0 : self.lanes.k1]
+        sums = heads if isinstance(item, int) else heads.flatten(0, 1)
+        sums.index_add_(1, keys, value)
+        if not isinstance(item, int):
+            x[item, self.lanes.k0 : self.lanes.k1] = sums.view(heads.shape)
 
     def hide(self, scores: Tensor, value: float) -> None:
         """Set what no row may see in `(c, tiles, heads · count, width)`."""
@@ -104,10 +133,10 @@ class Batch:
         lanes, count = self.lanes, self.group.count
         rows = self.rows
         row = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
-        head = torch.arange(lanes.q0, lanes.q1, device=device).view(lanes.k1 - lanes.k0, 1, -1, 1, 1)
+        head = torch.arange(lanes.q0, lanes.q1, device=device).view(1, lanes.k1 - lanes.k0, 1, -1, 1, 1)
         i = row.view(1, self.tiles, 1, count, 1) + q_offset
-        batch = torch.tensor(lanes.batch, device=device)
-        return dropout_keep(seed.to(device), p, batch, head, i, keys[None, :, None]).flatten(2, 3)
+        batch = torch.as_tensor(lanes.batch, device=device).view(-1, 1, 1, 1, 1, 1)
+        return dropout_keep(seed.to(device), p, batch, head, i, keys[None, :, None]).flatten(3, 4).flatten(0, 1)
 
 
 def batches(schedule: Schedule, heads: int, kv_heads: int, head_dim: int) -> Iterator[Batch]:
@@ -120,7 +149,15 @@ def batches(schedule: Schedule, heads: int, kv_heads: int, head_dim: int) -> Ite
         for group in groups:
             points = max((keys.shape[1] for keys, _ in group.points), default=0)
             one = 4 * group.count * (group.width + points * (head_dim + 1))
+            together = _BUDGET // max(1, one * heads * len(group.starts))  # batch items of which all fits
+            full = [b for b, listed in by_batch.items() if len(listed) == heads] if together > 1 else []
+            for at in range(0, len(full), max(1, together)):
+                items = torch.tensor(full[at : at + together], device="cpu")
+                lane = Lanes(items, 0, heads, 0, kv_heads)
+                yield Batch(lane, group, 0, len(group.starts), _rows(schedule, group, 0, len(group.starts)))
             for b, listed in by_batch.items():
+                if len(listed) == heads and together > 1:
+                    continue
                 if len(listed) == heads:
                     step = max(1, min(kv_heads, _BUDGET // (one * per_key)))
                     lanes = [
@@ -134,6 +171,14 @@ def batches(schedule: Schedule, heads: int, kv_heads: int, head_dim: int) -> Ite
                     for first in range(0, len(group.starts), many):
                         last = min(first + many, len(group.starts))
                         yield Batch(lane, group, first, last, _rows(schedule, group, first, last))
+
+
+def _several(items: Tensor, first: int, last: int, at: Tensor | slice) -> Any:
+    """The index of rows `at` of heads `[first, last)` of several batch items; what it takes is `(items, heads, rows, …)`."""
+    if isinstance(at, slice):
+        return items, slice(first, last), at
+    items, heads = items.to(at.device), torch.arange(first, last, device=at.device)
+    return items[:, None, None], heads[:, None], at
 
 
 def _rows(schedule: Schedule, group: Group, first: int, last: int) -> Tensor | slice:

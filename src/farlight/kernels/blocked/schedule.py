@@ -20,9 +20,9 @@ __all__ = ["Group", "Lanes", "Schedule", "schedule_of"]
 
 @dataclass(frozen=True)
 class Lanes:
-    """Heads of one batch item that are computed together: query heads `[q0, q1)` on key heads `[k0, k1)`."""
+    """Heads that are computed together: query heads `[q0, q1)` on key heads `[k0, k1)` of one batch item or of several."""
 
-    batch: int
+    batch: int | Tensor
     q0: int
     q1: int
     k0: int
@@ -73,9 +73,9 @@ def _make(plan: Plan, device: torch.device) -> Schedule:
         code = code * (int(table.max()) + 1) + table
         code = torch.unique(code, return_inverse=True)[1]
     members: dict[int, list[tuple[int, int]]] = {}
-    for b in range(sizes.batch):
-        for h in range(sizes.heads):
-            members.setdefault(int(code[b, h]), []).append((b, h))
+    for b, codes in enumerate(code.tolist()):
+        for h, number in enumerate(codes):
+            members.setdefault(number, []).append((b, h))
     split = any(bool((piece.parts > 1).any()) for piece in plan.pieces)
     merges = plan.overlapping or split
     keys = {id(layer): None if layer.keys is None else layer.keys.long().to(device) for p in plan.pieces for layer in p.layers}
