@@ -110,9 +110,9 @@ TABLE: list[tuple[Callable[[], object], type[Exception], str]] = [
         f"backend = 'cuda' is unknown; use 'auto' or one of {', '.join(repr(name) for name in dispatch.BACKENDS)}.",
     ),
     (
-        attend(pattern=fl.global_tokens([12])),
+        attend(pattern=fl.global_tokens(torch.arange(13) < 1)),
         PatternError,
-        "global_tokens: position 12 does not exist in a text of 12 tokens; use -12 … 11 (negative counts from the end).",
+        "global_tokens: the mask has 13 tokens, but there are 12 keys; they must agree.",
     ),
     (
         attend(pattern=fl.per_head([P] * 2)),
@@ -225,6 +225,6 @@ def test_bad_input_is_refused_while_compiling_too() -> None:
     compiled = torch.compile(lambda q, k: fl.attention(q, k, k, P), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="q has 3 heads and k has 2"):
         compiled(Q[:, :3], K)
-    compiled = torch.compile(lambda q, k: fl.attention(q, k, k, fl.global_tokens([12])), backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="position 12 does not exist in a text of 12 tokens"):
+    compiled = torch.compile(lambda q, k: fl.attention(q, k, k, fl.padding([13])), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="a length of 13 exceeds the 12 keys"):
         compiled(Q, K)

@@ -360,9 +360,9 @@ def test_readers_are_fewer_when_that_would_take_long(monkeypatch: pytest.MonkeyP
         (lambda: path(fl.full(), 10, 0, -11), ArgumentError, "target = -11 is not a position in a text of n = 10 tokens"),
         (lambda: path(fl.full(), 10, 0, 1.5), ArgumentError, "target = 1.5: a whole number is needed, not float"),
         (
-            lambda: path(fl.window(2) | fl.global_tokens([12]), 10, 0, 1),
+            lambda: path(fl.window(2) | fl.documents(lengths=[12]), 10, 0, 1),
             PatternError,
-            "position 12 does not exist in a text of 10",
+            "the lengths add up to 12, more than the 10 tokens",
         ),
         (lambda: path("full()", 10, 0, 1), ArgumentError, "str is not a pattern"),
         (lambda: reach(fl.full(), 10, -1), ArgumentError, "layers = -1: it must be a whole number >= 0"),

@@ -61,17 +61,21 @@ TABLE: list[tuple[Callable[[], object], str]] = [
     (lambda: fl.seen_by_all([0.5]), "seen_by_all: position 0.5 is not a whole number; give integers or a bool mask."),
     (
         lambda: fl.global_tokens(torch.tensor([0.5])),
-        "global_tokens: position 0.5 is not a whole number; give integers or a bool mask.",
+        "global_tokens(a (1,) float32 tensor [0.5]): give a 1-D array of whole numbers, the positions, or a mask: .bool(), "
+        "in numpy .astype(bool).",
     ),
+    (lambda: fl.global_tokens([2**40]), "global_tokens: a position lies beyond 2147483648; no text is so long."),
     (
-        dense(fl.global_tokens([8])),
-        "global_tokens: position 8 does not exist in a text of 8 tokens; use -8 … 7 (negative counts from the end).",
+        lambda: fl.sees_all(torch.tensor([0, 0, 1])),
+        "sees_all(a (3,) int64 tensor [0, 0, 1]): zeros and ones are a mask or positions, which cannot be told apart. For a "
+        "mask pass .bool() (numpy: .astype(bool)), for positions a list: .tolist().",
     ),
+    (dense(fl.seen_by_all(torch.ones(7) > 0)), "seen_by_all: the mask has 7 tokens, but there are 8 keys; they must agree."),
     (
-        dense(fl.sees_all([0, -9])),
-        "sees_all: position -9 does not exist in a text of 8 tokens; use -8 … 7 (negative counts from the end).",
+        dense(fl.sees_all(torch.ones(7) > 0), 9, n_k=8),
+        "sees_all: mask: it has 7 rows, but there are 9 queries and 8 positions; give 9 rows, one for each query, or 8, "
+        "one for each position.",
     ),
-    (dense(fl.seen_by_all(torch.ones(7) > 0)), "seen_by_all: the mask has 7 tokens, the text has 8; they must agree."),
     (
         dense(fl.global_tokens(torch.ones(3, 8) > 0), batch=2),
         "global_tokens: mask: its batch dimension is 3, but the batch is 2; use 1 or 2.",
@@ -101,15 +105,16 @@ TABLE: list[tuple[Callable[[], object], str]] = [
     # tables
     (
         lambda: fl.pairs(torch.ones(4, 4)),
-        "pairs: mask: a bool tensor is needed, but its dtype is torch.float32; pass e.g. pairs: mask != 0.",
+        "pairs: mask: a bool tensor is needed, but this is a (4, 4) float32 tensor [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, …]; pass "
+        ".bool() of it.",
     ),
     (
         lambda: fl.clusters([0.5]),
-        "clusters: query_labels: an integer tensor is needed, but its dtype is torch.float32; pass e.g. .long().",
+        "clusters: query_labels: an integer tensor is needed, but this is a (1,) float32 tensor [0.5]; pass .long() of it.",
     ),
     (
         lambda: fl.clusters([True]),
-        "clusters: query_labels: an integer tensor is needed, but its dtype is torch.bool; pass e.g. .long().",
+        "clusters: query_labels: an integer tensor is needed, but this is a (1,) bool tensor [True]; pass .long() of it.",
     ),
     (
         lambda: fl.pairs(BITS.view(1, 1, 1, 4, 4)),

@@ -133,7 +133,7 @@ def test_a_path_is_arcs() -> None:
             "pixels = 0: a picture needs at least one; the default is 512",
         ),
         (lambda: fl.full().plot(0), ArgumentError, "n = 0: it must be a whole number >= 1"),
-        (lambda: fl.global_tokens([9]).plot(3), PatternError, "position 9 does not exist in a text of 3 tokens"),
+        (lambda: fl.padding([9]).plot(3), PatternError, "a length of 9 exceeds the 3 keys"),
         (lambda: fl.full().plot(4, head=-1), ArgumentError, "head = -1: it must be a whole number >= 0"),
     ],
 )

@@ -90,7 +90,7 @@ def unions(draw: st.DrawFn) -> Case:
     if kind != "blocks":
         for _ in range(draw(st.integers(0 if len(parts) > 1 else 1, 2))):
             named = draw(st.sampled_from([fl.global_tokens, fl.sees_all, fl.seen_by_all]))
-            one = named(draw(st.lists(st.integers(-n_k, n_k - 1), max_size=4)))
+            one = named(draw(st.lists(st.integers(-n_k - 3, max(n_q, n_k) + 8), max_size=4)))
             parts.append(fl.causal() & one if past and draw(st.booleans()) else one)
     parts = draw(st.permutations(parts))
     while len(parts) > 1:
@@ -209,7 +209,7 @@ def test_an_expression_of_many_terms_is_planned_on_the_host() -> None:
         (fl.chosen_keys([[0, 7]] * 4) | fl.window(1), r"chosen_keys: indices: 7 is not one of the 4 keys"),
         (fl.window(9) | from_indices(torch.full((1, 4, 1), 9), block=2), r"chosen_blocks: indices: 9 is not one of the 2 key"),
         (fl.clusters([0] * 3) | fl.window(1), r"clusters: query_labels: it has 3 rows, but there are 4 queries"),
-        (fl.clusters([0] * 4) | fl.global_tokens([4]), r"global_tokens: position 4 does not exist in a text of 4 tokens"),
+        (fl.clusters([0] * 4) & fl.padding([[True] * 5]) | fl.window(1), r"padding: the mask has 5 keys, but there are 4"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

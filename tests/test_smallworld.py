@@ -450,7 +450,7 @@ def test_causal_attention_is_its_own_yardstick() -> None:
             ArgumentError,
             r"batch = 2: this pattern has 2 batch items; use 0 … 1",
         ),
-        (lambda: smallworld(fl.global_tokens([9]), 5), PatternError, r"position 9 does not exist in a text of 5 tokens"),
+        (lambda: smallworld(fl.documents(lengths=[9]), 5), PatternError, r"the lengths add up to 9, more than the 5 tokens"),
         (
             lambda: smallworld(fl.full(), 5, confidence=1.0),
             ArgumentError,

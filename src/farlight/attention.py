@@ -98,10 +98,10 @@ def attention(
         if backend == "dense":
             return dense.attend(q, k, v, dispatch.dense_mask(request), scale=scale)
     if backend in dispatch.PLANNED or backend == "auto":
-        out, lse = ops.attend(q, k, v, list(pattern.tables), drawn, pattern.text, scale, offset, dropout, backend)
+        out, lse = ops.attend(q, k, v, list(pattern._tables), drawn, pattern.text, scale, offset, dropout, backend)
         return (out, lse) if return_lse else out
     batch, heads, n_q, n_k = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    mask = ops.pattern_mask(q, list(pattern.tables), pattern.text, n_q, n_k, offset, batch, heads)
+    mask = ops.pattern_mask(q, list(pattern._tables), pattern.text, n_q, n_k, offset, batch, heads)
     if backend == "dense":
         if return_lse or dropout:  # traced: the operator below has no place where this would be noticed
             dispatch.require(backend, _request(q, k, v, pattern, offset, dropout, return_lse))

@@ -6,7 +6,9 @@ also from the built-in exception that a caller would expect, so that `except Val
 
 from __future__ import annotations
 
-__all__ = ["ArgumentError", "FarlightError", "PatternError", "PlanError", "UnsupportedError"]
+import reprlib
+
+__all__ = ["ArgumentError", "FarlightError", "OperandError", "PatternError", "PlanError", "UnsupportedError", "shorten", "show"]
 
 
 class FarlightError(Exception):
@@ -21,9 +23,54 @@ class PatternError(FarlightError, ValueError):
     """A pattern is malformed, or does not fit the sizes it is asked about."""
 
 
+class OperandError(PatternError, TypeError):
+    """Patterns are combined by `and`, `or`, `not`, or with something that is not a pattern."""
+
+
 class PlanError(FarlightError, ValueError):
     """A plan is malformed, or was built for other sizes."""
 
 
 class UnsupportedError(FarlightError, NotImplementedError):
     """The request is meaningful, but the named backend or model cannot serve it."""
+
+
+_FEW = 6
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to spell a number of thousands of digits.
+        return repr(x) if x.bit_length() <= 256 else f"a number of {x.bit_length()} bits"
+
+
+_short = _Short()
+_short.maxlist = _short.maxtuple = _short.maxset = _short.maxdict = _short.maxarray = _FEW
+_short.maxlevel = 3
+_short.maxstring = _short.maxother = 80
+_short.fillvalue = "…"
+
+
+def show(value: object) -> str:
+    """A value for an error message, in about 100 characters: tensors and arrays by shape, dtype and first entries.
+
+    >>> import torch
+    >>> show(torch.zeros(2, 500)), show(list(range(100)))
+    ('a (2, 500) float32 tensor [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, …]', '[0, 1, 2, 3, 4, 5, …]')
+    """
+    name = type(value).__name__
+    if name in ("Tensor", "Parameter", "ndarray"):
+        dtype = str(value.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
+        what = f"a {tuple(value.shape)} {dtype} {'array' if name == 'ndarray' else 'tensor'}"  # type: ignore[attr-defined]
+        if getattr(value, "is_meta", False):
+            return what
+        first = value.reshape(-1)[: _FEW + 1].tolist()  # type: ignore[attr-defined]
+        return shorten(f"{what} {_short.repr(first)}", 120)
+    return shorten(_short.repr(value), 120)
+
+
+def shorten(text: str, length: int = 80) -> str:
+    """The text on one line, cut to `length` characters."""
+    # Far more than is kept is not even looked at: the text may be a table of many megabytes.
+    line = " ".join(text[: 4 * length].split())
+    return line if len(line) <= length and len(text) <= 4 * length else line[: length - 1] + "…"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from farlight.errors import PatternError
+from farlight.errors import PatternError, show
 from farlight.patterns.arguments import listed, whole
 from farlight.patterns.base import Pattern
 from farlight.patterns.positional import blocked_window, causal, landmarks, offsets, strided, window
@@ -78,7 +78,7 @@ def sparse_transformer(stride: int, kind: str = "strided", summary: int = 1) -> 
         return causal() & (window(stride - 1, 0) | strided(stride))
     if kind == "fixed":
         return causal() & (blocked_window(0, block=stride) | landmarks(stride, summary))
-    raise PatternError(f'sparse_transformer: kind = {kind!r} is unknown; use "strided" or "fixed".')
+    raise PatternError(f'sparse_transformer: kind = {show(kind)} is unknown; use "strided" or "fixed".')
 
 
 def longnet(segments: Sequence[int], dilations: Sequence[int]) -> Pattern:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from farlight.errors import ArgumentError
+from farlight.errors import ArgumentError, show
 from farlight.patterns.arguments import whole
 
 __all__ = ["ACTIVATIONS", "NORMS", "Block", "make_norm"]
@@ -21,7 +21,7 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 def make_norm(owner: str, kind: str, dim: int, eps: float, bias: bool, made: dict[str, Any]) -> nn.Module:
     """A LayerNorm or an RMSNorm over `dim` features."""
     if kind not in NORMS:
-        raise ArgumentError(f"{owner}: norm = {kind!r} is unknown; use one of {', '.join(map(repr, NORMS))}.")
+        raise ArgumentError(f"{owner}: norm = {show(kind)} is unknown; use one of {', '.join(map(repr, NORMS))}.")
     return nn.RMSNorm(dim, eps, **made) if kind == "rms" else nn.LayerNorm(dim, eps, bias=bias, **made)
 
 
@@ -57,7 +57,7 @@ class Block(nn.Module):
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         if activation not in ACTIVATIONS:
             raise ArgumentError(
-                f"{owner}: activation = {activation!r} is unknown; use one of {', '.join(map(repr, ACTIVATIONS))}."
+                f"{owner}: activation = {show(activation)} is unknown; use one of {', '.join(map(repr, ACTIVATIONS))}."
             )
         gated = activation == "swiglu"
         if mlp_dim is None:

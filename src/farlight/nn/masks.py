@@ -13,7 +13,7 @@ from farlight.errors import ArgumentError, UnsupportedError
 from farlight.patterns.base import Pattern
 from farlight.patterns.content import pairs
 from farlight.patterns.positional import causal, full
-from farlight.patterns.tokens import padding
+from farlight.patterns.ragged import padding
 
 __all__ = ["both", "padded", "real_tokens", "restricted"]
 
@@ -24,7 +24,7 @@ def both(a: Pattern, b: Pattern) -> Pattern:
     everything = full().text
     if a.text == everything or a is b:
         return b
-    return a if b.text in (everything, None if b.tables else a.text) else a & b
+    return a if b.text in (everything, None if b._tables else a.text) else a & b
 
 
 def real_tokens(owner: str, mask: Tensor | None, batch: int, n: int) -> Tensor | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from farlight.errors import ArgumentError
+from farlight.errors import ArgumentError, show
 from farlight.patterns.arguments import whole
 
 __all__ = ["LearnedPositions", "RotaryPositions", "Rotation", "read_rotary"]
@@ -44,7 +44,7 @@ class RotaryPositions(nn.Module):
             raise ArgumentError(f"RotaryPositions: head_dim = {head_dim} is odd; it turns pairs, so make it even.")
         for name, value in (("base", base), ("scale", scale)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ArgumentError(f"RotaryPositions: {name} = {value!r}; a positive number is needed.")
+                raise ArgumentError(f"RotaryPositions: {name} = {show(value)}; a positive number is needed.")
         self.base, self.scale = float(base), float(scale)
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint as recompute_later
 
-from farlight.errors import ArgumentError
+from farlight.errors import ArgumentError, show
 from farlight.nn.block import make_norm
 from farlight.nn.masks import restricted
 from farlight.nn.positions import LearnedPositions, RotaryPositions
@@ -52,13 +52,13 @@ class Stack(nn.Module):
             )
         elif isinstance(positions, RotaryPositions) or positions == "rotary":
             if "rotary" in options:
-                raise ArgumentError(f"{name}: give either positions={positions!r} or rotary=…, not both.")
+                raise ArgumentError(f"{name}: give either positions={show(positions)} or rotary=…, not both.")
             options = options | {
                 "rotary": positions if isinstance(positions, RotaryPositions) else _shared(embed_dim, num_heads)
             }
         elif positions is not None:
             raise ArgumentError(
-                f"{name}: positions = {positions!r} is unknown; use 'rotary', 'learned', a RotaryPositions, a "
+                f"{name}: positions = {show(positions)} is unknown; use 'rotary', 'learned', a RotaryPositions, a "
                 "LearnedPositions, or None."
             )
         if max_positions is not None and self.positions is None:

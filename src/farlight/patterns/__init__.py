@@ -4,9 +4,10 @@ from farlight.patterns.algebra import per_head
 from farlight.patterns.base import Pattern, Sizes
 from farlight.patterns.content import blocks, chosen_blocks, chosen_keys, clusters, pairs
 from farlight.patterns.positional import blocked_window, causal, full, landmarks, offsets, strided, window
+from farlight.patterns.ragged import documents, padding
 from farlight.patterns.random import random_blocks, random_keys
 from farlight.patterns.text import parse
-from farlight.patterns.tokens import documents, global_tokens, padding, seen_by_all, sees_all
+from farlight.patterns.tokens import global_tokens, seen_by_all, sees_all
 
 CONSTRUCTORS = (
     "blocked_window",

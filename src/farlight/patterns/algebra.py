@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from farlight.errors import PatternError
+from farlight.errors import OperandError, PatternError, show
 from farlight.patterns.arguments import listed
 from farlight.patterns.base import Atom, Pattern, Sizes
 from farlight.patterns.spans import Spans
@@ -22,7 +22,8 @@ __all__ = ["Complement", "Difference", "HeadsOf", "Intersection", "PerHead", "Un
 
 def operand(value: object, sign: str) -> Pattern:
     if not isinstance(value, Pattern):
-        raise TypeError(f"`pattern {sign} {value!r}`: {type(value).__name__} is not a pattern; combine patterns with patterns.")
+        what = type(value).__name__
+        raise OperandError(f"`pattern {sign} {show(value)}`: {what} is not a pattern; combine patterns with patterns.")
     return value
 
 
@@ -33,10 +34,10 @@ def joined_tables(parts: Sequence[Pattern]) -> tuple[list[str], tuple[Tensor, ..
     for part in parts:
         base = len(tables)
         text = part.text
-        if base and part.tables:
+        if base and part._tables:
             text = re.sub(r"\$(\d+)", lambda mark, base=base: f"${int(mark[1]) + base}", text)  # type: ignore[misc]
         texts.append(text)
-        tables = tables + part.tables
+        tables = tables + part._tables
     return texts, tables
 
 

@@ -1,4 +1,8 @@
-"""Reading the arguments of pattern constructors: whole numbers, lists of positions, tables; and saying what is wrong."""
+"""Reading the arguments of pattern constructors: whole numbers, lists of positions, masks, tables; and saying what is wrong.
+
+Tensors and numpy arrays are read alike. A mask is boolean. Integers are positions (or lengths), except where an array of
+them can only be doubted: more than two entries, all 0 or 1, are refused, for a 0/1 mask looks the same.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,24 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from farlight.errors import PatternError
+from farlight.errors import PatternError, shorten, show
 from farlight.patterns.base import Sizes
 
-__all__ = ["check_leading", "listed", "positions_text", "query_base", "read_positions", "read_table", "whole"]
+__all__ = [
+    "check_leading",
+    "listed",
+    "numbers",
+    "positions_text",
+    "query_base",
+    "read_mask",
+    "read_positions",
+    "read_table",
+    "whole",
+]
 
 
 # Sums and products of two such numbers still fit into int64, so that no distance ever wraps around.
@@ -24,9 +39,9 @@ def whole(what: str, value: Any, at_least: int, at_most: int = _LARGEST) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise PatternError(f"{what} = {value!r}: a whole number is needed, not {type(value).__name__}.") from None
-    if isinstance(value, bool) or number < at_least:
-        raise PatternError(f"{what} = {value!r}: it must be a whole number >= {at_least}.")
+        raise PatternError(f"{what} = {show(value)}: a whole number is needed, not {type(value).__name__}.") from None
+    if _is_bool(value) or number < at_least:
+        raise PatternError(f"{what} = {show(value)}: it must be a whole number >= {at_least}.")
     if number > at_most:
         raise PatternError(f"{what} is larger than {at_most}, the largest number possible here; no text is so long.")
     return number
@@ -34,23 +49,74 @@ def whole(what: str, value: Any, at_least: int, at_most: int = _LARGEST) -> int:
 
 def listed(what: str, values: Any, of: str) -> list[Any]:
     """The values as a list."""
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise PatternError(f"{what}({values!r}): give a list of {of}, not {type(values).__name__}.")
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or _is_array(values, dims=0):
+        raise PatternError(f"{what}({show(values)}): give a list of {of}, not {type(values).__name__}.")
     return list(values)
+
+
+def _is_array(value: Any, *, dims: int | None = None) -> bool:
+    return isinstance(value, (Tensor, np.ndarray)) and dims in (None, value.ndim)
+
+
+def _is_bool(value: Any) -> bool:
+    """Whether this is a truth value: Python's, numpy's, or one entry of a bool tensor."""
+    if isinstance(value, Tensor):
+        return value.dtype == torch.bool
+    return isinstance(value, (bool, np.bool_)) or (isinstance(value, np.ndarray) and value.dtype == np.bool_)
+
+
+def read_mask(what: str, value: Any) -> Tensor | None:
+    """The mask `(B, N)` that a bool tensor, a bool array or a (nested) list of truth values is; None for anything else."""
+    first = value
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    if not _is_bool(first) or isinstance(value, (bool, np.bool_)):
+        return None
+    if isinstance(value, (list, tuple)) and not all(map(_is_bool, value)) and not isinstance(value[0], (list, tuple)):
+        return None
+    if isinstance(value, (list, tuple)):
+        value = [item.tolist() if _is_array(item) else item for item in value]
+    return read_table(what, value, 2, kind="bool")
+
+
+def numbers(what: str, values: Any, of: str) -> list[Any]:
+    """The entries of a list, or of a 1-D array of integers that cannot be taken for a mask."""
+    if not _is_array(values):
+        return listed(what, values, of)
+    if isinstance(values, Tensor):
+        is_whole = not (values.is_floating_point() or values.is_complex())
+    else:
+        is_whole = values.dtype.kind in "iu"
+    if not is_whole or values.ndim != 1:
+        raise PatternError(
+            f"{what}({show(values)}): give a 1-D array of whole numbers, the {of}, or a mask: .bool(), in numpy .astype(bool)."
+        )
+    entries: list[Any] = values.tolist()
+    if len(entries) > 2 and all(entry in (0, 1) for entry in entries):
+        raise PatternError(
+            f"{what}({show(values)}): zeros and ones are a mask or {of}, which cannot be told apart. For a mask pass .bool() "
+            f"(numpy: .astype(bool)), for {of} a list: .tolist()."
+        )
+    return entries
 
 
 def read_positions(what: str, positions: Iterable[Any]) -> tuple[int, ...]:
     """Distinct positions, sorted; negative ones count from the end and sort after the others."""
-    if isinstance(positions, str) or not isinstance(positions, Iterable):
-        raise PatternError(f"{what}({positions!r}): give a list of positions such as [0, -1], a range, or a bool mask.")
+    if isinstance(positions, str) or not isinstance(positions, Iterable) or _is_array(positions, dims=0):
+        raise PatternError(f"{what}({show(positions)}): give a list of positions such as [0, -1], a range, or a bool mask.")
     read = set()
-    for position in positions:
+    for position in numbers(what, positions, "positions"):
         # True is the number 1 to Python: a list of booleans would name the tokens 0 and 1.
         try:
-            number: Any = None if isinstance(position, bool) else position
-            read.add(operator.index(number))
+            entry: Any = None if _is_bool(position) else position
+            number = operator.index(entry)
         except TypeError:
-            raise PatternError(f"{what}: position {position!r} is not a whole number; give integers or a bool mask.") from None
+            raise PatternError(
+                f"{what}: position {show(position)} is not a whole number; give integers or a bool mask."
+            ) from None
+        if abs(number) > _LARGEST:
+            raise PatternError(f"{what}: a position lies beyond {_LARGEST}; no text is so long.")
+        read.add(number)
     return tuple(sorted(read, key=lambda p: (p < 0, p)))
 
 
@@ -70,11 +136,12 @@ def read_table(what: str, value: Any, dims: int, *, kind: str) -> Tensor:
     try:
         table = value if isinstance(value, Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PatternError(f"{what}: cannot be read as a tensor ({error}); pass a torch tensor.") from None
+        why = shorten(str(error), 160)
+        raise PatternError(f"{what}: cannot be read as a tensor ({why}); pass a torch tensor.") from None
     if kind == "bool" and table.dtype != torch.bool:
-        raise PatternError(f"{what}: a bool tensor is needed, but its dtype is {table.dtype}; pass e.g. {what} != 0.")
+        raise PatternError(f"{what}: a bool tensor is needed, but this is {show(table)}; pass .bool() of it.")
     if kind == "int" and (table.dtype.is_floating_point or table.dtype.is_complex or table.dtype == torch.bool):
-        raise PatternError(f"{what}: an integer tensor is needed, but its dtype is {table.dtype}; pass e.g. .long().")
+        raise PatternError(f"{what}: an integer tensor is needed, but this is {show(table)}; pass .long() of it.")
     if not 1 <= table.dim() <= dims:
         raise PatternError(f"{what}: shape {tuple(table.shape)} has {table.dim()} dimensions, at most {dims} are possible.")
     table = table.detach().clone() if kind == "bool" else table.detach().to(torch.int64, copy=True)

@@ -1,7 +1,6 @@
 """What a pattern is: an immutable set of (batch, head, query position, key) that answers questions about itself.
 
-A pattern knows positions. It knows nothing of storage, devices, plans or kernels. Two faces of every pattern must agree,
-and the tests hold one against the other:
+A pattern knows positions, nothing of storage, devices, plans or kernels. The tests hold its two faces against each other:
 
 * `_allows`, the scalar truth, evaluated elementwise on integer tensors: the specification;
 * `_spans` (or `_points`, `_labels`), the same set row by row without visiting n² pairs: what plans are built from.
@@ -10,22 +9,23 @@ and the tests hold one against the other:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
-from farlight.errors import PatternError
+from farlight.errors import OperandError, PatternError, show
 from farlight.patterns.spans import Spans
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Atom", "Changes", "Form", "Labels", "Pattern", "Sizes"]
+__all__ = ["Atom", "Changes", "Form", "Labels", "Pattern", "Sizes", "equal_items"]
 
 Form = Literal["spans", "points", "labels"]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Pattern:
 
     # `text` is the canonical expression; a table (a tensor that is part of the pattern) appears in it as `$0`, `$1`, …
     text: str
-    tables: tuple[Tensor, ...]
+    _tables: tuple[Tensor, ...] = ()
     _precedence: ClassVar[int] = 4
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -97,7 +97,15 @@ class Pattern:
         raise AttributeError(f"a pattern is immutable: {name} cannot be deleted; build a new pattern")
 
     def _set(self, **values: Any) -> None:
-        self.__dict__.update(values)
+        # `tables` is a property that gives copies; the tensors themselves are kept under another name.
+        self.__dict__.update({"_tables" if name == "tables" else name: value for name, value in values.items()})
+
+    def _kept(self, name: str, make: Callable[[], _T]) -> _T:
+        """What `make` gives, made once for this pattern: for what follows from its arguments alone."""
+        kept: dict[str, _T] = self.__dict__.setdefault("_memo", {})
+        if name not in kept:
+            kept[name] = make()
+        return kept[name]
 
     # ---- the algebra -------------------------------------------------------------------------------------------------
     def __or__(self, other: Pattern) -> Pattern:
@@ -120,12 +128,21 @@ class Pattern:
 
         return Complement((self,))
 
+    def __bool__(self) -> NoReturn:
+        why = f"a pattern is neither true nor false ({show(self)}): Python's `and`, `or` and `not` drop an operand."
+        raise OperandError(f"{why} Write `&`, `|` and `~`; ask `pattern is None` where there may be none.")
+
     # ---- a value -----------------------------------------------------------------------------------------------------
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """Copies of the tensors that are part of the pattern: labels, masks, lists."""
+        return tuple(table.clone() for table in self._tables)
+
     @property
     def key(self) -> tuple[str, tuple[str, ...]]:
         """What two equal patterns share: the canonical text and a digest of each table."""
         if "_key" not in self.__dict__:
-            self._set(_key=(self.text, tuple(digest(t) for t in self.tables)))
+            self._set(_key=(self.text, tuple(digest(t) for t in self._tables)))
         key: tuple[str, tuple[str, ...]] = self.__dict__["_key"]
         return key
 
@@ -136,7 +153,7 @@ class Pattern:
         return hash(self.key)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_key", "_routed")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_key", "_routed", "_memo")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -144,7 +161,7 @@ class Pattern:
     def __repr__(self) -> str:
         from farlight.patterns.text import spell_tables
 
-        return spell_tables(self.text, self.tables)
+        return spell_tables(self.text, self._tables)
 
     def to_json(self) -> str:
         """The pattern as JSON text, tables included; `Pattern.from_json` gives an equal pattern back."""
@@ -261,6 +278,12 @@ class Pattern:
         raise NotImplementedError
 
 
+def equal_items(rows: Tensor) -> Tensor:
+    """`(B, 1)`: equal numbers for batch items with equal rows of a `(B, …)` table, so that they share a plan's tables."""
+    number: Tensor = torch.unique(rows.cpu(), dim=0, return_inverse=True)[1]
+    return number.view(-1, 1)
+
+
 class Atom(Pattern):
     """A primitive: one rule. A new one needs `_allows`, `_spans` and, where they help, a form and labels or points."""
 
@@ -271,8 +294,8 @@ class Atom(Pattern):
         yield self
 
     def _made_for(self) -> tuple[int, int]:
-        heads = (table.shape[1] for table in self.tables if table.dim() > 2)
-        return max((table.shape[0] for table in self.tables), default=1), max(heads, default=1)
+        heads = (table.shape[1] for table in self._tables if table.dim() > 2)
+        return max((table.shape[0] for table in self._tables), default=1), max(heads, default=1)
 
     def check(self, sizes: Sizes) -> None:
         pass

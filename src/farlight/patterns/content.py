@@ -53,24 +53,24 @@ class pairs(_Table):
         self._take(table, text="pairs($0)")
 
     def check(self, sizes: Sizes) -> None:
-        mask = self.tables[0]
+        mask = self._tables[0]
         check_leading("pairs: mask", mask, sizes)
         query_base("pairs: mask", mask.shape[2], sizes)
         if mask.shape[3] != sizes.n_k:
             raise PatternError(f"pairs: the mask has {mask.shape[3]} columns, but there are {sizes.n_k} keys; they must agree.")
 
     def _row(self, sizes: Sizes, i: Tensor) -> tuple[Tensor, Tensor]:
-        row = i - query_base("pairs: mask", self.tables[0].shape[2], sizes)
-        return row, (row >= 0) & (row < self.tables[0].shape[2])
+        row = i - query_base("pairs: mask", self._tables[0].shape[2], sizes)
+        return row, (row >= 0) & (row < self._tables[0].shape[2])
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         row, inside = self._row(sizes, i)
-        mask = self.tables[0].to(i.device)
+        mask = self._tables[0].to(i.device)
         return mask[(*leading(mask, b, h), row.clamp(0, mask.shape[2] - 1), j)] & inside
 
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         row, inside = self._row(sizes, i)
-        return Spans.from_mask(at(self.tables[0], b, h, row) & inside[:, None])
+        return Spans.from_mask(at(self._tables[0], b, h, row) & inside[:, None])
 
 
 class blocks(_Table):
@@ -90,7 +90,7 @@ class blocks(_Table):
     block: int
 
     def check(self, sizes: Sizes) -> None:
-        layout = self.tables[0]
+        layout = self._tables[0]
         check_leading("blocks: layout", layout, sizes)
         query_base("blocks: layout", layout.shape[2], sizes, self.block)
         wanted = -(-sizes.n_k // self.block)
@@ -100,13 +100,13 @@ class blocks(_Table):
             )
 
     def _row(self, sizes: Sizes, i: Tensor) -> tuple[Tensor, Tensor]:
-        base = query_base("blocks: layout", self.tables[0].shape[2], sizes, self.block)
+        base = query_base("blocks: layout", self._tables[0].shape[2], sizes, self.block)
         row = torch.div(i - base, self.block, rounding_mode="floor")
-        return row, (row >= 0) & (row < self.tables[0].shape[2])
+        return row, (row >= 0) & (row < self._tables[0].shape[2])
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         row, inside = self._row(sizes, i)
-        layout = self.tables[0].to(i.device)
+        layout = self._tables[0].to(i.device)
         index = (
             *leading(layout, b, h),
             row.clamp(0, layout.shape[2] - 1),
@@ -118,7 +118,7 @@ class blocks(_Table):
         row, inside = self._row(sizes, i)
         new = torch.ones_like(i, dtype=torch.bool)
         new[1:] = (row[1:] != row[:-1]) | (h[1:] != h[:-1]) | (b[1:] != b[:-1])
-        runs = Spans.from_mask(at(self.tables[0], b[new], h[new], row[new]) & inside[new][:, None])
+        runs = Spans.from_mask(at(self._tables[0], b[new], h[new], row[new]) & inside[new][:, None])
         return runs.repeated(new.cumsum(0) - 1).scaled(self.block, sizes.n_k)
 
     def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
@@ -143,10 +143,10 @@ class clusters(_Table):
         self._take(query, key, text="clusters($0, $1)")
 
     def check(self, sizes: Sizes) -> None:
-        for name, table in zip(("query_labels", "key_labels"), self.tables, strict=False):
+        for name, table in zip(("query_labels", "key_labels"), self._tables, strict=False):
             check_leading(f"clusters: {name}", table, sizes)
-        query_base("clusters: query_labels", self.tables[0].shape[2], sizes)
-        keys = self.tables[-1].shape[2]
+        query_base("clusters: query_labels", self._tables[0].shape[2], sizes)
+        keys = self._tables[-1].shape[2]
         if keys != sizes.n_k:
             raise PatternError(f"clusters: {keys} key labels for {sizes.n_k} keys; give key_labels with one for each key.")
 
@@ -154,12 +154,12 @@ class clusters(_Table):
         return "labels"
 
     def _query_label(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Tensor:
-        table = self.tables[0]
+        table = self._tables[0]
         row = i - query_base("clusters: query_labels", table.shape[2], sizes)
         return torch.where((row >= 0) & (row < table.shape[2]), at(table, b, h, row), -1).clamp(min=-1)
 
     def _key_label(self, b: Tensor, h: Tensor, j: Tensor) -> Tensor:
-        return at(self.tables[-1], b, h, j)
+        return at(self._tables[-1], b, h, j)
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         query = self._query_label(sizes, b, h, i)
@@ -202,25 +202,25 @@ class chosen_blocks(_Table):
     query_block: int
 
     def check(self, sizes: Sizes) -> None:
-        check_lists("chosen_blocks: indices", self.tables[0], sizes, self.query_block)
-        if self.tables[0].numel():
-            least, largest = (int(edge) for edge in self.tables[0].aminmax())
+        check_lists("chosen_blocks: indices", self._tables[0], sizes, self.query_block)
+        if self._tables[0].numel():
+            least, largest = (int(edge) for edge in self._tables[0].aminmax())
             check_indices("chosen_blocks: indices", least, largest, -(-sizes.n_k // self.block), "key blocks")
 
     def _row(self, sizes: Sizes, i: Tensor) -> tuple[Tensor, Tensor]:
-        base = query_base("chosen_blocks: indices", self.tables[0].shape[2], sizes, self.query_block)
+        base = query_base("chosen_blocks: indices", self._tables[0].shape[2], sizes, self.query_block)
         row = torch.div(i - base, self.query_block, rounding_mode="floor")
-        return row, (row >= 0) & (row < self.tables[0].shape[2])
+        return row, (row >= 0) & (row < self._tables[0].shape[2])
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         row, inside = self._row(sizes, i)
-        return listed(self.tables[0], b, h, row, torch.div(j, self.block, rounding_mode="floor")) & inside
+        return listed(self._tables[0], b, h, row, torch.div(j, self.block, rounding_mode="floor")) & inside
 
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         row, inside = self._row(sizes, i)
         new = torch.ones_like(i, dtype=torch.bool)
         new[1:] = (row[1:] != row[:-1]) | (h[1:] != h[:-1]) | (b[1:] != b[:-1])
-        chosen = at(self.tables[0], b[new], h[new], row[new])
+        chosen = at(self._tables[0], b[new], h[new], row[new])
         real = (chosen >= 0) & inside[new][:, None]
         runs = Spans.from_table(-(-sizes.n_k // self.block), chosen, torch.where(real, chosen + 1, chosen))
         return runs.repeated(new.cumsum(0) - 1).scaled(self.block, sizes.n_k)
@@ -243,22 +243,22 @@ class chosen_keys(_Table):
         self._take(read_table("chosen_keys: indices", indices, 4, kind="int"), text="chosen_keys($0)")
 
     def check(self, sizes: Sizes) -> None:
-        check_lists("chosen_keys: indices", self.tables[0], sizes, 1)
-        if self.tables[0].numel():
-            least, largest = (int(edge) for edge in self.tables[0].aminmax())
+        check_lists("chosen_keys: indices", self._tables[0], sizes, 1)
+        if self._tables[0].numel():
+            least, largest = (int(edge) for edge in self._tables[0].aminmax())
             check_indices("chosen_keys: indices", least, largest, sizes.n_k, "keys")
 
     def _row(self, sizes: Sizes, i: Tensor) -> tuple[Tensor, Tensor]:
-        row = i - query_base("chosen_keys: indices", self.tables[0].shape[2], sizes)
-        return row, (row >= 0) & (row < self.tables[0].shape[2])
+        row = i - query_base("chosen_keys: indices", self._tables[0].shape[2], sizes)
+        return row, (row >= 0) & (row < self._tables[0].shape[2])
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         row, inside = self._row(sizes, i)
-        return listed(self.tables[0], b, h, row, j) & inside
+        return listed(self._tables[0], b, h, row, j) & inside
 
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         row, inside = self._row(sizes, i)
-        keys = at(self.tables[0], b, h, row)
+        keys = at(self._tables[0], b, h, row)
         return Spans.from_table(sizes.n_k, keys, keys + ((keys >= 0) & inside[:, None]))
 
 

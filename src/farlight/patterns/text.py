@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from farlight.errors import PatternError
+from farlight.errors import PatternError, shorten, show
 from farlight.patterns.base import Pattern
 
 __all__ = ["from_json", "parse", "spell_tables", "to_json"]
@@ -55,11 +55,11 @@ def pack_table(table: Tensor) -> dict[str, Any]:
 
 def unpack_table(dtype: Any, shape: Any, data: Any) -> Tensor:
     if not isinstance(dtype, str) or dtype not in _TABLE_TYPES:
-        raise PatternError(f"table: dtype {dtype!r} is not one of {sorted(_TABLE_TYPES)}.")
+        raise PatternError(f"table: dtype {show(dtype)} is not one of {sorted(_TABLE_TYPES)}.")
     if not isinstance(shape, (list, tuple)) or not all(type(n) is int and n >= 0 for n in shape):
-        raise PatternError(f"table: shape {shape!r} is not a list of sizes.")
+        raise PatternError(f"table: shape {show(shape)} is not a list of sizes.")
     if math.prod(max(n, 1) for n in shape) > _LARGEST_TABLE:
-        raise PatternError(f"table: shape {shape!r} names more than {_LARGEST_TABLE} entries.")
+        raise PatternError(f"table: shape {show(shape)} names more than {_LARGEST_TABLE} entries.")
     if not isinstance(data, str):
         raise PatternError(f"table: data is {type(data).__name__}, not base64 text.")
     size = math.prod(shape) * torch.tensor([], dtype=_TABLE_TYPES[dtype]).element_size()
@@ -69,7 +69,7 @@ def unpack_table(dtype: Any, shape: Any, data: Any) -> Tensor:
     except (binascii.Error, ValueError, zlib.error) as error:
         raise PatternError(f"table: the data cannot be read ({error}); it must be base64 of zlib.") from None
     if len(raw) != size:
-        raise PatternError(f"table: the data do not hold the {size} bytes of {dtype} {tuple(shape)}.")
+        raise PatternError(f"table: the data do not hold the {size} bytes of {dtype} {show(tuple(shape))}.")
     if dtype == "bool" and raw.strip(b"\x00\x01"):
         raise PatternError("table: a bool table holds bytes other than 0 and 1.")
     if not size:
@@ -120,11 +120,6 @@ def parse(text: str, tables: tuple[Tensor, ...] = ()) -> Pattern:
     if not isinstance(pattern, Pattern):
         raise PatternError(f"{shorten(text)!r} is {type(pattern).__name__}, not a pattern; write for example window(256).")
     return pattern
-
-
-def shorten(text: str, length: int = 80) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 class _Reader:
@@ -198,14 +193,14 @@ class _Reader:
         if name not in known:
             near = [other for other in known if "." not in other and other.startswith(name[:3])]
             hint = f"did you mean {near[0]}? " if near else ""
-            self.fail(node, f"there is no pattern {name!r}; {hint}known are {', '.join(n for n in known if '.' not in n)}.")
+            self.fail(node, f"there is no pattern {show(name)}; {hint}known are {', '.join(n for n in known if '.' not in n)}.")
         given = [_as_table(name, value) for value in given]
         try:
             return known[name](*given, **{key: _as_table(name, value) for key, value in named.items()})
         except PatternError:
             raise
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            self.fail(node, f"{name} cannot take these arguments ({error}).")
+            self.fail(node, f"{name} cannot take these arguments ({shorten(str(error), 120)}).")
 
 
 def _as_table(name: str, value: Any) -> Any:
@@ -217,13 +212,13 @@ def _as_table(name: str, value: Any) -> Any:
         try:
             return torch.tensor(value, dtype=torch.bool)
         except (TypeError, ValueError) as error:
-            raise PatternError(f"{name}: the mask cannot be read as a table ({error}).") from None
+            raise PatternError(f"{name}: the mask cannot be read as a table ({shorten(str(error), 120)}).") from None
     return value
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 def to_json(pattern: Pattern) -> str:
-    tables = [pack_table(table) for table in pattern.tables]
+    tables = [pack_table(table) for table in pattern._tables]
     return json.dumps({"farlight": 1, "pattern": pattern.text} | ({"tables": tables} if tables else {}))
 
 
@@ -235,10 +230,10 @@ def from_json(text: str) -> Pattern:
     if not isinstance(data, dict) or not isinstance(data.get("pattern"), str):
         raise PatternError('this JSON is not a pattern: an object with "farlight", "pattern" and perhaps "tables" is needed.')
     if data.get("farlight") != 1:
-        raise PatternError(f"this pattern has format {data.get('farlight')!r}; this version of farlight reads format 1.")
+        raise PatternError(f"this pattern has format {show(data.get('farlight'))}; this version of farlight reads format 1.")
     unknown = sorted(set(data) - {"farlight", "pattern", "tables"})
     if unknown:
-        raise PatternError(f"this JSON pattern has unknown fields: {', '.join(unknown)}.")
+        raise PatternError(f"this JSON pattern has unknown fields: {shorten(', '.join(unknown))}.")
     packed = data.get("tables", [])
     if not isinstance(packed, list) or not all(isinstance(t, dict) and set(t) == {"dtype", "shape", "data"} for t in packed):
         raise PatternError('"tables" must be a list of objects with dtype, shape and data.')

@@ -24,7 +24,7 @@ from farlight.patterns.arguments import query_base
 from farlight.patterns.base import Atom, Pattern, Sizes
 from farlight.patterns.content import check_indices, check_lists, chosen_blocks, chosen_keys, clusters
 from farlight.patterns.positional import causal
-from farlight.patterns.tokens import padding
+from farlight.patterns.ragged import padding
 
 __all__ = ["STEP", "Routed", "Taken", "conjoined", "routed"]
 
@@ -116,17 +116,17 @@ def conjoined(rules: Sequence[Atom], sizes: Sizes, taken: Taken) -> list[Routed]
     """`routed` of the pattern in which all of these hold, without the links that are taken."""
     if not sizes.n_q or not sizes.n_k:
         return None
-    masks = [rule.tables[0] for rule in rules if isinstance(rule, padding) and rule.tables]
+    masks = [rule._tables[0] for rule in rules if isinstance(rule, padding) and rule._tables]
     past = any(isinstance(rule, causal) for rule in rules)
-    chosen = [rule for rule in rules if not isinstance(rule, causal) and not (isinstance(rule, padding) and rule.tables)]
-    if len(chosen) != 1 or not chosen[0].tables:
+    chosen = [rule for rule in rules if not isinstance(rule, causal) and not (isinstance(rule, padding) and rule._tables)]
+    if len(chosen) != 1 or not chosen[0]._tables:
         return None
     atom = chosen[0]
-    if isinstance(atom, chosen_blocks | chosen_keys) and not atom.tables[0].numel():
+    if isinstance(atom, chosen_blocks | chosen_keys) and not atom._tables[0].numel():
         return None
     for rule in rules:
         if isinstance(rule, chosen_blocks | chosen_keys):
-            check_lists(f"{type(rule).__name__}: indices", rule.tables[0], sizes, getattr(rule, "query_block", 1))
+            check_lists(f"{type(rule).__name__}: indices", rule._tables[0], sizes, getattr(rule, "query_block", 1))
         else:
             rule.check(sizes)
     labels = _labels_of(atom, sizes)
@@ -173,9 +173,9 @@ class Worst:
 
 def _worst(atom: Atom, sizes: Sizes) -> Worst | None:
     if isinstance(atom, chosen_blocks):
-        return Worst(*atom.tables[0].aminmax(), "chosen_blocks: indices", -(-sizes.n_k // atom.block), "key blocks")
+        return Worst(*atom._tables[0].aminmax(), "chosen_blocks: indices", -(-sizes.n_k // atom.block), "key blocks")
     if isinstance(atom, chosen_keys):
-        return Worst(*atom.tables[0].aminmax(), "chosen_keys: indices", sizes.n_k, "keys")
+        return Worst(*atom._tables[0].aminmax(), "chosen_keys: indices", sizes.n_k, "keys")
     return None
 
 
@@ -199,7 +199,7 @@ def _labels_of(atom: Atom, sizes: Sizes) -> list[tuple[Tensor, Tensor]] | None:
         return [_labels(clusters(*labels), sizes) for labels in found]
     if not isinstance(atom, chosen_blocks) or atom.query_block >= STEP:
         return None
-    table = atom.tables[0]
+    table = atom._tables[0]
     if not 0 < table.shape[3] <= _LONGEST_LIST:
         return None
     # Each row has a list of its own: sorted by the block they look at, rows make dense tiles again.
@@ -215,9 +215,9 @@ def _labels(one: clusters, sizes: Sizes) -> tuple[Tensor, Tensor]:
         b, h = (torch.arange(n, device=table.device) for n in table.shape[:2])
         return b[:, None, None], h[None, :, None]
 
-    i, j = (torch.arange(n, device=one.tables[0].device) for n in (sizes.n_q, sizes.n_k))
-    query = one._query_label(sizes, *lanes(one.tables[0]), i + sizes.q_offset)
-    return query, one._key_label(*lanes(one.tables[-1]), j).clamp(min=-1)
+    i, j = (torch.arange(n, device=one._tables[0].device) for n in (sizes.n_q, sizes.n_k))
+    query = one._query_label(sizes, *lanes(one._tables[0]), i + sizes.q_offset)
+    return query, one._key_label(*lanes(one._tables[-1]), j).clamp(min=-1)
 
 
 def _once(indices: Tensor) -> Tensor:
@@ -315,7 +315,7 @@ def _as_they_stand(
 
 
 def _by_block(atom: chosen_blocks, sizes: Sizes, side: _Side) -> Routed:
-    table, size, block = atom.tables[0], atom.query_block, atom.block
+    table, size, block = atom._tables[0], atom.query_block, atom.block
     base = query_base("chosen_blocks: indices", table.shape[2], sizes, size)
     first = torch.arange(table.shape[2], device=table.device) * size + (base - sizes.q_offset)
     groups = _groups(sizes.n_q - size - first if side.mirrored else first, size, sizes.n_q)
@@ -342,7 +342,7 @@ def _by_block(atom: chosen_blocks, sizes: Sizes, side: _Side) -> Routed:
 
 
 def _by_key(atom: chosen_keys, masks: list[Tensor], sizes: Sizes, past: bool, taken: Taken) -> Routed:
-    table = atom.tables[0]
+    table = atom._tables[0]
     i = torch.arange(sizes.n_q, device=table.device) + sizes.q_offset
     row, inside = atom._row(sizes, i)
     each = torch.where(inside[:, None], table[:, :, row.clamp(0, table.shape[2] - 1)], -1)

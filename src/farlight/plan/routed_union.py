@@ -46,8 +46,8 @@ def chosen(pattern: Pattern, sizes: Sizes) -> Chosen | None:
 
 def _united(pattern: Pattern, sizes: Sizes) -> Chosen | None:
     terms = _terms(pattern)
-    made = [term for term in terms if any(atom.tables for atom in term)]
-    fixed = [_fixed(term) for term in terms if not any(atom.tables for atom in term)]
+    made = [term for term in terms if any(atom._tables for atom in term)]
+    fixed = [_fixed(term) for term in terms if not any(atom._tables for atom in term)]
     if len(made) != 1 or not fixed or not sizes.n_q or not sizes.n_k:
         return None
     found = [one for one in fixed if one is not None]
@@ -61,12 +61,9 @@ def _united(pattern: Pattern, sizes: Sizes) -> Chosen | None:
     parts += [one.atom & causal() if one.past else one.atom for one in found if one.band is None]
     whole = functools.reduce(operator.or_, parts)
     whole.check(sizes)
-    device = pattern.tables[0].device
-    rows = _named([one.atom for one in found if isinstance(one.atom, global_tokens | sees_all)], sizes, device)
+    device = pattern._tables[0].device
+    rows = _named([one.atom for one in found if isinstance(one.atom, global_tokens | sees_all)], sizes, device, queries=True)
     keys = _named([one.atom for one in found if isinstance(one.atom, global_tokens | seen_by_all)], sizes, device)
-    if rows is not None:
-        position = torch.arange(sizes.n_q, device=device) + sizes.q_offset
-        rows = rows[position.clamp(0, sizes.n_k - 1)] & (position >= 0) & (position < sizes.n_k)
     pieces = conjoined(made[0], sizes, Taken(band, rows, keys))
     return None if pieces is None else Chosen(whole, pieces)
 
@@ -109,15 +106,17 @@ def _fixed(term: _Term) -> _Fixed | None:
     return _Fixed(atom, past, None) if isinstance(atom, global_tokens | sees_all | seen_by_all) else None
 
 
-def _named(atoms: Sequence[Atom], sizes: Sizes, device: torch.device) -> Tensor | None:
-    """`(n_k,)` bool: the tokens that any of these names; None where there are none."""
-    named = {p % sizes.n_k for atom in atoms for p in getattr(atom, "positions", None) or ()}
-    return _mask(tuple(sorted(named)), sizes.n_k, device) if named else None
+def _named(atoms: Sequence[Atom], sizes: Sizes, device: torch.device, *, queries: bool = False) -> Tensor | None:
+    """`(n_k,)`, or of queries `(n_q,)`, bool: those that any of these names; None where there are none."""
+    named = {p if p >= 0 else p + sizes.n_k for atom in atoms for p in getattr(atom, "positions", None) or ()}
+    first, count = (sizes.q_offset, sizes.n_q) if queries else (0, sizes.n_k)
+    there = tuple(sorted(p - first for p in named if p >= 0 and first <= p < first + count))
+    return _mask(there, count, device) if there else None
 
 
 @functools.lru_cache(maxsize=16)
-def _mask(positions: tuple[int, ...], n: int, device: torch.device) -> Tensor:
-    """`(n,)` bool, True at the positions: uploaded once for all choices."""
+def _mask(places: tuple[int, ...], n: int, device: torch.device) -> Tensor:
+    """`(n,)` bool, True at the places: uploaded once for all choices."""
     mask = torch.zeros(n, dtype=torch.bool, device="cpu")
-    mask[list(positions)] = True
+    mask[list(places)] = True
     return mask.to(device)

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farlight.errors import UnsupportedError
+from farlight.errors import UnsupportedError, show
 from farlight.patterns.algebra import Complement, Difference, Intersection, PerHead, Union
 from farlight.patterns.base import Atom, Pattern, Sizes
 from farlight.patterns.content import blocks, chosen_blocks, chosen_keys, clusters, leading, pairs
 from farlight.patterns.positional import blocked_window, causal, full, landmarks, offsets, strided, window
+from farlight.patterns.ragged import documents, padding
 from farlight.patterns.random import random_blocks, random_keys
-from farlight.patterns.tokens import documents, global_tokens, padding, seen_by_all, sees_all
+from farlight.patterns.tokens import global_tokens, seen_by_all, sees_all
 from farlight.report.packing import pack
 from farlight.understanding.graph.sizes import sizes_of
 
@@ -64,7 +65,9 @@ class _Writer:
                 return self.rule(pattern.parts[self.head])
             case Atom():
                 return {"is": type(pattern).__name__, **self.atom(pattern)}
-        raise UnsupportedError(f"{pattern!r}: {type(pattern).__name__} is neither a primitive nor a combination known here.")
+        raise UnsupportedError(
+            f"{show(pattern)}: {type(pattern).__name__} is neither a primitive nor a combination known here."
+        )
 
     def _of(self, how: str, parts: tuple[Pattern, ...]) -> Rule:
         return {"is": how, "parts": [self.rule(part) for part in parts]}
@@ -96,7 +99,7 @@ class _Writer:
                 return {"labels": self._ids(atom._id_at(self.sizes, self.b, self.every, -1))}
             case clusters():
                 query = atom._query_label(self.sizes, self.b, self.h, self.every)
-                own = [atom._key_label(self.b, self.h, self.every)] if len(atom.tables) > 1 else []
+                own = [atom._key_label(self.b, self.h, self.every)] if len(atom._tables) > 1 else []
                 return {"labels": self._ids(query, *own)}
             case pairs() | blocks():
                 return self._layout(atom)
@@ -117,13 +120,13 @@ class _Writer:
 
     def _layout(self, atom: pairs | blocks) -> Rule:
         block = atom.block if isinstance(atom, blocks) else 1
-        mask = self._mine(atom.tables[0])
+        mask = self._mine(atom._tables[0])
         bits = np.packbits(mask.numpy(), axis=1, bitorder="little")
         return {"block": block, "rows": mask.shape[0], "bytes": bits.shape[1], "bits": pack(bits, "u1")}
 
     def _chosen(self, atom: chosen_keys | chosen_blocks) -> Rule:
         block, query_block = (1, 1) if isinstance(atom, chosen_keys) else (atom.block, atom.query_block)
-        table = self._mine(atom.tables[0])
+        table = self._mine(atom._tables[0])
         return {"block": block, "query_block": query_block, "each": table.shape[1], "table": pack(table.numpy())}
 
     def _mine(self, table: Tensor) -> Tensor:
@@ -137,8 +140,8 @@ class _Writer:
         row, lo, hi = atom._spans(self.sizes, same + self.b, same + self.h, self.every).listed()
         if row.numel() > _MOST_STRETCHES:
             raise UnsupportedError(
-                f"{atom!r} has no rule for a page, and its rows see {row.numel():,} stretches of keys over {self.n:,} tokens, "
-                f"more than the {_MOST_STRETCHES:,} that a page may hold; ask about fewer tokens."
+                f"{show(atom)} has no rule for a page, and its rows see {row.numel():,} stretches of keys over {self.n:,} "
+                f"tokens, more than the {_MOST_STRETCHES:,} that a page may hold; ask about fewer tokens."
             )
         first = np.searchsorted(row.numpy(), np.arange(self.n + 1))
         return {"is": "stretches", "first": pack(first), "lo": pack(lo.numpy()), "hi": pack(hi.numpy())}

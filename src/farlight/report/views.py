@@ -55,7 +55,7 @@ def needs_picture(pattern: Pattern, n: int) -> bool:
     combs = 0
     for atom in pattern.atoms():
         name = type(atom).__name__
-        if name in ("clusters", "pairs", "documents", "chosen_keys", "global_tokens", "seen_by_all") and atom.tables:
+        if name in ("clusters", "pairs", "documents", "chosen_keys", "global_tokens", "seen_by_all") and atom._tables:
             return True
         combs += name in ("strided", "landmarks") or getattr(atom, "dilation", 1) > 1
     return combs > 1
@@ -94,7 +94,7 @@ def curve(pattern: Pattern, own: Pattern | None, longest: int, known: dict[int, 
         try:
             links.setdefault(n, pattern.count(n, heads=heads) / heads if pattern.varies_over_heads else pattern.count(n))
         except (PatternError, ArgumentError):
-            continue  # a table or a position that needs another length
+            continue  # a table that needs another length
     tokens = sorted(links)
     full = [n * n if own is None else _links(own, n) for n in tokens]
     return {"tokens": tokens, "links": [links[n] for n in tokens], "full": full}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farlight.errors import ArgumentError
+from farlight.errors import ArgumentError, show
 from farlight.patterns.arguments import whole
 
 __all__ = ["Amount"]
@@ -35,7 +35,7 @@ class Amount:
             whole(f"{name}: count", count, 1)
         for what, value in (("share", share), ("mass", mass)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0):
-                raise ArgumentError(f"{name}: {what} = {value!r}: it must be a number in 0 < {what} <= 1.")
+                raise ArgumentError(f"{name}: {what} = {show(value)}: it must be a number in 0 < {what} <= 1.")
         return Amount(count, share, mass)
 
     def __str__(self) -> str:

@@ -11,11 +11,12 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from farlight.errors import ArgumentError
+from farlight.errors import ArgumentError, OperandError, show
 from farlight.patterns.base import Pattern
 
 __all__ = ["Choice", "Joined", "Router", "joined", "read", "stretches", "without_autocast"]
@@ -98,6 +99,12 @@ class Router(nn.Module):
             with without_autocast(given.q):
                 return self.choose(given)
 
+    def __bool__(self) -> NoReturn:
+        raise OperandError(
+            f"a router is neither true nor false ({type(self).__name__}): Python's `and`, `or` and `not` drop an operand. "
+            "Write `&`, `|` and `-`; ask `router is None` where there may be none."
+        )
+
     def __or__(self, other: Router | Pattern) -> Router:
         return joined(self, other, "|")
 
@@ -128,7 +135,7 @@ def joined(left: Router | Pattern, right: Router | Pattern, sign: str) -> Router
     for part in (left, right):
         if not isinstance(part, Router | Pattern):
             raise ArgumentError(
-                f"`router {sign} {part!r}`: {type(part).__name__} is neither a router nor a pattern; "
+                f"`router {sign} {show(part)}`: {type(part).__name__} is neither a router nor a pattern; "
                 "join routers with routers and patterns."
             )
     return Joined(left, right, sign)

@@ -12,7 +12,7 @@ from farlight.errors import ArgumentError
 from farlight.merge import merge
 from farlight.patterns.arguments import whole
 from farlight.patterns.base import Pattern
-from farlight.patterns.tokens import padding
+from farlight.patterns.ragged import padding
 from farlight.routing.pooling import block_mean, block_sizes
 from farlight.routing.unseen import unseen
 

@@ -54,24 +54,24 @@ class meets(_Table):
 
     @property
     def _is_list(self) -> bool:
-        return self.tables[-1].shape[3] == 1
+        return self._tables[-1].shape[3] == 1
 
     def check(self, sizes: Sizes) -> None:
-        for name, table in zip(("query_labels", "key_labels"), self.tables, strict=False):
+        for name, table in zip(("query_labels", "key_labels"), self._tables, strict=False):
             check_leading(f"meets: {name}", table, sizes)
-        query_base("meets: query_labels", self.tables[0].shape[2], sizes)
-        keys = self.tables[-1].shape[2]
+        query_base("meets: query_labels", self._tables[0].shape[2], sizes)
+        keys = self._tables[-1].shape[2]
         if keys != sizes.n_k:
             raise PatternError(f"meets: labels of {keys} keys, but there are {sizes.n_k} keys; give one row for each.")
 
     def _row(self, sizes: Sizes, i: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.tables[0].shape[2]
+        rows = self._tables[0].shape[2]
         row = i - query_base("meets: query_labels", rows, sizes)
         return row, (row >= 0) & (row < rows)
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         row, inside = self._row(sizes, i)
-        query, key = self.tables[0].to(i.device), self.tables[-1].to(i.device)
+        query, key = self._tables[0].to(i.device), self._tables[-1].to(i.device)
         q_at = (*leading(query, b, h), row.clamp(0, query.shape[2] - 1))
         k_at = (*leading(key, b, h), j)
         out = torch.zeros((), dtype=torch.bool, device=i.device)
@@ -85,7 +85,7 @@ class meets(_Table):
         return self._is_list
 
     def _rewrite(self) -> Pattern:
-        query, key = self.tables[0], self.tables[-1]
+        query, key = self._tables[0], self._tables[-1]
         rounds = query.shape[3]
         if not rounds:
             return self
@@ -98,7 +98,7 @@ class meets(_Table):
 
     def _clusterings(self) -> list[tuple[Tensor, Tensor]] | None:
         # Rounds of many labels fall into as many clusterings as their largest label has bits: that would have to be read.
-        return ascending(self.tables[0], self.tables[-1]) if self._is_list and self.tables[0].shape[3] else None
+        return ascending(self._tables[0], self._tables[-1]) if self._is_list and self._tables[0].shape[3] else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_runs"}
@@ -107,7 +107,7 @@ class meets(_Table):
         """Runs of neighbouring keys with one label, sorted by (batch, head, round, label): code, first and last + 1."""
         found: tuple[Tensor, Tensor, Tensor] | None = self.__dict__.get("_runs")
         if found is None:
-            labels = self.tables[-1].cpu().transpose(2, 3)
+            labels = self._tables[-1].cpu().transpose(2, 3)
             n = labels.shape[3]
             flat = labels.reshape(-1, n)
             new = torch.ones_like(flat, dtype=torch.bool)
@@ -122,13 +122,13 @@ class meets(_Table):
         return found
 
     def _labels_count(self) -> int:
-        return max((int(table.max()) + 1 for table in self.tables if table.numel()), default=1)
+        return max((int(table.max()) + 1 for table in self._tables if table.numel()), default=1)
 
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         row, inside = self._row(sizes, i)
-        mine = at(self.tables[0], b, h, row)
+        mine = at(self._tables[0], b, h, row)
         of_row, r = ((mine >= 0) & inside[:, None]).nonzero(as_tuple=True)
-        key = self.tables[-1]
+        key = self._tables[-1]
         kb, kh = leading(key, b, h)
         line = (kb[of_row] * key.shape[1] + kh[of_row]) * key.shape[3] + (torch.zeros_like(r) if self._is_list else r)
         code, first, last = (table.to(i.device) for table in self._listed())

@@ -47,15 +47,15 @@ class rooms(_Table):
         self._take(query, key, text="rooms($0, $1)")
 
     def check(self, sizes: Sizes) -> None:
-        for name, table in zip(("query_members", "key_members"), self.tables, strict=False):
+        for name, table in zip(("query_members", "key_members"), self._tables, strict=False):
             check_leading(f"rooms: {name}", table, sizes)
-        query_base("rooms: query_members", self.tables[0].shape[2], sizes)
-        keys = self.tables[-1].shape[2]
+        query_base("rooms: query_members", self._tables[0].shape[2], sizes)
+        keys = self._tables[-1].shape[2]
         if keys != sizes.n_k:
             raise PatternError(f"rooms: members of {keys} keys, but there are {sizes.n_k} keys; give one row for each.")
 
     def _row(self, sizes: Sizes, i: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.tables[0].shape[2]
+        rows = self._tables[0].shape[2]
         row = i - query_base("rooms: query_members", rows, sizes)
         return row, (row >= 0) & (row < rows)
 
@@ -63,7 +63,7 @@ class rooms(_Table):
         """The members as bits: `(B|1, H|1, N, words)` int64 for queries and for keys."""
         found: tuple[Tensor, ...] | None = self.__dict__.get("_bits")
         if found is None:
-            found = tuple(_as_bits(table) for table in self.tables)
+            found = tuple(_as_bits(table) for table in self._tables)
             self._set(_bits=found)
         return found[0].to(device), found[-1].to(device)
 
@@ -84,7 +84,7 @@ class rooms(_Table):
         """For each (batch, head, room) where its keys begin, and the keys, sorted."""
         found: tuple[Tensor, Tensor] | None = self.__dict__.get("_lists")
         if found is None:
-            members = self.tables[-1].cpu().transpose(2, 3)
+            members = self._tables[-1].cpu().transpose(2, 3)
             count = members.sum(3).reshape(-1)
             first = torch.cat((torch.zeros(1, dtype=torch.int64), count.cumsum(0)))
             found = first, members.reshape(-1, members.shape[3]).nonzero()[:, 1]
@@ -93,10 +93,10 @@ class rooms(_Table):
 
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         row, inside = self._row(sizes, i)
-        mine = at(self.tables[0], b, h, row) & inside[:, None]
+        mine = at(self._tables[0], b, h, row) & inside[:, None]
         of_row, room = mine.nonzero(as_tuple=True)
         first, keys = (table.to(i.device) for table in self._listed())
-        table = self.tables[-1]
+        table = self._tables[-1]
         kb, kh = leading(table, b, h)
         group = (kb[of_row] * table.shape[1] + kh[of_row]) * table.shape[3] + room
         count = first[group + 1] - first[group]
@@ -127,13 +127,13 @@ class between(_Table):
         self._take(first, read_table("between: stops", stops, 3, kind="int"), text="between($0, $1)")
 
     def check(self, sizes: Sizes) -> None:
-        for name, table in zip(("starts", "stops"), self.tables, strict=False):
+        for name, table in zip(("starts", "stops"), self._tables, strict=False):
             check_leading(f"between: {name}", table, sizes)
             query_base(f"between: {name}", table.shape[2], sizes)
 
     def _edges(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
         edges: list[Tensor] = []
-        for table in self.tables:
+        for table in self._tables:
             row = i - query_base("between", table.shape[2], sizes)
             inside = (row >= 0) & (row < table.shape[2])
             edges.append(torch.where(inside, at(table, b, h, row), 0 if edges else sizes.n_k))

@@ -6,11 +6,11 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-from farlight.errors import ArgumentError, PatternError
+from farlight.errors import ArgumentError, PatternError, shorten
 from farlight.patterns.arguments import whole
 from farlight.patterns.base import Pattern
 from farlight.patterns.positional import full
-from farlight.patterns.text import parse, shorten
+from farlight.patterns.text import parse
 from farlight.routing.base import Choice, Router, joined
 from farlight.routing.heads import PerHeadRouter
 from farlight.routing.heard import Gist
@@ -85,14 +85,15 @@ def _read(node: ast.expr, text: str, whole_text: ast.expr | None = None) -> Rout
             except (TypeError, ValueError, ArgumentError) as error:
                 if isinstance(error, PatternError):
                     raise
-                raise PatternError(f"cannot read the router {shorten(text)!r}: gist: {error}") from None
+                raise PatternError(f"cannot read the router {shorten(text)!r}: gist: {shorten(str(error), 160)}") from None
         case ast.Call(args=args, keywords=keywords) if _name(node) in _ROUTERS:
             try:
                 given = [ast.literal_eval(arg) for arg in args]
                 named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
                 return _ROUTERS[_name(node)](*given, **named)
             except (TypeError, ValueError, ArgumentError) as error:
-                raise PatternError(f"cannot read the router {shorten(text)!r}: {ast.unparse(node)}: {error}") from None
+                call, why = shorten(ast.unparse(node)), shorten(str(error), 160)
+                raise PatternError(f"cannot read the router {shorten(text)!r}: {call}: {why}") from None
     raise PatternError(
         f"cannot read the router {shorten(text)!r}: a router may stand alone, in per_head([…]), or be joined by |, &, - and ~; "
         f"{shorten(ast.unparse(node))!r} is something else."

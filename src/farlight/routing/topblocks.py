@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from farlight.errors import ArgumentError
+from farlight.errors import ArgumentError, show
 from farlight.patterns.arguments import whole
 from farlight.patterns.base import Pattern
 from farlight.patterns.content import chosen_blocks
 from farlight.patterns.positional import causal as past
-from farlight.patterns.tokens import padding
+from farlight.patterns.ragged import padding
 from farlight.routing.amount import Amount
 from farlight.routing.base import Choice, Router, stretches
 from farlight.routing.meets import meets
@@ -70,7 +70,7 @@ class TopBlocks(Router):
             query_block = 1 if causal else self.block
         self.query_block = whole("TopBlocks: query_block", query_block, 1)
         if score not in _SCORES:
-            raise ArgumentError(f"TopBlocks: score = {score!r} is unknown; use one of {', '.join(map(repr, _SCORES))}.")
+            raise ArgumentError(f"TopBlocks: score = {show(score)} is unknown; use one of {', '.join(map(repr, _SCORES))}.")
         self.score = score
 
     def extra_repr(self) -> str:

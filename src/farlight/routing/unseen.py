@@ -51,7 +51,7 @@ class unseen(Atom):
             levels=levels,
             causal=bool(causal),
             text=f"unseen({pattern.text}, {block}, {keys}, {level}, {levels}{flag})",
-            tables=pattern.tables,
+            tables=pattern._tables,
             varies_over_batch=pattern.varies_over_batch,
             varies_over_heads=pattern.varies_over_heads,
         )

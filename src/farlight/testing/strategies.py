@@ -49,7 +49,7 @@ def atoms(draw: st.DrawFn, at: Sizes) -> Pattern:
     """A primitive that fits these sizes."""
     near, seed = st.integers(0, 12), draw(st.integers(0, 2**20))
     n = at.n_k
-    positions = st.lists(st.integers(-n, n - 1), max_size=5) if n else st.just([])
+    positions = st.lists(st.integers(-n - 3, n + 9), max_size=5)  # some that are not in the text
     mask = bits(seed, _leading(draw, at, heads=False)[0], n, share=draw(st.sampled_from([0.1, 0.5, 0.9])))
     block = draw(st.integers(1, 9))
     causal = draw(st.booleans())
@@ -77,7 +77,7 @@ def atoms(draw: st.DrawFn, at: Sizes) -> Pattern:
             cuts = sorted(draw(st.lists(st.integers(0, n), min_size=1, max_size=4)))
             return fl.documents(lengths=[b - a for a, b in zip([0, *cuts], cuts, strict=False)])
         case "padding":
-            return fl.padding(mask if draw(st.booleans()) else table(seed, mask.shape[0], high=n + 1))
+            return fl.padding(mask if draw(st.booleans()) else table(seed, mask.shape[0], high=n + 1).tolist())
         case "random_keys":
             return fl.random_keys(draw(st.integers(0, 5)), seed=seed, causal=causal)
         case "random_blocks":

@@ -201,7 +201,8 @@ def audit(
 def _layers(one: Subject, layers: int) -> list[Pattern | Router]:
     """What is to be timed: one pattern for all layers, or each layer's own."""
     numbers = range(layers) if isinstance(one.chosen, Mapping) else range(1)
-    return [one.at(number) or full() for number in numbers]
+    chosen = [one.at(number) for number in numbers]
+    return [full() if judged is None else judged for judged in chosen]
 
 
 def _row(one: Subject, found: Fidelity, short: Cost, long: Cost, layers: int, heads: int) -> PatternAudit:

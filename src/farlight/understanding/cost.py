@@ -221,7 +221,7 @@ def _full_attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Callable[[
     n = q.shape[2]
     if layer.own == causal():
         options["is_causal"] = True
-    elif layer.own != full() and not layer.own.tables:
+    elif layer.own != full() and not layer.own._tables:
         # (With tables, a mask that fits one length only, attention without it stands in: the same work for torch.)
         options["attn_mask"] = layer.own.dense(n, batch=q.shape[0], heads=layer.heads, device=layer.device)
 

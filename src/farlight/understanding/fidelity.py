@@ -99,7 +99,8 @@ def measure_fidelity(
                 first = call
             base = None if call.own == full() else call.own
             number = numbers.get(id(call.module), len(seen))
-            asked = [pattern_for(one.at(number), call.q, call.k, call.key_real) or full() for one in judged]
+            chosen = [pattern_for(one.at(number), call.q, call.k, call.key_real) for one in judged]
+            asked = [full() if pattern is None else pattern for pattern in chosen]
             found = retentions(
                 call.q, call.k, asked, base=base, scale=call.scale, q_offset=call.q_offset, lost=kept, by_head=True
             )

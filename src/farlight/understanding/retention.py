@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from farlight.errors import ArgumentError
+from farlight.errors import ArgumentError, show
 from farlight.patterns.base import Pattern
 from farlight.understanding.histogram import Histogram, HistogramBuilder
 from farlight.understanding.lost import Lost, LostBuilder
@@ -137,7 +137,7 @@ def retentions(
     """`retention` for several patterns in one pass over the full probabilities; `by_head` lists `lost` links of each head."""
     check_problem(q, k, v, scale)
     if isinstance(lost, bool) or not isinstance(lost, int) or lost < 0:
-        raise ArgumentError(f"lost = {lost!r}: the number of lost links to list is a whole number >= 0; the default is 0.")
+        raise ArgumentError(f"lost = {show(lost)}: the number of lost links to list is a whole number >= 0; the default is 0.")
     with torch.no_grad():
         return _measure(q, k, patterns, v, base, scale, q_offset, lost, by_head)
 

@@ -130,9 +130,9 @@ def routed_plan(request: Request) -> RoutedPlan | None:
     None where the pattern's tables are elsewhere, or where it is of no kind that is planned there. Kept with the pattern.
     """
     pattern, sizes = request.pattern, request.sizes
-    if not pattern.tables or (request.device.type == "cpu" and not on_the_cpu_too):
+    if not pattern._tables or (request.device.type == "cpu" and not on_the_cpu_too):
         return None
-    if any(table.device != request.device for table in pattern.tables):
+    if any(table.device != request.device for table in pattern._tables):
         return None
     kept: dict[Sizes, RoutedPlan | None] = pattern.__dict__.setdefault("_routed", {})
     if sizes not in kept:

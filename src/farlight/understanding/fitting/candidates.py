@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from farlight.errors import ArgumentError
+from farlight.errors import ArgumentError, show
 from farlight.patterns import blocks, full, offsets, pairs, seen_by_all, strided, window
 from farlight.patterns.base import Pattern
 from farlight.routing.text import read_router
@@ -243,7 +243,9 @@ def sorted_out(candidates: Sequence[str | Pattern] | None, causal: bool) -> tupl
             expressions += topblocks(causal)
         else:
             if candidate.isidentifier():
-                raise ArgumentError(f"candidates: there is no family {candidate!r}; known are {', '.join((*FIXED, *CONTENT))}.")
+                raise ArgumentError(
+                    f"candidates: there is no family {show(candidate)}; known are {', '.join((*FIXED, *CONTENT))}."
+                )
             read_router(candidate)
             expressions.append(candidate)
     if not families and not expressions:

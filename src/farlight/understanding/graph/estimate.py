@@ -14,7 +14,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from farlight.errors import ArgumentError
+from farlight.errors import ArgumentError, show
 from farlight.understanding.graph.links import Array
 
 __all__ = ["check_confidence", "deviation", "draw", "margin_of_mean", "quantile", "unseen"]
@@ -23,7 +23,7 @@ __all__ = ["check_confidence", "deviation", "draw", "margin_of_mean", "quantile"
 def check_confidence(confidence: float) -> float:
     """A probability strictly between 0 and 1."""
     if not 0 < confidence < 1:
-        raise ArgumentError(f"confidence = {confidence!r}: it must be a probability between 0 and 1, such as 0.95.")
+        raise ArgumentError(f"confidence = {show(confidence)}: it must be a probability between 0 and 1, such as 0.95.")
     return float(confidence)
 
 

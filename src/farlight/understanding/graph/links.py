@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from farlight.errors import ArgumentError
+from farlight.errors import ArgumentError, show
 from farlight.patterns.base import Pattern
 from farlight.patterns.spans import Spans
 from farlight.plan.build import Layout, natural_order
@@ -129,8 +129,8 @@ class LazyLinks:
             expected = total * self.n // done
             if expected > _MOST_STRETCHES:
                 raise ArgumentError(
-                    f"n = {self.n}: {self.pattern!r} shows its rows about {expected:,} separate stretches of keys, more than "
-                    f"the {_MOST_STRETCHES:,} that are held at once; ask about fewer tokens, or fewer single keys for each."
+                    f"n = {self.n}: {show(self.pattern)} shows its rows about {expected:,} separate stretches of keys, "
+                    f"more than the {_MOST_STRETCHES:,} held at once; ask about fewer tokens, or fewer single keys for each."
                 )
             step = min(_ROWS_AT_ONCE, max(256, _STRETCHES_AT_ONCE * done // max(1, total)))
         orders = tuple(Order.of(self.n, slots, chunks) for slots, chunks in found.values())

@@ -13,8 +13,9 @@ from farlight.patterns.algebra import Complement, Difference, HeadsOf, Intersect
 from farlight.patterns.base import Atom, Pattern
 from farlight.patterns.content import blocks, chosen_blocks, chosen_keys, clusters, pairs
 from farlight.patterns.positional import blocked_window, causal, full, landmarks, offsets, strided, window
+from farlight.patterns.ragged import documents, padding
 from farlight.patterns.random import random_blocks, random_keys
-from farlight.patterns.tokens import documents, global_tokens, padding, seen_by_all, sees_all
+from farlight.patterns.tokens import global_tokens, seen_by_all, sees_all
 
 __all__ = ["rules_of"]
 
@@ -92,7 +93,7 @@ def _restricts(part: Pattern) -> bool:
 def _named(atom: Atom, i: int, j: int, holds: Holds) -> str:
     if isinstance(atom, global_tokens | sees_all | seen_by_all):
         # Which end of the link is the lighthouse: the key that all see, or the query that sees all.
-        named = atom.positions if atom.positions is not None else atom.tables[0]
+        named = atom.positions if atom.positions is not None else atom._tables[0]
         by_key = isinstance(atom, seen_by_all) or (isinstance(atom, global_tokens) and holds(seen_by_all(named)))
         return f"global token {j if by_key else i}"
     kind = type(atom)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from farlight.errors import ArgumentError
+from farlight.errors import ArgumentError, show
 from farlight.patterns.algebra import PerHead
 from farlight.patterns.arguments import whole
 from farlight.patterns.base import Pattern, Sizes
@@ -18,7 +18,7 @@ def sizes_of(pattern: Pattern, n: int, batch: int, head: int) -> Sizes:
     3
     """
     if not isinstance(pattern, Pattern):
-        raise ArgumentError(f"pattern = {pattern!r}: {type(pattern).__name__} is not a pattern; pass e.g. fl.window(256).")
+        raise ArgumentError(f"pattern = {show(pattern)}: {type(pattern).__name__} is not a pattern; pass e.g. fl.window(256).")
     n, batch, head = (_at_least(name, value, low) for name, value, low in (("n", n, 1), ("batch", batch, 0), ("head", head, 0)))
     items, heads = _asked_for(pattern)
     for name, value, known, what in (("batch", batch, items, "batch items"), ("head", head, heads, "heads")):
@@ -55,7 +55,7 @@ def _asked_for(pattern: Pattern) -> tuple[int, int]:
         inner = _asked_for(part)
         items, heads = max(items, inner[0]), max(heads, inner[1])
     if not hasattr(pattern, "parts"):
-        for table in pattern.tables:
+        for table in pattern._tables:
             items = max(items, table.shape[0])
             # Tables of tokens are (batch, tokens); all others are (batch, head, …).
             heads = max(heads, table.shape[1] if table.dim() > 2 else 1)
