@@ -133,22 +133,26 @@ def test_threads_that_plan_at_once_get_equal_plans(cold_cache: None) -> None:
 
 
 def test_plans_are_kept_by_pattern_sizes_and_shape(cold_cache: None) -> None:
-    first = fl.plan(fl.window(3), 50)
-    assert fl.plan(fl.parse("window(3)"), 50) is first, "equal patterns share a plan"
+    def kept(pattern: fl.Pattern, n_q: int, n_k: int | None = None, tile: int = 32, **more: int) -> Plan:
+        return plan_for(pattern, Sizes.of(n_q, n_k, **more), TileShape(tile))
+
+    first = kept(fl.window(3), 50)
+    assert kept(fl.parse("window(3)"), 50) is first, "equal patterns share a plan"
     others = [
-        fl.plan(fl.window(4), 50),
-        fl.plan(fl.window(3), 51),
-        fl.plan(fl.window(3), 50, 51),
-        fl.plan(fl.window(3), 50, q_offset=1),
-        fl.plan(fl.window(3), 50, batch=2),
-        fl.plan(fl.window(3), 50, heads=2),
-        plan_for(fl.window(3), Sizes.of(50), TileShape(8)),
+        kept(fl.window(4), 50),
+        kept(fl.window(3), 51),
+        kept(fl.window(3), 50, 51),
+        kept(fl.window(3), 50, q_offset=1),
+        kept(fl.window(3), 50, batch=2),
+        kept(fl.window(3), 50, heads=2),
+        kept(fl.window(3), 50, tile=8),
     ]
     assert len({id(plan) for plan in (first, *others)}) == 8
     labels = torch.arange(50) % 3
-    by_label = fl.plan(fl.clusters(labels), 50)
-    assert fl.plan(fl.clusters(labels.clone()), 50) is by_label
+    by_label = kept(fl.clusters(labels), 50)
+    assert kept(fl.clusters(labels.clone()), 50) is by_label
     labels[0] = 1
-    assert fl.plan(fl.clusters(labels), 50) is not by_label
+    assert kept(fl.clusters(labels), 50) is not by_label
+    fl.plan(fl.window(3), 50)  # made from the one that is kept
     assert plans.info().entries == 10
     assert plans.info().nbytes == sum(plan.nbytes for plan in plans._values.values())

@@ -26,8 +26,8 @@ def plan(
 
     Query row r stands at position `q_offset + r`, by default `n_k - n_q + r`. Cost and memory grow with the tiles visited,
     never with n_q · n_k. Plans are cached; `fl.attention` finds them again by pattern and sizes, so that calling this is
-    only needed to look at a plan, or to pay for it ahead of time. The tables are in memory of the host; `device` is where
-    attention will run.
+    only needed to look at a plan, or to pay for it ahead of time. The tables are in memory of the host, and a copy: writing
+    into them changes nobody else's plan. `device` is where attention will run.
 
     Raises PatternError when the pattern does not fit the sizes.
 
@@ -37,7 +37,7 @@ def plan(
     (True, True)
     """
     torch.device(device)
-    return plan_for(pattern, Sizes.of(n_q, n_k, batch=batch, heads=heads, q_offset=q_offset), TileShape())
+    return plan_for(pattern, Sizes.of(n_q, n_k, batch=batch, heads=heads, q_offset=q_offset), TileShape()).copied()
 
 
 def plan_for(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Plan:

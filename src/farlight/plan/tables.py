@@ -53,7 +53,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -193,6 +193,21 @@ class Plan:
             f"Plan({self.pattern!r}, n_q={s.n_q}, n_k={s.n_k}, batch={s.batch}, heads={s.heads}, q_offset={s.q_offset}, "
             f"tile={self.tile}: {self.pairs:,} pairs, waste {self.waste:.2f}, {len(self.pieces)} pieces, {self.nbytes:,} bytes)"
         )
+
+    def copied(self) -> Plan:
+        """An equal plan with tables of its own."""
+
+        def copy(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.clone()
+            if isinstance(value, tuple):
+                return tuple(copy(item) for item in value)
+            if isinstance(value, Masks | Layer | Piece):
+                return type(value)(**{item.name: copy(getattr(value, item.name)) for item in dataclasses.fields(value)})
+            return value
+
+        with torch.inference_mode(False), torch.no_grad():
+            return dataclasses.replace(self, pieces=copy(self.pieces), masks=copy(self.masks), derived={})
 
     def dense(self) -> Tensor:
         """The pairs that the tables cover as a bool tensor `(B, H, n_q, n_k)`, and proof that none comes up twice.
