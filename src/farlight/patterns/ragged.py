@@ -166,7 +166,7 @@ class padding(Atom):
             self._set(lengths=None, text="padding($0)", tables=(mask,), varies_over_batch=mask.shape[0] > 1)
             return
         single = isinstance(lengths, int) or getattr(lengths, "ndim", 1) == 0
-        each = [lengths] if single else numbers("padding", lengths, "lengths, one for each batch item")
+        each = [lengths] if single else numbers("padding", lengths, "lengths")
         read = tuple(whole("padding: length", n, 0) for n in each)
         if not read:
             raise PatternError("padding: no length was given; give one for each batch item.")
