@@ -78,7 +78,10 @@ class KVCache:
         # Of the last append: where its tokens begin in each row, how many there were, and which columns were real.
         self._start, self._new, self._width = [0], [0], 0
         self._columns: list[NDArray[np.int64]] | None = None
+        # Columns appended so far, tokens or not; and whether an append was begun and not ended.
+        self._taken, self._appending = 0, False
         self._shape: tuple[int, int, int] | None = None
+        self._kind: tuple[torch.dtype, torch.device]
         if self.heads is not None or self.pattern._made_for()[1] == 1:
             # What cannot be right whatever comes is said at once.
             sizes_of_future(self.pattern, self.max_length, batch=self.pattern._made_for()[0], heads=self.heads or 1)
@@ -97,6 +100,7 @@ class KVCache:
     @property
     def kept(self) -> int:
         """Keys kept: in the head and batch item that keep most."""
+        self._settle()
         return max((store.kept for store in self._stores), default=0)
 
     @property
@@ -112,6 +116,7 @@ class KVCache:
     @property
     def positions(self) -> Tensor:
         """`(B or 1, kv heads, kept)` int64: the positions kept, ascending; -1 at the end of shorter rows."""
+        self._settle()
         kv_heads = sum(len(store.rule.kv_heads) for store in self._stores)
         out = torch.full((len(self._lengths), kv_heads, self.kept), -1)
         for store in self._stores:
@@ -132,18 +137,23 @@ class KVCache:
 
         `real` `(B, n)` bool, for texts of different lengths: False where a batch item has no token in that column (padding, on
         either side). Each text has its own positions, from 0 without gaps. The tensors are copied; no gradient is recorded.
+
+        All or nothing: where an exception (Ctrl-C, too little memory) ends it early, the cache holds what it held before, and
+        goes on from there.
         """
+        self._settle()
         self._check(k, v)
         mask = None if real is None else self._read_real(real, k)
         batch, n = k.shape[0], k.shape[2]
-        if not self._stores:
-            self._open(k, batch)
         if mask is not None and self._routed is not None:
             raise ArgumentError(
                 "KVCache.append: texts of different lengths cannot share a router's cache; use one cache for each."
             )
-        if mask is not None and len(self._lengths) == 1:
-            self._split(batch)
+        if not self._stores:
+            self._open(k, batch)
+        if mask is not None and len(self._lengths) < batch:
+            split = [store.split(batch) for store in self._stores]
+            vars(self).update(_stores=split, _lengths=self._lengths * batch)
         if mask is None:
             new, columns = [n] * len(self._lengths), None
         else:
@@ -156,13 +166,37 @@ class KVCache:
             )
         # What is kept must stay writable when the next call comes from outside inference mode.
         with torch.inference_mode(False), torch.no_grad():
+            self._appending = True
             for store in self._stores:
                 store.append(k, v, self._lengths, new, columns)
                 store.rule.drop_before(min(self._lengths))
             if self._routed is not None:
                 self._routed.append(self._stores[0].k[:, :, : self._lengths[0] + n])
-        self._start, self._new, self._width, self._columns = self._lengths, new, n, columns
-        self._lengths = [a + b for a, b in zip(self._lengths, new, strict=True)]
+        lengths = [a + b for a, b in zip(self._lengths, new, strict=True)]
+        # In one call, which no signal divides.
+        vars(self).update(
+            _start=self._lengths, _new=new, _width=n, _columns=columns, _lengths=lengths, _taken=self._taken + n, _appending=False
+        )
+
+    def _settle(self) -> None:
+        """Take back what an append that did not end had done."""
+        if self._appending:
+            self._cut(self._lengths, self._taken)
+
+    def _take_back(self) -> None:
+        """Take the tokens of the last append back, but for what `forget` has let go. What only they made unneeded is gone."""
+        self._settle()
+        self._cut(self._start, self._taken - self._width)
+
+    def _cut(self, lengths: list[int], taken: int) -> None:
+        """Go back to these `lengths`: exact for queries from there on, since an append drops only what none of those sees."""
+        with torch.inference_mode(False), torch.no_grad():
+            stores = [store.cut(lengths) for store in self._stores]
+            routed = None if self._routed is None else self._routed.cut(lengths[0])
+        vars(self).update(
+            _stores=stores, _routed=routed, _lengths=lengths, _start=lengths, _new=[0] * len(lengths), _width=0, _columns=None,
+            _taken=taken, _appending=False,
+        )  # fmt: skip
 
     def forget(self) -> None:
         """The queries of the tokens appended last have been answered: drop what only they could see.
@@ -176,6 +210,7 @@ class KVCache:
 
     def select(self, items: Tensor | Sequence[int]) -> None:
         """Keep these batch items, in this order, repeated or not: beam search, or a batch that loses finished texts."""
+        self._settle()
         index = torch.as_tensor(items)
         if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool or not index.numel():
             raise ArgumentError(f"KVCache.select: {items!r} is not a list of batch items; pass whole numbers.")
@@ -189,17 +224,16 @@ class KVCache:
                 "KVCache.select: the pattern has tables of its own for each batch item, which cannot follow; use one pattern "
                 "for all, and `real` for texts of different lengths."
             )
+        order = index.tolist()
         with torch.inference_mode(False), torch.no_grad():
-            for store in self._stores:
-                store.select(index.to(store.k.device))
-            if self._routed is not None:
-                self._routed.select(index.to(self._stores[0].k.device))
-        self._shape = (index.numel(), kv_heads, dim)
+            stores = [store.select(index.to(store.k.device)) for store in self._stores]
+            routed = None if self._routed is None else self._routed.select(index.to(self._stores[0].k.device))
+        new: dict[str, Any] = {"_stores": stores, "_routed": routed, "_shape": (index.numel(), kv_heads, dim)}
         if len(self._lengths) > 1:
-            order = index.tolist()
-            self._lengths, self._start, self._new = ([x[i] for i in order] for x in (self._lengths, self._start, self._new))
-            self._columns = None if self._columns is None else [self._columns[i] for i in order]
-        self._sizes = Sizes(self._sizes.n_q, self._sizes.n_k, 0, index.numel(), self._sizes.heads)
+            new |= {name: [getattr(self, name)[i] for i in order] for name in ("_lengths", "_start", "_new")}
+            new["_columns"] = None if self._columns is None else [self._columns[i] for i in order]
+        sizes = Sizes(self._sizes.n_q, self._sizes.n_k, 0, index.numel(), self._sizes.heads)
+        vars(self).update(new, _sizes=sizes)
 
     def _open(self, k: Tensor, batch: int) -> None:
         kv_heads = k.shape[1]
@@ -210,18 +244,11 @@ class KVCache:
             raise ArgumentError(
                 f"KVCache.append: k has {kv_heads} heads, but heads = {heads}: the second must be a multiple of the first."
             )
-        self._sizes = sizes_of_future(self.pattern, self.max_length, batch=batch, heads=heads)
+        sizes = sizes_of_future(self.pattern, self.max_length, batch=batch, heads=heads)
         rows = batch if self.pattern.varies_over_batch else 1
-        self._lengths = [0] * rows
-        endless = self.max_length is None
-        self._stores = [Store(rule, k, rows) for rule in rules(self.pattern, self._sizes, kv_heads, endless)]
-        self._shape = (batch, kv_heads, k.shape[3])
-        self._kind = (k.dtype, k.device)
-
-    def _split(self, batch: int) -> None:
-        self._lengths = self._lengths * batch
-        for store in self._stores:
-            store.split(batch)
+        stores = [Store(rule, k, rows) for rule in rules(self.pattern, sizes, kv_heads, self.max_length is None)]
+        shape = (batch, kv_heads, k.shape[3])
+        vars(self).update(_sizes=sizes, _lengths=[0] * rows, _stores=stores, _shape=shape, _kind=(k.dtype, k.device))
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         for name, x in (("k", k), ("v", v)):

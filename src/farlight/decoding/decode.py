@@ -68,6 +68,7 @@ def _check(q: Tensor, cache: KVCache) -> int:
     """The column of the last append that q begins with."""
     if not isinstance(cache, KVCache):
         raise ArgumentError(f"decode: the cache is {type(cache).__name__}; pass the fl.KVCache that the keys were appended to.")
+    cache._settle()
     if cache._shape is None:
         raise ArgumentError("decode: nothing was appended to the cache yet; call cache.append(k, v) first.")
     if not isinstance(q, Tensor) or q.dim() != 4:
@@ -165,16 +166,17 @@ def _prompt(
     q: Tensor, k: Tensor, v: Tensor, store: Store, pattern: Pattern, i: Numbers, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The answers for a prompt of which nothing was dropped, through the planner; texts of different lengths one by one."""
-    if len(i) == 1:
+    if len(i) == 1 and bool((i >= 0).all()):
         found = attention(q, k, v, pattern, scale=scale, return_lse=return_lse)
         return found if isinstance(found, tuple) else (found, None)
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    for item, count in enumerate(store.slots.count):
-        real = torch.from_numpy((i[item] >= 0).nonzero()[0]).to(q.device)
-        own = q[item : item + 1, :, real], k[item : item + 1, :, :count], v[item : item + 1, :, :count]
+    for row, count in enumerate(store.slots.count):
+        items = slice(None) if len(i) == 1 else slice(row, row + 1)
+        real = torch.from_numpy((i[row] >= 0).nonzero()[0]).to(q.device)
+        own = q[items][:, :, real], k[items, :, :count], v[items, :, :count]
         found = attention(*own, pattern, scale=scale, return_lse=True)
-        out[item, :, real], lse[item, :, real] = found[0][0], found[1][0]
+        out[items, :, real], lse[items, :, real] = found[0], found[1]
     return out, lse if return_lse else None
 
 

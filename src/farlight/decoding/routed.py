@@ -6,6 +6,7 @@ costs N / block scores instead of N. Other routers read all keys, as they would 
 
 from __future__ import annotations
 
+import copy
 import operator
 
 import torch
@@ -47,9 +48,18 @@ class Routed:
         for summary in self._summaries.values():
             summary.extend(k)
 
-    def select(self, items: Tensor) -> None:
-        for summary in self._summaries.values():
-            summary.parts = [part.index_select(0, items) for part in summary.parts]
+    def select(self, items: Tensor) -> Routed:
+        """The same for these batch items."""
+        return self._with({leaf: summary.select(items) for leaf, summary in self._summaries.items()})
+
+    def cut(self, length: int) -> Routed:
+        """The same for the first `length` keys."""
+        return self._with({leaf: summary.cut(length) for leaf, summary in self._summaries.items()})
+
+    def _with(self, summaries: dict[TopBlocks, Summary]) -> Routed:
+        new = copy.copy(self)
+        new._summaries = summaries
+        return new
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool) -> tuple[Tensor, Tensor | None]:
         """(out, lse or None) of the newest queries over every key, as `fl.attention` under `router(q, k)` gives them."""
@@ -91,6 +101,16 @@ class Summary:
 
     def view(self) -> list[Tensor]:
         return [part[:, :, : self.count] for part in self.parts]
+
+    def select(self, items: Tensor) -> Summary:
+        new = copy.copy(self)
+        new.parts = [part.index_select(0, items) for part in self.parts]
+        return new
+
+    def cut(self, length: int) -> Summary:
+        new = copy.copy(self)
+        new.count = min(self.count, length // self.router.block)
+        return new
 
     def extend(self, k: Tensor) -> None:
         block = self.router.block

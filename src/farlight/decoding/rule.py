@@ -55,8 +55,9 @@ class Rule:
         """Nothing before `position` will be asked for again."""
         if position - self._start > 2 * _AHEAD:
             at = position - self._start
-            self._last, self._unbroken = self._last[:, at:].copy(), self._unbroken[:, at:].copy()
-            self._start = position
+            last, unbroken = self._last[:, at:].copy(), self._unbroken[:, at:].copy()
+            # One call, which no signal divides: tables that do not match their bounds would tell lies.
+            vars(self).update(_last=last, _unbroken=unbroken, _start=position)
 
     def _ask(self, stop: int) -> None:
         ahead = _AHEAD if self.endless else _AHEAD_KNOWN_LENGTH
@@ -68,9 +69,10 @@ class Rule:
         # One head's view may end before another's: then some query sees a gap.
         unbroken = torch.stack([_whole(one, last) for one in found]).all(0)
         shape = (self.items, -1)
-        self._last = np.concatenate((self._last, last.view(shape).numpy()), 1)
-        self._unbroken = np.concatenate((self._unbroken, unbroken.view(shape).numpy()), 1)
-        self._stop = stop
+        last_seen_by = np.concatenate((self._last, last.view(shape).numpy()), 1)
+        vars(self).update(
+            _last=last_seen_by, _unbroken=np.concatenate((self._unbroken, unbroken.view(shape).numpy()), 1), _stop=stop
+        )
 
 
 def _whole(one: Sight, last: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -37,22 +39,20 @@ class Store:
     def nbytes(self) -> int:
         return self.k.nbytes + self.v.nbytes + self.slots.nbytes
 
-    def split(self, rows: int) -> None:
-        if self.slots.rows != rows:
-            self.slots.split(rows)
-
     def append(self, k: Tensor, v: Tensor, start: list[int], new: list[int], columns: list[NDArray[np.int64]] | None) -> None:
         """Take in tokens at positions start … start + new - 1 of each row, and drop what no query from `start` on sees.
 
-        `columns`: for each row, which columns of k and v those tokens are (None: the first `new`).
+        `columns`: for each row, which columns of k and v those tokens are (None: the first `new`). Stopped anywhere by an
+        exception, `cut` to the lengths `start` gives what there was.
         """
         slots = self.slots
         if slots.rows == new[0] == 1 and columns is None:
             last, unbroken = self.rule.sight(0, start[0], start[0] + 1)
-            slot = slots.put_one(start[0], int(last[0]), bool(unbroken[0]))
+            slot = slots.slot_of_one(start[0], int(last[0]))
             if slot >= 0:
                 self.k.narrow(2, slot, 1).copy_(self._own(k))
                 self.v.narrow(2, slot, 1).copy_(self._own(v))
+                slots.take_one(slot, start[0], int(last[0]), bool(unbroken[0]))
                 return
         free = [slots.forgotten(row, start[row]) for row in range(slots.rows)]
         sights = [self.rule.sight(row, start[row], start[row] + new[row]) for row in range(slots.rows)]
@@ -62,21 +62,41 @@ class Store:
             # A first long piece gets the room it needs; what grows little by little must not be copied every time.
             most = max(needed, self.kept)
             self._resize(most if max(new) > self.kept else most + most // _SLACK + 8)
-        changes = [slots.put(row, free[row], start[row], *sights[row], start[row]) for row in range(slots.rows)]
+        changes = [slots.change(row, free[row], sights[row][0], start[row]) for row in range(slots.rows)]
         self._move(changes)
         self._write(k, v, changes, columns)
+        for row, change in enumerate(changes):
+            slots.take(row, change, start[row], *sights[row])
         if slots.capacity > self.kept + self.kept // (_SLACK // 2) + 32:
             self._resize(self.kept + self.kept // _SLACK + 8)
 
-    def select(self, items: Tensor) -> None:
-        """Keep these batch items, in this order, repeated or not."""
-        self.k, self.v = self.k.index_select(0, items), self.v.index_select(0, items)
-        if self.slots.rows > 1:
-            slots, order = self.slots, items.tolist()
-            for name in ("position", "last", "unbroken"):
-                setattr(slots, name, getattr(slots, name)[order])
-            for name in ("count", "soonest", "gaps"):
-                setattr(slots, name, [getattr(slots, name)[item] for item in order])
+    def select(self, items: Tensor) -> Store:
+        """A store with these batch items, in this order, repeated or not."""
+        rows = self.slots if self.slots.rows == 1 else self.slots.rows_of(items.tolist())
+        return self._with(self.k.index_select(0, items), self.v.index_select(0, items), rows)
+
+    def split(self, rows: int) -> Store:
+        """This store, where its one row has become `rows` equal ones."""
+        return self if self.slots.rows == rows else self._with(self.k, self.v, self.slots.rows_of([0] * rows))
+
+    def cut(self, lengths: list[int]) -> Store:
+        """A store of the first `lengths` tokens of each row alone, as far as a query after them sees them."""
+        live = [self.slots.live(row, length) for row, length in enumerate(lengths)]
+        slots = self.slots.only(live)
+        if len(live) == 1:
+            k, v = (x[:, :, torch.from_numpy(live[0]).to(x.device)] for x in (self.k, self.v))
+        else:
+            k, v = (x.new_zeros(*x.shape[:2], slots.capacity, x.shape[3]) for x in (self.k, self.v))
+            item, old = _items(live, k.device), _joined(live, k.device)
+            to = _joined([np.arange(own.size) for own in live], k.device)
+            for new, x in ((k, self.k), (v, self.v)):
+                new[item, :, to] = x[item, :, old]
+        return self._with(k, v, slots)
+
+    def _with(self, k: Tensor, v: Tensor, slots: Slots) -> Store:
+        new = copy.copy(self)
+        new.k, new.v, new.slots = k, v, slots
+        return new
 
     def _own(self, x: Tensor) -> Tensor:
         """The heads that are stored here."""
@@ -112,11 +132,11 @@ class Store:
                 taken = [c.taken if columns is None else columns[row][c.taken] for row, c in enumerate(changes)]
                 item, slots = _items(taken, x.device), _joined([c.slots for c in changes], x.device)
                 x[item, :, slots] = given[item, :, _joined(taken, x.device)]
-            elif first.slots.size == 1:
-                x[:, :, int(first.slots[0])] = given[:, :, int(first.taken[0])]
             elif first.slots.size:
-                slots, taken_all = (torch.from_numpy(n).to(x.device) for n in (first.slots, first.taken))
-                x[:, :, slots] = given if first.taken.size == given.shape[2] else given[:, :, taken_all]
+                # Every batch item has the same tokens, in the same columns; those need not be all, even of a batch of one.
+                column = first.taken if columns is None else columns[0][first.taken]
+                slots, taken_all = (torch.from_numpy(n).to(x.device) for n in (first.slots, column))
+                x[:, :, slots] = given if column.size == given.shape[2] else given[:, :, taken_all]
 
 
 def _joined(parts: list[NDArray[np.int64]], device: torch.device) -> Tensor:

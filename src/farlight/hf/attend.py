@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from farlight.errors import UnsupportedError
 from farlight.hf.extras import chosen_by_the_model, refuse_unknown, sinks_merged
+from farlight.hf.handed_out import cache_layer_of
 from farlight.hf.lazy import LazyMask, ModelMask
 from farlight.hf.masks import tensor_mask
 from farlight.hf.positions import in_each_text
@@ -25,12 +26,10 @@ from farlight.routing.base import Router
 from farlight.routing.gist import gist_attention
 from farlight.routing.heard import Gist
 
-__all__ = ["KEPT", "SETTING", "Chosen", "Observation", "Setting", "attention_forward"]
+__all__ = ["SETTING", "Chosen", "Observation", "Setting", "attention_forward"]
 
 Chosen = Pattern | Router | None
 SETTING = "_farlight_setting"
-# The name under which a tensor of new keys carries the cache layer that took them in.
-KEPT = "_farlight_kept"
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def attention_forward(
     setting: Setting = module.__dict__.get(SETTING) or Setting()
     sinks = kwargs.get("s_aux")
     indices = next((kwargs[name] for name in ("indices", "block_indices") if kwargs.get(name) is not None), None)
-    kept = getattr(key, KEPT, None)
+    kept = cache_layer_of(module, key, value)
     if kept is not None and setting.numbered:
         more = {"sinks": sinks, "indices": indices}
         return kept.attend(module, query, key, value, attention_mask, setting.chosen, scaling, dropout, **more), None
