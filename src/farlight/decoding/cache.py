@@ -175,8 +175,9 @@ class KVCache:
         lengths = [a + b for a, b in zip(self._lengths, new, strict=True)]
         # In one call, which no signal divides.
         vars(self).update(
-            _start=self._lengths, _new=new, _width=n, _columns=columns, _lengths=lengths, _taken=self._taken + n, _appending=False
-        )
+            _start=self._lengths, _new=new, _width=n, _columns=columns, _lengths=lengths, _taken=self._taken + n,
+            _appending=False,
+        )  # fmt: skip
 
     def _settle(self) -> None:
         """Take back what an append that did not end had done."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from farlight.errors import UnsupportedError
 
-__all__ = ["HandedOut", "cache_layer_of"]
+__all__ = ["REMEDY", "HandedOut", "cache_layer_of"]
 
 
 class HandedOut(Tensor):
@@ -59,12 +59,12 @@ def cache_layer_of(module: nn.Module, key: Tensor, value: Tensor) -> Any:
         if layer is value.layer and key.update == value.update == layer.updates:
             return layer
     raise UnsupportedError(
-        f"{type(module).__name__} attends over keys and values of which a SparseCache did not hand out both in its last update, "
-        f"so the cache does not keep what is attended over. {_REMEDY}"
+        f"{type(module).__name__} attends over keys and values of which a SparseCache did not hand out both in its last "
+        f"update, so the cache does not keep what is attended over. {REMEDY}"
     )
 
 
-_REMEDY = (
+REMEDY = (
     "Generate under fl.hf.use_pattern(model, pattern) without SparseCache; transformers' own cache then keeps every key, and "
     "the tokens are the same."
 )
@@ -72,8 +72,8 @@ _REMEDY = (
 
 def _computed_with(tensor: HandedOut, name: str) -> UnsupportedError:
     return UnsupportedError(
-        f"SparseCache: this model computes with the keys or values of layer {tensor.layer.number} ({name}) after the cache took "
-        "them, as models with latent attention do, so the cache does not keep what is attended over. " + _REMEDY
+        f"SparseCache: this model computes with the keys or values of layer {tensor.layer.number} ({name}) after the cache "
+        "took them, as models with latent attention do, so the cache does not keep what is attended over. " + REMEDY
     )
 
 
