@@ -114,6 +114,16 @@ class NativePlan {
   std::shared_ptr<const Schedule> schedule_;
 };
 
+unsigned long main_thread = 0;  // Python's number for it
+
+// Runs the handlers of signals that have come, where Python does so: in its main thread. Throws what a handler raised.
+void run_handlers() {
+  const nb::gil_scoped_acquire hold;
+  if (PyErr_CheckSignals() != 0) throw nb::python_error();
+}
+
+Watch watch_for_signals() { return Watch(PyThread_get_thread_ident() == main_thread ? run_handlers : nullptr); }
+
 // (address, batch stride, head stride, row stride); strides count elements.
 using Address = std::vector<int64_t>;
 
@@ -155,9 +165,10 @@ void forward(NativePlan& plan, int type, int out_type, const std::vector<int64_t
   call.result = reinterpret_cast<void*>(out);
   call.lse = reinterpret_cast<float*>(lse);
   const Kernels& set = kernels();
+  Watch watch = watch_for_signals();
   const nb::gil_scoped_release release;
   const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads);
-  run_forward(set, call, *schedule, threads);
+  run_forward(set, call, *schedule, threads, watch);
 }
 
 void backward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const Address& q, const Address& k,
@@ -170,9 +181,10 @@ void backward(NativePlan& plan, int type, int out_type, const std::vector<int64_
   call.dlse = reinterpret_cast<const float*>(dlse);
   call.result = reinterpret_cast<void*>(dq);
   const Kernels& set = kernels();
+  Watch watch = watch_for_signals();
   const nb::gil_scoped_release release;
   const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads);
-  run_backward(set, call, *schedule, reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), threads);
+  run_backward(set, call, *schedule, reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), threads, watch);
 }
 
 // What fused multiply-adds in registers give at most, on so many threads at once.
@@ -182,7 +194,8 @@ double fma_gflops(int threads) {
   const Kernels& set = kernels();
   std::vector<float> sums(threads);
   const auto start = std::chrono::steady_clock::now();
-  for_each(threads, threads, [&](int64_t i) { sums[i] = set.spin(kTurns); });
+  Watch nobody(nullptr);
+  for_each(threads, threads, nobody, [&](int64_t i) { sums[i] = set.spin(kTurns); });
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return 1e-9 * static_cast<double>(kTurns * set.spin_operations * threads) / seconds;
 }
@@ -191,6 +204,7 @@ double fma_gflops(int threads) {
 
 NB_MODULE(_cpu, m) {
   nb::set_leak_warnings(false);
+  main_thread = nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"));
   nb::class_<NativePlan>(m, "Plan", nb::is_weak_referenceable())
       .def(nb::init<nb::handle>(), "plan"_a)
       .def_prop_ro("overlapping", &NativePlan::overlapping);

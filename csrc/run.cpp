@@ -68,7 +68,7 @@ int64_t rows_bytes(const Call& call, Type type, int64_t heads, int64_t rows) {
 }
 
 // Rows that see nothing have zeros, and an lse of minus infinity. All of the result is about to be written, here or by tiles.
-void begin_result(const Call& call, const Schedule& schedule, bool with_lse, int threads) {
+void begin_result(const Call& call, const Schedule& schedule, bool with_lse, int threads, Watch& watch) {
   expect_writes(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q));
   constexpr int64_t stretch = 4096;  // rows that a thread takes at once
   struct Stretch {
@@ -78,7 +78,7 @@ void begin_result(const Call& call, const Schedule& schedule, bool with_lse, int
   for (const auto& [first, last] : schedule.unsure_rows())
     for (int64_t i = first; i < last; i += stretch) all.push_back({i, std::min(i + stretch, last)});
   const int64_t width = call.dim * (call.out_type == Type::f32 ? 4 : 2), many = static_cast<int64_t>(all.size());
-  for_each(call.batch * call.heads * many, threads, [&](int64_t i) {
+  for_each(call.batch * call.heads * many, threads, watch, [&](int64_t i) {
     const Stretch& rows = all[i % many];
     const int64_t at = i / many * call.plan->n_q + rows.first, count = rows.last - rows.first;
     std::memset(static_cast<char*>(call.result) + at * width, 0, static_cast<size_t>(count * width));
@@ -101,12 +101,12 @@ Room row_sums_of(const Call& call) {
 // The lse beyond which weights computed from it are off by more than 2^-14 in float32, 2^-10 in bfloat16.
 float largest_lse(Type type) { return type == Type::f32 ? 1024.0f : 16384.0f; }
 
-bool any_large(const Call& call, int threads) {
+bool any_large(const Call& call, int threads, Watch& watch) {
   constexpr int64_t stretch = 1 << 16;
   const float limit = largest_lse(call.type);
   const int64_t rows = rows_of(call);
   std::atomic<bool> found{false};
-  for_each((rows + stretch - 1) / stretch, threads, [&](int64_t i) {
+  for_each((rows + stretch - 1) / stretch, threads, watch, [&](int64_t i) {
     bool large = false;
     for (int64_t at = i * stretch; at < std::min(rows, (i + 1) * stretch); ++at)
       large |= std::abs(call.lse[at]) > limit && std::isfinite(call.lse[at]);
@@ -117,7 +117,7 @@ bool any_large(const Call& call, int threads) {
 
 // The sums of rows for the backward pass of scores so large that their lse in float32 has too few digits: computed once more.
 // Where the lse at hand is another one than that of these keys, as far as it can be told, the weights are relative to it.
-Room exact_row_sums(const Kernels& kernels, const Call& call, const Schedule& schedule, int threads) {
+Room exact_row_sums(const Kernels& kernels, const Call& call, const Schedule& schedule, int threads, Watch& watch) {
   Room sums = row_sums_of(call);
   const int64_t rows = rows_of(call);
   const Room out(rows_bytes(call, call.type, call.heads, call.plan->n_q)), lse(rows * static_cast<int64_t>(sizeof(float)));
@@ -127,7 +127,7 @@ Room exact_row_sums(const Kernels& kernels, const Call& call, const Schedule& sc
   again.result = out.as<void>();
   again.lse = lse.as<float>();
   again.row_sums = sums.as<RowSum>();
-  run_forward(kernels, again, schedule, threads);
+  run_forward(kernels, again, schedule, threads, watch);
   for (int64_t at = 0; at < rows; ++at) {
     RowSum& row = again.row_sums[at];
     if (row.total == 0.0f) continue;
@@ -139,30 +139,31 @@ Room exact_row_sums(const Kernels& kernels, const Call& call, const Schedule& sc
 
 }  // namespace
 
-void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads) {
+void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads, Watch& watch) {
   const Partials partials(call, schedule);
   const Room row_sums = call.joins && !call.row_sums ? row_sums_of(call) : Room();
   if (row_sums.bytes()) call.row_sums = row_sums.as<RowSum>();
   const int64_t bytes = kernels.scratch_bytes(call);
   const uint64_t number = next_call();
   if (schedule.cost * call.dim < kWorthThreads) threads = 1;
-  begin_result(call, schedule, true, threads);
+  begin_result(call, schedule, true, threads, watch);
   for (const Phase& phase : schedule.phases) {
     const int64_t count = static_cast<int64_t>(phase.forward.size());
-    for_each(count, threads, [&](int64_t i) {
+    for_each(count, threads, watch, [&](int64_t i) {
       kernels.forward(call, phase.forward[i], after(phase.forward, i, count), scratch(bytes, kernels.cleared_bytes, number));
     });
   }
 }
 
-void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads) {
-  const Room row_sums = any_large(call, threads) ? exact_row_sums(kernels, call, schedule, threads) : Room();
+void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads,
+                  Watch& watch) {
+  const Room row_sums = any_large(call, threads, watch) ? exact_row_sums(kernels, call, schedule, threads, watch) : Room();
   if (row_sums.bytes()) call.row_sums = row_sums.as<RowSum>();
   const Partials partials(call, schedule);
   const int64_t bytes = kernels.scratch_bytes(call);
   const uint64_t number = next_call();
   if (schedule.cost * call.dim < kWorthThreads) threads = 1;
-  begin_result(call, schedule, false, threads);
+  begin_result(call, schedule, false, threads, watch);
   for (void* grad : {dk, dv}) expect_writes(grad, rows_bytes(call, call.type, call.kv_heads, call.plan->n_k));
   const int64_t units = schedule.groups() * schedule.slab_count;
   // With one phase and a group for every thread, a group is added up by whoever finishes its last slab, and its memory
@@ -171,7 +172,7 @@ void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, v
   GroupSums sums(kernels, call, schedule, dk, dv);
   for (size_t p = 0; p < schedule.phases.size(); ++p) {
     const Phase& phase = schedule.phases[p];
-    for_each(units, threads, [&](int64_t unit) {
+    for_each(units, threads, watch, [&](int64_t unit) {
       if (p == 0) sums.open(unit);
       const Slab& slab = phase.slabs[unit];
       for (int64_t i = slab.first; i < slab.last; ++i) {
@@ -186,7 +187,7 @@ void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, v
     });
   }
   if (!at_once)
-    for_each(schedule.groups() * schedule.blocks, threads,
+    for_each(schedule.groups() * schedule.blocks, threads, watch,
              [&](int64_t i) { sums.add_up(i / schedule.blocks, i % schedule.blocks); });
 }
 
