@@ -138,6 +138,7 @@ class SparseLayer(CacheLayerMixin):
                 f"{name} masks keys by {own.pattern!r} beside {self.pattern!r}, which counts the tokens of each text or reads "
                 "their content; generate from texts of one length, or with the cache that transformers makes."
             )
+        self._check_padding(name, total - key.shape[2], own.key_real if new is not None else None, query.shape[0])
         # A layer that attends twice over the same keys, or over those of another layer, finds them taken in.
         if self.taken != self.updates:
             self.cache.append(key.plain, value.plain, real=new)
@@ -146,6 +147,18 @@ class SparseLayer(CacheLayerMixin):
         if sinks is not None and lse is not None:
             out = sinks_merged(module, out, lse, sinks)
         return out.transpose(1, 2).contiguous()
+
+    def _check_padding(self, name: str, before: int, real: Tensor | None, batch: int) -> None:
+        """Raise where a mask takes other columns for padding than it did when their tokens came: those were not kept."""
+        if self.taken == self.updates:
+            return
+        taken = [before] * batch if real is None else real[:, :before].sum(1).expand(batch).tolist()
+        held = self.cache.lengths
+        if taken != (held * batch if len(held) == 1 else held):
+            raise UnsupportedError(
+                f"{name}: the attention_mask takes other tokens for padding than in the passes before, which kept {held} tokens "
+                "of the texts; pass the same mask, made longer, at every pass."
+            )
 
     def _beside_the_rule(self, name: str, own: ModelMask, query: Tensor, total: int) -> Pattern | None:
         """What the model's mask says beside the rule of the cache: None where that says it all.
