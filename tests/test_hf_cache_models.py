@@ -1,4 +1,4 @@
-"""Whether a SparseCache attends over what it kept: held against the sparse model without a cache, or refused at the first pass."""
+"""Whether a SparseCache attends over what it kept: as the sparse model without a cache, or refused."""
 
 from __future__ import annotations
 

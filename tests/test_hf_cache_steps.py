@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_hf_cache import MODELS, PATTERNS, model_of, prompt, said
 from torch import Tensor
 
 import farlight as fl
 from farlight.hf import cache_layer
+from test_hf_cache import MODELS, PATTERNS, model_of, prompt, said
 
 STREAMING = PATTERNS["streaming"]
 

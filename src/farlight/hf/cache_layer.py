@@ -156,8 +156,8 @@ class SparseLayer(CacheLayerMixin):
         held = self.cache.lengths
         if taken != (held * batch if len(held) == 1 else held):
             raise UnsupportedError(
-                f"{name}: the attention_mask takes other tokens for padding than in the passes before, which kept {held} tokens "
-                "of the texts; pass the same mask, made longer, at every pass."
+                f"{name}: the attention_mask takes other tokens for padding than in the passes before, which kept {held} "
+                "tokens of the texts; pass the same mask, made longer, at every pass."
             )
 
     def _beside_the_rule(self, name: str, own: ModelMask, query: Tensor, total: int) -> Pattern | None:
