@@ -53,7 +53,8 @@ class SparseCache(Cache):
     Raises:
         ArgumentError: the pattern is no pattern, or names a layer that the model does not have.
         PatternError: the pattern depends on the length of the text, and `max_length` is not given.
-        UnsupportedError: the model's layers keep something else than keys and values.
+        UnsupportedError: the model's layers keep something else than keys and values; and at the first pass, where they
+            compute with keys after the cache took them (latent attention).
 
     >>> import torch, farlight as fl
     >>> from transformers import LlamaConfig, LlamaForCausalLM
