@@ -131,11 +131,11 @@ IMPORTS = [found for module, path in MODULES.items() for found in imports(module
 
 # A package may import those of a smaller number, and its own.
 LAYERS = {
-    "errors": 0, "caching": 0, "_cpu": 0,
+    "errors": 0, "caching": 0, "derivatives": 0.5, "_cpu": 0,
     "patterns": 1, "presets": 2,
     "plan": 3,
     "kernels": 4,
-    "ops": 5, "merge": 5,
+    "batching": 4.5, "flops": 4.5, "ops": 5, "merge": 5,
     "attention": 6,
     "testing": 7, "routing": 7, "distributed": 7, "decoding": 7.5,
     "hf": 8, "nn": 8,

@@ -350,3 +350,28 @@ def test_decoding_needs_what_fits() -> None:
     ):
         with pytest.raises(fl.FarlightError, match=message):
             call()
+
+
+# ---- derivatives --------------------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")  # torch's own formulas of forward mode
+def test_func_vmap_and_the_derivatives_that_are_refused() -> None:
+    pattern = fl.window(2) | fl.global_tokens([0])
+    q, k, v = torch.randn(3, 2, 1, 2, 20, 16).unbind(0)
+
+    def f(q: Tensor, k: Tensor, v: Tensor, backend: str = "triton") -> Tensor:
+        found = fl.attention(q, k, v, pattern, backend=backend)
+        assert isinstance(found, Tensor)
+        return found.square().sum()
+
+    found = torch.vmap(torch.func.grad(f, (0, 1, 2)))(q, k, v)
+    wanted = zip(
+        *(torch.func.grad(lambda *x: f(*x, "reference"), (0, 1, 2))(*x) for x in zip(q, k, v, strict=True)), strict=True
+    )
+    for a, b in zip(found, map(torch.stack, wanted), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    with pytest.raises(fl.UnsupportedError, match="forward-mode"):
+        torch.func.jvp(lambda x: f(x, k[0], v[0]), (q[0],), (q[0],))
+    x = q[0].clone().requires_grad_()
+    (g,) = torch.autograd.grad(f(x, k[0], v[0]), x, create_graph=True)
+    with pytest.raises(fl.UnsupportedError, match="second derivative"):
+        g.sum().backward()

@@ -6,11 +6,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from farlight import ops
+from farlight import flops, ops
+from farlight.derivatives import FirstOrderOnly
 from farlight.errors import ArgumentError, PlanError
 from farlight.kernels import dense, dispatch, reference
 from farlight.kernels.request import Request
+from farlight.patterns.arguments import refuse_tracing
 from farlight.patterns.base import Pattern, Sizes
 from farlight.plan import Plan
 
@@ -32,7 +35,7 @@ def attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact softmax attention over the pairs that a pattern allows; differentiable.
+    """Exact softmax attention over the pairs that a pattern allows; differentiable, by `torch.func` and under vmap too.
 
         out[i] = Σ_j P[i, j] v[j],   P[i, j] = exp(S[i, j] - lse[i]) over allowed (i, j),   S = scale · q kᵀ
 
@@ -54,13 +57,16 @@ def attention(
         cast as for torch's own attention.
 
     Raises:
-        ArgumentError, PatternError, PlanError: an argument cannot be used. UnsupportedError: a named backend cannot run.
+        ArgumentError, PatternError, PlanError: an argument cannot be used. UnsupportedError: a named backend cannot run; a
+        forward-mode or second derivative was asked of a backend other than "reference"; torch.jit.trace.
 
     >>> import torch, farlight as fl
     >>> q = k = v = torch.randn(1, 2, 100, 8)
     >>> fl.attention(q, k, v, fl.window(8) | fl.global_tokens([0])).shape
     torch.Size([1, 2, 100, 8])
     """
+    if torch.jit.is_tracing():
+        refuse_tracing("fl.attention")
     if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
         q, k, v = _autocast(q, k, v)
         # Cast once, here: inside, autocast would also round the scores and weights that are kept in float32.
@@ -95,16 +101,22 @@ def attention(
         if backend in dispatch.PLANNED:
             out, lse = ops.attend_now(q, k, v, request, scale=scale, seed=drawn, backend=backend)
             return (out, lse) if return_lse else out
-        if backend == "dense":
+        if backend == "dense" and forward_ad._current_level < 0:
             return dense.attend(q, k, v, dispatch.dense_mask(request), scale=scale)
+    elif not torch.compiler.is_compiling():
+        flops.register()
     if backend in dispatch.PLANNED or backend == "auto":
         out, lse = ops.attend(q, k, v, list(pattern._tables), drawn, pattern.text, scale, offset, dropout, backend)
         return (out, lse) if return_lse else out
     batch, heads, n_q, n_k = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    mask = ops.pattern_mask(q, list(pattern._tables), pattern.text, n_q, n_k, offset, batch, heads)
+    # Where torch.func transforms q, its mask is not to be transformed: it has tables only.
+    like = torch.empty(0, device=q.device)
+    mask = ops.pattern_mask(like, list(pattern._tables), pattern.text, n_q, n_k, offset, batch, heads)
     if backend == "dense":
         if return_lse or dropout:  # traced: the operator below has no place where this would be noticed
             dispatch.require(backend, _request(q, k, v, pattern, offset, dropout, return_lse))
+        if not torch.compiler.is_compiling():
+            q, k, v = FirstOrderOnly.apply(q, k, v)
         return dense.attend(q, k, v, dense.Mask.of(mask), scale=scale)
     out, lse = reference.attend(q, k, v, mask, scale=scale, q_offset=offset, dropout=dropout, seed=drawn)
     return (out, lse) if return_lse else out

@@ -61,5 +61,7 @@ def merge(pieces: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float] | No
     share = torch.where(seeing, powers / total, 0.0)
     out = share[0].unsqueeze(-1) * pieces[0][0].to(kind)
     for n, (piece, _) in enumerate(pieces[1:], 1):
-        out.addcmul_(share[n].unsqueeze(-1), piece.to(kind))  # a product of our own, which no gradient reads
+        # In place: a product of our own, which no gradient reads. Under torch.vmap it may have fewer dimensions than the piece.
+        add = out.addcmul_ if torch._C._functorch.peek_interpreter_stack() is None else out.addcmul
+        out = add(share[n].unsqueeze(-1), piece.to(kind))
     return out.to(pieces[0][0].dtype), torch.where(some, top + torch.log(total), float("-inf"))

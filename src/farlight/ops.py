@@ -1,4 +1,5 @@
-"""The torch operators behind `fl.attention`: schemas, fakes and gradients, so that compile, export and autograd see one op.
+"""The torch operators behind `fl.attention`: schemas, fakes, gradients and batching rules, so that compile, export, autograd
+and `torch.func` see one op.
 
 A pattern travels as its canonical text, a constant, and its tables, tensors; the plan is looked up inside the operator. So
 no mask enters a graph, nothing is recompiled when a length changes, and an exported program needs nothing but farlight.
@@ -7,12 +8,17 @@ no mask enters a graph, nothing is recompiled when a length changes, and an expo
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
+from farlight.batching import batched, batched_mask
+from farlight.derivatives import refuse_forward_mode, refuse_second, refuse_tangents
 from farlight.kernels import blocked, cpu, triton
 from farlight.kernels.dispatch import plan_of, planned_backend, require
 from farlight.kernels.request import Request
@@ -21,6 +27,7 @@ from farlight.patterns.text import parse
 
 __all__ = ["attend", "attend_backward", "attend_now", "is_plain", "pattern_mask"]
 
+_Operator: TypeAlias = "torch._ops.OpOverload[..., Any]"
 _KERNELS = {"cpu": cpu, "triton": triton, "torch": blocked}
 
 
@@ -78,20 +85,29 @@ class _Attend(torch.autograd.Function):
         out, lse = kernel.forward(q, k, v, plan, scale=scale, dropout=request.dropout, seed=seed)
         if request.needs_grad:
             ctx.save_for_backward(q, k, v, out, lse, seed)
-            ctx.found = kernel, plan, scale, request.dropout
+            ctx.found = kernel, plan, scale, request, backend
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
         q, k, v, out, lse, seed = ctx.saved_tensors
-        kernel, plan, scale, dropout = ctx.found
-        dq, dk, dv = kernel.backward(dout, dlse, q, k, v, out, lse, plan, scale=scale, dropout=dropout, seed=seed)
-        return dq, dk, dv, None, None, None, None
+        kernel, plan, scale, request, backend = ctx.found
+        if torch.is_grad_enabled() or _loops() or not is_plain(dout, dlse):
+            # Batched, counted, or to be differentiated again: that is for the operator to serve or to refuse.
+            pattern = request.pattern
+            options = pattern.text, scale, request.sizes.q_offset, request.dropout, backend
+            grads = _gradients(dout, dlse, q, k, v, out, lse, list(pattern._tables), seed, *options)
+        else:
+            grads = kernel.backward(dout, dlse, q, k, v, out, lse, plan, scale=scale, dropout=request.dropout, seed=seed)
+        return *grads, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        refuse_forward_mode()
 
 
-@torch.library.custom_op("farlight::attend", mutates_args=())
-def attend(
+# ---- the kernels of the operators, and their fakes ----------------------------------------------------------------------
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -110,25 +126,12 @@ def attend(
     return out, lse
 
 
-@attend.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Sequence[Tensor],
-    seed: Tensor,
-    pattern: str,
-    scale: float,
-    q_offset: int,
-    dropout: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=kind)
 
 
-@torch.library.custom_op("farlight::attend_backward", mutates_args=())
-def attend_backward(
+def _attend_backward(
     dout: Tensor,
     dlse: Tensor,
     q: Tensor,
@@ -153,45 +156,47 @@ def attend_backward(
     return grads
 
 
-@attend_backward.register_fake
-def _(
-    dout: Tensor,
-    dlse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    tables: Sequence[Tensor],
-    seed: Tensor,
-    pattern: str,
-    scale: float,
-    q_offset: int,
-    dropout: float,
-    backend: str,
+def _attend_backward_fake(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, tables, seed, pattern, scale, q_offset, dropout, backend = inputs
-    ctx.save_for_backward(q, k, v, *output, seed, *tables)
-    ctx.options = (pattern, scale, q_offset, dropout, backend)
+def _attend_backward_each(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seed: Tensor, call: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend_backward` with everything but tensors found under the number of the call."""
+    tables, options = _calls[call]
+    return _attend_backward(dout, dlse, q, k, v, out, lse, tables, seed, *options)
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, seed, *tables = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    dlse = torch.zeros_like(lse) if dlse is None else dlse
-    dq, dk, dv = attend_backward(dout, dlse, q, k, v, out, lse, tables, seed, *ctx.options)
-    return dq, dk, dv, [None] * len(tables), None, None, None, None, None, None
+_calls: dict[int, tuple[Sequence[Tensor], tuple[Any, ...]]] = {}
+_call_numbers = itertools.count()
+_VMAP_OF_GRADIENTS = torch._C._dispatch_key_parse("VmapMode")
 
 
-attend.register_autograd(_differentiate, setup_context=_save)
+def _loops() -> bool:
+    """Whether the older vmap is on, of `torch.autograd.grad(is_grads_batched=True)` and `jacobian(vectorize=True)`. It knows no
+    rules: it runs an operator once for each element, if no argument is a list.
+    """
+    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_OF_GRADIENTS)
 
 
-@torch.library.custom_op("farlight::pattern_mask", mutates_args=())
-def pattern_mask(
+def _gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend_backward`, under the older vmap too."""
+    if torch.compiler.is_compiling() or not _loops():
+        found: tuple[Tensor, Tensor, Tensor] = attend_backward(*args)
+        return found
+    tensors, tables, seed, options = args[:7], args[7], args[8], args[9:]
+    call = next(_call_numbers)
+    _calls[call] = tables, options
+    try:
+        return attend_backward_each(*tensors, seed, call)  # type: ignore[no-any-return]
+    finally:
+        del _calls[call]
+
+
+def _pattern_mask(
     like: Tensor, tables: Sequence[Tensor], pattern: str, n_q: int, n_k: int, q_offset: int, batch: int, heads: int
 ) -> Tensor:
     """The dense mask of a pattern, `(batch, heads, n_q, n_k)`, on the device of `like`."""
@@ -200,10 +205,107 @@ def pattern_mask(
     return mask.expand(batch if found.varies_over_batch else 1, heads if found.varies_over_heads else 1, n_q, n_k).contiguous()
 
 
-@pattern_mask.register_fake
-def _(
+def _pattern_mask_fake(
     like: Tensor, tables: Sequence[Tensor], pattern: str, n_q: int, n_k: int, q_offset: int, batch: int, heads: int
 ) -> Tensor:
     found = _pattern(pattern, tables)
     shape = (batch if found.varies_over_batch else 1, heads if found.varies_over_heads else 1, n_q, n_k)
     return like.new_empty(shape, dtype=torch.bool)
+
+
+# ---- registration -------------------------------------------------------------------------------------------------------
+_library = torch.library.Library("farlight", "FRAGMENT")
+
+
+def _operator(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> _Operator:
+    schema = torch.library.infer_schema(kernel, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"farlight::{name}", fake, lib=_library)
+    found: _Operator = getattr(torch.ops.farlight, name).default
+    return found
+
+
+attend = _operator("attend", _attend, _attend_fake)
+attend_backward = _operator("attend_backward", _attend_backward, _attend_backward_fake)
+attend_backward_each = _operator("attend_backward_each", _attend_backward_each, _attend_backward_fake)
+pattern_mask = _operator("pattern_mask", _pattern_mask, _pattern_mask_fake)
+
+
+def _below(operator: _Operator, keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+    """The operator without autograd: its kernel, or what the next transform of `torch.func` makes of it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+class _Differentiable(torch.autograd.function._SingleLevelFunction):
+    """One level of differentiation of an operator: under `torch.func` its autograd kernel runs once for each level."""
+
+    @staticmethod
+    def below(operator: _Operator, keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        # `apply` turns gradients off, which the levels below are still to record.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return _below(operator, keyset, *args)
+
+    @classmethod
+    def of(cls, *args: Any) -> Any:
+        with enable_single_level_autograd_function():
+            return cls.apply(*args)
+
+
+class _AttendOperator(_Differentiable):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operator: _Operator,
+        keyset: torch._C.DispatchKeySet,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tables: Sequence[Tensor],
+        seed: Tensor,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _Differentiable.below(operator, keyset, q, k, v, tables, seed, *options)
+        ctx.save_for_backward(q, k, v, out, lse, seed, *tables)
+        ctx.options = options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, lse, seed, *tables = ctx.saved_tensors
+        grads = _gradients(dout, dlse, q, k, v, out, lse, tables, seed, *ctx.options)
+        return None, None, *grads, *(None,) * (2 + len(ctx.options))
+
+
+class _BackwardOperator(_Differentiable):
+    @staticmethod
+    def forward(ctx: Any, operator: _Operator, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        grads: tuple[Tensor, Tensor, Tensor] = _Differentiable.below(operator, keyset, *args)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        refuse_second()
+
+
+def _autograd_of(operator: _Operator, differentiable: type[_Differentiable], count: int) -> Callable[..., Any]:
+    """The autograd kernel of an operator whose first `count` arguments have gradients."""
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        refuse_tangents(*args[:count])
+        if torch.is_grad_enabled() and any(x.requires_grad for x in args[:count]):
+            return differentiable.of(operator, keyset, *args)
+        return _below(operator, keyset, *args)
+
+    return kernel
+
+
+for _op, _differentiable, _count in (
+    (attend, _AttendOperator, 3),
+    (attend_backward, _BackwardOperator, 7),
+    (attend_backward_each, _BackwardOperator, 7),
+):
+    _library.impl(_op._opname, _autograd_of(_op, _differentiable, _count), "Autograd", with_keyset=True)
+for _op, _rule in ((attend, batched), (attend_backward, batched), (pattern_mask, batched_mask)):
+    torch.library.register_vmap(f"farlight::{_op._opname}", functools.partial(_rule, _op), lib=_library)

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from farlight.decoding.routed import Routed
 from farlight.decoding.rule import rules
 from farlight.decoding.store import Store
-from farlight.errors import ArgumentError
-from farlight.patterns.arguments import whole
+from farlight.errors import ArgumentError, UnsupportedError
+from farlight.patterns.arguments import refuse_tracing, whole
 from farlight.patterns.base import Pattern, Sizes
 from farlight.patterns.future import sizes_of_future
 from farlight.patterns.positional import full
@@ -296,3 +297,10 @@ def refuse_gradients(what: str, *tensors: Tensor) -> None:
             f"{what}: an input requires grad, but decoding records no gradients, since dropped keys could not get theirs. "
             "Use torch.no_grad() or .detach(); for training use fl.attention."
         )
+    if forward_ad._current_level >= 0:
+        raise UnsupportedError(
+            f"{what}: called inside a forward-mode derivative (jvp, jacfwd, linearize, dual numbers), but decoding records no "
+            "derivatives. Use fl.attention(…, backend='reference')."
+        )
+    if torch.jit.is_tracing():
+        refuse_tracing(what)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from farlight.derivatives import refuse_second_through
 from farlight.kernels.request import Request
 
 __all__ = ["LARGEST_MASK", "Mask", "attend", "reasons"]
@@ -62,7 +63,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, *, scale: float) 
         return torch.where(torch.zeros((), dtype=torch.bool, device=q.device), q + k.sum() + v.sum(), 0.0)
     # A literal True: under compile with dynamic shapes a comparison is a SymBool, which SDPA does not take.
     grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    if mask is None:
-        return scaled_dot_product_attention(q, k, v, scale=scale, **grouped)
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask.pairs, scale=scale, **grouped)
-    return out if mask.seeing is None else torch.where(mask.seeing, out, 0.0)
+    allowed = None if mask is None else mask.pairs
+    out = scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, **grouped)
+    refuse_second_through(out)
+    return out if mask is None or mask.seeing is None else torch.where(mask.seeing, out, 0.0)

@@ -33,8 +33,19 @@ def real_tokens(owner: str, mask: Tensor | None, batch: int, n: int) -> Tensor |
         return None
     _check(owner, "key_padding_mask", mask, [(batch, n)])
     real = _allowed(owner, "key_padding_mask", mask)
-    # A program that is being traced cannot look; there the mask always takes part.
-    return None if not torch.compiler.is_compiling() and bool(real.all()) else real
+    return None if _readable(real) and bool(real.all()) else real
+
+
+def _readable(mask: Tensor) -> bool:
+    """Whether the numbers can be looked at. A program that is being traced and `torch.vmap` cannot: there a mask always takes
+    part.
+    """
+    functorch = torch._C._functorch
+    while not torch.compiler.is_compiling() and not functorch.is_batchedtensor(mask):
+        if not functorch.is_functorch_wrapped_tensor(mask):
+            return True
+        mask = functorch.get_unwrapped(mask)
+    return False
 
 
 def padded(pattern: Pattern, real: Tensor | None) -> Pattern:
@@ -60,7 +71,7 @@ def restricted(
             "is_causal=True alone, or attn_mask alone.",
         )
         return causal()
-    if not torch.compiler.is_compiling() and seen.dim() == 2 and torch.equal(seen, past):
+    if _readable(seen) and seen.dim() == 2 and torch.equal(seen, past):
         return causal()
     if n_q == n_k and q_offset:
         raise UnsupportedError(
@@ -96,5 +107,7 @@ def _require(holds: Tensor, otherwise: str) -> None:
     """Raise now, or, in a program that is being traced, when it runs."""
     if torch.compiler.is_compiling():
         torch._assert_async(holds, otherwise)
+    elif not _readable(holds):
+        raise UnsupportedError(f"under torch.vmap this cannot be checked: {otherwise}")
     elif not bool(holds):
         raise UnsupportedError(otherwise)

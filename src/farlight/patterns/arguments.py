@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from farlight.errors import PatternError, shorten, show
+from farlight.errors import PatternError, UnsupportedError, shorten, show
 from farlight.patterns.base import Sizes
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "read_mask",
     "read_positions",
     "read_table",
+    "refuse_tracing",
     "whole",
 ]
 
@@ -79,10 +80,20 @@ def read_mask(what: str, value: Any) -> Tensor | None:
     return read_table(what, value, 2, kind="bool")
 
 
+def refuse_tracing(who: str) -> NoReturn:
+    """Raise UnsupportedError: torch.jit.trace would bake the values of this call into the graph."""
+    raise UnsupportedError(
+        f"{who}: torch.jit.trace keeps what is read from a tensor as a constant, a mask as the padding of this one example "
+        "too. Use torch.export.export, which keeps the masks, or torch.compile."
+    )
+
+
 def numbers(what: str, values: Any, of: str) -> list[Any]:
     """The entries of a list, or of a 1-D array of integers that cannot be taken for a mask."""
     if not _is_array(values):
         return listed(what, values, of)
+    if torch.jit.is_tracing():
+        refuse_tracing(what)
     if isinstance(values, Tensor):
         is_whole = not (values.is_floating_point() or values.is_complex())
     else:

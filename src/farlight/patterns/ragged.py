@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from farlight.errors import PatternError
-from farlight.patterns.arguments import check_leading, listed, numbers, read_mask, read_table, whole
+from farlight.patterns.arguments import check_leading, listed, numbers, read_mask, read_table, refuse_tracing, whole
 from farlight.patterns.base import Atom, Changes, Form, Labels, Pattern, Sizes, equal_items
 from farlight.patterns.spans import Spans
 from farlight.patterns.tokens import seen_by_all
@@ -38,6 +38,8 @@ class documents(Atom):
             self._set(lengths=None, text="documents($0)", tables=(table,), varies_over_batch=table.shape[0] > 1)
             return
         if isinstance(lengths, Tensor):
+            if torch.jit.is_tracing():
+                refuse_tracing("documents")
             lengths = lengths.tolist()
         lengths = listed("documents", lengths, "lengths")
         nested = any(isinstance(item, (list, tuple)) for item in lengths)

@@ -1,0 +1,94 @@
+"""Derivatives that the fused kernels do not have, refused: forward mode and second derivatives.
+
+A kernel returns numbers without a graph. Without these checks its tangent would be zero, and a gradient taken with
+`create_graph=True` a constant.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from farlight.errors import UnsupportedError
+
+__all__ = ["FirstOrderOnly", "refuse_forward_mode", "refuse_second", "refuse_second_through", "refuse_tangents"]
+
+
+def refuse_forward_mode() -> NoReturn:
+    raise UnsupportedError(
+        "fl.attention was asked for a forward-mode derivative (jvp, jacfwd, linearize, dual numbers), but this backend has "
+        "reverse-mode derivatives only. Use backend='reference', which has both, or torch.func.vjp, jacrev or grad."
+    )
+
+
+def refuse_second() -> NoReturn:
+    raise UnsupportedError(
+        "fl.attention was asked for a second derivative (create_graph=True, hessian, hvp, torch.autograd.functional.jvp), but "
+        "this backend has first derivatives only. Use backend='reference', which is twice differentiable."
+    )
+
+
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Raise UnsupportedError where a tensor carries a tangent. For autograd kernels, which see one transform at a time."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        refuse_forward_mode()
+
+
+class _SecondRefused(torch.autograd.Function):
+    """The identity on gradients; refuses to be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        refuse_second()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        refuse_forward_mode()
+
+
+class FirstOrderOnly(torch.autograd.Function):
+    """The identity on q, k and v; refuses tangents, and its gradients refuse to be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _SecondRefused.apply(*grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        refuse_forward_mode()
+
+
+def refuse_second_through(out: Tensor) -> None:
+    """Let the gradients that flow through SDPA, which made `out`, refuse to be differentiated where it is a fused kernel."""
+    if not torch.compiler.is_compiling() and out.grad_fn is not None and out.grad_fn.name().startswith("ScaledDotProduct"):
+        out.grad_fn.register_hook(_refusing)
+
+
+def _refusing(grads: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+    if not torch.is_grad_enabled():
+        return None
+    refusing = iter(_SecondRefused.apply(*(grad for grad in grads if grad is not None)))
+    return tuple(None if grad is None else next(refusing) for grad in grads)
