@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from farlight.batching import batched, batched_mask
 from farlight.derivatives import refuse_forward_mode, refuse_second, refuse_tangents
+from farlight.errors import UnsupportedError
 from farlight.kernels import blocked, cpu, triton
 from farlight.kernels.dispatch import plan_of, planned_backend, require
 from farlight.kernels.request import Request
@@ -127,6 +128,11 @@ def _attend(
 
 
 def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    if torch.onnx.is_in_onnx_export():
+        raise UnsupportedError(
+            f"backend {options[-1]!r} cannot be exported to ONNX, which has no operator for it; pass backend='dense', or "
+            "backend='reference' where the lse or dropout is needed: these are exported as ONNX's own operators."
+        )
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=kind)
 
@@ -250,7 +256,7 @@ class _Differentiable(torch.autograd.function._SingleLevelFunction):
     @classmethod
     def of(cls, *args: Any) -> Any:
         with enable_single_level_autograd_function():
-            return cls.apply(*args)
+            return cls.apply(*args)  # type: ignore[attr-defined]
 
 
 class _AttendOperator(_Differentiable):

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from farlight.attention import even_widths, refuse_layouts
 from farlight.decoding.routed import Routed
 from farlight.decoding.rule import rules
 from farlight.decoding.store import Store
-from farlight.errors import ArgumentError, UnsupportedError
+from farlight.errors import ArgumentError, UnsupportedError, show
 from farlight.patterns.arguments import refuse_tracing, whole
 from farlight.patterns.base import Pattern, Sizes
 from farlight.patterns.future import sizes_of_future
@@ -119,7 +120,7 @@ class KVCache:
         """`(B or 1, kv heads, kept)` int64: the positions kept, ascending; -1 at the end of shorter rows."""
         self._settle()
         kv_heads = sum(len(store.rule.kv_heads) for store in self._stores)
-        out = torch.full((len(self._lengths), kv_heads, self.kept), -1)
+        out = torch.full((len(self._lengths), kv_heads, self.kept), -1, device="cpu")
         for store in self._stores:
             for row in range(len(self._lengths)):
                 count = store.slots.count[row]
@@ -144,7 +145,7 @@ class KVCache:
         """
         self._settle()
         self._check(k, v)
-        mask = None if real is None else self._read_real(real, k)
+        mask = None if real is None or not k.shape[0] else self._read_real(real, k)
         batch, n = k.shape[0], k.shape[2]
         if mask is not None and self._routed is not None:
             raise ArgumentError(
@@ -213,14 +214,14 @@ class KVCache:
     def select(self, items: Tensor | Sequence[int]) -> None:
         """Keep these batch items, in this order, repeated or not: beam search, or a batch that loses finished texts."""
         self._settle()
-        index = torch.as_tensor(items)
+        index = torch.as_tensor(items, device="cpu")
         if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool or not index.numel():
-            raise ArgumentError(f"KVCache.select: {items!r} is not a list of batch items; pass whole numbers.")
+            raise ArgumentError(f"KVCache.select: {show(items)} is not a list of batch items; pass whole numbers.")
         if self._shape is None:
             raise ArgumentError("KVCache.select: nothing was appended yet, so there are no batch items to choose from.")
         batch, kv_heads, dim = self._shape
         if int(index.min()) < 0 or int(index.max()) >= batch:
-            raise ArgumentError(f"KVCache.select: {index.tolist()} for a batch of {batch}; use 0 … {batch - 1}.")
+            raise ArgumentError(f"KVCache.select: {show(index)} for a batch of {batch}; use 0 … {batch - 1}.")
         if self.pattern.varies_over_batch and index.tolist() != list(range(batch)):
             raise ArgumentError(
                 "KVCache.select: the pattern has tables of its own for each batch item, which cannot follow; use one pattern "
@@ -253,6 +254,7 @@ class KVCache:
         vars(self).update(_sizes=sizes, _lengths=[0] * rows, _stores=stores, _shape=shape, _kind=(k.dtype, k.device))
 
     def _check(self, k: Tensor, v: Tensor) -> None:
+        refuse_layouts(k=k, v=v)
         for name, x in (("k", k), ("v", v)):
             if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in _DTYPES:
                 found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
@@ -262,12 +264,13 @@ class KVCache:
         if k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
             raise ArgumentError(
                 f"KVCache.append: k is {tuple(k.shape)} of {k.dtype} on {k.device}, v is {tuple(v.shape)} of {v.dtype} on "
-                f"{v.device}; they must agree."
+                f"{v.device}; they must agree"
+                + (f": {even_widths(k.shape[3], v.shape[3])}" if k.shape[3] != v.shape[3] else ".")
             )
         refuse_gradients("KVCache.append", k, v)
         if self._shape is None:
-            if not (k.shape[0] and k.shape[1] and k.shape[3]):
-                raise ArgumentError(f"KVCache.append: k is {tuple(k.shape)}: batch, heads and head_dim must be at least 1.")
+            if not (k.shape[1] and k.shape[3]):
+                raise ArgumentError(f"KVCache.append: k is {tuple(k.shape)}: heads and head_dim must be at least 1.")
             return
         if (k.shape[0], k.shape[1], k.shape[3]) != self._shape:
             b, h, d = self._shape
@@ -281,7 +284,7 @@ class KVCache:
             )
 
     def _read_real(self, real: Any, k: Tensor) -> Tensor:
-        mask = torch.as_tensor(real)
+        mask = torch.as_tensor(real, device="cpu")
         wanted = (k.shape[0], k.shape[2])
         if mask.dtype != torch.bool or tuple(mask.shape) != wanted:
             raise ArgumentError(
@@ -302,5 +305,5 @@ def refuse_gradients(what: str, *tensors: Tensor) -> None:
             f"{what}: called inside a forward-mode derivative (jvp, jacfwd, linearize, dual numbers), but decoding records no "
             "derivatives. Use fl.attention(…, backend='reference')."
         )
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         refuse_tracing(what)

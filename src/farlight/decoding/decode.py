@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farlight.attention import _read_scale, attention
+from farlight.attention import _read_scale, attention, refuse_layouts
 from farlight.decoding.attend import attend_kept
 from farlight.decoding.cache import KVCache, refuse_gradients
 from farlight.decoding.slots import Numbers
@@ -48,6 +48,9 @@ def answer(
     """`decode` where queries see only what `also` allows them too, a pattern of the text so far: (out, lse or None)."""
     start = _check(q, cache)
     factor = _read_scale(scale, q.shape[-1])
+    if q.is_meta or not q.shape[0]:  # nothing to compute: the shapes are the answer
+        kind = torch.promote_types(q.dtype, torch.float32)
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=kind) if return_lse else None
     with torch.no_grad():
         if cache._routed is not None:
             store = cache._stores[0]
@@ -71,6 +74,7 @@ def _check(q: Tensor, cache: KVCache) -> int:
     cache._settle()
     if cache._shape is None:
         raise ArgumentError("decode: nothing was appended to the cache yet; call cache.append(k, v) first.")
+    refuse_layouts(q=q)
     if not isinstance(q, Tensor) or q.dim() != 4:
         found = f"{tuple(q.shape)}" if isinstance(q, Tensor) else type(q).__name__
         raise ArgumentError(f"decode: q is {found}; a tensor (B, H, n, D) is needed.")

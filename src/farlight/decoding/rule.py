@@ -62,8 +62,8 @@ class Rule:
     def _ask(self, stop: int) -> None:
         ahead = _AHEAD if self.endless else _AHEAD_KNOWN_LENGTH
         stop = min(max(stop, self._stop + ahead), self.sizes.n_k)
-        j = torch.arange(self._stop, stop).repeat(self.items)
-        b = torch.arange(self.items).repeat_interleave(stop - self._stop)
+        j = torch.arange(self._stop, stop, device="cpu").repeat(self.items)
+        b = torch.arange(self.items, device="cpu").repeat_interleave(stop - self._stop)
         found = [last_seen(own, self.sizes, b, torch.full_like(j, head), j) for own, head in self._asked]
         last = torch.stack([one.last for one in found]).amax(0)
         # One head's view may end before another's: then some query sees a gap.

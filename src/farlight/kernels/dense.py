@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from farlight.derivatives import refuse_second_through
+from farlight.kernels.inputs import addressable
 from farlight.kernels.request import Request
 
-__all__ = ["LARGEST_MASK", "Mask", "attend", "reasons"]
+__all__ = ["LARGEST_MASK", "Mask", "attend", "readable", "reasons"]
 
 # Bytes of mask that are still called short.
 LARGEST_MASK = 2**28
@@ -55,6 +56,16 @@ class Mask(NamedTuple):
     def settled(self) -> Mask:
         """The same without `seeing` where it says nothing; asks the device."""
         return self if self.seeing is None or not bool(self.seeing.all()) else Mask(self.pairs, None)
+
+
+def readable(x: Tensor, name: str) -> Tensor:
+    """x, or a copy where torch's fused kernels would read it wrongly: without storage, or with strides that overlap."""
+    x, reach = addressable(x, name), 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return x.contiguous()
+        reach += stride * (size - 1)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, *, scale: float) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from farlight.caching import SizedCache
-from farlight.errors import ArgumentError, UnsupportedError
+from farlight.errors import ArgumentError, UnsupportedError, show
 from farlight.kernels import blocked, cpu, dense, reference, triton
 from farlight.kernels.calibrate import calibrated
 from farlight.kernels.cost import Estimate, estimate
@@ -33,7 +33,7 @@ def reasons(backend: str, request: Request) -> list[str]:
 
 def check_name(backend: str) -> None:
     if backend != "auto" and backend not in BACKENDS:
-        raise ArgumentError(f"backend = {backend!r} is unknown; use 'auto' or one of {', '.join(map(repr, BACKENDS))}.")
+        raise ArgumentError(f"backend = {show(backend)} is unknown; use 'auto' or one of {', '.join(map(repr, BACKENDS))}.")
 
 
 def planned_backend(request: Request) -> str:

@@ -12,7 +12,16 @@ from farlight.kernels.request import Request
 from farlight.patterns.base import Sizes
 from farlight.patterns.hashing import dropout_threshold
 
-__all__ = ["KERNEL_DTYPES", "MOST_DIMS", "check_gradients", "check_plan", "check_tensors", "dropped", "refused"]
+__all__ = [
+    "KERNEL_DTYPES",
+    "MOST_DIMS",
+    "addressable",
+    "check_gradients",
+    "check_plan",
+    "check_tensors",
+    "dropped",
+    "refused",
+]
 
 MOST_DIMS = 256
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,6 +35,31 @@ def refused(request: Request) -> list[str]:
     if not 1 <= request.head_dim <= MOST_DIMS:
         found.append(f"head_dim {request.head_dim} is outside 1 … {MOST_DIMS}")
     return found
+
+
+def addressable(x: Tensor, name: str) -> Tensor:
+    """x where its memory holds its values, else a copy for which that is true: the one door to `data_ptr`.
+
+    A tensor with the negative bit is stored with the other sign; a zero tensor of forward-mode derivatives has no storage.
+    Raises ArgumentError where there are no values: a storage that was freed, a wrapper whose values are elsewhere.
+    """
+    if x.is_neg():
+        x = x.resolve_neg()
+    try:
+        if x.data_ptr() or not x.numel():
+            return x
+    except RuntimeError as error:  # torch's own words for a tensor that has no address at all
+        raise ArgumentError(_no_values(x, name)) from error
+    if x._is_zerotensor():
+        return x.clone()
+    raise ArgumentError(_no_values(x, name))
+
+
+def _no_values(x: Tensor, name: str) -> str:
+    return (
+        f"{name} {tuple(x.shape)} has no values in memory: its storage was freed, or it is a wrapper that outlived the "
+        "transform it belongs to; pass a tensor with data."
+    )
 
 
 class _Planned(Protocol):

@@ -40,7 +40,7 @@ def attend(
     p = weights / total
     if dropout:
         keep = _kept(seed, dropout, scores, q_offset)
-        p = p * keep.to(exact) / (1 - dropout)
+        p = p * keep.to(exact) / (1 - dropout or 1.0)  # of dropout 1 no link is kept
     out = torch.where(seeing, p @ values, 0.0)
     lse = torch.where(seeing, top + torch.log(total), float("-inf")).squeeze(-1)
     return out.to(q.dtype), lse.to(q.dtype if q.dtype == torch.float64 else torch.float32)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from farlight import ops
-from farlight.attention import attention
+from farlight.attention import attention, without_autocast
 from farlight.errors import ArgumentError, UnsupportedError, show
 from farlight.kernels import dispatch
 from farlight.nn.masks import both, padded, real_tokens, restricted
@@ -101,8 +101,8 @@ class SparseAttention(nn.Module):
                 f"{name}: the pattern is {type(pattern).__name__}; pass a pattern such as fl.window(256), or a router of "
                 "fl.routing."
             )
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
-            raise ArgumentError(f"{name}: dropout = {show(dropout)}: it is a share of links and must lie in 0 <= dropout < 1.")
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout <= 1.0:
+            raise ArgumentError(f"{name}: dropout = {show(dropout)}: it is a share of links and must lie in 0 <= dropout <= 1.")
         dispatch.check_name(backend)
         self.head_dim, self.dropout, self.backend = self.embed_dim // self.num_heads, float(dropout), backend
         self.kdim, self.vdim = (self.embed_dim if d is None else whole(f"{name}: kdim, vdim", d, 1) for d in (kdim, vdim))
@@ -289,10 +289,12 @@ class SparseAttention(nn.Module):
 
     def _weights(self, q: Tensor, k: Tensor, lse: Tensor, pattern: Pattern, offset: int) -> Tensor:
         """`(B, H, n_q, n_k)` exp(score - lse) over the allowed pairs; 0 elsewhere, and in rows that see nothing."""
+        if not q.shape[0]:
+            return lse.new_zeros(*q.shape[:3], k.shape[2])
         sizes = (q.shape[2], k.shape[2], offset, q.shape[0], q.shape[1])
         mask = ops.pattern_mask(q, list(pattern._tables), pattern.text, *sizes)
         k = k.repeat_interleave(self.num_heads // self.kv_heads, 1)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             scores = (q.to(lse.dtype) * self.head_dim**-0.5) @ k.to(lse.dtype).transpose(-1, -2)
         norm = torch.where(lse == float("-inf"), 0.0, lse)
         weights: Tensor = (scores - norm[..., None]).masked_fill(~mask, float("-inf")).exp()

@@ -37,11 +37,11 @@ def real_tokens(owner: str, mask: Tensor | None, batch: int, n: int) -> Tensor |
 
 
 def _readable(mask: Tensor) -> bool:
-    """Whether the numbers can be looked at. A program that is being traced and `torch.vmap` cannot: there a mask always takes
-    part.
+    """Whether the entries can be read. A program that is being traced, `torch.vmap` and the meta device cannot: there a mask
+    always takes part.
     """
     functorch = torch._C._functorch
-    while not torch.compiler.is_compiling() and not functorch.is_batchedtensor(mask):
+    while not torch.compiler.is_compiling() and not mask.is_meta and not functorch.is_batchedtensor(mask):
         if not functorch.is_functorch_wrapped_tensor(mask):
             return True
         mask = functorch.get_unwrapped(mask)
@@ -104,7 +104,9 @@ def _allowed(owner: str, name: str, mask: Tensor) -> Tensor:
 
 
 def _require(holds: Tensor, otherwise: str) -> None:
-    """Raise now, or, in a program that is being traced, when it runs."""
+    """Raise now, or, in a program that is being traced, when it runs; without data there is nothing to check."""
+    if holds.is_meta:
+        return
     if torch.compiler.is_compiling():
         torch._assert_async(holds, otherwise)
     elif not _readable(holds):

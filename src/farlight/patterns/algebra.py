@@ -198,7 +198,7 @@ class HeadsOf(Atom):
         self._set(heads=heads, text=f"_heads({list(heads)})", tables=())
 
     def _variation(self, sizes: Sizes) -> Tensor:
-        member = torch.zeros(1, sizes.heads, dtype=torch.int64)
+        member = torch.zeros(1, sizes.heads, dtype=torch.int64, device="cpu")
         member[0, list(self.heads)] = 1
         return member
 

@@ -6,6 +6,7 @@ them can only be doubted: more than two entries, all 0 or 1, are refused, for a 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -92,7 +93,7 @@ def numbers(what: str, values: Any, of: str) -> list[Any]:
     """The entries of a list, or of a 1-D array of integers that cannot be taken for a mask."""
     if not _is_array(values):
         return listed(what, values, of)
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         refuse_tracing(what)
     if isinstance(values, Tensor):
         is_whole = not (values.is_floating_point() or values.is_complex())
@@ -145,7 +146,7 @@ def read_table(what: str, value: Any, dims: int, *, kind: str) -> Tensor:
     `kind` is "bool" or "int". The table is copied, so that a pattern stays what it was when the caller's tensor changes.
     """
     try:
-        table = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        table = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         why = shorten(str(error), 160)
         raise PatternError(f"{what}: cannot be read as a tensor ({why}); pass a torch tensor.") from None
@@ -155,7 +156,10 @@ def read_table(what: str, value: Any, dims: int, *, kind: str) -> Tensor:
         raise PatternError(f"{what}: an integer tensor is needed, but this is {show(table)}; pass .long() of it.")
     if not 1 <= table.dim() <= dims:
         raise PatternError(f"{what}: shape {tuple(table.shape)} has {table.dim()} dimensions, at most {dims} are possible.")
-    table = table.detach().clone() if kind == "bool" else table.detach().to(torch.int64, copy=True)
+    # A pattern outlives the call that makes it: made in inference mode, it must still serve training.
+    keep = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+    with keep:
+        table = table.detach().clone() if kind == "bool" else table.detach().to(torch.int64, copy=True)
     return table.reshape((1,) * (dims - table.dim()) + tuple(table.shape))
 
 

@@ -190,7 +190,7 @@ class Pattern:
         own_batch, own_heads = self._made_for()
         sizes = Sizes.of(n, batch=max(batch + 1, own_batch), heads=max(head + 1, own_heads))
         self.check(sizes)
-        b, h, row, col = (torch.tensor(x) for x in (batch, head, i, j))
+        b, h, row, col = (torch.tensor(x, device="cpu") for x in (batch, head, i, j))
         return bool(self._allows(sizes, b, h, row, col))
 
     def dense(
@@ -318,8 +318,8 @@ class Atom(Pattern):
 
     def _variation(self, sizes: Sizes) -> Tensor:
         """Integers `(B|1, H|1)`: (batch, head) with equal numbers see the same links."""
-        batch = torch.arange(sizes.batch if self.varies_over_batch else 1).view(-1, 1)
-        heads = torch.arange(sizes.heads if self.varies_over_heads else 1).view(1, -1)
+        batch = torch.arange(sizes.batch if self.varies_over_batch else 1, device="cpu").view(-1, 1)
+        heads = torch.arange(sizes.heads if self.varies_over_heads else 1, device="cpu").view(1, -1)
         return batch * sizes.heads + heads
 
     def _labels(self, sizes: Sizes, b: Tensor, h: Tensor) -> Labels:

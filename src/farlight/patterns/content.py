@@ -15,6 +15,7 @@ from farlight.errors import PatternError
 from farlight.patterns.arguments import check_leading, query_base, read_table, whole
 from farlight.patterns.base import Atom, Form, Labels, Sizes
 from farlight.patterns.spans import Spans
+from farlight.patterns.unread import hidden
 
 __all__ = ["blocks", "check_indices", "check_lists", "chosen_blocks", "chosen_keys", "clusters", "pairs"]
 
@@ -203,7 +204,7 @@ class chosen_blocks(_Table):
 
     def check(self, sizes: Sizes) -> None:
         check_lists("chosen_blocks: indices", self._tables[0], sizes, self.query_block)
-        if self._tables[0].numel():
+        if self._tables[0].numel() and not hidden(self._tables[0]):
             least, largest = (int(edge) for edge in self._tables[0].aminmax())
             check_indices("chosen_blocks: indices", least, largest, -(-sizes.n_k // self.block), "key blocks")
 
@@ -244,7 +245,7 @@ class chosen_keys(_Table):
 
     def check(self, sizes: Sizes) -> None:
         check_lists("chosen_keys: indices", self._tables[0], sizes, 1)
-        if self._tables[0].numel():
+        if self._tables[0].numel() and not hidden(self._tables[0]):
             least, largest = (int(edge) for edge in self._tables[0].aminmax())
             check_indices("chosen_keys: indices", least, largest, sizes.n_k, "keys")
 

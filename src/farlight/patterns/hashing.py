@@ -28,7 +28,7 @@ def mix32(x: Tensor) -> Tensor:
 
 def hash_words(*words: Tensor | int) -> Tensor:
     """32-bit hash of integers: `h = mix(h ^ w) * 5 + 0xe6546b64`, word by word, each taken modulo 2^32."""
-    h: Tensor = torch.tensor(0x9E3779B9)
+    h: Tensor = torch.tensor(0x9E3779B9, device="cpu")
     for word in words:
         masked = word & _MASK
         if isinstance(masked, Tensor) and masked.device != h.device:

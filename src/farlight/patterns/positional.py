@@ -141,7 +141,7 @@ class strided(_Positional):
         return "spans" if self.stride == 1 else "labels"
 
     def _variation(self, sizes: Sizes) -> Tensor:
-        heads = torch.arange(sizes.heads if self.varies_over_heads else 1)
+        heads = torch.arange(sizes.heads if self.varies_over_heads else 1, device="cpu")
         return (heads % self.stride).view(1, -1)
 
     def _phase(self, h: Tensor) -> Tensor | int:

@@ -12,6 +12,7 @@ from farlight.patterns.arguments import check_leading, listed, numbers, read_mas
 from farlight.patterns.base import Atom, Changes, Form, Labels, Pattern, Sizes, equal_items
 from farlight.patterns.spans import Spans
 from farlight.patterns.tokens import seen_by_all
+from farlight.patterns.unread import Unread, empty, hidden
 
 __all__ = ["documents", "padding"]
 
@@ -30,6 +31,9 @@ class documents(Atom):
     [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
     """
 
+    def __new__(cls, ids: Any = None, *, lengths: Any = None) -> Any:
+        return Unread("documents", lengths) if ids is None and hidden(lengths) else super().__new__(cls)
+
     def __init__(self, ids: Any = None, *, lengths: Any = None) -> None:
         if (ids is None) == (lengths is None):
             raise PatternError("documents: give either ids (one for each token) or lengths=[…], not both and not neither.")
@@ -38,7 +42,7 @@ class documents(Atom):
             self._set(lengths=None, text="documents($0)", tables=(table,), varies_over_batch=table.shape[0] > 1)
             return
         if isinstance(lengths, Tensor):
-            if torch.jit.is_tracing():
+            if torch._C._is_tracing():
                 refuse_tracing("documents")
             lengths = lengths.tolist()
         lengths = listed("documents", lengths, "lengths")
@@ -161,6 +165,9 @@ class padding(Atom):
     >>> fl.padding([2]).dense(3).int()[0, 0].tolist()
     [[1, 1, 0], [1, 1, 0], [1, 1, 0]]
     """
+
+    def __new__(cls, lengths: Any = None) -> Any:
+        return Unread("padding", lengths) if hidden(lengths) or empty(lengths) else super().__new__(cls)
 
     def __init__(self, lengths: Any) -> None:
         mask = read_mask("padding: mask", lengths)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from farlight.errors import PatternError, shorten, show
 from farlight.patterns.base import Pattern
+from farlight.patterns.unread import listed_again
 
 __all__ = ["from_json", "parse", "spell_tables", "to_json"]
 
@@ -62,7 +63,7 @@ def unpack_table(dtype: Any, shape: Any, data: Any) -> Tensor:
         raise PatternError(f"table: shape {show(shape)} names more than {_LARGEST_TABLE} entries.")
     if not isinstance(data, str):
         raise PatternError(f"table: data is {type(data).__name__}, not base64 text.")
-    size = math.prod(shape) * torch.tensor([], dtype=_TABLE_TYPES[dtype]).element_size()
+    size = math.prod(shape) * torch.tensor([], dtype=_TABLE_TYPES[dtype], device="cpu").element_size()
     try:
         stream = zlib.decompressobj()
         raw = stream.decompress(base64.b64decode(data, validate=True), size + 1)
@@ -73,7 +74,7 @@ def unpack_table(dtype: Any, shape: Any, data: Any) -> Tensor:
     if dtype == "bool" and raw.strip(b"\x00\x01"):
         raise PatternError("table: a bool table holds bytes other than 0 and 1.")
     if not size:
-        return torch.empty(shape, dtype=_TABLE_TYPES[dtype])
+        return torch.empty(shape, dtype=_TABLE_TYPES[dtype], device="cpu")
     return torch.frombuffer(bytearray(raw), dtype=_TABLE_TYPES[dtype]).reshape(tuple(shape)).clone()
 
 
@@ -194,9 +195,10 @@ class _Reader:
             near = [other for other in known if "." not in other and other.startswith(name[:3])]
             hint = f"did you mean {near[0]}? " if near else ""
             self.fail(node, f"there is no pattern {show(name)}; {hint}known are {', '.join(n for n in known if '.' not in n)}.")
-        given = [_as_table(name, value) for value in given]
+        given = [listed_again(name, _as_table(name, value)) for value in given]
+        named = {key: listed_again(f"{name}: {key}", _as_table(name, value)) for key, value in named.items()}
         try:
-            return known[name](*given, **{key: _as_table(name, value) for key, value in named.items()})
+            return known[name](*given, **named)
         except PatternError:
             raise
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -210,7 +212,7 @@ def _as_table(name: str, value: Any) -> Any:
         first = first[0]
     if isinstance(value, list) and isinstance(first, bool):
         try:
-            return torch.tensor(value, dtype=torch.bool)
+            return torch.tensor(value, dtype=torch.bool, device="cpu")
         except (TypeError, ValueError) as error:
             raise PatternError(f"{name}: the mask cannot be read as a table ({shorten(str(error), 120)}).") from None
     return value

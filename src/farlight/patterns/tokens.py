@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from farlight.errors import PatternError
 from farlight.patterns.arguments import check_leading, positions_text, query_base, read_mask, read_positions
 from farlight.patterns.base import Atom, Changes, Form, Labels, Pattern, Sizes, equal_items
 from farlight.patterns.spans import Spans
+from farlight.patterns.unread import Unread, hidden
 
 __all__ = ["global_tokens", "seen_by_all", "sees_all"]
 
@@ -28,6 +29,9 @@ class _Named(Atom):
     """Tokens given as positions (negative: from the last key) or as a bool mask `(N,)` or `(B, N)`."""
 
     positions: tuple[int, ...] | None
+
+    def __new__(cls, positions: Any = None) -> Any:
+        return Unread(cls.__name__, positions) if hidden(positions) else super().__new__(cls)
 
     def __init__(self, positions: Iterable[int] | Tensor) -> None:
         name = type(self).__name__
@@ -46,7 +50,7 @@ class _Named(Atom):
         """The tokens of another pattern, or of a mask `(B, N)` that nobody writes into: nothing is copied."""
         if not isinstance(named, Tensor) and named.positions is not None:
             return cls(named.positions)
-        out = cls.__new__(cls)
+        out: Self = cls.__new__(cls)
         out._take(named if isinstance(named, Tensor) else named._tables[0])
         return out
 
@@ -72,6 +76,10 @@ class _Named(Atom):
 
     def _is_named(self, sizes: Sizes, b: Tensor, position: Tensor) -> Tensor:
         """Elementwise: the position is named."""
+        if isinstance(sizes.n_k, torch.SymInt) and self.positions is not None:
+            named = torch.tensor(self.positions, dtype=torch.int64, device=position.device)
+            named = torch.where(named < 0, named + sizes.n_k, named)
+            return ((position[..., None] == named) & (named >= 0)).any(-1)
         if self.positions is not None:
             return torch.bucketize(position.contiguous(), self._edges(sizes, position.device), right=True) % 2 == 1
         mask = self._tables[0].to(position.device)

@@ -118,12 +118,12 @@ def settled_rows(labels: Labels, earlier: Term, sizes: Sizes, b: Tensor, h: Tens
     groups = int(max(labels.query.max(), labels.key.max())) + 1
     if groups == 0:
         return torch.zeros_like(labels.query, dtype=torch.bool)
-    base = torch.arange(variants)[:, None] * groups
+    base = torch.arange(variants, device="cpu")[:, None] * groups
     edges = []
     for mine, theirs in ((labels.query, other.query), (labels.key, other.key)):
         group = (base + mine)[mine >= 0]
-        low = torch.full((variants * groups,), 2**62).scatter_reduce_(0, group, theirs[mine >= 0], "amin")
-        high = torch.full((variants * groups,), -2).scatter_reduce_(0, group, theirs[mine >= 0], "amax")
+        low = torch.full((variants * groups,), 2**62, device="cpu").scatter_reduce_(0, group, theirs[mine >= 0], "amin")
+        high = torch.full((variants * groups,), -2, device="cpu").scatter_reduce_(0, group, theirs[mine >= 0], "amax")
         edges += [low, high]
     q_low, q_high, k_low, k_high = edges
     all_hold = (q_low == q_high) & (k_low == k_high) & (q_low == k_low) & (q_low >= 0)
@@ -142,7 +142,9 @@ class Layout:
         self.variants = int(self.variation.max()) + 1
         # A representative (batch, head) of each variant.
         flat = self.variation.reshape(-1)
-        at = torch.zeros(self.variants, dtype=torch.int64).scatter_(0, flat, torch.arange(flat.numel()))
+        at = torch.zeros(self.variants, dtype=torch.int64, device="cpu").scatter_(
+            0, flat, torch.arange(flat.numel(), device="cpu")
+        )
         self.b, self.h = at // self.variation.shape[1], at % self.variation.shape[1]
         self.order, self.keys = natural, None
         # Earlier terms whose pairs must be asked one by one, and those that are intervals in some rows and nothing in others.
@@ -164,7 +166,7 @@ class Layout:
 
     def _is_torn(self, term: Term) -> bool:
         """Whether the rows of an interval term see many intervals: then a few keys are sooner asked about one by one."""
-        row = torch.arange(0, self.sizes.n_q, max(1, self.sizes.n_q // 64))
+        row = torch.arange(0, self.sizes.n_q, max(1, self.sizes.n_q // 64), device="cpu")
         b, h = self.b[:1].expand_as(row), self.h[:1].expand_as(row)
         spans = term.spans(self.sizes, b, h, row + self.sizes.q_offset)
         return spans.listed()[0].numel() > _FEW_INTERVALS * row.numel()
@@ -175,7 +177,7 @@ class Layout:
 
     def is_alike(self) -> bool:
         """Whether nearly all rows see the same intervals, as far as some of them show."""
-        row = torch.arange(0, self.sizes.n_q, max(1, self.sizes.n_q // 64))
+        row = torch.arange(0, self.sizes.n_q, max(1, self.sizes.n_q // 64), device="cpu")
         at, lo, hi = self.spans(torch.zeros_like(row), row).listed()
         seen: dict[int, list[tuple[int, int]]] = {}
         for one, *interval in zip(at.tolist(), lo.tolist(), hi.tolist(), strict=True):
@@ -198,11 +200,11 @@ class Layout:
         step = max(1, _ROWS_AT_ONCE // tile)
         per_variant = self.order.start.numel()
         for t0 in range(0, self.tiles, step):
-            number = torch.arange(t0, min(t0 + step, self.tiles))
+            number = torch.arange(t0, min(t0 + step, self.tiles), device="cpu")
             local = number % per_variant if self.is_natural else number
             start, count = self.order.start[local], self.order.count[local]
-            tile_of = torch.arange(number.numel()).repeat_interleave(count)
-            slot = torch.arange(tile_of.numel()) - (count.cumsum(0) - count)[tile_of]
+            tile_of = torch.arange(number.numel(), device="cpu").repeat_interleave(count)
+            slot = torch.arange(tile_of.numel(), device="cpu") - (count.cumsum(0) - count)[tile_of]
             place = start[tile_of] + slot
             if self.order.rows is None:
                 variant, row = torch.div(number, per_variant, rounding_mode="floor")[tile_of], place
@@ -251,7 +253,7 @@ class Layout:
         term, sizes = self.term, self.sizes
         b, h, i = self.b[variant], self.h[variant], row + sizes.q_offset
         keys = term.points[0]._points(sizes, b, h, i).sort(1).values
-        r = torch.arange(row.numel())[:, None].expand_as(keys)[keys >= 0]
+        r = torch.arange(row.numel(), device="cpu")[:, None].expand_as(keys)[keys >= 0]
         keys = keys[keys >= 0]
         at = (sizes, b[r], h[r], i[r], keys)
         true = term.parts[0].without_points().allows(*at)
@@ -307,7 +309,7 @@ def build(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Plan:
     natural = natural_order(sizes, shape.tile, device)
     drafts: list[Draft] = []
     at_home = Draft(
-        torch.zeros(1, 1, dtype=torch.int64),
+        torch.zeros(1, 1, dtype=torch.int64, device="cpu"),
         natural.rows,
         natural.row_first,
         natural.first,
@@ -340,7 +342,7 @@ def _overlap(drafts: list[Draft], sizes: Sizes) -> bool:
     """Whether a row sees something in two pieces."""
     if len(drafts) < 2:
         return False
-    seen = torch.zeros(sizes.batch, sizes.heads, sizes.n_q, dtype=torch.int8)
+    seen = torch.zeros(sizes.batch, sizes.heads, sizes.n_q, dtype=torch.int8, device="cpu")
     for draft in drafts:
         here = torch.zeros_like(seen)
         for layer in draft.layers:

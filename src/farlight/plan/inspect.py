@@ -15,8 +15,8 @@ def mask_of_run(plan: Plan, mask: int, lo: int, hi: int, count: int) -> Tensor:
     """`(count, hi - lo)` bool: what the rows of a tile see of a run."""
     width = hi - lo
     if mask < 0:
-        return torch.ones(count, width, dtype=torch.bool)
-    masks, column = plan.masks, torch.arange(width)
+        return torch.ones(count, width, dtype=torch.bool, device="cpu")
+    masks, column = plan.masks, torch.arange(width, device="cpu")
     start = int(masks.start[mask])
     if int(masks.kind[mask]) == BOUNDS:
         bound = masks.data[start : start + 2 * plan.tile].view(-1, 2)[:count].long()
@@ -27,7 +27,7 @@ def mask_of_run(plan: Plan, mask: int, lo: int, hi: int, count: int) -> Tensor:
 
 def dense(plan: Plan) -> Tensor:
     sizes = plan.sizes
-    times = torch.zeros(sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, dtype=torch.uint8)
+    times = torch.zeros(sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, dtype=torch.uint8, device="cpu")
     for piece in plan.pieces:
         for b in range(sizes.batch):
             for h in range(sizes.heads):
@@ -46,14 +46,14 @@ def _fill(plan: Plan, piece: Piece, b: int, h: int, times: Tensor) -> None:
     v = _of(piece.variant, b, h)
     for e in range(int(piece.first[v]), int(piece.first[v + 1])):
         start, count = int(piece.start[e]), int(piece.count[e])
-        place = torch.arange(start, start + count)
+        place = torch.arange(start, start + count, device="cpu")
         rows = place if piece.rows is None else piece.rows[place].long()
         for layer in piece.layers:
             w = _of(layer.variant, b, h)
             t = int(layer.entry_base[w]) + e - int(piece.first[v])
             for r in range(int(layer.indptr[t]), int(layer.indptr[t + 1])):
                 lo, hi = int(layer.lo[r]), int(layer.hi[r])
-                keys = torch.arange(lo, hi) if layer.keys is None else layer.keys[lo:hi].long()
+                keys = torch.arange(lo, hi, device="cpu") if layer.keys is None else layer.keys[lo:hi].long()
                 seen = mask_of_run(plan, int(layer.mask[r]), lo, hi, count)
                 times[rows[:, None], keys[None, :]] += seen.to(torch.uint8)
             if layer.point_indptr is not None and layer.point_keys is not None and int(piece.part[e]) == 0:
@@ -120,10 +120,10 @@ def _check_piece(plan: Plan, piece: Piece, where: str) -> None:
     _need((piece.count >= 1) & (piece.count <= plan.tile), f"{where}: a tile has no row or too many")
     _need((piece.start >= 0) & (piece.start + piece.count <= places), f"{where}: a tile reaches outside the order")
     _need((piece.part >= 0) & (piece.part < piece.parts), f"{where}: a part is not below parts")
-    first = torch.arange(entries) - piece.part
+    first = torch.arange(entries, device="cpu") - piece.part
     same = (piece.start[first.clamp(min=0)] == piece.start) & (piece.parts[first.clamp(min=0)] == piece.parts)
     _need((first >= 0) & (first + piece.parts <= entries) & same, f"{where}: the parts of a tile do not stand together")
-    owner = torch.searchsorted(piece.first, torch.arange(entries), right=True) - 1
+    owner = torch.searchsorted(piece.first, torch.arange(entries, device="cpu"), right=True) - 1
     inside = (piece.start >= piece.row_first[owner]) & (piece.start + piece.count <= piece.row_first[owner + 1])
     _need(inside, f"{where}: a tile holds rows of another variant")
 

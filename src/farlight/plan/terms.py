@@ -112,7 +112,7 @@ class Term:
 
     def variation(self, sizes: Sizes) -> Tensor:
         """Integers `(B|1, H|1)`, dense from 0: equal numbers have the same links."""
-        classes = torch.zeros(1, 1, dtype=torch.int64)
+        classes = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
         for term in (self, *self.earlier):
             for part in term.parts:
                 for pattern in part.patterns():

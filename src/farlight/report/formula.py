@@ -48,8 +48,8 @@ def formula(pattern: Pattern, n: int, *, batch: int = 0, head: int = 0) -> Rule:
 class _Writer:
     def __init__(self, sizes: Sizes, batch: int, head: int) -> None:
         self.sizes, self.n, self.head = sizes, sizes.n_k, head
-        self.b, self.h = torch.tensor(batch), torch.tensor(head)
-        self.every = torch.arange(self.n)
+        self.b, self.h = torch.tensor(batch, device="cpu"), torch.tensor(head, device="cpu")
+        self.every = torch.arange(self.n, device="cpu")
 
     def rule(self, pattern: Pattern) -> Rule:
         match pattern:
@@ -79,7 +79,7 @@ class _Writer:
             case window():
                 return {"left": atom.left, "right": atom.right, "step": atom.dilation}
             case strided():
-                phase = None if atom.phase is None else int(torch.as_tensor(atom._phase(self.h)))
+                phase = None if atom.phase is None else int(torch.as_tensor(atom._phase(self.h), device="cpu"))
                 return {"stride": atom.stride, "phase": phase}
             case blocked_window():
                 return {"left": atom.left, "right": atom.right, "block": atom.block}
@@ -94,7 +94,9 @@ class _Writer:
             case sees_all() | seen_by_all() | global_tokens():
                 return {"runs": pack(_runs(atom._is_named(self.sizes, self.b, self.every)))}
             case padding():
-                return {"runs": pack(_runs(atom._allows(self.sizes, self.b, self.h, torch.tensor(0), self.every)))}
+                return {
+                    "runs": pack(_runs(atom._allows(self.sizes, self.b, self.h, torch.tensor(0, device="cpu"), self.every)))
+                }
             case documents():
                 return {"labels": self._ids(atom._id_at(self.sizes, self.b, self.every, -1))}
             case clusters():

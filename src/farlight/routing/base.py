@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from farlight.attention import without_autocast
 from farlight.errors import ArgumentError, OperandError, show
 from farlight.patterns.base import Pattern
+from farlight.patterns.positional import full
 
-__all__ = ["Choice", "Joined", "Router", "joined", "read", "stretches", "without_autocast"]
+__all__ = ["Choice", "Joined", "Router", "joined", "read", "stretches"]
 
 # Scores held at a time, in elements.
 _SCORES = 1 << 23
@@ -96,6 +97,9 @@ class Router(nn.Module):
     def forward(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, query_mask: Tensor | None = None) -> Pattern:
         with torch.no_grad():
             given = read(q, k, key_mask, query_mask)
+            # Nothing is chosen where there is nothing to choose by; what is seen then changes no answer.
+            if given.q.is_meta or not given.batch:
+                return full()
             with without_autocast(given.q):
                 return self.choose(given)
 
@@ -174,13 +178,6 @@ def _read_mask(name: str, mask: Tensor | None, x: Tensor) -> Tensor | None:
         found = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ArgumentError(f"router: {name} is {found}; a bool tensor {wanted}, True where a token is real, is needed.")
     return mask.detach().to(x.device).expand(wanted)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Scores and sums are taken in float32 at least: autocast would round both in every matrix product."""
-    device = x.device.type
-    on = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def stretches(rows: int, per_row: int) -> Iterator[slice]:

@@ -78,7 +78,7 @@ def first_centroids(tokens: Tokens, centroids: Tensor, seed: int) -> Tensor:
         vectors = unit(x).repeat_interleave(heads // x.shape[1], 1).transpose(0, 1)  # (H, B, N, D)
         pool.append(vectors.flatten(1, 2) if real is None else vectors[:, real.squeeze(1)])
     every = torch.cat(pool, 1)
-    order = torch.rand(heads, every.shape[1], generator=torch.Generator().manual_seed(seed)).argsort(1)[:, :count]
+    order = torch.rand(heads, every.shape[1], generator=torch.Generator().manual_seed(seed), device="cpu").argsort(1)[:, :count]
     order = order.to(every.device)
     out = centroids.clone()
     out[:, : order.shape[1]] = every.gather(1, order.unsqueeze(-1).expand(-1, -1, every.shape[2])).to(out.dtype)

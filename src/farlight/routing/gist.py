@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from farlight.attention import attention
+from farlight.attention import attention, without_autocast
 from farlight.errors import ArgumentError
 from farlight.merge import merge
 from farlight.patterns.arguments import whole
@@ -79,7 +79,7 @@ def gist_attention(
     pieces = [attention(q, k, v, seen, scale=scale, return_lse=True, backend=backend)]
     kind = torch.promote_types(q.dtype, torch.float32)
     # Summaries are few: they are taken in float32 at least, where autocast would round the logarithms of sizes.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         wide = (q.to(kind), k.to(kind), v.to(kind))
         for level in range(levels if n_k else 0):
             heard: Pattern = unseen(seen, block, n_k, level, levels, causal)

@@ -63,6 +63,6 @@ def heard_links(pattern: Pattern, block: int, sizes: Sizes, causal: bool) -> Ten
     """`(batch or 1, heads or 1)` int64: how many summaries all queries hear beside what `pattern` shows them."""
     cells = -(-sizes.n_k // block)
     if not cells:
-        return torch.zeros(1, 1, dtype=torch.int64)
+        return torch.zeros(1, 1, dtype=torch.int64, device="cpu")
     heard = unseen(pattern, block, sizes.n_k, 0, 1, causal)
     return heard.dense(sizes.n_q, cells, batch=sizes.batch, heads=sizes.heads, q_offset=sizes.q_offset).sum((-1, -2))

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farlight.attention import without_autocast
 from farlight.errors import ArgumentError
 from farlight.patterns.arguments import whole
 from farlight.patterns.base import Pattern
 from farlight.patterns.content import clusters
 from farlight.patterns.positional import causal as past
-from farlight.routing.base import Choice, Router, read, without_autocast
+from farlight.routing.base import Choice, Router, read
 from farlight.routing.centroids import by_centroid, first_centroids, members_sum, moved, nearest, squared_distance, unit
 from farlight.routing.rooms import between, rooms
 
@@ -87,8 +88,8 @@ class KMeans(Router):
         self.causal, self.decay, self.shared = bool(causal), float(decay), bool(shared)
         self.seed = whole("KMeans: seed", seed, 0, 2**63 - 1)
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randn(heads, self.clusters, head_dim, generator=generator, dtype=torch.float32)
-        self.register_buffer("centroids", unit(drawn))
+        drawn = torch.randn(heads, self.clusters, head_dim, generator=generator, dtype=torch.float32, device="cpu")
+        self.register_buffer("centroids", unit(drawn).to(torch.get_default_device()))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     # ---- the dtype of centroids --------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class LSH(Router):
 def rotations(seed: int, rounds: int, heads: int, dim: int, half: int) -> Tensor:
     """`(rounds, heads, dim, half)` float64 standard normal numbers, each a function of (seed, round, head, row, column)."""
     sizes = (rounds, heads, dim, half)
-    at = [torch.arange(n).view([-1 if a == b else 1 for b in range(4)]) for a, n in enumerate(sizes)]
+    at = [torch.arange(n, device="cpu").view([-1 if a == b else 1 for b in range(4)]) for a, n in enumerate(sizes)]
     # Box and Muller's transformation of two uniform numbers.
     first, second = ((hash_words(seed & 0xFFFFFFFF, seed >> 32, *at, which).double() + 0.5) / 2**32 for which in (0, 1))
     return (-2 * first.log()).sqrt() * (2 * math.pi * second).cos()

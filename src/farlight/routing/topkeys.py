@@ -70,7 +70,7 @@ class TopKeys(Router):
             found.append(self.amount.take(scores))
         most = max((part.shape[-1] for part in found), default=0)
         parts = [torch.nn.functional.pad(part, (0, most - part.shape[-1]), value=-1) for part in found]
-        return chosen_keys(torch.cat(parts, 2) if parts else torch.full((given.batch, given.heads, 0, 0), -1))
+        return chosen_keys(torch.cat(parts, 2) if parts else torch.full((given.batch, given.heads, 0, 0), -1, device="cpu"))
 
 
 def from_indices(indices: Tensor, *, block: int | None = None, query_block: int = 1, causal: bool = False) -> Pattern:

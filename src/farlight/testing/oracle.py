@@ -69,7 +69,7 @@ def attend(
     total = torch.where(seen, total, 1.0)
     probability = weight / total
     if keep is not None:
-        probability = torch.where(keep, probability / (1 - dropout), 0.0)
+        probability = torch.where(keep, probability / (1 - dropout or 1.0), 0.0)
     lse = torch.where(seen, top + torch.log(total), -torch.inf).squeeze(3)
     return probability.to(q.dtype) @ v, lse
 
@@ -138,7 +138,7 @@ def magnitudes(
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     score = (q @ k.transpose(2, 3) * scale).masked_fill(~allowed, -torch.inf)
     probability = torch.softmax(score, 3).nan_to_num(0.0) if score.shape[3] else score
-    dropped = probability if keep is None else torch.where(keep, probability / (1 - dropout), 0.0)
+    dropped = probability if keep is None else torch.where(keep, probability / (1 - dropout or 1.0), 0.0)
     score_size = torch.where(allowed, (q.square() @ k.square().transpose(2, 3)).sqrt() * abs(scale), 0.0)
     count = allowed.expand(score.shape).sum(3).clamp(min=1).double()
     finite = torch.where(allowed, score, 0.0).abs()
@@ -151,7 +151,7 @@ def magnitudes(
     # dP and delta, whose difference times P is the gradient of the scores.
     dp = (grad_out.square() @ v.square().transpose(2, 3)).sqrt()
     if keep is not None:
-        dp = torch.where(keep, dp / (1 - dropout), 0.0)
+        dp = torch.where(keep, dp / (1 - dropout or 1.0), 0.0)
     delta = (grad_out.square() * (dropped @ v).square()).sum(3).sqrt()
     if with_grad_lse:
         delta = delta + grad_lse.abs()

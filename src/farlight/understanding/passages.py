@@ -63,7 +63,7 @@ def cut_passages(text: str, tokenizer: Any, length: int, count: int | None, *, s
     wanted = whole if count is None else min(count, whole)
     starts = tuple(room * (p * whole // wanted if spread else p) for p in range(wanted))
     framed = [before + ids[start : start + room] + after for start in starts]
-    return Passages(torch.tensor(framed, dtype=torch.int64), len(ids), starts)
+    return Passages(torch.tensor(framed, dtype=torch.int64, device="cpu"), len(ids), starts)
 
 
 def frame(tokenizer: Any) -> tuple[list[int], list[int]]:

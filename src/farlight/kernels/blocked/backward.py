@@ -95,7 +95,8 @@ class _Kept:
         self.batch, self.seed, self.dropout, self.q_offset, self.device = batch, seed, dropout, q_offset, device
 
     def of(self, keys: Tensor, kind: torch.dtype) -> Tensor:
-        return self.batch.kept(self.seed, self.dropout, self.q_offset, keys, self.device).to(kind) / (1 - self.dropout)
+        keep = self.batch.kept(self.seed, self.dropout, self.q_offset, keys, self.device)
+        return keep.to(kind) / (1 - self.dropout or 1.0)  # of dropout 1 no link is kept
 
 
 def _points(

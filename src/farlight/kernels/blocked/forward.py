@@ -68,14 +68,15 @@ def _tile(
         if part is not None:
             total += part.sub_(peak).exp_().sum(-1, keepdim=True)
     out: Tensor | float = 0.0
+    left = 1 - dropout or 1.0  # of dropout 1 no link is kept
     if scores is not None:
         if dropout:
             keys = batch.key_numbers(q.device)[:, None]
-            scores *= batch.kept(seed, dropout, q_offset, keys, q.device).to(kind) / (1 - dropout)
+            scores *= batch.kept(seed, dropout, q_offset, keys, q.device).to(kind) / left
         out = scores @ batch.take_keys(v, kind)
     if alone is not None and points is not None:
         if dropout:
-            alone *= batch.kept(seed, dropout, q_offset, points, q.device).to(kind) / (1 - dropout)
+            alone *= batch.kept(seed, dropout, q_offset, points, q.device).to(kind) / left
         out = out + weigh(batch, alone, v, points, kind)
     assert isinstance(out, Tensor)
     return out / torch.where(total == 0, 1.0, total), peak.squeeze(-1), total.squeeze(-1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from farlight.kernels.cpu.native import handle, module
-from farlight.kernels.inputs import check_gradients, check_plan, check_tensors, dropped
+from farlight.kernels.inputs import addressable, check_gradients, check_plan, check_tensors, dropped
 from farlight.plan.tables import Plan
 
 __all__ = ["backward", "forward"]
@@ -25,7 +25,7 @@ def forward(
     given = q.dtype
     shape = check_tensors(q, k, v, "the native kernels take", _CPU)
     check_plan(q, k, plan)
-    q, k, v = (_usable(x) for x in (q, k, v))
+    q, k, v = _usable(q, "q"), _usable(k, "k"), _usable(v, "v")
     native = handle(plan)
     joined = native.overlapping and q.dtype != torch.float32
     out_type = torch.float32 if joined else q.dtype
@@ -70,9 +70,10 @@ def backward(
     shape = check_tensors(q, k, v, "the native kernels take", _CPU)
     check_plan(q, k, plan)
     check_gradients(q, dout, out, lse, dlse)
-    q, k, v, dout, out = (_usable(x.to(given)) for x in (q, k, v, dout, out))
-    lse = lse.to(torch.float32).contiguous()
-    dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
+    q, k, v = _usable(q, "q"), _usable(k, "k"), _usable(v, "v")
+    out, dout = _usable(out.to(given), "out"), _usable(dout.to(given), "dout")
+    lse = addressable(lse.to(torch.float32).contiguous(), "lse")
+    dlse = None if dlse is None else addressable(dlse.to(torch.float32).contiguous(), "dlse")
     native = handle(plan)
     dq_type = torch.float32 if native.overlapping else q.dtype
     dq = torch.empty(q.shape, dtype=dq_type, device=_CPU)
@@ -100,9 +101,9 @@ def backward(
     return dq.to(given), dk.to(given), dv.to(given)
 
 
-def _usable(x: Tensor) -> Tensor:
-    """Of a dtype that the kernels know, with a contiguous last dimension."""
-    x = x.detach()
+def _usable(x: Tensor, name: str) -> Tensor:
+    """Values in memory, of a dtype that the kernels know, with a contiguous last dimension."""
+    x = addressable(x, name)
     if x.dtype == torch.float16:
         x = x.to(torch.float32)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from farlight.errors import ArgumentError
-from farlight.kernels.inputs import check_gradients, check_plan, check_tensors, dropped
+from farlight.kernels.inputs import addressable, check_gradients, check_plan, check_tensors, dropped
 from farlight.kernels.triton.configs import Config, padded
 from farlight.kernels.triton.key_work import KeyWork
 from farlight.kernels.triton.lowered import key_work, query_work
@@ -33,7 +33,7 @@ def forward(
     q: `(B, H, n_q, D)`; k, v: `(B, H_kv, n_k, D)`; float32, bfloat16 or float16, any strides.
     """
     _check(q, k, v, plan)
-    q, k, v = q.detach(), k.detach(), v.detach()
+    q, k, v = (addressable(x.detach(), name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
 
     def run(config: Config) -> tuple[Tensor, Tensor]:
         return _forward(q, k, v, plan, config, scale, dropout, seed)
@@ -100,9 +100,10 @@ def backward(
 
     _check(q, k, v, plan)
     check_gradients(q, dout, out, lse, dlse)
-    q, k, v, dout = q.detach(), k.detach(), v.detach(), dout.detach().to(q.dtype)
-    out, lse = out.detach().contiguous(), lse.detach().contiguous()
-    dlse = None if dlse is None else dlse.detach().to(torch.float32).contiguous()
+    q, k, v = (addressable(x.detach(), name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+    dout, out = addressable(dout.detach().to(q.dtype), "dout"), addressable(out.detach().contiguous(), "out")
+    lse = addressable(lse.detach().contiguous(), "lse")
+    dlse = None if dlse is None else addressable(dlse.detach().to(torch.float32).contiguous(), "dlse")
     batch, heads, n_q, head_dim = q.shape
     delta = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if delta.numel():
@@ -227,7 +228,7 @@ def _links(dropout: float, seed: int | Tensor, device: torch.device) -> tuple[tu
     if not dropout:
         return (0, 1.0), torch.empty(1, dtype=torch.int64, device=device)
     if isinstance(seed, Tensor) and seed.device.type == device.type:
-        draws = seed.reshape(1)
+        draws = addressable(seed.reshape(1), "seed")
     else:
         # Filled by a kernel: no copy from the host that a captured graph could not hold.
         draws = torch.full((1,), int(seed), dtype=torch.int64, device=device)

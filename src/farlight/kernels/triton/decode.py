@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.kernels.inputs import KERNEL_DTYPES, MOST_DIMS, check_tensors
+from farlight.kernels.inputs import KERNEL_DTYPES, MOST_DIMS, addressable, check_tensors
 from farlight.kernels.triton.call import on_device, precision
 from farlight.kernels.triton.configs import padded
 from farlight.kernels.triton.machine import missing, unfit, workers
@@ -52,7 +52,9 @@ def decode(
     n_q, n_k = q.shape[2], k.shape[2]
     if lengths is not None and (lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64)):
         raise ArgumentError(f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; pass ({batch},) integers.")
-    mask = None if allowed is None else _mask(allowed, (batch, heads, n_q, n_k))
+    q, k, v = addressable(q, "q"), addressable(k, "k"), addressable(v, "v")
+    lengths = None if lengths is None else addressable(lengths.to(q.device).contiguous(), "lengths")
+    mask = None if allowed is None else _mask(addressable(allowed, "allowed"), (batch, heads, n_q, n_k))
     out = torch.empty((batch, heads, n_q, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, n_q), dtype=torch.float32, device=q.device)
     if not out.numel():
@@ -72,7 +74,7 @@ def decode(
     wide = padded(head_dim)
     with on_device(q.device):
         decode_kernel[(splits, batch * kv_heads, stacks)](
-            q, k, v, lse if lengths is None else lengths.to(q.device), lse if mask is None else mask.view(torch.uint8),
+            q, k, v, lse if lengths is None else lengths, lse if mask is None else mask.view(torch.uint8),
             part_out, part_lse,
             *q.stride(), *k.stride(), *v.stride(), *((0, 0, 0, 0) if mask is None else mask.stride()),
             kv_heads, group, n_q, n_k, head_dim, (head_dim**-0.5 if scale is None else scale) * _LOG2_E, chunk, splits,

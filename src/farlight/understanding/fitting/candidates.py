@@ -55,7 +55,7 @@ def _options(
     out = []
     for option in rough:
         state: Grown = option.make.args[-1]  # type: ignore[attr-defined]
-        shares = row_shares(profile, state) if profile.block == 1 else torch.tensor([state.kept])
+        shares = row_shares(profile, state) if profile.block == 1 else torch.tensor([state.kept], device="cpu")
         out.append(Option(option.links, option.kept, row_value(shares, True).mean().item(), option.make, family))
     return out
 
@@ -161,7 +161,7 @@ def _cells(profile: HeadProfile, block: int, even: bool, family: str) -> list[Op
     if block % profile.block:
         return []
     gain, cost = _coarse(profile.cells, block // profile.block), _coarse(profile.cell_links, block // profile.block)
-    rows_in = torch.full((gain.shape[0], 1), float(block))
+    rows_in = torch.full((gain.shape[0], 1), float(block), device="cpu")
     rows_in[-1] = profile.n_q - (gain.shape[0] - 1) * block
     share = gain / rows_in  # what a cell adds to the mean share of its rows
     order = (share / cost.clamp(min=1e-12)).sort(dim=1, descending=True, stable=True).indices
@@ -173,13 +173,13 @@ def _cells(profile: HeadProfile, block: int, even: bool, family: str) -> list[Op
     links = cost.gather(1, order).flatten()[rank].cumsum(0)
     kept = (ordered * rows_in).flatten()[rank].cumsum(0) / max(1, profile.n_q)
     value = worth.flatten()[rank].cumsum(0) / max(1, profile.n_q)
-    flat = torch.arange(order.shape[0])[:, None] * order.shape[1] + order
+    flat = torch.arange(order.shape[0], device="cpu")[:, None] * order.shape[1] + order
     flat = flat.flatten()[rank]
     points = np.geomspace(1, rank.numel(), min(_POINTS, rank.numel())) if rank.numel() else np.zeros(0)
     counts = np.unique(points.round().astype(int))
 
     def make(count: int) -> Pattern:
-        layout = torch.zeros(gain.numel(), dtype=torch.bool)
+        layout = torch.zeros(gain.numel(), dtype=torch.bool, device="cpu")
         layout[flat[:count]] = True
         return pairs(layout.view(gain.shape)) if block == 1 else blocks(layout.view(gain.shape), block)
 

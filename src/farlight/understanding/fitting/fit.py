@@ -162,7 +162,7 @@ def head_options(
         one = profile.head(head)
         options.append(fixed_options(one, families, even) + measured.options(head, rows, even))
         links.append(float(one.distance_links.sum()))
-    return options, torch.tensor(links, dtype=torch.float64)
+    return options, torch.tensor(links, dtype=torch.float64, device="cpu")
 
 
 def gathered(options: Sequence[Sequence[Option]], chosen: Sequence[Option], base_links: Tensor) -> Fit:
@@ -172,10 +172,10 @@ def gathered(options: Sequence[Sequence[Option]], chosen: Sequence[Option], base
     return Fit(
         tuple(heads),
         tuple(option.family for option in chosen),
-        torch.tensor([option.kept for option in chosen], dtype=torch.float64),
-        torch.tensor([option.links for option in chosen], dtype=torch.float64),
+        torch.tensor([option.kept for option in chosen], dtype=torch.float64, device="cpu"),
+        torch.tensor([option.links for option in chosen], dtype=torch.float64, device="cpu"),
         base_links,
-        tuple(torch.tensor([[o.links, o.kept] for o in hull], dtype=torch.float64) for hull in hulls),
+        tuple(torch.tensor([[o.links, o.kept] for o in hull], dtype=torch.float64, device="cpu") for hull in hulls),
     )
 
 

@@ -186,7 +186,7 @@ def row_shares(profile: HeadProfile, grown: Grown) -> torch.Tensor:
     """`(n_q,)`: what each row keeps, where the profile knows every pair."""
     assert profile.block == 1
     low = 1 - profile.n_q - profile.q_offset
-    by_distance = torch.zeros(profile.n_q + profile.n_k - 1, dtype=torch.bool)
+    by_distance = torch.zeros(profile.n_q + profile.n_k - 1, dtype=torch.bool, device="cpu")
     for start, stop in grown.runs:
         by_distance[start - low : stop - low] = True
     # Row r sees the distances from n_q - 1 - r on: one row back is one place on.

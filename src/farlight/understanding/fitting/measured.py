@@ -34,7 +34,7 @@ class Measured:
             sizes = sizes_of(q, k, q_offset)
             patterns = [router(q, k) for router in self._routers]
             if self._sums is None:
-                self._sums = torch.zeros(len(patterns), 3, q.shape[1], dtype=torch.float64)
+                self._sums = torch.zeros(len(patterns), 3, q.shape[1], dtype=torch.float64, device="cpu")
             self._texts += q.shape[0]
             for tile in tiles(q, k, base, scale, sizes):
                 for sums, pattern in zip(self._sums, patterns, strict=True):

@@ -66,7 +66,7 @@ def _links_at_random(links: Links, rng: np.random.Generator) -> tuple[Array, Arr
 
 def _linked(asked: LazyLinks, i: Array, j: Array) -> Array:
     """Whether the query at i sees the key at j, elementwise."""
-    item, head, at = torch.tensor(asked.batch), torch.tensor(asked.head), torch.from_numpy(i)
+    item, head, at = torch.tensor(asked.batch, device="cpu"), torch.tensor(asked.head, device="cpu"), torch.from_numpy(i)
     seen: Array = asked.pattern._allows(asked.sizes, item, head, at, torch.from_numpy(j)).expand(at.shape).numpy()
     return seen
 

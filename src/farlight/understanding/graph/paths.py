@@ -184,8 +184,8 @@ def _one_layer_back(links: LazyLinks | Links, rows: Array, known: Array) -> Arra
 
 def _sees(asked: LazyLinks, rows: Array, key: int) -> Array:
     """Elementwise: does the query at each of these positions see the key?"""
-    item, head, i = torch.tensor(asked.batch), torch.tensor(asked.head), torch.from_numpy(rows)
-    seen: Array = asked.pattern._allows(asked.sizes, item, head, i, torch.tensor(key)).expand(i.shape).numpy()
+    item, head, i = torch.tensor(asked.batch, device="cpu"), torch.tensor(asked.head, device="cpu"), torch.from_numpy(rows)
+    seen: Array = asked.pattern._allows(asked.sizes, item, head, i, torch.tensor(key, device="cpu")).expand(i.shape).numpy()
     return seen
 
 
@@ -199,7 +199,7 @@ def _chain(asked: LazyLinks, source: int, target: int, layers: list[Array]) -> l
 
 
 def _hop(asked: LazyLinks, speaker: int, listener: int) -> Hop:
-    item, head, i, j = (torch.tensor(x) for x in (asked.batch, asked.head, listener, speaker))
+    item, head, i, j = (torch.tensor(x, device="cpu") for x in (asked.batch, asked.head, listener, speaker))
     rules = rules_of(
         asked.pattern, listener, speaker, asked.head, lambda part: bool(part._allows(asked.sizes, item, head, i, j))
     )
