@@ -223,10 +223,10 @@ def test_routers_and_gaps_in_a_file() -> None:
         ('{"format": "farlight.fit", "version": 9}', "the text is of version 9; this farlight reads version 1"),
         ('{"format": "farlight.fit", "version": 1}', "'layers' is NoneType; it must be a list"),
         ('{"format": "farlight.fit", "version": 1, "layers": [3]}', "layer 0 is 3; it must be"),
-        ('{"format": "farlight.fit", "version": 1, "layers": [null, {"pattern": 3}]}', 'layer 1 is {"pattern": 3}; it must'),
+        ('{"format": "farlight.fit", "version": 1, "layers": [null, {"pattern": 3}]}', "layer 1 is {'pattern': 3}; it must"),
         (
             '{"format": "farlight.fit", "version": 1, "layers": [{"pattern": "", "router": ""}]}',
-            'layer 0 is {"pattern": "", "router": ""}; it must',
+            "layer 0 is {'pattern': '', 'router': ''}; it must",
         ),
         ('{"format": "farlight.fit", "version": 1, "layers": [{"router": "topkeys(-1)"}]}', "layer 0: cannot read the router"),
         ('{"format": "farlight.fit", "version": 1, "layers": [{"pattern": "window(1)"}]}', "layer 0: "),

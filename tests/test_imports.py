@@ -1,6 +1,6 @@
 """What importing farlight loads, and in which direction its packages may import one another.
 
-errors, caching  <-  patterns, presets  <-  plan  <-  kernels  <-  ops, merge, attention  <-  everything else
+errors, caching, measurements  <-  patterns, presets  <-  plan  <-  kernels  <-  ops, merge, attention  <-  everything else
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ IMPORTS = [found for module, path in MODULES.items() for found in imports(module
 
 # A package may import those of a smaller number, and its own.
 LAYERS = {
-    "errors": 0, "caching": 0, "derivatives": 0.5, "_cpu": 0,
+    "errors": 0, "caching": 0, "derivatives": 0.5, "measurements": 0, "_cpu": 0,
     "patterns": 1, "presets": 2,
     "plan": 3,
     "kernels": 4,

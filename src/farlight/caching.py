@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,12 +15,20 @@ __all__ = ["CacheInfo", "SizedCache", "cache_folder"]
 
 
 def cache_folder() -> Path:
-    """The user's folder for what was measured on this machine: `FARLIGHT_CACHE`, else one in the usual place for caches."""
+    """The user's folder for what was measured on this machine: `FARLIGHT_CACHE`, else one in the usual place for caches.
+
+    A user without a home directory (a container's numeric user) has one under the folder for temporary files.
+    """
     own = os.environ.get("FARLIGHT_CACHE")
     if own:
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "farlight"
+    if shared:
+        return Path(shared) / "farlight"
+    try:
+        return Path.home() / ".cache" / "farlight"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "farlight"
 
 
 class _Sized(Protocol):

@@ -55,7 +55,7 @@ def split_chapters(text: str, heading: str | None = None) -> list[Chapter]:
     """
     try:
         found = list(re.finditer(HEADING if heading is None else heading, text))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ArgumentError(f"heading {heading!r} is not a regular expression: {error}; e.g. '(?m)^CHAPTER .*$'.") from None
     if any(match.start() == match.end() for match in found):
         raise ArgumentError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,24 +38,35 @@ def read_layers(source: str | os.PathLike[str]) -> dict[int, Pattern | Router]:
     >>> read_layers(write_layers({0: fl.window(64), 2: "topblocks(8) | window(16)"}))[0]
     window(64)
     """
-    text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text("utf-8")
-    where = "the text" if text is source else str(source)
+    if isinstance(source, str) and source.lstrip().startswith("{"):
+        where, text = "the text", source
+    else:
+        where, text = str(source), _text(source)
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PatternError(f"{where} is not JSON ({error}); pass a file that fl.fit or write_layers wrote.") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         kind = found.get("format") if isinstance(found, dict) else type(found).__name__
-        raise PatternError(f"{where} is of format {kind!r}, not {FORMAT!r}; pass a file that fl.fit or write_layers wrote.")
+        raise PatternError(
+            f"{where} is of format {_short(kind)}, not {FORMAT!r}; pass a file that fl.fit or write_layers wrote."
+        )
     if found.get("version") != VERSION:
         raise PatternError(
-            f"{where} is of version {found.get('version')!r}; this farlight reads version {VERSION}. Write the file anew, or "
-            "use the farlight that wrote it."
+            f"{where} is of version {_short(found.get('version'))}; this farlight reads version {VERSION}. "
+            "Write the file anew, or use the farlight that wrote it."
         )
     entries = found.get("layers")
     if not isinstance(entries, list):
         raise PatternError(f"{where}: 'layers' is {type(entries).__name__}; it must be a list with one entry for each layer.")
     return {number: _read(entry, f"{where}: layer {number}") for number, entry in enumerate(entries) if entry is not None}
+
+
+def _text(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except ValueError as error:  # not UTF-8, or a path with a zero byte
+        raise PatternError(f"{path!r} cannot be read ({error}); pass a file that fl.fit or write_layers wrote.") from None
 
 
 def _read(entry: Any, where: str) -> Pattern | Router:
@@ -122,5 +134,5 @@ def _entry(number: int, chosen: Pattern | Router | str | None) -> dict[str, str]
 
 
 def _short(entry: Any) -> str:
-    text = json.dumps(entry)
-    return text if len(text) <= 100 else text[:99] + "…"
+    """Part of a value of any depth and length, for a message."""
+    return reprlib.repr(entry)

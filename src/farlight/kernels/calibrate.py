@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import math
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from farlight.caching import cache_folder
 from farlight.kernels import blocked, cpu
 from farlight.kernels.cost import DEFAULT_RATES, Rates
+from farlight.measurements import read_measurements, write_measurements
 from farlight.patterns.base import Sizes
 from farlight.patterns.positional import window
 from farlight.plan import plan_for
@@ -43,14 +42,14 @@ def calibrated() -> Rates:
 @functools.cache
 def _calibrated(threads: int) -> Rates:
     path = cache_folder() / f"rates-{_fingerprint(threads)}.json"
-    try:
-        return _read(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
-        # Not measured yet, or not readable: measure. A file that cannot be written costs the next process the same again.
-        rates = measure()
-        with contextlib.suppress(OSError):
-            _write(path, rates)
-        return rates
+    kept = _read(path)
+    if kept is not None:
+        return kept
+    # A file that cannot be written costs the next process the same again.
+    rates = measure()
+    with contextlib.suppress(OSError):
+        write_measurements(path, {_name(*key): pair for key, pair in rates.items()})
+    return rates
 
 
 def _fingerprint(threads: int) -> str:
@@ -61,28 +60,17 @@ def _fingerprint(threads: int) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _read(data: Any) -> Rates:
-    rates = dict(DEFAULT_RATES)
-    for name, (rate, fixed) in data.items():
-        backend, dtype = name.split()
-        pair = float(rate), float(fixed)
-        if (backend, getattr(torch, dtype)) not in rates or not all(0 < x < math.inf for x in pair):
-            raise ValueError(f"{name}: {pair} is no rate")
-        rates[backend, getattr(torch, dtype)] = pair
-    return rates
+def _name(backend: str, dtype: torch.dtype) -> str:
+    return f"{backend} {str(dtype).removeprefix('torch.')}"
 
 
-def _write(path: Path, rates: Rates) -> None:
-    """Another process reads the old file or the whole new one; nothing else stays behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = {f"{backend} {str(dtype).removeprefix('torch.')}": pair for (backend, dtype), pair in rates.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}-", suffix=".tmp")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+def _read(path: Path) -> Rates | None:
+    """The rates that a file holds; None where it does not hold each of them and nothing else."""
+    rows = read_measurements(path, columns=2)
+    names = {_name(*key): key for key in DEFAULT_RATES}
+    if rows is None or rows.keys() != names.keys():
+        return None
+    return {names[name]: (rate, fixed) for name, (rate, fixed) in rows.items()}
 
 
 _BUDGET = 0.4  # seconds for all measurements together; the call under way when they are over ends it

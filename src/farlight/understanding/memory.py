@@ -88,7 +88,7 @@ def _sampled(peak: Peak, start: int) -> Iterator[Peak]:
 def _status(field: str) -> int | None:
     """A field of /proc/self/status in bytes, or None where there is none."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024
     except OSError:

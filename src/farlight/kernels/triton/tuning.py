@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor
 from farlight.caching import cache_folder
 from farlight.kernels.triton.configs import Config, candidates, padded
 from farlight.kernels.triton.machine import is_hopper
+from farlight.measurements import read_measurements, write_measurements
 
 __all__ = ["config_for", "expected", "fastest"]
 
@@ -120,21 +119,14 @@ def _path(device: torch.device) -> Path:
 
 
 def _stored(device: torch.device) -> dict[str, Config]:
-    """What was timed before on this kind of device; empty when there is no readable file."""
-    try:
-        data = json.loads(_path(device).read_text(encoding="utf-8"))
-        return {name: Config(*values) for name, values in data.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+    """What was timed before on this kind of device; empty when there is no file of that structure."""
+    rows = read_measurements(_path(device), columns=4, number=int)
+    return {name: Config(*row) for name, row in (rows or {}).items()}
 
 
 def _store(device: torch.device, name: str, config: Config) -> None:
     """Keep a result; where no file can be written the next process times again."""
     path = _path(device)
     known = {**_stored(device), name: config}
-    data = {key: [one.rows, one.keys, one.warps, one.stages] for key, one in known.items()}
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(data, file)
-        os.replace(file.name, path)
+        write_measurements(path, {key: (one.rows, one.keys, one.warps, one.stages) for key, one in known.items()})
