@@ -407,6 +407,8 @@ def test_without_typer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     code, _, err = run(capsys, "doctor")
     assert code == 2
     assert "the command line needs typer and rich" in err
+    assert err.endswith("pip install 'farlight[cli]'.\n")
+    assert err.count("\n") == 1
 
 
 def test_in_a_process_of_its_own(place: Path) -> None:

@@ -68,6 +68,20 @@ def test_it_works_where_nothing_optional_is_installed() -> None:
     assert fresh(code) == "works"
 
 
+def test_only_the_command_line_imports_typer_and_rich() -> None:
+    """Lazy imports included: whatever is called outside `farlight.cli`, neither package is needed."""
+    users = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        if name.split(".")[0] in ("typer", "rich")
+    }
+    assert users
+    assert {package(module) for module in users} == {"cli"}
+
+
 def test_a_missing_package_is_named_when_it_is_asked_for() -> None:
     code = PREAMBLE + (
         "sys.modules['matplotlib'] = None\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -14,8 +15,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import rich  # noqa: F401
         import typer
     except ImportError as error:
-        print(f"farlight: the command line needs typer and rich ({error}); pip install typer rich.", file=sys.stderr)
+        print(f"farlight: the command line needs typer and rich ({error}); pip install 'farlight[cli]'.", file=sys.stderr)
         raise SystemExit(2) from None
+
+    # A name of a file may hold bytes that the encoding of the output cannot; an escape is printed for them.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
     from farlight.cli import audit, bench, doctor, embed, map
     from farlight.errors import FarlightError

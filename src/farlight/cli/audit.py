@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farlight.cli.outputs import check_place, writing
 from farlight.cli.progress import progress
 from farlight.errors import ArgumentError
 
@@ -97,8 +98,8 @@ def audit_command(
         raise ArgumentError("--candidate and --save belong to a fit: add --keep 0.95 or --density 0.1.")
     dispatch.check_name(backend)
     count = _how_many(passages, _PASSAGES if page is None else _PASSAGES_OF_A_REPORT)
-    if page is not None and not page.parent.is_dir():
-        raise ArgumentError(f"--html {str(page)!r}: there is no folder {str(page.parent)!r}.")
+    if page is not None:
+        check_place("--html", page)
     text_name, content = read_text(text)
     with progress() as (start, step):
         start(["loading the model"])
@@ -124,7 +125,8 @@ def audit_command(
             fitted, cut = _fitted(loaded.model, both, keep, density, candidate, start, step)
             judged = [*judged, Subject(_target(keep, density), fitted.patterns)]
             if save is not None:
-                fitted.save(save)
+                with writing("--save", save):
+                    fitted.save(save)
         start(steps(cut, judged) + (report.steps(judged) if page is not None else []))
         result = audit(
             loaded.model,
@@ -161,8 +163,8 @@ def _check_fit(keep: float | None, density: float | None, candidates: list[str] 
 
     read_target(keep, density, False)
     sorted_out(candidates, False)
-    if save is not None and not save.parent.is_dir():
-        raise ArgumentError(f"--save {str(save)!r}: there is no folder {str(save.parent)!r}.")
+    if save is not None:
+        check_place("--save", save)
 
 
 def _fitted(
@@ -198,7 +200,7 @@ def _how_many(passages: str | None, otherwise: int) -> int | None:
         return otherwise
     if passages == "all":
         return None
-    if not passages.isdecimal() or int(passages) < 1:
+    if not passages.isdecimal() or len(passages) > 18 or int(passages) < 1:
         raise ArgumentError(f'--passages {passages}: at least one passage is needed; give a number such as 8, or "all".')
     return int(passages)
 

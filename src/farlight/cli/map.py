@@ -25,14 +25,15 @@ def map_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Print hops, clustering, reach by layer and the load of relays of a sparse pattern."""
+    from farlight.cli.outputs import check_place
     from farlight.patterns import parse
     from farlight.understanding import graph
 
     if (source is None) != (target is None):
         raise ArgumentError("--from and --to belong together: give both positions, or neither.")
     for name, file in (("--png", png), ("--html", page)):
-        if file is not None and not file.parent.is_dir():
-            raise ArgumentError(f"{name} {str(file)!r}: there is no folder {str(file.parent)!r}.")
+        if file is not None:
+            check_place(name, file)
     links = parse(pattern)
     # A path is found in a moment and may be refused; so it comes first.
     way = None if source is None or target is None else graph.path(links, tokens, source, target, head=head)
@@ -62,6 +63,7 @@ def map_command(
 
 
 def _draw(png: Path, world: Any, reach: Any, way: Any) -> None:
+    from farlight.cli.outputs import writing
     from farlight.errors import UnsupportedError
     from farlight.understanding import plot
 
@@ -77,7 +79,5 @@ def _draw(png: Path, world: Any, reach: Any, way: Any) -> None:
     plot.plot_reach(reach, ax=axes["reach"])
     if way is not None:
         plot.plot_path(way, ax=axes["path"])
-    try:
+    with writing("--png", png):
         figure.savefig(png, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ArgumentError(f"--png {str(png)!r} cannot be written: {error}") from error
