@@ -64,7 +64,7 @@ sanitize-thread: $(TOOLS)
 # In an environment of its own, where farlight itself is not installed.
 wheel:
 	$(PYTHON) -m venv build/wheel-venv
-	build/wheel-venv/bin/python -m pip install --quiet -c constraints.txt torch numpy typer rich pytest hypothesis networkx
+	build/wheel-venv/bin/python -m pip install --quiet -c constraints.txt torch numpy pytest hypothesis networkx
 	build/wheel-venv/bin/python scripts/check_wheel.py --keep dist
 	build/wheel-venv/bin/python scripts/check_wheel.py --without-compiler
 
