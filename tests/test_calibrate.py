@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from farlight import measurements
 from farlight.kernels import calibrate, cpu
 from farlight.kernels.cost import DEFAULT_RATES
 
@@ -125,7 +126,7 @@ def test_no_temporary_file_stays_behind(
         raise error
 
     monkeypatch.setattr(calibrate, "measure", lambda: dict(DEFAULT_RATES))
-    monkeypatch.setattr(getattr(calibrate, module), name, fail)
+    monkeypatch.setattr(getattr(measurements, module), name, fail)
     if isinstance(error, OSError):
         assert calibrate.calibrated() == DEFAULT_RATES
     else:
