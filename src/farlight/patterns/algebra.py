@@ -17,7 +17,14 @@ from farlight.patterns.arguments import listed
 from farlight.patterns.base import Atom, Pattern, Sizes
 from farlight.patterns.spans import Spans
 
-__all__ = ["Complement", "Difference", "HeadsOf", "Intersection", "PerHead", "Union", "looks_back", "operand", "per_head"]
+__all__ = [
+    "DEEPEST", "MOST_PARTS", "Complement", "Difference", "HeadsOf", "Intersection", "PerHead", "Union", "looks_back", "operand",
+    "per_head",
+]  # fmt: skip
+
+# Every question walks the expression, so its depth is bounded well below Python's recursion limit; and the parser of Python
+# does not read a chain of some thousand operators.
+DEEPEST, MOST_PARTS = 200, 1024
 
 
 def operand(value: object, sign: str) -> Pattern:
@@ -43,17 +50,35 @@ def joined_tables(parts: Sequence[Pattern]) -> tuple[list[str], tuple[Tensor, ..
 
 class _Node(Pattern):
     parts: tuple[Pattern, ...]
+    depth: int
+    varies_over_batch: bool = False
+    varies_over_heads: bool = False
     sign: ClassVar[str]
     _inner: ClassVar[int]
 
-    def __init__(self, parts: tuple[Pattern, ...]) -> None:
+    def __init__(self, parts: tuple[Pattern, ...], *, bounded: bool = True) -> None:
+        depth = 1 + max(part.depth if isinstance(part, _Node) else 0 for part in parts)
+        if bounded and depth > DEEPEST:
+            raise PatternError(
+                f"this pattern is nested {depth} deep, more than {DEEPEST}; write a | b | c, whose parts stand side by side, "
+                "in place of a | (b | (c | …))."
+            )
+        if bounded and len(parts) > MOST_PARTS:
+            raise PatternError(
+                f"this pattern joins {len(parts)} parts by {self.sign!r}, more than {MOST_PARTS}; name many tokens or "
+                "distances in one part, as in offsets([…]) or global_tokens([…])."
+            )
         texts, tables = joined_tables(parts)
         spelled = []
         for place, (part, text) in enumerate(zip(parts, texts, strict=True)):
             # `-` binds to the left; | and & may be regrouped, but only the left grouping is written without brackets.
             loose = part._precedence < self._inner or (place > 0 and part._precedence == self._inner)
             spelled.append(f"({text})" if loose else text)
-        self._set(parts=parts, text=self._spell(spelled), tables=tables)
+        self._set(parts=parts, depth=depth, text=self._spell(spelled), tables=tables)
+        self._set(
+            varies_over_batch=any(part.varies_over_batch for part in parts),
+            varies_over_heads=any(part.varies_over_heads for part in parts),
+        )
 
     def _spell(self, texts: list[str]) -> str:
         return f" {self.sign} ".join(texts)
@@ -62,43 +87,55 @@ class _Node(Pattern):
         for part in self.parts:
             yield from part.atoms()
 
-    @property
-    def varies_over_batch(self) -> bool:
-        return any(part.varies_over_batch for part in self.parts)
-
-    @property
-    def varies_over_heads(self) -> bool:
-        return any(part.varies_over_heads for part in self.parts)
-
     def check(self, sizes: Sizes) -> None:
         for part in self.parts:
             part.check(sizes)
 
 
-class Union(_Node):
+class _Chain(_Node):
+    """`a | b | c` is one node with three parts: what is built part by part does not grow deep."""
+
+    def __init__(self, parts: tuple[Pattern, ...], *, bounded: bool = True) -> None:
+        first = parts[0]
+        super().__init__((*first.parts, *parts[1:]) if isinstance(first, type(self)) else parts, bounded=bounded)
+
+
+class Union(_Chain):
     """A pair is allowed when any part allows it."""
 
     sign = "|"
     _precedence = _inner = 1
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return self.parts[0]._allows(sizes, b, h, i, j) | self.parts[1]._allows(sizes, b, h, i, j)
+        out = self.parts[0]._allows(sizes, b, h, i, j)
+        for part in self.parts[1:]:
+            out = out | part._allows(sizes, b, h, i, j)
+        return out
 
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
-        return self.parts[0]._spans(sizes, b, h, i) | self.parts[1]._spans(sizes, b, h, i)
+        out = self.parts[0]._spans(sizes, b, h, i)
+        for part in self.parts[1:]:
+            out = out | part._spans(sizes, b, h, i)
+        return out
 
 
-class Intersection(_Node):
+class Intersection(_Chain):
     """A pair is allowed when every part allows it."""
 
     sign = "&"
     _precedence = _inner = 2
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return self.parts[0]._allows(sizes, b, h, i, j) & self.parts[1]._allows(sizes, b, h, i, j)
+        out = self.parts[0]._allows(sizes, b, h, i, j)
+        for part in self.parts[1:]:
+            out = out & part._allows(sizes, b, h, i, j)
+        return out
 
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
-        return self.parts[0]._spans(sizes, b, h, i) & self.parts[1]._spans(sizes, b, h, i)
+        out = self.parts[0]._spans(sizes, b, h, i)
+        for part in self.parts[1:]:
+            out = out & part._spans(sizes, b, h, i)
+        return out
 
 
 class Difference(_Node):
@@ -146,9 +183,10 @@ class PerHead(_Node):
     def _spell(self, texts: list[str]) -> str:
         return "per_head([" + ", ".join(texts) + "])"
 
-    @property
-    def varies_over_heads(self) -> bool:
-        return len(set(self.parts)) > 1 or super().varies_over_heads
+    def __init__(self, parts: tuple[Pattern, ...]) -> None:
+        super().__init__(parts)
+        if len(set(parts)) > 1:
+            self._set(varies_over_heads=True)
 
     def check(self, sizes: Sizes) -> None:
         if sizes.heads != len(self.parts):

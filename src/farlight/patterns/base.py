@@ -312,6 +312,10 @@ class Atom(Pattern):
         """Whether `_spans` costs a few intervals per row rather than one per pair."""
         return self._form(sizes) != "labels"
 
+    def _width(self, sizes: Sizes) -> int:
+        """How many intervals `_spans`, or keys `_points`, forms for each row before equal and touching ones are joined."""
+        return 1
+
     def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
         """Elementwise on positions `first <= last`: True where all rows from the one to the other surely see the same keys."""
         return torch.zeros_like(first, dtype=torch.bool)

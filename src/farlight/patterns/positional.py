@@ -263,13 +263,23 @@ class offsets(_Positional):
 
     values: tuple[int, ...]
 
+    def _width(self, sizes: Sizes) -> int:
+        return self._stretches().shape[1]
+
+    def _stretches(self) -> Tensor:
+        """First and last + 1 of the distances that follow one another, `(2, stretches)`."""
+        values = torch.tensor(self.values, dtype=torch.int64)
+        apart = values.diff() > 1
+        first, last = torch.nn.functional.pad(apart, (1, 0), value=True), torch.nn.functional.pad(apart, (0, 1), value=True)
+        return torch.stack((values[first], values[last] + 1)) if values.numel() else values.new_zeros(2, 0)
+
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.isin(j - i, torch.tensor(self.values, dtype=torch.int64, device=i.device))
 
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
-        reachable = [v for v in self.values if abs(v) <= sizes.n_k + abs(sizes.q_offset) + sizes.n_q]
-        lo = i[:, None] + torch.tensor(reachable, dtype=torch.int64, device=i.device)
-        return Spans.from_table(sizes.n_k, lo, lo + 1)
+        farthest = sizes.n_k + abs(sizes.q_offset) + sizes.n_q
+        lo, hi = self._stretches().to(i.device).clamp(-farthest, farthest + 1)
+        return Spans.from_table(sizes.n_k, i[:, None] + lo[lo < hi], i[:, None] + hi[lo < hi])
 
     def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
         seen = j[:, None] - torch.tensor(self.values, dtype=torch.int64, device=j.device)

@@ -14,6 +14,8 @@ from farlight.patterns.spans import Spans
 
 __all__ = ["random_blocks", "random_keys"]
 
+# Draws that are told apart by comparing them, and (row, number) marks that are kept at once where there are more.
+_FEW_DRAWS, _MOST_MARKS = 64, 1 << 24
 # The longest text of which all draws are made to learn who draws a key.
 _LONGEST_DRAWN = 2**24
 
@@ -26,13 +28,33 @@ def draw_distinct(seed: int, head: Tensor, at: Tensor, count: int, population: T
     """
     row = hash_words(seed & 0xFFFFFFFF, seed >> 32, head, at)
     row, population = torch.broadcast_tensors(row, population)
-    drawn = torch.full((*row.shape, count), -1, dtype=torch.int64, device=row.device)
+    if count <= _FEW_DRAWS or not row.numel():
+        drawn = torch.full((*row.shape, count), -1, dtype=torch.int64, device=row.device)
+        for t in range(count):
+            bound = population - count + t + 1
+            pick = draw_below(hash_words(row, t), bound.clamp(min=1))
+            taken = (drawn[..., :t] == pick[..., None]).any(-1)
+            drawn[..., t] = torch.where(bound > 0, torch.where(taken, bound - 1, pick), -1)
+        return drawn
+    # One mark for each (row, number) in place of a look through all earlier draws: some rows at a time.
+    largest = int(population.max())
+    step = max(1, _MOST_MARKS // max(1, largest))
+    some = zip(row.reshape(-1).split(step), population.reshape(-1).split(step), strict=True)
+    return torch.cat([_draw_marked(*one, count, largest) for one in some]).view(*row.shape, count)
+
+
+def _draw_marked(row: Tensor, population: Tensor, count: int, largest: int) -> Tensor:
+    """`draw_distinct` for rows `(n,)` by marks `(n, largest + 1)`; a row that may not draw marks the last number."""
+    marks = torch.zeros(row.numel(), largest + 1, dtype=torch.bool, device=row.device)
+    drawn = torch.full((count, row.numel()), -1, dtype=torch.int64, device=row.device)
     for t in range(count):
         bound = population - count + t + 1
-        pick = draw_below(hash_words(row, t), bound.clamp(min=1))
-        taken = (drawn[..., :t] == pick[..., None]).any(-1)
-        drawn[..., t] = torch.where(bound > 0, torch.where(taken, bound - 1, pick), -1)
-    return drawn
+        pick = draw_below(hash_words(row, t), bound.clamp(min=1))[:, None]
+        pick = torch.where(marks.gather(1, pick).squeeze(1), bound - 1, pick.squeeze(1))
+        real = bound > 0
+        marks.scatter_(1, torch.where(real, pick, largest)[:, None], True)
+        drawn[t] = torch.where(real, pick, -1)
+    return drawn.T.contiguous()
 
 
 def drawn_by(drawn: Tensor, population: int) -> Tensor:
@@ -65,6 +87,9 @@ class _Random(Atom):
         if self.causal or not self.number:
             return None
         return f"{type(self).__name__} draws from the keys of the whole text, unless causal=True"
+
+    def _width(self, sizes: Sizes) -> int:
+        return min(self.number, sizes.n_k)
 
     def _options(self) -> str:
         return (f", seed={self.seed}" if self.seed else "") + (", causal=True" if self.causal else "")

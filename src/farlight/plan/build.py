@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farlight.errors import PlanError
 from farlight.patterns.base import Labels, Pattern, Sizes
 from farlight.patterns.spans import Spans
+from farlight.patterns.text import shorten
 from farlight.plan.coarse import Coarse, coarse
 from farlight.plan.split import Draft, split_long_tiles
 from farlight.plan.tables import Plan
@@ -21,6 +23,10 @@ __all__ = ["TileShape", "build", "count_pairs"]
 
 _ROWS_AT_ONCE = 1 << 15
 _PAIRS_AT_ONCE = 1 << 22
+# Pairs, or single intervals before they are joined, that the rows at once may have.
+_LARGEST_CHUNK = 1 << 22
+# Questions about one atom and one pair that may be asked: some minutes.
+_MOST_ASKED = 1 << 34
 _FEW_KEYS, _FEW_INTERVALS = 16, 4
 
 
@@ -163,6 +169,26 @@ class Layout:
             self.keys = sorted_keys(labels.query, labels.key)
             if bool(labels.query.any()):
                 self.order = sorted_order(labels.query, tile)
+        self._rows_at_once = self._bounded_rows()
+
+    def _bounded_rows(self) -> int:
+        """How many rows are laid out at once. Raises PlanError where pairs without number would be asked one by one."""
+        per_row = 1 + sum(atom._width(self.sizes) for atom in self.term.atoms())
+        rest = self.term.parts[0].rest
+        if self.asked or rest:
+            row = torch.arange(0, self.sizes.n_q, max(1, self.sizes.n_q // 64))
+            row = row if self.order.rows is None else self.order.rows[:: max(1, self.order.rows.numel() // 64)]
+            seen = self._unasked(torch.zeros_like(row), row).count() // max(1, row.numel())
+            atoms = sum(1 for p, _ in rest for _ in p.atoms()) + sum(1 for one in self.asked for _ in one.atoms())
+            asked = seen * self.sizes.n_q * self.variants * atoms
+            if asked > _MOST_ASKED:
+                named = next(iter(rest), None) or next((p, True) for one in self.asked for p in one.parts[0].patterns())
+                raise PlanError(
+                    f"{shorten(named[0].text)} is no union of intervals here: it would take {asked:,} questions about single "
+                    f"pairs, more than {_MOST_ASKED:,}. Bound it by a window, or unite fewer patterns inside an intersection."
+                )
+            per_row = max(per_row, seen)
+        return min(_ROWS_AT_ONCE, _LARGEST_CHUNK // per_row)
 
     def _is_torn(self, term: Term) -> bool:
         """Whether the rows of an interval term see many intervals: then a few keys are sooner asked about one by one."""
@@ -197,7 +223,7 @@ class Layout:
 
     def chunks(self, tile: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
         """(first tile, variant, row, tile in chunk, slot in tile) of the places of some tiles, all of one length."""
-        step = max(1, _ROWS_AT_ONCE // tile)
+        step = max(1, self._rows_at_once // tile)
         per_variant = self.order.start.numel()
         for t0 in range(0, self.tiles, step):
             number = torch.arange(t0, min(t0 + step, self.tiles), device="cpu")
@@ -215,13 +241,20 @@ class Layout:
 
     def spans(self, variant: Tensor, row: Tensor) -> Spans:
         """The slots that each of these rows sees."""
+        out = self._unasked(variant, row)
+        if not self.asked and not self.term.parts[0].rest:
+            return out
+        return self._asked(out, self.b[variant], self.h[variant], row + self.sizes.q_offset)
+
+    def _unasked(self, variant: Tensor, row: Tensor) -> Spans:
+        """The slots of these rows, with those whose pairs have yet to be asked."""
         b, h, i = self.b[variant], self.h[variant], row + self.sizes.q_offset
         out = self.term.spans(self.sizes, b, h, i, with_labels=not self.term.labels, asked=self.asked)
         for part, rows in self.settled:
             out = out - part.spans(self.sizes, b, h, i, with_labels=False).only(rows[variant, row])
         if self.keys is not None:
             out = self.keys.map(out, self.keys.query_code[variant, row])
-        return self._asked(out, b, h, i) if self.asked or self.term.parts[0].rest else out
+        return out
 
     def coarse(self, variant: Tensor, row: Tensor, tile_of: Tensor) -> Coarse | None:
         """What `spans` says, by tile as far as the rows of a tile agree; None where that would save nothing."""
@@ -285,8 +318,9 @@ def count_pairs(pattern: Pattern, sizes: Sizes) -> int:
         return 0
     natural = natural_order(sizes, 32, torch.device("cpu"))
     total = 0
-    for term in terms_of(pattern, sizes):
-        layout = Layout(term, sizes, 32, natural)
+    # All are laid out before any is counted: one of them may be too large.
+    for layout in [Layout(term, sizes, 32, natural) for term in terms_of(pattern, sizes)]:
+        term = layout.term
         times = layout.times()
         for _, variant, row, tile_of, _ in layout.chunks(32):
             if term.points:

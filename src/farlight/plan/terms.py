@@ -1,6 +1,7 @@
 """From an expression to terms that can be planned one by one: disjoint, each with one natural way to be laid out.
 
-An expression becomes a union of conjunctions of atoms (disjunctive normal form). A conjunction is read by its kinds:
+An expression becomes a union of conjunctions of atoms (disjunctive normal form), or of parts of the expression where that would
+be too many (`plan/expansion.py`). A conjunction is read by its kinds:
 
 * intervals only: the rows stay where they are (all such conjunctions with the same variation are one term);
 * with a positive *label* atom (stride, clusters, scattered globals): tokens are sorted by label, and within a label the
@@ -14,23 +15,19 @@ intervals are subtracted; where it is not, its truth is evaluated on the later's
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from farlight.patterns.algebra import Complement, Difference, HeadsOf, Intersection, PerHead, Union
 from farlight.patterns.base import Atom, Labels, Pattern, Sizes
 from farlight.patterns.positional import landmarks
 from farlight.patterns.spans import Spans
 from farlight.patterns.tokens import seen_by_all, sees_all
+from farlight.plan.expansion import Literal, expanded, is_intervals
 
 __all__ = ["Term", "terms_of"]
-
-_MOST_CONJUNCTIONS = 256
-
-Literal = tuple[Atom, bool]
 
 
 @dataclass
@@ -110,16 +107,21 @@ class Term:
         """Earlier terms that are more than intervals."""
         return [term for term in self.earlier if not term.is_intervals]
 
+    def atoms(self) -> Iterator[Atom]:
+        """The atoms of the parts, those of the earlier terms left out."""
+        for part in self.parts:
+            for pattern in part.patterns():
+                yield from pattern.atoms()
+
     def variation(self, sizes: Sizes) -> Tensor:
         """Integers `(B|1, H|1)`, dense from 0: equal numbers have the same links."""
         classes = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
-        for term in (self, *self.earlier):
-            for part in term.parts:
-                for pattern in part.patterns():
-                    for atom in pattern.atoms():
-                        more = atom._variation(sizes)
-                        classes = classes * (int(more.max()) + 1) + more
-                        classes = torch.unique(classes, return_inverse=True)[1]
+        # An atom stands in many terms; equal ones vary alike.
+        for atom in dict.fromkeys(atom for term in (self, *self.earlier) for atom in term.atoms()):
+            more = atom._variation(sizes)
+            if more.numel() > 1:
+                classes = classes * (int(more.max()) + 1) + more
+                classes = torch.unique(classes, return_inverse=True)[1]
         return classes
 
     def spans(
@@ -178,11 +180,7 @@ def _compressed(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 def terms_of(pattern: Pattern, sizes: Sizes) -> list[Term]:
     """Disjoint terms whose union is the pattern."""
-    try:
-        conjunctions = [read(literals, sizes) for literals in _normal_form(pattern, True) if not _contradicts(literals)]
-    except _TooManyError:
-        # Sorting tokens is an economy; the pattern's own intervals say the same.
-        conjunctions = [Conjunction(within=[pattern])]
+    conjunctions = [read(clause, sizes) for clause in expanded(pattern, sizes)]
     terms: list[Term] = []
     still: list[Conjunction] = []
     varying: list[Conjunction] = []
@@ -208,63 +206,14 @@ def _varies(part: Conjunction) -> bool:
 def read(literals: tuple[Literal, ...], sizes: Sizes) -> Conjunction:
     """Sort a conjunction's literals by what the planner can do with them."""
     out = Conjunction()
-    for atom, positive in literals:
-        form = atom._form(sizes)
-        if positive and form == "labels":
-            out.labels.append(atom)
-        elif positive and form == "points" and not out.points:
-            out.points.append(atom)
-        elif atom._spans_are_cheap(sizes):
-            (out.within if positive else out.without).append(atom)
+    for pattern, positive in literals:
+        form = pattern._form(sizes) if isinstance(pattern, Atom) else None
+        if positive and isinstance(pattern, Atom) and form == "labels":
+            out.labels.append(pattern)
+        elif positive and isinstance(pattern, Atom) and form == "points" and not out.points:
+            out.points.append(pattern)
+        elif is_intervals(pattern, sizes):
+            (out.within if positive else out.without).append(pattern)
         else:
-            out.rest.append((atom, positive))
+            out.rest.append((pattern, positive))
     return out
-
-
-class _TooManyError(Exception):
-    pass
-
-
-def _normal_form(pattern: Pattern, positive: bool) -> list[tuple[Literal, ...]]:
-    """The pattern (or its complement) as a union of conjunctions of literals."""
-    match pattern, positive:
-        case (Union(parts=(left, right)), True) | (Intersection(parts=(left, right)), False):
-            return _limited(_normal_form(left, positive) + _normal_form(right, positive))
-        case (Union(parts=(left, right)), False) | (Intersection(parts=(left, right)), True):
-            return _product(_normal_form(left, positive), _normal_form(right, positive))
-        case Difference(parts=(left, right)), True:
-            return _product(_normal_form(left, True), _normal_form(right, False))
-        case Difference(parts=(left, right)), False:
-            return _limited(_normal_form(left, False) + _normal_form(right, True))
-        case Complement(parts=(inner,)), _:
-            return _normal_form(inner, not positive)
-        case PerHead(), _:
-            out: list[tuple[Literal, ...]] = []
-            for part, heads in pattern.groups():
-                out += _product([((HeadsOf(heads), True),)], _normal_form(part, positive))
-            return _limited(out)
-    assert isinstance(pattern, Atom)
-    simpler = pattern._rewrite()
-    # A dilated window keeps its own name where it is denied: "not this stride or not this near" would be two terms.
-    if simpler is not pattern and (positive or isinstance(simpler, Union | Atom)):
-        return _normal_form(simpler, positive)
-    return [((pattern, positive),)]
-
-
-def _product(left: list[tuple[Literal, ...]], right: list[tuple[Literal, ...]]) -> list[tuple[Literal, ...]]:
-    _check_many(len(left) * len(right))
-    return [tuple(dict.fromkeys((*a, *b))) for a in left for b in right]
-
-
-def _limited(conjunctions: list[tuple[Literal, ...]]) -> list[tuple[Literal, ...]]:
-    _check_many(len(conjunctions))
-    return list(dict.fromkeys(conjunctions))
-
-
-def _check_many(count: int) -> None:
-    if count > _MOST_CONJUNCTIONS:
-        raise _TooManyError
-
-
-def _contradicts(literals: tuple[Literal, ...]) -> bool:
-    return any((atom, not positive) in literals for atom, positive in literals)
