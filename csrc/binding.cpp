@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <mutex>
@@ -103,12 +104,18 @@ class NativePlan {
 
   std::shared_ptr<const Schedule> schedule(int64_t batch, int64_t heads, int64_t kv_heads) {
     const std::lock_guard<std::mutex> lock(guard_);
-    if (!schedule_ || schedule_->batch != batch || schedule_->heads != heads || schedule_->kv_heads != kv_heads)
-      schedule_ = std::make_shared<const Schedule>(tables_, batch, heads, kv_heads);
+    if (!schedule_ || schedule_->batch != batch || schedule_->heads != heads || schedule_->kv_heads != kv_heads) {
+      auto made = std::make_shared<const Schedule>(tables_, batch, heads, kv_heads);
+      grown_ += made->bytes() - (schedule_ ? schedule_->bytes() : 0);
+      schedule_ = std::move(made);
+    }
     return schedule_;
   }
+  // The bytes by which the schedule has grown since this was last asked.
+  int64_t grown() { return grown_.exchange(0, std::memory_order_relaxed); }
 
  private:
+  std::atomic<int64_t> grown_{0};
   Tables tables_;
   std::mutex guard_;
   std::shared_ptr<const Schedule> schedule_;
@@ -156,7 +163,8 @@ Call prepare(NativePlan& plan, int type, const std::vector<int64_t>& shape, doub
   return call;
 }
 
-void forward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const Address& q, const Address& k,
+// Both answer by how many bytes the plan has grown.
+int64_t forward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const Address& q, const Address& k,
              const Address& v, int64_t out, int64_t lse, double scale, const std::vector<int64_t>& links, double inverse,
              int threads) {
   Call call = prepare(plan, type, shape, scale, links, inverse);
@@ -169,9 +177,10 @@ void forward(NativePlan& plan, int type, int out_type, const std::vector<int64_t
   const nb::gil_scoped_release release;
   const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads);
   run_forward(set, call, *schedule, threads, watch);
+  return plan.grown();
 }
 
-void backward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const Address& q, const Address& k,
+int64_t backward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const Address& q, const Address& k,
               const Address& v, const Address& out, const Address& dout, int64_t lse, int64_t dlse, int64_t dq, int64_t dk, int64_t dv,
               double scale, const std::vector<int64_t>& links, double inverse, int threads) {
   Call call = prepare(plan, type, shape, scale, links, inverse);
@@ -185,6 +194,7 @@ void backward(NativePlan& plan, int type, int out_type, const std::vector<int64_
   const nb::gil_scoped_release release;
   const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads);
   run_backward(set, call, *schedule, reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), threads, watch);
+  return plan.grown();
 }
 
 // What fused multiply-adds in registers give at most, on so many threads at once.
@@ -207,6 +217,7 @@ NB_MODULE(_cpu, m) {
   main_thread = nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"));
   nb::class_<NativePlan>(m, "Plan", nb::is_weak_referenceable())
       .def(nb::init<nb::handle>(), "plan"_a)
+      .def_prop_ro("nbytes", [](const NativePlan& plan) { return plan.tables().bytes(); })
       .def_prop_ro("overlapping", &NativePlan::overlapping);
   m.def("forward", &forward);
   m.def("backward", &backward);

@@ -51,6 +51,14 @@ Schedule::Schedule(const Tables& tables, int64_t batch, int64_t heads, int64_t k
   order_backward();
 }
 
+int64_t Schedule::bytes() const {
+  int64_t sum = static_cast<int64_t>(sizeof(*this)) + bytes_of(phases) + bytes_of(partial_base) + bytes_of(pending_base) +
+                bytes_of(parts) + bytes_of(covers_);
+  for (const Phase& phase : phases) sum += bytes_of(phase.forward) + bytes_of(phase.backward) + bytes_of(phase.slabs);
+  for (const Cover& cover : covers_) sum += bytes_of(cover.blocks);
+  return sum;
+}
+
 int64_t Schedule::cost_of(const Item& item) const {
   const PieceView& piece = tables_.view().pieces[item.piece];
   int64_t keys = 0, points = 0;
@@ -100,6 +108,7 @@ void Schedule::order_forward() {
     }
     std::stable_sort(priced.begin(), priced.end(), [](const Priced& x, const Priced& y) { return x.dear > y.dear; });
     for (const Priced& x : priced) phase.forward.push_back(x.item);
+    phase.forward.shrink_to_fit();
   }
 }
 

@@ -37,6 +37,7 @@ class Schedule {
   std::vector<int32_t> parts;  // of each split tile: how many results are awaited
   int64_t cost = 0;            // keys visited, times turns of kRows rows
 
+  int64_t bytes() const;  // held in memory
   const std::vector<std::pair<int64_t, int64_t>>& unsure_rows() const { return tables_.unsure_rows(); }
   int64_t groups() const { return batch * kv_heads; }
   int64_t slab_count = 1;  // slabs of a group, in every phase

@@ -102,6 +102,19 @@ void Tables::find_sure() {
   }
 }
 
+int64_t Tables::bytes() const {
+  const auto all = [](const auto&... v) { return (bytes_of(v) + ...); };
+  int64_t sum = static_cast<int64_t>(sizeof(*this)) +
+                all(masks.kind, masks.start, masks.core_lo, masks.core_hi, masks.data, pieces, unsure_, piece_views_, layer_views_);
+  for (const auto& views : layer_views_) sum += bytes_of(views);
+  for (const Piece& p : pieces) {
+    sum += all(p.variant.of, p.rows, p.row_first, p.first, p.start, p.count, p.part, p.parts, p.layers, p.sure, p.slot, p.group);
+    for (const Layer& l : p.layers)
+      sum += all(l.variant.of, l.entry_base, l.place_base, l.indptr, l.lo, l.hi, l.mask, l.keys, l.point_indptr, l.point_keys);
+  }
+  return sum;
+}
+
 void Tables::check_heads(int64_t batch, int64_t heads) const {
   auto check = [&](const Variants& v) {
     if ((v.batch != 1 && v.batch != batch) || (v.heads != 1 && v.heads != heads))

@@ -11,6 +11,11 @@
 
 namespace farlight {
 
+template <class T>
+int64_t bytes_of(const std::vector<T>& v) {
+  return static_cast<int64_t>(v.capacity() * sizeof(T));
+}
+
 // A table that does not hold what the plan's format promises.
 struct MalformedPlan : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
@@ -65,6 +70,8 @@ class Tables {
   const std::vector<std::pair<int64_t, int64_t>>& unsure_rows() const { return unsure_; }
   // Throws MalformedPlan unless the variants fit this many batch items and heads.
   void check_heads(int64_t batch, int64_t heads) const;
+  // What is held in memory.
+  int64_t bytes() const;
 
  private:
   void check_masks() const;

@@ -12,13 +12,26 @@ from farlight.patterns import CONSTRUCTORS
 
 TARGET = Path(__file__).parent.parent / "docs" / "patterns.md"
 
-HEAD = """# Patterns
+HEAD = r"""# Patterns
 
 Written from the docstrings by `python scripts/write_docs.py`; edit those.
 
 A pattern is a set of allowed (query, key) pairs: a value, combined with `|` (union), `&` (intersection), `-` (difference)
 and `~` (complement). i is the position of a query, j that of a key. The same expressions, without `fl.`, are read from text by
 `fl.parse`, by the command line and from JSON; they are parsed, never evaluated.
+
+## Limits
+
+What exceeds a limit is refused with a `PatternError` (in planning a `PlanError`) before memory is taken for it.
+
+| limit | of | raised by |
+|---|---|---|
+| 256 MiB | tables, lists and ranges spelled in a text or JSON, all together | `fl.parse(text, limit=…)`, `fl.Pattern.from_json(text, limit=…)`: bytes, or None for any number |
+| 4,000,000 characters | an expression | JSON, which keeps tables apart |
+| 2^20 entries | a list of lengths, distances or positions | a tensor in its place: ids, a mask. A range of tokens, all counted from one end, is kept as a range |
+| 200 | depth of nested expressions; `a \| b \| c` is not deep | |
+| 1024 | parts joined by one sign | one part that names many: `offsets([…])` |
+| 2^34 | questions about single pairs, where neither intervals nor sorting serve (`~strided(2)` on 2^18 tokens) | a window around it |
 """
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
+import operator
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +38,33 @@ TABLE: list[tuple[Callable[[], object], str]] = [
     (
         lambda: fl.window(2**31 + 1),
         "window: left is larger than 2147483648, the largest number possible here; no text is so long.",
+    ),
+    (
+        lambda: fl.offsets(range(2**40)),
+        "offsets: a list of more than 1,048,576 entries; pass a tensor, such as a mask or ids.",
+    ),
+    (
+        lambda: fl.seen_by_all(range(2**40)),
+        "seen_by_all: a position lies beyond 2147483648; no text is so long.",
+    ),
+    (
+        lambda: parse("full()", limit=-1),
+        "limit = -1: it is a number of bytes, a whole number >= 0, or None for no limit.",
+    ),
+    (
+        lambda: parse("offsets(range(1000000000))"),
+        "this pattern asks for more than 268,435,456 bytes of memory (offsets of 1,000,000,000 numbers); where it comes from a "
+        "source that you trust pass limit=…, a larger number of bytes, or None.",
+    ),
+    (
+        lambda: functools.reduce(lambda one, _: ~one, range(201), fl.full()),
+        "this pattern is nested 201 deep, more than 200; write a | b | c, whose parts stand side by side, in place of "
+        "a | (b | (c | …)).",
+    ),
+    (
+        lambda: functools.reduce(operator.and_, [fl.full()] * 1025),
+        "this pattern joins 1025 parts by '&', more than 1024; name many tokens or distances in one part, as in offsets([…]) "
+        "or global_tokens([…]).",
     ),
     (lambda: fl.strided(0), "strided: stride = 0: it must be a whole number >= 1."),
     (lambda: fl.strided(3, phase=-1), "strided: phase = -1: it must be a whole number >= 0."),

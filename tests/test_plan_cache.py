@@ -13,7 +13,7 @@ import farlight as fl
 from farlight.caching import CacheInfo, SizedCache
 from farlight.patterns import Sizes
 from farlight.plan import Plan, TileShape, plan_for
-from farlight.plan.cache import plans
+from farlight.plan.cache import _entry_bytes, plans
 
 
 def fake(nbytes: int) -> Any:
@@ -155,4 +155,4 @@ def test_plans_are_kept_by_pattern_sizes_and_shape(cold_cache: None) -> None:
     assert kept(fl.clusters(labels), 50) is not by_label
     fl.plan(fl.window(3), 50)  # made from the one that is kept
     assert plans.info().entries == 10
-    assert plans.info().nbytes == sum(plan.nbytes for plan in plans._values.values())
+    assert plans.info().nbytes == sum(_entry_bytes(plan) for plan in plans._values.values())

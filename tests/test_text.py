@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import time
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -285,8 +286,10 @@ REFUSED_JSON = [
     (as_json(tables=[packed(b"\1", [1, 1]) | {"shape": "1"}]), "table: shape '1' is not a list of sizes"),
     (as_json(tables=[packed(b"\1", [1, 1]) | {"data": "???"}]), "table: the data cannot be read"),
     (as_json(tables=[packed(b"\1", [1, 1]) | {"data": base64.b64encode(b"raw").decode()}]), "table: the data cannot be read"),
-    (as_json(tables=[packed(b"", [0, 2**62, 2**62])]), "names more than 1099511627776 entries"),
-    (as_json(tables=[packed(b"", [2**40, 2**40])]), "names more than 1099511627776 entries"),
+    (as_json(tables=[packed(b"", [0, 2**62, 2**62])]), "is not that of a tensor"),
+    (as_json(tables=[packed(b"", [2**40, 2**40])]), "is not that of a tensor"),
+    (as_json(tables=[packed(b"", [1] * 9)]), "is not that of a tensor"),
+    (as_json(tables=[packed(b"", [2**40])]), r"asks for more than 268,435,456 .*a table of 1,099,511,627,776 bytes.* limit="),
 ]  # fmt: skip
 
 
@@ -300,6 +303,78 @@ def test_json_that_is_not_a_pattern_is_refused(text: str, says: str) -> None:
 def test_only_text_is_read_as_json(value: Any) -> None:
     with pytest.raises(PatternError, match="this is not JSON"):
         Pattern.from_json(value)
+
+
+GREEDY = [
+    "offsets(range(100000000000))",
+    "documents(lengths=range(100000000000000000000000))",
+    "longformer(8, range(1000000000))",
+    "window(3) | offsets(range(-9000000000, 5))",
+    "global_tokens(range(-1000000000, 1000000000))",
+    "presets.bigbird(1000000000)",
+    "global_tokens([" + "1," * 1_900_000 + "])",
+    "|" * 1_500_000,
+]
+
+
+@pytest.mark.parametrize("text", GREEDY, ids=lambda text: text[:40])
+def test_short_texts_do_not_ask_for_gigabytes(text: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(PatternError, match="asks for more than 268,435,456 bytes of memory|a list of more than 1,048,576"):
+            parse(text)
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_long_ranges_of_tokens_stay_ranges() -> None:
+    tracemalloc.start()
+    try:
+        for text in (
+            "global_tokens(range(1000000000))",
+            "presets.streaming(1000000000, 4)",
+            "sees_all(range(-900000000, -3, 4))",
+        ):
+            pattern = parse(text)
+            assert parse(repr(pattern)) == pattern == Pattern.from_json(pattern.to_json())
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    long = fl.seen_by_all(range(15000, 0, -3))
+    assert repr(long) == "seen_by_all(range(3, 15001, 3))"
+    assert fl.plan(long, 1, 15001).dense().nonzero()[:, 3].tolist() == list(long.positions or ())
+    assert fl.seen_by_all(range(4)).positions == (0, 1, 2, 3)
+
+
+def test_the_limit_is_of_all_parts_together_and_can_be_raised() -> None:
+    mask = torch.arange(4096).view(64, 64) % 3 == 0
+    pattern = fl.pairs(mask) | fl.pairs(~mask)
+    text = pattern.to_json()
+    with pytest.raises(
+        PatternError, match=r"more than 8,000 bytes of memory \(a table of 4,096 bytes\).* pass limit=…, a larger"
+    ):
+        Pattern.from_json(text, limit=8000)
+    assert Pattern.from_json(text, limit=16_000) == Pattern.from_json(text, limit=None) == pattern
+    with pytest.raises(PatternError, match="offsets of 3,000 numbers"):
+        parse("offsets(range(3000))", limit=10_000)
+    assert parse("offsets(range(3000))", limit=400_000) == parse("offsets(range(3000))", limit=None) == fl.offsets(range(3000))
+    for limit in (-1, 1.5, True, "8"):
+        with pytest.raises(PatternError, match="it is a number of bytes"):
+            parse("window(3)", limit=limit)  # type: ignore[arg-type]
+
+
+def test_a_bomb_of_half_a_gigabyte_is_refused_before_it_is_unpacked() -> None:
+    bomb = base64.b64encode(zlib.compress(bytes(2**29), 9)).decode()
+    text = as_json(tables=[{"dtype": "bool", "shape": [2**14, 2**15], "data": bomb}])
+    assert len(text) < 800_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(PatternError, match="asks for more than 268,435,456 bytes"):
+            Pattern.from_json(text)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_bomb_of_zeros_is_not_unpacked() -> None:

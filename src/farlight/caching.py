@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import tempfile
 import threading
@@ -9,9 +11,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-__all__ = ["CacheInfo", "SizedCache", "cache_folder"]
+__all__ = ["CacheInfo", "SizedCache", "cache_folder", "trim"]
 
 
 def cache_folder() -> Path:
@@ -31,12 +33,24 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / "farlight"
 
 
-class _Sized(Protocol):
-    @property
-    def nbytes(self) -> int: ...
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """The C library's call that returns free memory to the system; None where there is none."""
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found
 
 
-T = TypeVar("T", bound=_Sized)
+def trim() -> None:
+    """Return free memory of the C library's allocator to the system, where it can."""
+    call = _malloc_trim()
+    if call is not None:
+        call(0)
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,11 +64,20 @@ class CacheInfo:
     misses: int
 
 
-class SizedCache(Generic[T]):
-    """Keeps the values used last, as many as fit in `limit` bytes. A value larger than the limit is not kept."""
+def _nbytes(value: Any) -> int:
+    nbytes: int = value.nbytes
+    return nbytes
 
-    def __init__(self, limit: int = 512 * 2**20) -> None:
-        self._limit = limit
+
+class SizedCache(Generic[T]):
+    """Keeps the values used last, as many as fit in `limit` bytes. A value larger than the limit is not kept.
+
+    `weigh` says what a value takes with all that it holds; `charge` what it has come to hold since.
+    """
+
+    def __init__(self, limit: int = 512 * 2**20, weigh: Callable[[T], int] = _nbytes) -> None:
+        self._limit, self._weigh = limit, weigh
+        self._freed = 0
         self._values: OrderedDict[object, T] = OrderedDict()
         self._sizes: dict[object, int] = {}
         self._nbytes = self._hits = self._misses = 0
@@ -62,19 +85,25 @@ class SizedCache(Generic[T]):
 
     def get(self, key: object, make: Callable[[], T]) -> T:
         """The value under `key`, made when it is not there. Two threads may make the same value; one is kept."""
+        found = self.find(key)
+        if found is None:
+            found = make()
+            self.put(key, found)
+        return found
+
+    def find(self, key: object) -> T | None:
+        """The value under `key`, or None."""
         with self._lock:
             found = self._values.get(key)
-            if found is not None:
+            if found is None:
+                self._misses += 1
+            else:
                 self._values.move_to_end(key)
                 self._hits += 1
-                return found
-            self._misses += 1
-        value = make()
-        self.put(key, value)
-        return value
+            return found
 
     def put(self, key: object, value: T) -> None:
-        size = value.nbytes
+        size = self._weigh(value)
         with self._lock:
             self._drop(key)
             if size > self._limit:
@@ -83,10 +112,33 @@ class SizedCache(Generic[T]):
             self._sizes[key] = size
             self._nbytes += size
             self._shrink()
+        self._give_back()
+
+    def charge(self, key: object, value: T, nbytes: int) -> None:
+        """Count so many bytes more (or fewer) for a value, if it is the one that is kept under `key`."""
+        with self._lock:
+            if self._values.get(key) is not value:
+                return
+            self._sizes[key] += nbytes
+            self._nbytes += nbytes
+            if self._sizes[key] > self._limit:
+                self._drop(key)
+            self._shrink()
+        self._give_back()
 
     def _drop(self, key: object) -> None:
         if self._values.pop(key, None) is not None:
-            self._nbytes -= self._sizes.pop(key)
+            size = self._sizes.pop(key)
+            self._nbytes -= size
+            self._freed += size
+
+    def _give_back(self) -> None:
+        """Return what was freed to the system, now and then: the allocator keeps it where small blocks are left between."""
+        with self._lock:
+            if 8 * self._freed < self._limit:
+                return
+            self._freed = 0
+        trim()
 
     def _shrink(self) -> None:
         while self._nbytes > self._limit:
@@ -101,12 +153,15 @@ class SizedCache(Generic[T]):
         with self._lock:
             self._limit = nbytes
             self._shrink()
+        self._give_back()
 
     def clear(self) -> None:
         with self._lock:
+            self._freed += self._nbytes
             self._values.clear()
             self._sizes.clear()
             self._nbytes = 0
+        self._give_back()
 
     def info(self) -> CacheInfo:
         with self._lock:

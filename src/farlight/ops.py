@@ -18,6 +18,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from farlight.batching import batched, batched_mask
+from farlight.caching import SizedCache
 from farlight.derivatives import refuse_forward_mode, refuse_second, refuse_tangents
 from farlight.errors import UnsupportedError
 from farlight.kernels import blocked, cpu, triton
@@ -25,6 +26,7 @@ from farlight.kernels.dispatch import plan_of, planned_backend, require
 from farlight.kernels.request import Request
 from farlight.patterns.base import Pattern, Sizes
 from farlight.patterns.text import parse
+from farlight.plan.held import held_bytes
 
 __all__ = ["attend", "attend_backward", "attend_now", "is_plain", "pattern_mask"]
 
@@ -32,13 +34,13 @@ _Operator: TypeAlias = "torch._ops.OpOverload[..., Any]"
 _KERNELS = {"cpu": cpu, "triton": triton, "torch": blocked}
 
 
-@functools.lru_cache(maxsize=1024)
-def _parsed(text: str) -> Pattern:
-    return parse(text)
+# Patterns without tables, by their text.
+_parsed: SizedCache[Pattern] = SizedCache(16 * 2**20, lambda pattern: 2048 + held_bytes(pattern))
 
 
 def _pattern(text: str, tables: Sequence[Tensor]) -> Pattern:
-    return parse(text, tuple(tables)) if tables else _parsed(text)
+    # The text is that of a pattern which is there already: it asks for nothing new.
+    return parse(text, tuple(tables), limit=None) if tables else _parsed.get(text, lambda: parse(text, limit=None))
 
 
 def _request(q: Tensor, k: Tensor, pattern: Pattern, q_offset: int, dropout: float) -> Request:

@@ -231,6 +231,8 @@ class BigBirdAttention(Replacement):
         near, first, outer = self._fixed_links(tokens)
         n = -(-tokens // self.block)
         if n not in self._drawn:
+            while len(self._drawn) >= _MOST_DRAWN:
+                del self._drawn[next(iter(self._drawn))]
             self._drawn[n] = _draw(self.original, n)
         drawn = self._drawn[n]
         u = torch.arange(n)[:, None]
@@ -269,6 +271,8 @@ def _text(batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor
 
 
 _DRAWING = threading.Lock()
+# Lengths of which a layer keeps the drawn blocks.
+_MOST_DRAWN = 8
 
 
 def _draw(original: Any, n: int) -> Tensor:

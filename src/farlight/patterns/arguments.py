@@ -7,8 +7,9 @@ them can only be doubted: more than two entries, all 0 or 1, are refused, for a 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, NoReturn
 
 import numpy as np
@@ -34,6 +35,8 @@ __all__ = [
 
 # Sums and products of two such numbers still fit into int64, so that no distance ever wraps around.
 _LARGEST = 2**31
+# Entries of a list, and those of a range of positions that is spelled out although it need not be.
+_MOST_LISTED, _SPELLED_OUT = 2**20, 2**12
 
 
 def whole(what: str, value: Any, at_least: int, at_most: int = _LARGEST) -> int:
@@ -53,7 +56,18 @@ def listed(what: str, values: Any, of: str) -> list[Any]:
     """The values as a list."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or _is_array(values, dims=0):
         raise PatternError(f"{what}({show(values)}): give a list of {of}, not {type(values).__name__}.")
-    return list(values)
+    return _counted(what, values)
+
+
+def _counted(what: str, values: Iterable[Any]) -> list[Any]:
+    """The values as a list, counted before they are spelled out."""
+    if isinstance(values, range):  # its length may be of any size
+        values = values[: _MOST_LISTED + 1]
+    many = len(values) if isinstance(values, Sized) else 0
+    read = list(itertools.islice(values, _MOST_LISTED + 1)) if many <= _MOST_LISTED else []
+    if max(many, len(read)) > _MOST_LISTED:
+        raise PatternError(f"{what}: a list of more than {_MOST_LISTED:,} entries; pass a tensor, such as a mask or ids.")
+    return read
 
 
 def _is_array(value: Any, *, dims: int | None = None) -> bool:
@@ -112,8 +126,14 @@ def numbers(what: str, values: Any, of: str) -> list[Any]:
     return entries
 
 
-def read_positions(what: str, positions: Iterable[Any]) -> tuple[int, ...]:
-    """Distinct positions, sorted; negative ones count from the end and sort after the others."""
+def read_positions(what: str, positions: Iterable[Any]) -> Sequence[int]:
+    """Distinct positions, sorted; negative ones count from the end and sort after the others. A long range stays a range."""
+    if isinstance(positions, range) and abs(positions.step) == 1 and len(positions[: _SPELLED_OUT + 1]) > _SPELLED_OUT:
+        ends = sorted((positions[0], positions[-1]))
+        if max(map(abs, ends)) > _LARGEST:
+            raise PatternError(f"{what}: a position lies beyond {_LARGEST}; no text is so long.")
+        if (ends[0] < 0) == (ends[1] < 0):
+            return range(ends[0], ends[1] + 1)
     if isinstance(positions, str) or not isinstance(positions, Iterable) or _is_array(positions, dims=0):
         raise PatternError(f"{what}({show(positions)}): give a list of positions such as [0, -1], a range, or a bool mask.")
     read = set()
@@ -134,6 +154,8 @@ def read_positions(what: str, positions: Iterable[Any]) -> tuple[int, ...]:
 
 def positions_text(positions: Sequence[int]) -> str:
     """`range(0, 64)` where the positions are consecutive and many, else a list."""
+    if isinstance(positions, range):
+        return f"range({f'{positions.start}, ' if positions.start else ''}{positions.stop})"
     if len(positions) > 4 and max(positions) - min(positions) == len(positions) - 1:
         start = f"{min(positions)}, " if min(positions) else ""
         return f"range({start}{max(positions) + 1})"

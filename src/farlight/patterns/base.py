@@ -170,11 +170,14 @@ class Pattern:
         return to_json(self)
 
     @staticmethod
-    def from_json(text: str) -> Pattern:
-        """The pattern that `to_json` wrote. Raises PatternError for anything else; nothing is ever evaluated."""
+    def from_json(text: str, *, limit: int | None = 2**28) -> Pattern:
+        """The pattern that `to_json` wrote. Raises PatternError for anything else; nothing is ever evaluated.
+
+        `limit` is the largest number of bytes that its tables and lists may take in memory (None: any).
+        """
         from farlight.patterns.text import from_json
 
-        return from_json(text)
+        return from_json(text, limit=limit)
 
     # ---- questions ---------------------------------------------------------------------------------------------------
     def allows(self, i: int, j: int, n: int, *, batch: int = 0, head: int = 0) -> bool:

@@ -26,12 +26,17 @@ from farlight.errors import PatternError, shorten, show
 from farlight.patterns.base import Pattern
 from farlight.patterns.unread import listed_again
 
-__all__ = ["from_json", "parse", "spell_tables", "to_json"]
+__all__ = ["LIMIT", "from_json", "parse", "spell_tables", "to_json"]
 
 _SPELLED_OUT = 256
+_MOST_DIMS = 8
 _LONGEST_TEXT = 4_000_000
 _DEEPEST = 200
-_LARGEST_TABLE = 2**40
+# Bytes of a node of Python's syntax tree with the number that it becomes, and of a number that a range is spelled out to.
+_NODE, _NUMBER = 256, 128
+# Patterns that keep a range as a range.
+_KEEP_RANGES = ("global_tokens", "sees_all", "seen_by_all")
+LIMIT = 2**28
 _TABLE_TYPES = {"bool": torch.bool, "int64": torch.int64}
 
 
@@ -54,16 +59,37 @@ def pack_table(table: Tensor) -> dict[str, Any]:
     return {"dtype": str(data.dtype).removeprefix("torch."), "shape": list(data.shape), "data": packed}
 
 
-def unpack_table(dtype: Any, shape: Any, data: Any) -> Tensor:
+class _Allowance:
+    """Bytes that a text may still ask for; None: any number."""
+
+    def __init__(self, limit: int | None) -> None:
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+            raise PatternError(f"limit = {limit!r}: it is a number of bytes, a whole number >= 0, or None for no limit.")
+        self.limit, self.left = limit, limit
+
+    def take(self, nbytes: int, what: str) -> None:
+        """Raise PatternError where this is more than is left."""
+        if self.left is None or self.limit is None:
+            return
+        if nbytes > self.left:
+            raise PatternError(
+                f"this pattern asks for more than {self.limit:,} bytes of memory ({what}); where it comes from a source that "
+                "you trust pass limit=…, a larger number of bytes, or None."
+            )
+        self.left -= nbytes
+
+
+def unpack_table(dtype: Any, shape: Any, data: Any, allowance: _Allowance) -> Tensor:
     if not isinstance(dtype, str) or dtype not in _TABLE_TYPES:
         raise PatternError(f"table: dtype {show(dtype)} is not one of {sorted(_TABLE_TYPES)}.")
     if not isinstance(shape, (list, tuple)) or not all(type(n) is int and n >= 0 for n in shape):
         raise PatternError(f"table: shape {show(shape)} is not a list of sizes.")
-    if math.prod(max(n, 1) for n in shape) > _LARGEST_TABLE:
-        raise PatternError(f"table: shape {show(shape)} names more than {_LARGEST_TABLE} entries.")
+    if len(shape) > _MOST_DIMS or math.prod(max(n, 1) for n in shape) >= 2**60:
+        raise PatternError(f"table: shape {show(shape)} is not that of a tensor.")
     if not isinstance(data, str):
         raise PatternError(f"table: data is {type(data).__name__}, not base64 text.")
-    size = math.prod(shape) * torch.tensor([], dtype=_TABLE_TYPES[dtype], device="cpu").element_size()
+    size = math.prod(shape) * _TABLE_TYPES[dtype].itemsize
+    allowance.take(size, f"a table of {size:,} bytes")
     try:
         stream = zlib.decompressobj()
         raw = stream.decompress(base64.b64decode(data, validate=True), size + 1)
@@ -92,9 +118,11 @@ def spell_tables(text: str, tables: tuple[Tensor, ...]) -> str:
 
 
 # ---- the notation ----------------------------------------------------------------------------------------------------
-def parse(text: str, tables: tuple[Tensor, ...] = ()) -> Pattern:
+def parse(text: str, tables: tuple[Tensor, ...] = (), *, limit: int | None = LIMIT) -> Pattern:
     """The pattern that an expression such as `"window(256) | global_tokens([0])"` stands for. Nothing is evaluated.
 
+    `tables` are what `$0`, `$1`, … in the text stand for. `limit` is the largest number of bytes that the tables, lists and
+    ranges spelled in the text may take in memory (None: any).
     Raises PatternError that points at the place for anything outside the notation.
 
     >>> import farlight as fl
@@ -107,25 +135,29 @@ def parse(text: str, tables: tuple[Tensor, ...] = ()) -> Pattern:
         raise PatternError(
             f"the pattern expression has {len(text)} characters, more than {_LONGEST_TEXT}; use JSON for large tables."
         )
+    allowance = _Allowance(limit)
+    # Every node but the first stands behind one of these; none of them is part of a packed table.
+    allowance.take(_NODE * sum(map(text.count, ",([|&~-")), f"an expression of {len(text):,} characters")
     marked = re.sub(r"\$(\d+)", r"_table_\1", text.strip()) if tables else text.strip()
     try:
         tree = ast.parse(marked, mode="eval")
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+    except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError) as error:
         at = f" at column {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
         raise PatternError(f"cannot read the pattern {shorten(text)!r}{at}: it is not an expression.") from None
-    reader = _Reader(text, tables)
+    reader = _Reader(text, tables, allowance)
     try:
         pattern = reader.value(tree.body, 0)
-    except RecursionError:
-        raise PatternError(f"the pattern {shorten(text)!r} is nested too deeply.") from None
+    except (RecursionError, MemoryError) as error:
+        why = "is nested too deeply" if isinstance(error, RecursionError) else "needs more memory than there is"
+        raise PatternError(f"the pattern {shorten(text)!r} {why}.") from None
     if not isinstance(pattern, Pattern):
         raise PatternError(f"{shorten(text)!r} is {type(pattern).__name__}, not a pattern; write for example window(256).")
     return pattern
 
 
 class _Reader:
-    def __init__(self, text: str, tables: tuple[Tensor, ...]) -> None:
-        self.text, self.tables = text, tables
+    def __init__(self, text: str, tables: tuple[Tensor, ...], allowance: _Allowance) -> None:
+        self.text, self.tables, self.allowance = text, tables, allowance
 
     def fail(self, node: ast.AST, why: str) -> NoReturn:
         column = getattr(node, "col_offset", 0) + 1
@@ -189,12 +221,18 @@ class _Reader:
         if name == "table":
             if named or len(given) != 3:
                 self.fail(node, "table needs a dtype, a shape and data.")
-            return unpack_table(*given)
+            dtype, shape, data = given
+            return unpack_table(dtype, shape, data, self.allowance)
         known = constructors()
         if name not in known:
             near = [other for other in known if "." not in other and other.startswith(name[:3])]
             hint = f"did you mean {near[0]}? " if near else ""
             self.fail(node, f"there is no pattern {show(name)}; {hint}known are {', '.join(n for n in known if '.' not in n)}.")
+        for value in (*given, *named.values()):
+            if isinstance(value, range) and not (
+                name in _KEEP_RANGES and abs(value.step) == 1 and (value.start < 0) == (value[-1] < 0 if value else True)
+            ):
+                self.allowance.take(_NUMBER * _length(value), f"{name} of {_length(value):,} numbers")
         given = [listed_again(name, _as_table(name, value)) for value in given]
         named = {key: listed_again(f"{name}: {key}", _as_table(name, value)) for key, value in named.items()}
         try:
@@ -203,6 +241,11 @@ class _Reader:
             raise
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             self.fail(node, f"{name} cannot take these arguments ({shorten(str(error), 120)}).")
+
+
+def _length(numbers: range) -> int:
+    """`len`, of any size."""
+    return max(0, -((numbers.start - numbers.stop) // numbers.step))
 
 
 def _as_table(name: str, value: Any) -> Any:
@@ -224,10 +267,11 @@ def to_json(pattern: Pattern) -> str:
     return json.dumps({"farlight": 1, "pattern": pattern.text} | ({"tables": tables} if tables else {}))
 
 
-def from_json(text: str) -> Pattern:
+def from_json(text: str, *, limit: int | None = LIMIT) -> Pattern:
+    allowance = _Allowance(limit)
     try:
         data = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError, MemoryError) as error:
         raise PatternError(f"this is not JSON ({error}); pass the text that Pattern.to_json() wrote.") from None
     if not isinstance(data, dict) or not isinstance(data.get("pattern"), str):
         raise PatternError('this JSON is not a pattern: an object with "farlight", "pattern" and perhaps "tables" is needed.')
@@ -239,7 +283,7 @@ def from_json(text: str) -> Pattern:
     packed = data.get("tables", [])
     if not isinstance(packed, list) or not all(isinstance(t, dict) and set(t) == {"dtype", "shape", "data"} for t in packed):
         raise PatternError('"tables" must be a list of objects with dtype, shape and data.')
-    tables = tuple(unpack_table(t["dtype"], t["shape"], t["data"]) for t in packed)
+    tables = tuple(unpack_table(t["dtype"], t["shape"], t["data"], allowance) for t in packed)
     if tables and len(set(re.findall(r"\$(\d+)", data["pattern"]))) != len(tables):
         raise PatternError(f"the pattern {shorten(data['pattern'])!r} does not use each of its {len(tables)} tables.")
-    return parse(data["pattern"], tables)
+    return parse(data["pattern"], tables, limit=allowance.left)

@@ -8,7 +8,7 @@ texts of every length.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -28,7 +28,7 @@ __all__ = ["global_tokens", "seen_by_all", "sees_all"]
 class _Named(Atom):
     """Tokens given as positions (negative: from the last key) or as a bool mask `(N,)` or `(B, N)`."""
 
-    positions: tuple[int, ...] | None
+    positions: Sequence[int] | None
 
     def __new__(cls, positions: Any = None) -> Any:
         return Unread(cls.__name__, positions) if hidden(positions) else super().__new__(cls)
@@ -94,7 +94,7 @@ class _Named(Atom):
         name = type(self).__name__
         if self.positions is None:
             return f"{name} is given as a mask"
-        if any(p < 0 for p in self.positions):
+        if self.positions and self.positions[-1] < 0:  # negative ones come last
             return f"{name}({positions_text(self.positions)}) counts from the end of the text"
         return None
 
@@ -107,8 +107,13 @@ class _Named(Atom):
 
 
 @functools.lru_cache(maxsize=64)
-def _runs(positions: tuple[int, ...], n_k: int) -> NDArray[np.int64]:
+def _runs(positions: Sequence[int], n_k: int) -> NDArray[np.int64]:
     """`lo, hi, lo, hi, …` of the runs that the positions form over n_k keys, without those before position 0."""
+    if isinstance(positions, range):
+        lo, hi = positions.start, positions.stop
+        if lo < 0:
+            lo, hi = max(0, lo + n_k), hi + n_k
+        return np.array([lo, hi] if lo < hi else [], dtype=np.int64)
     at = np.array(positions, dtype=np.int64)
     at = np.unique(np.where(at < 0, at + n_k, at))
     at = at[at >= 0]

@@ -71,7 +71,7 @@ class Unread(Atom):
             )
         from farlight.patterns.text import parse
 
-        return parse(self.text, self._tables)
+        return parse(self.text, self._tables, limit=None)
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         numbers = self._tables[0].to(j.device)

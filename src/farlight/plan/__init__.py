@@ -6,7 +6,7 @@ import torch
 
 from farlight.patterns.base import Pattern, Sizes
 from farlight.plan.build import TileShape, build
-from farlight.plan.cache import plans
+from farlight.plan.cache import keep, plans
 from farlight.plan.tables import Plan
 
 __all__ = ["Plan", "TileShape", "plan", "plan_for"]
@@ -43,9 +43,11 @@ def plan(
 def plan_for(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Plan:
     """The plan for tiles of this shape, from the cache where it has been made before."""
 
-    def make() -> Plan:
+    key = pattern.key, sizes, shape
+    found = plans.find(key)
+    if found is None:
         # Tables outlive the call that needs them first: they must be ordinary tensors whatever mode that call is in.
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-            return build(pattern, sizes, shape)
-
-    return plans.get((pattern.key, sizes, shape), make)
+            found = build(pattern, sizes, shape)
+        keep(key, found)
+    return found

@@ -82,6 +82,8 @@ def _terms(pattern: Pattern) -> list[_Term]:
     else:
         found = [()]
         for part in parts:
+            if len(found) * len(part) > _MOST_TERMS:
+                return []
             found = [(*term, *more) for term in found for more in part]
     return found if len(found) <= _MOST_TERMS else []
 

@@ -59,6 +59,7 @@ import torch
 from torch import Tensor
 
 from farlight.patterns.base import Pattern, Sizes
+from farlight.plan.held import Derived
 
 if TYPE_CHECKING:
     from farlight.plan.transpose import Transposed
@@ -144,8 +145,8 @@ class Plan:
     pairs: int
     visited: int
     overlapping: bool
-    # What backends make of the tables, once: kept with the plan, not counted as part of it.
-    derived: dict[object, object] = field(default_factory=dict, repr=False)
+    # Not counted in `nbytes`, but by the cache that keeps the plan.
+    derived: Derived = field(default_factory=Derived, repr=False)
 
     @property
     def n_q(self) -> int:

@@ -31,7 +31,7 @@ def forward(
     out_type = torch.float32 if joined else q.dtype
     out, lse = torch.empty(q.shape, dtype=out_type, device=_CPU), torch.empty(q.shape[:3], dtype=torch.float32, device=_CPU)
     if out.numel():
-        module().forward(
+        grown = module().forward(
             native,
             _CODES[q.dtype],
             _CODES[out_type],
@@ -45,6 +45,8 @@ def forward(
             *_links(dropout, seed),
             torch.get_num_threads(),
         )
+        if grown:  # a schedule was made for this batch and these heads
+            plan.derived.charge(grown)
     return out.to(given), lse
 
 
@@ -79,7 +81,7 @@ def backward(
     dq = torch.empty(q.shape, dtype=dq_type, device=_CPU)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=_CPU) for x in (k, v))
     if q.numel() or k.numel():
-        module().backward(
+        grown = module().backward(
             native,
             _CODES[q.dtype],
             _CODES[dq_type],
@@ -98,6 +100,8 @@ def backward(
             *_links(dropout, seed),
             torch.get_num_threads(),
         )
+        if grown:  # a schedule was made for this batch and these heads
+            plan.derived.charge(grown)
     return dq.to(given), dk.to(given), dv.to(given)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-import weakref
 from typing import Any
 
 # torch first: its OpenMP runtime and ours carry one name, and the loader maps the copy that comes first for both.
@@ -80,19 +79,19 @@ def use(name: str) -> None:
     module().use(name)
 
 
-_handles: weakref.WeakKeyDictionary[Plan, Any] = weakref.WeakKeyDictionary()
+_HANDLE = "native copy"
 
 
 def handle(plan: Plan) -> Any:
-    """The plan's tables as the kernels read them, copied and checked when the plan is first met.
+    """The plan's tables as the kernels read them, copied and checked when the plan is first met; kept with the plan.
 
     Raises PlanError when a table is malformed.
     """
-    found = _handles.get(plan)
+    found = plan.derived.get(_HANDLE)
     if found is None:
         try:
             found = module().Plan(plan)
         except ValueError as error:
             raise PlanError(f"malformed plan: {error}.") from error
-        _handles[plan] = found
+        plan.derived[_HANDLE] = found
     return found

@@ -35,6 +35,8 @@ __all__ = ["RoutedPlan", "read", "routed_plan"]
 
 # Plans of tensors on the CPU are made on the host: for the interpreter's tests this may be set.
 on_the_cpu_too = False
+# Plans that a pattern keeps, each for its sizes.
+_MOST_KEPT = 4
 
 
 def read(numbers: Sequence[Tensor]) -> list[int]:
@@ -136,6 +138,8 @@ def routed_plan(request: Request) -> RoutedPlan | None:
         return None
     kept: dict[Sizes, RoutedPlan | None] = pattern.__dict__.setdefault("_routed", {})
     if sizes not in kept:
+        while len(kept) >= _MOST_KEPT:
+            del kept[next(iter(kept))]
         with torch.inference_mode(False), torch.no_grad():
             found = chosen(pattern, sizes)
         fixed = None if found is None or found.fixed is None else plan_for(found.fixed, sizes, SHAPE)
