@@ -11,7 +11,8 @@ import farlight as fl
 from farlight.patterns import Pattern, Sizes
 from farlight.patterns.spans import Spans
 from farlight.plan import TileShape
-from farlight.plan.build import Layout, build, count_pairs, natural_order
+from farlight.plan.build import Layout, build, count_pairs
+from farlight.plan.order import natural_order
 from farlight.plan.terms import terms_of
 from farlight.testing.cases import bits, table
 from farlight.testing.strategies import problems

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import farlight as fl
 from farlight.patterns import Pattern, Sizes, parse
-from farlight.plan.build import Layout, natural_order
+from farlight.plan.build import Layout
+from farlight.plan.order import natural_order
 from farlight.plan.terms import terms_of
 from farlight.routing import LSH, Router, TopBlocks, between, meets, rooms, unseen
 

@@ -18,7 +18,8 @@ import torch
 from farlight.errors import ArgumentError, show
 from farlight.patterns.base import Pattern
 from farlight.patterns.spans import Spans
-from farlight.plan.build import Layout, natural_order
+from farlight.plan.build import Layout
+from farlight.plan.order import natural_order
 from farlight.plan.terms import terms_of
 from farlight.understanding.graph.sizes import sizes_of
 
