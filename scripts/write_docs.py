@@ -3,6 +3,8 @@
 `python scripts/write_docs.py` writes it, `python scripts/write_docs.py --check` says whether it is what the code says.
 """
 
+# ruff: noqa: E501 (rows of Markdown tables)
+
 import inspect
 import sys
 from pathlib import Path

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farlight.errors import PlanError
+from farlight.errors import PlanError, shorten
 from farlight.patterns.base import Labels, Pattern, Sizes
 from farlight.patterns.spans import Spans
-from farlight.patterns.text import shorten
 from farlight.plan.coarse import Coarse, coarse
 from farlight.plan.order import Order, natural_order, sorted_keys, sorted_order
 from farlight.plan.split import Draft, split_long_tiles

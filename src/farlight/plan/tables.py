@@ -208,7 +208,7 @@ class Plan:
             return value
 
         with torch.inference_mode(False), torch.no_grad():
-            return dataclasses.replace(self, pieces=copy(self.pieces), masks=copy(self.masks), derived={})
+            return dataclasses.replace(self, pieces=copy(self.pieces), masks=copy(self.masks), derived=Derived())
 
     def dense(self) -> Tensor:
         """The pairs that the tables cover as a bool tensor `(B, H, n_q, n_k)`, and proof that none comes up twice.
