@@ -242,7 +242,7 @@ def test_the_papers_pattern(n: int) -> None:
     model = sparsify(BigBirdModel(config()).double(), semantics="paper", seed=7)
     real = torch.ones(2, n, dtype=torch.long)
     real[1, max(1, n - 5) :] = 0
-    text = bigbird.Text(n, real.bool())
+    text = real.bool()[:, None, None, :]
     for layer, module in enumerate(layer.attention.self for layer in model.encoder.layer):
         x = torch.randn(2, n, 16, dtype=torch.float64)
         q, k, v = (f(x).unflatten(-1, (2, 8)).transpose(1, 2) for f in (module.query, module.key, module.value))
@@ -379,7 +379,7 @@ def test_what_cannot_be() -> None:
         model(ids, output_attentions=True)
     with pytest.raises(fl.UnsupportedError, match=r"output_attentions=True asks BigBirdAttention"):
         sparsify(BigBirdPegasusModel(pegasus()))(ids, output_attentions=True)
-    with pytest.raises(fl.UnsupportedError, match=r"was given a mask of type Tensor, not farlight's own: .* 2-D"):
+    with pytest.raises(fl.UnsupportedError, match=r"BigBirdModel was given an attention mask of shape \(1, 1, 50, 50\).* 2-D"):
         model(ids, attention_mask=torch.ones(1, 1, 50, 50))
     with pytest.raises(fl.UnsupportedError, match=r"encoder_hidden_states or past_key_values, .*; call restore\(model\)"):
-        model.encoder.layer[0].attention.self(torch.randn(1, 50, 16), bigbird.Text(50, None), torch.randn(1, 50, 16))
+        model.encoder.layer[0].attention.self(torch.randn(1, 50, 16), torch.ones(1, 1, 1, 50), torch.randn(1, 50, 16))

@@ -323,16 +323,18 @@ def test_restore_puts_everything_back() -> None:
     model = LongformerModel(config())
     inputs = {"input_ids": torch.randint(3, 40, (1, 20))}
     before, state = answer(model, inputs), {name: dict(vars(m)) for name, m in model.named_modules()}
-    implementation = model.config._attn_implementation
+    made, written = model.config, copy.deepcopy(model.config)
     assert replaces(model)
     assert sparsify(model) is model
     assert replaces(model)
-    assert model.config._attn_implementation != implementation
+    assert model.config is made
+    assert model.config == written
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.0)
     assert restore(model) is model
-    assert model.config._attn_implementation == implementation
+    assert model.config is made
+    assert model.config == written
     assert all(type(layer.attention.self) is LongformerSelfAttention for layer in model.encoder.layer)
     assert {name: vars(m).keys() for name, m in model.named_modules()} == {name: held.keys() for name, held in state.items()}
     found = errors(before, answer(model, inputs))

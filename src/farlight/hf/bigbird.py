@@ -14,8 +14,8 @@ first blocks of the text, the same at every step. "paper" draws from the whole t
 
 from __future__ import annotations
 
-import copy
 import functools
+import inspect
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import farlight
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.swap import (
+    Reference,
     Replacement,
     assign,
     class_of,
@@ -43,7 +44,6 @@ from farlight.presets import bigbird
 
 __all__ = ["BigBirdAttention", "replaces", "restore", "sparsify"]
 
-_KEY = "farlight_bigbird"
 _SEMANTICS = ("hf_eval", "paper")
 # file, class of the model or encoder that holds the layers, class of one layer's attention, its block-sparse child
 _KINDS = (
@@ -109,10 +109,11 @@ def sparsify(model: Any, *, semantics: str = "hf_eval", seed: int = 0, backend: 
                 f"{type(owner).__name__} is a decoder, but block-sparse BigBird attention sees the future (Hugging Face's "
                 'too); load it with attention_type="original_full" or with is_decoder=False.'
             )
+        texts = _Memo()
         # A short text may have switched the model to full attention for good: this is the way back.
         owner.set_attention_type("block_sparse")
         for layer, module in enumerate(m for m in owner.modules() if isinstance(m, kind)):
-            module.self = BigBirdAttention(module.self, owner.config, semantics, seed + layer, backend)
+            module.self = BigBirdAttention(module.self, owner.config, semantics, seed + layer, backend, texts)
         _take_over(owner, kind)
     return model
 
@@ -127,22 +128,40 @@ def _wrappers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
 
 
 def _take_over(owner: Any, kind: Any) -> None:
-    """Let the model prepare no mask but farlight's, and neither pad nor switch.
+    """Let the model hand its padding mask to every layer as it is, and neither pad nor switch.
 
-    With attention_type "original_full" it does so: it asks the mask function of its configuration, once, and hands the
-    result to every layer.
+    With attention_type "original_full" it does neither, and passes a mask of four dimensions on. The configuration, which
+    the caller or another model may hold too, stays as it is.
     """
-    from transformers import AttentionMaskInterface
-
-    AttentionMaskInterface.register(_KEY, _text)
-    # The decoder of BigBird-Pegasus reads the same configuration and keeps its own masks.
-    config = copy.copy(owner.config)
-    config._attn_implementation_internal = _KEY
-    assign(owner, owner, "config", config)
+    assign(owner, owner, "forward", _Forward(owner))
     assign(owner, owner, "set_attention_type", functools.partial(_fixed, type(owner).__name__))
     for module in owner.modules():
         if module is owner or isinstance(module, kind):
             assign(module, module, "attention_type", "original_full")
+
+
+class _Forward:
+    """The `forward` of a model or encoder, with the padding mask `(B, N)` handed on as `(B, 1, 1, N)`."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(functools.partial(type(self.owner).forward, self.owner))
+
+    def __call__(self, input_ids: Tensor | None = None, attention_mask: Any = None, *args: Any, **options: Any) -> Any:
+        x = options.get("inputs_embeds") if input_ids is None else input_ids
+        if isinstance(x, Tensor):
+            if attention_mask is None:
+                attention_mask = torch.ones(1, dtype=torch.bool, device=x.device).expand(x.shape[:2])
+            if attention_mask.dim() != 2:
+                raise UnsupportedError(
+                    f"{type(self.owner).__name__} was given an attention mask of shape {tuple(attention_mask.shape)}, but "
+                    "block-sparse attention takes a padding mask only: pass the model a 2-D attention_mask."
+                )
+            attention_mask = attention_mask.to(x.device, torch.bool)[:, None, None, :]
+        return type(self.owner).forward(self.owner, input_ids, attention_mask, *args, **options)
 
 
 def _fixed(name: str, value: str) -> None:
@@ -161,8 +180,16 @@ class BigBirdAttention(Replacement):
     key: nn.Module
     value: nn.Module
 
-    def __init__(self, original: nn.Module, config: Any, semantics: str = "hf_eval", seed: int = 0, backend: str = "auto"):
-        super().__init__(original, ("query", "key", "value"))
+    def __init__(
+        self,
+        original: nn.Module,
+        config: Any,
+        semantics: str = "hf_eval",
+        seed: int = 0,
+        backend: str = "auto",
+        texts: Any = None,
+    ) -> None:
+        super().__init__(original)
         self.heads: int = config.num_attention_heads
         self.block: int = config.block_size
         self.random: int = config.num_random_blocks
@@ -170,6 +197,7 @@ class BigBirdAttention(Replacement):
         self.dropout: float = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
         self.semantics, self.seed, self.backend = semantics, seed, backend
         self._drawn: dict[int, Tensor] = {}
+        self._texts: _Memo = _Memo() if texts is None else texts
 
     def forward(
         self,
@@ -180,29 +208,25 @@ class BigBirdAttention(Replacement):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """`(B, N, E)` to `(B, N, E)`, N any number; `attention_mask` is the `Text` that the model's mask function made."""
+        """`(B, N, E)` to `(B, N, E)`, N any number; `attention_mask` `(B, 1, 1, N)` is not 0 where tokens are real."""
         refuse_attentions(self, kwargs.get("output_attentions"))
         if encoder_hidden_states is not None or past_key_values is not None:
             raise UnsupportedError(
                 f"{type(self).__name__} was given encoder_hidden_states or past_key_values, but block-sparse attention has "
                 "neither cross-attention nor a cache; call restore(model) for that."
             )
-        if not isinstance(attention_mask, Text):
-            raise UnsupportedError(
-                f"{type(self).__name__} was given a mask of type {type(attention_mask).__name__}, not farlight's own: pass the "
-                "model a 2-D attention_mask, and after set_attn_implementation call sparsify again."
-            )
+        text = self._texts(attention_mask)
         q, k, v = (heads_apart(f(hidden_states), self.heads) for f in (self.query, self.key, self.value))
         short = self.semantics == "hf_eval" and hidden_states.shape[1] <= (5 + 2 * self.random) * self.block
         dropout = self.dropout if self.training and short else 0.0
         if short:
-            pieces = attention_mask.pieces("short", lambda: [(full(), 1.0)], blank=False)
+            pieces = text.pieces("short", lambda: [(full(), 1.0)], blank=False)
         elif self.semantics == "paper":
-            pieces = attention_mask.pieces(("paper", self.seed), lambda: self._paper(attention_mask.tokens))
+            pieces = text.pieces(("paper", self.seed), lambda: self._paper(text.tokens))
         elif not self.training:
-            pieces = attention_mask.pieces("evaluation", lambda: self._evaluation(attention_mask.tokens))
+            pieces = text.pieces("evaluation", lambda: self._evaluation(text.tokens))
         else:
-            pieces = attention_mask.pieces(("training", id(self)), lambda: self._training(attention_mask.tokens))
+            pieces = text.pieces(("training", id(self)), lambda: self._training(text.tokens))
         seen = [
             farlight.attention(q, k, v, pattern, dropout=dropout, return_lse=len(pieces) > 1, backend=self.backend)
             for pattern, _ in pieces
@@ -249,7 +273,8 @@ class Text:
 
     def __init__(self, tokens: int, real: Tensor | None) -> None:
         self.tokens = tokens
-        self.real = None if real is None or bool(real.all()) else common(real)
+        seen = real is not None and (torch.compiler.is_compiling() or not bool(real.all()))
+        self.real = common(real) if real is not None and seen else None
         self._pieces: dict[Any, list[Weighted]] = {}
 
     def pieces(self, name: Any, make: Any, blank: bool = True) -> list[Weighted]:
@@ -265,9 +290,23 @@ class Text:
         return pattern - sees_all(~self.real) if blank else pattern
 
 
-def _text(batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **_: Any) -> Text:
-    """The mask function registered with transformers for models that `sparsify` has changed."""
-    return Text(kv_length, attention_mask)
+class _Memo:
+    """The text of the batch at hand: every layer of a model is given the same mask."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Reference, Text] | None = None
+
+    def __reduce__(self) -> tuple[type[_Memo], tuple[()]]:
+        return _Memo, ()
+
+    def __call__(self, mask: Tensor) -> Text:
+        last = self._last
+        if torch.compiler.is_compiling() or last is None or not last[0].is_still(mask):
+            text = Text(mask.shape[3], mask[:, 0, 0, :].bool())
+            if torch.compiler.is_compiling():
+                return text
+            self._last = last = Reference(mask), text
+        return last[1]
 
 
 _DRAWING = threading.Lock()

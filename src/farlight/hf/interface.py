@@ -18,6 +18,7 @@ from torch import nn
 
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.attend import SETTING, Chosen, Observation, Setting, attention_forward
+from farlight.hf.configs import Held, configs_of, own_configs, put_back
 from farlight.hf.layers import attention_layers, attention_modules, crosses, for_layers, foreign_attention
 from farlight.hf.masks import model_mask
 from farlight.kernels import dispatch
@@ -93,7 +94,7 @@ class Undo:
     """How a model computed its attention before `settle`; called, it puts that back. Copied and pickled with the model."""
 
     settings: list[tuple[nn.Module, Setting | None]]
-    implementations: list[tuple[Any, Any]]
+    configs: Held
 
     def __call__(self) -> None:
         for module, before in self.settings:
@@ -101,8 +102,7 @@ class Undo:
                 module.__dict__.pop(SETTING, None)
             else:
                 module.__dict__[SETTING] = before
-        for held, implementation in self.implementations:
-            held._attn_implementation_internal = implementation
+        put_back(self.configs)
 
 
 def settle(
@@ -125,10 +125,13 @@ def settle(
             f"{name} has cross-attention, in which a query and a key are positions of two different texts; a pattern "
             "speaks of one text. Use its encoder alone (model.get_encoder())."
         )
-    undo = Undo([(module, module.__dict__.get(SETTING)) for module in model.modules()], _implementations(model))
+    settled = all(each._attn_implementation == KEY for each in configs_of(model))
+    undo = Undo(
+        [(module, module.__dict__.get(SETTING)) for module in model.modules()], [] if settled else own_configs(model)
+    )
     try:
         model.set_attn_implementation(KEY)
-        if config._attn_implementation != KEY or not attention_modules(model):
+        if model.config._attn_implementation != KEY or not attention_modules(model):
             raise UnsupportedError(
                 f"{name} does not take its attention from transformers' AttentionInterface, so no other attention can "
                 "be plugged in. Use a model of the same family whose modeling file calls ALL_ATTENTION_FUNCTIONS."
@@ -173,15 +176,3 @@ def _check_chosen(pattern: Any) -> None:
             f"the pattern is {type(pattern).__name__}; pass a pattern such as fl.window(256), a router such as "
             "fl.routing.TopBlocks(8), a mapping {layer number: one of these}, or None for the model's own attention."
         )
-
-
-def _implementations(model: Any) -> list[tuple[Any, Any]]:
-    """Every configuration in the model with the implementation it names now."""
-    waiting = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "sub_configs")]
-    found: dict[int, tuple[Any, Any]] = {}
-    while waiting:
-        config = waiting.pop()
-        if id(config) not in found:
-            found[id(config)] = (config, config._attn_implementation_internal)
-            waiting += [sub for name in config.sub_configs if (sub := getattr(config, name, None)) is not None]
-    return list(found.values())

@@ -12,7 +12,6 @@ autoregressive mode of that paper, which Hugging Face's modules do not have, are
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 import farlight
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.swap import (
+    Reference,
     Replacement,
     assign,
     children,
@@ -38,8 +38,6 @@ from farlight.patterns.base import Pattern
 
 __all__ = ["LongformerAttention", "replaces", "restore", "sparsify"]
 
-_KEY = "farlight_longformer"
-_PROJECTIONS = ("query", "key", "value", "query_global", "key_global", "value_global")
 _KINDS = (
     ("longformer.modeling_longformer", "LongformerSelfAttention", "LongformerModel"),
     ("led.modeling_led", "LEDEncoderSelfAttention", "LEDEncoder"),
@@ -95,9 +93,6 @@ def sparsify(model: Any, *, autoregressive: bool = False, dilation: Dilation = 1
         kind = class_of(file, wrapper)
         for owner in [module for module in model.modules() if kind is not None and isinstance(module, kind)]:
             assign(owner, owner, "_pad_to_window_size", _unpadded if wrapper == "LongformerModel" else _unpadded_led)
-            if wrapper == "LongformerModel":
-                _register()
-                assign(owner, owner.config, "_attn_implementation_internal", _KEY)
     return model
 
 
@@ -117,7 +112,7 @@ class LongformerAttention(Replacement):
     def __init__(
         self, original: nn.Module, near: Pattern, autoregressive: bool = False, backend: str = "auto", roles: Any = None
     ) -> None:
-        super().__init__(original, _PROJECTIONS)
+        super().__init__(original)
         self.num_heads: int = original.num_heads  # type: ignore[assignment]
         self.dropout: float = original.dropout  # type: ignore[assignment]
         self.near, self.autoregressive, self.backend = near, autoregressive, backend
@@ -206,7 +201,7 @@ class _Memo:
     """The roles of the batch at hand: every layer of a model is given the same two masks."""
 
     def __init__(self) -> None:
-        self._last: tuple[_Reference, _Reference, _Roles] | None = None
+        self._last: tuple[Reference, Reference, _Roles] | None = None
 
     def __reduce__(self) -> tuple[type[_Memo], tuple[()]]:
         return _Memo, ()
@@ -221,26 +216,8 @@ class _Memo:
         if last is not None and last[0].is_still(masked) and last[1].is_still(is_global):
             return last[2]
         roles = _Roles(masked, is_global)
-        self._last = (_Reference(masked), _Reference(is_global), roles)
+        self._last = (Reference(masked), Reference(is_global), roles)
         return roles
-
-
-class _Reference:
-    """Remembers a tensor without keeping it alive, and whether it was written to since."""
-
-    def __init__(self, x: Tensor | None) -> None:
-        self._of = None if x is None else weakref.ref(x)
-        self._version = _version(x)
-
-    def is_still(self, x: Tensor | None) -> bool:
-        if self._of is None or x is None:
-            return self._of is None and x is None
-        return self._of() is x and self._version is not None and self._version == _version(x)
-
-
-def _version(x: Tensor | None) -> int | None:
-    """How often a tensor was written to; None when torch does not count."""
-    return None if x is None or x.is_inference() else x._version
 
 
 def _windows(modules: Sequence[Any], dilation: Dilation) -> list[Pattern]:
@@ -267,35 +244,11 @@ def _windows(modules: Sequence[Any], dilation: Dilation) -> list[Pattern]:
     return out
 
 
-def _register() -> None:
-    """Make the two-dimensional mask of `_row_mask` known to transformers."""
-    from transformers import AttentionMaskInterface
-
-    AttentionMaskInterface.register(_KEY, _row_mask)
-
-
-def _row_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    *,
-    attention_mask: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: Any = "cpu",
-    **_: Any,
-) -> Tensor:
-    """`(B, 1, 1, N)`: LongformerModel reads row 0 only of a mask that it would otherwise have built with all N rows."""
-    row = torch.zeros(batch_size, 1, 1, kv_length, dtype=dtype, device=device)
-    if attention_mask is not None:
-        row.masked_fill_(~attention_mask[:, None, None, :], torch.finfo(dtype).min)
-    return row
-
-
 def _unpadded(
     input_ids: Any, attention_mask: Any, token_type_ids: Any, position_ids: Any, inputs_embeds: Any, pad_token_id: int
 ) -> tuple[Any, ...]:
     """In the place of `LongformerModel._pad_to_window_size`: no padding is needed."""
-    return 0, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+    return 0, input_ids, attention_mask.as_subclass(_OneRow), token_type_ids, position_ids, inputs_embeds
 
 
 def _unpadded_led(input_ids: Any, attention_mask: Any, inputs_embeds: Any, pad_token_id: int) -> tuple[Any, ...]:
@@ -304,11 +257,18 @@ def _unpadded_led(input_ids: Any, attention_mask: Any, inputs_embeds: Any, pad_t
 
 
 class _OneRow(Tensor):
-    """A mask `(B, N)` that stays one row: LED's encoder repeats it N times, to read the first of the repetitions."""
+    """A mask `(B, N)` that stays one row. Both models build an additive mask of N equal rows, and read the first.
+
+    LED's encoder repeats the mask N times. LongformerModel clamps it to 0 and 1 and asks transformers for a mask of four
+    dimensions, which is passed on where it has them already.
+    """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             if func is Tensor.expand:
                 return args[0].as_subclass(Tensor)
+            if func is torch.clamp:
+                row = args[0].as_subclass(Tensor)[:, None, None, :]
+                return torch.zeros(row.shape, device=row.device).masked_fill_(row <= 0, torch.finfo(torch.float32).min)
         return super().__torch_function__(func, types, args, kwargs or {})

@@ -1,13 +1,14 @@
 """Modules of a Hugging Face model replaced by others that hold the same parameters, and everything put back.
 
 Some models bring their own sparse attention and leave no place where another could be plugged in. Their attention modules
-are replaced one by one. Keys of the state dict, parameters and optimisers do not notice: the replacement holds the very
-projections of the original, under the same names.
+are replaced one by one. A replacement shares the containers of the original: parameters, buffers, submodules and hooks. The
+state dict, optimisers and forward hooks do not notice, and what is registered meanwhile stays after `restore`.
 """
 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,30 +17,31 @@ from torch import Tensor, nn
 
 from farlight.errors import UnsupportedError
 
-__all__ = ["Replacement", "assign", "class_of", "common", "heads_apart", "heads_joined", "in_use", "restore"]
+__all__ = ["Reference", "Replacement", "assign", "class_of", "common", "heads_apart", "heads_joined", "in_use", "restore"]
 
 _BEFORE = "_farlight_before"
+# What torch keeps about a module beside its containers: the mode, and what kind of backward hooks it has.
+_STATES = ("training", "_is_full_backward_hook")
 
 
 class Replacement(nn.Module):
-    """An attention module in the place of `original`, whose `projections` it shares."""
+    """An attention module in the place of `original`, whose parameters, buffers, submodules and hooks it shares."""
 
     original: nn.Module
 
-    def __init__(self, original: nn.Module, projections: tuple[str, ...]) -> None:
+    def __init__(self, original: nn.Module) -> None:
         super().__init__()
         # Not registered as a submodule: its parameters are counted once, here.
         self.__dict__["original"] = original
-        self.projections = projections
-        for name in projections:
-            self.add_module(name, getattr(original, name))
-        self.train(original.training)
+        for name, value in vars(original).items():
+            if name in _STATES or (name in self.__dict__ and isinstance(value, dict | set)):
+                self.__dict__[name] = value
 
     def handed_back(self) -> nn.Module:
-        """The original with the projections and the mode as they are now."""
-        for name in self.projections:
-            setattr(self.original, name, getattr(self, name))
-        return self.original.train(self.training)
+        """The original in the mode that the replacement is in now."""
+        for name in _STATES:
+            self.original.__dict__[name] = self.__dict__[name]
+        return self.original
 
 
 def class_of(module: str, name: str) -> Any:
@@ -96,6 +98,8 @@ def heads_joined(x: Tensor) -> Tensor:
 
 def common(mask: Tensor) -> Tensor:
     """A mask `(B, N)` as `(1, N)` where all items agree, so that one plan serves the batch."""
+    if torch.compiler.is_compiling():  # the values are unknown
+        return mask
     return mask[:1] if mask.shape[0] > 1 and torch.equal(mask, mask[:1].expand_as(mask)) else mask
 
 
@@ -106,3 +110,21 @@ def refuse_attentions(module: nn.Module, wanted: Any) -> None:
             f"output_attentions=True asks {type(module).__name__} for the attention probabilities, which are never formed "
             "here; call restore(model) to get them from Hugging Face's own modules, or leave the option out."
         )
+
+
+class Reference:
+    """Remembers a tensor without keeping it alive, and whether it was written to since."""
+
+    def __init__(self, x: Tensor | None) -> None:
+        self._of = None if x is None else weakref.ref(x)
+        self._version = _version(x)
+
+    def is_still(self, x: Tensor | None) -> bool:
+        if self._of is None or x is None:
+            return self._of is None and x is None
+        return self._of() is x and self._version is not None and self._version == _version(x)
+
+
+def _version(x: Tensor | None) -> int | None:
+    """How often a tensor was written to; None when torch does not count."""
+    return None if x is None or x.is_inference() else x._version
