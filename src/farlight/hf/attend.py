@@ -19,6 +19,7 @@ from farlight.hf.handed_out import cache_layer_of
 from farlight.hf.lazy import LazyMask, ModelMask
 from farlight.hf.masks import tensor_mask
 from farlight.hf.positions import in_each_text
+from farlight.hf.probabilities import check_length, probabilities, wants_probabilities
 from farlight.patterns import causal, full, offsets, padding, strided, window
 from farlight.patterns.algebra import Intersection, looks_back
 from farlight.patterns.base import Pattern
@@ -75,8 +76,11 @@ def attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function registered with transformers: `(B, H, N, D)` in, `(B, N, H, D)` contiguous out."""
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function registered with transformers: `(B, H, N, D)` in, `(B, N, H, D)` contiguous out.
+
+    The second result is None, or under `output_attentions` the probabilities `(B, H, n_q, n_k)`.
+    """
     import farlight
 
     refuse_unknown(module, kwargs)
@@ -84,9 +88,15 @@ def attention_forward(
     sinks = kwargs.get("s_aux")
     indices = next((kwargs[name] for name in ("indices", "block_indices") if kwargs.get(name) is not None), None)
     kept = cache_layer_of(module, key, value)
+    wanted = wants_probabilities(module, kwargs.get("output_attentions"))
+    if wanted:
+        check_length(module, query.shape[2], key.shape[2])
+        if kept is not None or isinstance(setting.chosen, Gist):
+            raise _no_probabilities(module)
     if kept is not None and setting.numbered:
         more = {"sinks": sinks, "indices": indices}
         return kept.attend(module, query, key, value, attention_mask, setting.chosen, scaling, dropout, **more), None
+    columns = key.shape[2]
     own = _own_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
     if not setting.numbered:
         raise UnsupportedError(
@@ -102,6 +112,7 @@ def attention_forward(
         # Positions count from the first token again. What stands there is seen by nobody.
         key, value = (torch.nn.functional.pad(x, (0, 0, own.dropped, 0)) for x in (key, value))
         own = own.whole()
+    held = key.shape[2]
     key, value = key[:, :, : own.n_k], value[:, :, : own.n_k]
     if setting.observer is not None:
         setting.observer(Observation(module, query, key, value, scaling, own.pattern, own.q_offset, own.key_real))
@@ -123,7 +134,19 @@ def attention_forward(
         out, lse = farlight.attention(query, key, value, pattern, return_lse=True, **options)
         out = sinks_merged(module, out, lse, sinks)
     assert isinstance(out, Tensor)
-    return out[..., :width].transpose(1, 2).contiguous(), None
+    weights = None
+    if wanted:
+        weights = probabilities(query, key, pattern, scaling, own.q_offset, sinks)
+        # Empty slots of a cache are seen by nobody; keys that a sliding cache dropped have no column.
+        weights = torch.nn.functional.pad(weights, (0, held - key.shape[2]))[..., held - columns :]
+    return out[..., :width].transpose(1, 2).contiguous(), weights
+
+
+def _no_probabilities(module: nn.Module) -> UnsupportedError:
+    return UnsupportedError(
+        f"output_attentions=True asks {type(module).__name__} for the attention probabilities, but under a SparseCache or a "
+        "gist there is no matrix of queries and keys; use another cache and router, or leave the option out."
+    )
 
 
 def _in_summary(

@@ -18,34 +18,40 @@ from farlight.patterns.base import Pattern
 
 __all__ = ["chosen_by_the_model", "refuse_unknown", "sinks_merged"]
 
-# Bookkeeping of the caller, hints for other kernels, and `sliding_window`, which is already part of the model's mask.
+# Bookkeeping of the caller, arguments of transformers' losses, which a model's keywords carry along, hints for other kernels,
+# and `sliding_window`, which is already part of the model's mask.
 _WITHOUT_EFFECT = frozenset({
-    "cache_position", "deterministic", "logits_to_keep", "num_items_in_batch", "output_hidden_states",
-    "output_router_logits", "past_key_values", "position_ids", "return_dict", "sliding_window", "use_cache",
+    "cache", "cache_position", "deterministic", "ignore_index", "logits_to_keep", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "past_key_values", "position_ids", "return_dict", "shift_labels",
+    "sliding_window", "use_cache",
 })  # fmt: skip
 
-_HONOURED = frozenset({"block_indices", "indices", "s_aux"})
+_HONOURED = frozenset({"block_indices", "indices", "output_attentions", "s_aux"})
 
 _PACKED = "packs several sequences into one; pass position_ids instead, from which farlight finds them"
 _MEANING = {
     "softcap": "squashes the scores before the softmax",
     "sinks": "adds a sink of its own for each query to the softmax",
     "position_bias": "adds a bias to the scores",
-    "cache": "reads keys and values from a paged cache",
     "cu_seq_lens_q": _PACKED,
     "cu_seq_lens_k": _PACKED,
     "max_length_q": _PACKED,
     "max_length_k": _PACKED,
-    "output_attentions": "asks for the attention probabilities, which are never formed",
+    "seq_idx": _PACKED,
 }
 
 
 def refuse_unknown(module: nn.Module, given: dict[str, Any]) -> None:
     """Raise UnsupportedError for an argument that would change the result and that farlight would have to drop."""
     for name, value in given.items():
-        if value is None or value is False or name in _WITHOUT_EFFECT or name in _HONOURED:
+        if value is None or value is False or name in _HONOURED:
             continue
-        meaning = _MEANING.get(name, "is not known to farlight")
+        if name == "cache" and not hasattr(value, "get_mask_sizes"):
+            meaning = "reads keys and values from a paged cache"
+        elif name in _WITHOUT_EFFECT:
+            continue
+        else:
+            meaning = _MEANING.get(name, "is not known to farlight")
         raise UnsupportedError(
             f"{type(module).__name__} passes {name}, which {meaning}; attn_implementation='farlight' does not support "
             "it and would have to ignore it. Use 'eager' or 'sdpa' for this model or call."

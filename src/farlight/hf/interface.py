@@ -19,7 +19,7 @@ from torch import nn
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.attend import SETTING, Chosen, Observation, Setting, attention_forward
 from farlight.hf.configs import Held, configs_of, own_configs, put_back
-from farlight.hf.layers import attention_layers, attention_modules, crosses, for_layers, foreign_attention
+from farlight.hf.layers import attention_layers, attention_modules, crosses, for_layers, foreign_attention, other_mixers
 from farlight.hf.masks import model_mask
 from farlight.kernels import dispatch
 from farlight.patterns.base import Pattern
@@ -136,6 +136,9 @@ def settle(
                 f"{name} does not take its attention from transformers' AttentionInterface, so no other attention can "
                 "be plugged in. Use a model of the same family whose modeling file calls ALL_ATTENTION_FUNCTIONS."
             )
+        mixers = other_mixers(model) if isinstance(pattern, Pattern | Router) else {}
+        if mixers:
+            raise UnsupportedError(_hybrid(model, mixers))
         own = foreign_attention(model) if isinstance(pattern, Pattern | Router) else []
         if own:
             raise UnsupportedError(
@@ -154,6 +157,18 @@ def settle(
         undo()
         raise
     return undo
+
+
+def _hybrid(model: Any, mixers: dict[str, str]) -> str:
+    """Why one pattern for a whole hybrid is refused, and what to pass instead."""
+    numbers = [place.rpartition(".")[2] for place in mixers]
+    shown = ", ".join(numbers[:12]) + (", …" if len(numbers) > 12 else "")
+    layers = list(attention_layers(model))
+    return (
+        f"{type(model).__name__} is a hybrid: in layers {shown} tokens also meet otherwise than in attention "
+        f"({', '.join(sorted(set(mixers.values())))}), where a pattern for the whole model would not reach. Give a mapping "
+        f"{{layer number: pattern}} for the layers that attend: {{n: pattern for n in {layers}}}."
+    )
 
 
 def settled_again(*values: Any) -> Setting:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -16,9 +17,20 @@ from torch import nn
 
 from farlight.errors import ArgumentError, UnsupportedError
 
-__all__ = ["attention_layers", "attention_modules", "crosses", "for_layers", "foreign_attention"]
+__all__ = ["attention_layers", "attention_modules", "crosses", "for_layers", "foreign_attention", "other_mixers"]
 
 Chosen = TypeVar("Chosen")
+
+# What `config.layer_types` calls layers whose tokens meet in attention only, and layers in which they do not meet.
+_ATTENDS = {
+    "attention", "full_attention", "sliding_attention", "chunked_attention", "window_attention", "indexed_attention",
+    "compressed_sparse_attention", "heavily_compressed_attention", "minimax_m3_sparse", "reference_sliding_attention",
+    "deepseek_sparse_attention", "qwen_sparse_attention",
+}  # fmt: skip
+_TOKEN_BY_TOKEN = {"moe", "mlp", "sparse", "dense"}
+# Classes of transformers that mix tokens in the place of attention, or beside it in one layer.
+_MIXES = re.compile(r"Mamba|SSM|ShortConv|DeltaNet|LinearAttention|LightningAttention|Recurrent|R[gG][lL][rR][uU]|Mixer\b")
+_NO_MIXER = re.compile(r"Norm|Rotary|Layer$|Model$|Experts|M[lL][pP]|Cache|For[A-Z]")
 
 
 def attention_layers(model: Any) -> dict[int, nn.Module]:
@@ -57,6 +69,43 @@ def foreign_attention(model: Any) -> list[nn.Module]:
         parts = name.split(".")
         reached.update(model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
     return [module for module in model.modules() if "Attention" in type(module).__name__ and module not in reached]
+
+
+def other_mixers(model: Any) -> dict[str, str]:
+    """The layers of a hybrid in which tokens meet otherwise than in attention: place in the model, and what they hold.
+
+    Linear attention, state-space and recurrent layers, short convolutions, and layers with one of these beside attention.
+    They are known by `config.layer_types` and by the classes in the stacks of layers that hold the attention modules.
+    """
+    attending = attention_modules(model)
+    stacks = {name.rsplit(".", depth)[0] for name in attending for depth in range(1, name.count(".") + 1)}
+    stacks = {name for name in stacks if isinstance(model.get_submodule(name), nn.ModuleList)}
+    found: dict[str, str] = {}
+    for name in sorted(stacks):
+        stack = model.get_submodule(name)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        kinds = _layer_types(getattr(owner, "config", None), len(stack))
+        for number, layer in enumerate(stack):
+            place = f"{name}.{number}"
+            reached = {id(m) for at, each in attending.items() if f"{at}.".startswith(f"{place}.") for m in each.modules()}
+            mixers = [type(m).__name__ for m in layer.modules() if id(m) not in reached and _is_mixer(type(m).__name__)]
+            if mixers:
+                found[place] = mixers[0]
+            elif kinds is not None and kinds[number] not in _ATTENDS | _TOKEN_BY_TOKEN:
+                found[place] = kinds[number]
+    return found
+
+
+def _layer_types(config: Any, count: int) -> list[str] | None:
+    for name in ("layer_types", "layers_block_type"):
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list | tuple) and len(kinds) == count and all(isinstance(kind, str) for kind in kinds):
+            return list(kinds)
+    return None
+
+
+def _is_mixer(name: str) -> bool:
+    return bool(_MIXES.search(name)) and not _NO_MIXER.search(name)
 
 
 def crosses(model: Any) -> bool:
