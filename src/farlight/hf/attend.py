@@ -20,6 +20,7 @@ from farlight.hf.lazy import LazyMask, ModelMask
 from farlight.hf.masks import tensor_mask
 from farlight.hf.positions import in_each_text
 from farlight.hf.probabilities import check_length, probabilities, wants_probabilities
+from farlight.hf.tracing import refuse_jit_trace
 from farlight.patterns import causal, full, offsets, padding, strided, window
 from farlight.patterns.algebra import Intersection, looks_back
 from farlight.patterns.base import Pattern
@@ -83,6 +84,9 @@ def attention_forward(
     """
     import farlight
 
+    if torch.compiler.is_compiling() and isinstance(attention_mask, LazyMask):
+        return _left_graph(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    refuse_jit_trace()
     refuse_unknown(module, kwargs)
     setting: Setting = module.__dict__.get(SETTING) or Setting()
     sinks = kwargs.get("s_aux")
@@ -142,6 +146,12 @@ def attention_forward(
     return out[..., :width].transpose(1, 2).contiguous(), weights
 
 
+_left_graph = torch.compiler.disable(
+    attention_forward,
+    reason="this mask was made outside the graph, and its values decide what is computed; compile without fullgraph=True",
+)
+
+
 def _no_probabilities(module: nn.Module) -> UnsupportedError:
     return UnsupportedError(
         f"output_attentions=True asks {type(module).__name__} for the attention probabilities, but under a SparseCache or a "
@@ -198,7 +208,7 @@ def _joined(module: nn.Module, chosen: Chosen, own: ModelMask, q: Tensor, k: Ten
         found: Pattern = chosen(q, k, key_mask=own.key_real, query_mask=own.query_real)
         chosen = found
     chosen = in_each_text(chosen, own.key_real if own.text is None else own.text, k.shape[2])
-    return chosen if own.pattern == full() else own.pattern & chosen
+    return chosen if own.pattern.text == full().text else own.pattern & chosen
 
 
 def _moves(chosen: Chosen) -> bool:

@@ -38,6 +38,7 @@ from farlight.hf.swap import (
     refuse_attentions,
     restore,
 )
+from farlight.hf.tracing import refuse_jit_trace
 from farlight.patterns import blocked_window, chosen_blocks, full, padding, seen_by_all, sees_all
 from farlight.patterns.base import Pattern
 from farlight.presets import bigbird
@@ -209,6 +210,7 @@ class BigBirdAttention(Replacement):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """`(B, N, E)` to `(B, N, E)`, N any number; `attention_mask` `(B, 1, 1, N)` is not 0 where tokens are real."""
+        refuse_jit_trace()
         refuse_attentions(self, kwargs.get("output_attentions"))
         if encoder_hidden_states is not None or past_key_values is not None:
             raise UnsupportedError(

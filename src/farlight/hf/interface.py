@@ -7,13 +7,11 @@ ever registered together.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from farlight.errors import ArgumentError, UnsupportedError
@@ -40,15 +38,8 @@ def register() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise ImportError("farlight.hf needs transformers, which cannot be imported; pip install 'farlight[hf]'.") from error
-    mask, attention = _outside_graphs()
-    AttentionMaskInterface.register(KEY, mask)
-    AttentionInterface.register(KEY, attention)
-
-
-@functools.cache
-def _outside_graphs() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Both functions as torch.compile should take them: as they are. Which pattern a mask is depends on its values."""
-    return torch.compiler.disable(model_mask), torch.compiler.disable(attention_forward)
+    AttentionMaskInterface.register(KEY, model_mask)
+    AttentionInterface.register(KEY, attention_forward)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from farlight.hf.swap import (
     refuse_attentions,
     restore,
 )
+from farlight.hf.tracing import refuse_jit_trace
 from farlight.patterns import causal, full, padding, per_head, seen_by_all, sees_all, window
 from farlight.patterns.base import Pattern
 
@@ -128,6 +129,7 @@ class LongformerAttention(Replacement):
         output_attentions: bool = False,
     ) -> tuple[Tensor]:
         """`(B, N, E)` to `(B, N, E)`; the masks are those that the encoder prepares (the sign of `attention_mask` counts)."""
+        refuse_jit_trace()
         refuse_attentions(self, output_attentions)
         roles = self._roles(attention_mask, is_index_masked, is_index_global_attn, is_global_attn)
         q, k, v = (heads_apart(f(hidden_states), self.num_heads) for f in (self.query, self.key, self.value))

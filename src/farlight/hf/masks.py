@@ -17,11 +17,18 @@ from torch import Tensor
 
 from farlight.errors import UnsupportedError
 from farlight.hf.lazy import LazyMask, ModelMask
+from farlight.hf.tracing import refuse_jit_trace
 from farlight.patterns import causal, documents, full, padding, pairs, window
 from farlight.patterns.base import Pattern
 
 __all__ = ["model_mask", "read_mask", "tensor_mask"]
 
+# Pairs up to which a compiled program evaluates a mask function inside its graph; beyond, the graph is left.
+_EVALUATED_IN_GRAPH = 1 << 24
+_BIAS = (
+    "the model passed an attention mask that adds values other than 0 and minus infinity to the scores: a bias, which a "
+    "pattern cannot express. Use attn_implementation='sdpa' or 'eager' for this model."
+)
 # Pairs that an unknown mask function may be evaluated on: 16 384 tokens, 256 MiB of bool.
 _EVALUATED = 1 << 28
 
@@ -35,13 +42,89 @@ def model_mask(
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
-) -> LazyMask:
+) -> LazyMask | ModelMask:
     """The mask function registered with transformers: its own arguments in, a tensor that holds a `ModelMask` out.
 
-    Never None: what a missing mask would mean depends on the model.
+    Never None: what a missing mask would mean depends on the model. In a program that is being traced it is the
+    `ModelMask` itself, with the padding as a table, whose values are unknown.
     """
-    own = read_mask(batch_size, q_length, kv_length, int(q_offset), int(kv_offset), mask_function, attention_mask, kwargs)
-    return LazyMask(own, batch_size, q_length, kv_length, kwargs.get("device", "cpu"))
+    given = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, kwargs)
+    if torch.compiler.is_compiling():
+        return _traced_mask(*given)
+    refuse_jit_trace()
+    return _lazy_mask(*given)
+
+
+def _lazy_mask(
+    batch: int,
+    n_q: int,
+    n_k: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    function: Callable[..., Any] | None,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> LazyMask:
+    own = read_mask(batch, n_q, n_k, int(q_offset), int(kv_offset), function, attention_mask, kwargs)
+    return LazyMask(own, batch, n_q, n_k, kwargs.get("device", "cpu"))
+
+
+_left_graph = torch.compiler.disable(
+    _lazy_mask,
+    reason="the values of this mask decide what is computed (a static cache, or a long packed text): pass an attention_mask, "
+    "or compile without fullgraph=True",
+)
+
+
+def _traced_mask(
+    batch: int,
+    n_q: int,
+    n_k: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    function: Callable[..., Any] | None,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> LazyMask | ModelMask:
+    """The mask inside a graph. Which rule a function stands for is asked while tracing, where it holds no tensor."""
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    if isinstance(q_offset, Tensor) or kv_offset:
+        return _left_graph(batch, n_q, n_k, q_offset, kv_offset, function, attention_mask, kwargs)
+    pattern: Pattern | None = None
+    if function is None or function is causal_mask_function:
+        pattern = causal()
+    elif function is bidirectional_mask_function:
+        pattern = full()
+    elif not torch.compiler.is_dynamo_compiling():  # torch.export runs this function as it is
+        rule = _recognise(function)
+        pattern = None if rule is None else rule.pattern(n_k, 0)
+    elif _holds_no_tensor(kwargs):
+        left, right = _limits(function)
+        pattern = None if right is None else _Rule(left, right).pattern(n_k, 0)
+    if pattern is None:
+        if batch * n_q * n_k > _EVALUATED_IN_GRAPH or (n_q == n_k and q_offset != kv_offset):
+            return _left_graph(batch, n_q, n_k, q_offset, kv_offset, function, attention_mask, kwargs)
+        pattern = _evaluate(batch, n_q, n_k, q_offset, kv_offset, function, kwargs)
+    if attention_mask is None:
+        return ModelMask(pattern, q_offset)
+    real = attention_mask.to(torch.bool)
+    real = torch.nn.functional.pad(real, (0, max(0, n_k - real.shape[1])))[:, :n_k]
+    return ModelMask(pattern & padding(real), q_offset, key_real=real)
+
+
+def _holds_no_tensor(kwargs: dict[str, Any]) -> bool:
+    """Whether transformers made the mask function of rules alone: it then lets SDPA leave the mask out, and says so."""
+    plain = kwargs.get("allow_is_causal_skip") or kwargs.get("allow_is_bidirectional_skip")
+    chunked = getattr(kwargs.get("config"), "attention_chunk_size", None) is not None
+    return bool(plain) and not chunked and not kwargs.get("use_vmap")
+
+
+@torch.compiler.assume_constant_result
+def _limits(function: Callable[..., Any]) -> tuple[int | None, int | None]:
+    """How far the rule that a function without tensors stands for looks back and ahead; (None, None) when it is unknown."""
+    rule = _recognise(function)
+    return (None, None) if rule is None or rule.groups is not None else (rule.left, rule.right)
 
 
 def read_mask(
@@ -74,7 +157,7 @@ def read_mask(
         if bool(real.all()):
             real = None
         else:
-            pattern = padding(real) if pattern == full() else pattern & padding(real)
+            pattern = pattern & padding(real) if pattern.text != full().text else padding(real)
 
     def whole() -> ModelMask:
         held = torch.ones(batch, dropped + n_k, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -98,11 +181,11 @@ def tensor_mask(mask: Tensor, n_q: int, n_k: int) -> ModelMask:
     if mask.dtype != torch.bool:
         allowed = mask == 0
         # Half of the smallest number: sums of several "minus infinities" are at least that low.
-        if not bool((allowed | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
-            raise UnsupportedError(
-                "the model passed an attention mask that adds values other than 0 and minus infinity to the scores: "
-                "a bias, which a pattern cannot express. Use attn_implementation='sdpa' or 'eager' for this model."
-            )
+        fine = (allowed | (mask <= torch.finfo(mask.dtype).min / 2)).all()
+        if torch.compiler.is_compiling():
+            torch._assert_async(fine, _BIAS)
+        elif not bool(fine):
+            raise UnsupportedError(_BIAS)
         mask = allowed
     # A key that no query sees is padding, and so is a query that sees nothing.
     return ModelMask(pairs(mask), n_k - n_q, key_real=mask.any(2).any(1), query_real=mask.any(3).any(1))
@@ -137,7 +220,7 @@ class _Rule:
             ids = (torch.arange(n, device=left.device) + dropped - left.reshape(-1, 1)) // length
             ids = ids - ids.min() if ids.numel() else ids
         same = documents(ids)
-        return same if near == full() else near & same
+        return same if near.text == full().text else near & same
 
 
 def _recognise(function: Callable[..., Any]) -> _Rule | None:
@@ -171,7 +254,8 @@ def _all_of(functions: list[Callable[..., Any]]) -> _Rule | None:
     packed = any(_is_from(f, masking_utils.packed_sequence_mask_function) for f in functions)
     rule: _Rule | None = _Rule()
     for function in functions:
-        if packed and _is_from(function, masking_utils.remap_positions_for_packed_sequence):
+        remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)  # not in older releases
+        if packed and remap is not None and _is_from(function, remap):
             # Positions count up by one within a packed sequence, so inside it distances are the same before and after
             # the renumbering; across sequences nothing is allowed anyway.
             function = _held(function)["mask_function"]
