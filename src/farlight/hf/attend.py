@@ -253,7 +253,7 @@ def _own_mask(
             )
         return mask.own
     if isinstance(mask, Tensor):
-        return tensor_mask(mask, n_q, n_k)
+        return tensor_mask(mask, n_q, n_k, q.shape[0] if mask.shape[0] == 1 else None)
     if mask is not None:
         raise UnsupportedError(
             f"{type(module).__name__} passes a mask of type {type(mask).__name__}, which was built for another "

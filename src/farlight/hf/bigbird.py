@@ -156,10 +156,11 @@ class _Forward:
         if isinstance(x, Tensor):
             if attention_mask is None:
                 attention_mask = torch.ones(1, dtype=torch.bool, device=x.device).expand(x.shape[:2])
-            if attention_mask.dim() != 2:
+            if attention_mask.shape != x.shape[:2]:
                 raise UnsupportedError(
                     f"{type(self.owner).__name__} was given an attention mask of shape {tuple(attention_mask.shape)}, but "
-                    "block-sparse attention takes a padding mask only: pass the model a 2-D attention_mask."
+                    f"block-sparse attention takes a padding mask only: pass the model a 2-D attention_mask, here "
+                    f"{tuple(x.shape[:2])}."
                 )
             attention_mask = attention_mask.to(x.device, torch.bool)[:, None, None, :]
         return type(self.owner).forward(self.owner, input_ids, attention_mask, *args, **options)

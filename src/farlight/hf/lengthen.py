@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from farlight.errors import ArgumentError, UnsupportedError
+from farlight.hf.configs import own_configs, put_back
 from farlight.patterns.arguments import whole
 
 __all__ = ["lengthen", "positions_of"]
@@ -67,7 +68,8 @@ def lengthen(model: Any, max_positions: int, *, rope: str = "dynamic", tokenizer
     Full attention over a lengthened text costs what it costs: run the model under a pattern (`fl.hf.use_pattern`).
 
     Args:
-        model: a PreTrainedModel; its configuration is updated, so that it can be stored and loaded.
+        model: a PreTrainedModel; it gets an updated configuration of its own, so that it can be stored and loaded. The
+            configuration object that it was built from, which other models may hold, stays as it is.
         max_positions: the longest text, in tokens, special ones included.
         rope: which scaling, for rotary positions.
         tokenizer: also let this tokenizer cut at `max_positions` only (its `model_max_length`).
@@ -104,10 +106,15 @@ def lengthen(model: Any, max_positions: int, *, rope: str = "dynamic", tokenizer
             f"lengthen: {name} reads {known} positions already, more than the {wanted} asked for; cut the texts instead."
         )
     if wanted > known:
-        if tables:
-            _lengthen_tables(model, config, tables, wanted)
-        else:
-            _scale_rotary(model, rotary, wanted, rope)
+        held = own_configs(model)
+        try:
+            if tables:
+                _lengthen_tables(model, model.config, list(_tables(model, model.config)), wanted)
+            else:
+                _scale_rotary(model, list(_rotary(model)), wanted, rope)
+        except BaseException:
+            put_back(held)
+            raise
     if tokenizer is not None:
         tokenizer.model_max_length = wanted
     return model

@@ -131,6 +131,13 @@ class LongformerAttention(Replacement):
         """`(B, N, E)` to `(B, N, E)`; the masks are those that the encoder prepares (the sign of `attention_mask` counts)."""
         refuse_jit_trace()
         refuse_attentions(self, output_attentions)
+        for mask in (attention_mask, is_index_masked, is_index_global_attn):
+            if mask is not None and mask.shape != hidden_states.shape[:2]:
+                raise UnsupportedError(
+                    f"{type(self).__name__} was given a mask of shape {tuple(mask.shape)} for hidden states of shape "
+                    f"{tuple(hidden_states.shape)}; pass the model masks of shape {tuple(hidden_states.shape[:2])}, one row "
+                    "for each text."
+                )
         roles = self._roles(attention_mask, is_index_masked, is_index_global_attn, is_global_attn)
         q, k, v = (heads_apart(f(hidden_states), self.num_heads) for f in (self.query, self.key, self.value))
         out = heads_joined(self._attend(q, k, v, roles.local(self.near, self.autoregressive)))

@@ -108,6 +108,7 @@ def _traced_mask(
         pattern = _evaluate(batch, n_q, n_k, q_offset, kv_offset, function, kwargs)
     if attention_mask is None:
         return ModelMask(pattern, q_offset)
+    _check_batch(batch, attention_mask, "attention_mask")
     real = attention_mask.to(torch.bool)
     real = torch.nn.functional.pad(real, (0, max(0, n_k - real.shape[1])))[:, :n_k]
     return ModelMask(pattern & padding(real), q_offset, key_real=real)
@@ -142,6 +143,9 @@ def read_mask(
 
     function = causal_mask_function if function is None else function
     rule = _recognise(function)
+    _check_batch(batch, attention_mask, "attention_mask")
+    if rule is not None and rule.groups is not None:
+        _check_batch(batch, rule.groups if isinstance(rule.groups, Tensor) else rule.groups[1], "mask of packed or chunked texts")
     if rule is not None and isinstance(rule.groups, Tensor) and rule.groups.shape[-1] != n_k:
         rule = None
     if rule is None:
@@ -170,8 +174,20 @@ def read_mask(
     return ModelMask(pattern, offset - dropped, dropped, seen, real, whole=whole if dropped else None)
 
 
-def tensor_mask(mask: Tensor, n_q: int, n_k: int) -> ModelMask:
-    """A mask that the model's caller made: bool (True = allowed) or additive (0 = allowed, very negative = not)."""
+def _check_batch(batch: int, given: Tensor | None, name: str) -> None:
+    """Raise where a mask is not one for each text. One of a single row would say of every text what it says of the first."""
+    if given is not None and given.shape[0] != batch:
+        raise UnsupportedError(
+            f"the model passed the {name} of {given.shape[0]} texts for a batch of {batch}; pass one row for each text "
+            "(attention_mask.expand(batch, -1) where all are alike)."
+        )
+
+
+def tensor_mask(mask: Tensor, n_q: int, n_k: int, batch: int | None = None) -> ModelMask:
+    """A mask that the model's caller made: bool (True = allowed) or additive (0 = allowed, very negative = not).
+
+    Its leading dimensions may be 1, which stands for all texts and heads, as in torch's own attention.
+    """
     if mask.dim() != 4 or mask.shape[2:] != (n_q, n_k):
         raise UnsupportedError(
             f"the model passed an attention mask of shape {tuple(mask.shape)} for {n_q} queries and {n_k} keys; "
@@ -188,7 +204,10 @@ def tensor_mask(mask: Tensor, n_q: int, n_k: int) -> ModelMask:
             raise UnsupportedError(_BIAS)
         mask = allowed
     # A key that no query sees is padding, and so is a query that sees nothing.
-    return ModelMask(pairs(mask), n_k - n_q, key_real=mask.any(2).any(1), query_real=mask.any(3).any(1))
+    key_real, query_real = mask.any(2).any(1), mask.any(3).any(1)
+    if batch is not None:
+        key_real, query_real = key_real.expand(batch, -1), query_real.expand(batch, -1)
+    return ModelMask(pairs(mask), n_k - n_q, key_real=key_real, query_real=query_real)
 
 
 @dataclass(frozen=True)
