@@ -30,7 +30,6 @@ from transformers import (
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention
 
 import farlight as fl
-from farlight.hf import bigbird
 from farlight.hf.bigbird import BigBirdAttention, replaces, restore, sparsify
 from farlight.plan.cache import plans
 from hf_parity import Largest, answer, compare, errors

@@ -199,7 +199,10 @@ def test_gradients_with_and_without_checkpoints() -> None:
     for reentrant in (None, False, True):
         model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
         if reentrant is not None:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            enable = (
+                getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            )  # as it was called
+            enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         with use_pattern(model, pattern):
             model(input_ids=tokens).last_hidden_state.square().sum().backward()
@@ -220,6 +223,12 @@ def mask_functions(n: int) -> dict[str, Callable[..., Any]]:
     packed = torch.nn.functional.pad(packed, (0, n - packed.numel()), value=2).expand(2, -1)
     positions = torch.cat([torch.arange(int(c)) for c in packed[0].bincount()]).expand(2, -1)
     labels = torch.tensor([0, 0, 1, 1, -1, -1, 2]).repeat(n)[:n].expand(2, -1)
+
+    def joined(function: Callable[..., Any]) -> Callable[..., Any]:
+        if hasattr(m, "packed_sequence_compatibility_function"):
+            return m.packed_sequence_compatibility_function(function, positions, packed)
+        return m.and_masks(function, m.packed_sequence_mask_function(packed))  # as older releases write it
+
     return {
         "causal": m.causal_mask_function,
         "bidirectional": m.bidirectional_mask_function,
@@ -229,8 +238,8 @@ def mask_functions(n: int) -> dict[str, Callable[..., Any]]:
         "some that come after": m.and_masks(m.sliding_window_overlay(0), m.sliding_window_bidirectional_overlay(3)),
         "sliding both ways": m.sliding_window_bidirectional_mask_function(3),
         "chunked": m.chunked_causal_mask_function(5, torch.tensor([0, 3])),
-        "packed": m.packed_sequence_compatibility_function(m.causal_mask_function, positions, packed),
-        "packed sliding": m.packed_sequence_compatibility_function(m.sliding_window_causal_mask_function(3), positions, packed),
+        "packed": joined(m.causal_mask_function),
+        "packed sliding": joined(m.sliding_window_causal_mask_function(3)),
         "blockwise": m.or_masks(m.causal_mask_function, m.blockwise_overlay(labels)),
         "a user's own": m.and_masks(m.causal_mask_function, lambda b, h, q, k: (q + k) % 3 != 0),
     }
@@ -422,7 +431,7 @@ def test_no_mask_means_what_it_means_for_sdpa(monkeypatch: pytest.MonkeyPatch) -
         ("softcap", 30.0, "passes softcap, which squashes the scores"),
         ("sinks", torch.zeros(2), "passes sinks, which adds a sink of its own for each query"),
         ("position_bias", torch.zeros(1, 1, 5, 5), "passes position_bias, which adds a bias"),
-        ("output_attentions", True, "passes output_attentions, which asks for the attention probabilities"),
+        ("seq_idx", torch.zeros(1, 5), "passes seq_idx, which packs several sequences"),
         ("cu_seq_lens_q", torch.zeros(2), "passes cu_seq_lens_q, which packs several sequences"),
         ("cache", object(), "passes cache, which reads keys and values from a paged cache"),
         ("novelty", 1, "passes novelty, which is not known to farlight"),

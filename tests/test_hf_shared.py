@@ -72,7 +72,9 @@ def out(name: str, model: Any) -> Tensor:
 
 def written(config: Any) -> dict[str, Any]:
     """All that a configuration holds, private attributes and inner configurations included."""
-    return {name: written(value) if hasattr(value, "sub_configs") else copy.deepcopy(value) for name, value in vars(config).items()}
+    return {
+        name: written(value) if hasattr(value, "sub_configs") else copy.deepcopy(value) for name, value in vars(config).items()
+    }
 
 
 @every_family

@@ -82,8 +82,6 @@ def attention_forward(
 
     The second result is None, or under `output_attentions` the probabilities `(B, H, n_q, n_k)`.
     """
-    import farlight
-
     if torch.compiler.is_compiling() and isinstance(attention_mask, LazyMask):
         return _left_graph(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     refuse_jit_trace()
@@ -95,27 +93,20 @@ def attention_forward(
     wanted = wants_probabilities(module, kwargs.get("output_attentions"))
     if wanted:
         check_length(module, query.shape[2], key.shape[2])
-        if kept is not None or isinstance(setting.chosen, Gist):
-            raise _no_probabilities(module)
+        _refuse_probabilities(module, kept is not None or isinstance(setting.chosen, Gist))
     if kept is not None and setting.numbered:
         more = {"sinks": sinks, "indices": indices}
         return kept.attend(module, query, key, value, attention_mask, setting.chosen, scaling, dropout, **more), None
     columns = key.shape[2]
     own = _own_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
+    if setting.chosen is not None and not isinstance(attention_mask, LazyMask | ModelMask | None):
+        _refuse_open_end(module, own, query.shape[2], key.shape[2])
     if not setting.numbered:
         raise UnsupportedError(
             f"{type(module).__name__} computes attention, but has no layer number, so that a mapping {{layer: pattern}} does "
             "not say what it should run under; pass one pattern for the whole model."
         )
-    if own.dropped and (indices is not None or not _moves(setting.chosen)):
-        if own.whole is None or indices is not None:
-            raise UnsupportedError(
-                f"{type(module).__name__}: the cache has dropped the first {own.dropped} keys, so that positions in the "
-                "pattern no longer match; generate with a cache that keeps every key, or without a pattern."
-            )
-        # Positions count from the first token again. What stands there is seen by nobody.
-        key, value = (torch.nn.functional.pad(x, (0, 0, own.dropped, 0)) for x in (key, value))
-        own = own.whole()
+    key, value, own = _with_dropped(module, own, setting.chosen, key, value, indices is not None)
     held = key.shape[2]
     key, value = key[:, :, : own.n_k], value[:, :, : own.n_k]
     if setting.observer is not None:
@@ -124,39 +115,84 @@ def attention_forward(
     listed = chosen_by_the_model(module, kwargs, query, key.shape[2])
     if listed is not None:
         pattern = pattern & listed
-    width = value.shape[3]
-    query, key, value, scaling = _of_one_width(query, key, value, scaling)
-    options: dict[str, Any] = {"scale": scaling, "q_offset": own.q_offset, "dropout": dropout, "backend": setting.backend}
-    out: Tensor | tuple[Tensor, Tensor]
+    options: dict[str, Any] = {"q_offset": own.q_offset, "dropout": dropout, "backend": setting.backend}
     if isinstance(setting.chosen, Gist):
         if sinks is not None or indices is not None:
             raise _no_summary(module)
-        out = _in_summary(module, setting.chosen, own, query, key, value, pattern, options)
-    elif sinks is None:
-        out = farlight.attention(query, key, value, pattern, **options)
+        out = _in_summary(module, setting.chosen, own, query, key, value, pattern, options | {"scale": scaling})
     else:
-        out, lse = farlight.attention(query, key, value, pattern, return_lse=True, **options)
-        out = sinks_merged(module, out, lse, sinks)
-    assert isinstance(out, Tensor)
+        out = _attended(module, query, key, value, pattern, scaling, sinks, options)
     weights = None
     if wanted:
         weights = probabilities(query, key, pattern, scaling, own.q_offset, sinks)
         # Empty slots of a cache are seen by nobody; keys that a sliding cache dropped have no column.
         weights = torch.nn.functional.pad(weights, (0, held - key.shape[2]))[..., held - columns :]
-    return out[..., :width].transpose(1, 2).contiguous(), weights
+    return out.transpose(1, 2).contiguous(), weights
 
 
-_left_graph = torch.compiler.disable(
+def _attended(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    scale: float | None,
+    sinks: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention with values of any width, and with a sink in the softmax where there is one."""
+    import farlight
+
+    width = v.shape[3]
+    q, k, v, scale = _of_one_width(q, k, v, scale)
+    out: Tensor | tuple[Tensor, Tensor]
+    if sinks is None:
+        out = farlight.attention(q, k, v, pattern, scale=scale, **options)
+    else:
+        out, lse = farlight.attention(q, k, v, pattern, scale=scale, return_lse=True, **options)
+        out = sinks_merged(module, out, lse, sinks)
+    assert isinstance(out, Tensor)
+    return out[..., :width]
+
+
+_left_graph: Callable[..., tuple[Tensor, Tensor | None]] = torch.compiler.disable(
     attention_forward,
     reason="this mask was made outside the graph, and its values decide what is computed; compile without fullgraph=True",
 )
 
 
-def _no_probabilities(module: nn.Module) -> UnsupportedError:
-    return UnsupportedError(
-        f"output_attentions=True asks {type(module).__name__} for the attention probabilities, but under a SparseCache or a "
-        "gist there is no matrix of queries and keys; use another cache and router, or leave the option out."
-    )
+def _refuse_open_end(module: nn.Module, own: ModelMask, n_q: int, n_k: int) -> None:
+    """Raise where a written-out mask shows that its queries are not the last tokens: no pattern knows where they stand."""
+    if n_q < n_k and not torch.compiler.is_compiling() and own.key_real is not None and not bool(own.key_real[:, -1].any()):
+        raise UnsupportedError(
+            f"{type(module).__name__}: the attention mask hides the last of {n_k} keys from all {n_q} queries, as a static "
+            "cache does, so that the positions of the queries in the pattern are unknown; pass a 2-D attention_mask, and "
+            "sparsify the whole model that generates."
+        )
+
+
+def _refuse_probabilities(module: nn.Module, without_matrix: bool) -> None:
+    if without_matrix:
+        raise UnsupportedError(
+            f"output_attentions=True asks {type(module).__name__} for the attention probabilities, but under a SparseCache or "
+            "a gist there is no matrix of queries and keys; use another cache and router, or leave the option out."
+        )
+
+
+def _with_dropped(
+    module: nn.Module, own: ModelMask, chosen: Chosen, key: Tensor, value: Tensor, listed: bool
+) -> tuple[Tensor, Tensor, ModelMask]:
+    """Keys, values and mask with positions that count from the first token, where a cache has dropped some that matter."""
+    if not own.dropped or (_moves(chosen) and not listed):
+        return key, value, own
+    if own.whole is None or listed:
+        raise UnsupportedError(
+            f"{type(module).__name__}: the cache has dropped the first {own.dropped} keys, so that positions in the "
+            "pattern no longer match; generate with a cache that keeps every key, or without a pattern."
+        )
+    # What stands in the place of dropped keys is seen by nobody.
+    key, value = (torch.nn.functional.pad(x, (0, 0, own.dropped, 0)) for x in (key, value))
+    return key, value, own.whole()
 
 
 def _in_summary(
@@ -172,12 +208,14 @@ def _in_summary(
     """Attention that also hears the blocks it does not see, as far as the model itself would let it see them."""
     if options["dropout"] or not _bare(own.pattern) or own.q_offset != k.shape[2] - q.shape[2]:
         raise _no_summary(module)
+    width = v.shape[3]
+    q, k, v, scale = _of_one_width(q, k, v, options["scale"])
     out = gist_attention(
-        q, k, v, pattern, block=chosen.block, causal=looks_back(own.pattern), key_mask=own.key_real, scale=options["scale"],
+        q, k, v, pattern, block=chosen.block, causal=looks_back(own.pattern), key_mask=own.key_real, scale=scale,
         backend=options["backend"],
     )  # fmt: skip
     assert isinstance(out, Tensor)
-    return out
+    return out[..., :width]
 
 
 def _no_summary(module: nn.Module) -> UnsupportedError:

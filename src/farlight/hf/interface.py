@@ -117,9 +117,7 @@ def settle(
             "speaks of one text. Use its encoder alone (model.get_encoder())."
         )
     settled = all(each._attn_implementation == KEY for each in configs_of(model))
-    undo = Undo(
-        [(module, module.__dict__.get(SETTING)) for module in model.modules()], [] if settled else own_configs(model)
-    )
+    undo = Undo([(module, module.__dict__.get(SETTING)) for module in model.modules()], [] if settled else own_configs(model))
     try:
         model.set_attn_implementation(KEY)
         if model.config._attn_implementation != KEY or not attention_modules(model):

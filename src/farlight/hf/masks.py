@@ -69,7 +69,7 @@ def _lazy_mask(
     return LazyMask(own, batch, n_q, n_k, kwargs.get("device", "cpu"))
 
 
-_left_graph = torch.compiler.disable(
+_left_graph: Callable[..., LazyMask] = torch.compiler.disable(
     _lazy_mask,
     reason="the values of this mask decide what is computed (a static cache, or a long packed text): pass an attention_mask, "
     "or compile without fullgraph=True",
@@ -105,6 +105,7 @@ def _traced_mask(
     if pattern is None:
         if batch * n_q * n_k > _EVALUATED_IN_GRAPH or (n_q == n_k and q_offset != kv_offset):
             return _left_graph(batch, n_q, n_k, q_offset, kv_offset, function, attention_mask, kwargs)
+        assert function is not None
         pattern = _evaluate(batch, n_q, n_k, q_offset, kv_offset, function, kwargs)
     if attention_mask is None:
         return ModelMask(pattern, q_offset)
@@ -145,7 +146,9 @@ def read_mask(
     rule = _recognise(function)
     _check_batch(batch, attention_mask, "attention_mask")
     if rule is not None and rule.groups is not None:
-        _check_batch(batch, rule.groups if isinstance(rule.groups, Tensor) else rule.groups[1], "mask of packed or chunked texts")
+        _check_batch(
+            batch, rule.groups if isinstance(rule.groups, Tensor) else rule.groups[1], "mask of packed or chunked texts"
+        )
     if rule is not None and isinstance(rule.groups, Tensor) and rule.groups.shape[-1] != n_k:
         rule = None
     if rule is None:

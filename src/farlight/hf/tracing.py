@@ -11,7 +11,7 @@ __all__ = ["refuse_jit_trace"]
 
 def refuse_jit_trace() -> None:
     """Raise under torch.jit.trace: the values of the example's mask would become constants of the traced program."""
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         raise UnsupportedError(
             "torch.jit.trace would record this model's attention mask, and the plan made from it, as constants, so that the "
             "traced program ignored other padding; use torch.export.export, or restore(model) before tracing."
