@@ -35,6 +35,7 @@ from farlight.hf.attend import SETTING, Setting, attention_forward
 from farlight.hf.interface import KEY
 from farlight.hf.lazy import ModelMask
 from farlight.hf.masks import model_mask, tensor_mask
+from hf_parity import CACHE
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -159,8 +160,8 @@ def test_queries_come_after_the_keys_in_the_cache() -> None:
         whole = model(input_ids=tokens).logits
         cache, pieces = None, []
         for start, stop in ((0, 7), (7, 8), (8, 9), (9, 20)):
-            out = model(input_ids=tokens[:, start:stop], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=tokens[:, start:stop], use_cache=True, **{CACHE: cache})
+            cache = getattr(out, CACHE)
             pieces.append(out.logits)
     close(torch.cat(pieces, 1), whole)
 
@@ -170,7 +171,7 @@ def test_slots_of_a_static_cache_that_hold_nothing_are_not_seen() -> None:
     pattern = fl.window(3) | fl.global_tokens([0])
     cache = StaticCache(config=model.config, max_cache_len=24)
     with torch.no_grad(), use_pattern(model, pattern):
-        pieces = [model(input_ids=part, past_key_values=cache)[0] for part in tokens.split([7, 1, 12], 1)]
+        pieces = [model(input_ids=part, **{CACHE: cache})[0] for part in tokens.split([7, 1, 12], 1)]
         close(torch.cat(pieces, 1), hidden(model, tokens))
 
 

@@ -16,6 +16,7 @@ from farlight.hf.attend import SETTING, Setting, attention_forward
 from farlight.hf.layers import other_mixers
 from farlight.hf.masks import model_mask, tensor_mask
 from farlight.hf.probabilities import LONGEST
+from hf_parity import CACHE
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 50,
@@ -87,7 +88,7 @@ def test_probabilities_under_a_pattern_and_with_caches() -> None:
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 12))
     for cache in (hf.DynamicCache(config=model.config), hf.StaticCache(config=model.config, max_cache_len=16)):
         for part in IDS.split([7, 5], 1):
-            found = model(input_ids=part, past_key_values=cache, output_attentions=True).attentions
+            found = model(input_ids=part, output_attentions=True, **{CACHE: cache}).attentions
         for a, b in zip(found, whole, strict=True):
             torch.testing.assert_close(a[..., :12], b[:, :, 7:], rtol=0, atol=1e-6)
             assert not a[..., 12:].any()

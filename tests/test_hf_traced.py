@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import farlight as fl
 from farlight.hf import register, sparsify
+from hf_parity import CACHE
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 50,
@@ -122,7 +123,7 @@ def test_a_static_cache_leaves_the_graph_and_computes_the_same() -> None:
     expected = model(input_ids=ids, use_cache=False)[0]
     compiled = torch.compile(model, backend="eager")
     cache = hf.StaticCache(config=model.config, max_cache_len=16)
-    pieces = [compiled(input_ids=part, past_key_values=cache)[0] for part in ids.split([7, 1, 4], 1)]
+    pieces = [compiled(input_ids=part, **{CACHE: cache})[0] for part in ids.split([7, 1, 4], 1)]
     torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=0, atol=2e-5)
 
 
