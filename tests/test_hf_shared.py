@@ -134,6 +134,19 @@ def test_hooks_of_attention_modules_are_called_before_while_and_after(name: str)
     assert seen[8:] == ["before", "old"]
 
 
+@pytest.mark.parametrize("name", ["BigBird", "BERT", "Llama"])
+@torch.no_grad()
+def test_attentions_are_captured_after_hidden_states_of_a_sparse_model(name: str) -> None:
+    model = made(name)
+    sparse(name, model)
+    hidden = model(**inputs(name), output_hidden_states=True).hidden_states
+    restore(model)
+    model.set_attn_implementation("eager")
+    found = model(**inputs(name), output_hidden_states=True, output_attentions=True)
+    assert len(found.hidden_states) == len(hidden) == 3
+    assert [weights.shape[:2] for weights in found.attentions] == [(2, 2), (2, 2)]
+
+
 @every_family
 def test_buffers_and_parameters_of_attention_modules_stay(name: str) -> None:
     model = made(name)

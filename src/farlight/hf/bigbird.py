@@ -104,7 +104,6 @@ def sparsify(model: Any, *, semantics: str = "hf_eval", seed: int = 0, backend: 
             f"{type(model).__name__} holds no block-sparse attention of BigBird or BigBird-Pegasus (its configuration must say "
             'attention_type="block_sparse"); for other models use fl.hf.sparsify.'
         )
-    _install_capturing(model)
     for owner, kind in wrappers:
         if getattr(owner.config, "is_decoder", False):
             raise UnsupportedError(
@@ -118,14 +117,6 @@ def sparsify(model: Any, *, semantics: str = "hf_eval", seed: int = 0, backend: 
             module.self = BigBirdAttention(module.self, owner.config, semantics, seed + layer, backend, texts)
         _take_over(owner, kind)
     return model
-
-
-def _install_capturing(model: Any) -> None:
-    """Hooks of `output_attentions`: transformers finds attention modules by class, once, and would find none while sparse."""
-    from transformers.utils.output_capturing import maybe_install_capturing_hooks
-
-    if hasattr(model, "set_attn_implementation"):
-        maybe_install_capturing_hooks(model)
 
 
 def _wrappers(model: nn.Module) -> Iterator[tuple[Any, Any]]:

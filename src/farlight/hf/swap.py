@@ -69,12 +69,23 @@ def restore(model: Any) -> Any:
             if isinstance(child, Replacement):
                 setattr(module, name, child.handed_back())
         changed += module.__dict__.pop(_BEFORE, [])
+    if changed:
+        _forget_capturing(model)
     for target, name, held, before in reversed(changed):
         if held:
             vars(target)[name] = before
         else:
             vars(target).pop(name, None)
     return model
+
+
+def _forget_capturing(model: nn.Module) -> None:
+    """Let transformers hook up `output_attentions` again: it does so once, by class, and replaced modules it did not know."""
+    for module in model.modules():
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+        for number, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
+                del module._forward_hooks[number]
 
 
 def children(model: nn.Module, kind: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
