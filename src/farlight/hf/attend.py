@@ -155,10 +155,15 @@ def _attended(
     return out[..., :width]
 
 
-_left_graph: Callable[..., tuple[Tensor, Tensor | None]] = torch.compiler.disable(
-    attention_forward,
-    reason="this mask was made outside the graph, and its values decide what is computed; compile without fullgraph=True",
-)
+def mark_for_compilers() -> None:
+    """Tell torch.compile what to leave outside its graphs. Not at import: it loads a compiler."""
+    global _left_graph
+    if _left_graph is attention_forward:
+        reason = "this mask was made outside the graph, and its values decide what is computed; compile without fullgraph=True"
+        _left_graph = torch.compiler.disable(attention_forward, reason=reason)
+
+
+_left_graph: Callable[..., tuple[Tensor, Tensor | None]] = attention_forward
 
 
 def _refuse_open_end(module: nn.Module, own: ModelMask, n_q: int, n_k: int) -> None:

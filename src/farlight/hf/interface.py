@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from farlight.errors import ArgumentError, UnsupportedError
+from farlight.hf import attend, masks
 from farlight.hf.attend import SETTING, Chosen, Observation, Setting, attention_forward
 from farlight.hf.configs import Held, configs_of, own_configs, put_back
 from farlight.hf.layers import attention_layers, attention_modules, crosses, for_layers, foreign_attention, other_mixers
@@ -38,6 +39,8 @@ def register() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise ImportError("farlight.hf needs transformers, which cannot be imported; pip install 'farlight[hf]'.") from error
+    masks.mark_for_compilers()
+    attend.mark_for_compilers()
     AttentionMaskInterface.register(KEY, model_mask)
     AttentionInterface.register(KEY, attention_forward)
 

@@ -21,7 +21,7 @@ from farlight.hf.tracing import refuse_jit_trace
 from farlight.patterns import causal, documents, full, padding, pairs, window
 from farlight.patterns.base import Pattern
 
-__all__ = ["model_mask", "read_mask", "tensor_mask"]
+__all__ = ["mark_for_compilers", "model_mask", "read_mask", "tensor_mask"]
 
 # Pairs up to which a compiled program evaluates a mask function inside its graph; beyond, the graph is left.
 _EVALUATED_IN_GRAPH = 1 << 24
@@ -69,11 +69,16 @@ def _lazy_mask(
     return LazyMask(own, batch, n_q, n_k, kwargs.get("device", "cpu"))
 
 
-_left_graph: Callable[..., LazyMask] = torch.compiler.disable(
-    _lazy_mask,
-    reason="the values of this mask decide what is computed (a static cache, or a long packed text): pass an attention_mask, "
-    "or compile without fullgraph=True",
-)
+def mark_for_compilers() -> None:
+    """Tell torch.compile what to leave outside its graphs and what to ask while tracing; at import it would load a compiler."""
+    global _left_graph, _limits
+    if _left_graph is _lazy_mask:
+        reason = (
+            "the values of this mask decide what is computed (a static cache, or a long packed text): pass an "
+            "attention_mask, or compile without fullgraph=True"
+        )
+        _left_graph = torch.compiler.disable(_lazy_mask, reason=reason)
+        _limits = torch.compiler.assume_constant_result(_read_limits)
 
 
 def _traced_mask(
@@ -122,11 +127,14 @@ def _holds_no_tensor(kwargs: dict[str, Any]) -> bool:
     return bool(plain) and not chunked and not kwargs.get("use_vmap")
 
 
-@torch.compiler.assume_constant_result
-def _limits(function: Callable[..., Any]) -> tuple[int | None, int | None]:
+def _read_limits(function: Callable[..., Any]) -> tuple[int | None, int | None]:
     """How far the rule that a function without tensors stands for looks back and ahead; (None, None) when it is unknown."""
     rule = _recognise(function)
     return (None, None) if rule is None or rule.groups is not None else (rule.left, rule.right)
+
+
+_left_graph: Callable[..., LazyMask] = _lazy_mask
+_limits: Callable[..., tuple[int | None, int | None]] = _read_limits
 
 
 def read_mask(
