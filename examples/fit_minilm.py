@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 import farlight as fl
+from farlight.analysis.fit.whole_model import ModelFit, Reading, fit_reading, read_passages
+from farlight.analysis.loss.fidelity import Fidelity, measure_fidelity
+from farlight.analysis.passages import cut_passages
+from farlight.analysis.plot import plot_heads
 from farlight.cli.inputs import load_model, read_text
-from farlight.understanding.fidelity import Fidelity, measure_fidelity
-from farlight.understanding.fitting.model import ModelFit, Reading, fit_reading, read_passages
-from farlight.understanding.passages import cut_passages
-from farlight.understanding.plot import plot_heads
 
 NEAR = "window(2) | seen_by_all([0, -1])"
 PLAIN = {

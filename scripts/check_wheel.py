@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--without-compiler", action="store_true")
     parser.add_argument("--abi3", action="store_true")
     parser.add_argument("--keep", type=Path, help="leave the wheel in this folder")
-    parser.add_argument("tests", nargs="*", default=["tests/test_cpu_kernel.py"])
+    parser.add_argument("tests", nargs="*", default=["tests/kernels/test_cpu_kernel.py"])
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         wheel = _build(Path(folder), given.without_compiler, given.abi3)

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         "PYTHONMALLOC": "malloc",
         _CHECKED: str(module),
     }
-    rest = arguments[1:] or ["tests/test_cpu_kernel.py", *_TESTS[first]]
+    rest = arguments[1:] or ["tests/kernels/test_cpu_kernel.py", *_TESTS[first]]
     # A report goes to the process's own stderr, and then the process is gone: pytest must leave that alone.
     command = [sys.executable, __file__, "--run", "-q", "--capture=sys", "-p", "no:cacheprovider", *rest]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode

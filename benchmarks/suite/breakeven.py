@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from farlight.errors import FarlightError
-from farlight.patterns.base import Sizes
+from farlight.patterns.expression import Sizes
 from suite.contenders import DENSE, automatic, best_backend, inputs, ours
 from suite.gallery import gallery
 from suite.settings import Box, Settings, name_of

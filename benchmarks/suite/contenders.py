@@ -13,7 +13,7 @@ from farlight.attention import attention
 from farlight.errors import UnsupportedError
 from farlight.kernels import dispatch
 from farlight.kernels.request import Request
-from farlight.patterns.base import Pattern, Sizes
+from farlight.patterns.expression import Pattern, Sizes
 from suite.timing import Contender
 
 __all__ = [

@@ -8,10 +8,9 @@ from itertools import cycle, islice
 
 import torch
 
-from farlight import presets
 from farlight.errors import PatternError
-from farlight.patterns import causal, clusters, documents, global_tokens, per_head, random_keys, window
-from farlight.patterns.base import Pattern, Sizes
+from farlight.patterns import causal, clusters, documents, global_tokens, per_head, presets, random_keys, window
+from farlight.patterns.expression import Pattern, Sizes
 
 __all__ = ["PLAIN", "Shown", "clusters_of", "gallery", "presets_shown"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farlight.analysis.memory import peak_memory
 from farlight.patterns import window
-from farlight.patterns.base import Pattern
-from farlight.understanding.memory import peak_memory
+from farlight.patterns.expression import Pattern
 from suite.contenders import DENSE, dense, inputs, ours
 from suite.flex import FLEX, Flex, compiled_flex
 from suite.fresh import FreshError, fresh_rows

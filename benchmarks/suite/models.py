@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from farlight.analysis.memory import peak_memory
 from farlight.patterns import window
-from farlight.understanding.memory import peak_memory
 from suite.contenders import DENSE, best_backend, inputs
 from suite.fresh import FreshError, fresh_rows
 from suite.settings import Box, Settings

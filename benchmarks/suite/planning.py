@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from farlight.analysis.memory import peak_memory
 from farlight.patterns import global_tokens, random_keys, window
-from farlight.patterns.base import Sizes
+from farlight.patterns.expression import Sizes
 from farlight.plan.build import TileShape, build, count_pairs
-from farlight.understanding.memory import peak_memory
 from suite.gallery import clusters_of, presets_shown
 from suite.settings import Box, Settings
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 from farlight.plan import plan
 from farlight.plan.cache import plans
 from farlight.routing import LSH, KMeans, Router, TopBlocks

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from farlight.patterns import global_tokens, window
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 
 __all__ = ["FULL", "QUICK", "TINY", "Box", "Settings", "name_of"]
 

@@ -1,6 +1,9 @@
 """farlight: exact sparse attention for long texts, and a measure of what was lost by not looking."""
 
-from farlight import hf, nn, presets, routing
+from farlight import hf, nn, routing
+from farlight.analysis.fit import Fit, fit
+from farlight.analysis.graph import Path, Reach, SmallWorld, path, reach, smallworld
+from farlight.analysis.loss.retention import Retention, retention
 from farlight.attention import attention, explain
 from farlight.decoding import KVCache, decode
 from farlight.errors import ArgumentError, FarlightError, PatternError, PlanError, UnsupportedError
@@ -22,6 +25,7 @@ from farlight.patterns import (
     pairs,
     parse,
     per_head,
+    presets,
     random_blocks,
     random_keys,
     seen_by_all,
@@ -30,9 +34,6 @@ from farlight.patterns import (
     window,
 )
 from farlight.plan import Plan, plan
-from farlight.understanding.fitting import Fit, fit
-from farlight.understanding.graph import Path, Reach, SmallWorld, path, reach, smallworld
-from farlight.understanding.retention import Retention, retention
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,7 @@ from farlight.errors import ArgumentError, PlanError, UnsupportedError, show
 from farlight.kernels import dense, dispatch, reference
 from farlight.kernels.request import Request
 from farlight.patterns.arguments import refuse_tracing
-from farlight.patterns.base import Pattern, Sizes
+from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import Plan
 
 __all__ = ["attention", "explain"]

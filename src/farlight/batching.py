@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farlight.patterns.text import parse
+from farlight.patterns.notation import parse
 
 __all__ = ["batched", "batched_mask"]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from farlight.errors import UnsupportedError
-from farlight.patterns.base import Sizes
-from farlight.patterns.text import parse
+from farlight.patterns.expression import Sizes
+from farlight.patterns.notation import parse
 from farlight.plan.build import count_pairs
 
 __all__ = ["register"]

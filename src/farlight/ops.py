@@ -21,12 +21,13 @@ from farlight.batching import batched, batched_mask
 from farlight.caching import SizedCache
 from farlight.derivatives import refuse_forward_mode, refuse_second, refuse_tangents
 from farlight.errors import UnsupportedError
-from farlight.kernels import blocked, cpu, triton
+from farlight.kernels import cpu, triton
+from farlight.kernels import torch_tiled as blocked
 from farlight.kernels.dispatch import plan_of, planned_backend, require
 from farlight.kernels.request import Request
-from farlight.patterns.base import Pattern, Sizes
-from farlight.patterns.text import parse
-from farlight.plan.held import held_bytes
+from farlight.patterns.expression import Pattern, Sizes
+from farlight.patterns.notation import parse
+from farlight.plan.footprint import held_bytes
 
 __all__ = ["attend", "attend_backward", "attend_now", "is_plain", "pattern_mask"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from farlight.kernels.triton.ahead import compiled
+from farlight.kernels.triton.aot import compiled
 from farlight.kernels.triton.configs import PASSES, candidates
 
 

@@ -17,12 +17,12 @@ from farlight.errors import ArgumentError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from farlight.patterns.base import Pattern
+    from farlight.analysis.audit import Audit
+    from farlight.analysis.candidates_by_layer import Subject
+    from farlight.analysis.fit.whole_model import ModelFit
+    from farlight.analysis.passages import Passages
+    from farlight.patterns.expression import Pattern
     from farlight.routing import Router
-    from farlight.understanding.audit import Audit
-    from farlight.understanding.fitting.model import ModelFit
-    from farlight.understanding.passages import Passages
-    from farlight.understanding.subjects import Subject
 
 __all__ = ["DEFAULT_PATTERNS", "audit_command"]
 
@@ -111,9 +111,9 @@ def audit_command(
             )
 
         from farlight import report
-        from farlight.understanding.audit import audit, steps
-        from farlight.understanding.passages import cut_passages
-        from farlight.understanding.subjects import Subject
+        from farlight.analysis.audit import audit, steps
+        from farlight.analysis.candidates_by_layer import Subject
+        from farlight.analysis.passages import cut_passages
 
         size = length or min(loaded.longest, _LONGEST_PASSAGE)
         spread = page is not None and passages is None
@@ -158,8 +158,8 @@ def _target(keep: float | None, density: float | None) -> str:
 
 def _check_fit(keep: float | None, density: float | None, candidates: list[str] | None, save: Path | None) -> None:
     """Raise for a fit that cannot be made, before a model is loaded."""
-    from farlight.understanding.fitting.candidates import sorted_out
-    from farlight.understanding.fitting.fit import read_target
+    from farlight.analysis.fit.candidates import sorted_out
+    from farlight.analysis.fit.fit import read_target
 
     read_target(keep, density, False)
     sorted_out(candidates, False)
@@ -177,8 +177,8 @@ def _fitted(
     step: Callable[[str], None],
 ) -> tuple[ModelFit, Passages]:
     """Fit to the first half of the passages; (the fit, the other half)."""
-    from farlight.understanding.fidelity import BATCH_TOKENS
-    from farlight.understanding.fitting.model import fit_reading, read_passages
+    from farlight.analysis.fit.whole_model import fit_reading, read_passages
+    from farlight.analysis.loss.fidelity import BATCH_TOKENS
 
     if both.count < 2:
         raise ArgumentError(

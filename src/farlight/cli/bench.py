@@ -65,11 +65,11 @@ def bench_row(
     from torch.nn.functional import scaled_dot_product_attention
 
     import farlight as fl
+    from farlight.analysis.cost import paired_seconds
     from farlight.kernels import dispatch
     from farlight.kernels.request import Request
     from farlight.patterns import Sizes
     from farlight.patterns.algebra import looks_back
-    from farlight.understanding.cost import paired_seconds
 
     kind = getattr(torch, dtype)
     q, k, v = (torch.randn(1, heads, n, head_dim).to(kind).requires_grad_(backward) for _ in range(3))

@@ -12,9 +12,9 @@ from typing import Any
 
 from farlight.errors import ArgumentError, FarlightError, UnsupportedError
 from farlight.patterns import parse
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
-from farlight.routing.text import is_router, read_router
+from farlight.routing.notation import is_router, read_router
 
 __all__ = ["MODEL_PACKAGE", "LoadedModel", "load_model", "printable", "read_judged", "read_patterns", "read_text"]
 

@@ -25,9 +25,9 @@ def map_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Print hops, clustering, reach by layer and the load of relays of a sparse pattern."""
+    from farlight.analysis import graph
     from farlight.cli.outputs import check_place
     from farlight.patterns import parse
-    from farlight.understanding import graph
 
     if (source is None) != (target is None):
         raise ArgumentError("--from and --to belong together: give both positions, or neither.")
@@ -63,9 +63,9 @@ def map_command(
 
 
 def _draw(png: Path, world: Any, reach: Any, way: Any) -> None:
+    from farlight.analysis import plot
     from farlight.cli.outputs import writing
     from farlight.errors import UnsupportedError
-    from farlight.understanding import plot
 
     try:
         from matplotlib.figure import Figure

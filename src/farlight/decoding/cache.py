@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from farlight.attention import even_widths, refuse_layouts
+from farlight.decoding.last_use import rules
 from farlight.decoding.routed import Routed
-from farlight.decoding.rule import rules
 from farlight.decoding.store import Store
 from farlight.errors import ArgumentError, UnsupportedError, show
 from farlight.patterns.arguments import refuse_tracing, whole
-from farlight.patterns.base import Pattern, Sizes
-from farlight.patterns.future import sizes_of_future
+from farlight.patterns.expression import Pattern, Sizes
+from farlight.patterns.liveness import sizes_of_future
 from farlight.patterns.positional import full
 from farlight.routing.base import Router
 

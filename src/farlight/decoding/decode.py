@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from farlight.attention import _read_scale, attention, refuse_layouts
-from farlight.decoding.attend import attend_kept
 from farlight.decoding.cache import KVCache, refuse_gradients
+from farlight.decoding.kept_attention import attend_kept
 from farlight.decoding.slots import Numbers
 from farlight.decoding.store import Store
 from farlight.errors import ArgumentError, PatternError
-from farlight.patterns.base import Pattern, Sizes
+from farlight.patterns.expression import Pattern, Sizes
 
 __all__ = ["decode"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from farlight.attention import attention
-from farlight.decoding.attend import attend_kept
+from farlight.decoding.kept_attention import attend_kept
 from farlight.errors import ArgumentError
-from farlight.patterns.base import Pattern, Sizes
+from farlight.patterns.expression import Pattern, Sizes
 from farlight.routing import Router, TopBlocks
 from farlight.routing.base import Choice, Joined, read
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from farlight.patterns.future import FOREVER
+from farlight.patterns.liveness import FOREVER
 
 __all__ = ["Change", "Numbers", "Slots"]
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farlight.decoding.rule import Rule
+from farlight.decoding.last_use import Rule
 from farlight.decoding.slots import Change, Slots
 
 __all__ = ["Store"]

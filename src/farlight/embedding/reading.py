@@ -18,7 +18,7 @@ from farlight.attention import attention
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.interface import Observation, use_pattern
 from farlight.hf.lengthen import lengthen, positions_of
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 from farlight.patterns.positional import full
 
 __all__ = ["Embedder", "Looked", "Reading", "Tokens"]
@@ -77,7 +77,7 @@ class Embedder:
     """
 
     def __init__(self, model: Any, tokenizer: Any, pattern: Pattern, *, positions: int, backend: str = "auto") -> None:
-        from farlight.understanding.passages import frame
+        from farlight.analysis.passages import frame
 
         if not getattr(tokenizer, "is_fast", False):
             raise UnsupportedError(

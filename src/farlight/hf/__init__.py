@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from farlight.hf.fitted import read_layers, write_layers
+from farlight.hf.fit_file import read_layers, write_layers
 from farlight.hf.interface import Observation, register, use_pattern
 from farlight.hf.lengthen import lengthen
 from farlight.hf.sparsify import restore, sparsify
 
 if TYPE_CHECKING:
-    from farlight.understanding.fitting.model import fit_model as fit
+    from farlight.analysis.fit.whole_model import fit_model as fit
 
 __all__ = [
     "Observation",
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
         return SparseCache
     if name == "fit":
-        from farlight.understanding.fitting.model import fit_model
+        from farlight.analysis.fit.whole_model import fit_model
 
         return fit_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

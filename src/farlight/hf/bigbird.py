@@ -40,8 +40,8 @@ from farlight.hf.swap import (
 )
 from farlight.hf.tracing import refuse_jit_trace
 from farlight.patterns import blocked_window, chosen_blocks, full, padding, seen_by_all, sees_all
-from farlight.patterns.base import Pattern
-from farlight.presets import bigbird
+from farlight.patterns.expression import Pattern
+from farlight.patterns.presets import bigbird
 
 __all__ = ["BigBirdAttention", "replaces", "restore", "sparsify"]
 

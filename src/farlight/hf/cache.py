@@ -21,11 +21,11 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache
 
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.hf.attend import SETTING, Chosen
+from farlight.hf.attention_function import SETTING, Chosen
 from farlight.hf.cache_layer import SparseLayer, rule_of
-from farlight.hf.handed_out import REMEDY
+from farlight.hf.cached_tensors import REMEDY
 from farlight.hf.layers import attention_layers
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 from farlight.routing import Router
 
 __all__ = ["SparseCache", "SparseLayer"]

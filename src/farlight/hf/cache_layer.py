@@ -14,15 +14,15 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from farlight.decoding.cache import KVCache
 from farlight.decoding.decode import answer
 from farlight.errors import UnsupportedError
-from farlight.hf.attend import Chosen
-from farlight.hf.extras import sinks_merged
-from farlight.hf.handed_out import HandedOut
+from farlight.hf.attention_function import Chosen
+from farlight.hf.cached_tensors import HandedOut
 from farlight.hf.interface import KEY
-from farlight.hf.lazy import ModelMask
+from farlight.hf.keyword_arguments import sinks_merged
+from farlight.hf.lazy_mask import ModelMask
 from farlight.hf.masks import tensor_mask
 from farlight.patterns import causal, full, global_tokens, offsets, padding, seen_by_all, sees_all, strided, window
 from farlight.patterns.algebra import Intersection, looks_back
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 from farlight.routing import Router
 
 __all__ = ["SparseLayer", "rule_of"]

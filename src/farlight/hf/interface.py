@@ -15,13 +15,14 @@ from typing import Any
 from torch import nn
 
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.hf import attend, masks
-from farlight.hf.attend import SETTING, Chosen, Observation, Setting, attention_forward
+from farlight.hf import attention_function as attend
+from farlight.hf import masks
+from farlight.hf.attention_function import SETTING, Chosen, Observation, Setting, attention_forward
 from farlight.hf.configs import Held, configs_of, own_configs, put_back
 from farlight.hf.layers import attention_layers, attention_modules, crosses, for_layers, foreign_attention, other_mixers
 from farlight.hf.masks import model_mask
 from farlight.kernels import dispatch
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 
 __all__ = ["KEY", "Observation", "register", "settle", "use_pattern"]

@@ -35,7 +35,7 @@ from farlight.hf.swap import (
 )
 from farlight.hf.tracing import refuse_jit_trace
 from farlight.patterns import causal, full, padding, per_head, seen_by_all, sees_all, window
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 
 __all__ = ["LongformerAttention", "replaces", "restore", "sparsify"]
 

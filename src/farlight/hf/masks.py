@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from farlight.errors import UnsupportedError
-from farlight.hf.lazy import LazyMask, ModelMask
+from farlight.hf.lazy_mask import LazyMask, ModelMask
 from farlight.hf.tracing import refuse_jit_trace
 from farlight.patterns import causal, documents, full, padding, pairs, window
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 
 __all__ = ["mark_for_compilers", "model_mask", "read_mask", "tensor_mask"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from farlight.patterns.algebra import Complement, Difference, Intersection, PerHead, Union
-from farlight.patterns.base import Pattern
-from farlight.patterns.tokens import global_tokens, seen_by_all, sees_all
+from farlight.patterns.expression import Pattern
+from farlight.patterns.named import global_tokens, seen_by_all, sees_all
 
 __all__ = ["in_each_text"]
 

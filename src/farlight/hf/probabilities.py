@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from farlight.errors import UnsupportedError
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 
 __all__ = ["LONGEST", "check_length", "probabilities", "wants_probabilities"]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from farlight.errors import ArgumentError
 from farlight.hf import bigbird, longformer, swap
-from farlight.hf.attend import Chosen
-from farlight.hf.fitted import read_layers
+from farlight.hf.attention_function import Chosen
+from farlight.hf.fit_file import read_layers
 from farlight.hf.interface import settle
 
 __all__ = ["restore", "sparsify"]

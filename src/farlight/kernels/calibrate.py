@@ -22,10 +22,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from farlight.caching import cache_folder
-from farlight.kernels import blocked, cpu
+from farlight.kernels import cpu
+from farlight.kernels import torch_tiled as blocked
 from farlight.kernels.cost import DEFAULT_RATES, Rates
 from farlight.measurements import read_measurements, write_measurements
-from farlight.patterns.base import Sizes
+from farlight.patterns.expression import Sizes
 from farlight.patterns.positional import window
 from farlight.plan import plan_for
 

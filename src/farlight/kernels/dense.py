@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from farlight.derivatives import refuse_second_through
-from farlight.kernels.inputs import addressable
+from farlight.kernels.checks import addressable
 from farlight.kernels.request import Request
 
 __all__ = ["LARGEST_MASK", "Mask", "attend", "readable", "reasons"]

@@ -9,7 +9,8 @@ import torch
 
 from farlight.caching import SizedCache
 from farlight.errors import ArgumentError, UnsupportedError, show
-from farlight.kernels import blocked, cpu, dense, reference, triton
+from farlight.kernels import cpu, dense, reference, triton
+from farlight.kernels import torch_tiled as blocked
 from farlight.kernels.calibrate import calibrated
 from farlight.kernels.cost import Estimate, estimate
 from farlight.kernels.request import Request

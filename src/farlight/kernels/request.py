@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from farlight.patterns.base import Pattern, Sizes
+from farlight.patterns.expression import Pattern, Sizes
 
 __all__ = ["Request"]
 

@@ -15,7 +15,7 @@ from farlight.kernels import dispatch
 from farlight.nn.masks import both, padded, real_tokens, restricted
 from farlight.nn.positions import RotaryPositions, Rotation, read_rotary
 from farlight.patterns.arguments import whole
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 
 __all__ = ["SparseAttention"]

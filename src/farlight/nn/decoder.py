@@ -13,7 +13,7 @@ from farlight.nn.block import Block
 from farlight.nn.masks import both
 from farlight.nn.positions import RotaryPositions, Rotation
 from farlight.nn.stack import Stack
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 from farlight.patterns.positional import causal
 from farlight.routing.base import Router
 

@@ -9,7 +9,7 @@ from farlight.nn.attention import SparseAttention
 from farlight.nn.block import Block
 from farlight.nn.positions import RotaryPositions, Rotation
 from farlight.nn.stack import Stack
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 
 __all__ = ["SparseEncoder", "SparseEncoderLayer"]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.patterns.base import Pattern
-from farlight.patterns.content import pairs
+from farlight.patterns.expression import Pattern
+from farlight.patterns.packing import padding
 from farlight.patterns.positional import causal, full
-from farlight.patterns.ragged import padding
+from farlight.patterns.tables import pairs
 
 __all__ = ["both", "padded", "real_tokens", "restricted"]
 

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from farlight.attention import attention
 from farlight.errors import ArgumentError
 from farlight.patterns.arguments import whole
-from farlight.patterns.base import Pattern
-from farlight.patterns.content import chosen_blocks
+from farlight.patterns.expression import Pattern
+from farlight.patterns.membership import between
 from farlight.patterns.positional import causal, window
-from farlight.routing.amount import Amount
+from farlight.patterns.tables import chosen_blocks
 from farlight.routing.base import stretches
-from farlight.routing.rooms import between
+from farlight.routing.budget import Amount
 
 __all__ = ["NativeSparseAttention"]
 

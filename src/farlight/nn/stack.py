@@ -15,7 +15,7 @@ from farlight.nn.block import make_norm
 from farlight.nn.masks import restricted
 from farlight.nn.positions import LearnedPositions, RotaryPositions
 from farlight.patterns.arguments import whole
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 
 __all__ = ["Stack"]

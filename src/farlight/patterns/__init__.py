@@ -1,13 +1,13 @@
 """Who may look at whom: patterns as values."""
 
 from farlight.patterns.algebra import per_head
-from farlight.patterns.base import Pattern, Sizes
-from farlight.patterns.content import blocks, chosen_blocks, chosen_keys, clusters, pairs
+from farlight.patterns.expression import Pattern, Sizes
+from farlight.patterns.named import global_tokens, seen_by_all, sees_all
+from farlight.patterns.notation import parse
+from farlight.patterns.packing import documents, padding
 from farlight.patterns.positional import blocked_window, causal, full, landmarks, offsets, strided, window
-from farlight.patterns.ragged import documents, padding
 from farlight.patterns.random import random_blocks, random_keys
-from farlight.patterns.text import parse
-from farlight.patterns.tokens import global_tokens, seen_by_all, sees_all
+from farlight.patterns.tables import blocks, chosen_blocks, chosen_keys, clusters, pairs
 
 CONSTRUCTORS = (
     "blocked_window",

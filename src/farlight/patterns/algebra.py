@@ -14,7 +14,7 @@ from torch import Tensor
 
 from farlight.errors import OperandError, PatternError, show
 from farlight.patterns.arguments import listed
-from farlight.patterns.base import Atom, Pattern, Sizes
+from farlight.patterns.expression import Atom, Pattern, Sizes
 from farlight.patterns.spans import Spans
 
 __all__ = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from farlight.errors import PatternError, UnsupportedError, shorten, show
-from farlight.patterns.base import Sizes
+from farlight.patterns.expression import Sizes
 
 __all__ = [
     "check_leading",

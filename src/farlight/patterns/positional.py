@@ -9,7 +9,7 @@ from torch import Tensor
 
 from farlight.errors import PatternError
 from farlight.patterns.arguments import listed, whole
-from farlight.patterns.base import Atom, Changes, Form, Labels, Pattern, Sizes
+from farlight.patterns.expression import Atom, Changes, Form, Labels, Pattern, Sizes
 from farlight.patterns.spans import Spans
 
 __all__ = ["blocked_window", "causal", "full", "landmarks", "offsets", "strided", "window"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from farlight.patterns.arguments import whole
-from farlight.patterns.base import Atom, Changes, Form, Sizes
+from farlight.patterns.expression import Atom, Changes, Form, Sizes
 from farlight.patterns.hashing import draw_below, hash_words
 from farlight.patterns.spans import Spans
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from farlight.patterns.base import Pattern, Sizes
+from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan.build import TileShape, build
 from farlight.plan.cache import keep, plans
 from farlight.plan.tables import Plan

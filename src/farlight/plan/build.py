@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from farlight.errors import PlanError, shorten
-from farlight.patterns.base import Labels, Pattern, Sizes
+from farlight.patterns.expression import Labels, Pattern, Sizes
 from farlight.patterns.spans import Spans
-from farlight.plan.coarse import Coarse, coarse
+from farlight.plan.assemble import Draft, split_long_tiles
+from farlight.plan.normal_form import Conjunction, Term, terms_of
 from farlight.plan.order import Order, natural_order, sorted_keys, sorted_order
-from farlight.plan.split import Draft, split_long_tiles
 from farlight.plan.tables import Plan
-from farlight.plan.terms import Conjunction, Term, terms_of
-from farlight.plan.tiles import MaskStore
+from farlight.plan.tile_bounds import Coarse, coarse
+from farlight.plan.tiling import MaskStore
 
 __all__ = ["TileShape", "build", "count_pairs"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 
 from farlight.caching import SizedCache
-from farlight.plan.held import held_bytes
+from farlight.plan.footprint import held_bytes
 from farlight.plan.tables import Plan
 
 __all__ = ["PlanCache", "keep", "plans"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from farlight.patterns.algebra import Complement, Difference, HeadsOf, Intersection, PerHead, Union
-from farlight.patterns.base import Atom, Pattern, Sizes
+from farlight.patterns.expression import Atom, Pattern, Sizes
 
 __all__ = ["Literal", "expanded", "is_intervals"]
 

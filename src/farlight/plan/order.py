@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farlight.patterns.base import Sizes
+from farlight.patterns.expression import Sizes
 from farlight.patterns.spans import Spans
 
 __all__ = ["Keys", "Order", "natural_order", "sorted_keys", "sorted_order"]

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from farlight.patterns.algebra import Intersection
 from farlight.patterns.arguments import query_base
-from farlight.patterns.base import Atom, Pattern, Sizes
-from farlight.patterns.content import check_indices, check_lists, chosen_blocks, chosen_keys, clusters
+from farlight.patterns.expression import Atom, Pattern, Sizes
+from farlight.patterns.packing import padding
 from farlight.patterns.positional import causal
-from farlight.patterns.ragged import padding
+from farlight.patterns.tables import check_indices, check_lists, chosen_blocks, chosen_keys, clusters
 
 __all__ = ["STEP", "Routed", "Taken", "conjoined", "routed"]
 

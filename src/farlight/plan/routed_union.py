@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from farlight.patterns.algebra import Intersection, Union
-from farlight.patterns.base import Atom, Pattern, Sizes
+from farlight.patterns.expression import Atom, Pattern, Sizes
+from farlight.patterns.named import global_tokens, seen_by_all, sees_all
 from farlight.patterns.positional import causal, window
-from farlight.patterns.tokens import global_tokens, seen_by_all, sees_all
 from farlight.plan.routed import Routed, Taken, conjoined, routed
 
 __all__ = ["Chosen", "chosen"]

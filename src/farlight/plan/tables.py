@@ -58,8 +58,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from farlight.patterns.base import Pattern, Sizes
-from farlight.plan.held import Derived
+from farlight.patterns.expression import Pattern, Sizes
+from farlight.plan.footprint import Derived
 
 if TYPE_CHECKING:
     from farlight.plan.transpose import Transposed
@@ -215,7 +215,7 @@ class Plan:
 
         Raises PlanError where a pair is covered twice. Costs n_q · n_k; for people and tests.
         """
-        from farlight.plan.inspect import dense
+        from farlight.plan.validate import dense
 
         return dense(self)
 
@@ -233,6 +233,6 @@ class Plan:
 
     def check(self) -> None:
         """Raise PlanError when a table is malformed: a kernel may trust a plan that passed."""
-        from farlight.plan.inspect import check
+        from farlight.plan.validate import check
 
         check(self)

@@ -10,16 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from farlight.analysis.audit import Audit, PatternAudit
+from farlight.analysis.candidates_by_layer import Judged, Subject, subjects
+from farlight.analysis.graph.reachability import Reach
+from farlight.analysis.graph.small_world import SmallWorld
+from farlight.analysis.loss.top_losses import LostLink
+from farlight.analysis.passages import Passages
 from farlight.patterns import full, parse
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 from farlight.report.views import curve, view
 from farlight.report.words import Words
-from farlight.understanding.audit import Audit, PatternAudit
-from farlight.understanding.graph.receptive import Reach
-from farlight.understanding.graph.worlds import SmallWorld
-from farlight.understanding.lost import LostLink
-from farlight.understanding.passages import Passages
-from farlight.understanding.subjects import Judged, Subject, subjects
 
 __all__ = ["audit_data", "map_data", "steps"]
 

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from farlight.analysis.graph.sizes import sizes_of
 from farlight.errors import UnsupportedError, show
 from farlight.patterns.algebra import Complement, Difference, Intersection, PerHead, Union
-from farlight.patterns.base import Atom, Pattern, Sizes
-from farlight.patterns.content import blocks, chosen_blocks, chosen_keys, clusters, leading, pairs
+from farlight.patterns.expression import Atom, Pattern, Sizes
+from farlight.patterns.named import global_tokens, seen_by_all, sees_all
+from farlight.patterns.packing import documents, padding
 from farlight.patterns.positional import blocked_window, causal, full, landmarks, offsets, strided, window
-from farlight.patterns.ragged import documents, padding
 from farlight.patterns.random import random_blocks, random_keys
-from farlight.patterns.tokens import global_tokens, seen_by_all, sees_all
+from farlight.patterns.tables import blocks, chosen_blocks, chosen_keys, clusters, leading, pairs
 from farlight.report.packing import pack
-from farlight.understanding.graph.sizes import sizes_of
 
 __all__ = ["formula"]
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from farlight.analysis.graph.reachability import Reach, reach
+from farlight.analysis.graph.small_world import SmallWorld
+from farlight.analysis.plot import densities
 from farlight.errors import ArgumentError, PatternError
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 from farlight.report.formula import formula
 from farlight.report.packing import pack
-from farlight.understanding.graph.receptive import Reach, reach
-from farlight.understanding.graph.worlds import SmallWorld
-from farlight.understanding.plot import densities
 
 __all__ = ["curve", "view"]
 

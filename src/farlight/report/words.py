@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from farlight.analysis.passages import frame
 from farlight.report.packing import pack, pack_text
-from farlight.understanding.passages import frame
 
 __all__ = ["Words", "words_of"]
 

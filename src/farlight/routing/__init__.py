@@ -1,19 +1,19 @@
 """Content decides who looks at whom: routers read queries and keys and answer with patterns."""
 
-from farlight.patterns.text import constructors
+from farlight.patterns.membership import between, rooms
+from farlight.patterns.multi_label import meets
+from farlight.patterns.notation import constructors
+from farlight.patterns.uncovered import unseen
 from farlight.routing.base import Router
 from farlight.routing.gate import gated_attention
 from farlight.routing.gist import gist_attention
-from farlight.routing.heads import PerHeadRouter
-from farlight.routing.heard import Gist
+from farlight.routing.gist_router import Gist
+from farlight.routing.head_routers import PerHeadRouter
 from farlight.routing.kmeans import KMeans
 from farlight.routing.lsh import LSH
-from farlight.routing.meets import meets
-from farlight.routing.rooms import between, rooms
-from farlight.routing.text import read_router
+from farlight.routing.notation import read_router
 from farlight.routing.topblocks import TopBlocks
 from farlight.routing.topkeys import TopKeys, from_indices
-from farlight.routing.unseen import unseen
 
 # The notation knows the primitives that routers add: a pattern that travels as text must be read again.
 constructors().update(between=between, meets=meets, rooms=rooms, unseen=unseen)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from farlight.attention import without_autocast
 from farlight.errors import ArgumentError, OperandError, show
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 from farlight.patterns.positional import full
 
 __all__ = ["Choice", "Joined", "Router", "joined", "read", "stretches"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from farlight.attention import attention
 from farlight.errors import ArgumentError
-from farlight.patterns.base import Pattern
+from farlight.patterns.expression import Pattern
 
 __all__ = ["gated_attention"]
 

@@ -11,10 +11,10 @@ from farlight.attention import attention, without_autocast
 from farlight.errors import ArgumentError
 from farlight.merge import merge
 from farlight.patterns.arguments import whole
-from farlight.patterns.base import Pattern
-from farlight.patterns.ragged import padding
+from farlight.patterns.expression import Pattern
+from farlight.patterns.packing import padding
+from farlight.patterns.uncovered import unseen
 from farlight.routing.pooling import block_mean, block_sizes
-from farlight.routing.unseen import unseen
 
 __all__ = ["gist_attention"]
 

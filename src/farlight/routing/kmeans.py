@@ -11,12 +11,12 @@ from torch import Tensor
 from farlight.attention import without_autocast
 from farlight.errors import ArgumentError
 from farlight.patterns.arguments import whole
-from farlight.patterns.base import Pattern
-from farlight.patterns.content import clusters
+from farlight.patterns.expression import Pattern
+from farlight.patterns.membership import between, rooms
 from farlight.patterns.positional import causal as past
+from farlight.patterns.tables import clusters
 from farlight.routing.base import Choice, Router, read
 from farlight.routing.centroids import by_centroid, first_centroids, members_sum, moved, nearest, squared_distance, unit
-from farlight.routing.rooms import between, rooms
 
 __all__ = ["KMeans"]
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from farlight.errors import ArgumentError
 from farlight.patterns.arguments import whole
-from farlight.patterns.base import Pattern
-from farlight.patterns.content import clusters
+from farlight.patterns.expression import Pattern
 from farlight.patterns.hashing import hash_words
+from farlight.patterns.multi_label import meets
 from farlight.patterns.positional import causal as past
+from farlight.patterns.tables import clusters
 from farlight.routing.base import Choice, Router, stretches
-from farlight.routing.meets import meets
 
 __all__ = ["LSH", "rotations"]
 

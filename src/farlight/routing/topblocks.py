@@ -7,13 +7,13 @@ from torch import Tensor
 
 from farlight.errors import ArgumentError, show
 from farlight.patterns.arguments import whole
-from farlight.patterns.base import Pattern
-from farlight.patterns.content import chosen_blocks
+from farlight.patterns.expression import Pattern
+from farlight.patterns.multi_label import meets
+from farlight.patterns.packing import padding
 from farlight.patterns.positional import causal as past
-from farlight.patterns.ragged import padding
-from farlight.routing.amount import Amount
+from farlight.patterns.tables import chosen_blocks
 from farlight.routing.base import Choice, Router, stretches
-from farlight.routing.meets import meets
+from farlight.routing.budget import Amount
 from farlight.routing.pooling import block_bounds, block_mean, block_sizes
 
 __all__ = ["TopBlocks"]

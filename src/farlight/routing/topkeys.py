@@ -7,11 +7,11 @@ from torch import Tensor
 
 from farlight.errors import ArgumentError
 from farlight.patterns.arguments import whole
-from farlight.patterns.base import Pattern
-from farlight.patterns.content import chosen_blocks, chosen_keys
+from farlight.patterns.expression import Pattern
 from farlight.patterns.positional import causal as past
-from farlight.routing.amount import Amount
+from farlight.patterns.tables import chosen_blocks, chosen_keys
 from farlight.routing.base import Choice, Router, stretches
+from farlight.routing.budget import Amount
 
 __all__ = ["TopKeys", "from_indices"]
 

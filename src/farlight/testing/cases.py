@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 import farlight.patterns as fl
-from farlight import presets
-from farlight.patterns import Pattern, Sizes
+from farlight.patterns import Pattern, Sizes, presets
 
 __all__ = ["CASES", "Case", "Inputs", "Layout", "case", "inputs", "table"]
 

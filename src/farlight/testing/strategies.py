@@ -9,8 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 import farlight.patterns as fl
-from farlight import presets
-from farlight.patterns import Pattern, Sizes
+from farlight.patterns import Pattern, Sizes, presets
 from farlight.testing.cases import Case, bits, table
 
 __all__ = ["PRIMITIVES", "atoms", "cases", "patterns", "problems", "sizes"]

@@ -6,9 +6,9 @@ How the kernels work is told in csrc/ and docs; this package only checks what it
 
 from __future__ import annotations
 
-from farlight.kernels.cpu.call import backward, forward
+from farlight.kernels.checks import refused
+from farlight.kernels.cpu.launch import backward, forward
 from farlight.kernels.cpu.native import available, fma_gflops, isa, unavailable, use, warn_if_missing
-from farlight.kernels.inputs import refused
 from farlight.kernels.request import Request
 from farlight.plan.build import TileShape
 

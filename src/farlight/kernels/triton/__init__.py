@@ -6,11 +6,11 @@ addresses and strides. `device/` holds the kernels; nothing here imports triton 
 
 from __future__ import annotations
 
-from farlight.kernels.inputs import refused
+from farlight.kernels.checks import refused
 from farlight.kernels.request import Request
-from farlight.kernels.triton.call import backward, forward
-from farlight.kernels.triton.lowered import SHAPE
-from farlight.kernels.triton.machine import interpreted, missing, not_installed, unfit
+from farlight.kernels.triton.device_caps import interpreted, missing, not_installed, unfit
+from farlight.kernels.triton.launch import backward, forward
+from farlight.kernels.triton.lowering_cache import SHAPE
 from farlight.kernels.triton.routed import RoutedPlan, routed_plan
 
 __all__ = ["SHAPE", "RoutedPlan", "backward", "forward", "interpreted", "reasons", "routed_plan"]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.kernels.inputs import KERNEL_DTYPES, MOST_DIMS, addressable, check_tensors
-from farlight.kernels.triton.call import on_device, precision
+from farlight.kernels.checks import KERNEL_DTYPES, MOST_DIMS, addressable, check_tensors
 from farlight.kernels.triton.configs import padded
-from farlight.kernels.triton.machine import missing, unfit, workers
+from farlight.kernels.triton.device_caps import missing, unfit, workers
+from farlight.kernels.triton.launch import on_device, precision
 
 __all__ = ["decode", "serves"]
 
@@ -60,7 +60,7 @@ def decode(
     if not out.numel():
         return out, lse
 
-    from farlight.kernels.triton.device.decode import decode_kernel, join_kernel
+    from farlight.kernels.triton.jit.decode import decode_kernel, join_kernel
 
     group = heads // kv_heads
     height = min(64, padded(group * n_q))

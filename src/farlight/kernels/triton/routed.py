@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from farlight.kernels.request import Request
+from farlight.kernels.triton.autotune import expected
 from farlight.kernels.triton.configs import Config
-from farlight.kernels.triton.key_work import KeyWork
-from farlight.kernels.triton.lowered import SHAPE, key_work, query_work
-from farlight.kernels.triton.machine import workers
-from farlight.kernels.triton.query_work import QueryWork, too_many
-from farlight.kernels.triton.routed_keys import RoutedKeys
-from farlight.kernels.triton.routed_queries import RoutedQueries, Tiles
-from farlight.kernels.triton.tuning import expected
-from farlight.patterns.base import Sizes
+from farlight.kernels.triton.device_caps import workers
+from farlight.kernels.triton.lower_kv import KeyWork
+from farlight.kernels.triton.lower_q import QueryWork, too_many
+from farlight.kernels.triton.lowering_cache import SHAPE, key_work, query_work
+from farlight.kernels.triton.routed_lower_kv import RoutedKeys
+from farlight.kernels.triton.routed_lower_q import RoutedQueries, Tiles
+from farlight.patterns.expression import Sizes
 from farlight.plan import plan_for
 from farlight.plan.routed import Routed
 from farlight.plan.routed_union import chosen

@@ -1,6 +1,0 @@
-"""Fitting: the cheapest pattern for each head that keeps enough of full attention, found among candidates."""
-
-from farlight.understanding.fitting.fit import Fit, fit
-from farlight.understanding.fitting.frontier import Option, allocate, concave
-
-__all__ = ["Fit", "Option", "allocate", "concave", "fit"]

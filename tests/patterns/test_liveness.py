@@ -1,0 +1,197 @@
+"""Until when a key is needed: every primitive and random expressions of them, against the dense mask, column by column."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import farlight as fl
+from farlight.patterns import Pattern, Sizes
+from farlight.patterns.liveness import FOREVER, Sight, at_most, for_head, last_seen, sizes_of_future
+from farlight.testing.strategies import PRIMITIVES, patterns
+
+# Long enough that whatever an endless text does with the patterns below, it has done it here.
+FAR = 400
+
+
+def sight(pattern: Pattern, sizes: Sizes, item: int, head: int, keys: int) -> Sight:
+    j = torch.arange(keys)
+    return last_seen(for_head(pattern, head), sizes, torch.full_like(j, item), torch.full_like(j, head), j)
+
+
+def by_the_book(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """(last, unbroken) from a dense mask `(queries, keys)`."""
+    i = torch.arange(seen.shape[0])[:, None]
+    last = torch.where(seen, i, -1).amax(0) if seen.numel() else torch.zeros(seen.shape[1], dtype=torch.int64)
+    j = torch.arange(seen.shape[1])
+    return last, (seen | (i < j) | (i > last)).all(0) & (last >= j)
+
+
+@st.composite
+def texts(draw: st.DrawFn) -> tuple[Pattern, int, int, int]:
+    n, batch, heads = draw(st.integers(0, 40)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    return draw(patterns(Sizes.of(n, batch=batch, heads=heads))), n, batch, heads
+
+
+@given(texts())
+def test_the_last_query_of_every_key_in_a_text_of_known_length(problem) -> None:
+    pattern, n, batch, heads = problem
+    sizes = sizes_of_future(pattern, n, batch=batch, heads=heads)
+    dense = pattern.dense(n, batch=batch, heads=heads).expand(batch, heads, n, n)
+    for item in range(batch):
+        for head in range(heads):
+            found = sight(pattern, sizes, item, head, n)
+            last, unbroken = by_the_book(dense[item, head])
+            assert found.last.tolist() == last.tolist()
+            assert not bool((found.unbroken & ~unbroken).any())
+
+
+endless_atoms = st.one_of(
+    st.just(fl.full()),
+    st.just(fl.causal()),
+    st.builds(lambda a, b, d: fl.window(a, b, dilation=d), st.integers(0, 9), st.integers(0, 9), st.integers(1, 3)),
+    st.builds(lambda s, p: fl.strided(s, phase=p), st.integers(1, 4), st.none() | st.just("head") | st.integers(0, 3)),
+    st.builds(lambda a, b, n: fl.blocked_window(a, b, block=n), st.integers(0, 2), st.integers(0, 2), st.integers(1, 9)),
+    st.builds(fl.landmarks, st.sampled_from([3, 5])),
+    st.builds(fl.offsets, st.lists(st.integers(-20, 20), max_size=4)),
+    st.builds(fl.global_tokens, st.lists(st.integers(0, 30), max_size=3)),
+    st.builds(fl.sees_all, st.lists(st.integers(0, 30), max_size=3)),
+    st.builds(fl.seen_by_all, st.lists(st.integers(0, 30), max_size=3)),
+    st.builds(lambda n: fl.documents(lengths=n), st.lists(st.integers(0, 9), max_size=4)),
+    st.builds(fl.padding, st.integers(0, 30)),
+)
+endless = st.recursive(
+    endless_atoms,
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map(lambda ab: ab[0] | ab[1]),
+        st.tuples(inner, inner).map(lambda ab: ab[0] & ab[1]),
+        st.tuples(inner, inner).map(lambda ab: ab[0] - ab[1]),
+        inner.map(lambda a: ~a),
+        st.tuples(inner, inner).map(lambda ab: fl.per_head(list(ab))),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=250)
+@given(endless)
+def test_the_last_query_of_every_key_in_a_text_without_end(pattern: Pattern) -> None:
+    sizes = sizes_of_future(pattern, None, heads=2)
+    dense = pattern.dense(FAR, heads=2).expand(1, 2, FAR, FAR)
+    for head in range(2):
+        found = sight(pattern, sizes, 0, head, 40)
+        last, unbroken = by_the_book(dense[0, head, :, :40])
+        # All changes lie before 100 and no period exceeds 36: what is seen later than 200 is seen for ever.
+        last = torch.where(last > 200, FOREVER, last)
+        assert found.last.tolist() == last.tolist()
+        assert torch.equal(found.unbroken, unbroken & (last >= torch.arange(40)))
+
+
+def test_there_is_an_example_of_every_primitive() -> None:
+    """The strategies behind the two tests above draw every primitive; a new one must say where its columns change."""
+    assert set(PRIMITIVES) >= {name for name in fl.patterns.CONSTRUCTORS if name != "per_head"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "position", "last"),
+    [
+        (fl.presets.streaming(4, 1024), 3, FOREVER),
+        (fl.presets.streaming(4, 1024), 4, 4 + 1023),
+        (fl.causal() & fl.window(10, dilation=7), 5, 75),
+        (fl.causal() & fl.strided(64), 5, FOREVER),
+        (fl.presets.sparse_transformer(128, "fixed"), 127, FOREVER),
+        (fl.presets.sparse_transformer(128, "fixed"), 126, 127),
+        (fl.causal() & fl.documents(lengths=[50, 50]), 70, 99),
+        (fl.causal() & fl.global_tokens([9]), 4, 9),
+        (fl.causal() & (fl.sees_all([3000]) | fl.window(2)), 17, 3000),
+        (fl.causal() & (fl.sees_all([3000]) | fl.window(2)), 3001, 3003),
+        (fl.presets.logsparse(), 12, 12 + 2**39),
+        (fl.window(0, 5), 12, 12),
+        (~fl.causal(), 12, 11),
+        (~fl.full(), 12, -1),
+    ],
+    ids=str,
+)
+def test_what_the_rule_says(pattern: Pattern, position: int, last: int) -> None:
+    zero, j = torch.zeros(1, dtype=torch.int64), torch.tensor([position])
+    assert int(last_seen(pattern, sizes_of_future(pattern, None), zero, zero, j).last) == last
+
+
+def test_a_stream_is_known_to_have_no_gaps() -> None:
+    """What lets one token be decoded without a mask: every kept key is seen by it."""
+    pattern = fl.presets.streaming(4, 64)
+    assert bool(sight(pattern, sizes_of_future(pattern, None), 0, 0, 300).unbroken.all())
+    strided = fl.causal() & fl.strided(3)
+    assert not bool(sight(strided, sizes_of_future(strided, None), 0, 0, 300).unbroken.any())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_random_keys_of_a_known_length_are_known_ahead(causal: bool) -> None:
+    pattern = fl.random_keys(2, seed=5, causal=causal)
+    found = sight(pattern, sizes_of_future(pattern, 3000), 0, 0, 3000)
+    last, _ = by_the_book(pattern.dense(3000)[0, 0])
+    assert torch.equal(found.last, last)
+    assert 0.1 < float((last < 2000).double().mean()) < 0.9  # many keys can be dropped long before the end
+
+
+def test_random_keys_without_end_are_drawn_again_for_ever() -> None:
+    pattern = fl.causal() & (fl.random_keys(1, causal=True) | fl.window(3))
+    assert set(sight(pattern, sizes_of_future(pattern, None), 0, 0, 50).last.tolist()) == {FOREVER}
+    # A draw that a window cuts off is followed exactly: the window ends all doubt.
+    near = fl.window(40, 0) & fl.random_keys(1, causal=True)
+    last, _ = by_the_book(near.dense(200)[0, 0, :, :100])
+    assert torch.equal(sight(near, sizes_of_future(near, None), 0, 0, 100).last, last)
+
+
+def test_strides_without_a_common_measure_keep_too_much_and_never_too_little() -> None:
+    pattern = fl.causal() & fl.strided(1009) & fl.strided(1013) - fl.strided(1019)
+    found = sight(pattern, sizes_of_future(pattern, None), 0, 0, 5)
+    assert found.last.tolist() == [FOREVER] * 5
+    cut = pattern & fl.window(3000)
+    last, _ = by_the_book(cut.dense(4000)[0, 0, :, :5])
+    assert torch.equal(sight(cut, sizes_of_future(cut, None), 0, 0, 5).last, last)
+
+
+def test_a_bound_without_some_atoms_allows_every_pair_that_the_pattern_does() -> None:
+    some = fl.random_keys(2, seed=1, causal=True)
+    for pattern in (some, ~some, fl.window(5) - some, ~(fl.window(5) - some), fl.per_head([some, ~some]), ~(some | ~some)):
+        bound = at_most(pattern, {some})
+        assert some not in set(bound.atoms())
+        assert not bool((pattern.dense(30, heads=2) & ~bound.dense(30, heads=2)).any())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        (fl.global_tokens([0, -1]), r"global_tokens\(\[0, -1\]\) counts from the end of the text"),
+        (fl.seen_by_all(torch.tensor([True, False])), "seen_by_all is given as a mask"),
+        (fl.padding(torch.tensor([True, False])), "padding is given as a mask"),
+        (fl.documents([0, 0, 1]), "documents is given as ids"),
+        (fl.random_keys(3), "random_keys draws from the keys of the whole text, unless causal=True"),
+        (fl.random_blocks(3), "random_blocks draws from the keys of the whole text, unless causal=True"),
+        (fl.pairs(torch.ones(3, 3, dtype=torch.bool)), "pairs is made for a text of one length"),
+        (fl.clusters([0, 1]), "clusters is made for a text of one length"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_pattern_that_depends_on_the_length_asks_for_it(pattern: Pattern, why: str) -> None:
+    with pytest.raises(fl.PatternError, match=f"{why}, but this text has no known length.*Give max_length="):
+        sizes_of_future(fl.causal() & pattern, None)
+
+
+def test_an_atom_that_says_nothing_is_followed_all_the_same() -> None:
+    class evens(fl.patterns.base.Atom):
+        def __init__(self) -> None:
+            self._set(text="evens()", tables=())
+
+        def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i * i + j) % 6 == 0
+
+    pattern = evens() | fl.window(2)
+    last, _ = by_the_book(pattern.dense(50)[0, 0])
+    assert torch.equal(sight(pattern, sizes_of_future(pattern, 50), 0, 0, 50).last, last)
+    with pytest.raises(fl.PatternError, match="evens is made for a text of one length"):
+        sizes_of_future(pattern, None)

@@ -1,0 +1,167 @@
+"""What is kept is counted, bounded and given back: a loop over many lengths or patterns holds a constant memory."""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import farlight as fl
+from farlight.plan import TileShape, plan_for
+from farlight.plan.cache import plans
+from farlight.plan.footprint import Derived, held_bytes
+
+SOURCE = Path(fl.__file__).parent
+
+LOOP = """
+import gc, sys, torch
+torch.set_num_threads(1)
+import farlight as fl
+from farlight.plan.cache import plans
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+what, count, backend = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+plans.limit = int(sys.argv[4]) * 2**20
+labels = torch.Generator().manual_seed(0)
+
+def call(i):
+    n = {"lengths": 1000 + i, "patterns": 256, "tables": 700}[what]
+    pattern = fl.window(16 + i % 97, i) if what == "patterns" else fl.window(9)
+    if what == "tables":
+        pattern = fl.clusters(torch.randint(9, (1, 8, n), generator=labels))
+    q = torch.zeros(1, 8, n, 8, requires_grad=i % 8 == 0)
+    out = fl.attention(q, q, q, pattern, backend=backend)
+    if q.requires_grad:
+        out.sum().backward()
+
+for i in range(16):  # what is loaded and allocated once
+    call(count - i)
+plans.clear()
+gc.collect()
+start = resident()
+for i in range(count):
+    call(i)
+gc.collect()
+info = plans.info()
+assert 0.5 * info.limit < info.nbytes <= info.limit, info
+print(resident() - start)
+"""
+
+
+def gained(what: str, count: int, backend: str, limit: int) -> float:
+    """MiB of resident memory that a process gains by many calls with a plan cache of `limit` MiB."""
+    command = [sys.executable, "-c", LOOP, what, str(count), backend, str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout) / 2**20
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident memory from /proc")
+
+
+@linux
+def test_new_lengths_hold_the_memory() -> None:
+    assert gained("lengths", 200, "cpu", limit=2) < 6
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "count", "backend"),
+    [("lengths", 500, "cpu"), ("patterns", 5000, "cpu"), ("tables", 1000, "cpu"), ("lengths", 500, "torch")],
+)
+def test_long_loops_hold_the_memory(what: str, count: int, backend: str) -> None:
+    assert gained(what, count, backend, limit=8) < 20
+
+
+@pytest.mark.parametrize(
+    "pattern", [fl.window(30), fl.window(4) | fl.random_keys(3), fl.clusters(torch.arange(2000) % 7)], ids=lambda p: p.text
+)
+def test_everything_made_of_a_plan_is_counted(pattern: fl.Pattern, cold_cache: None) -> None:
+    plan = plan_for(pattern, fl.plan(pattern, 2000, heads=8).sizes, TileShape(tile=32, gather=8, longest=16_384))
+    first = plans.info().nbytes
+    tables = sum(table.nbytes for table in pattern.tables)
+    assert first > plan.nbytes + tables
+    transposed = plan.transposed()
+    second = plans.info().nbytes
+    assert second - first >= held_bytes(transposed)
+    q = torch.zeros(1, 8, 2000, 8)
+    fl.attention(q, q, q, pattern, backend="cpu")
+    third = plans.info().nbytes
+    assert third - second > plan.nbytes  # a native copy
+    items = 8 * (2000 // 32)
+    assert third - second > plan.nbytes + 2 * 16 * items  # and a schedule of as many items, forwards and backwards
+    fl.attention(q, q, q, pattern, backend="cpu")
+    assert plans.info().nbytes == third
+    fl.attention(q, q[:, :1], q[:, :1], pattern, backend="cpu")  # one schedule is kept: that of the last heads
+    assert plans.info().nbytes < third + plan.nbytes
+    fl.attention(q, q, q, pattern, backend="torch")
+    assert plans.info().nbytes > third
+    plans.clear()
+    assert plans.info().nbytes == 0
+
+
+def test_a_plan_that_grows_beyond_the_limit_is_let_go(cold_cache: None) -> None:
+    plan = fl.plan(fl.window(3), 3000)
+    before = plans.limit
+    try:
+        plans.limit = plans.info().nbytes + 100
+        assert plans.info().entries == 1
+        plan.transposed()
+        assert plans.info().entries == 0
+        assert plans.info().nbytes == 0
+        plan.transposed(32)  # counted by nobody: the plan is not kept
+        assert plans.info().nbytes == 0
+    finally:
+        plans.limit = before
+
+
+def test_a_plan_that_nobody_uses_is_freed_at_once(cold_cache: None) -> None:
+    import weakref
+
+    gc.collect()
+    gc.disable()
+    try:
+        plan = fl.plan(fl.window(3), 300)
+        plan.transposed()
+        gone = weakref.ref(plan)
+        plans.clear()
+        del plan
+        assert gone() is None, "no cycle keeps it until the next collection"
+    finally:
+        gc.enable()
+
+
+def test_what_is_derived_does_not_travel_with_a_copy() -> None:
+    import pickle
+
+    derived = Derived()
+    derived["x"] = torch.zeros(3)
+    assert pickle.loads(pickle.dumps(derived)) == {}
+
+
+def test_shared_memory_is_counted_once() -> None:
+    table = torch.zeros(1000, dtype=torch.int64)
+    assert 8000 <= held_bytes([table, table[:10], table.view(10, 100)]) < 8000 + 4096
+
+
+def test_every_cache_of_the_package_is_listed_with_its_bound() -> None:
+    """`docs/architecture.md` names each: a new one must say there what bounds it."""
+    listed = (SOURCE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    kept = re.compile(r"functools\.(?:lru_)?cache\b|SizedCache\[?[^\n]*=|WeakKeyDictionary|WeakValueDictionary")
+    files = {
+        path.relative_to(SOURCE).as_posix()
+        for path in SOURCE.rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if kept.search(line) and path.name != "caching.py"
+    }
+    assert files
+    missing = sorted(file for file in files if f"`{file}`" not in listed)
+    assert not missing, f"docs/architecture.md says of no bound for caches in {missing}"

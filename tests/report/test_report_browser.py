@@ -1,0 +1,480 @@
+"""The report in a browser: what is drawn, walked and told there against the library, pair by pair and hop by hop; and every
+control by hand and by keyboard, in both languages and themes, without one message in the console or one request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import browser
+import numpy as np
+import pages
+import pytest
+import torch
+
+import farlight as fl
+from farlight import report
+from farlight.analysis.plot import densities
+from farlight.patterns import Sizes
+from farlight.report.formula import formula
+from farlight.report.page import strings
+from farlight.testing import CASES, Case
+
+MISSING = browser.missing()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=MISSING or "")]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[browser.Page]:
+    with browser.browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def audit_page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    _, _, data = pages.audited()
+    file = tmp_path_factory.mktemp("pages") / "audit.html"
+    report.write(report.render(data), file)
+    return file, data
+
+
+@pytest.fixture(scope="module")
+def map_page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, fl.Pattern, int]:
+    pattern, n = fl.window(40) | fl.global_tokens([0, -1]) | fl.random_keys(2), 6000
+    file = tmp_path_factory.mktemp("pages") / "map.html"
+    report.write(report.render(pages.mapped(pattern, n)), file)
+    return file, pattern, n
+
+
+@pytest.fixture
+def audit_open(chromium: browser.Page, audit_page: tuple[Path, dict[str, Any]]) -> Iterator[browser.Page]:
+    chromium.requests()
+    chromium.open(audit_page[0])
+    yield chromium
+    assert chromium.console() == []
+    assert {url.partition(":")[0] for url in chromium.requests()} <= {"file", "data"}
+
+
+@pytest.fixture
+def map_open(chromium: browser.Page, map_page: tuple[Path, fl.Pattern, int]) -> Iterator[browser.Page]:
+    chromium.open(map_page[0])
+    yield chromium
+    assert chromium.console() == []
+
+
+# ---- the pattern: rules in JavaScript against the specification ------------------------------------------------------------
+DENSE = """
+const [rules, n, a, b] = args, pattern = farlight.compile(await farlight.unpackAll(rules), n), rows = [], single = [];
+for (let i = 0; i < n; i++) {
+  const seen = new Uint8Array(n);
+  // Pieces are disjoint: a key that came twice would count twice.
+  pattern.row(i).runs((lo, hi) => { for (let j = lo; j < hi; j++) seen[j]++; });
+  rows.push(Array.from(seen).join(""));
+  single.push(Array.from({ length: n }, (_, j) => (pattern.allows(i, j) ? 1 : 0)).join(""));
+}
+let wrong = 0;
+for (let i = 0; i < n; i++) {
+  const from = (i * 7) % n, to = Math.min(n, from + 1 + ((i * 13) % n)), seen = new Uint8Array(n);
+  pattern.row(i, from, to).runs((lo, hi) => { for (let j = lo; j < hi; j++) seen[j]++; });
+  for (let j = 0; j < n; j++) if (seen[j] !== (j >= from && j < to && single[i][j] === "1" ? 1 : 0)) wrong++;
+}
+return [rows, single, wrong];
+"""
+SQUARE = [c for c in CASES if c.n_q == c.n_k and c.q_offset in (None, 0) and 0 < c.n_k <= 400]
+
+
+def compare_dense(page: browser.Page, pattern: fl.Pattern, n: int, batch: int = 1, heads: int = 1) -> int:
+    """How many (batch item, head) were compared."""
+    truth = pattern.dense(n, batch=batch, heads=heads)
+    compared = 0
+    for b in range(truth.shape[0]):
+        for h in range(truth.shape[1]):
+            want = ["".join(map(str, row)) for row in truth[b, h].int().tolist()]
+            rows, single, wrong = page.run(DENSE, json.loads(json.dumps(formula(pattern, n, batch=b, head=h))), n)
+            assert single == want, (pattern, b, h, "allows")
+            assert rows == want, (pattern, b, h, "rows")
+            assert wrong == 0, (pattern, b, h, "rows cut to a view")
+            compared += 1
+    return compared
+
+
+def test_every_shared_case_is_the_same_set(map_open: browser.Page) -> None:
+    assert len(SQUARE) > 120
+    for case in SQUARE:
+        compare_dense(map_open, case.pattern, case.n_k, case.batch, case.heads)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_expressions_are_the_same_set(seed: int, map_open: browser.Page) -> None:
+    """Trees of three operations over atoms that combs are made of, where teeth meet teeth."""
+    draw = torch.Generator().manual_seed(seed)
+    number = lambda low, high: int(torch.randint(low, high, (), generator=draw))  # noqa: E731
+    atoms = [
+        lambda: fl.strided(number(1, 9)),
+        lambda: fl.landmarks((every := number(2, 9)), number(1, every + 1)),
+        lambda: fl.window(number(0, 9), number(0, 9), dilation=number(1, 6)),
+        lambda: fl.strided(number(2, 7), phase=number(0, 7)),
+        lambda: fl.causal(),
+        lambda: fl.random_keys(number(1, 5), seed=number(0, 99)),
+        lambda: fl.random_blocks(number(1, 4), block=number(2, 9), causal=bool(number(0, 2))),
+        lambda: fl.blocked_window(number(0, 2), number(0, 2), block=number(2, 20)),
+        lambda: fl.global_tokens([number(0, 40), -1]),
+        lambda: fl.clusters(torch.randint(-1, 4, (61,), generator=draw)),
+    ]
+    for _ in range(12):
+        pattern = atoms[number(0, len(atoms))]()
+        for _ in range(3):
+            other = atoms[number(0, len(atoms))]()
+            pattern = [pattern | other, pattern & other, pattern - other, ~(pattern | other)][number(0, 4)]
+        compare_dense(map_open, pattern, 61)
+
+
+def test_a_wrong_rule_would_be_found(map_open: browser.Page) -> None:
+    """The comparison sees one pair too many, one hash that differs, one key cut off."""
+    for right, wrong in ((fl.window(3), fl.window(4)), (fl.random_keys(3), fl.random_keys(3, seed=1))):
+        rows, single, _ = map_open.run(DENSE, formula(wrong, 40), 40)
+        want = ["".join(map(str, row)) for row in right.dense(40)[0, 0].int().tolist()]
+        assert rows != want
+        assert single != want
+
+
+def test_long_texts_have_the_same_rows(map_open: browser.Page) -> None:
+    """A million tokens: some rows, and hashes whose products need more than 32 bits."""
+    n = 1 << 20
+    code = """
+    const [rules, n, rows] = args, pattern = farlight.compile(await farlight.unpackAll(rules), n);
+    return rows.map((i) => { const out = []; pattern.row(i).runs((lo, hi) => out.push([lo, hi])); return out; });
+    """
+    rows = [0, 1, 777, n // 2, n - 2, n - 1]
+    for pattern in (
+        fl.window(256) | fl.global_tokens([0, 5, -1]) | fl.random_keys(3),
+        fl.causal() & (fl.random_keys(5, causal=True) | fl.window(7, 0)),
+        fl.presets.bigbird(64, 3, seed=9),
+        fl.window(20, dilation=64) - fl.window(100),
+        fl.presets.logsparse(),
+    ):
+        sizes = Sizes.of(n)
+        found = map_open.run(code, json.loads(json.dumps(formula(pattern, n))), n, rows)
+        for i, runs in zip(rows, found, strict=True):
+            want = torch.zeros(n, dtype=torch.bool)
+            for lo, hi in runs:
+                assert not want[lo:hi].any()
+                want[lo:hi] = True
+            assert want.equal(pattern.dense_rows(i, i + 1, sizes)[0, 0, 0]), (pattern, i)
+
+
+@pytest.mark.parametrize("n, pixels", [(700, 64), (1000, 97), (333, 333)])
+def test_pixels_hold_the_library_s_shares(n: int, pixels: int, map_open: browser.Page) -> None:
+    code = """
+    const [rules, n, pixels] = args, pattern = farlight.compile(await farlight.unpackAll(rules), n), out = [];
+    await farlight.density(pattern, { top: 0, left: 0, span: n }, pixels, (r, line) => out.push(Array.from(line)), () => true);
+    return out;
+    """
+    for pattern in (
+        fl.window(20) | fl.global_tokens([0, 100]) | fl.random_keys(3),
+        fl.strided(7),
+        fl.presets.sparse_transformer(16),
+        fl.presets.sparse_transformer(16, "fixed", 3),
+        fl.window(5, dilation=40) - fl.strided(80),
+        fl.clusters(torch.arange(n) % 13) | fl.landmarks(50, 20),
+    ):
+        found = np.array(map_open.run(code, formula(pattern, n), n, pixels))
+        assert np.allclose(found, densities(pattern, n, pixels=pixels), atol=1e-6), pattern
+
+
+# ---- paths and reach --------------------------------------------------------------------------------------------------------
+PATHS = """
+const [rules, n, pairs] = args, pattern = farlight.compile(await farlight.unpackAll(rules), n), out = [];
+for (const [source, target] of pairs) {
+  const found = await farlight.path(pattern, source, target);
+  out.push({ positions: found.positions, heard: found.heard,
+    rules: found.hops.map((hop) => hop.rules.map((rule) => farlight.tellRule(rule, farlight.say))) });
+}
+return out;
+"""
+
+
+def compare_paths(page: browser.Page, pattern: fl.Pattern, n: int, pairs: list[tuple[int, int]], head: int = 0) -> None:
+    found = page.run(PATHS, json.loads(json.dumps(formula(pattern, n, head=head))), n, pairs)
+    for (source, target), one in zip(pairs, found, strict=True):
+        want = fl.path(pattern, n, source, target, head=head)
+        assert one["positions"] == list(want.positions), (pattern, source, target)
+        if source != target:
+            assert one["rules"] == [list(hop.rules) for hop in want.hops], (pattern, source, target)
+        if not want:
+            assert one["heard"] == want.heard
+
+
+@pytest.mark.parametrize("case", SQUARE[:: max(1, len(SQUARE) // 60)], ids=str)
+def test_paths_are_the_library_s(case: Case, map_open: browser.Page) -> None:
+    n = case.n_k
+    pairs = [(0, n - 1), (n - 1, 0), (n // 3, n // 2), (n // 2, n // 2), (n - 1, n // 4), (1 % n, n * 3 // 4)]
+    head = case.heads - 1 if case.pattern.varies_over_heads else 0
+    if case.batch == 1:
+        compare_paths(map_open, case.pattern, n, pairs, head)
+
+
+def test_paths_over_long_texts_are_the_library_s(map_open: browser.Page) -> None:
+    n = 50_000
+    for pattern in (
+        fl.window(64) | fl.random_keys(2),
+        fl.window(200),
+        fl.presets.sparse_transformer(128),
+        fl.presets.bigbird(64, 2),
+        fl.causal() & (fl.window(30) | fl.landmarks(100)),
+    ):
+        compare_paths(map_open, pattern, n, [(10, n - 10), (n - 10, 10), (n // 2, 17)])
+
+
+def test_reach_is_the_library_s(map_open: browser.Page) -> None:
+    code = """
+    const [rules, n, layers] = args, pattern = farlight.compile(await farlight.unpackAll(rules), n), out = [];
+    for (let t = 0; t < n; t++) {
+      const level = await farlight.heardOf(pattern, t, layers), row = new Array(layers + 1).fill(0);
+      level.forEach((at) => { if (at >= 0) for (let l = at; l <= layers; l++) row[l]++; });
+      out.push(row);
+    }
+    return out;
+    """
+    for pattern in (fl.window(3) | fl.random_keys(1), fl.causal() & (fl.window(2) | fl.strided(9)), fl.presets.logsparse()):
+        found = np.array(map_open.run(code, formula(pattern, 90), 90, 4)).T / 90
+        want = fl.reach(pattern, 90, 4, targets=90)
+        assert np.allclose(found, want.share[:, np.argsort(want.positions)], atol=1e-12), pattern
+
+
+# ---- the page ---------------------------------------------------------------------------------------------------------------
+def test_the_matrix_zooms_to_single_pairs(map_open: browser.Page, map_page: tuple[Path, fl.Pattern, int]) -> None:
+    _, pattern, n = map_page
+    page, grid = map_open, "return farlight.matrix"
+    assert page.js(f"{grid}.view") == {"top": 0, "left": 0, "span": n}
+    page.slide("zoom", 1000)
+    page.settle()
+    assert page.js(f"{grid}.view.span") == 16
+    page.js("farlight.matrix.show({top: 1000, left: 980, span: 64})")
+    page.settle()
+    shown = np.array(page.run("return Array.from(farlight.matrix.shares)")).reshape(64, 64)
+    want = pattern.dense_rows(1000, 1064, Sizes.of(n))[0, 0, :, 980:1044].numpy()
+    assert np.array_equal(shown > 0.5, want)
+    page.click("#whole")
+    page.settle()
+    side = page.js(f"{grid}.pixels")
+    whole = np.array(page.run("return Array.from(farlight.matrix.shares)")).reshape(side, side)
+    assert np.allclose(whole, densities(pattern, n, pixels=side), atol=1e-6)
+    assert page.js("return document.getElementById('grid').dataset.state") == "exact"
+
+
+def test_the_matrix_by_keyboard(map_open: browser.Page, map_page: tuple[Path, fl.Pattern, int]) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page, n = map_open, map_page[2]
+    page.js("farlight.matrix.cursor = {i: 30, j: 40}; farlight.matrix.show({top: 0, left: 0, span: 100})")
+    page.press("#grid", Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ARROW_LEFT)
+    assert page.js("return farlight.matrix.cursor") == {"i": 32, "j": 39}
+    page.wait(lambda: page.text("here").startswith("32 looks at 39: allowed by window."), "the status line")
+    page.press("#grid", "+")
+    assert page.js("return farlight.matrix.view.span") == 50
+    page.press("#grid", "-", "-")
+    assert page.js("return farlight.matrix.view.span") == 200
+    page.press("#grid", Keys.ENTER)
+    page.wait(lambda: "32 hears of 39 after 1 layer" in page.text("told"), "the path")
+    page.press("#grid", Keys.ESCAPE)
+    page.wait(lambda: page.text("told") == "Choose two tokens.", "the path to be cleared")
+    page.press("#grid", "0")
+    assert page.js("return farlight.matrix.view.span") == n
+
+
+def test_a_click_on_the_matrix_traces_the_path(map_open: browser.Page, map_page: tuple[Path, fl.Pattern, int]) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+
+    page, (_, pattern, n) = map_open, map_page
+    grid = page.driver.find_element(By.ID, "grid")
+    page.js("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", grid)
+    ActionChains(page.driver).move_to_element_with_offset(grid, 100, -120).click().perform()
+    source, target = page.js("return [farlight.state.source, farlight.state.target]")
+    assert source > target > 0
+    want = fl.path(pattern, n, source, target)
+    page.wait(lambda: page.js("return farlight.path_ && farlight.path_.positions") == list(want.positions), "the path")
+    assert page.js("return document.querySelectorAll('#over .hop').length") == 1
+    assert page.js("return document.querySelectorAll('#hops li').length") == want.layers
+    told = f"{target:,} hears of {source:,} after {want.layers} layer"
+    assert page.text("told").startswith(told)
+
+
+def test_two_words_are_clicked_and_the_path_lights_up_on_the_text(audit_open: browser.Page) -> None:
+    page = audit_open
+    page.click('#patterns input[value="1"]')
+    page.settle()
+    page.click('#tokens [data-at="5"]')
+    page.click('#tokens [data-at="40"]')
+    want = fl.path(pages.PATTERNS[1], 48, 5, 40)
+    page.wait(lambda: page.js("return farlight.path_ && farlight.path_.positions") == list(want.positions), "the path")
+    marked = "return [...document.querySelectorAll('#tokens .%s')].map((s) => Number(s.dataset.at))"
+    assert page.js(marked % "source") == [5]
+    assert page.js(marked % "target") == [40]
+    assert page.js(marked % "relay") == sorted(want.positions[1:-1])
+    assert page.js("return document.querySelector('#tokens [data-at=\"40\"]').getAttribute('aria-pressed')") == "true"
+    word = page.js("return document.querySelector('#tokens [data-at=\"40\"]').textContent")
+    assert page.text("told").startswith(f"“{word}” (40) hears of ")
+
+
+def test_words_by_keyboard(audit_open: browser.Page) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page, at = audit_open, "return Number(document.activeElement.dataset.at)"
+    assert page.js("return document.querySelectorAll('#tokens [tabindex=\"0\"]').length") == 1
+    page.press('#tokens [tabindex="0"]', Keys.HOME)
+    for _ in range(3):
+        page.press('#tokens [tabindex="0"]', Keys.ARROW_RIGHT)
+    assert page.js(at) == 3
+    page.press('#tokens [tabindex="0"]', Keys.ENTER)
+    page.press('#tokens [tabindex="0"]', Keys.END)
+    assert page.js(at) == 47
+    page.press('#tokens [tabindex="0"]', Keys.SPACE)
+    assert page.js("return [farlight.state.source, farlight.state.target]") == [3, 47]
+
+
+def test_every_control_is_reached_by_tab(audit_open: browser.Page) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    page, reached = audit_open, []
+    page.js("document.activeElement.blur(); window.scrollTo(0, 0)")
+    page.driver.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
+    for _ in range(90):
+        reached.append(page.js("const a = document.activeElement; return a.id || a.className || a.tagName"))
+        page.driver.switch_to.active_element.send_keys(Keys.TAB)
+    assert reached[0] == "skip"
+    for name in ("language", "theme", "grid", "zoom", "source", "target", "swap", "find-word", "layer"):
+        assert name in reached, (name, reached)
+
+
+def test_the_slider_tells_the_reach(audit_open: browser.Page, audit_page: tuple[Path, dict[str, Any]]) -> None:
+    page = audit_open
+    page.click('#patterns input[value="0"]')
+    page.settle()
+    page.js("farlight.set({source: 2, target: 20})")
+    page.wait(lambda: page.js("return farlight.levels !== null"), "the levels")
+    want = fl.reach(pages.PATTERNS[0], 48, 3)
+    for layer in (0, 1, 3):
+        page.slide("layer", layer)
+        mean, worst = 100 * want.mean[layer], 100 * want.worst[layer]
+        assert f"heard of {mean:.1f}% of the text on average, and of {worst:.1f}%" in page.text("reach-says")
+        count = str(6 * layer + 1)
+        page.wait(lambda count=count: page.js("return document.getElementById('strip').dataset.heard") == count, "the strip")
+        tinted = page.js("return [...document.querySelectorAll('#tokens .heard')].map((s) => Number(s.dataset.at))")
+        shown = page.js(
+            "return [...document.querySelectorAll('#tokens .heard')].map((s) => getComputedStyle(s).backgroundColor)"
+        )
+        assert "rgba(0, 0, 0, 0)" not in shown
+        marked = set(fl.path(pages.PATTERNS[0], 48, 2, 20).positions)
+        assert tinted == [at for at in range(20 - 3 * layer, 21 + 3 * layer) if at not in marked]
+
+
+def test_the_whole_text_can_be_walked(audit_open: browser.Page, audit_page: tuple[Path, dict[str, Any]]) -> None:
+    page, (_, data) = audit_open, audit_page
+    n = data["passages"]["of"]
+    page.click('#scopes [data-scope="text"]')
+    page.settle()
+    assert page.js("return farlight.n()") == n
+    spoken = page.js("return [...document.querySelectorAll('#tokens span')].map((s) => s.textContent)")
+    assert len(spoken) == n
+    assert "😀" in spoken
+    assert pages.HOSTILE.split()[0][:2] in spoken[:40]
+    assert page.js("return document.querySelectorAll('main img').length") == 0
+    page.js("document.getElementById('find-word').value = 'peace'; document.getElementById('find').requestSubmit()")
+    assert page.text("find-says") == f"at {spoken.index('peace')}"
+    page.press("#target", "\b" * 6 + str(n - 1) + "\n")
+    page.press("#source", "\b" * 6 + "4\n")
+    want = fl.path(pages.PATTERNS[page.js("return farlight.state.pattern")], n, 4, n - 1)
+    page.wait(lambda: page.js("return farlight.path_ && farlight.path_.positions") == list(want.positions), "the path")
+
+
+def test_heads_and_lost_words(audit_open: browser.Page, audit_page: tuple[Path, dict[str, Any]]) -> None:
+    page, (_, data) = audit_open, audit_page
+    page.click('#patterns input[value="1"]')
+    page.settle()
+    row = data["patterns"][1]
+    cells = page.js("return [...document.querySelectorAll('#heat button')].map((b) => b.textContent)")
+    assert cells == [f"{100 * share:.0f}" for layer in row["audit"]["mass_by_head"] for share in layer]
+    page.js("document.querySelectorAll('#heat button')[2].click()")
+    assert page.js("return farlight.state.head") == 2
+    assert page.js("return document.getElementById('head').value") == "2"
+    page.settle()
+    shown = np.array(page.run("return Array.from(farlight.matrix.shares)")).reshape(48, 48) > 0.5
+    assert np.array_equal(shown, pages.PATTERNS[1].dense(48, heads=3)[0, 2].numpy())
+    first = row["lost"][0]
+    page.click("#losses button")
+    page.wait(lambda: page.js("return farlight.path_ !== null"), "the path")
+    state = page.js("return farlight.state")
+    assert (state["passage"], state["head"], state["source"], state["target"]) == (
+        first["passage"],
+        first["head"],
+        first["key"],
+        first["query"],
+    )
+    assert page.js("return document.querySelectorAll('#losses tbody tr').length") == len(row["lost"])
+
+
+def test_the_cost_is_drawn_beside_full_attention(audit_open: browser.Page) -> None:
+    page = audit_open
+    for name in ("links-curve", "time-curve"):
+        assert page.js("return document.querySelectorAll(`#${arguments[0]} .full`).length", name) == 1
+    assert page.js("return document.querySelectorAll('#links-curve .mine').length") > 2
+    assert page.js("return document.querySelectorAll('#links-curve .other').length") == 2
+    assert "times fewer" in page.text("cost-says")
+    assert "Measured over" in page.text("cost-says")
+
+
+def test_what_differs_by_layer_shows_heads_and_losses(chromium: browser.Page, tmp_path: Path) -> None:
+    """A fit has no one matrix: its sections go, and come back with a pattern that has one."""
+    _, _, data = pages.audited([{0: fl.window(2), 2: fl.window(9)}, fl.window(3)])
+    assert [bool(row["views"]) for row in data["patterns"]] == [False, True]
+    assert {link["layer"] for link in data["patterns"][0]["lost"]} == {0, 2}
+    report.write(report.render(data), tmp_path / "fit.html")
+    chromium.open(tmp_path / "fit.html")
+    hidden = "return ['matrix', 'words', 'reach', 'cost', 'heads', 'lost'].filter((n) => document.getElementById(n).hidden)"
+    chromium.click('#patterns input[value="0"]')
+    assert chromium.js(hidden) == ["matrix", "words", "reach", "cost"]
+    assert not chromium.js("return document.getElementById('no-matrix').hidden")
+    chromium.click("#language")
+    chromium.click("#language")
+    chromium.click('#patterns input[value="1"]')
+    chromium.settle()
+    assert chromium.js(hidden) == []
+    shown = np.array(chromium.run("return Array.from(farlight.matrix.shares)")).reshape(48, 48) > 0.5
+    assert np.array_equal(shown, fl.window(3).dense(48)[0, 0].numpy())
+    assert chromium.console() == []
+
+
+def test_language_and_theme(audit_open: browser.Page) -> None:
+    page, words = audit_open, strings()
+    assert page.js("return document.documentElement.lang") == "en"
+    english = page.js("return document.body.innerText")
+    page.click("#language")
+    page.settle()
+    assert page.js("return document.documentElement.lang") == "zh-Hans"
+    assert page.text("matrix-title") == words["zh"]["matrix.title"]
+    chinese = page.js("return document.body.innerText")
+    assert [said for said in words["en"].values() if len(said) > 12 and said in chinese] == []
+    page.click("#language")
+    assert page.js("return document.body.innerText") == english
+    back = "return getComputedStyle(document.body).backgroundColor"
+    light = page.js(back)
+    page.click("#theme")
+    page.settle()
+    assert page.js("return document.documentElement.dataset.theme") == "dark"
+    assert page.js(back) != light
+    assert page.js("return document.getElementById('theme').getAttribute('aria-pressed')") == "true"
+
+
+def test_the_theme_follows_the_system_and_a_phone_shows_all(audit_page: tuple[Path, dict[str, Any]]) -> None:
+    with browser.browser(390, 844, dark=True) as phone:
+        phone.open(audit_page[0])
+        assert phone.js("return document.documentElement.dataset.theme") == "dark"
+        # Nothing sticks out sideways.
+        assert phone.js("return document.documentElement.scrollWidth") <= 390
+        assert phone.console() == []
