@@ -102,6 +102,8 @@ class Pattern:
 
     def _kept(self, name: str, make: Callable[[], _T]) -> _T:
         """What `make` gives, made once for this pattern: for what follows from its arguments alone."""
+        if torch._C._len_torch_dispatch_stack():  # a fake tensor of a traced program must not outlive it
+            return make()
         kept: dict[str, _T] = self.__dict__.setdefault("_memo", {})
         if name not in kept:
             kept[name] = make()

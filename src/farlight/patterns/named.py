@@ -24,6 +24,9 @@ from farlight.patterns.spans import Spans
 
 __all__ = ["global_tokens", "seen_by_all", "sees_all"]
 
+# Runs of a stepped range that are spelled out at once, 16 bytes each.
+_MOST_RUNS = 2**24
+
 
 class _Named(Atom):
     """Tokens given as positions (negative: from the last key) or as a bool mask `(N,)` or `(B, N)`."""
@@ -72,10 +75,15 @@ class _Named(Atom):
     def _edges(self, sizes: Sizes, device: torch.device) -> Tensor:
         """`lo, hi, lo, hi, …`: the runs of named positions, ascending (positions given as numbers only)."""
         assert self.positions is not None
-        return torch.tensor(_runs(self.positions, sizes.n_k), device=device)
+        end = max(sizes.n_k, sizes.q_offset + sizes.n_q) if isinstance(self.positions, range) else None
+        return torch.tensor(_runs(self.positions, sizes.n_k, end), device=device)
 
     def _is_named(self, sizes: Sizes, b: Tensor, position: Tensor) -> Tensor:
         """Elementwise: the position is named."""
+        if isinstance(self.positions, range):
+            shift = sizes.n_k if self.positions.start < 0 else 0
+            start, stop = self.positions.start + shift, self.positions.stop + shift
+            return (position >= start) & (position >= 0) & (position < stop) & ((position - start) % self.positions.step == 0)
         if isinstance(sizes.n_k, torch.SymInt) and self.positions is not None:
             named = torch.tensor(self.positions, dtype=torch.int64, device=position.device)
             named = torch.where(named < 0, named + sizes.n_k, named)
@@ -107,13 +115,22 @@ class _Named(Atom):
 
 
 @functools.lru_cache(maxsize=64)
-def _runs(positions: Sequence[int], n_k: int) -> NDArray[np.int64]:
-    """`lo, hi, lo, hi, …` of the runs that the positions form over n_k keys, without those before position 0."""
+def _runs(positions: Sequence[int], n_k: int, end: int | None = None) -> NDArray[np.int64]:
+    """`lo, hi, lo, hi, …` of the runs that the positions form over n_k keys, without those before position 0.
+
+    A range of positions is cut at `end`, the end of the text, before it is spelled out; with a step of 1 it is one run.
+    """
     if isinstance(positions, range):
-        lo, hi = positions.start, positions.stop
-        if lo < 0:
-            lo, hi = max(0, lo + n_k), hi + n_k
-        return np.array([lo, hi] if lo < hi else [], dtype=np.int64)
+        shift = n_k if positions.start < 0 else 0
+        inside = (
+            range(positions.start + shift, min(positions.stop + shift, end), positions.step) if end is not None else positions
+        )
+        inside = inside[max(0, -(inside.start // inside.step)) :]
+        if inside.step == 1 or not inside:
+            return np.array([inside.start, inside.stop] if inside else [], dtype=np.int64)
+        if len(inside) > _MOST_RUNS:
+            raise PatternError(f"{len(inside):,} separate positions of a range are too many; pass a bool mask of the text.")
+        positions = inside
     at = np.array(positions, dtype=np.int64)
     at = np.unique(np.where(at < 0, at + n_k, at))
     at = at[at >= 0]

@@ -230,7 +230,7 @@ class _Reader:
             self.fail(node, f"there is no pattern {show(name)}; {hint}known are {', '.join(n for n in known if '.' not in n)}.")
         for value in (*given, *named.values()):
             if isinstance(value, range) and not (
-                name in _KEEP_RANGES and abs(value.step) == 1 and (value.start < 0) == (value[-1] < 0 if value else True)
+                name in _KEEP_RANGES and (value.start < 0) == (value[-1] < 0 if value else True)
             ):
                 self.allowance.take(_NUMBER * _length(value), f"{name} of {_length(value):,} numbers")
         given = [listed_again(name, _as_table(name, value)) for value in given]
