@@ -1,4 +1,4 @@
-"""Who is compared: the inputs, farlight's backends as the dispatcher lists them, and torch's dense attention."""
+"""Who is compared: the inputs, farlight's backends as the registry lists them, and torch's dense attention."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from farlight.attention import attention
 from farlight.errors import UnsupportedError
-from farlight.kernels import dispatch
-from farlight.kernels.request import Request
+from farlight.kernels import registry
+from farlight.kernels.backend import Request
 from farlight.patterns.expression import Pattern, Sizes
 from suite.timing import Contender
 
@@ -55,27 +55,27 @@ def inputs(n: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tenso
 
 
 def refusal(backend: str, pattern: Pattern, n: int, heads: int, head_dim: int, dtype: torch.dtype, grads: bool) -> str | None:
-    """Why a backend cannot serve, in the dispatcher's words; None when it can."""
-    return "; ".join(dispatch.reasons(backend, _request(pattern, n, heads, head_dim, dtype, grads))) or None
+    """Why a backend cannot serve, in the registry's words; None when it can."""
+    return "; ".join(registry.reasons(backend, _request(pattern, n, heads, head_dim, dtype, grads))) or None
 
 
 def automatic(pattern: Pattern, n: int, heads: int, head_dim: int, dtype: torch.dtype) -> str:
     """What "auto" takes."""
-    return dispatch.choose(_request(pattern, n, heads, head_dim, dtype, False)).backend
+    return registry.select(_request(pattern, n, heads, head_dim, dtype, False)).backend.name
 
 
 def _request(pattern: Pattern, n: int, heads: int, head_dim: int, dtype: torch.dtype, grads: bool) -> Request:
-    return Request(pattern, Sizes.of(n, heads=heads), heads, head_dim, dtype, torch.device("cpu"), grads, 0.0, False)
+    return Request(pattern, Sizes.of(n, heads=heads), heads, head_dim, dtype, torch.device("cpu"), grads)
 
 
 def sparse() -> tuple[str, ...]:
     """The backends that execute a plan, best first."""
-    return tuple(name for name in dispatch.BACKENDS if name in dispatch.PLANNED)
+    return registry.plan_backends()
 
 
 def best_backend(pattern: Pattern, n: int, heads: int, head_dim: int, dtype: torch.dtype, grads: bool = False) -> str:
     """The first sparse backend that can serve."""
-    for name in dispatch.PLANNED:
+    for name in registry.plan_backends():
         if refusal(name, pattern, n, heads, head_dim, dtype, grads) is None:
             return name
     raise UnsupportedError(f"no sparse backend can run {pattern!r} at {n} tokens in {dtype} here; see farlight doctor.")

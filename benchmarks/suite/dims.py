@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from farlight.plan import plan
+from farlight.planning import plan
 from suite.contenders import BACKWARD_FLOPS, FORWARD_FLOPS, best_backend, inputs, ours
 from suite.settings import Box, Settings, name_of
 from suite.timing import interleaved, matmul, matmul_flops

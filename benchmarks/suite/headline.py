@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farlight.plan import plan
+from farlight.planning import plan
 from suite.contenders import BACKWARD_FLOPS, DENSE, FORWARD_FLOPS, dense, inputs, ours, refusal, sparse
 from suite.flex import FLEX, backward_refusal, compiled_flex
 from suite.memory import memory_columns

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from farlight.plan import plan
+from farlight.planning import plan
 from suite.contenders import BACKWARD_FLOPS, DENSE, FORWARD_FLOPS, best_backend, dense, inputs, ours
 from suite.machine import free_memory
 from suite.settings import Box, Settings, name_of

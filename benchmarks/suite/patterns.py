@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from farlight.errors import FarlightError
-from farlight.plan import plan
 from farlight.plan.cache import plans
+from farlight.planning import plan
 from suite.contenders import BACKWARD_FLOPS, FORWARD_FLOPS, best_backend, inputs, ours
 from suite.gallery import PLAIN, Shown, gallery
 from suite.settings import Box, Settings, name_of

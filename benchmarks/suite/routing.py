@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from farlight.patterns.expression import Pattern
-from farlight.plan import plan
 from farlight.plan.cache import plans
+from farlight.planning import plan
 from farlight.routing import LSH, KMeans, Router, TopBlocks
 from suite.contenders import DENSE, best_backend, dense, ours
 from suite.settings import Box, Settings, name_of

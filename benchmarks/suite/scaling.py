@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from farlight.analysis.memory import peak_memory
 from farlight.patterns import window
-from farlight.plan import plan
+from farlight.planning import plan
 from suite.allocator import kept_memory
 from suite.contenders import FORWARD_FLOPS, best_backend, inputs, ours, refusal, sparse
 from suite.fresh import FreshError, fresh_rows

@@ -33,7 +33,8 @@ from farlight.patterns import (
     strided,
     window,
 )
-from farlight.plan import Plan, plan
+from farlight.plan import Plan
+from farlight.planning import plan
 
 __version__ = "0.1.0"
 

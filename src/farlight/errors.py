@@ -8,7 +8,19 @@ from __future__ import annotations
 
 import reprlib
 
-__all__ = ["ArgumentError", "FarlightError", "OperandError", "PatternError", "PlanError", "UnsupportedError", "shorten", "show"]
+import torch
+
+__all__ = [
+    "ArgumentError",
+    "FarlightError",
+    "OperandError",
+    "PatternError",
+    "PlanError",
+    "UnsupportedError",
+    "refuse_tracing",
+    "shorten",
+    "show",
+]
 
 
 class FarlightError(Exception):
@@ -74,3 +86,12 @@ def shorten(text: str, length: int = 80) -> str:
     # Far more than is kept is not even looked at: the text may be a table of many megabytes.
     line = " ".join(text[: 4 * length].split())
     return line if len(line) <= length and len(text) <= 4 * length else line[: length - 1] + "…"
+
+
+def refuse_tracing(who: str) -> None:
+    """Raise UnsupportedError under torch.jit.trace, which would record the values read in this call as constants."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            f"{who}: torch.jit.trace keeps what is read from a tensor as a constant, a mask as the padding of this one example "
+            "too. Use torch.export.export, which keeps the masks, or torch.compile."
+        )

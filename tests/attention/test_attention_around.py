@@ -12,7 +12,7 @@ from torch import Tensor
 
 import farlight as fl
 from farlight.analysis.memory import peak_memory
-from farlight.kernels import dispatch
+from farlight.kernels import registry
 from farlight.plan.cache import plans
 from farlight.testing import CASES, Case, case, inputs, kept_links
 from parity import BACKENDS, SEED, dense, every_backend, outputs, request_of, same, skip_where_it_cannot_run
@@ -175,9 +175,9 @@ def test_explain_tells_what_auto_takes_and_why_others_cannot() -> None:
         request_of(Case("explained", fl.window(4), 100, heads=4, kv_heads=2, dropout=0.1), torch.float32, return_lse=True),
         needs_grad=False,
     )
-    assert lines[1] == f"auto takes {dispatch.choose(request).backend!r}"
+    assert lines[1] == f"auto takes {registry.select(request).backend.name!r}"
     for name in BACKENDS:
-        why = dispatch.reasons(name, request)
+        why = registry.reasons(name, request)
         assert f"  {name}: {'cannot: ' + '; '.join(why) if why else 'can'}" in lines
     assert any("does not give the lse" in line and "its dropout draws other links" in line for line in lines)
     assert any(line.startswith("full attention computes 40,000 pairs") for line in lines)

@@ -11,7 +11,7 @@ import torch
 
 import farlight as fl
 from farlight.errors import ArgumentError, FarlightError, PatternError, PlanError, UnsupportedError
-from farlight.kernels import dispatch
+from farlight.kernels import registry
 from farlight.testing import case
 from parity import BACKENDS, request_of
 
@@ -128,7 +128,7 @@ TABLE: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         attend(backend="cuda"),
         ArgumentError,
-        f"backend = 'cuda' is unknown; use 'auto' or one of {', '.join(repr(name) for name in dispatch.BACKENDS)}.",
+        f"backend = 'cuda' is unknown; use 'auto' or one of {', '.join(repr(name) for name in registry.names())}.",
     ),
     (
         attend(pattern=fl.global_tokens(torch.arange(13) < 1)),
@@ -231,7 +231,7 @@ def test_errors_are_what_a_caller_would_expect() -> None:
 
 
 def test_a_backend_that_cannot_says_all_its_reasons() -> None:
-    found = dispatch.reasons("dense", request_of(case("dropout"), torch.float32, return_lse=True))
+    found = registry.reasons("dense", request_of(case("dropout"), torch.float32, return_lse=True))
     assert len(found) == 2
     q = torch.zeros(1, 1, 20_000, 8)
     with pytest.raises(UnsupportedError, match="its mask would take 381 MiB, more than 256 MiB"):

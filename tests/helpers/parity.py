@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import farlight as fl
-from farlight.kernels import dispatch
-from farlight.kernels.request import Request
+from farlight.kernels import registry
+from farlight.kernels.backend import Request
 from farlight.testing import Answer, Case, Inputs, Solution, assert_answer, assert_matches, inputs, solve
 
 # Triton compiles for GPUs; its kernels meet the same cases in a process that interprets them (tests/kernels/test_triton.py).
-BACKENDS = tuple(name for name in dispatch.BACKENDS if name != "triton")
+BACKENDS = tuple(name for name in registry.names() if name != "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SEED = 0x1234_5678_9ABC
 
@@ -37,13 +37,13 @@ def request_of(case: Case, dtype: torch.dtype, *, return_lse: bool) -> Request:
 
 def skip_where_it_cannot_run(backend: str, request: Request) -> None:
     """Skip with the backend's own words."""
-    found = dispatch.reasons(backend, request)
+    found = registry.reasons(backend, request)
     if found:
         pytest.skip(f"{backend}: {'; '.join(found)}")
 
 
 def gives_lse(backend: str, case: Case, dtype: torch.dtype) -> bool:
-    return not dispatch.reasons(backend, request_of(case, dtype, return_lse=True))
+    return not registry.reasons(backend, request_of(case, dtype, return_lse=True))
 
 
 def attend(case: Case, given: Inputs, backend: str, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton_lists import seen_by_keys, seen_by_queries
 
 import farlight as fl
-from farlight.kernels import dispatch
+from farlight.kernels import registry
 from farlight.kernels import triton as backend
 from farlight.kernels.triton import work_partition as dealing
 from farlight.kernels.triton.autotune import fastest
@@ -65,8 +65,8 @@ def test_a_missing_triton_is_a_reason() -> None:
 
 def test_auto_never_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the interpreter could serve, "auto" on the CPU still takes another."""
-    monkeypatch.setattr(dispatch, "reasons", lambda name, request: [] if name in ("triton", "torch") else ["no"])
-    assert dispatch.planned_backend(request_of(case("skim"), torch.float32, return_lse=False)) == "torch"
+    monkeypatch.setattr(registry, "reasons", lambda name, request: [] if name in ("triton", "torch") else ["no"])
+    assert registry.plan_backend(request_of(case("skim"), torch.float32, return_lse=False)).name == "torch"
 
 
 # ---- lowering: the lists of blocks are the plan -----------------------------------------------------------------------

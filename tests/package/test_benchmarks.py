@@ -12,7 +12,7 @@ import torch
 
 from farlight.analysis import memory
 from farlight.cli import main as farlight
-from farlight.kernels import cpu, dispatch
+from farlight.kernels import cpu, registry
 from farlight.patterns import window
 from suite import scaling
 from suite.allocator import kept_memory
@@ -118,7 +118,7 @@ def test_break_even_is_where_winning_starts_to_last(ratios: dict[int, float], ex
 
 
 def test_backends_and_their_reasons_are_the_dispatchers() -> None:
-    assert set(sparse()) == set(dispatch.PLANNED)
+    assert set(sparse()) == set(registry.plan_backends())
     for backend in sparse():
         assert refusal(backend, window(4), 64, 1, 8, torch.float32, False) is None or backend != "torch"
     assert refusal("cpu", window(4), 64, 1, 8, torch.float64, False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from farlight.kernels import dispatch
+from farlight.kernels import registry
 from farlight.testing import CASES, Case
 from parity import BACKENDS, DTYPES, compare, compared, dtype_name, request_of, skip_where_it_cannot_run
 
@@ -32,6 +32,6 @@ def test_every_available_backend_was_compared() -> None:
     if not compared:
         pytest.skip("no parity test was selected in this run")
     window = next(case for case in CASES if case.name == "causal")
-    available = [name for name in BACKENDS if not dispatch.reasons(name, request_of(window, torch.float32, return_lse=False))]
+    available = [name for name in BACKENDS if not registry.reasons(name, request_of(window, torch.float32, return_lse=False))]
     assert set(available) <= set(compared), f"compared: {dict(compared)}"
     assert {"torch", "dense", "reference"} <= set(available)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import farlight as fl
-from farlight.kernels import dispatch
+from farlight.kernels import registry
+from farlight.kernels.backend import Request
 from farlight.patterns.liveness import last_seen, sizes_of_future
 from farlight.report.formula import formula
 
@@ -105,7 +106,7 @@ def test_a_position_names_the_query_that_stands_there(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_named_queries_beyond_the_last_key_are_attended_and_differentiated(backend: str) -> None:
-    if backend == "cpu" and dispatch.reasons("cpu", _request(12, 9)):
+    if backend == "cpu" and registry.reasons("cpu", _request(12, 9)):
         pytest.skip("no native kernels here")
     pattern = (fl.sees_all(range(7, 12)) & fl.seen_by_all(range(6, 9))) | fl.sees_all([10]) | fl.window(1)
     q = torch.randn(1, 2, 12, 8, requires_grad=True)
@@ -124,9 +125,9 @@ def test_named_queries_beyond_the_last_key_are_attended_and_differentiated(backe
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def _request(n_q: int, n_k: int) -> dispatch.Request:
+def _request(n_q: int, n_k: int) -> Request:
     sizes = fl.plan(fl.full(), n_q, n_k).sizes
-    return dispatch.Request(fl.full(), sizes, 1, 8, torch.float32, torch.device("cpu"), True, 0.0, False)
+    return Request(fl.full(), sizes, 1, 8, torch.float32, torch.device("cpu"), True, 0.0, False)
 
 
 @pytest.mark.parametrize("n_q, n_k, q_offset", [(12, 9, 0), (12, 9, -3), (4, 9, 5), (9, 9, 4)])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from test_plan import overlapping_by_hand, visited_by_hand
 
 import farlight as fl
-from farlight.kernels import dispatch
+from farlight.kernels import registry
 from farlight.patterns import Pattern, Sizes, parse
 from farlight.plan import TileShape
 from farlight.plan.build import build, count_pairs
@@ -61,7 +61,7 @@ def test_attention_is_exact(backend: str) -> None:
     @given(cases())
     def check(case: Case) -> None:
         nonlocal ran
-        if not dispatch.reasons(backend, request_of(case, torch.float32, return_lse=False)):
+        if not registry.reasons(backend, request_of(case, torch.float32, return_lse=False)):
             ran += 1
             compare(case, backend, torch.float32, with_grad_lse=gives_lse(backend, case, torch.float32))
 

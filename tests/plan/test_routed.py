@@ -18,7 +18,7 @@ from waits import Waits
 
 import farlight as fl
 from farlight.kernels import triton as backend
-from farlight.kernels.request import Request
+from farlight.kernels.backend import Request
 from farlight.kernels.triton import routed as on_device
 from farlight.kernels.triton import work_partition as dealing
 from farlight.kernels.triton.lower_kv import KeyWork, lower_keys
@@ -216,7 +216,7 @@ def test_routers_that_take_a_count_choose_without_asking() -> None:
 
 
 def request_for(pattern: Pattern, sizes: Sizes, kv_heads: int) -> Request:
-    return Request(pattern, sizes, kv_heads, 16, torch.float32, torch.device("cpu"), False, 0.0, False)
+    return Request(pattern, sizes, kv_heads, 16, torch.float32, torch.device("cpu"))
 
 
 # ---- what is not for it, and what is wrong ------------------------------------------------------------------------------

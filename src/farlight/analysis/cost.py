@@ -163,8 +163,8 @@ def _first_run(
 ) -> tuple[Cost, Callable[[], Any] | None]:
     """Plan and run once, watching memory; and the run, to be repeated. None where it cannot be run at this length."""
     import farlight
-    from farlight.kernels import dispatch
-    from farlight.kernels.request import Request
+    from farlight.kernels import registry
+    from farlight.kernels.backend import Request
 
     q, k, v = tensors
     n = q.shape[2]
@@ -192,7 +192,7 @@ def _first_run(
             began = time.perf_counter()
             # Plans for the backend's tiles, which the run then finds again.
             both = allowed()
-            choice = dispatch.choose(Request(both, sizes, k.shape[1], q.shape[3], q.dtype, q.device, False, 0.0, False))
+            selection = registry.select(Request(both, sizes, k.shape[1], q.shape[3], q.dtype, q.device))
             planned = time.perf_counter()
             run(both)
             ended = time.perf_counter()
@@ -205,8 +205,8 @@ def _first_run(
         counted=n,
         links=links_per_head(both, n, layer.heads, sizes.batch),
         own_links=links_per_head(layer.own, n, layer.heads),
-        backend=choice.backend if backend == "auto" else backend,
-        predicted_speedup=choice.dense.seconds / choice.sparse.seconds,
+        backend=selection.backend.name if backend == "auto" else backend,
+        predicted_speedup=selection.speedup,
         seconds=ended - planned,
         plan_seconds=planned - began,
         peak_bytes=peak.bytes,

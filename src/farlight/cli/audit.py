@@ -87,7 +87,7 @@ def audit_command(
 ) -> None:
     """Print what each sparse pattern saves and loses when a model reads a text."""
     from farlight.cli.inputs import load_model, read_judged, read_text
-    from farlight.kernels import dispatch
+    from farlight.kernels import registry
 
     # What is cheap to check is checked before a model is loaded.
     fitting = keep is not None or density is not None
@@ -96,7 +96,7 @@ def audit_command(
         _check_fit(keep, density, candidate, save)
     elif candidate or save is not None:
         raise ArgumentError("--candidate and --save belong to a fit: add --keep 0.95 or --density 0.1.")
-    dispatch.check_name(backend)
+    registry.check_name(backend)
     count = _how_many(passages, _PASSAGES if page is None else _PASSAGES_OF_A_REPORT)
     if page is not None:
         check_place("--html", page)

@@ -66,8 +66,8 @@ def bench_row(
 
     import farlight as fl
     from farlight.analysis.cost import paired_seconds
-    from farlight.kernels import dispatch
-    from farlight.kernels.request import Request
+    from farlight.kernels import registry
+    from farlight.kernels.backend import Request
     from farlight.patterns import Sizes
     from farlight.patterns.algebra import looks_back
 
@@ -88,8 +88,8 @@ def bench_row(
     full = pass_of(lambda: scaled_dot_product_attention(q, k, v, is_causal=causal))
     sparse_seconds, full_seconds = paired_seconds(sparse, full, seconds)
     if backend == "auto":
-        request = Request(pattern, Sizes.of(n, heads=heads), heads, head_dim, kind, q.device, backward, 0.0, False)
-        backend = dispatch.choose(request).backend
+        request = Request(pattern, Sizes.of(n, heads=heads), heads, head_dim, kind, q.device, backward)
+        backend = registry.select(request).backend.name
     row = {"pattern": repr(pattern), "tokens": n, "density": pattern.density(n, heads=heads), "backend": backend}
     return row | {"causal": causal, "seconds": sparse_seconds, "full_seconds": full_seconds}
 

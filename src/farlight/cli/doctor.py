@@ -126,17 +126,17 @@ def _cpu_field(*names: str) -> str | None:
 
 
 def _backends() -> dict[str, list[str]]:
-    """For each backend: why it cannot run on this machine. The dispatcher's own reasons, in its order."""
+    """For each backend: why it cannot run on this machine. The registry's own reasons, in its order."""
     import torch
 
-    from farlight.kernels import dispatch
-    from farlight.kernels.request import Request
+    from farlight.kernels import registry
+    from farlight.kernels.backend import Request
     from farlight.patterns import Sizes, window
 
     # A plain request that every backend is made for; what it then says is about the machine.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    request = Request(window(64), Sizes.of(1024, heads=8), 8, 64, torch.float32, device, False, 0.0, False)
-    return {name: dispatch.reasons(name, request) for name in dispatch.BACKENDS}
+    request = Request(window(64), Sizes.of(1024, heads=8), 8, 64, torch.float32, device)
+    return {name: registry.reasons(name, request) for name in registry.names()}
 
 
 def _package(name: str) -> str:

@@ -48,11 +48,11 @@ def embed_command(
     from farlight.cli.inputs import load_model, read_patterns, read_text
     from farlight.cli.outputs import check_place
     from farlight.cli.progress import progress
-    from farlight.kernels import dispatch
+    from farlight.kernels import registry
 
     # What is cheap to check is checked before a model is loaded.
     (chosen,) = read_patterns([pattern])
-    dispatch.check_name(backend)
+    registry.check_name(backend)
     queries = list(query or [])
     if not queries and save is None:
         raise ArgumentError('nothing was asked: give --query "…", or --save vectors.npz to keep the vectors.')

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from farlight.attention import even_widths, refuse_layouts
 from farlight.decoding.last_use import rules
 from farlight.decoding.routed import Routed
 from farlight.decoding.store import Store
-from farlight.errors import ArgumentError, UnsupportedError, show
-from farlight.patterns.arguments import refuse_tracing, whole
+from farlight.errors import ArgumentError, UnsupportedError, refuse_tracing, show
+from farlight.inputs import even_widths, refuse_layouts
+from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.liveness import sizes_of_future
 from farlight.patterns.positional import full

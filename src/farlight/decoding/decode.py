@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farlight.attention import _read_scale, attention, refuse_layouts
+from farlight.attention import attention
 from farlight.decoding.cache import KVCache, refuse_gradients
 from farlight.decoding.kept_attention import attend_kept
 from farlight.decoding.slots import Numbers
 from farlight.decoding.store import Store
 from farlight.errors import ArgumentError, PatternError
+from farlight.inputs import read_scale, refuse_layouts
 from farlight.patterns.expression import Pattern, Sizes
 
 __all__ = ["decode"]
@@ -47,7 +48,7 @@ def answer(
 ) -> tuple[Tensor, Tensor | None]:
     """`decode` where queries see only what `also` allows them too, a pattern of the text so far: (out, lse or None)."""
     start = _check(q, cache)
-    factor = _read_scale(scale, q.shape[-1])
+    factor = read_scale(scale, q.shape[-1])
     if q.is_meta or not q.shape[0]:  # nothing to compute: the shapes are the answer
         kind = torch.promote_types(q.dtype, torch.float32)
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=kind) if return_lse else None

@@ -21,7 +21,7 @@ from farlight.hf.attention_function import SETTING, Chosen, Observation, Setting
 from farlight.hf.configs import Held, configs_of, own_configs, put_back
 from farlight.hf.layers import attention_layers, attention_modules, crosses, for_layers, foreign_attention, other_mixers
 from farlight.hf.masks import model_mask
-from farlight.kernels import dispatch
+from farlight.kernels import registry
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 
@@ -109,7 +109,7 @@ def settle(
 ) -> Undo:
     """Let the model compute its attention with farlight under `pattern`, as `use_pattern` says. Returns how to undo it."""
     register()
-    dispatch.check_name(backend)
+    registry.check_name(backend)
     _check_chosen(pattern)
     name = type(model).__name__
     config = getattr(model, "config", None)

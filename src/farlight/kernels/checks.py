@@ -7,10 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from farlight.errors import ArgumentError
-from farlight.kernels.request import Request
+from farlight.errors import ArgumentError, PlanError
+from farlight.kernels.backend import Request
 from farlight.patterns.expression import Sizes
 from farlight.patterns.hashing import dropout_threshold
+from farlight.plan.tables import Plan, PlanLike
 
 __all__ = [
     "KERNEL_DTYPES",
@@ -20,6 +21,7 @@ __all__ = [
     "check_plan",
     "check_tensors",
     "dropped",
+    "host_plan",
     "refused",
 ]
 
@@ -60,6 +62,13 @@ def _no_values(x: Tensor, name: str) -> str:
         f"{name} {tuple(x.shape)} has no values in memory: its storage was freed, or it is a wrapper that outlived the "
         "transform it belongs to; pass a tensor with data."
     )
+
+
+def host_plan(plan: PlanLike) -> Plan:
+    """The plan, where its tables are on the host. Raises PlanError for a plan built on a device."""
+    if not isinstance(plan, Plan):
+        raise PlanError(f"this backend executes plans of the host, not {type(plan).__name__}; make one with fl.plan.")
+    return plan
 
 
 class _Planned(Protocol):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from farlight.kernels.request import Request
+from farlight.kernels.backend import Request
 
 __all__ = ["ACCELERATOR_RATES", "DEFAULT_RATES", "Estimate", "Rates", "estimate"]
 
@@ -50,6 +50,8 @@ def estimate(backend: str, request: Request, visited: int | None, rates: Rates |
         rates = DEFAULT_RATES if request.device.type == "cpu" else ACCELERATOR_RATES
     sizes = request.sizes
     pairs = sizes.batch * sizes.heads * sizes.n_q * sizes.n_k if visited is None else visited
-    rate, fixed = rates.get((backend, request.dtype), rates[backend, torch.float32])
+    # A backend without rates of its own is priced like the torch backend.
+    rated = backend if (backend, torch.float32) in rates else "torch"
+    rate, fixed = rates.get((rated, request.dtype), rates[rated, torch.float32])
     seconds = 4 * request.head_dim * pairs / (rate * 1e9) + fixed
-    return Estimate(seconds * (_WITH_BACKWARD[backend] if request.needs_grad else 1.0), pairs)
+    return Estimate(seconds * (_WITH_BACKWARD[rated] if request.needs_grad else 1.0), pairs)

@@ -8,30 +8,44 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from farlight.caching import SizedCache
 from farlight.derivatives import refuse_second_through
+from farlight.kernels.backend import Request
 from farlight.kernels.checks import addressable
-from farlight.kernels.request import Request
 
-__all__ = ["LARGEST_MASK", "Mask", "attend", "readable", "reasons"]
+__all__ = ["BACKEND", "LARGEST_MASK", "Mask", "attend", "cached_mask", "readable"]
 
 # Bytes of mask that are still called short.
 LARGEST_MASK = 2**28
 
 
-def reasons(request: Request) -> list[str]:
-    found = []
-    sizes = request.sizes
-    if request.return_lse:
-        found.append("scaled_dot_product_attention does not give the lse; ask with return_lse=False")
-    if request.dropout:
-        found.append("its dropout draws other links than farlight's; use dropout=0")
-    masks = (sizes.batch if request.pattern.varies_over_batch else 1) * (
-        sizes.heads if request.pattern.varies_over_heads else 1
-    )
-    size = masks * sizes.n_q * sizes.n_k
-    if size > LARGEST_MASK:
-        found.append(f"its mask would take {size / 2**20:,.0f} MiB, more than {LARGEST_MASK // 2**20} MiB")
-    return found
+class DenseBackend:
+    """Torch's fused full attention as a mask backend."""
+
+    name = "dense"
+
+    def reasons(self, request: Request) -> list[str]:
+        """Why full attention cannot serve the request; empty when it can."""
+        refusals = []
+        sizes, pattern = request.sizes, request.pattern
+        if request.return_lse:
+            refusals.append("scaled_dot_product_attention does not give the lse; pass return_lse=False")
+        if request.dropout:
+            refusals.append("its dropout draws other links than farlight's; use dropout=0")
+        masks = (sizes.batch if pattern.varies_over_batch else 1) * (sizes.heads if pattern.varies_over_heads else 1)
+        nbytes = masks * sizes.n_q * sizes.n_k
+        if nbytes > LARGEST_MASK:
+            refusals.append(f"its mask would take {nbytes / 2**20:,.0f} MiB, more than {LARGEST_MASK // 2**20} MiB")
+        return refusals
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, q_offset: int, dropout: float, seed: Tensor
+    ) -> tuple[Tensor, None]:
+        """(out, None) under the mask; dropout is 0, as `reasons` requires."""
+        return attend(q, k, v, Mask.of(mask), scale=scale), None
+
+
+BACKEND = DenseBackend()
 
 
 class Mask(NamedTuple):
@@ -56,6 +70,27 @@ class Mask(NamedTuple):
     def settled(self) -> Mask:
         """The same without `seeing` where it says nothing; asks the device."""
         return self if self.seeing is None or not bool(self.seeing.all()) else Mask(self.pairs, None)
+
+
+_masks: SizedCache[Mask] = SizedCache(64 * 2**20)
+
+
+def cached_mask(request: Request) -> Mask | None:
+    """The mask of the request's pattern, cached while it is small; None when every pair is allowed."""
+    pattern, sizes, device = request.pattern, request.sizes, request.device
+
+    def build() -> Mask:
+        with torch.inference_mode(False), torch.no_grad():
+            pairs = pattern.dense(
+                sizes.n_q, sizes.n_k, batch=sizes.batch, heads=sizes.heads, q_offset=sizes.q_offset, device=device
+            )
+            # One entry says "everything" as well as n_q · n_k of them.
+            if bool(pairs.all()):
+                return Mask(torch.ones(1, dtype=torch.bool, device=device), None)
+            return Mask.of(pairs).settled()
+
+    mask = _masks.get((pattern.key, sizes, device), build)
+    return mask if mask.pairs.dim() == 4 else None
 
 
 def readable(x: Tensor, name: str) -> Tensor:

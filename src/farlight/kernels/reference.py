@@ -11,14 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from farlight.kernels.request import Request
+from farlight.kernels.backend import Request
 from farlight.patterns.hashing import dropout_keep
 
-__all__ = ["attend", "reasons"]
-
-
-def reasons(request: Request) -> list[str]:
-    return []
+__all__ = ["BACKEND", "attend"]
 
 
 def attend(
@@ -52,3 +48,22 @@ def _kept(seed: Tensor, dropout: float, scores: Tensor, q_offset: int) -> Tensor
         for dim, n in enumerate(scores.shape)
     )
     return dropout_keep(seed.to(scores.device), dropout, b, h, i + q_offset, j)
+
+
+class ReferenceBackend:
+    """The specification as a mask backend."""
+
+    name = "reference"
+
+    def reasons(self, request: Request) -> list[str]:
+        """Empty: it serves every request."""
+        return []
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, q_offset: int, dropout: float, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) under the mask."""
+        return attend(q, k, v, mask, scale=scale, q_offset=q_offset, dropout=dropout, seed=seed)
+
+
+BACKEND = ReferenceBackend()

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from farlight import ops
-from farlight.attention import attention, without_autocast
+from farlight.attention import attention
 from farlight.errors import ArgumentError, UnsupportedError, show
-from farlight.kernels import dispatch
+from farlight.inputs import without_autocast
+from farlight.kernels import registry
 from farlight.nn.masks import both, padded, real_tokens, restricted
 from farlight.nn.positions import RotaryPositions, Rotation, read_rotary
 from farlight.patterns.arguments import whole
@@ -103,7 +104,7 @@ class SparseAttention(nn.Module):
             )
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout <= 1.0:
             raise ArgumentError(f"{name}: dropout = {show(dropout)}: it is a share of links and must lie in 0 <= dropout <= 1.")
-        dispatch.check_name(backend)
+        registry.check_name(backend)
         self.head_dim, self.dropout, self.backend = self.embed_dim // self.num_heads, float(dropout), backend
         self.kdim, self.vdim = (self.embed_dim if d is None else whole(f"{name}: kdim, vdim", d, 1) for d in (kdim, vdim))
         self.rotary = read_rotary(name, rotary, self.head_dim)

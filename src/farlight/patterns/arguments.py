@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farlight.errors import PatternError, UnsupportedError, shorten, show
+from farlight.errors import PatternError, refuse_tracing, shorten, show
 from farlight.patterns.expression import Sizes
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "read_mask",
     "read_positions",
     "read_table",
-    "refuse_tracing",
     "whole",
 ]
 
@@ -93,15 +92,6 @@ def read_mask(what: str, value: Any) -> Tensor | None:
     if isinstance(value, (list, tuple)):
         value = [item.tolist() if _is_array(item) else item for item in value]
     return read_table(what, value, 2, kind="bool")
-
-
-def refuse_tracing(who: str) -> None:
-    """Raise UnsupportedError under torch.jit.trace, which would record the values read in this call as constants."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        raise UnsupportedError(
-            f"{who}: torch.jit.trace keeps what is read from a tensor as a constant, a mask as the padding of this one example "
-            "too. Use torch.export.export, which keeps the masks, or torch.compile."
-        )
 
 
 def numbers(what: str, values: Any, of: str) -> list[Any]:

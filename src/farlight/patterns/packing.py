@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farlight.errors import PatternError
-from farlight.patterns.arguments import check_leading, listed, numbers, read_mask, read_table, refuse_tracing, whole
+from farlight.errors import PatternError, refuse_tracing
+from farlight.patterns.arguments import check_leading, listed, numbers, read_mask, read_table, whole
 from farlight.patterns.deferred import Unread, empty, hidden
 from farlight.patterns.expression import Atom, Changes, Form, Labels, Pattern, Sizes, equal_items
 from farlight.patterns.named import seen_by_all

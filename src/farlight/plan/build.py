@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from farlight.patterns.spans import Spans
 from farlight.plan.assemble import Draft, split_long_tiles
 from farlight.plan.normal_form import Conjunction, Term, terms_of
 from farlight.plan.order import Order, natural_order, sorted_keys, sorted_order
-from farlight.plan.tables import Plan
+from farlight.plan.tables import Plan, TileShape
 from farlight.plan.tile_bounds import Coarse, coarse
 from farlight.plan.tiling import MaskStore
 
@@ -28,15 +27,6 @@ _LARGEST_CHUNK = 1 << 22
 # Questions about one atom and one pair that may be asked: some minutes.
 _MOST_ASKED = 1 << 34
 _FEW_KEYS, _FEW_INTERVALS = 16, 4
-
-
-@dataclass(frozen=True)
-class TileShape:
-    """What a backend wants: rows in a tile, how dear a gathered pair is against a visited one, when a tile is long."""
-
-    tile: int = 32
-    gather: int = 8
-    longest: int = 16_384
 
 
 def settled_rows(labels: Labels, earlier: Term, sizes: Sizes, b: Tensor, h: Tensor) -> Tensor | None:

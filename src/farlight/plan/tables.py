@@ -53,7 +53,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -64,12 +64,37 @@ from farlight.plan.footprint import Derived
 if TYPE_CHECKING:
     from farlight.plan.transpose import Transposed
 
-__all__ = ["BITS", "BITS_KEYS", "BITS_WORDS", "BOUNDS", "EMPTY", "Layer", "Masks", "Piece", "Plan"]
+__all__ = ["BITS", "BITS_KEYS", "BITS_WORDS", "BOUNDS", "EMPTY", "Layer", "Masks", "Piece", "Plan", "PlanLike", "TileShape"]
 
 BOUNDS, BITS = 0, 1
 BITS_KEYS = 128
 BITS_WORDS = BITS_KEYS // 32
 EMPTY = 2**30
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """What a backend wants of a plan.
+
+    `tile`: rows in a tile; `gather`: the cost of a gathered pair, in visited pairs; `longest`: slots of an unsplit tile.
+    """
+
+    tile: int = 32
+    gather: int = 8
+    longest: int = 16_384
+
+
+class PlanLike(Protocol):
+    """What every executable plan says of itself, wherever its tables are."""
+
+    @property
+    def sizes(self) -> Sizes: ...
+
+    @property
+    def visited(self) -> int: ...
+
+    @property
+    def overlapping(self) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +171,8 @@ class Plan:
     visited: int
     overlapping: bool
     # Not counted in `nbytes`, but by the cache that keeps the plan.
+    # The backend that the plan was made for by `fl.plan`; "" for a plan of the cache, which any of its tile shape executes.
+    backend: str = ""
     derived: Derived = field(default_factory=Derived, init=False, repr=False)
 
     @property

@@ -15,8 +15,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from farlight.attention import without_autocast
 from farlight.errors import ArgumentError, OperandError, show
+from farlight.inputs import without_autocast
 from farlight.patterns.expression import Pattern
 from farlight.patterns.positional import full
 

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from farlight.attention import attention, without_autocast
+from farlight.attention import attention
 from farlight.errors import ArgumentError
+from farlight.inputs import without_autocast
 from farlight.merge import merge
 from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farlight.attention import without_autocast
 from farlight.errors import ArgumentError
+from farlight.inputs import without_autocast
 from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern
 from farlight.patterns.membership import between, rooms

@@ -1,29 +1,47 @@
 """Backend "cpu": the native kernels, fused forward and backward for float32, bfloat16 and float16 on any CPU.
 
 A plan's tables are checked and copied into a native object once (`native.handle`); a call then passes addresses and strides.
-How the kernels work is told in csrc/ and docs; this package only checks what it is given and allocates results.
+csrc/ and docs/cpu_kernels.md say how the kernels work; this package checks arguments and allocates results.
 """
 
 from __future__ import annotations
 
-from farlight.kernels.checks import refused
+from torch import Tensor
+
+from farlight.kernels.backend import Call, Grads, Request, Saved
+from farlight.kernels.checks import host_plan, refused
 from farlight.kernels.cpu.launch import backward, forward
 from farlight.kernels.cpu.native import available, fma_gflops, isa, unavailable, use, warn_if_missing
-from farlight.kernels.request import Request
-from farlight.plan.build import TileShape
+from farlight.plan.tables import TileShape
 
-__all__ = ["SHAPE", "available", "backward", "fma_gflops", "forward", "isa", "reasons", "unavailable", "use", "warn_if_missing"]
+__all__ = ["BACKEND", "SHAPE", "available", "backward", "fma_gflops", "forward", "isa", "unavailable", "use", "warn_if_missing"]
 
 SHAPE = TileShape(tile=32, gather=8, longest=16_384)
 
 
-def reasons(request: Request) -> list[str]:
-    """Why the native kernels cannot serve the request; empty when they can."""
-    found = []
-    missing = unavailable()
-    if missing is not None:
-        found.append(missing)
-    if request.device.type != "cpu":
-        found.append(f"the tensors are on {request.device.type}, these kernels run on the CPU")
-    found += refused(request)
-    return found
+class CpuBackend:
+    """The native kernels as a plan backend."""
+
+    name = "cpu"
+    tile_shape = SHAPE
+
+    def reasons(self, request: Request) -> list[str]:
+        """Why the native kernels cannot serve the request; empty when they can."""
+        missing = unavailable()
+        refusals = [] if missing is None else [missing]
+        if request.device.type != "cpu":
+            refusals.append(f"the tensors are on {request.device.type}, these kernels run on the CPU")
+        return refusals + refused(request)
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the planned pairs."""
+        plan = host_plan(call.plan)
+        return forward(call.q, call.k, call.v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+
+    def backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> Grads:
+        """(dq, dk, dv) from the gradients of out and lse."""
+        plan, (q, k, v, *_) = host_plan(call.plan), call
+        return backward(dout, dlse, q, k, v, *saved, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+
+
+BACKEND = CpuBackend()

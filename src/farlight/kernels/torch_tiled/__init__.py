@@ -1,18 +1,43 @@
 """Backend "torch": a plan executed tile by tile with plain torch operations, on any device.
 
 Tiles that look alike (same widths, same masks) are computed together, as many as a small budget of memory allows; keys are
-taken by slices or by index, scores live for one such group only, and the backward pass computes them again.
+taken by slices or by index, scores live for one such group only, and the backward pass recomputes them.
 """
 
-from farlight.kernels.request import Request
+from __future__ import annotations
+
+from torch import Tensor
+
+from farlight.kernels.backend import Call, Grads, Request, Saved
+from farlight.kernels.checks import host_plan
 from farlight.kernels.torch_tiled.backward import backward
 from farlight.kernels.torch_tiled.forward import forward
-from farlight.plan.build import TileShape
+from farlight.plan.tables import TileShape
 
-__all__ = ["SHAPE", "backward", "forward", "reasons"]
+__all__ = ["BACKEND", "SHAPE", "backward", "forward"]
 
 SHAPE = TileShape(tile=128, gather=8, longest=4096)
 
 
-def reasons(request: Request) -> list[str]:
-    return []
+class TorchBackend:
+    """The tiled torch operations as a plan backend."""
+
+    name = "torch"
+    tile_shape = SHAPE
+
+    def reasons(self, request: Request) -> list[str]:
+        """Empty: every dtype and device of torch is served."""
+        return []
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the planned pairs."""
+        plan = host_plan(call.plan)
+        return forward(call.q, call.k, call.v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+
+    def backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> Grads:
+        """(dq, dk, dv) from the gradients of out and lse."""
+        plan, (q, k, v, *_) = host_plan(call.plan), call
+        return backward(dout, dlse, q, k, v, *saved, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+
+
+BACKEND = TorchBackend()

@@ -1,25 +1,53 @@
 """Backend "triton": fused forward and backward kernels for GPUs, written in Triton and compiled at first use.
 
-The plan is lowered once to lists of blocks (`query_work`, `key_work`), uploaded and kept with the plan; a call then passes
-addresses and strides. `device/` holds the kernels; nothing here imports triton before a kernel is about to run.
+The plan is lowered once to lists of blocks (`lower_q`, `lower_kv`), uploaded and kept with the plan; a call then passes
+addresses and strides. `jit/` holds the kernels; nothing here imports triton before a kernel is about to run.
 """
 
 from __future__ import annotations
 
-from farlight.kernels.checks import refused
-from farlight.kernels.request import Request
+from torch import Tensor
+
+from farlight.kernels.backend import Call, Grads, Request, Saved
+from farlight.kernels.checks import host_plan, refused
 from farlight.kernels.triton.device_caps import interpreted, missing, not_installed, unfit
 from farlight.kernels.triton.launch import backward, forward
 from farlight.kernels.triton.lowering_cache import SHAPE
 from farlight.kernels.triton.routed import RoutedPlan, routed_plan
+from farlight.plan.tables import Plan, PlanLike
 
-__all__ = ["SHAPE", "RoutedPlan", "backward", "forward", "interpreted", "reasons", "routed_plan"]
+__all__ = ["BACKEND", "SHAPE", "RoutedPlan", "backward", "forward", "interpreted", "routed_plan"]
 
 
-def reasons(request: Request) -> list[str]:
-    """Why these kernels cannot serve the request; empty when they can."""
-    found = [why for why in (not_installed(), unfit(request.device)) if why is not None]
-    found += refused(request)
-    # Importing Triton takes a second: only where it would be used.
-    broken = None if found else missing()
-    return found if broken is None else [broken]
+class TritonBackend:
+    """The Triton kernels as a plan backend that also plans a router's choice on the device."""
+
+    name = "triton"
+    tile_shape = SHAPE
+
+    def reasons(self, request: Request) -> list[str]:
+        """Why these kernels cannot serve the request; empty when they can."""
+        refusals = [why for why in (not_installed(), unfit(request.device)) if why is not None] + refused(request)
+        # Importing Triton takes a second: only where it would be used.
+        broken = None if refusals else missing()
+        return refusals if broken is None else [broken]
+
+    def device_plan(self, request: Request) -> PlanLike | None:
+        """The plan of a pattern whose tables are on the request's device, built there; None where that is not done."""
+        return routed_plan(request)
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the planned pairs."""
+        return forward(call.q, call.k, call.v, _executable(call.plan), scale=call.scale, dropout=call.dropout, seed=call.seed)
+
+    def backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> Grads:
+        """(dq, dk, dv) from the gradients of out and lse."""
+        plan, (q, k, v, *_) = _executable(call.plan), call
+        return backward(dout, dlse, q, k, v, *saved, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+
+
+def _executable(plan: PlanLike) -> Plan | RoutedPlan:
+    return plan if isinstance(plan, RoutedPlan) else host_plan(plan)
+
+
+BACKEND = TritonBackend()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from farlight.kernels.request import Request
+from farlight.kernels.backend import Request
 from farlight.kernels.triton.autotune import expected
 from farlight.kernels.triton.configs import Config
 from farlight.kernels.triton.device_caps import workers

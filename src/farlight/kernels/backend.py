@@ -1,0 +1,114 @@
+"""The contract between `fl.attention` and its backends: the request, the call, and the two kinds of backend.
+
+A *plan backend* executes the tables of a plan, forward and backward; `farlight.ops` gives it to autograd. A *mask backend*
+attends under the dense mask of the pattern with torch operations that autograd differentiates. `kernels/registry.py` lists the
+backends and selects one; this module imports none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from farlight.patterns.expression import Pattern, Sizes
+from farlight.plan.tables import PlanLike, TileShape
+
+__all__ = ["AnyBackend", "Backend", "Call", "DevicePlanner", "Grads", "MaskBackend", "Request", "Saved"]
+
+Grads: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call of `fl.attention` without its tensors: everything on which a backend's refusal may depend."""
+
+    pattern: Pattern
+    sizes: Sizes
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    needs_grad: bool = False
+    dropout: float = 0.0
+    return_lse: bool = False
+
+    def describe(self) -> str:
+        """The request in one line, for errors and for `fl.explain`."""
+        s = self.sizes
+        heads = f"{s.heads} heads" if s.heads == self.kv_heads else f"{s.heads} query heads on {self.kv_heads} key heads"
+        options = [
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}",
+            *(["with gradients"] if self.needs_grad else []),
+            *([f"dropout {self.dropout:g}"] if self.dropout else []),
+            *(["returning lse"] if self.return_lse else []),
+        ]
+        return f"batch {s.batch}, {heads}, {s.n_q} queries, {s.n_k} keys, head_dim {self.head_dim}, " + ", ".join(options)
+
+
+class Call(NamedTuple):
+    """The operands of one execution of a plan: q `(B, H, n_q, D)`; k, v `(B, H_kv, n_k, D)`; `seed` a 0-d int64 tensor."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: PlanLike
+    scale: float
+    dropout: float
+    seed: Tensor
+
+
+class Saved(NamedTuple):
+    """Results of the forward pass that the backward pass reads: out `(B, H, n_q, D)` and lse `(B, H, n_q)`."""
+
+    out: Tensor
+    lse: Tensor
+
+
+class Backend(Protocol):
+    """A backend that executes plans made of tiles of `tile_shape`.
+
+    `reasons`: why it cannot serve a request, one phrase each; empty when it can. `forward`: (out, lse), out in q's dtype, lse
+    float32 (float64 for float64). `backward`: (dq, dk, dv) in the dtypes of q, k and v, from the gradients of out and of lse.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tile_shape(self) -> TileShape: ...
+
+    def reasons(self, request: Request) -> list[str]: ...
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]: ...
+
+    def backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> Grads: ...
+
+
+@runtime_checkable
+class DevicePlanner(Protocol):
+    """A plan backend that builds the plans of some requests on the tensors' device; None = built on the host, as for all."""
+
+    def device_plan(self, request: Request) -> PlanLike | None: ...
+
+
+@runtime_checkable
+class MaskBackend(Protocol):
+    """A backend that attends under the dense mask `(B|1, H|1, n_q, n_k)` of the pattern, differentiated by autograd.
+
+    `attend`: (out, lse); lse is None where `reasons` refuses `return_lse`.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def reasons(self, request: Request) -> list[str]: ...
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, q_offset: int, dropout: float, seed: Tensor
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+AnyBackend: TypeAlias = Backend | MaskBackend

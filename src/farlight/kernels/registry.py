@@ -1,0 +1,163 @@
+"""The list of backends, and the selection of one: made once a call, read by attention, ops, explain and doctor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from farlight.errors import ArgumentError, PlanError, UnsupportedError, show
+from farlight.kernels import cpu, dense, reference, torch_tiled, triton
+from farlight.kernels.backend import AnyBackend, Backend, DevicePlanner, MaskBackend, Request
+from farlight.kernels.calibrate import calibrated
+from farlight.kernels.cost import Estimate, estimate
+from farlight.plan import Plan, PlanLike, plan_for
+
+__all__ = [
+    "Selection",
+    "backend_named",
+    "check_name",
+    "names",
+    "plan_backend",
+    "plan_backends",
+    "plan_of",
+    "reasons",
+    "register",
+    "require",
+    "select",
+    "unregister",
+]
+
+# In the order in which "auto" tries them.
+_PLAN_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, triton.BACKEND, torch_tiled.BACKEND)}
+_MASK_BACKENDS: dict[str, MaskBackend] = {backend.name: backend for backend in (dense.BACKEND, reference.BACKEND)}
+_DEVICE_PLANNERS: dict[str, DevicePlanner] = {triton.BACKEND.name: triton.BACKEND}
+# Estimates that differ by less than this factor are compared again with rates measured on this machine.
+_CLOSE = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The backend that serves a request, and the plan that it executes (None: a mask backend).
+
+    `sparse` estimates the best plan backend and `full` torch's full attention; None where a backend was named.
+    """
+
+    backend: AnyBackend
+    plan: PlanLike | None
+    sparse: Estimate | None = None
+    full: Estimate | None = None
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as full attention the best plan backend is estimated to be; 1 where nothing was estimated."""
+        return 1.0 if self.sparse is None or self.full is None else self.full.seconds / self.sparse.seconds
+
+
+def register(backend: AnyBackend) -> None:
+    """Add a backend, or replace the one of its name. "auto" tries added plan backends after farlight's."""
+    if isinstance(backend, MaskBackend):
+        _MASK_BACKENDS[backend.name] = backend
+        return
+    _PLAN_BACKENDS[backend.name] = backend
+    if isinstance(backend, DevicePlanner):
+        _DEVICE_PLANNERS[backend.name] = backend
+
+
+def unregister(name: str) -> None:
+    """Remove a backend that `register` added."""
+    for table in (_PLAN_BACKENDS, _MASK_BACKENDS, _DEVICE_PLANNERS):
+        table.pop(name, None)
+
+
+def names() -> tuple[str, ...]:
+    """The names of all backends: plan backends, best first, then mask backends."""
+    return (*_PLAN_BACKENDS, *_MASK_BACKENDS)
+
+
+def plan_backends() -> tuple[str, ...]:
+    """The names of the backends that execute plans, best first."""
+    return tuple(_PLAN_BACKENDS)
+
+
+def check_name(name: str) -> None:
+    """Raise ArgumentError where there is no backend of this name."""
+    if name != "auto" and name not in _PLAN_BACKENDS and name not in _MASK_BACKENDS:
+        raise ArgumentError(f"backend = {show(name)} is unknown; use 'auto' or one of {', '.join(map(repr, names()))}.")
+
+
+def backend_named(name: str) -> AnyBackend:
+    """The backend of this name; `check_name` says whether there is one."""
+    return _PLAN_BACKENDS[name] if name in _PLAN_BACKENDS else _MASK_BACKENDS[name]
+
+
+def reasons(name: str, request: Request) -> list[str]:
+    """Why this backend cannot serve the request; empty when it can."""
+    return backend_named(name).reasons(request)
+
+
+def require(name: str, request: Request) -> None:
+    """Raise UnsupportedError where the named backend cannot serve the request."""
+    refusals = reasons(name, request)
+    if refusals:
+        raise UnsupportedError(
+            f"backend {name!r} cannot run this attention ({request.describe()}): {'; '.join(refusals)}. "
+            "A backend that is named never falls back; use backend='auto' or another one."
+        )
+
+
+def plan_backend(request: Request, name: str = "auto") -> Backend:
+    """The named plan backend, or the first that can serve. On a CPU without native kernels the first call says so."""
+    if name != "auto":
+        require(name, request)
+        return _PLAN_BACKENDS[name]
+    on_cpu = request.device.type == "cpu"
+    if on_cpu:
+        cpu.warn_if_missing()
+    for name, backend in _PLAN_BACKENDS.items():
+        # On the CPU Triton is interpreted, which is for tests: it runs there when it is named.
+        if not (name == "triton" and on_cpu) and not reasons(name, request):
+            return backend
+    lines = [f"no backend can run this attention ({request.describe()}):"]
+    lines += [f"  {name}: {'; '.join(reasons(name, request))}" for name in names()]
+    raise UnsupportedError("\n".join(lines))
+
+
+def plan_of(backend: Backend, request: Request) -> PlanLike:
+    """The plan that a backend executes, from the plan cache: built on the device where the backend can, else on the host."""
+    planner = _DEVICE_PLANNERS.get(backend.name)
+    plan = None if planner is None else planner.device_plan(request)
+    return plan_for(request.pattern, request.sizes, backend.tile_shape) if plan is None else plan
+
+
+def select(request: Request, backend: str = "auto", plan: Plan | None = None) -> Selection:
+    """The backend for a request, with its plan.
+
+    "auto" takes torch's full attention where that is allowed and estimated to be faster, else the best plan backend. A backend
+    that is named, and the one that `plan` was made for, is taken or refused (UnsupportedError, PlanError).
+    """
+    if plan is not None:
+        return Selection(_executor_of(plan, request, backend), plan)
+    if backend in _MASK_BACKENDS:
+        require(backend, request)
+        return Selection(_MASK_BACKENDS[backend], None)
+    executor = plan_backend(request, backend)
+    built = plan_of(executor, request)
+    if backend != "auto":
+        return Selection(executor, built)
+    sparse, full = estimate(executor.name, request, built.visited), estimate("dense", request, None)
+    if 1 / _CLOSE < full.seconds / sparse.seconds < _CLOSE and request.device.type == "cpu":
+        rates = calibrated()
+        sparse, full = estimate(executor.name, request, built.visited, rates), estimate("dense", request, None, rates)
+    if full.seconds < sparse.seconds and not reasons("dense", request):
+        return Selection(_MASK_BACKENDS["dense"], None, sparse, full)
+    return Selection(executor, built, sparse, full)
+
+
+def _executor_of(plan: Plan, request: Request, backend: str) -> Backend:
+    """The backend that the caller's plan was made for, and no other."""
+    made_for = plan.backend or plan_backend(request).name
+    if backend not in ("auto", made_for):
+        raise PlanError(
+            f"the plan was made for backend {made_for!r}, but backend={backend!r} was named; make one with "
+            f"fl.plan(…, backend={backend!r}), or pass the pattern itself."
+        )
+    return plan_backend(request, made_for)
