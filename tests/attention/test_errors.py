@@ -159,7 +159,7 @@ TABLE: list[tuple[Callable[[], object], type[Exception], str]] = [
         UnsupportedError,
         "backend 'dense' cannot run this attention (batch 2, 4 query heads on 2 key heads, 10 queries, 12 keys, "
         "head_dim 8, float32 on cpu, "
-        "returning lse): scaled_dot_product_attention does not give the lse; ask with return_lse=False. "
+        "returning lse): scaled_dot_product_attention does not give the lse; pass return_lse=False. "
         "A backend that is named never falls back; use backend='auto' or another one.",
     ),
     (
