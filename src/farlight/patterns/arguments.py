@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import operator
 from collections.abc import Iterable, Sequence, Sized
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,20 +90,20 @@ def read_mask(what: str, value: Any) -> Tensor | None:
     return read_table(what, value, 2, kind="bool")
 
 
-def refuse_tracing(who: str) -> NoReturn:
-    """Raise UnsupportedError: torch.jit.trace would record the values of this call as constants of the graph."""
-    raise UnsupportedError(
-        f"{who}: torch.jit.trace keeps what is read from a tensor as a constant, a mask as the padding of this one example "
-        "too. Use torch.export.export, which keeps the masks, or torch.compile."
-    )
+def refuse_tracing(who: str) -> None:
+    """Raise UnsupportedError under torch.jit.trace, which would record the values read in this call as constants."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            f"{who}: torch.jit.trace keeps what is read from a tensor as a constant, a mask as the padding of this one example "
+            "too. Use torch.export.export, which keeps the masks, or torch.compile."
+        )
 
 
 def read_integers(what: str, values: Any, of: str) -> list[Any]:
     """The entries of a list, or of a 1-D integer array that cannot be mistaken for a mask; `of` as in `read_list`."""
     if not _is_array(values):
         return read_list(what, values, of)
-    if torch._C._is_tracing():
-        refuse_tracing(what)
+    refuse_tracing(what)
     if isinstance(values, Tensor):
         is_integer = not (values.is_floating_point() or values.is_complex())
     else:
@@ -126,12 +126,12 @@ def read_positions(what: str, positions: Iterable[Any]) -> Sequence[int]:
 
     A range of more than 4096 positions that all count from one end stays a range.
     """
-    if isinstance(positions, range) and abs(positions.step) == 1 and len(positions[: _SPELLED_OUT + 1]) > _SPELLED_OUT:
+    if isinstance(positions, range) and len(positions[: _SPELLED_OUT + 1]) > _SPELLED_OUT:
         ends = sorted((positions[0], positions[-1]))
         if max(map(abs, ends)) > _LARGEST:
             raise PatternError(f"{what}: a position lies beyond {_LARGEST}; no text is so long.")
         if (ends[0] < 0) == (ends[1] < 0):
-            return range(ends[0], ends[1] + 1)
+            return range(ends[0], ends[1] + 1, abs(positions.step))
     if isinstance(positions, str) or not isinstance(positions, Iterable) or _is_array(positions, dims=0):
         raise PatternError(f"{what}({show(positions)}): give a list of positions such as [0, -1], a range, or a bool mask.")
     distinct = set()
@@ -153,7 +153,8 @@ def read_positions(what: str, positions: Iterable[Any]) -> Sequence[int]:
 def positions_text(positions: Sequence[int]) -> str:
     """The positions in the notation: `range(64)` where more than four are consecutive, else a list."""
     if isinstance(positions, range):
-        return f"range({f'{positions.start}, ' if positions.start else ''}{positions.stop})"
+        start = f"{positions.start}, " if positions.start or positions.step > 1 else ""
+        return f"range({start}{positions.stop}" + (f", {positions.step})" if positions.step > 1 else ")")
     if len(positions) > 4 and max(positions) - min(positions) == len(positions) - 1:
         start = f"{min(positions)}, " if min(positions) else ""
         return f"range({start}{max(positions) + 1})"

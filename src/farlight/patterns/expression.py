@@ -61,6 +61,8 @@ class Pattern:
 
     def _cached(self, name: str, compute: Callable[[], _T]) -> _T:
         """`compute()`, evaluated once per pattern object: for values that follow from its arguments alone. Not pickled."""
+        if _is_traced():  # a fake or functional tensor of a traced program must not outlive it
+            return compute()
         memo: dict[str, _T] = self.__dict__.setdefault("_memo", {})
         if name not in memo:
             memo[name] = compute()
@@ -244,6 +246,14 @@ def equal_items(rows: Tensor) -> Tensor:
     """`(B, 1)` int64: equal numbers for batch items with equal rows of a `(B, …)` table; they share a plan's tables."""
     variant: Tensor = torch.unique(rows.cpu(), dim=0, return_inverse=True)[1]
     return variant.view(-1, 1)
+
+
+def _is_traced() -> bool:
+    """Whether torch.compile, torch.export or make_fx is tracing: a fake, functional or proxy mode is active."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.FUNCTIONAL, keys.PROXY))
 
 
 class Atom(Pattern):

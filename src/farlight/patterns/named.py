@@ -25,6 +25,10 @@ from farlight.patterns.spans import Spans
 __all__ = ["global_tokens", "seen_by_all", "sees_all"]
 
 
+# Separate positions of a stepped range that are expanded at once, 16 bytes each.
+_MOST_RUNS = 2**24
+
+
 class _NamedTokens(Atom):
     """Base: tokens given as positions (kept as sorted integers) or as a bool mask `(N,)` or `(B, N)` (kept as a table)."""
 
@@ -72,10 +76,15 @@ class _NamedTokens(Atom):
     def _edges(self, sizes: Sizes, device: torch.device) -> Tensor:
         """`lo, hi, lo, hi, …`: the ascending runs of consecutive named positions; only for tokens given as positions."""
         assert self.positions is not None
-        return torch.tensor(_position_runs(self.positions, sizes.n_k), device=device)
+        end = max(sizes.n_k, sizes.q_offset + sizes.n_q) if isinstance(self.positions, range) else None
+        return torch.tensor(_position_runs(self.positions, sizes.n_k, end), device=device)
 
     def _is_named(self, sizes: Sizes, b: Tensor, position: Tensor) -> Tensor:
         """Elementwise: whether the position is named; int64 in, bool out, broadcast with the batch item b."""
+        if isinstance(self.positions, range):
+            shift = sizes.n_k if self.positions.start < 0 else 0
+            start, stop = self.positions.start + shift, self.positions.stop + shift
+            return (position >= start) & (position >= 0) & (position < stop) & ((position - start) % self.positions.step == 0)
         if isinstance(sizes.n_k, torch.SymInt) and self.positions is not None:
             named = torch.tensor(self.positions, dtype=torch.int64, device=position.device)
             named = torch.where(named < 0, named + sizes.n_k, named)
@@ -108,13 +117,21 @@ class _NamedTokens(Atom):
 
 
 @functools.lru_cache(maxsize=64)
-def _position_runs(positions: Sequence[int], n_k: int) -> NDArray[np.int64]:
-    """`lo, hi, lo, hi, …`: the runs of consecutive positions, negative ones counted from n_k; none before position 0."""
+def _position_runs(positions: Sequence[int], n_k: int, end: int | None = None) -> NDArray[np.int64]:
+    """`lo, hi, lo, hi, …`: the runs of consecutive positions, negative ones counted from n_k; none before position 0.
+
+    A range is cut at `end`, the end of the sequence, before it is expanded; with step 1 it is one run.
+    """
     if isinstance(positions, range):
-        lo, hi = positions.start, positions.stop
-        if lo < 0:
-            lo, hi = max(0, lo + n_k), hi + n_k
-        return np.array([lo, hi] if lo < hi else [], dtype=np.int64)
+        shift = n_k if positions.start < 0 else 0
+        stop = positions.stop + shift
+        inside = positions if end is None else range(positions.start + shift, min(stop, end), positions.step)
+        inside = inside[max(0, -(inside.start // inside.step)) :]
+        if inside.step == 1 or not inside:
+            return np.array([inside.start, inside.stop] if inside else [], dtype=np.int64)
+        if len(inside) > _MOST_RUNS:
+            raise PatternError(f"{len(inside):,} separate positions of a range are too many; pass a bool mask of the text.")
+        positions = inside
     position = np.array(positions, dtype=np.int64)
     position = np.unique(np.where(position < 0, position + n_k, position))
     position = position[position >= 0]

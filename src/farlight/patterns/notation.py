@@ -169,7 +169,7 @@ class _Reader:
         for value in (*values, *named.values()):
             # Every constructor but _KEEP_RANGES expands a range to a list; those do too where it crosses from -1 to 0.
             if isinstance(value, range) and not (
-                name in _KEEP_RANGES and abs(value.step) == 1 and (value.start < 0) == (value[-1] < 0 if value else True)
+                name in _KEEP_RANGES and (value.start < 0) == (value[-1] < 0 if value else True)
             ):
                 self.budget.charge(_ENTRY_BYTES * _length(value), f"{name} of {_length(value):,} numbers")
         values = [restore_list(name, _as_table(name, value)) for value in values]

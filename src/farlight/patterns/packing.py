@@ -48,8 +48,7 @@ class documents(Atom):
             self._set(lengths=None, text="documents($0)", tables=(table,), varies_over_batch=table.shape[0] > 1)
             return
         if isinstance(lengths, Tensor):
-            if torch._C._is_tracing():
-                refuse_tracing("documents")
+            refuse_tracing("documents")
             lengths = lengths.tolist()
         lengths = read_list("documents", lengths, "lengths")
         nested = any(isinstance(item, (list, tuple)) for item in lengths)
