@@ -17,7 +17,7 @@ from torch import Tensor
 import farlight as fl
 from farlight.decoding import last_use as rule
 from farlight.patterns import Pattern, Sizes
-from farlight.patterns.liveness import FOREVER, Sight
+from farlight.patterns.liveness import FOREVER, LastUse
 from farlight.routing import TopBlocks, TopKeys
 from farlight.testing import CASES, Case, inputs
 from farlight.testing.strategies import patterns
@@ -465,13 +465,13 @@ def test_the_shared_cases(case: Case) -> None:
 @pytest.mark.parametrize("early", [1, 0])
 def test_the_checks_see_a_key_that_is_forgotten_too_early(monkeypatch: pytest.MonkeyPatch, early: int) -> None:
     """The tests above can fail: a rule that is wrong by one token shows in what is kept and in the answers."""
-    right = rule.last_seen
+    right = rule.last_use
 
-    def wrong(*given: Any) -> Sight:
+    def wrong(*given: Any) -> LastUse:
         found = right(*given)
-        return Sight(torch.where(found.last < FOREVER, found.last - early, found.last), found.unbroken)
+        return LastUse(torch.where(found.last < FOREVER, found.last - early, found.last), found.unbroken)
 
-    monkeypatch.setattr(rule, "last_seen", wrong)
+    monkeypatch.setattr(rule, "last_use", wrong)
     pattern = fl.presets.streaming(2, 20)
     q, k, v = tensors(100, 2, 2)
     cache = fl.KVCache(pattern)

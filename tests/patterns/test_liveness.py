@@ -10,16 +10,16 @@ from torch import Tensor
 
 import farlight as fl
 from farlight.patterns import Pattern, Sizes
-from farlight.patterns.liveness import FOREVER, Sight, at_most, for_head, last_seen, sizes_of_future
+from farlight.patterns.liveness import FOREVER, LastUse, for_head, last_use, liveness_sizes, upper_bound
 from farlight.testing.strategies import PRIMITIVES, patterns
 
 # Long enough that whatever an endless text does with the patterns below, it has done it here.
 FAR = 400
 
 
-def sight(pattern: Pattern, sizes: Sizes, item: int, head: int, keys: int) -> Sight:
+def sight(pattern: Pattern, sizes: Sizes, item: int, head: int, keys: int) -> LastUse:
     j = torch.arange(keys)
-    return last_seen(for_head(pattern, head), sizes, torch.full_like(j, item), torch.full_like(j, head), j)
+    return last_use(for_head(pattern, head), sizes, torch.full_like(j, item), torch.full_like(j, head), j)
 
 
 def by_the_book(seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def texts(draw: st.DrawFn) -> tuple[Pattern, int, int, int]:
 @given(texts())
 def test_the_last_query_of_every_key_in_a_text_of_known_length(problem) -> None:
     pattern, n, batch, heads = problem
-    sizes = sizes_of_future(pattern, n, batch=batch, heads=heads)
+    sizes = liveness_sizes(pattern, n, batch=batch, heads=heads)
     dense = pattern.dense(n, batch=batch, heads=heads).expand(batch, heads, n, n)
     for item in range(batch):
         for head in range(heads):
@@ -79,7 +79,7 @@ endless = st.recursive(
 @settings(max_examples=250)
 @given(endless)
 def test_the_last_query_of_every_key_in_a_text_without_end(pattern: Pattern) -> None:
-    sizes = sizes_of_future(pattern, None, heads=2)
+    sizes = liveness_sizes(pattern, None, heads=2)
     dense = pattern.dense(FAR, heads=2).expand(1, 2, FAR, FAR)
     for head in range(2):
         found = sight(pattern, sizes, 0, head, 40)
@@ -117,21 +117,21 @@ def test_there_is_an_example_of_every_primitive() -> None:
 )
 def test_what_the_rule_says(pattern: Pattern, position: int, last: int) -> None:
     zero, j = torch.zeros(1, dtype=torch.int64), torch.tensor([position])
-    assert int(last_seen(pattern, sizes_of_future(pattern, None), zero, zero, j).last) == last
+    assert int(last_use(pattern, liveness_sizes(pattern, None), zero, zero, j).last) == last
 
 
 def test_a_stream_is_known_to_have_no_gaps() -> None:
     """What lets one token be decoded without a mask: every kept key is seen by it."""
     pattern = fl.presets.streaming(4, 64)
-    assert bool(sight(pattern, sizes_of_future(pattern, None), 0, 0, 300).unbroken.all())
+    assert bool(sight(pattern, liveness_sizes(pattern, None), 0, 0, 300).unbroken.all())
     strided = fl.causal() & fl.strided(3)
-    assert not bool(sight(strided, sizes_of_future(strided, None), 0, 0, 300).unbroken.any())
+    assert not bool(sight(strided, liveness_sizes(strided, None), 0, 0, 300).unbroken.any())
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_random_keys_of_a_known_length_are_known_ahead(causal: bool) -> None:
     pattern = fl.random_keys(2, seed=5, causal=causal)
-    found = sight(pattern, sizes_of_future(pattern, 3000), 0, 0, 3000)
+    found = sight(pattern, liveness_sizes(pattern, 3000), 0, 0, 3000)
     last, _ = by_the_book(pattern.dense(3000)[0, 0])
     assert torch.equal(found.last, last)
     assert 0.1 < float((last < 2000).double().mean()) < 0.9  # many keys can be dropped long before the end
@@ -139,26 +139,26 @@ def test_random_keys_of_a_known_length_are_known_ahead(causal: bool) -> None:
 
 def test_random_keys_without_end_are_drawn_again_for_ever() -> None:
     pattern = fl.causal() & (fl.random_keys(1, causal=True) | fl.window(3))
-    assert set(sight(pattern, sizes_of_future(pattern, None), 0, 0, 50).last.tolist()) == {FOREVER}
+    assert set(sight(pattern, liveness_sizes(pattern, None), 0, 0, 50).last.tolist()) == {FOREVER}
     # A draw that a window cuts off is followed exactly: the window ends all doubt.
     near = fl.window(40, 0) & fl.random_keys(1, causal=True)
     last, _ = by_the_book(near.dense(200)[0, 0, :, :100])
-    assert torch.equal(sight(near, sizes_of_future(near, None), 0, 0, 100).last, last)
+    assert torch.equal(sight(near, liveness_sizes(near, None), 0, 0, 100).last, last)
 
 
 def test_strides_without_a_common_measure_keep_too_much_and_never_too_little() -> None:
     pattern = fl.causal() & fl.strided(1009) & fl.strided(1013) - fl.strided(1019)
-    found = sight(pattern, sizes_of_future(pattern, None), 0, 0, 5)
+    found = sight(pattern, liveness_sizes(pattern, None), 0, 0, 5)
     assert found.last.tolist() == [FOREVER] * 5
     cut = pattern & fl.window(3000)
     last, _ = by_the_book(cut.dense(4000)[0, 0, :, :5])
-    assert torch.equal(sight(cut, sizes_of_future(cut, None), 0, 0, 5).last, last)
+    assert torch.equal(sight(cut, liveness_sizes(cut, None), 0, 0, 5).last, last)
 
 
 def test_a_bound_without_some_atoms_allows_every_pair_that_the_pattern_does() -> None:
     some = fl.random_keys(2, seed=1, causal=True)
     for pattern in (some, ~some, fl.window(5) - some, ~(fl.window(5) - some), fl.per_head([some, ~some]), ~(some | ~some)):
-        bound = at_most(pattern, {some})
+        bound = upper_bound(pattern, {some})
         assert some not in set(bound.atoms())
         assert not bool((pattern.dense(30, heads=2) & ~bound.dense(30, heads=2)).any())
 
@@ -179,11 +179,11 @@ def test_a_bound_without_some_atoms_allows_every_pair_that_the_pattern_does() ->
 )
 def test_a_pattern_that_depends_on_the_length_asks_for_it(pattern: Pattern, why: str) -> None:
     with pytest.raises(fl.PatternError, match=f"{why}, but this text has no known length.*Give max_length="):
-        sizes_of_future(fl.causal() & pattern, None)
+        liveness_sizes(fl.causal() & pattern, None)
 
 
 def test_an_atom_that_says_nothing_is_followed_all_the_same() -> None:
-    class evens(fl.patterns.base.Atom):
+    class evens(fl.patterns.expression.Atom):
         def __init__(self) -> None:
             self._set(text="evens()", tables=())
 
@@ -192,6 +192,6 @@ def test_an_atom_that_says_nothing_is_followed_all_the_same() -> None:
 
     pattern = evens() | fl.window(2)
     last, _ = by_the_book(pattern.dense(50)[0, 0])
-    assert torch.equal(sight(pattern, sizes_of_future(pattern, 50), 0, 0, 50).last, last)
+    assert torch.equal(sight(pattern, liveness_sizes(pattern, 50), 0, 0, 50).last, last)
     with pytest.raises(fl.PatternError, match="evens is made for a text of one length"):
-        sizes_of_future(pattern, None)
+        liveness_sizes(pattern, None)

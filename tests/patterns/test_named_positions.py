@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import farlight as fl
 from farlight.kernels import registry
 from farlight.kernels.backend import Request
-from farlight.patterns.liveness import last_seen, sizes_of_future
+from farlight.patterns.liveness import last_use, liveness_sizes
 from farlight.report.formula import formula
 
 BACKENDS = ("cpu", "torch", "dense", "reference")
@@ -147,8 +147,8 @@ def test_keys_are_held_for_a_query_that_is_named_later() -> None:
     """Which keys a cache holds: every position may still be reached, named or not."""
     zero, j = torch.zeros(3, dtype=torch.int64), torch.arange(3)
     pattern = fl.causal() & (fl.window(1, 0) | fl.sees_all([6]))
-    assert last_seen(pattern, sizes_of_future(pattern, None), zero, zero, j).last.tolist() == [6, 6, 6]
-    assert last_seen(pattern, sizes_of_future(pattern, 5), zero, zero, j).last.tolist() == [1, 2, 3]
+    assert last_use(pattern, liveness_sizes(pattern, None), zero, zero, j).last.tolist() == [6, 6, 6]
+    assert last_use(pattern, liveness_sizes(pattern, 5), zero, zero, j).last.tolist() == [1, 2, 3]
 
 
 # ---- the work grows with the text, not with its square ---------------------------------------------------------------

@@ -53,7 +53,7 @@ TABLE: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: parse("offsets(range(1000000000))"),
-        "this pattern asks for more than 268,435,456 bytes of memory (offsets of 1,000,000,000 numbers); where it comes from a "
+        "this pattern needs more than 268,435,456 bytes of memory (offsets of 1,000,000,000 numbers); where it comes from a "
         "source that you trust pass limit=…, a larger number of bytes, or None.",
     ),
     (

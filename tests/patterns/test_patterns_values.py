@@ -12,6 +12,7 @@ import torch
 from definitions import DEFINED
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import farlight as fl
 from farlight.patterns import Pattern, Sizes, parse
@@ -192,3 +193,11 @@ def test_a_large_table_is_spelled_packed_and_reads_back() -> None:
     both = fl.pairs(torch.eye(40, dtype=torch.bool)) | big | fl.pairs(torch.ones(1, 1, dtype=torch.bool))
     assert parse(repr(both)) == both
     assert len(both.tables) == 3
+
+
+def test_fake_tensors_of_a_traced_program_are_not_cached() -> None:
+    """What a pattern derives from its arguments under a FakeTensorMode must not be used after it."""
+    pattern = fl.documents(lengths=[2, 3])
+    with FakeTensorMode():
+        pattern.dense(5)
+    assert pattern.dense(5).sum() == 2 * 2 + 3 * 3

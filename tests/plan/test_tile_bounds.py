@@ -90,7 +90,7 @@ def test_rows_that_are_said_to_agree_see_the_same(problem: tuple[Pattern, Sizes]
     last = (first + torch.randint(9, (40,), generator=generator)).clamp(max=sizes.n_q - 1)
     for atom in pattern.atoms():
         mask = atom.dense(sizes.n_q, sizes.n_k, batch=sizes.batch, heads=sizes.heads, q_offset=sizes.q_offset)
-        agree = atom._rows_agree(sizes, first + sizes.q_offset, last + sizes.q_offset)
+        agree = atom._rows_equal(sizes, first + sizes.q_offset, last + sizes.q_offset)
         for a, b in zip(first[agree].tolist(), last[agree].tolist(), strict=True):
             assert bool((mask[:, :, a : b + 1] == mask[:, :, a : a + 1]).all()), repr(atom)
 

@@ -176,7 +176,7 @@ TABLE: list[tuple[Callable[[], object], type[FarlightError], str]] = [
     (
         lambda: unseen(fl.full(), 2, 9).dense(9, 4),
         PatternError,
-        "unseen: 9 keys make 5 cells of 2, but it is asked about 4; pass one summary for each cell.",
+        "unseen: 9 keys make 5 cells of 2, but n_k = 4; pass one summary for each cell.",
     ),
     # attention with gates and summaries
     (

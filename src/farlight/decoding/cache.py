@@ -18,7 +18,7 @@ from farlight.errors import ArgumentError, UnsupportedError, refuse_tracing, sho
 from farlight.inputs import even_widths, refuse_layouts
 from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern, Sizes
-from farlight.patterns.liveness import sizes_of_future
+from farlight.patterns.liveness import liveness_sizes
 from farlight.patterns.positional import full
 from farlight.routing.base import Router
 
@@ -84,9 +84,9 @@ class KVCache:
         self._taken, self._appending = 0, False
         self._shape: tuple[int, int, int] | None = None
         self._kind: tuple[torch.dtype, torch.device]
-        if self.heads is not None or self.pattern._made_for()[1] == 1:
+        if self.heads is not None or self.pattern._batch_and_heads()[1] == 1:
             # What cannot be right whatever comes is said at once.
-            sizes_of_future(self.pattern, self.max_length, batch=self.pattern._made_for()[0], heads=self.heads or 1)
+            liveness_sizes(self.pattern, self.max_length, batch=self.pattern._batch_and_heads()[0], heads=self.heads or 1)
 
     # ---- what it holds ---------------------------------------------------------------------------------------------------
     @property
@@ -241,13 +241,13 @@ class KVCache:
     def _open(self, k: Tensor, batch: int) -> None:
         kv_heads = k.shape[1]
         heads = kv_heads if self.heads is None else self.heads
-        if self.heads is None and self.pattern._made_for()[1] > 1:
-            heads = self.pattern._made_for()[1]
+        if self.heads is None and self.pattern._batch_and_heads()[1] > 1:
+            heads = self.pattern._batch_and_heads()[1]
         if heads % kv_heads:
             raise ArgumentError(
                 f"KVCache.append: k has {kv_heads} heads, but heads = {heads}: the second must be a multiple of the first."
             )
-        sizes = sizes_of_future(self.pattern, self.max_length, batch=batch, heads=heads)
+        sizes = liveness_sizes(self.pattern, self.max_length, batch=batch, heads=heads)
         rows = batch if self.pattern.varies_over_batch else 1
         stores = [Store(rule, k, rows) for rule in rules(self.pattern, sizes, kv_heads, self.max_length is None)]
         shape = (batch, kv_heads, k.shape[3])

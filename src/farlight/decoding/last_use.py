@@ -1,4 +1,4 @@
-"""When each key may be forgotten: the answers of `last_seen`, asked ahead of time in bulk and handed out token by token.
+"""When each key may be forgotten: the answers of `last_use`, asked ahead of time in bulk and handed out token by token.
 
 Heads that share one head of keys (grouped queries) need a key for as long as any of them does. Heads of keys whose queries
 follow equal patterns obey one rule and share everything that is derived from it.
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from farlight.patterns.expression import Pattern, Sizes
-from farlight.patterns.liveness import Sight, for_head, last_seen
+from farlight.patterns.liveness import LastUse, for_head, last_use
 
 __all__ = ["Rule", "rules"]
 
@@ -64,7 +64,7 @@ class Rule:
         stop = min(max(stop, self._stop + ahead), self.sizes.n_k)
         j = torch.arange(self._stop, stop, device="cpu").repeat(self.items)
         b = torch.arange(self.items, device="cpu").repeat_interleave(stop - self._stop)
-        found = [last_seen(own, self.sizes, b, torch.full_like(j, head), j) for own, head in self._asked]
+        found = [last_use(own, self.sizes, b, torch.full_like(j, head), j) for own, head in self._asked]
         last = torch.stack([one.last for one in found]).amax(0)
         # One head's view may end before another's: then some query sees a gap.
         unbroken = torch.stack([_whole(one, last) for one in found]).all(0)
@@ -75,7 +75,7 @@ class Rule:
         )
 
 
-def _whole(one: Sight, last: torch.Tensor) -> torch.Tensor:
+def _whole(one: LastUse, last: torch.Tensor) -> torch.Tensor:
     return one.unbroken & (one.last == last)
 
 

@@ -1,14 +1,33 @@
-"""Who may look at whom: patterns as values."""
+"""Patterns: immutable sets of allowed (batch, head, query position, key), combined with `|`, `&`, `-` and `~`.
 
+| modules | contents |
+|---|---|
+| `sizes`, `forms`, `spans` | problem sizes, the forms of a primitive, sorted key intervals |
+| `expression`, `algebra` | `Pattern` and `Atom`; union, intersection, difference, complement, `per_head` |
+| `positional`, `named`, `packing`, `random`, `tables`, `membership`, `multi_label`, `uncovered` | the primitives |
+| `presets` | published patterns, composed of primitives |
+| `arguments`, `deferred` | validation of constructor arguments; tensors whose values cannot be read yet |
+| `registry`, `notation`, `json_format`, `table_codec` | patterns as text and as JSON |
+| `hashing` | counter-based random numbers, also of dropout |
+| `liveness` | the last query position that a key is allowed to |
+"""
+
+from farlight.patterns import presets
 from farlight.patterns.algebra import per_head
-from farlight.patterns.expression import Pattern, Sizes
+from farlight.patterns.expression import Pattern
+from farlight.patterns.membership import between, rooms
+from farlight.patterns.multi_label import meets
 from farlight.patterns.named import global_tokens, seen_by_all, sees_all
 from farlight.patterns.notation import parse
 from farlight.patterns.packing import documents, padding
 from farlight.patterns.positional import blocked_window, causal, full, landmarks, offsets, strided, window
 from farlight.patterns.random import random_blocks, random_keys
+from farlight.patterns.registry import register
+from farlight.patterns.sizes import Sizes
 from farlight.patterns.tables import blocks, chosen_blocks, chosen_keys, clusters, pairs
+from farlight.patterns.uncovered import unseen
 
+# The constructors of `farlight.*`, by name.
 CONSTRUCTORS = (
     "blocked_window",
     "blocks",
@@ -32,6 +51,14 @@ CONSTRUCTORS = (
     "window",
 )
 
+for _name in CONSTRUCTORS:
+    register(globals()[_name], _name)
+for _name in presets.__all__:
+    register(getattr(presets, _name), _name, f"presets.{_name}")
+# Primitives that routers produce; public as `farlight.routing.*`.
+for _constructor in (between, meets, rooms, unseen):
+    register(_constructor)
+
 __all__ = [
     "CONSTRUCTORS",
     "Pattern",
@@ -51,6 +78,7 @@ __all__ = [
     "pairs",
     "parse",
     "per_head",
+    "presets",
     "random_blocks",
     "random_keys",
     "seen_by_all",

@@ -1,6 +1,7 @@
-"""Union, intersection, difference, complement, and a choice by head: how patterns are combined.
+"""Inner nodes of a pattern expression: union, intersection, difference, complement, and `per_head`.
 
-Each node spells itself in the same notation that the parser reads, and answers `_allows` and `_spans` from its parts.
+A node computes `_allows` and `_spans` from its parts, by boolean operations and by interval arithmetic. Its text is canonical:
+brackets only where precedence needs them, in the notation that the parser reads.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from farlight.errors import OperandError, PatternError, show
-from farlight.patterns.arguments import listed
+from farlight.patterns.arguments import read_list
 from farlight.patterns.expression import Atom, Pattern, Sizes
 from farlight.patterns.spans import Spans
 
@@ -22,12 +23,13 @@ __all__ = [
     "per_head",
 ]  # fmt: skip
 
-# Every question walks the expression, so its depth is bounded well below Python's recursion limit; and the parser of Python
-# does not read a chain of some thousand operators.
+# All methods recurse over the expression: depth stays well below Python's recursion limit. Python's own parser, which reads
+# the canonical text, fails on chains of some thousand operators.
 DEEPEST, MOST_PARTS = 200, 1024
 
 
 def operand(value: object, sign: str) -> Pattern:
+    """`value` as the operand of `sign`. Raises OperandError where it is not a pattern."""
     if not isinstance(value, Pattern):
         what = type(value).__name__
         raise OperandError(f"`pattern {sign} {show(value)}`: {what} is not a pattern; combine patterns with patterns.")
@@ -35,29 +37,31 @@ def operand(value: object, sign: str) -> Pattern:
 
 
 def joined_tables(parts: Sequence[Pattern]) -> tuple[list[str], tuple[Tensor, ...]]:
-    """The parts' texts with their table marks renumbered to follow one another, and all tables."""
+    """The texts of the parts with `$n` renumbered into one list of tables, and that list."""
     texts: list[str] = []
     tables: tuple[Tensor, ...] = ()
     for part in parts:
-        base = len(tables)
+        first = len(tables)
         text = part.text
-        if base and part._tables:
-            text = re.sub(r"\$(\d+)", lambda mark, base=base: f"${int(mark[1]) + base}", text)  # type: ignore[misc]
+        if first and part._tables:
+            text = re.sub(r"\$(\d+)", lambda mark, first=first: f"${int(mark[1]) + first}", text)  # type: ignore[misc]
         texts.append(text)
         tables = tables + part._tables
     return texts, tables
 
 
-class _Node(Pattern):
+class _Operation(Pattern):
+    """An inner node. `sign` is its operator; operands of a lower precedence than `_operand_precedence` need brackets."""
+
     parts: tuple[Pattern, ...]
     depth: int
     varies_over_batch: bool = False
     varies_over_heads: bool = False
     sign: ClassVar[str]
-    _inner: ClassVar[int]
+    _operand_precedence: ClassVar[int]
 
     def __init__(self, parts: tuple[Pattern, ...], *, bounded: bool = True) -> None:
-        depth = 1 + max(part.depth if isinstance(part, _Node) else 0 for part in parts)
+        depth = 1 + max(part.depth if isinstance(part, _Operation) else 0 for part in parts)
         if bounded and depth > DEEPEST:
             raise PatternError(
                 f"this pattern is nested {depth} deep, more than {DEEPEST}; write a | b | c, whose parts stand side by side, "
@@ -71,9 +75,10 @@ class _Node(Pattern):
         texts, tables = joined_tables(parts)
         spelled = []
         for place, (part, text) in enumerate(zip(parts, texts, strict=True)):
-            # `-` binds to the left; | and & may be regrouped, but only the left grouping is written without brackets.
-            loose = part._precedence < self._inner or (place > 0 and part._precedence == self._inner)
-            spelled.append(f"({text})" if loose else text)
+            # All operators associate to the left: an equal operator needs brackets on the right side only.
+            equal = part._precedence == self._operand_precedence
+            brackets = part._precedence < self._operand_precedence or (place > 0 and equal)
+            spelled.append(f"({text})" if brackets else text)
         self._set(parts=parts, depth=depth, text=self._spell(spelled), tables=tables)
         self._set(
             varies_over_batch=any(part.varies_over_batch for part in parts),
@@ -81,6 +86,7 @@ class _Node(Pattern):
         )
 
     def _spell(self, texts: list[str]) -> str:
+        """The canonical text of this node from the texts of its parts."""
         return f" {self.sign} ".join(texts)
 
     def atoms(self) -> Iterator[Atom]:
@@ -92,19 +98,19 @@ class _Node(Pattern):
             part.check(sizes)
 
 
-class _Chain(_Node):
-    """`a | b | c` is one node with three parts: what is built part by part does not grow deep."""
+class _AssociativeOperation(_Operation):
+    """`a | b | c` is one node with three parts, so a union built in a loop stays flat."""
 
     def __init__(self, parts: tuple[Pattern, ...], *, bounded: bool = True) -> None:
         first = parts[0]
         super().__init__((*first.parts, *parts[1:]) if isinstance(first, type(self)) else parts, bounded=bounded)
 
 
-class Union(_Chain):
+class Union(_AssociativeOperation):
     """A pair is allowed when any part allows it."""
 
     sign = "|"
-    _precedence = _inner = 1
+    _precedence = _operand_precedence = 1
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         out = self.parts[0]._allows(sizes, b, h, i, j)
@@ -119,11 +125,11 @@ class Union(_Chain):
         return out
 
 
-class Intersection(_Chain):
+class Intersection(_AssociativeOperation):
     """A pair is allowed when every part allows it."""
 
     sign = "&"
-    _precedence = _inner = 2
+    _precedence = _operand_precedence = 2
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         out = self.parts[0]._allows(sizes, b, h, i, j)
@@ -138,11 +144,11 @@ class Intersection(_Chain):
         return out
 
 
-class Difference(_Node):
+class Difference(_Operation):
     """A pair is allowed when the first part allows it and the second does not."""
 
     sign = "-"
-    _precedence = _inner = 3  # as in Python, where - binds tighter than & and |
+    _precedence = _operand_precedence = 3  # as in Python, where - binds tighter than & and |
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return self.parts[0]._allows(sizes, b, h, i, j) & ~self.parts[1]._allows(sizes, b, h, i, j)
@@ -151,11 +157,11 @@ class Difference(_Node):
         return self.parts[0]._spans(sizes, b, h, i) - self.parts[1]._spans(sizes, b, h, i)
 
 
-class Complement(_Node):
+class Complement(_Operation):
     """A pair is allowed when the part does not allow it."""
 
     sign = "~"
-    _precedence = _inner = 4
+    _precedence = _operand_precedence = 4
 
     def _spell(self, texts: list[str]) -> str:
         return f"~{texts[0]}"
@@ -168,17 +174,17 @@ class Complement(_Node):
 
 
 def looks_back(pattern: Pattern) -> bool:
-    """Whether `causal()` is one of the patterns whose intersection this is: no token sees a later one."""
+    """Whether the pattern is `causal()` or an intersection with it: certainly no pair with j > i."""
     if isinstance(pattern, Intersection):
         return any(looks_back(part) for part in pattern.parts)
     return pattern.text == "causal()"
 
 
-class PerHead(_Node):
-    """Head h follows the h-th part."""
+class PerHead(_Operation):
+    """Head h uses the h-th part. Planned as the union over distinct parts p of `HeadsOf(heads of p) & p`."""
 
     sign = ","
-    _inner = 0
+    _operand_precedence = 0
 
     def _spell(self, texts: list[str]) -> str:
         return "per_head([" + ", ".join(texts) + "])"
@@ -195,24 +201,23 @@ class PerHead(_Node):
             )
         super().check(sizes)
 
-    def _made_for(self) -> tuple[int, int]:
-        return super()._made_for()[0], len(self.parts)
+    def _batch_and_heads(self) -> tuple[int, int]:
+        return super()._batch_and_heads()[0], len(self.parts)
 
     def groups(self) -> list[tuple[Pattern, tuple[int, ...]]]:
-        """Each distinct pattern with the heads that follow it."""
-        heads: dict[Pattern, list[int]] = {}
+        """Each distinct part with the heads that use it."""
+        heads_of: dict[Pattern, list[int]] = {}
         for head, part in enumerate(self.parts):
-            heads.setdefault(part, []).append(head)
-        return [(part, tuple(hs)) for part, hs in heads.items()]
+            heads_of.setdefault(part, []).append(head)
+        return [(part, tuple(heads)) for part, heads in heads_of.items()]
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if h.dim() == 4 and h.shape == (1, len(self.parts), 1, 1):
-            # All heads side by side, as `dense` asks: each part is asked about its own heads only.
+            # All heads at once, as in `dense`: each part is evaluated for its own head only.
             shape = torch.broadcast_shapes(b.shape, h.shape, i.shape, j.shape)
             out = torch.zeros(shape, dtype=torch.bool, device=i.device)
-            for number, part in enumerate(self.parts):
-                own = slice(number, number + 1)
-                out[:, own] = part._allows(sizes, b, h[:, own], i, j)
+            for head, part in enumerate(self.parts):
+                out[:, head : head + 1] = part._allows(sizes, b, h[:, head : head + 1], i, j)
             return out
         out = torch.zeros((), dtype=torch.bool, device=i.device)
         for part, heads in self.groups():
@@ -227,7 +232,7 @@ class PerHead(_Node):
 
 
 class HeadsOf(Atom):
-    """Everything, in these heads only. How the planner sees `per_head`; not part of the public notation."""
+    """All pairs of the given heads, none of the others. The planner rewrites `per_head` with it; not in the notation."""
 
     heads: tuple[int, ...]
     varies_over_heads = True
@@ -236,9 +241,9 @@ class HeadsOf(Atom):
         self._set(heads=heads, text=f"_heads({list(heads)})", tables=())
 
     def _variation(self, sizes: Sizes) -> Tensor:
-        member = torch.zeros(1, sizes.heads, dtype=torch.int64, device="cpu")
-        member[0, list(self.heads)] = 1
-        return member
+        variant = torch.zeros(1, sizes.heads, dtype=torch.int64, device="cpu")
+        variant[0, list(self.heads)] = 1
+        return variant
 
     def _member(self, h: Tensor) -> Tensor:
         return torch.isin(h, torch.tensor(self.heads, device=h.device))
@@ -249,20 +254,20 @@ class HeadsOf(Atom):
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         return Spans.thin(sizes.n_k, torch.zeros_like(i), self._member(h) * sizes.n_k)
 
-    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+    def _rows_equal(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
         return torch.ones_like(first, dtype=torch.bool)
 
 
 def per_head(patterns: Sequence[Pattern]) -> Pattern:
-    """Head h follows `patterns[h]`: a pair is allowed in head h when the h-th pattern allows it.
+    """One pattern per head: a pair is allowed in head h when `patterns[h]` allows it.
 
-    Raises PatternError for an empty list or, when used, for another number of heads.
+    Raises PatternError for an empty list and, when used, for another number of heads.
 
     >>> import farlight as fl
     >>> fl.per_head([fl.window(0), fl.full()]).dense(2, heads=2).int().tolist()
     [[[[1, 0], [0, 1]], [[1, 1], [1, 1]]]]
     """
-    patterns = () if isinstance(patterns, Pattern) else listed("per_head", patterns, "patterns, one for each head")
+    patterns = () if isinstance(patterns, Pattern) else read_list("per_head", patterns, "patterns, one for each head")
     if not patterns:
         raise PatternError("per_head needs a list with one pattern for each head; it was given none.")
-    return PerHead(tuple(operand(p, ",") for p in patterns))
+    return PerHead(tuple(operand(pattern, ",") for pattern in patterns))

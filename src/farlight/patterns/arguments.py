@@ -1,7 +1,8 @@
-"""Reading the arguments of pattern constructors: whole numbers, lists of positions, masks, tables; and saying what is wrong.
+"""Validation and conversion of constructor arguments: integers, lists, positions, masks and tables.
 
-Tensors and numpy arrays are read alike. A mask is boolean. Integers are positions (or lengths), except where an array of
-them can only be doubted: more than two entries, all 0 or 1, are refused, for a 0/1 mask looks the same.
+Tensors and numpy arrays are read alike. A mask is boolean. Integers are positions (or lengths), with one exception: an array
+of more than two integers that are all 0 or 1 is ambiguous (a mask of dtype int looks the same) and is refused. Every
+function raises PatternError with the name of the argument, the value, and what to pass instead.
 """
 
 from __future__ import annotations
@@ -17,29 +18,28 @@ import torch
 from torch import Tensor
 
 from farlight.errors import PatternError, refuse_tracing, shorten, show
-from farlight.patterns.expression import Sizes
+from farlight.patterns.sizes import Sizes
 
 __all__ = [
     "check_leading",
-    "listed",
-    "numbers",
     "positions_text",
     "query_base",
+    "read_integers",
+    "read_list",
     "read_mask",
     "read_positions",
     "read_table",
     "whole",
 ]
 
-
-# Sums and products of two such numbers still fit into int64, so that no distance ever wraps around.
+# Sums and products of two such integers fit into int64: no distance overflows.
 _LARGEST = 2**31
-# Entries of a list, and those of a range of positions that is spelled out although it need not be.
-_MOST_LISTED, _SPELLED_OUT = 2**20, 2**12
+_MOST_LISTED = 2**20  # entries of a list
+_SPELLED_OUT = 2**12  # a range of more positions stays a range
 
 
 def whole(what: str, value: Any, at_least: int, at_most: int = _LARGEST) -> int:
-    """A Python integer in `at_least … at_most`."""
+    """`value` as a Python int in `at_least … at_most`; `what` names the argument in the error."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -51,22 +51,17 @@ def whole(what: str, value: Any, at_least: int, at_most: int = _LARGEST) -> int:
     return number
 
 
-def listed(what: str, values: Any, of: str) -> list[Any]:
-    """The values as a list."""
+def read_list(what: str, values: Any, of: str) -> list[Any]:
+    """Any iterable as a list of at most 2^20 entries; `of` names the entries in the error."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or _is_array(values, dims=0):
         raise PatternError(f"{what}({show(values)}): give a list of {of}, not {type(values).__name__}.")
-    return _counted(what, values)
-
-
-def _counted(what: str, values: Iterable[Any]) -> list[Any]:
-    """The values as a list, counted before they are spelled out."""
-    if isinstance(values, range):  # its length may be of any size
+    if isinstance(values, range):  # `len` overflows for ranges beyond 2^63
         values = values[: _MOST_LISTED + 1]
-    many = len(values) if isinstance(values, Sized) else 0
-    read = list(itertools.islice(values, _MOST_LISTED + 1)) if many <= _MOST_LISTED else []
-    if max(many, len(read)) > _MOST_LISTED:
+    length = len(values) if isinstance(values, Sized) else 0
+    entries = list(itertools.islice(values, _MOST_LISTED + 1)) if length <= _MOST_LISTED else []
+    if max(length, len(entries)) > _MOST_LISTED:
         raise PatternError(f"{what}: a list of more than {_MOST_LISTED:,} entries; pass a tensor, such as a mask or ids.")
-    return read
+    return entries
 
 
 def _is_array(value: Any, *, dims: int | None = None) -> bool:
@@ -74,14 +69,14 @@ def _is_array(value: Any, *, dims: int | None = None) -> bool:
 
 
 def _is_bool(value: Any) -> bool:
-    """Whether this is a truth value: Python's, numpy's, or one entry of a bool tensor."""
+    """Whether the value is boolean: Python's or numpy's bool, a bool tensor or a bool array."""
     if isinstance(value, Tensor):
         return value.dtype == torch.bool
     return isinstance(value, (bool, np.bool_)) or (isinstance(value, np.ndarray) and value.dtype == np.bool_)
 
 
 def read_mask(what: str, value: Any) -> Tensor | None:
-    """The mask `(B, N)` that a bool tensor, a bool array or a (nested) list of truth values is; None for anything else."""
+    """`(B, N)` bool from a bool tensor, a bool array or a (nested) list of bools; None for anything else."""
     first = value
     while isinstance(first, (list, tuple)) and first:
         first = first[0]
@@ -94,16 +89,16 @@ def read_mask(what: str, value: Any) -> Tensor | None:
     return read_table(what, value, 2, kind="bool")
 
 
-def numbers(what: str, values: Any, of: str) -> list[Any]:
-    """The entries of a list, or of a 1-D array of integers that cannot be taken for a mask."""
+def read_integers(what: str, values: Any, of: str) -> list[Any]:
+    """The entries of a list, or of a 1-D integer array that cannot be mistaken for a mask; `of` as in `read_list`."""
     if not _is_array(values):
-        return listed(what, values, of)
+        return read_list(what, values, of)
     refuse_tracing(what)
     if isinstance(values, Tensor):
-        is_whole = not (values.is_floating_point() or values.is_complex())
+        is_integer = not (values.is_floating_point() or values.is_complex())
     else:
-        is_whole = values.dtype.kind in "iu"
-    if not is_whole or values.ndim != 1:
+        is_integer = values.dtype.kind in "iu"
+    if not is_integer or values.ndim != 1:
         raise PatternError(
             f"{what}({show(values)}): give a 1-D array of whole numbers, the {of}, or a mask: .bool(), in numpy .astype(bool)."
         )
@@ -117,7 +112,10 @@ def numbers(what: str, values: Any, of: str) -> list[Any]:
 
 
 def read_positions(what: str, positions: Iterable[Any]) -> Sequence[int]:
-    """Distinct positions, sorted; negative ones count from the end and sort after the others. A long range stays a range."""
+    """Distinct positions in ascending order, negative ones (which count from the end) last.
+
+    A range of more than 4096 positions that all count from one end stays a range.
+    """
     if isinstance(positions, range) and len(positions[: _SPELLED_OUT + 1]) > _SPELLED_OUT:
         ends = sorted((positions[0], positions[-1]))
         if max(map(abs, ends)) > _LARGEST:
@@ -126,9 +124,9 @@ def read_positions(what: str, positions: Iterable[Any]) -> Sequence[int]:
             return range(ends[0], ends[1] + 1, abs(positions.step))
     if isinstance(positions, str) or not isinstance(positions, Iterable) or _is_array(positions, dims=0):
         raise PatternError(f"{what}({show(positions)}): give a list of positions such as [0, -1], a range, or a bool mask.")
-    read = set()
-    for position in numbers(what, positions, "positions"):
-        # True is the number 1 to Python: a list of booleans would name the tokens 0 and 1.
+    distinct = set()
+    for position in read_integers(what, positions, "positions"):
+        # operator.index(True) is 1: a list of booleans must not become the positions 0 and 1.
         try:
             entry: Any = None if _is_bool(position) else position
             number = operator.index(entry)
@@ -138,12 +136,12 @@ def read_positions(what: str, positions: Iterable[Any]) -> Sequence[int]:
             ) from None
         if abs(number) > _LARGEST:
             raise PatternError(f"{what}: a position lies beyond {_LARGEST}; no text is so long.")
-        read.add(number)
-    return tuple(sorted(read, key=lambda p: (p < 0, p)))
+        distinct.add(number)
+    return tuple(sorted(distinct, key=lambda p: (p < 0, p)))
 
 
 def positions_text(positions: Sequence[int]) -> str:
-    """`range(0, 64)` where the positions are consecutive and many, else a list."""
+    """The positions in the notation: `range(64)` where more than four are consecutive, else a list."""
     if isinstance(positions, range):
         start = f"{positions.start}, " if positions.start or positions.step > 1 else ""
         return f"range({start}{positions.stop}" + (f", {positions.step})" if positions.step > 1 else ")")
@@ -154,9 +152,9 @@ def positions_text(positions: Sequence[int]) -> str:
 
 
 def read_table(what: str, value: Any, dims: int, *, kind: str) -> Tensor:
-    """A table as a tensor of `dims` dimensions: missing leading ones (batch, head) become 1.
+    """A copy of `value` as a bool or int64 tensor of `dims` dimensions; missing leading ones (batch, head) become 1.
 
-    `kind` is "bool" or "int". The table is copied, so that a pattern stays what it was when the caller's tensor changes.
+    kind: "bool" or "int", the dtypes accepted. A copy, because a pattern must not change when the caller's tensor does.
     """
     try:
         table = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
@@ -169,15 +167,15 @@ def read_table(what: str, value: Any, dims: int, *, kind: str) -> Tensor:
         raise PatternError(f"{what}: an integer tensor is needed, but this is {show(table)}; pass .long() of it.")
     if not 1 <= table.dim() <= dims:
         raise PatternError(f"{what}: shape {tuple(table.shape)} has {table.dim()} dimensions, at most {dims} are possible.")
-    # A pattern outlives the call that makes it: made in inference mode, it must still serve training.
-    keep = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
-    with keep:
+    # The pattern outlives this call: a table made in inference mode must be usable in training.
+    normal_mode = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+    with normal_mode:
         table = table.detach().clone() if kind == "bool" else table.detach().to(torch.int64, copy=True)
     return table.reshape((1,) * (dims - table.dim()) + tuple(table.shape))
 
 
 def check_leading(what: str, table: Tensor, sizes: Sizes, *, heads: bool = True) -> None:
-    """The table's leading dimensions must be 1 or those of the problem."""
+    """Raise PatternError unless the leading dimensions of `table` are 1 or the batch (and, with `heads`, the heads)."""
     if table.shape[0] not in (1, sizes.batch):
         raise PatternError(
             f"{what}: its batch dimension is {table.shape[0]}, but the batch is {sizes.batch}; use 1 or {sizes.batch}."
@@ -189,8 +187,10 @@ def check_leading(what: str, table: Tensor, sizes: Sizes, *, heads: bool = True)
 
 
 def query_base(what: str, length: int, sizes: Sizes, unit: int = 1) -> int:
-    """The position of the first row of a table of queries: 0 when it has a row for every position, q_offset when it has
-    one for every query.
+    """The query position of row 0 of a table of queries with `length` rows of `unit` positions each.
+
+    0 for a table with rows for all positions of the sequence, `q_offset` for one with rows for the queries only. Raises
+    PatternError where `length` fits neither.
     """
     if length == -(-sizes.n_k // unit):
         return 0

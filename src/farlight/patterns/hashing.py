@@ -1,10 +1,9 @@
-"""Random numbers that are functions of where they are used, not of when.
+"""Counter-based random numbers: a hash of seed and absolute positions, without generator state.
 
-Every random choice in farlight (random keys, random blocks, dropout) is a pure function of a seed and of absolute
-positions, so that any device, rank or chunk draws the same without talking to another. The mixing step is the 32-bit
-finalizer of MurmurHash3 (Appleby, public domain); the C++ and Triton kernels implement the same few operations on
-unsigned 32-bit integers. Here they run on int64 tensors, which hold such an integer exactly: products wrap modulo 2^64
-and the low 32 bits, all that is kept, are right.
+Random keys, random blocks and dropout are pure functions of (seed, head, position, …), so every device, rank and chunk draws
+the same numbers without communication. The mixing step is the 32-bit finalizer of MurmurHash3 (Appleby, public domain). The
+C++ and Triton kernels compute it on uint32; here it runs on int64 tensors: products wrap modulo 2^64, which leaves their low
+32 bits, the only ones kept, correct.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _MASK = 0xFFFFFFFF
 
 
 def mix32(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers in which every input bit reaches every output bit."""
+    """MurmurHash3's finalizer: a bijection of 32-bit integers (as int64) in which each input bit affects each output bit."""
     x = x ^ (x >> 16)
     x = (x * 0x85EBCA6B) & _MASK
     x = x ^ (x >> 13)
@@ -27,7 +26,7 @@ def mix32(x: Tensor) -> Tensor:
 
 
 def hash_words(*words: Tensor | int) -> Tensor:
-    """32-bit hash of integers: `h = mix(h ^ w) * 5 + 0xe6546b64`, word by word, each taken modulo 2^32."""
+    """32-bit hash (as int64) of integers modulo 2^32, broadcast: `h = mix32(h ^ word) * 5 + 0xe6546b64`, word by word."""
     h: Tensor = torch.tensor(0x9E3779B9, device="cpu")
     for word in words:
         masked = word & _MASK
@@ -38,17 +37,17 @@ def hash_words(*words: Tensor | int) -> Tensor:
 
 
 def draw_below(h: Tensor, bound: Tensor | int) -> Tensor:
-    """A number in `[0, bound)` from a 32-bit hash (multiply and shift; `bound` <= 2^31)."""
+    """A 32-bit hash mapped to `[0, bound)` by multiply and shift, `h * bound >> 32`; bound <= 2^31."""
     return (h * bound) >> 32
 
 
 def dropout_threshold(p: float) -> int:
-    """A link is dropped when its hash is below this number, that is with probability p."""
+    """The hash below which a pair is dropped: p · 2^32."""
     return round(p * 2**32)
 
 
 def dropout_keep(seed: Tensor | int, p: float, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """Which links survive dropout: True with probability 1 - p, by (seed, batch, head, query position, key)."""
+    """Keep mask of dropout, bool, broadcast: True with probability 1 - p, a function of (seed, b, h, query i, key j)."""
     low, high = seed & _MASK, (seed >> 32) & _MASK
     row = hash_words(low, high, b, h, i)
     return mix32(row ^ ((j * 0x9E3779B9) & _MASK)) >= dropout_threshold(p)

@@ -1,4 +1,8 @@
-"""Patterns of texts of unequal length in one tensor: documents packed into a row, and padding."""
+"""Primitives of sequences of unequal length in one tensor: `documents` (packed sequences) and `padding`.
+
+Both take lengths (kept as Python integers) or a table (ids, a mask); a tensor of lengths that cannot be read yet becomes a
+`DeferredPattern`.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +12,33 @@ import torch
 from torch import Tensor
 
 from farlight.errors import PatternError, refuse_tracing
-from farlight.patterns.arguments import check_leading, listed, numbers, read_mask, read_table, whole
-from farlight.patterns.deferred import Unread, empty, hidden
-from farlight.patterns.expression import Atom, Changes, Form, Labels, Pattern, Sizes, equal_items
+from farlight.patterns.arguments import check_leading, read_integers, read_list, read_mask, read_table, whole
+from farlight.patterns.deferred import DeferredPattern, has_no_items, is_unreadable
+from farlight.patterns.expression import Atom, ColumnChanges, Form, Labels, Pattern, Sizes, equal_items
 from farlight.patterns.named import seen_by_all
 from farlight.patterns.spans import Spans
 
 __all__ = ["documents", "padding"]
 
-# The runs of the batch items stand this far apart in one sorted list.
-_FAR = 2**42
+# The document ends of all batch items share one sorted list; those of item b are offset by b · _ITEM_STRIDE.
+_ITEM_STRIDE = 2**42
 
 
 class documents(Atom):
-    """Tokens see their own document only (packed sequences): i and j carry the same id, or lie in the same length.
+    """Packed sequences: tokens attend within their document: i and j have the same id, or lie in the same length.
 
-    `ids` is `(N,)` or `(B, N)` integers, negative = in no document. `lengths` is a list of lengths that follow one another
-    (or one such list for each batch item); tokens after the last length are in no document.
+    `ids` is `(N,)` or `(B, N)` integers, negative = in no document. `lengths` is a list of consecutive document lengths (or
+    one such list for each batch item); tokens behind the last document are in none.
 
     >>> import farlight as fl
     >>> fl.documents(lengths=[1, 2]).dense(3).int()[0, 0].tolist()
     [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
     """
 
+    lengths: tuple[tuple[int, ...], ...] | None
+
     def __new__(cls, ids: Any = None, *, lengths: Any = None) -> Any:
-        return Unread("documents", lengths) if ids is None and hidden(lengths) else super().__new__(cls)
+        return DeferredPattern("documents", lengths) if ids is None and is_unreadable(lengths) else super().__new__(cls)
 
     def __init__(self, ids: Any = None, *, lengths: Any = None) -> None:
         if (ids is None) == (lengths is None):
@@ -44,17 +50,15 @@ class documents(Atom):
         if isinstance(lengths, Tensor):
             refuse_tracing("documents")
             lengths = lengths.tolist()
-        lengths = listed("documents", lengths, "lengths")
+        lengths = read_list("documents", lengths, "lengths")
         nested = any(isinstance(item, (list, tuple)) for item in lengths)
-        items = [listed("documents", item, "lengths for each batch item") for item in (lengths if nested else [lengths])]
-        read = tuple(tuple(whole("documents: length", n, 0) for n in item) for item in items)
-        text = str([list(item) for item in read] if nested else list(read[0]))
-        self._set(lengths=read, text=f"documents(lengths={text})", tables=(), varies_over_batch=len(read) > 1)
+        items = [read_list("documents", item, "lengths for each batch item") for item in (lengths if nested else [lengths])]
+        per_item = tuple(tuple(whole("documents: length", n, 0) for n in item) for item in items)
+        text = str([list(item) for item in per_item] if nested else list(per_item[0]))
+        self._set(lengths=per_item, text=f"documents(lengths={text})", tables=(), varies_over_batch=len(per_item) > 1)
 
-    lengths: tuple[tuple[int, ...], ...] | None
-
-    def _made_for(self) -> tuple[int, int]:
-        return (super()._made_for()[0] if self.lengths is None else len(self.lengths)), 1
+    def _batch_and_heads(self) -> tuple[int, int]:
+        return (super()._batch_and_heads()[0] if self.lengths is None else len(self.lengths)), 1
 
     def check(self, sizes: Sizes) -> None:
         if self.lengths is None:
@@ -68,7 +72,7 @@ class documents(Atom):
             raise PatternError(
                 f"documents: {len(self.lengths)} lists of lengths for a batch of {sizes.batch}; give one, or one for each."
             )
-        longest = self._kept("longest", lambda: max(map(sum, self.lengths or ()), default=0))
+        longest = self._cached("longest", lambda: max(map(sum, self.lengths or ()), default=0))
         if longest > sizes.n_k:
             raise PatternError(f"documents: the lengths add up to {longest}, more than the {sizes.n_k} tokens of the text.")
 
@@ -77,64 +81,65 @@ class documents(Atom):
             return super()._variation(sizes)
         if self.lengths is None:
             return equal_items(self._tables[0])
-        number = {item: place for place, item in enumerate(dict.fromkeys(self.lengths))}
-        return torch.tensor([[number[item]] for item in self.lengths], device="cpu")
+        variant = {item: number for number, item in enumerate(dict.fromkeys(self.lengths))}
+        return torch.tensor([[variant[item]] for item in self.lengths], device="cpu")
 
     def _form(self, sizes: Sizes) -> Form:
-        # An id that comes back after another one, or after none, makes its document more than one interval.
-        if self.lengths is None and self._kept("returns", lambda: any(map(_returns, self._tables[0]))):
+        # A document is one interval unless its id recurs after another one.
+        if self.lengths is None and self._cached("recurs", lambda: any(map(_recurs, self._tables[0]))):
             return "labels"
         return "spans"
 
     def _needs_length(self) -> str | None:
         return "documents is given as ids" if self.lengths is None else None
 
-    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
-        turns = torch.unique(self._ends(j.device) % _FAR)
-        return Changes(turns.expand(j.numel(), -1))
+    def _column_changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> ColumnChanges:
+        ends = torch.unique(self._ends(j.device) % _ITEM_STRIDE)
+        return ColumnChanges(ends.expand(j.numel(), -1))
 
     def _ends(self, device: torch.device) -> Tensor:
-        """Where the runs of one id, or the lengths, end: sorted, batch item b's from b · _FAR on."""
-        return self._kept("ends", self._find_ends).to(device)
+        """`(m,)` int64, sorted: the end of each run of one id, or of each length, plus b · _ITEM_STRIDE for item b."""
+        return self._cached("ends", self._compute_ends).to(device)
 
-    def _find_ends(self) -> Tensor:
+    def _compute_ends(self) -> Tensor:
         if self.lengths is not None:
-            rows = [torch.tensor(item, dtype=torch.int64, device="cpu").cumsum(0) for item in self.lengths]
-            return torch.cat([row + number * _FAR for number, row in enumerate(rows)])
+            ends = [torch.tensor(item, dtype=torch.int64, device="cpu").cumsum(0) for item in self.lengths]
+            return torch.cat([item_ends + number * _ITEM_STRIDE for number, item_ends in enumerate(ends)])
         ids = self._tables[0]
         is_last = torch.ones_like(ids, dtype=torch.bool)
         is_last[:, :-1] = ids[:, 1:] != ids[:, :-1]
         item, position = is_last.nonzero(as_tuple=True)
-        return item * _FAR + position + 1
+        return item * _ITEM_STRIDE + position + 1
 
-    def _run(self, b: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Number, first and last + 1 of the run that holds each position; last + 1 is 0 where there is none."""
+    def _run_at(self, b: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(number, first, stop) of the run that contains each position; stop = 0 where none does."""
         ends = self._ends(position.device)
-        item = (b if self.varies_over_batch else torch.zeros_like(b)) * _FAR
-        number = torch.bucketize((item + position.clamp(-1, _FAR - 1)).contiguous(), ends, right=True)
+        item = (b if self.varies_over_batch else torch.zeros_like(b)) * _ITEM_STRIDE
+        number = torch.bucketize((item + position.clamp(-1, _ITEM_STRIDE - 1)).contiguous(), ends, right=True)
         edges = torch.nn.functional.pad(ends, (1, 1))
         lo, hi = (edges[number] - item).clamp(min=0), edges[number + 1] - item
-        is_real = (position >= 0) & (hi > 0) & (hi < _FAR)
-        return number, lo, torch.where(is_real, hi, 0)
+        exists = (position >= 0) & (hi > 0) & (hi < _ITEM_STRIDE)
+        return number, lo, torch.where(exists, hi, 0)
 
     def _id_at(self, sizes: Sizes, b: Tensor, position: Tensor, otherwise: int) -> Tensor:
+        """Elementwise: the document id (or number) at each position; `otherwise` where there is no document."""
         if self.lengths is not None:
-            number, _, stop = self._run(b, position)
+            number, _, stop = self._run_at(b, position)
             return torch.where(stop > 0, number, otherwise)
         ids = self._tables[0].to(position.device)
         if not ids.shape[1]:
             return torch.full_like(position, otherwise)
-        found = ids[b if self.varies_over_batch else torch.zeros_like(b), position.clamp(0, ids.shape[1] - 1)]
-        return torch.where((position >= 0) & (position < ids.shape[1]) & (found >= 0), found, otherwise)
+        value = ids[b if self.varies_over_batch else torch.zeros_like(b), position.clamp(0, ids.shape[1] - 1)]
+        return torch.where((position >= 0) & (position < ids.shape[1]) & (value >= 0), value, otherwise)
 
     def _allows(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return self._id_at(sizes, b, i, -1) == self._id_at(sizes, b, j, -2)
 
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         if self._form(sizes) == "labels":
-            every = torch.arange(sizes.n_k, device=i.device)
-            return Spans.from_mask(self._allows(sizes, b[:, None], h[:, None], i[:, None], every[None, :]))
-        _, start, stop = self._run(b, i)
+            j = torch.arange(sizes.n_k, device=i.device)
+            return Spans.from_mask(self._allows(sizes, b[:, None], h[:, None], i[:, None], j[None, :]))
+        _, start, stop = self._run_at(b, i)
         return Spans.thin(sizes.n_k, start, torch.where(self._id_at(sizes, b, i, -1) >= 0, stop, 0))
 
     def _labels(self, sizes: Sizes, b: Tensor, h: Tensor) -> Labels:
@@ -147,43 +152,43 @@ class documents(Atom):
         )
 
 
-def _returns(ids: Tensor) -> bool:
-    """Whether an id >= 0 comes back after another one."""
+def _recurs(ids: Tensor) -> bool:
+    """Whether some id >= 0 of `(N,)` recurs after another id: its document is more than one run."""
     runs = torch.unique_consecutive(ids)
     runs = runs[runs >= 0]
     return bool(runs.numel() != torch.unique(runs).numel())
 
 
 class padding(Atom):
-    """Keys that are padding are seen by nobody: key j is real.
+    """No query attends to padding keys: key j is real.
 
-    `lengths` is one number of real tokens for each batch item (they stand first); a bool mask `(B, N)` or `(N,)`, True =
-    real, says it for any layout. The queries of padding rows are not touched: intersect or drop them as you need.
+    `lengths` is the number of real tokens of each batch item, which come first; or a bool mask `(B, N)` or `(N,)`, True =
+    real, for any layout. Rows of padding queries are not restricted: intersect with another pattern or drop them.
 
     >>> import farlight as fl
     >>> fl.padding([2]).dense(3).int()[0, 0].tolist()
     [[1, 1, 0], [1, 1, 0], [1, 1, 0]]
     """
 
+    lengths: tuple[int, ...] | None
+
     def __new__(cls, lengths: Any = None) -> Any:
-        return Unread("padding", lengths) if hidden(lengths) or empty(lengths) else super().__new__(cls)
+        return DeferredPattern("padding", lengths) if is_unreadable(lengths) or has_no_items(lengths) else super().__new__(cls)
 
     def __init__(self, lengths: Any) -> None:
         mask = read_mask("padding: mask", lengths)
         if mask is not None:
             self._set(lengths=None, text="padding($0)", tables=(mask,), varies_over_batch=mask.shape[0] > 1)
             return
-        single = isinstance(lengths, int) or getattr(lengths, "ndim", 1) == 0
-        each = [lengths] if single else numbers("padding", lengths, "lengths")
-        read = tuple(whole("padding: length", n, 0) for n in each)
-        if not read:
+        is_scalar = isinstance(lengths, int) or getattr(lengths, "ndim", 1) == 0
+        items = [lengths] if is_scalar else read_integers("padding", lengths, "lengths")
+        per_item = tuple(whole("padding: length", n, 0) for n in items)
+        if not per_item:
             raise PatternError("padding: no length was given; give one for each batch item.")
-        self._set(lengths=read, text=f"padding({list(read)})", tables=(), varies_over_batch=len(read) > 1)
+        self._set(lengths=per_item, text=f"padding({list(per_item)})", tables=(), varies_over_batch=len(per_item) > 1)
 
-    lengths: tuple[int, ...] | None
-
-    def _made_for(self) -> tuple[int, int]:
-        return (super()._made_for()[0] if self.lengths is None else len(self.lengths)), 1
+    def _batch_and_heads(self) -> tuple[int, int]:
+        return (super()._batch_and_heads()[0] if self.lengths is None else len(self.lengths)), 1
 
     def check(self, sizes: Sizes) -> None:
         if self.lengths is None:
@@ -206,12 +211,14 @@ class padding(Atom):
         return equal_items(self._tables[0] if self.lengths is None else torch.tensor(self.lengths, device="cpu")[:, None])
 
     def _real(self) -> seen_by_all:
-        return self._kept("real", lambda: seen_by_all._sharing(self._tables[0]))
+        """The real keys of the mask."""
+        return self._cached("real", lambda: seen_by_all._sharing(self._tables[0]))
 
     def _rewrite(self) -> Pattern:
         return self if self.lengths is not None else self._real()
 
     def _length(self, b: Tensor) -> Tensor:
+        """The length of each batch item b."""
         assert self.lengths is not None
         lengths = torch.tensor(self.lengths, device=b.device)
         return lengths[b if self.varies_over_batch else torch.zeros_like(b)]
@@ -227,8 +234,8 @@ class padding(Atom):
     def _needs_length(self) -> str | None:
         return "padding is given as a mask" if self.lengths is None else None
 
-    def _changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> Changes:
-        return Changes()
+    def _column_changes(self, sizes: Sizes, b: Tensor, h: Tensor, j: Tensor) -> ColumnChanges:
+        return ColumnChanges()
 
-    def _rows_agree(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
+    def _rows_equal(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
         return torch.ones_like(first, dtype=torch.bool)

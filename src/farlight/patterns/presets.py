@@ -1,14 +1,15 @@
-"""The patterns of well-known papers, written in farlight's own primitives."""
+"""Presets: the attention patterns of published models, composed of farlight's primitives."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from farlight.errors import PatternError, show
-from farlight.patterns.arguments import listed, whole
+from farlight.patterns.arguments import read_list, whole
 from farlight.patterns.expression import Pattern
 from farlight.patterns.named import global_tokens, seen_by_all
 from farlight.patterns.positional import blocked_window, causal, landmarks, offsets, strided, window
+from farlight.patterns.positional import window as sliding_window  # two presets have a parameter `window`
 from farlight.patterns.random import random_blocks
 
 __all__ = ["bigbird", "etc", "logsparse", "longformer", "longnet", "sparse_transformer", "star", "streaming"]
@@ -17,10 +18,10 @@ __all__ = ["bigbird", "etc", "logsparse", "longformer", "longnet", "sparse_trans
 def longformer(
     window: int = 512, global_positions: Sequence[int] = (0,), dilation: int = 1, autoregressive: bool = False
 ) -> Pattern:
-    """Longformer: `window` neighbours in all (half on each side) and global tokens.
+    """Longformer: a sliding window of `window` neighbours (half on each side) and global tokens.
 
     `window(window // 2, dilation=…) | global_tokens(global_positions)`, intersected with `causal()` when autoregressive.
-    Beltagy, Peters & Cohan 2020, arXiv:2004.05150. As in its published configurations `window` is the even total.
+    Beltagy, Peters & Cohan 2020, arXiv:2004.05150. As in its published configurations, `window` counts both sides and is even.
 
     >>> import farlight as fl
     >>> fl.presets.longformer(512)
@@ -29,19 +30,16 @@ def longformer(
     total = whole("longformer: window", window, 0)
     if total % 2:
         raise PatternError(f"longformer: window = {total} is odd; it is the total of both sides, so make it even.")
-    pattern: Pattern = _window(total // 2, dilation=dilation)
-    if len(listed("longformer: global_positions", global_positions, "positions")):
+    pattern: Pattern = sliding_window(total // 2, dilation=dilation)
+    if len(read_list("longformer: global_positions", global_positions, "positions")):
         pattern = pattern | global_tokens(global_positions)
     return causal() & pattern if autoregressive else pattern
 
 
-_window = window
-
-
 def bigbird(block: int = 64, random: int = 3, seed: int = 0) -> Pattern:
-    """BigBird (ITC): a window of three blocks, global first and last block, `random` random blocks of keys.
+    """BigBird (ITC): a window of three blocks, first and last block global, and `random` random key blocks.
 
-    Zaheer et al. 2020, arXiv:2007.14062. As in the paper the random blocks come from the whole text, drawn per head.
+    Zaheer et al. 2020, arXiv:2007.14062. As in the paper, random blocks are drawn per head from the whole sequence.
 
     >>> import farlight as fl
     >>> fl.presets.bigbird(64, 3)
@@ -64,10 +62,10 @@ def etc(radius: int, global_count: int) -> Pattern:
 
 
 def sparse_transformer(stride: int, kind: str = "strided", summary: int = 1) -> Pattern:
-    """Sparse Transformer: the past `stride` tokens and every stride-th one before ("strided"), or the own segment of
-    `stride` tokens and the last `summary` tokens of each earlier one ("fixed"). Causal, the two heads of the paper merged.
+    """Sparse Transformer, causal, with the paper's two heads united in one pattern. Child et al. 2019, arXiv:1904.10509.
 
-    Child et al. 2019, arXiv:1904.10509.
+    kind="strided": the last `stride` tokens and every stride-th earlier one. kind="fixed": the segment of `stride` tokens
+    around the query and the last `summary` tokens of each earlier segment.
 
     >>> import farlight as fl
     >>> fl.presets.sparse_transformer(128)
@@ -82,16 +80,17 @@ def sparse_transformer(stride: int, kind: str = "strided", summary: int = 1) -> 
 
 
 def longnet(segments: Sequence[int], dilations: Sequence[int]) -> Pattern:
-    """LongNet: for each (segment length w, dilation r), tokens of one segment whose position is ≡ head (mod r) meet.
+    """LongNet: for each (segment length w, dilation r), attention among the positions ≡ head (mod r) of each segment.
 
-    Ding et al. 2023, arXiv:2307.02486. The paper counts a pair once for each level that holds it; here the levels are
+    Ding et al. 2023, arXiv:2307.02486. The paper weights a pair by the number of levels that contain it; here the levels are
     united as a set.
 
     >>> import farlight as fl
     >>> fl.presets.longnet([4, 8], [1, 2])
     blocked_window(0, block=4) | blocked_window(0, block=8) & strided(2, phase='head')
     """
-    segments, dilations = listed("longnet: segments", segments, "lengths"), listed("longnet: dilations", dilations, "dilations")
+    segments = read_list("longnet: segments", segments, "lengths")
+    dilations = read_list("longnet: dilations", dilations, "dilations")
     if len(segments) != len(dilations) or not segments:
         raise PatternError(
             f"longnet: {len(segments)} segment lengths and {len(dilations)} dilations; give one dilation for each length."
@@ -107,7 +106,7 @@ def longnet(segments: Sequence[int], dilations: Sequence[int]) -> Pattern:
 
 
 def streaming(sinks: int = 4, window: int = 1024) -> Pattern:
-    """StreamingLLM: the first `sinks` tokens and the last `window` tokens, the own one included; causal.
+    """StreamingLLM: the first `sinks` tokens and the last `window` tokens, the query's own included; causal.
 
     Xiao et al. 2023, arXiv:2309.17453.
 
@@ -116,7 +115,7 @@ def streaming(sinks: int = 4, window: int = 1024) -> Pattern:
     causal() & (window(1023, 0) | seen_by_all([0, 1, 2, 3]))
     """
     window = whole("streaming: window", window, 1)
-    recent: Pattern = _window(window - 1, 0)
+    recent: Pattern = sliding_window(window - 1, 0)
     sinks = whole("streaming: sinks", sinks, 0)
     return causal() & (recent | seen_by_all(range(sinks))) if sinks else causal() & recent
 
@@ -132,7 +131,7 @@ def star() -> Pattern:
 
 
 def logsparse() -> Pattern:
-    """LogSparse Transformer: a token sees itself and the tokens 1, 2, 4, 8, … before it. Li et al. 2019, arXiv:1907.00235.
+    """LogSparse Transformer: distances 0, 1, 2, 4, 8, … to the left. Li et al. 2019, arXiv:1907.00235.
 
     >>> import farlight as fl
     >>> fl.presets.logsparse().dense(9).int()[0, 0, 8].tolist()

@@ -92,7 +92,7 @@ class Layout:
 
     def _bounded_rows(self) -> int:
         """How many rows are laid out at once. Raises PlanError where pairs without number would be asked one by one."""
-        per_row = 1 + sum(atom._width(self.sizes) for atom in self.term.atoms())
+        per_row = 1 + sum(atom._entries_per_row(self.sizes) for atom in self.term.atoms())
         rest = self.term.parts[0].rest
         if self.asked or rest:
             row = torch.arange(0, self.sizes.n_q, max(1, self.sizes.n_q // 64), device="cpu")

@@ -204,7 +204,7 @@ def _labels_of(atom: Atom, sizes: Sizes) -> list[tuple[Tensor, Tensor]] | None:
         return None
     # Each row has a list of its own: sorted by the block they look at, rows make dense tiles again.
     i = torch.arange(sizes.n_q, device=table.device) + sizes.q_offset
-    row, inside = atom._row(sizes, i)
+    row, inside = atom._query_row(sizes, i)
     each = torch.where(inside[:, None], table[:, :, row.clamp(0, table.shape[2] - 1)], -1)
     of_key = torch.div(torch.arange(sizes.n_k, device=table.device), atom.block, rounding_mode="floor")
     return [(place, of_key[None, None]) for place in _once(each).unbind(3)]
@@ -344,7 +344,7 @@ def _by_block(atom: chosen_blocks, sizes: Sizes, side: _Side) -> Routed:
 def _by_key(atom: chosen_keys, masks: list[Tensor], sizes: Sizes, past: bool, taken: Taken) -> Routed:
     table = atom._tables[0]
     i = torch.arange(sizes.n_q, device=table.device) + sizes.q_offset
-    row, inside = atom._row(sizes, i)
+    row, inside = atom._query_row(sizes, i)
     each = torch.where(inside[:, None], table[:, :, row.clamp(0, table.shape[2] - 1)], -1)
     if past:
         each = torch.where(each <= i[:, None], each, -1)

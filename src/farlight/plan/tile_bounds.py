@@ -58,7 +58,7 @@ class _Rows:
         """Whether the rows of every tile see the same keys of this pattern."""
         if not isinstance(pattern, Atom):
             return False
-        return bool(pattern._rows_agree(self.sizes, self.i[self.first], self.i[self.last]).all())
+        return bool(pattern._rows_equal(self.sizes, self.i[self.first], self.i[self.last]).all())
 
     def of_tiles(self, pattern: Pattern) -> Spans:
         """The keys that the first row of each tile sees."""

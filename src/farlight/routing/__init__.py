@@ -2,7 +2,6 @@
 
 from farlight.patterns.membership import between, rooms
 from farlight.patterns.multi_label import meets
-from farlight.patterns.notation import constructors
 from farlight.patterns.uncovered import unseen
 from farlight.routing.base import Router
 from farlight.routing.gate import gated_attention
@@ -14,9 +13,6 @@ from farlight.routing.lsh import LSH
 from farlight.routing.notation import read_router
 from farlight.routing.topblocks import TopBlocks
 from farlight.routing.topkeys import TopKeys, from_indices
-
-# The notation knows the primitives that routers add: a pattern that travels as text must be read again.
-constructors().update(between=between, meets=meets, rooms=rooms, unseen=unseen)
 
 __all__ = [
     "LSH",
