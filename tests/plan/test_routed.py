@@ -30,8 +30,8 @@ from farlight.patterns.membership import rooms
 from farlight.patterns.multi_label import meets
 from farlight.patterns.notation import parse
 from farlight.plan.build import build
-from farlight.plan.routed import routed
-from farlight.plan.routed_union import chosen
+from farlight.plan.routed import chosen_links
+from farlight.plan.routed_union import split_routed
 from farlight.routing import LSH, KMeans, TopBlocks, TopKeys, from_indices
 from farlight.testing import Case
 from farlight.testing.cases import table
@@ -43,7 +43,7 @@ every_case = pytest.mark.parametrize("of", ROUTED, ids=str)
 
 
 def made(of: Case, queries: tuple[int, int], keys: tuple[int, int]) -> tuple[QueryWork, KeyWork]:
-    found = chosen(of.pattern, of.sizes)
+    found = split_routed(of.pattern, of.sizes)
     assert found is not None
     group, after = of.heads // of.kv_heads, found.fixed is not None
     first = RoutedQueries(found.pieces, of.sizes, *queries, group, 8, after=after)
@@ -95,7 +95,7 @@ def differences(mine: Any, theirs: Any) -> list[str]:
 
 BY_LABEL = [
     of for of in ROUTED if "causal" not in of.pattern.text and of.pattern.text.startswith(("clusters", "meets"))
-    and "agree with nothing" not in of.name and routed(of.pattern, of.sizes) is not None
+    and "agree with nothing" not in of.name and chosen_links(of.pattern, of.sizes) is not None
 ]  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_the_comparison_sees_one_wrong_number() -> None:
 def test_only_sums_are_read(of: Case) -> None:
     """On the "meta" device there are no values at all: whoever asks for one, or mixes devices, raises."""
     nowhere = parse(of.pattern.text, tuple(table.to("meta") for table in of.pattern.tables))
-    here, there = chosen(of.pattern, of.sizes), chosen(nowhere, of.sizes)
+    here, there = split_routed(of.pattern, of.sizes), split_routed(nowhere, of.sizes)
     assert here is not None
     assert there is not None
     assert here.fixed == there.fixed
@@ -237,13 +237,13 @@ def request_for(pattern: Pattern, sizes: Sizes, kv_heads: int) -> Request:
     ids=repr,
 )
 def test_other_patterns_are_planned_on_the_host(pattern: Pattern) -> None:
-    assert chosen(pattern, Sizes.of(2)) is None
+    assert split_routed(pattern, Sizes.of(2)) is None
 
 
 def test_no_tokens_are_planned_on_the_host() -> None:
     nothing = fl.clusters(torch.zeros(0, dtype=torch.int64))
     for pattern in (nothing, nothing | fl.window(1)):
-        assert chosen(pattern, Sizes.of(0)) is None
+        assert split_routed(pattern, Sizes.of(0)) is None
 
 
 def test_tensors_on_the_cpu_are_planned_on_the_host() -> None:
