@@ -10,7 +10,7 @@ from farlight.kernels.checks import refused
 from farlight.kernels.cpu.launch import backward, forward
 from farlight.kernels.cpu.native import available, fma_gflops, isa, unavailable, use, warn_if_missing
 from farlight.kernels.request import Request
-from farlight.plan.build import TileShape
+from farlight.plan.tables import TileShape
 
 __all__ = ["SHAPE", "available", "backward", "fma_gflops", "forward", "isa", "reasons", "unavailable", "use", "warn_if_missing"]
 
