@@ -1,4 +1,4 @@
-"""Unions of a router's choice with a fixed pattern: each link once, the fixed part planned once for all choices."""
+"""Unions of a router's choice with a fixed pattern: each link occurs once, the fixed part is planned once for all choices."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- each link once ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("of", [of for of in UNIONS if of.name not in APART], ids=str)
-def test_a_link_that_both_have_would_count_twice(of: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every case notices when nothing is left out of the choice."""
+def test_shared_links_must_be_excluded(of: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case fails when no links are excluded from the choice."""
 
     def exclude_nothing(atoms: Sequence[Any], sizes: Sizes, excluded: ExcludedLinks) -> list[ChosenLinks] | None:
         return links_of_conjunction(atoms, sizes, ExcludedLinks())
@@ -105,7 +105,7 @@ def unions(draw: st.DrawFn) -> Case:
 
 
 @given(unions())
-def test_each_link_of_a_random_union_comes_up_once(of: Case) -> None:
+def test_each_link_of_a_random_union_occurs_once(of: Case) -> None:
     is_the_pattern(of, *SHAPE)
 
 
@@ -139,13 +139,13 @@ def test_named_tokens_are_uploaded_once() -> None:
     assert routed_union._mask.cache_info().misses == before
 
 
-def test_what_the_fixed_part_is() -> None:
+def test_the_fixed_part_of_a_union() -> None:
     c, sizes = fl.clusters(table(1, 20)), Sizes.of(20)
 
     def fixed(pattern: Pattern) -> Pattern | None:
-        found = split_routed(pattern, sizes)
-        assert found is not None
-        return found.fixed
+        split = split_routed(pattern, sizes)
+        assert split is not None
+        return split.fixed
 
     causal = fl.causal()
     assert fixed(c) is None
@@ -168,7 +168,7 @@ def test_pairs_that_are_visited_are_those_of_both_parts(here: None) -> None:
     assert plan.overlapping
 
 
-# ---- what is not for it, and what is wrong ------------------------------------------------------------------------------
+# ---- unsupported unions and errors ------------------------------------------------------------------------------------
 few = fl.clusters([0, 1])
 
 
