@@ -33,7 +33,7 @@ What exceeds a limit is refused with a `PatternError` (in planning a `PlanError`
 | 2^20 entries | a list of lengths, distances or positions | a tensor in its place: ids, a mask. A range of tokens, all counted from one end, is kept as a range |
 | 200 | depth of nested expressions; `a \| b \| c` is not deep | |
 | 1024 | parts joined by one sign | one part that names many: `offsets([…])` |
-| 2^34 | questions about single pairs, where neither intervals nor sorting serve (`~strided(2)` on 2^18 tokens) | a window around it |
+| 2^34 | evaluations of single pairs, where neither intervals nor sorting serve (`~strided(2)` on 2^18 tokens) | a window around it |
 """
 
 

@@ -1,4 +1,4 @@
-"""A least-recently-used cache bounded in bytes, for what is dear to make and may be made again; and where files are kept."""
+"""A least-recently-used cache bounded in bytes, the return of freed memory to the system, and the folder of cache files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["CacheInfo", "SizedCache", "cache_folder", "trim"]
 
 
 def cache_folder() -> Path:
-    """The user's folder for what was measured on this machine: `FARLIGHT_CACHE`, else one in the usual place for caches.
+    """The folder for measurements of this machine: `$FARLIGHT_CACHE`, else `farlight` in `$XDG_CACHE_HOME` or `~/.cache`.
 
-    A user without a home directory (a container's numeric user) has one under the folder for temporary files.
+    For a user without a home directory (a container's numeric user), `farlight` in the folder for temporary files.
     """
-    own = os.environ.get("FARLIGHT_CACHE")
-    if own:
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    if shared:
-        return Path(shared) / "farlight"
+    folder = os.environ.get("FARLIGHT_CACHE")
+    if folder:
+        return Path(folder)
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    if xdg:
+        return Path(xdg) / "farlight"
     try:
         return Path.home() / ".cache" / "farlight"
     except RuntimeError:
@@ -35,19 +35,19 @@ def cache_folder() -> Path:
 
 @functools.cache
 def _malloc_trim() -> Callable[[int], int] | None:
-    """The C library's call that returns free memory to the system; None where there is none."""
+    """glibc's `malloc_trim`, or None with another C library."""
     try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        function: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
         return None
-    return found
+    return function
 
 
 def trim() -> None:
-    """Return free memory of the C library's allocator to the system, where it can."""
-    call = _malloc_trim()
-    if call is not None:
-        call(0)
+    """Return the C allocator's free memory to the system, where it offers that."""
+    malloc_trim = _malloc_trim()
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What a cache holds and how it has served."""
+    """Entries, bytes and limit of a cache, and the lookups that hit and missed."""
 
     entries: int
     nbytes: int
@@ -70,98 +70,107 @@ def _nbytes(value: Any) -> int:
 
 
 class SizedCache(Generic[T]):
-    """Keeps the values used last, as many as fit in `limit` bytes. A value larger than the limit is not kept.
+    """A thread-safe LRU cache of at most `limit` bytes. A value larger than the limit is not kept.
 
-    `weigh` says what a value takes with all that it holds; `charge` what it has come to hold since.
+    `weigh(value)` is its size in bytes when it is put; `charge` adds what it has come to hold since.
+
+    >>> cache = SizedCache(10, weigh=len)
+    >>> for word in ("one", "three", "seven"):
+    ...     cache.put(word, word)
+    >>> cache.find("one"), cache.find("seven"), cache.info()
+    (None, 'seven', CacheInfo(entries=2, nbytes=10, limit=10, hits=1, misses=1))
     """
 
     def __init__(self, limit: int = 512 * 2**20, weigh: Callable[[T], int] = _nbytes) -> None:
         self._limit, self._weigh = limit, weigh
-        self._freed = 0
+        self._freed = 0  # bytes evicted since the last trim
         self._values: OrderedDict[object, T] = OrderedDict()
         self._sizes: dict[object, int] = {}
         self._nbytes = self._hits = self._misses = 0
         self._lock = threading.Lock()
 
     def get(self, key: object, make: Callable[[], T]) -> T:
-        """The value under `key`, made when it is not there. Two threads may make the same value; one is kept."""
-        found = self.find(key)
-        if found is None:
-            found = make()
-            self.put(key, found)
-        return found
+        """The value under `key`, made on a miss. Two threads that miss together both make it; the last one is kept."""
+        value = self.find(key)
+        if value is None:
+            value = make()
+            self.put(key, value)
+        return value
 
     def find(self, key: object) -> T | None:
         """The value under `key`, or None."""
         with self._lock:
-            found = self._values.get(key)
-            if found is None:
+            value = self._values.get(key)
+            if value is None:
                 self._misses += 1
             else:
                 self._values.move_to_end(key)
                 self._hits += 1
-            return found
+            return value
 
     def put(self, key: object, value: T) -> None:
+        """Keep `value` under `key` as the most recently used, in place of any other."""
         size = self._weigh(value)
         with self._lock:
-            self._drop(key)
+            self._evict(key)
             if size > self._limit:
                 return
             self._values[key] = value
             self._sizes[key] = size
             self._nbytes += size
-            self._shrink()
-        self._give_back()
+            self._evict_to_limit()
+        self._trim_if_due()
 
     def charge(self, key: object, value: T, nbytes: int) -> None:
-        """Count so many bytes more (or fewer) for a value, if it is the one that is kept under `key`."""
+        """Add `nbytes`, positive or negative, to the size of `value`, if it is still kept under `key`."""
         with self._lock:
             if self._values.get(key) is not value:
                 return
             self._sizes[key] += nbytes
             self._nbytes += nbytes
             if self._sizes[key] > self._limit:
-                self._drop(key)
-            self._shrink()
-        self._give_back()
+                self._evict(key)
+            self._evict_to_limit()
+        self._trim_if_due()
 
-    def _drop(self, key: object) -> None:
+    def _evict(self, key: object) -> None:
         if self._values.pop(key, None) is not None:
             size = self._sizes.pop(key)
             self._nbytes -= size
             self._freed += size
 
-    def _give_back(self) -> None:
-        """Return what was freed to the system, now and then: the allocator keeps it where small blocks are left between."""
+    def _evict_to_limit(self) -> None:
+        while self._nbytes > self._limit:
+            self._evict(next(iter(self._values)))
+
+    def _trim_if_due(self) -> None:
+        """Trim after every limit / 8 bytes evicted: fragmentation keeps the allocator from returning them by itself."""
         with self._lock:
             if 8 * self._freed < self._limit:
                 return
             self._freed = 0
         trim()
 
-    def _shrink(self) -> None:
-        while self._nbytes > self._limit:
-            self._drop(next(iter(self._values)))
-
     @property
     def limit(self) -> int:
+        """Bytes kept at most; lowering it evicts at once."""
         return self._limit
 
     @limit.setter
     def limit(self, nbytes: int) -> None:
         with self._lock:
             self._limit = nbytes
-            self._shrink()
-        self._give_back()
+            self._evict_to_limit()
+        self._trim_if_due()
 
     def clear(self) -> None:
+        """Evict every value."""
         with self._lock:
             self._freed += self._nbytes
             self._values.clear()
             self._sizes.clear()
             self._nbytes = 0
-        self._give_back()
+        self._trim_if_due()
 
     def info(self) -> CacheInfo:
         with self._lock:

@@ -8,7 +8,7 @@ import torch
 
 import farlight as fl
 from farlight.patterns.multi_label import meets
-from farlight.plan.routed_union import chosen
+from farlight.plan.routed_union import split_routed
 from farlight.routing import from_indices
 from farlight.testing import CASES, Case
 from farlight.testing.cases import bits, table
@@ -179,4 +179,4 @@ def _unions() -> Iterator[Case]:
 
 
 UNIONS = tuple(_unions())
-ROUTED = tuple(of for of in CASES if chosen(of.pattern, of.sizes) is not None) + tuple(_more()) + UNIONS
+ROUTED = tuple(of for of in CASES if split_routed(of.pattern, of.sizes) is not None) + tuple(_more()) + UNIONS

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import farlight as fl
 from farlight.kernels import torch_tiled as blocked
-from farlight.kernels.torch_tiled.gather import batches
+from farlight.kernels.torch_tiled.gather import tile_batches
 from farlight.kernels.torch_tiled.schedule import schedule_of
 from farlight.patterns import Sizes
 from farlight.plan import plan_for
@@ -45,7 +45,7 @@ def test_the_steps_of_a_call_do_not_grow_with_its_items() -> None:
     def steps(items: int) -> int:
         pattern = fl.window(4) & fl.padding([1 + b % 3 for b in range(items)])
         plan = plan_for(pattern, Sizes.of(N, batch=items, heads=HEADS), blocked.SHAPE)
-        return len(list(batches(schedule_of(plan, torch.device("cpu")), HEADS, KV_HEADS, DIM)))
+        return len(list(tile_batches(schedule_of(plan, torch.device("cpu")), HEADS, KV_HEADS, DIM)))
 
     assert steps(3) == steps(48)
 

@@ -1,4 +1,4 @@
-"""What is kept is counted, bounded and given back: a loop over many lengths or patterns holds a constant memory."""
+"""Memory of the plan cache: everything derived from a plan is counted, and loops over lengths or patterns stay bounded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import farlight as fl
+from farlight.patterns import Sizes
 from farlight.plan import TileShape, plan_for
 from farlight.plan.cache import plans
 from farlight.plan.footprint import Derived, held_bytes
@@ -27,21 +28,21 @@ from farlight.plan.cache import plans
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
-what, count, backend = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+varied, count, backend = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 plans.limit = int(sys.argv[4]) * 2**20
 labels = torch.Generator().manual_seed(0)
 
 def call(i):
-    n = {"lengths": 1000 + i, "patterns": 256, "tables": 700}[what]
-    pattern = fl.window(16 + i % 97, i) if what == "patterns" else fl.window(9)
-    if what == "tables":
+    n = {"lengths": 1000 + i, "patterns": 256, "tables": 700}[varied]
+    pattern = fl.window(16 + i % 97, i) if varied == "patterns" else fl.window(9)
+    if varied == "tables":
         pattern = fl.clusters(torch.randint(9, (1, 8, n), generator=labels))
     q = torch.zeros(1, 8, n, 8, requires_grad=i % 8 == 0)
     out = fl.attention(q, q, q, pattern, backend=backend)
     if q.requires_grad:
         out.sum().backward()
 
-for i in range(16):  # what is loaded and allocated once
+for i in range(16):  # one-time loading and allocation
     call(count - i)
 plans.clear()
 gc.collect()
@@ -55,37 +56,37 @@ print(resident() - start)
 """
 
 
-def gained(what: str, count: int, backend: str, limit: int) -> float:
-    """MiB of resident memory that a process gains by many calls with a plan cache of `limit` MiB."""
-    command = [sys.executable, "-c", LOOP, what, str(count), backend, str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return int(done.stdout) / 2**20
+def resident_growth(varied: str, count: int, backend: str, limit: int) -> float:
+    """Growth in MiB of a process's resident memory over `count` calls, with a plan cache of `limit` MiB."""
+    command = [sys.executable, "-c", LOOP, varied, str(count), backend, str(limit)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return int(process.stdout) / 2**20
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident memory from /proc")
 
 
 @linux
-def test_new_lengths_hold_the_memory() -> None:
-    assert gained("lengths", 200, "cpu", limit=2) < 6
+def test_memory_is_bounded_over_many_lengths() -> None:
+    assert resident_growth("lengths", 200, "cpu", limit=2) < 6
 
 
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what", "count", "backend"),
+    ("varied", "count", "backend"),
     [("lengths", 500, "cpu"), ("patterns", 5000, "cpu"), ("tables", 1000, "cpu"), ("lengths", 500, "torch")],
 )
-def test_long_loops_hold_the_memory(what: str, count: int, backend: str) -> None:
-    assert gained(what, count, backend, limit=8) < 20
+def test_memory_is_bounded_over_long_loops(varied: str, count: int, backend: str) -> None:
+    assert resident_growth(varied, count, backend, limit=8) < 20
 
 
 @pytest.mark.parametrize(
     "pattern", [fl.window(30), fl.window(4) | fl.random_keys(3), fl.clusters(torch.arange(2000) % 7)], ids=lambda p: p.text
 )
-def test_everything_made_of_a_plan_is_counted(pattern: fl.Pattern, cold_cache: None) -> None:
-    plan = plan_for(pattern, fl.plan(pattern, 2000, heads=8).sizes, TileShape(tile=32, gather=8, longest=16_384))
+def test_everything_derived_from_a_plan_is_counted(pattern: fl.Pattern, cold_cache: None) -> None:
+    plan = plan_for(pattern, Sizes.of(2000, heads=8), TileShape(tile=32, gather=8, longest=16_384))
     first = plans.info().nbytes
     tables = sum(table.nbytes for table in pattern.tables)
     assert first > plan.nbytes + tables
@@ -108,8 +109,8 @@ def test_everything_made_of_a_plan_is_counted(pattern: fl.Pattern, cold_cache: N
     assert plans.info().nbytes == 0
 
 
-def test_a_plan_that_grows_beyond_the_limit_is_let_go(cold_cache: None) -> None:
-    plan = fl.plan(fl.window(3), 3000)
+def test_a_plan_that_grows_beyond_the_limit_is_evicted(cold_cache: None) -> None:
+    plan = plan_for(fl.window(3), Sizes.of(3000), TileShape())
     before = plans.limit
     try:
         plans.limit = plans.info().nbytes + 100
@@ -117,29 +118,29 @@ def test_a_plan_that_grows_beyond_the_limit_is_let_go(cold_cache: None) -> None:
         plan.transposed()
         assert plans.info().entries == 0
         assert plans.info().nbytes == 0
-        plan.transposed(32)  # counted by nobody: the plan is not kept
+        plan.transposed(32)  # not counted: the plan is no longer in the cache
         assert plans.info().nbytes == 0
     finally:
         plans.limit = before
 
 
-def test_a_plan_that_nobody_uses_is_freed_at_once(cold_cache: None) -> None:
+def test_an_evicted_plan_is_freed_at_once(cold_cache: None) -> None:
     import weakref
 
     gc.collect()
     gc.disable()
     try:
-        plan = fl.plan(fl.window(3), 300)
+        plan = plan_for(fl.window(3), Sizes.of(300), TileShape())
         plan.transposed()
-        gone = weakref.ref(plan)
+        reference = weakref.ref(plan)
         plans.clear()
         del plan
-        assert gone() is None, "no cycle keeps it until the next collection"
+        assert reference() is None, "no cycle keeps it until the next collection"
     finally:
         gc.enable()
 
 
-def test_what_is_derived_does_not_travel_with_a_copy() -> None:
+def test_derived_values_are_not_pickled() -> None:
     import pickle
 
     derived = Derived()
@@ -153,15 +154,15 @@ def test_shared_memory_is_counted_once() -> None:
 
 
 def test_every_cache_of_the_package_is_listed_with_its_bound() -> None:
-    """`docs/architecture.md` names each: a new one must say there what bounds it."""
-    listed = (SOURCE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
-    kept = re.compile(r"functools\.(?:lru_)?cache\b|SizedCache\[?[^\n]*=|WeakKeyDictionary|WeakValueDictionary")
+    """`docs/architecture.md` names each file with a cache and what bounds it."""
+    documented = (SOURCE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    caches = re.compile(r"functools\.(?:lru_)?cache\b|SizedCache\[?[^\n]*=|WeakKeyDictionary|WeakValueDictionary")
     files = {
         path.relative_to(SOURCE).as_posix()
         for path in SOURCE.rglob("*.py")
         for line in path.read_text(encoding="utf-8").splitlines()
-        if kept.search(line) and path.name != "caching.py"
+        if caches.search(line) and path.name != "caching.py"
     }
     assert files
-    missing = sorted(file for file in files if f"`{file}`" not in listed)
+    missing = sorted(file for file in files if f"`{file}`" not in documented)
     assert not missing, f"docs/architecture.md says of no bound for caches in {missing}"

@@ -1,4 +1,4 @@
-"""Plans say exactly the pairs that the pattern allows, once each, in tables that are sound, small and shared."""
+"""Plans hold exactly the pairs of their pattern, once each, in valid tables that are small and shared over heads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from farlight.plan.build import build, count_pairs
 from farlight.plan.tables import BITS, BITS_KEYS, BITS_WORDS, BOUNDS, Layer
 from farlight.testing import CASES, Case
 
-# As the kernels ask, and shapes that cut, gather and split as much as can be (these on the smaller cases).
+# The kernels' shapes, and shapes that cut, gather and split as much as possible (on the smaller cases).
 SHAPES = [TileShape(), TileShape(128, 8, 4096), TileShape(8, 4, 16)]
 ODD_SHAPES = [TileShape(1, 1, 8), TileShape(64, 1, 100), TileShape(5, 1000, 30), TileShape(1024, 8, 1)]
 SMALL = [case for case in CASES if case.n_q * case.n_k <= 2500]
@@ -28,7 +28,7 @@ def dense_of(case: Case) -> Tensor:
     return case.pattern.dense(s.n_q, s.n_k, batch=s.batch, heads=s.heads, q_offset=s.q_offset).expand(s.batch, s.heads, -1, -1)
 
 
-def of(variant: Tensor, b: int, h: int) -> int:
+def variant_of(variant: Tensor, b: int, h: int) -> int:
     return int(variant[b % variant.shape[0], h % variant.shape[1]])
 
 
@@ -41,12 +41,12 @@ def shape_name(shape: TileShape) -> str:
     [
         (fl.window(40, dilation=4) | fl.global_tokens(range(8)) | fl.random_keys(2), 2),  # the global rows are a piece too
         (fl.random_keys(2) | fl.window(40, dilation=4), 1),
-        (fl.window(40, dilation=4) | fl.window(9), 2),  # a window in another order of rows would be torn
+        (fl.window(40, dilation=4) | fl.window(9), 2),  # a window has many short runs in another row order
     ],
     ids=str,
 )
-def test_what_needs_no_order_of_rows_joins_one_that_has(pattern: Pattern, pieces: int) -> None:
-    """So that a dilated window with global tokens serves each row once, and no results are joined."""
+def test_points_and_global_keys_share_the_row_order_of_other_terms(pattern: Pattern, pieces: int) -> None:
+    """A dilated window with global keys is one piece, so that no row is merged."""
     plan = build(pattern, Sizes.of(300), TileShape())
     assert len(plan.pieces) == pieces
     assert plan.overlapping == (pattern == fl.window(40, dilation=4) | fl.window(9))
@@ -55,21 +55,21 @@ def test_what_needs_no_order_of_rows_joins_one_that_has(pattern: Pattern, pieces
 
 @pytest.mark.parametrize("case", MIDDLE, ids=str)
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=shape_name)
-def test_a_plan_of_an_odd_shape_is_its_pattern(case: Case, shape: TileShape) -> None:
-    test_a_plan_is_its_pattern(case, shape)
+def test_plans_of_odd_shapes_equal_their_pattern(case: Case, shape: TileShape) -> None:
+    test_plans_equal_their_pattern(case, shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_plan_is_its_pattern(case: Case, shape: TileShape) -> None:
-    plan, wanted = build(case.pattern, case.sizes, shape), dense_of(case)
+def test_plans_equal_their_pattern(case: Case, shape: TileShape) -> None:
+    plan, expected = build(case.pattern, case.sizes, shape), dense_of(case)
     plan.check()
-    assert torch.equal(plan.dense(), wanted)
-    assert plan.pairs == int(wanted.sum())
-    assert plan.visited == visited_by_hand(plan)
+    assert torch.equal(plan.dense(), expected)
+    assert plan.pairs == int(expected.sum())
+    assert plan.visited == expected_visited(plan)
     assert plan.visited >= plan.pairs
     assert plan.waste == (plan.visited / plan.pairs if plan.pairs else 1.0)
-    assert plan.overlapping == overlapping_by_hand(plan)
+    assert plan.overlapping == expected_overlapping(plan)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -77,32 +77,32 @@ def test_count_is_the_number_of_pairs(case: Case) -> None:
     assert count_pairs(case.pattern, case.sizes) == int(dense_of(case).sum())
 
 
-def visited_by_hand(plan: Plan) -> int:
+def expected_visited(plan: Plan) -> int:
     """Rows times width over all runs, and the gathered pairs, over batch and heads."""
     total = 0
     for piece in plan.pieces:
         for b in range(plan.sizes.batch):
             for h in range(plan.sizes.heads):
-                v = of(piece.variant, b, h)
+                v = variant_of(piece.variant, b, h)
                 first, last = int(piece.first[v]), int(piece.first[v + 1])
                 for layer in piece.layers:
-                    base = int(layer.entry_base[of(layer.variant, b, h)])
+                    base = int(layer.entry_base[variant_of(layer.variant, b, h)])
                     bounds = layer.indptr[base : base + last - first + 1]
                     width = torch.cat((torch.zeros(1, dtype=torch.int64), (layer.hi - layer.lo).long().cumsum(0)))
                     total += int((width[bounds].diff() * piece.count[first:last]).sum())
                     if layer.point_indptr is not None:
-                        place = int(layer.place_base[of(layer.variant, b, h)])
+                        place = int(layer.place_base[variant_of(layer.variant, b, h)])
                         at = layer.point_indptr[[place + int(piece.row_first[v]), place + int(piece.row_first[v + 1])]]
                         total += int(at[1] - at[0])
     return total
 
 
-def overlapping_by_hand(plan: Plan) -> bool:
+def expected_overlapping(plan: Plan) -> bool:
     alone = [dataclasses.replace(plan, pieces=(piece,)).dense().any(3) for piece in plan.pieces]
     return bool(alone) and bool((torch.stack(alone).sum(0) > 1).any())
 
 
-# ---- the loop that the documentation of the tables gives -------------------------------------------------------------
+# ---- the loop documented in farlight.plan.tables ---------------------------------------------------------------------
 def allows(plan: Plan, mask: int, row: int, lo: int, hi: int, slot: int) -> bool:
     """As `farlight.plan.tables` says under "Masks"."""
     masks = plan.masks
@@ -119,11 +119,11 @@ def allows(plan: Plan, mask: int, row: int, lo: int, hi: int, slot: int) -> bool
     return seen
 
 
-def read_by_hand(plan: Plan) -> Tensor:
+def dense_by_documented_loop(plan: Plan) -> Tensor:
     allowed = torch.zeros(plan.sizes.batch, plan.sizes.heads, plan.n_q, plan.n_k, dtype=torch.bool)
     for b, h in ((b, h) for b in range(plan.sizes.batch) for h in range(plan.sizes.heads)):
         for piece in plan.pieces:
-            v = of(piece.variant, b, h)
+            v = variant_of(piece.variant, b, h)
             for e in range(int(piece.first[v]), int(piece.first[v + 1])):
                 rows = [
                     p if piece.rows is None else int(piece.rows[p])
@@ -135,7 +135,7 @@ def read_by_hand(plan: Plan) -> Tensor:
                         allowed[b, h, row, key] = True
                     if int(piece.part[e]) == 0 and layer.point_indptr is not None and layer.point_keys is not None:
                         for s, row in enumerate(rows):
-                            p = int(layer.place_base[of(layer.variant, b, h)] + piece.start[e]) + s
+                            p = int(layer.place_base[variant_of(layer.variant, b, h)] + piece.start[e]) + s
                             keys = layer.point_keys[int(layer.point_indptr[p]) : int(layer.point_indptr[p + 1])].tolist()
                             assert keys == sorted(set(keys)), "the gathered keys of a row are sorted and distinct"
                             assert not allowed[b, h, row, keys].any()
@@ -144,7 +144,7 @@ def read_by_hand(plan: Plan) -> Tensor:
 
 
 def links(plan: Plan, layer: Layer, first: Tensor, e: int, b: int, h: int, rows: list[int]) -> list[tuple[int, int, int]]:
-    t = int(layer.entry_base[of(layer.variant, b, h)] + e - first)
+    t = int(layer.entry_base[variant_of(layer.variant, b, h)] + e - first)
     out = []
     for r in range(int(layer.indptr[t]), int(layer.indptr[t + 1])):
         lo, hi, mask = int(layer.lo[r]), int(layer.hi[r]), int(layer.mask[r])
@@ -157,10 +157,10 @@ def links(plan: Plan, layer: Layer, first: Tensor, e: int, b: int, h: int, rows:
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_the_documented_loop_reads_the_plan(case: Case) -> None:
     plan = build(case.pattern, case.sizes, TileShape(8, 4, 16))
-    assert torch.equal(read_by_hand(plan), dense_of(case))
+    assert torch.equal(dense_by_documented_loop(plan), dense_of(case))
 
 
-# ---- what makes it fast ----------------------------------------------------------------------------------------------
+# ---- sizes of the tables ---------------------------------------------------------------------------------------------
 PLAIN: dict[str, Pattern] = {
     "window": fl.window(40),
     "causal window": fl.causal() & fl.window(100),
@@ -174,11 +174,10 @@ PLAIN: dict[str, Pattern] = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_equal_masks_are_stored_once_whatever_the_length(name: str) -> None:
-    found = [build(PLAIN[name], Sizes.of(n), TileShape()) for n in (2048, 8192)]
-    assert found[0].masks.kind.numel() == found[1].masks.kind.numel()
-    assert found[0].masks.data.numel() == found[1].masks.data.numel()
-    assert found[0].masks.kind.numel() <= 60
+def test_the_number_of_masks_does_not_grow_with_the_length(name: str) -> None:
+    short, long = (build(PLAIN[name], Sizes.of(n), TileShape()).masks for n in (2048, 8192))
+    assert short.kind.numel() == long.kind.numel() <= 60
+    assert short.data.numel() == long.data.numel()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -192,43 +191,43 @@ def test_no_mask_is_stored_twice(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", [*PLAIN, "random", "skim", "clusters"])
-def test_tables_grow_with_the_text_and_not_faster(name: str) -> None:
+def test_tables_grow_linearly_with_the_length(name: str) -> None:
     def pattern(n: int) -> Pattern:
-        more = {
+        patterns = {
             "random": fl.random_keys(3),
             "skim": fl.window(64) | fl.global_tokens([0, 1]) | fl.random_keys(3),
             "clusters": fl.clusters(torch.arange(n) % (n // 64)),
         }
-        return (PLAIN | more)[name]
+        return (PLAIN | patterns)[name]
 
     small, large = (build(pattern(n), Sizes.of(n, heads=2), TileShape()).nbytes for n in (4096, 16384))
-    # Stored once for all heads and masks: at most four times as much, and never n².
+    # Four times the length: at most four times the bytes.
     assert large <= 4.1 * small + 10_000
     assert large < 16384 * 400
 
 
-def test_heads_and_items_that_see_the_same_share_their_tables() -> None:
-    one = build(fl.window(30) | fl.strided(8), Sizes.of(2000), TileShape())
-    many = build(fl.window(30) | fl.strided(8), Sizes.of(2000, batch=4, heads=12), TileShape())
-    assert many.nbytes == one.nbytes
-    assert many.pairs == 48 * one.pairs
-    two = build(fl.per_head([fl.window(30), fl.strided(8)] * 6), Sizes.of(2000, heads=12), TileShape())
-    assert two.nbytes < 2.5 * one.nbytes
+def test_heads_and_items_with_equal_links_share_their_tables() -> None:
+    single = build(fl.window(30) | fl.strided(8), Sizes.of(2000), TileShape())
+    batched = build(fl.window(30) | fl.strided(8), Sizes.of(2000, batch=4, heads=12), TileShape())
+    assert batched.nbytes == single.nbytes
+    assert batched.pairs == 48 * single.pairs
+    two_kinds = build(fl.per_head([fl.window(30), fl.strided(8)] * 6), Sizes.of(2000, heads=12), TileShape())
+    assert two_kinds.nbytes < 2.5 * single.nbytes
 
 
-def test_long_tiles_are_split_in_parts_of_about_the_same_work() -> None:
+def test_long_tiles_are_split_into_balanced_parts() -> None:
     shape = TileShape(32, 8, 1000)
     plan = build(fl.global_tokens([0, 1, 2]) | fl.window(4), Sizes.of(20_000), shape)
     plan.check()
-    long = 0
+    most_parts = 0
     for piece in plan.pieces:
         for layer in piece.layers:
             width = torch.zeros(piece.start.numel(), dtype=torch.int64)
             entry = torch.arange(piece.start.numel()).repeat_interleave(layer.indptr.diff()[: piece.start.numel()])
             width.index_add_(0, entry, (layer.hi - layer.lo).long()[: entry.numel()])
             assert int(width.max()) <= 2 * shape.longest
-        long = max(long, int(piece.parts.max()))
-    assert long >= 20_000 // shape.longest
+        most_parts = max(most_parts, int(piece.parts.max()))
+    assert most_parts >= 20_000 // shape.longest
 
 
 def test_a_run_of_bits_is_at_most_as_wide_as_its_words() -> None:
@@ -243,7 +242,7 @@ def test_a_run_of_bits_is_at_most_as_wide_as_its_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "wanted"),
+    ("pattern", "pairs"),
     [
         (fl.window(256), 513 * 10**6 - 256 * 257),
         (fl.causal(), 10**6 * (10**6 + 1) // 2),
@@ -258,8 +257,8 @@ def test_a_run_of_bits_is_at_most_as_wide_as_its_words() -> None:
     ],
     ids=repr,
 )
-def test_count_of_a_million_tokens_is_the_closed_formula(pattern: Pattern, wanted: int) -> None:
-    assert pattern.count(10**6) == wanted
+def test_count_of_a_million_tokens_is_the_closed_formula(pattern: Pattern, pairs: int) -> None:
+    assert pattern.count(10**6) == pairs
 
 
 # ---- the public function ---------------------------------------------------------------------------------------------
@@ -296,25 +295,25 @@ def test_a_plan_made_in_inference_mode_serves_training(cold_cache: None) -> None
     pattern = fl.window(3) | fl.clusters(torch.arange(40) % 3)
     with torch.inference_mode():
         plan = plan_for(pattern, Sizes.of(40), TileShape())
-        made = fl.plan(pattern, 40)
-    assert made is not plan
-    for table in (*plan.tensors, *made.tensors):
+        copy = fl.plan(pattern, 40)
+    assert copy is not plan
+    for table in (*plan.tensors, *copy.tensors):
         assert not table.is_inference()
         assert not table.requires_grad
     assert torch.equal(plan.dense(), pattern.dense(40))
 
 
-def test_plans_do_not_depend_on_modes_of_the_caller(cold_cache: None) -> None:
+def test_plans_do_not_depend_on_default_dtype_and_device(cold_cache: None) -> None:
     pattern, sizes = fl.window(3) | fl.strided(4) | fl.random_keys(2), Sizes.of(50)
-    usual = build(pattern, sizes, TileShape())
+    expected = build(pattern, sizes, TileShape())
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"), torch.no_grad():
-            found = plan_for(pattern, sizes, TileShape())
+            plan = plan_for(pattern, sizes, TileShape())
     finally:
         torch.set_default_dtype(torch.float32)
-    assert len(found.tensors) == len(usual.tensors)
-    for a, b in zip(found.tensors, usual.tensors, strict=True):
+    assert len(plan.tensors) == len(expected.tensors)
+    for a, b in zip(plan.tensors, expected.tensors, strict=True):
         assert torch.equal(a, b)
         assert a.dtype == b.dtype
         assert a.device.type == "cpu"

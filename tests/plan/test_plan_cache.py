@@ -1,4 +1,4 @@
-"""The cache of plans: the ones used last, bounded in bytes, shared by threads, found again by what makes a plan."""
+"""The LRU cache of plans: bounded in bytes, thread-safe, keyed by pattern, sizes and tile shape."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def fake(nbytes: int) -> Any:
 
 
 def never() -> Any:
-    raise AssertionError("the plan was there already")
+    raise AssertionError("the plan is cached already")
 
 
-def test_the_cache_gives_back_what_it_made() -> None:
+def test_a_second_lookup_hits() -> None:
     cache: SizedCache[Any] = SizedCache(100)
-    made = fake(10)
-    assert cache.get("a", lambda: made) is made
-    assert cache.get("a", never) is made
+    value = fake(10)
+    assert cache.get("a", lambda: value) is value
+    assert cache.get("a", never) is value
     assert cache.info() == CacheInfo(entries=1, nbytes=10, limit=100, hits=1, misses=1)
 
 
-def test_the_least_recently_used_plan_goes_first() -> None:
+def test_the_least_recently_used_plan_is_evicted() -> None:
     cache: SizedCache[Any] = SizedCache(100)
     for name in "abc":
         cache.get(name, lambda: fake(30))
@@ -46,7 +46,7 @@ def test_the_least_recently_used_plan_goes_first() -> None:
     assert cache.info().nbytes == 80
 
 
-def test_a_plan_larger_than_the_cache_is_made_but_not_kept() -> None:
+def test_a_plan_larger_than_the_limit_is_not_kept() -> None:
     cache: SizedCache[Any] = SizedCache(100)
     cache.get("small", lambda: fake(60))
     assert cache.get("large", lambda: fake(101)).nbytes == 101
@@ -71,7 +71,7 @@ def test_the_limit_can_be_changed_and_the_cache_emptied() -> None:
     assert cache.info().entries == 0
 
 
-def test_putting_under_a_known_key_replaces() -> None:
+def test_put_replaces_the_value_of_a_key() -> None:
     cache: SizedCache[Any] = SizedCache(100)
     cache.put("a", fake(60))
     cache.put("a", fake(50))
@@ -79,9 +79,9 @@ def test_putting_under_a_known_key_replaces() -> None:
     assert cache.info().entries == 1
 
 
-def test_a_failing_plan_leaves_no_trace() -> None:
+def test_a_failed_plan_is_not_kept() -> None:
     cache: SizedCache[Any] = SizedCache(100)
-    with pytest.raises(AssertionError, match="the plan was there already"):
+    with pytest.raises(AssertionError, match="the plan is cached already"):
         cache.get("a", never)
     assert cache.info().entries == 0
     assert cache.get("a", lambda: fake(1)).nbytes == 1
@@ -115,44 +115,44 @@ def test_many_threads_share_a_cache() -> None:
     assert info.nbytes == sum(10 + name for name in kept)
 
 
-def test_threads_that_plan_at_once_get_equal_plans(cold_cache: None) -> None:
+def test_concurrent_threads_get_equal_plans(cold_cache: None) -> None:
     pattern = fl.window(5) | fl.strided(7) | fl.random_keys(3)
-    found: list[Plan] = []
+    made: list[Plan] = []
 
     def work() -> None:
-        found.append(fl.plan(pattern, 300))
+        made.append(fl.plan(pattern, 300))
 
     threads = [threading.Thread(target=work) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 6
-    for plan in found:
+    assert len(made) == 6
+    for plan in made:
         assert torch.equal(plan.dense(), pattern.dense(300))
 
 
-def test_plans_are_kept_by_pattern_sizes_and_shape(cold_cache: None) -> None:
-    def kept(pattern: fl.Pattern, n_q: int, n_k: int | None = None, tile: int = 32, **more: int) -> Plan:
-        return plan_for(pattern, Sizes.of(n_q, n_k, **more), TileShape(tile))
+def test_plans_are_keyed_by_pattern_sizes_and_tile_shape(cold_cache: None) -> None:
+    def cached(pattern: fl.Pattern, n_q: int, n_k: int | None = None, tile: int = 32, **sizes: int) -> Plan:
+        return plan_for(pattern, Sizes.of(n_q, n_k, **sizes), TileShape(tile))
 
-    first = kept(fl.window(3), 50)
-    assert kept(fl.parse("window(3)"), 50) is first, "equal patterns share a plan"
+    first = cached(fl.window(3), 50)
+    assert cached(fl.parse("window(3)"), 50) is first, "equal patterns share a plan"
     others = [
-        kept(fl.window(4), 50),
-        kept(fl.window(3), 51),
-        kept(fl.window(3), 50, 51),
-        kept(fl.window(3), 50, q_offset=1),
-        kept(fl.window(3), 50, batch=2),
-        kept(fl.window(3), 50, heads=2),
-        kept(fl.window(3), 50, tile=8),
+        cached(fl.window(4), 50),
+        cached(fl.window(3), 51),
+        cached(fl.window(3), 50, 51),
+        cached(fl.window(3), 50, q_offset=1),
+        cached(fl.window(3), 50, batch=2),
+        cached(fl.window(3), 50, heads=2),
+        cached(fl.window(3), 50, tile=8),
     ]
     assert len({id(plan) for plan in (first, *others)}) == 8
     labels = torch.arange(50) % 3
-    by_label = kept(fl.clusters(labels), 50)
-    assert kept(fl.clusters(labels.clone()), 50) is by_label
+    by_label = cached(fl.clusters(labels), 50)
+    assert cached(fl.clusters(labels.clone()), 50) is by_label
     labels[0] = 1
-    assert kept(fl.clusters(labels), 50) is not by_label
+    assert cached(fl.clusters(labels), 50) is not by_label
     fl.plan(fl.window(3), 50)  # made from the one that is kept
     assert plans.info().entries == 10
     assert plans.info().nbytes == sum(_entry_bytes(plan) for plan in plans._values.values())

@@ -1,4 +1,4 @@
-"""A malformed plan is refused before a kernel trusts it; a double cover is seen."""
+"""`Plan.check` refuses each kind of malformed table; `Plan.dense` refuses pairs that occur twice."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from torch import Tensor
 import farlight as fl
 from farlight.errors import PlanError
 from farlight.patterns import Sizes
-from farlight.plan import Plan, TileShape
-from farlight.plan import validate as plan_inspect
+from farlight.plan import Plan, TileShape, validate
 from farlight.plan.build import build
 from farlight.plan.tables import BITS, BOUNDS
 
@@ -25,8 +24,8 @@ SHAPE = TileShape(8, 4, 16)
 SIZES = Sizes.of(60, 70, batch=2, heads=2)
 
 
-def sound() -> Plan:
-    """Both kinds of masks, two pieces, parts, points, orders of rows and of keys, tables per item and head."""
+def valid_plan() -> Plan:
+    """Both kinds of masks, two pieces, split-K parts, points, row and key orders, variants per item and head."""
     torch.manual_seed(0)
     holes = fl.pairs(torch.rand(60, 70) < 0.4)
     by_label = fl.clusters(torch.randint(-1, 4, (2, 2, 70)))
@@ -40,13 +39,13 @@ def sound() -> Plan:
     return plan
 
 
-PLAN = sound()
+PLAN = valid_plan()
 ROWS = next(n for n, piece in enumerate(PLAN.pieces) if piece.rows is not None and piece.first.numel() > 2)
 PARTS = next(n for n, piece in enumerate(PLAN.pieces) if int(piece.parts.max()) > 1)
 
 
-def layer_where(wanted: Callable[[Any], bool]) -> tuple[int, int]:
-    return next((p, a) for p, piece in enumerate(PLAN.pieces) for a, layer in enumerate(piece.layers) if wanted(layer))
+def layer_where(condition: Callable[[Any], bool]) -> tuple[int, int]:
+    return next((p, a) for p, piece in enumerate(PLAN.pieces) for a, layer in enumerate(piece.layers) if condition(layer))
 
 
 RUNS = layer_where(lambda layer: layer.lo.numel() > 3)
@@ -76,13 +75,13 @@ def layer_of(place: tuple[int, int]) -> Any:
     return PLAN.pieces[place[0]].layers[place[1]]
 
 
-def put(table: Tensor, at: int, value: int) -> Tensor:
+def put(table: Tensor, index: int, value: int) -> Tensor:
     out = table.clone()
-    out.view(-1)[at] = value
+    out.view(-1)[index] = value
     return out
 
 
-def moved(piece: Any) -> Tensor:
+def with_foreign_rows(piece: Any) -> Tensor:
     """The first tile, all parts of it, with rows of the second variant."""
     return torch.cat((piece.row_first[1].int().expand(int(piece.parts[0])), piece.start[int(piece.parts[0]) :]))
 
@@ -130,7 +129,7 @@ MALFORMED: list[tuple[Callable[[], Plan], str]] = [
     (lambda: with_piece(0, start=put(p[0].start, -1, 59)), "piece 0: a tile reaches outside the order"),
     (lambda: with_piece(PARTS, part=put(p[PARTS].part, 0, 99)), f"piece {PARTS}: a part is not below parts"),
     (lambda: with_piece(PARTS, parts=p[PARTS].parts + 1), f"piece {PARTS}: the parts of a tile do not stand together"),
-    (lambda: with_piece(ROWS, start=moved(p[ROWS])), "a tile holds rows of another variant"),
+    (lambda: with_piece(ROWS, start=with_foreign_rows(p[ROWS])), "a tile holds rows of another variant"),
     (lambda: with_layer(RUNS, variant=torch.zeros(1, 5, dtype=torch.int32)), "layer .: variant has the wrong shape"),
     (lambda: with_layer(RUNS, variant=torch.full((1, 1), 9, dtype=torch.int32)), "layer .: a variant does not exist"),
     (lambda: with_layer(RUNS, place_base=torch.zeros(9, dtype=torch.int64)), "layer .: place_base has the wrong length"),
@@ -163,9 +162,9 @@ def test_a_malformed_plan_is_refused(make: Callable[[], Plan], says: str) -> Non
         make().check()
 
 
-def test_every_check_has_a_row() -> None:
-    """Each text that `check` may raise is matched by some row above."""
-    source = ast.parse(inspect.getsource(plan_inspect))
+def test_every_error_text_is_tested() -> None:
+    """Each text that `check` may raise is matched by a row of MALFORMED."""
+    source = ast.parse(inspect.getsource(validate))
     texts = []
     for node in ast.walk(source):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("_need", "_check_pointers"):
@@ -176,12 +175,12 @@ def test_every_check_has_a_row() -> None:
                 if isinstance(part, ast.Constant) and isinstance(part.value, str)
             ]
     says = " / ".join(re.sub(r"layer \.|piece \d", "", text) for _, text in MALFORMED)
-    missed = [text for text in texts if len(text) > 4 and text not in says and text not in ("piece", "layer")]
-    assert not missed
+    untested = [text for text in texts if len(text) > 4 and text not in says and text not in ("piece", "layer")]
+    assert not untested
     assert len(texts) > 20
 
 
-def test_a_pair_covered_twice_is_seen() -> None:
+def test_a_pair_covered_twice_is_refused() -> None:
     piece = PLAN.pieces[0]
     twice = with_piece(0, layers=(*piece.layers, piece.layers[0]))
     twice.check()

@@ -1,7 +1,6 @@
-"""Plans of patterns that routers made, whose tables are made where the choice lies: they are the pattern, and those of the
-host's planner; nothing of the choice is read but one handful of sums.
+"""Router choices planned on the device: work lists equal to the pattern and to the host planner's, with one read of counts.
 
-The kernels themselves run on these tables in `triton_interpreted.py`.
+`triton_interpreted.py` runs the kernels on these lists.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from farlight.patterns.membership import rooms
 from farlight.patterns.multi_label import meets
 from farlight.patterns.notation import parse
 from farlight.plan.build import build
-from farlight.plan.routed import routed
-from farlight.plan.routed_union import chosen
+from farlight.plan.routed import chosen_links
+from farlight.plan.routed_union import split_routed
 from farlight.routing import LSH, KMeans, TopBlocks, TopKeys, from_indices
 from farlight.testing import Case
 from farlight.testing.cases import table
@@ -43,7 +42,7 @@ every_case = pytest.mark.parametrize("of", ROUTED, ids=str)
 
 
 def made(of: Case, queries: tuple[int, int], keys: tuple[int, int]) -> tuple[QueryWork, KeyWork]:
-    found = chosen(of.pattern, of.sizes)
+    found = split_routed(of.pattern, of.sizes)
     assert found is not None
     group, after = of.heads // of.kv_heads, found.fixed is not None
     first = RoutedQueries(found.pieces, of.sizes, *queries, group, 8, after=after)
@@ -78,47 +77,47 @@ def test_each_pair_comes_up_once_when_all_is_cut_in_parts(of: Case, monkeypatch:
     is_the_pattern(of, (64, 16), (32, 16))
 
 
-def differences(mine: Any, theirs: Any) -> list[str]:
-    """The fields in which two tables differ."""
-    found = []
-    for field in dataclasses.fields(mine):
-        a, b = getattr(mine, field.name), getattr(theirs, field.name)
+def differing_fields(left: Any, right: Any) -> list[str]:
+    """The names of the fields in which two dataclasses of tables differ."""
+    names = []
+    for field in dataclasses.fields(left):
+        a, b = getattr(left, field.name), getattr(right, field.name)
         if isinstance(a, Tensor):
-            found += [] if torch.equal(a, b) and a.dtype == b.dtype else [field.name]
+            names += [] if torch.equal(a, b) and a.dtype == b.dtype else [field.name]
         elif isinstance(a, tuple):
             assert len(a) == len(b)
-            found += [f"{field.name}: {one}" for x, y in zip(a, b, strict=True) for one in differences(x, y)]
+            names += [f"{field.name}: {name}" for x, y in zip(a, b, strict=True) for name in differing_fields(x, y)]
         elif a != b:
-            found.append(field.name)
-    return found
+            names.append(field.name)
+    return names
 
 
 BY_LABEL = [
     of for of in ROUTED if "causal" not in of.pattern.text and of.pattern.text.startswith(("clusters", "meets"))
-    and "agree with nothing" not in of.name and routed(of.pattern, of.sizes) is not None
+    and "agree with nothing" not in of.name and chosen_links(of.pattern, of.sizes) is not None
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("queries, keys", SHAPES, ids=str)
 @pytest.mark.parametrize("of", BY_LABEL, ids=str)
-def test_tables_are_those_of_the_host_planner(of: Case, queries: tuple[int, int], keys: tuple[int, int]) -> None:
-    """To the bit, for tokens that meet by label. Where heads or items choose apart, the host begins blocks of sorted keys at
-    the first slot of all, so that the tables over keys are compared for one choice.
+def test_tables_equal_those_of_the_host_planner(of: Case, queries: tuple[int, int], keys: tuple[int, int]) -> None:
+    """Bit for bit, for labels. With a choice per head or item the host aligns blocks of sorted keys to the first slot of all,
+    so that the dk/dv tables are compared for a common choice only.
     """
     group = of.heads // of.kv_heads
     plan = build(of.pattern, of.sizes, backend.SHAPE)
     by_queries, by_keys = made(of, queries, keys)
-    assert differences(by_queries, lower_queries(plan, *queries, group, 8)) == []
+    assert differing_fields(by_queries, lower_queries(plan, *queries, group, 8)) == []
     if not (of.pattern.varies_over_batch or of.pattern.varies_over_heads):
-        assert differences(by_keys, lower_keys(plan, *keys, group, 8)) == []
+        assert differing_fields(by_keys, lower_keys(plan, *keys, group, 8)) == []
 
 
 def test_the_comparison_sees_one_wrong_number() -> None:
     of = BY_LABEL[0]
     one, two = made(of, *SHAPES[0])[0], made(of, *SHAPES[0])[0]
-    assert differences(one, two) == []
+    assert differing_fields(one, two) == []
     two.whole[0] += 1
-    assert differences(one, two) == ["whole"]
+    assert differing_fields(one, two) == ["whole"]
 
 
 # ---- nothing is read ---------------------------------------------------------------------------------------------------
@@ -126,7 +125,7 @@ def test_the_comparison_sees_one_wrong_number() -> None:
 def test_only_sums_are_read(of: Case) -> None:
     """On the "meta" device there are no values at all: whoever asks for one, or mixes devices, raises."""
     nowhere = parse(of.pattern.text, tuple(table.to("meta") for table in of.pattern.tables))
-    here, there = chosen(of.pattern, of.sizes), chosen(nowhere, of.sizes)
+    here, there = split_routed(of.pattern, of.sizes), split_routed(nowhere, of.sizes)
     assert here is not None
     assert there is not None
     assert here.fixed == there.fixed
@@ -219,7 +218,7 @@ def request_for(pattern: Pattern, sizes: Sizes, kv_heads: int) -> Request:
     return Request(pattern, sizes, kv_heads, 16, torch.float32, torch.device("cpu"))
 
 
-# ---- what is not for it, and what is wrong ------------------------------------------------------------------------------
+# ---- unsupported patterns and errors ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -237,20 +236,20 @@ def request_for(pattern: Pattern, sizes: Sizes, kv_heads: int) -> Request:
     ids=repr,
 )
 def test_other_patterns_are_planned_on_the_host(pattern: Pattern) -> None:
-    assert chosen(pattern, Sizes.of(2)) is None
+    assert split_routed(pattern, Sizes.of(2)) is None
 
 
 def test_no_tokens_are_planned_on_the_host() -> None:
     nothing = fl.clusters(torch.zeros(0, dtype=torch.int64))
     for pattern in (nothing, nothing | fl.window(1)):
-        assert chosen(pattern, Sizes.of(0)) is None
+        assert split_routed(pattern, Sizes.of(0)) is None
 
 
 def test_tensors_on_the_cpu_are_planned_on_the_host() -> None:
     assert on_device.routed_plan(request_for(fl.clusters([0, 1]), Sizes.of(2), 1)) is None
 
 
-def test_tables_elsewhere_are_planned_on_the_host(here: None) -> None:
+def test_tables_on_another_device_are_planned_on_the_host(here: None) -> None:
     elsewhere = fl.clusters(torch.zeros(2, dtype=torch.int64, device="meta"))
     assert on_device.routed_plan(request_for(elsewhere, Sizes.of(2), 1)) is None
 
@@ -283,7 +282,7 @@ def test_too_many_blocks_are_refused(here: None, monkeypatch: pytest.MonkeyPatch
         on_device.routed_plan(request_for(fl.clusters([0, 1]), Sizes.of(2), 1))
 
 
-def test_a_plan_stays_with_its_pattern_and_travels_with_none(here: None) -> None:
+def test_a_plan_is_cached_with_its_pattern_and_not_pickled(here: None) -> None:
     pattern = fl.clusters(table(80, 50, high=3))
     sizes = Sizes.of(50)
     plan = on_device.routed_plan(request_for(pattern, sizes, 1))

@@ -1,4 +1,4 @@
-"""Unions of a router's choice with a fixed pattern: each link once, the fixed part planned once for all choices."""
+"""Unions of a router's choice with a fixed pattern: each link occurs once, the fixed part is planned once for all choices."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from farlight.kernels.triton import routed as on_device
 from farlight.kernels.triton.configs import Config
 from farlight.patterns import Pattern, Sizes
 from farlight.plan import routed_union
-from farlight.plan.routed import Routed, Taken, conjoined
-from farlight.plan.routed_union import chosen
+from farlight.plan.chosen_links import ChosenLinks, ExcludedLinks
+from farlight.plan.routed import links_of_conjunction
+from farlight.plan.routed_union import split_routed
 from farlight.routing import from_indices
 from farlight.testing import Case
 from farlight.testing.cases import table
@@ -38,24 +39,26 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- each link once ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("of", [of for of in UNIONS if of.name not in APART], ids=str)
-def test_a_link_that_both_have_would_count_twice(of: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every case notices when nothing is left out of the choice."""
+def test_shared_links_must_be_excluded(of: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case fails when no links are excluded from the choice."""
 
-    def all_of_it(rules: Sequence[Any], sizes: Sizes, taken: Taken) -> list[Routed] | None:
-        return conjoined(rules, sizes, Taken())
+    def exclude_nothing(atoms: Sequence[Any], sizes: Sizes, excluded: ExcludedLinks) -> list[ChosenLinks] | None:
+        return links_of_conjunction(atoms, sizes, ExcludedLinks())
 
-    monkeypatch.setattr(routed_union, "conjoined", all_of_it)
+    monkeypatch.setattr(routed_union, "links_of_conjunction", exclude_nothing)
     with pytest.raises(AssertionError):
         is_the_pattern(of, *SHAPE)
 
 
-@pytest.mark.parametrize("what", ["band", "rows", "keys"])
-def test_each_part_of_what_is_left_out_is_noticed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("field", ["band", "rows", "keys"])
+def test_each_excluded_part_matters(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of = next(of for of in UNIONS if of.name == "window, lighthouses or clusters")
     is_the_pattern(of, *SHAPE)
-    monkeypatch.setattr(routed_union, "conjoined", lambda rules, sizes, taken: conjoined(
-        rules, sizes, dataclasses.replace(taken, **{what: None})
-    ))  # fmt: skip
+
+    def exclude_less(atoms: Sequence[Any], sizes: Sizes, excluded: ExcludedLinks) -> list[ChosenLinks] | None:
+        return links_of_conjunction(atoms, sizes, dataclasses.replace(excluded, **{field: None}))
+
+    monkeypatch.setattr(routed_union, "links_of_conjunction", exclude_less)
     with pytest.raises(AssertionError):
         is_the_pattern(of, *SHAPE)
 
@@ -102,7 +105,7 @@ def unions(draw: st.DrawFn) -> Case:
 
 
 @given(unions())
-def test_each_link_of_a_random_union_comes_up_once(of: Case) -> None:
+def test_each_link_of_a_random_union_occurs_once(of: Case) -> None:
     is_the_pattern(of, *SHAPE)
 
 
@@ -132,17 +135,17 @@ def test_named_tokens_are_uploaded_once() -> None:
     sizes = Sizes.of(20)
     for seed in range(3):
         before = routed_union._mask.cache_info().misses
-        chosen(fl.global_tokens([0, 5, -1]) | fl.clusters(table(seed, 20)), sizes)
+        split_routed(fl.global_tokens([0, 5, -1]) | fl.clusters(table(seed, 20)), sizes)
     assert routed_union._mask.cache_info().misses == before
 
 
-def test_what_the_fixed_part_is() -> None:
+def test_the_fixed_part_of_a_union() -> None:
     c, sizes = fl.clusters(table(1, 20)), Sizes.of(20)
 
     def fixed(pattern: Pattern) -> Pattern | None:
-        found = chosen(pattern, sizes)
-        assert found is not None
-        return found.fixed
+        split = split_routed(pattern, sizes)
+        assert split is not None
+        return split.fixed
 
     causal = fl.causal()
     assert fixed(c) is None
@@ -165,7 +168,7 @@ def test_pairs_that_are_visited_are_those_of_both_parts(here: None) -> None:
     assert plan.overlapping
 
 
-# ---- what is not for it, and what is wrong ------------------------------------------------------------------------------
+# ---- unsupported unions and errors ------------------------------------------------------------------------------------
 few = fl.clusters([0, 1])
 
 
@@ -195,12 +198,12 @@ few = fl.clusters([0, 1])
     ids=repr,
 )
 def test_other_unions_are_planned_on_the_host(pattern: Pattern) -> None:
-    assert chosen(pattern, Sizes.of(2)) is None
+    assert split_routed(pattern, Sizes.of(2)) is None
 
 
 def test_an_expression_of_many_terms_is_planned_on_the_host() -> None:
     several = fl.window(0) | fl.window(1) | fl.causal() | fl.full()
-    assert chosen((several & several & several) | few, Sizes.of(2)) is None
+    assert split_routed((several & several & several) | few, Sizes.of(2)) is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Terms made of blocks are planned by tiles where rows agree: the same links as row by row, and the short way is taken."""
+"""Block patterns are planned by tile where the tile's rows agree, with the same links as row by row."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import farlight as fl
 from farlight.patterns import Pattern, Sizes
 from farlight.patterns.spans import Spans
 from farlight.plan import TileShape
-from farlight.plan.build import Layout, build, count_pairs
+from farlight.plan.build import build, count_pairs
+from farlight.plan.layout import Chunk, Layout
 from farlight.plan.normal_form import terms_of
-from farlight.plan.order import natural_order
 from farlight.testing.cases import bits, table
 from farlight.testing.strategies import problems
 
@@ -21,7 +21,7 @@ TILES = TileShape(8, 4, 64)
 LAYOUT = fl.blocks(bits(1, 3, 7, 7), 16)
 CHOSEN = fl.chosen_blocks(table(2, 2, 3, 14, 3, low=-1, high=7), block=16, query_block=8)
 DRAWN = fl.random_blocks(2, block=16)
-OF_BLOCKS: list[Pattern] = [
+BLOCK_PATTERNS: list[Pattern] = [
     LAYOUT,
     CHOSEN,
     DRAWN,
@@ -43,7 +43,7 @@ OF_BLOCKS: list[Pattern] = [
 SIZES = Sizes.of(107, batch=2, heads=3)
 
 
-@pytest.mark.parametrize("pattern", OF_BLOCKS, ids=repr)
+@pytest.mark.parametrize("pattern", BLOCK_PATTERNS, ids=repr)
 @pytest.mark.parametrize("shape", [TILES, TileShape(16, 2, 30), TileShape(4, 1000, 1000)], ids=lambda shape: str(shape.tile))
 def test_the_links_are_those_of_the_pattern(pattern: Pattern, shape: TileShape) -> None:
     plan = build(pattern, SIZES, shape)
@@ -53,31 +53,30 @@ def test_the_links_are_those_of_the_pattern(pattern: Pattern, shape: TileShape) 
     assert plan.pairs == count_pairs(pattern, SIZES) == int(wanted.sum())
 
 
-@pytest.mark.parametrize("pattern", OF_BLOCKS, ids=repr)
-def test_the_short_way_is_taken(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = 0
-    way = Layout.coarse
+@pytest.mark.parametrize("pattern", BLOCK_PATTERNS, ids=repr)
+def test_block_patterns_are_planned_by_tile(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    tile_spans = Layout.tile_spans
 
-    def counted(self: Layout, *rows: torch.Tensor) -> object:
-        nonlocal taken
-        found = way(self, *rows)
-        taken += found is not None
-        return found
+    def counting(self: Layout, chunk: Chunk) -> object:
+        nonlocal calls
+        spans = tile_spans(self, chunk)
+        calls += spans is not None
+        return spans
 
-    monkeypatch.setattr(Layout, "coarse", counted)
-    short = build(pattern, SIZES, TILES)
-    assert taken > 0
-    monkeypatch.setattr(Layout, "coarse", lambda *_: None)
-    long = build(pattern, SIZES, TILES)
-    assert (short.pairs, short.overlapping) == (long.pairs, long.overlapping)
-    assert torch.equal(short.dense(), long.dense())
+    monkeypatch.setattr(Layout, "tile_spans", counting)
+    by_tile = build(pattern, SIZES, TILES)
+    assert calls > 0
+    monkeypatch.setattr(Layout, "tile_spans", lambda *_: None)
+    by_row = build(pattern, SIZES, TILES)
+    assert (by_tile.pairs, by_tile.overlapping) == (by_row.pairs, by_row.overlapping)
+    assert torch.equal(by_tile.dense(), by_row.dense())
 
 
-def test_blocks_that_no_tile_fits_into_go_the_long_way() -> None:
+def test_blocks_smaller_than_a_tile_are_planned_by_row() -> None:
     term = terms_of(fl.random_blocks(2, block=6), SIZES)[0]
-    layout = Layout(term, SIZES, 8, natural_order(SIZES, 8, torch.device("cpu")))
-    for _, variant, row, tile_of, _ in layout.chunks(8):
-        assert layout.coarse(variant, row, tile_of) is None
+    layout = Layout(term, SIZES, 8)
+    assert all(layout.tile_spans(chunk) is None for chunk in layout.chunks())
 
 
 @given(problems(), st.integers(0, 10**6))

@@ -1,4 +1,4 @@
-"""The transposed tables hold the same pairs as the plan, found from the keys' side."""
+"""The transposed tables hold the same pairs as the plan, listed by key block."""
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ PATTERNS = [
 ]
 
 
-def from_keys(plan, block):
-    """The dense mask rebuilt by going over blocks of keys."""
-    sizes, turned = plan.sizes, plan.transposed(block)
+def dense_by_key_block(plan, block):
+    """How often each pair is covered, from the transposed tables."""
+    sizes, transposed = plan.sizes, plan.transposed(block)
     out = torch.zeros(sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, dtype=torch.int64)
-    for piece, layers in zip(plan.pieces, turned.layers, strict=True):
+    for piece, layers in zip(plan.pieces, transposed.layers, strict=True):
         for layer, view in zip(piece.layers, layers, strict=True):
             for b in range(sizes.batch):
                 for h in range(sizes.heads):
@@ -53,15 +53,15 @@ def from_keys(plan, block):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=range(len(PATTERNS)))
 @pytest.mark.parametrize("shape", [TileShape(8, 4, 16), TileShape()], ids=["small", "default"])
-def test_the_keys_side_holds_the_same_pairs(pattern, shape):
+def test_transposed_tables_hold_the_same_pairs(pattern, shape):
     plan = plan_for(pattern, Sizes.of(N, batch=2, heads=3), shape)
     for block in (1, 16, 64):
-        found = from_keys(plan, block)
-        assert found.max() <= 1
-        assert torch.equal(found.bool(), plan.dense())
+        covers = dense_by_key_block(plan, block)
+        assert covers.max() <= 1
+        assert torch.equal(covers.bool(), plan.dense())
 
 
-def test_a_transposed_plan_is_made_once():
+def test_transposed_tables_are_cached():
     plan = fl.plan(fl.window(3), 50)
     assert plan.transposed(16) is plan.transposed(16)
     assert plan.transposed(16) is not plan.transposed(32)

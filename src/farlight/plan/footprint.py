@@ -1,4 +1,4 @@
-"""What a value holds in memory, and what is derived from a plan: counted, so that the cache can bound all of it."""
+"""Memory accounting: the bytes that values hold, and the dict of tables derived from a plan that charges its bytes."""
 
 from __future__ import annotations
 
@@ -11,46 +11,49 @@ from farlight.patterns.expression import Pattern
 
 __all__ = ["Derived", "held_bytes"]
 
-# What a tensor and another object take beside their content, and an entry of a list or dict with its small number or key.
-_TENSOR, _OBJECT, _NUMBER, _FIELD = 700, 256, 40, 128
+# Overhead in bytes beside the content: of a tensor, of another object, of a list entry with its int, of a dict entry.
+_TENSOR, _OBJECT, _ITEM, _FIELD = 700, 256, 40, 128
 
 
 def held_bytes(*values: object) -> int:
-    """Bytes that tensors, dataclasses, containers and patterns keep in memory; what is found twice counts once."""
-    seen: set[int] = set()
+    """Bytes held by tensors, dataclasses, containers and patterns; objects and storages that are shared count once."""
+    visited: set[int] = set()
 
-    def of(value: object) -> int:
-        if value is None or isinstance(value, (int, float)) or id(value) in seen:
+    def size_of(value: object) -> int:
+        if value is None or isinstance(value, (int, float)) or id(value) in visited:
             return 0
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, (str, bytes)):
             return len(value)
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
-            shared = storage.data_ptr() in seen
-            seen.add(storage.data_ptr())
+            shared = storage.data_ptr() in visited
+            visited.add(storage.data_ptr())
             return _TENSOR + (0 if shared else storage.nbytes())
         if isinstance(value, (tuple, list)):
-            return _OBJECT + _NUMBER * len(value) + sum(map(of, value))
+            return _OBJECT + _ITEM * len(value) + sum(map(size_of, value))
         if isinstance(value, dict):
-            return _OBJECT + sum(_FIELD + of(key) + of(one) for key, one in value.items())
+            return _OBJECT + sum(_FIELD + size_of(key) + size_of(item) for key, item in value.items())
         if isinstance(value, Pattern):
-            return _OBJECT + of(value.__dict__)
+            return _OBJECT + size_of(value.__dict__)
         if dataclasses.is_dataclass(value):
-            return _OBJECT + sum(of(getattr(value, field.name)) for field in dataclasses.fields(value))
+            return _OBJECT + sum(size_of(getattr(value, field.name)) for field in dataclasses.fields(value))
         return _OBJECT + int(getattr(value, "nbytes", 0))
 
-    return sum(map(of, values))
+    return sum(map(size_of, values))
 
 
-def _uncounted(nbytes: int) -> None:
-    """A plan that no cache keeps is counted by nobody."""
+def _discard_charge(nbytes: int) -> None:
+    """The `charge` of a plan that is in no cache."""
 
 
 class Derived(dict[object, object]):
-    """What backends make of a plan's tables, once: it lives with the plan. Every addition is charged to the plan's cache."""
+    """Values that backends derive from a plan's tables (transposes, lowered lists, native copies), owned by the plan.
 
-    charge: Callable[[int], None] = staticmethod(_uncounted)
+    Setting an item calls `charge` with the change in bytes, so that the plan cache counts it.
+    """
+
+    charge: Callable[[int], None] = staticmethod(_discard_charge)
 
     def __setitem__(self, key: object, value: object) -> None:
         before = self.get(key)
@@ -58,5 +61,5 @@ class Derived(dict[object, object]):
         self.charge(held_bytes(value) - held_bytes(before))
 
     def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
-        # It can be made again, and native copies cannot be written down.
+        # Derived values can be recomputed, and native copies cannot be pickled: a copy starts empty.
         return Derived, ()

@@ -1,10 +1,10 @@
-"""Unions of a router's choice with a fixed pattern: the fixed part for the host's planner, the choice without its links.
+"""Unions of a router's choice with a fixed pattern: the fixed part is planned on the host, the choice without its links.
 
-A link counts once. So the fixed part is planned as it is, once for all choices, and what it has is left out of the choice, on
-the device and by arithmetic: of a band the keys before and behind it are kept, named tokens lose their label.
+Each link must count once. The fixed part is planned whole, once for all choices, and its links are removed from the choice on
+the device: of a band the keys left and right of it remain, named tokens lose their label.
 
-Fixed parts that are read here: windows without dilation (all begin at the token itself, so that several are one band) and
-named tokens (`global_tokens`, `sees_all`, `seen_by_all`, given as positions), each alone or with `causal()`.
+Supported fixed parts: windows without dilation (all contain the token itself, so that their union is one band) and named
+tokens (`global_tokens`, `sees_all`, `seen_by_all`, given as positions), each alone or intersected with `causal()`.
 """
 
 from __future__ import annotations
@@ -21,104 +21,109 @@ from farlight.patterns.algebra import Intersection, Union
 from farlight.patterns.expression import Atom, Pattern, Sizes
 from farlight.patterns.named import global_tokens, seen_by_all, sees_all
 from farlight.patterns.positional import causal, window
-from farlight.plan.routed import Routed, Taken, conjoined, routed
+from farlight.plan.chosen_links import ChosenLinks, ExcludedLinks
+from farlight.plan.routed import chosen_links, links_of_conjunction
 
-__all__ = ["Chosen", "chosen"]
+__all__ = ["RoutedSplit", "split_routed"]
 
-# Terms of an expression beyond which it is left to the host's planner, which simplifies.
-_MOST_TERMS = 16
-_Term = tuple[Atom, ...]
+# Clauses beyond which an expression is left to the host's planner, which simplifies.
+_MAX_CLAUSES = 16
+_Clause = tuple[Atom, ...]
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A pattern that a router made: `fixed`, which is planned on the host (None = no such part), and disjoint pieces."""
+class RoutedSplit:
+    """A router's pattern as disjoint parts: `fixed`, planned on the host (None without one), and pieces on the device."""
 
     fixed: Pattern | None
-    pieces: list[Routed]
+    pieces: list[ChosenLinks]
 
 
-def chosen(pattern: Pattern, sizes: Sizes) -> Chosen | None:
-    """How a pattern with a router's tables is planned where they lie; None where it is planned on the host."""
-    pieces = routed(pattern, sizes)
-    return _united(pattern, sizes) if pieces is None else Chosen(None, pieces)
+def split_routed(pattern: Pattern, sizes: Sizes) -> RoutedSplit | None:
+    """The parts of a pattern with a router's tables; None for a pattern that must be planned on the host.
+
+    Raises PatternError when a table or a fixed part does not fit the sizes.
+    """
+    pieces = chosen_links(pattern, sizes)
+    return _split_union(pattern, sizes) if pieces is None else RoutedSplit(None, pieces)
 
 
-def _united(pattern: Pattern, sizes: Sizes) -> Chosen | None:
-    terms = _terms(pattern)
-    made = [term for term in terms if any(atom._tables for atom in term)]
-    fixed = [_fixed(term) for term in terms if not any(atom._tables for atom in term)]
-    if len(made) != 1 or not fixed or not sizes.n_q or not sizes.n_k:
+def _split_union(pattern: Pattern, sizes: Sizes) -> RoutedSplit | None:
+    clauses = _clauses(pattern)
+    routed = [clause for clause in clauses if any(atom._tables for atom in clause)]
+    fixed = [_fixed_clause(clause) for clause in clauses if not any(atom._tables for atom in clause)]
+    if len(routed) != 1 or not fixed or not sizes.n_q or not sizes.n_k:
         return None
-    found = [one for one in fixed if one is not None]
-    past = any(isinstance(atom, causal) for atom in made[0])
-    # The past of a named token is all that a choice of the past may share with it; of another choice it is only a part.
-    if len(found) < len(fixed) or any(one.past and not past for one in found if not isinstance(one.atom, window)):
+    parts = [part for part in fixed if part is not None]
+    is_causal = any(isinstance(atom, causal) for atom in routed[0])
+    # All links that a causal choice shares with a named token are causal ones; those of any other choice are not.
+    if len(parts) < len(fixed) or any(part.causal and not is_causal for part in parts if not isinstance(part.atom, window)):
         return None
-    bands = [one.band for one in found if one.band is not None]
+    bands = [part.band for part in parts if part.band is not None]
     band = (max(left for left, _ in bands), max(right for _, right in bands)) if bands else None
-    parts: list[Pattern] = [] if band is None else [window(*band)]
-    parts += [one.atom & causal() if one.past else one.atom for one in found if one.band is None]
-    whole = functools.reduce(operator.or_, parts)
-    whole.check(sizes)
+    patterns: list[Pattern] = [] if band is None else [window(*band)]
+    patterns += [part.atom & causal() if part.causal else part.atom for part in parts if part.band is None]
+    union = functools.reduce(operator.or_, patterns)
+    union.check(sizes)
     device = pattern._tables[0].device
-    rows = _named([one.atom for one in found if isinstance(one.atom, global_tokens | sees_all)], sizes, device, queries=True)
-    keys = _named([one.atom for one in found if isinstance(one.atom, global_tokens | seen_by_all)], sizes, device)
-    pieces = conjoined(made[0], sizes, Taken(band, rows, keys))
-    return None if pieces is None else Chosen(whole, pieces)
+    rows = _named([part.atom for part in parts if isinstance(part.atom, global_tokens | sees_all)], sizes, device, queries=True)
+    keys = _named([part.atom for part in parts if isinstance(part.atom, global_tokens | seen_by_all)], sizes, device)
+    pieces = links_of_conjunction(routed[0], sizes, ExcludedLinks(band, rows, keys))
+    return None if pieces is None else RoutedSplit(union, pieces)
 
 
-def _terms(pattern: Pattern) -> list[_Term]:
-    """Atoms that must all hold, in each of several terms of which one must; none where the pattern is not written so."""
+def _clauses(pattern: Pattern) -> list[_Clause]:
+    """Conjunctions of atoms whose union is the pattern; empty when other operators occur or they are too many."""
     if isinstance(pattern, Atom):
         return [(pattern,)]
     if not isinstance(pattern, Union | Intersection):
         return []
-    parts = [_terms(part) for part in pattern.parts]
+    parts = [_clauses(part) for part in pattern.parts]
     if not all(parts):
         return []
     if isinstance(pattern, Union):
-        found = [term for part in parts for term in part]
-    else:
-        found = [()]
-        for part in parts:
-            if len(found) * len(part) > _MOST_TERMS:
-                return []
-            found = [(*term, *more) for term in found for more in part]
-    return found if len(found) <= _MOST_TERMS else []
+        union = [clause for part in parts for clause in part]
+        return union if len(union) <= _MAX_CLAUSES else []
+    clauses: list[_Clause] = [()]
+    for part in parts:
+        if len(clauses) * len(part) > _MAX_CLAUSES:
+            return []
+        clauses = [(*left, *right) for left in clauses for right in part]
+    return clauses
 
 
 @dataclass(frozen=True)
-class _Fixed:
-    """One term of the fixed part: its pattern without `causal()`, `past` = with it; the band that it is, if it is one."""
+class _FixedClause:
+    """An atom of the fixed part, intersected with `causal()` if `causal`; band: (left, right) of a window, else None."""
 
     atom: Atom
-    past: bool
+    causal: bool
     band: tuple[int, int] | None
 
 
-def _fixed(term: _Term) -> _Fixed | None:
-    past = any(isinstance(atom, causal) for atom in term)
-    rest = [atom for atom in term if not isinstance(atom, causal)]
-    if len(rest) != 1:
+def _fixed_clause(clause: _Clause) -> _FixedClause | None:
+    """The clause as one supported atom, or None."""
+    is_causal = any(isinstance(atom, causal) for atom in clause)
+    atoms = [atom for atom in clause if not isinstance(atom, causal)]
+    if len(atoms) != 1:
         return None
-    atom = rest[0]
+    atom = atoms[0]
     if isinstance(atom, window) and atom.dilation == 1:
-        return _Fixed(atom, past, (atom.left, 0 if past else atom.right))
-    return _Fixed(atom, past, None) if isinstance(atom, global_tokens | sees_all | seen_by_all) else None
+        return _FixedClause(atom, is_causal, (atom.left, 0 if is_causal else atom.right))
+    return _FixedClause(atom, is_causal, None) if isinstance(atom, global_tokens | sees_all | seen_by_all) else None
 
 
 def _named(atoms: Sequence[Atom], sizes: Sizes, device: torch.device, *, queries: bool = False) -> Tensor | None:
-    """`(n_k,)`, or of queries `(n_q,)`, bool: those that any of these names; None where there are none."""
-    named = {p if p >= 0 else p + sizes.n_k for atom in atoms for p in getattr(atom, "positions", None) or ()}
+    """`(n_k,)`, or for queries `(n_q,)`, bool mask of the tokens that the atoms name; None without any."""
+    positions = {p if p >= 0 else p + sizes.n_k for atom in atoms for p in getattr(atom, "positions", None) or ()}
     first, count = (sizes.q_offset, sizes.n_q) if queries else (0, sizes.n_k)
-    there = tuple(sorted(p - first for p in named if p >= 0 and first <= p < first + count))
-    return _mask(there, count, device) if there else None
+    places = tuple(sorted(p - first for p in positions if p >= 0 and first <= p < first + count))
+    return _mask(places, count, device) if places else None
 
 
 @functools.lru_cache(maxsize=16)
 def _mask(places: tuple[int, ...], n: int, device: torch.device) -> Tensor:
-    """`(n,)` bool, True at the places: uploaded once for all choices."""
+    """`(n,)` bool, True at the places; cached, so that it is uploaded once for all choices."""
     mask = torch.zeros(n, dtype=torch.bool, device="cpu")
     mask[list(places)] = True
     return mask.to(device)

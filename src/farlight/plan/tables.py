@@ -1,10 +1,10 @@
-"""The plan: where the work is. Plain integer tables that every kernel, analysis and cache reads; no kernel sees a pattern.
+"""Plan tables: block-sparse work lists in CSR form, the only description of a pattern that kernels read.
 
 Basics
 ------
-A plan says which (query row, key) pairs are computed, as *pieces* whose sets of pairs are disjoint. A piece is an order of
-the query rows, cut into *tiles* of at most `plan.tile` rows; each of its *layers* lists for every tile the *runs* of keys
-that the tile must visit, and for every row the *points*: single keys gathered one by one. The dense mask is
+A plan is the set of (query row, key) pairs to compute, split into disjoint *pieces*. A piece is a permutation of the query
+rows, cut into *tiles* of at most `plan.tile` rows. Each of its *layers* has two CSR lists: per tile the *runs*, half-open
+ranges of key slots with an optional mask; per row the *points*, single keys gathered by index. The dense mask is
 
     for piece in plan.pieces:
         for b, h in all batch items and heads:
@@ -26,26 +26,28 @@ that the tile must visit, and for every row the *points*: single keys gathered o
                             for x in range(layer.point_indptr[p], layer.point_indptr[p + 1]):
                                 allowed[b, h, order(piece.start[e] + s), layer.point_keys[x]] = True
 
-`Plan.dense()` is this loop. No pair comes up twice.
+`Plan.dense()` is this loop. No pair occurs twice.
 
 Details
 -------
-*Orders.* `piece.rows` is None when place = row; then the piece has one variant. Otherwise variant v owns the places
-`row_first[v] … row_first[v + 1]`. Likewise `layer.keys` is None when slot = key; otherwise slots index that table. This is
-how dilation, strides and clusters become plain windows and dense blocks: tokens are sorted, the links are not touched.
+*Variants.* (batch, head) pairs with equal links share one variant of the tables; `variant[b, h]` selects it.
 
-*Masks.* Equal masks are stored once. Mask m of kind BOUNDS has `2 * tile` numbers at `data[start[m]]`: row s of the tile
-sees the slots from `lo + data[2 s]` to before `hi + data[2 s + 1]`, where lo, hi are the run's (so the first is >= 0 and the
-second <= 0; a row that sees nothing has `EMPTY`, 0). Mask m of kind BITS has `BITS_WORDS` words for each row and a run at
-most `BITS_KEYS` wide: slot `lo + c` is seen when bit c % 32 of word c // 32 is set. Slots from `lo + core_lo[m]` to before
-`hi + core_hi[m]` are seen by every row of the tile, so that no mask need be looked at there.
+*Permutations.* A *place* is an index into the piece's row order, a *slot* one into the layer's key order. `piece.rows` is
+None for the identity order (place = row); then the piece has one variant. Otherwise variant v owns the places
+`row_first[v] … row_first[v + 1] - 1`. Likewise `layer.keys` is None for the identity (slot = key). Sorting tokens by label
+turns dilation, strides and clusters into windows and dense blocks over places and slots.
 
-*Rows that see nothing.* A tile may hold rows that see nothing in its piece: a kernel leaves what stands for them (out 0,
-lse -inf at the start) untouched. `overlapping` is False when no row sees something in two pieces; otherwise results of the
-pieces are merged by lse.
+*Masks.* Distinct masks are stored once. Mask m of kind BOUNDS has `2 * tile` int32 at `data[start[m]]`: row s of the tile
+sees the slots `lo + data[2 s] … hi + data[2 s + 1] - 1`, where lo, hi are the run's (the first is >= 0, the second <= 0; a
+row without a key in the run has `EMPTY`, 0). Mask m of kind BITS has `BITS_WORDS` int32 words per row and its run is at most
+`BITS_KEYS` wide: slot `lo + c` is seen when bit c % 32 of word c // 32 is set. The *core* `lo + core_lo[m] … hi + core_hi[m]
+- 1` is seen by every row of the tile: kernels skip the mask there.
 
-*Long rows.* A tile with more than `plan.longest` slots to visit comes as several consecutive entries with the same rows,
-`part` = 0 … `parts` - 1, to be computed apart and merged by their lse. Points belong to part 0.
+*Empty rows.* A tile may hold rows without a key in its piece. Kernels leave their outputs at the initial value (out 0, lse
+-inf). `overlapping` is False when no row has keys in two pieces; otherwise the pieces' results are merged by lse.
+
+*Split-K.* A tile with more than `plan.longest` slots to visit is split into consecutive entries with the same rows, `part` =
+0 … `parts` - 1, computed independently and merged by lse. Points belong to part 0.
 """
 
 from __future__ import annotations
@@ -74,9 +76,10 @@ EMPTY = 2**30
 
 @dataclass(frozen=True)
 class TileShape:
-    """What a backend wants of a plan.
+    """The tiling that a backend executes.
 
-    `tile`: rows in a tile; `gather`: the cost of a gathered pair, in visited pairs; `longest`: slots of an unsplit tile.
+    tile: query rows of a tile. gather: cost of a gathered pair over that of a visited one; a run less than 1 / `gather` full
+    is stored as points. longest: key slots that one tile entry visits before it is split (split-K).
     """
 
     tile: int = 32
@@ -99,7 +102,7 @@ class PlanLike(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """The distinct masks of a plan. `kind`, `start`, `core_lo`, `core_hi`: (M,) int32; `data`: int32."""
+    """The distinct masks of a plan. `kind`, `start`, `core_lo`, `core_hi`: (M,) int32; `data`: (words,) int32."""
 
     kind: Tensor
     start: Tensor
@@ -110,11 +113,11 @@ class Masks:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """For each tile its runs, for each row its points; in one order of keys.
+    """CSR lists of the runs of each tile and the points of each row, over one key order.
 
-    variant: (B|1, H|1) int32; entry_base, place_base: (variants,) int64; indptr: (tile entries over all variants + 1,) int64;
-    lo, hi, mask: (runs,) int32, mask -1 = whole; keys: (slots,) int32 or None; point_indptr: (places + 1,) int64 or None;
-    point_keys: (points,) int32, sorted in each row.
+    variant: (B|1, H|1) int32; entry_base, place_base: (variants,) int64, first tile entry and first place of each variant;
+    indptr: (tile entries over all variants + 1,) int64; lo, hi, mask: (runs,) int32, mask -1 = none; keys: (slots,) int32,
+    None = identity; point_indptr: (places + 1,) int64, None without points; point_keys: (points,) int32, sorted in each row.
     """
 
     variant: Tensor
@@ -131,10 +134,11 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """An order of query rows, cut into tiles.
+    """A row order cut into tile entries.
 
-    variant: (B|1, H|1) int32; rows: (places,) int32 or None; row_first, first: (variants + 1,) int64;
-    start, count, part, parts: (entries,) int32.
+    variant: (B|1, H|1) int32; rows: (places,) int32, None = identity; row_first, first: (variants + 1,) int64, the first
+    place and the first entry of each variant; start, count: (entries,) int32, first place and number of rows; part, parts:
+    (entries,) int32, split-K part and number of parts.
     """
 
     variant: Tensor
@@ -150,10 +154,10 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Where the work of a pattern is, for given sizes. Made by `farlight.plan`; read by every backend.
+    """The tables of a pattern for given sizes and one tile shape. Built by `farlight.plan`; executed by every backend.
 
-    `pairs` is the number of allowed pairs over batch and heads, `visited` the number of pairs that the tiles cover,
-    `waste = visited / pairs`, `nbytes` the size of the tables. `overlapping` says that some row is served by two pieces.
+    `pairs`: allowed pairs over batch and heads; `visited`: pairs computed, masked ones of the runs included; `waste` =
+    visited / pairs; `nbytes`: bytes of the tables; `overlapping`: some row has keys in two pieces.
 
     >>> import farlight as fl
     >>> plan = fl.plan(fl.window(256), 16_384)
@@ -170,9 +174,9 @@ class Plan:
     pairs: int
     visited: int
     overlapping: bool
-    # Not counted in `nbytes`, but by the cache that keeps the plan.
     # The backend that the plan was made for by `fl.plan`; "" for a plan of the cache, which any of its tile shape executes.
     backend: str = ""
+    # What backends compute from the tables. Its bytes count in the plan cache, not in `nbytes`.
     derived: Derived = field(default_factory=Derived, init=False, repr=False)
 
     @property
@@ -185,17 +189,17 @@ class Plan:
 
     @property
     def waste(self) -> float:
-        """Pairs visited for each pair wanted (1.0 = none in vain; 1.0 for an empty plan)."""
+        """visited / pairs: 1.0 when no masked pair is computed, and for an empty plan."""
         return self.visited / self.pairs if self.pairs else 1.0
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every table of the plan."""
-        found: list[Tensor] = []
+        """All tables of the plan, in the order of their fields."""
+        tables: list[Tensor] = []
 
         def collect(value: object) -> None:
             if isinstance(value, Tensor):
-                found.append(value)
+                tables.append(value)
             elif isinstance(value, tuple):
                 for item in value:
                     collect(item)
@@ -205,10 +209,11 @@ class Plan:
 
         collect(self.pieces)
         collect(self.masks)
-        return tuple(found)
+        return tuple(tables)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tables."""
         return sum(table.numel() * table.element_size() for table in self.tensors)
 
     @property
@@ -223,7 +228,7 @@ class Plan:
         )
 
     def copied(self) -> Plan:
-        """An equal plan with tables of its own."""
+        """A deep copy of the tables, without anything derived from them."""
 
         def copy(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -238,28 +243,29 @@ class Plan:
             return dataclasses.replace(self, pieces=copy(self.pieces), masks=copy(self.masks))
 
     def dense(self) -> Tensor:
-        """The pairs that the tables cover as a bool tensor `(B, H, n_q, n_k)`, and proof that none comes up twice.
+        """The pairs of the tables as a bool mask `(B, H, n_q, n_k)`; O(n_q · n_k), for inspection and tests.
 
-        Raises PlanError where a pair is covered twice. Costs n_q · n_k; for people and tests.
+        Raises PlanError where a pair occurs twice.
         """
         from farlight.plan.validate import dense
 
         return dense(self)
 
     def transposed(self, block: int = 64) -> Transposed:
-        """The plan read from the keys' side: for each block of keys the runs that visit it, for each key the rows that
-        gather it. What a backward pass needs that sums dk and dv without two workers writing to one place.
+        """The transposed (CSC) tables: per block of `block` key slots the runs that touch it, per key the rows that gather it.
+
+        A dk/dv pass over key blocks accumulates each block in one worker, without atomics.
         """
         from farlight.plan.transpose import Transposed, transpose
 
         key = ("transposed", block)
-        found = self.derived.get(key)
-        if not isinstance(found, Transposed):
-            found = self.derived[key] = transpose(self, block)
-        return found
+        transposed = self.derived.get(key)
+        if not isinstance(transposed, Transposed):
+            transposed = self.derived[key] = transpose(self, block)
+        return transposed
 
     def check(self) -> None:
-        """Raise PlanError when a table is malformed: a kernel may trust a plan that passed."""
+        """Raise PlanError when a table breaks an invariant that kernels rely on for memory safety."""
         from farlight.plan.validate import check
 
         check(self)

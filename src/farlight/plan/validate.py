@@ -1,4 +1,8 @@
-"""Reading a plan back: the dense mask its tables stand for, and the check of every invariant that kernels rely on."""
+"""Plan validation: decoding of the tables to a dense mask, and the check of every invariant that kernels rely on.
+
+`check` proves that every index in the tables is in range, so that kernels read them without bounds checks. `dense` proves
+that no pair occurs twice. Both walk the tables as documented in `farlight.plan.tables`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ __all__ = ["check", "dense", "mask_of_run"]
 
 
 def mask_of_run(plan: Plan, mask: int, lo: int, hi: int, count: int) -> Tensor:
-    """`(count, hi - lo)` bool: what the rows of a tile see of a run."""
+    """`(count, hi - lo)` bool: which slots of a run [lo, hi) each of the tile's `count` rows sees; `mask`: its number or -1."""
     width = hi - lo
     if mask < 0:
         return torch.ones(count, width, dtype=torch.bool, device="cpu")
@@ -26,56 +30,59 @@ def mask_of_run(plan: Plan, mask: int, lo: int, hi: int, count: int) -> Tensor:
 
 
 def dense(plan: Plan) -> Tensor:
+    """`(B, H, n_q, n_k)` bool mask of the tables. Raises PlanError where a pair occurs twice."""
     sizes = plan.sizes
-    times = torch.zeros(sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, dtype=torch.uint8, device="cpu")
+    covers = torch.zeros(sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, dtype=torch.uint8, device="cpu")
     for piece in plan.pieces:
         for b in range(sizes.batch):
             for h in range(sizes.heads):
-                _fill(plan, piece, b, h, times[b, h])
-    if bool((times > 1).any()):
-        b, h, i, j = (times > 1).nonzero()[0].tolist()
-        raise PlanError(f"the pair (row {i}, key {j}) of batch item {b}, head {h} is covered {int(times[b, h, i, j])} times.")
-    return times.bool()
+                _add_covers(plan, piece, b, h, covers[b, h])
+    if bool((covers > 1).any()):
+        b, h, i, j = (covers > 1).nonzero()[0].tolist()
+        raise PlanError(f"the pair (row {i}, key {j}) of batch item {b}, head {h} is covered {int(covers[b, h, i, j])} times.")
+    return covers.bool()
 
 
-def _of(variant: Tensor, b: int, h: int) -> int:
-    return int(variant[b if variant.shape[0] > 1 else 0, h if variant.shape[1] > 1 else 0])
+def _variant(table: Tensor, b: int, h: int) -> int:
+    return int(table[b if table.shape[0] > 1 else 0, h if table.shape[1] > 1 else 0])
 
 
-def _fill(plan: Plan, piece: Piece, b: int, h: int, times: Tensor) -> None:
-    v = _of(piece.variant, b, h)
+def _add_covers(plan: Plan, piece: Piece, b: int, h: int, covers: Tensor) -> None:
+    """Add 1 to `covers` `(n_q, n_k)` for each pair of one piece, batch item and head."""
+    v = _variant(piece.variant, b, h)
     for e in range(int(piece.first[v]), int(piece.first[v + 1])):
         start, count = int(piece.start[e]), int(piece.count[e])
         place = torch.arange(start, start + count, device="cpu")
         rows = place if piece.rows is None else piece.rows[place].long()
         for layer in piece.layers:
-            w = _of(layer.variant, b, h)
+            w = _variant(layer.variant, b, h)
             t = int(layer.entry_base[w]) + e - int(piece.first[v])
             for r in range(int(layer.indptr[t]), int(layer.indptr[t + 1])):
                 lo, hi = int(layer.lo[r]), int(layer.hi[r])
                 keys = torch.arange(lo, hi, device="cpu") if layer.keys is None else layer.keys[lo:hi].long()
-                seen = mask_of_run(plan, int(layer.mask[r]), lo, hi, count)
-                times[rows[:, None], keys[None, :]] += seen.to(torch.uint8)
+                allowed = mask_of_run(plan, int(layer.mask[r]), lo, hi, count)
+                covers[rows[:, None], keys[None, :]] += allowed.to(torch.uint8)
             if layer.point_indptr is not None and layer.point_keys is not None and int(piece.part[e]) == 0:
                 for s in range(count):
                     p = int(layer.place_base[w]) + start + s
                     keys = layer.point_keys[int(layer.point_indptr[p]) : int(layer.point_indptr[p + 1])].long()
-                    times[rows[s], keys] += 1
+                    covers[rows[s], keys] += 1
 
 
 def check(plan: Plan) -> None:
+    """Raise PlanError naming the first broken invariant and the piece and layer that it is in."""
     if not 1 <= plan.tile <= 1024:
         raise PlanError(f"tile = {plan.tile} rows is outside 1 … 1024.")
     _check_masks(plan)
-    for number, piece in enumerate(plan.pieces):
-        _check_piece(plan, piece, f"piece {number}")
-        for at, layer in enumerate(piece.layers):
-            _check_layer(plan, piece, layer, f"piece {number}, layer {at}")
+    for p, piece in enumerate(plan.pieces):
+        _check_piece(plan, piece, f"piece {p}")
+        for n, layer in enumerate(piece.layers):
+            _check_layer(plan, piece, layer, f"piece {p}, layer {n}")
 
 
-def _need(good: Tensor | bool, what: str) -> None:
-    if not (bool(good.all()) if isinstance(good, Tensor) else good):
-        raise PlanError(f"malformed plan: {what}.")
+def _need(condition: Tensor | bool, fault: str) -> None:
+    if not (bool(condition.all()) if isinstance(condition, Tensor) else condition):
+        raise PlanError(f"malformed plan: {fault}.")
 
 
 def _check_masks(plan: Plan) -> None:
@@ -153,7 +160,7 @@ def _check_layer(plan: Plan, piece: Piece, layer: Layer, where: str) -> None:
         (layer.point_indptr is None) == (layer.point_keys is None),
         f"{where}: points have pointers without keys, or keys without",
     )
-    # Every (batch, head) must find its tiles and places inside the layer's tables.
+    # The tiles and places of every (batch, head) must lie inside the layer's tables.
     shape = torch.broadcast_shapes(piece.variant.shape, layer.variant.shape)
     v, w = piece.variant.expand(shape).reshape(-1).long(), layer.variant.expand(shape).reshape(-1).long()
     last = layer.entry_base[w] + piece.first[v + 1] - piece.first[v]

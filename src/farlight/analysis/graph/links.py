@@ -19,9 +19,8 @@ from farlight.analysis.graph.sizes import sizes_of
 from farlight.errors import ArgumentError, show
 from farlight.patterns.expression import Pattern
 from farlight.patterns.spans import Spans
-from farlight.plan.build import Layout
+from farlight.plan.layout import Layout
 from farlight.plan.normal_form import terms_of
-from farlight.plan.order import natural_order
 
 __all__ = ["Array", "LazyLinks", "Links", "Order", "Stretches", "ranges"]
 
@@ -71,8 +70,7 @@ class LazyLinks:
         self.sizes = sizes_of(pattern, n, batch, head)
         self.n = self.sizes.n_k
         self.pattern, self.batch, self.head = pattern, int(batch), int(head)
-        natural = natural_order(self.sizes, 32, torch.device("cpu"))
-        self._layouts = [self._with_members(Layout(term, self.sizes, 32, natural)) for term in terms_of(pattern, self.sizes)]
+        self._layouts = [self._with_members(Layout(term, self.sizes, 32)) for term in terms_of(pattern, self.sizes)]
 
     def _with_members(self, layout: Layout) -> tuple[Layout, int, Array | None, Array | None]:
         """(layout, its variant here, whether each row takes part or None for all, the order of keys or None)."""

@@ -1,7 +1,8 @@
-"""Backend "torch": a plan executed tile by tile with plain torch operations, on any device.
+"""Backend "torch": block-sparse attention over a plan in plain torch operations, on any device and dtype.
 
-Tiles that look alike (same widths, same masks) are computed together, as many as a small budget of memory allows; keys are
-taken by slices or by index, scores live for one such group only, and the backward pass recomputes them.
+Tiles with equal row counts, run widths and masks are stacked and computed as one batched matrix product, as many as a fixed
+score budget allows. K/V rows are taken by slices, or gathered where tokens are sorted. Scores live for one such batch of
+tiles only; the backward pass recomputes them.
 """
 
 from __future__ import annotations

@@ -1,128 +1,117 @@
-"""The forward pass by tiles: one softmax per tile, merged by lse where a row has several."""
+"""Forward pass of the torch backend: one softmax per batch of tiles, merged where a row occurs in several.
+
+Each row keeps (out, max, sum): the normalised output, the largest score, and Σ exp(score − max); lse = max + log sum. Two
+results of a row are merged by rescaling both to the larger maximum. The maximum and the sum stay apart until the end: for
+large scores the lse alone has too few digits for the weights of the merge.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from farlight.kernels.torch_tiled.gather import Batch, batches
+from farlight.kernels.torch_tiled.gather import TileBatch, tile_batches
 from farlight.kernels.torch_tiled.schedule import schedule_of
 from farlight.plan.tables import Plan
 
-__all__ = ["forward", "row_sums"]
+__all__ = ["acc_dtype", "forward", "row_max_and_sum", "tile_scores"]
+
+
+def acc_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of scores and sums: float64 for float64 inputs, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, dropout: float, seed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the planned pairs. float64 is computed in float64, everything else in float32."""
-    out, peak, total = _attend(q, k, v, plan, scale, dropout, seed)
-    # log 0 is the -inf of a row that sees nothing.
-    return out.to(q.dtype), total.log() + peak
+    """(out `(B, H, n_q, D_v)` in q's dtype, lse `(B, H, n_q)` in `acc_dtype`) over the plan's links; empty rows 0, -inf."""
+    out, row_max, row_sum = _attend(q, k, v, plan, scale, dropout, seed)
+    return out.to(q.dtype), row_sum.log() + row_max
 
 
-def row_sums(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
-    """(peak, total) of each row's scores `(B, H, n_q)`, lse = peak + log total; (0, 0) for a row that sees nothing."""
-    _, peak, total = _attend(q, k, v, plan, scale, 0.0, torch.zeros((), dtype=torch.int64))
-    return peak, total
+def row_max_and_sum(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+    """(max, sum) of each row's scores, `(B, H, n_q)`: lse = max + log sum; (0, 0) for an empty row."""
+    _, row_max, row_sum = _attend(q, k, v, plan, scale, 0.0, torch.zeros((), dtype=torch.int64))
+    return row_max, row_sum
+
+
+def tile_scores(batch: TileBatch, queries: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Scores of a batch of tiles, -inf where a pair is not allowed; queries `(c, tiles, rows, D)`, scaled.
+
+    Returns the run scores `(c, tiles, rows, width)`, the point scores `(c, tiles, rows, m)` and the gathered keys
+    `(tiles, count, m)`; None for those that the tiles do not have. rows = heads per key head · count.
+    """
+    scores = point_scores = point_keys = None
+    if batch.group.width:
+        scores = queries @ batch.take_keys(k, queries.dtype).transpose(-1, -2)
+        batch.mask_scores(scores)
+    points = batch.points()
+    if points is not None:
+        point_keys, valid = points
+        keys = batch.take_points(k, point_keys, queries.dtype)
+        by_row = queries.unflatten(2, (-1, batch.group.count)).movedim(2, -1)  # (c, tiles, count, D, heads)
+        point_scores = (keys @ by_row).movedim(-1, 2)  # (c, tiles, heads, count, m)
+        point_scores = point_scores.masked_fill(~valid[:, None], float("-inf")).flatten(2, 3)
+    return scores, point_scores, point_keys
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, dropout: float, seed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    """(out, max, sum) of every row."""
+    dtype = acc_dtype(q)
     schedule = schedule_of(plan, q.device)
-    out = torch.zeros(q.shape[:-1] + v.shape[-1:], dtype=kind if schedule.merges else q.dtype, device=q.device)
-    peak, total = (torch.zeros(q.shape[:-1], dtype=kind, device=q.device) for _ in range(2))
-    for batch in batches(schedule, q.shape[1], k.shape[1], q.shape[3]):
-        piece_out, piece_peak, piece_total = _tile(batch, q, k, v, plan.sizes.q_offset, kind, scale, dropout, seed)
-        # Rows that see nothing here may have been served by another piece.
-        if schedule.merges or bool((piece_total == 0).any()):
-            piece_out, piece_peak, piece_total = _merged(batch, out, peak, total, piece_out, piece_peak, piece_total)
-        batch.put_queries(out, piece_out)
-        batch.put_queries(peak, piece_peak)
-        batch.put_queries(total, piece_total)
-    return out, peak, total
+    out = torch.zeros(q.shape[:-1] + v.shape[-1:], dtype=dtype if schedule.merges else q.dtype, device=q.device)
+    row_max, row_sum = (torch.zeros(q.shape[:-1], dtype=dtype, device=q.device) for _ in range(2))
+    for batch in tile_batches(schedule, q.shape[1], k.shape[1], q.shape[3]):
+        queries = batch.take_queries(q).to(dtype) * scale
+        result = _attend_tiles(batch, queries, k, v, plan.sizes.q_offset, dropout, seed)
+        # Also without merging, a row that is empty here may have a result of another piece, which must not be overwritten.
+        if schedule.merges or bool((result[2] == 0).any()):
+            before = (batch.take_queries(out).to(dtype), batch.take_queries(row_max), batch.take_queries(row_sum))
+            result = _merged(*before, *result)
+        for target, value in zip((out, row_max, row_sum), result, strict=True):
+            batch.put_queries(target, value)
+    return out, row_max, row_sum
 
 
-def _tile(
-    batch: Batch,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offset: int,
-    kind: torch.dtype,
-    scale: float,
-    dropout: float,
-    seed: Tensor,
+def _attend_tiles(
+    batch: TileBatch, queries: Tensor, k: Tensor, v: Tensor, q_offset: int, dropout: float, seed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(c, tiles, heads · count, D)`, and the largest score and the sum of weights of the batch's rows."""
-    queries = batch.take_queries(q).to(kind) * scale
-    scores, alone, points = score(batch, queries, k, kind)
-    top = [part.amax(-1) for part in (scores, alone) if part is not None]
-    peak = top[0] if len(top) == 1 else torch.maximum(*top)
-    # A finite peak keeps rows that see nothing at exp(-inf) = 0 instead of NaN.
-    peak = torch.where(peak == float("-inf"), 0.0, peak).unsqueeze(-1)
-    total = torch.zeros_like(peak)
-    for part in (scores, alone):
+    """(out `(c, tiles, rows, D_v)`, max, sum `(c, tiles, rows)`) of one batch of tiles."""
+    scores, point_scores, point_keys = tile_scores(batch, queries, k)
+    maxima = [part.amax(-1) for part in (scores, point_scores) if part is not None]
+    row_max = maxima[0] if len(maxima) == 1 else torch.maximum(*maxima)
+    # A finite maximum gives empty rows exp(-inf) = 0 instead of NaN.
+    row_max = torch.where(row_max == float("-inf"), 0.0, row_max).unsqueeze(-1)
+    row_sum = torch.zeros_like(row_max)
+    for part in (scores, point_scores):
         if part is not None:
-            total += part.sub_(peak).exp_().sum(-1, keepdim=True)
+            row_sum += part.sub_(row_max).exp_().sum(-1, keepdim=True)
     out: Tensor | float = 0.0
-    left = 1 - dropout or 1.0  # of dropout 1 no link is kept
     if scores is not None:
         if dropout:
-            keys = batch.key_numbers(q.device)[:, None]
-            scores *= batch.kept(seed, dropout, q_offset, keys, q.device).to(kind) / left
-        out = scores @ batch.take_keys(v, kind)
-    if alone is not None and points is not None:
+            keys = batch.key_indices(queries.device)[:, None]
+            scores *= batch.dropout_factor(seed, dropout, q_offset, keys, queries.dtype)
+        out = scores @ batch.take_keys(v, queries.dtype)
+    if point_scores is not None and point_keys is not None:
         if dropout:
-            alone *= batch.kept(seed, dropout, q_offset, points, q.device).to(kind) / left
-        out = out + weigh(batch, alone, v, points, kind)
+            point_scores *= batch.dropout_factor(seed, dropout, q_offset, point_keys, queries.dtype)
+        values = batch.take_points(v, point_keys, queries.dtype)
+        by_row = point_scores.unflatten(2, (-1, batch.group.count)).movedim(2, 3)  # (c, tiles, count, heads, m)
+        out = out + (by_row @ values).movedim(3, 2).flatten(2, 3)
     assert isinstance(out, Tensor)
-    return out / torch.where(total == 0, 1.0, total), peak.squeeze(-1), total.squeeze(-1)
-
-
-def score(batch: Batch, queries: Tensor, k: Tensor, kind: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Scores of the runs, scores of the gathered keys, and those keys; -inf where a pair is not allowed."""
-    scores = alone = keys = None
-    if batch.group.width:
-        scores = queries @ batch.take_keys(k, kind).transpose(-1, -2)
-        batch.hide(scores, float("-inf"))
-    found = batch.points()
-    if found is not None:
-        keys, real = found
-        taken = take_points(batch, k, keys, kind)
-        by_row = queries.unflatten(2, (-1, batch.group.count)).movedim(2, -1)  # (c, tiles, count, D, heads)
-        alone = (taken @ by_row).movedim(-1, 2)  # (c, tiles, heads, count, m)
-        alone = alone.masked_fill(~real[:, None], float("-inf")).flatten(2, 3)
-    return scores, alone, keys
-
-
-def take_points(batch: Batch, x: Tensor, keys: Tensor, kind: torch.dtype) -> Tensor:
-    """`(c, tiles, count, m, D)`: the gathered keys or values of each row."""
-    return batch.take_points(x, keys).to(kind)
-
-
-def weigh(batch: Batch, weight: Tensor, v: Tensor, keys: Tensor, kind: torch.dtype) -> Tensor:
-    """Σ weight · value over the gathered keys of each row: `(c, tiles, heads · count, D)`."""
-    values = take_points(batch, v, keys, kind)
-    by_row = weight.unflatten(2, (-1, batch.group.count)).movedim(2, 3)  # (c, tiles, count, heads, m)
-    out: Tensor = (by_row @ values).movedim(3, 2).flatten(2, 3)
-    return out
+    return out / torch.where(row_sum == 0, 1.0, row_sum), row_max.squeeze(-1), row_sum.squeeze(-1)
 
 
 def _merged(
-    batch: Batch, out: Tensor, peak: Tensor, total: Tensor, more_out: Tensor, more_peak: Tensor, more_total: Tensor
+    out_a: Tensor, max_a: Tensor, sum_a: Tensor, out_b: Tensor, max_b: Tensor, sum_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A piece's result joined to what the rows have already. Not by lse: where scores are large it has too few digits."""
-    old_out, old_peak, old_total = (
-        batch.take_queries(out).to(more_out.dtype),
-        batch.take_queries(peak),
-        batch.take_queries(total),
-    )
-    both = torch.where(old_total == 0, more_peak, torch.where(more_total == 0, old_peak, torch.maximum(old_peak, more_peak)))
-    old, more = (old_peak - both).exp() * old_total, (more_peak - both).exp() * more_total
-    old, more = torch.where(old_total == 0, 0.0, old), torch.where(more_total == 0, 0.0, more)
-    sums = old + more
-    share = torch.where(sums == 0, 1.0, sums)
-    return old_out * (old / share).unsqueeze(-1) + more_out * (more / share).unsqueeze(-1), both, sums
+    """Two partial softmax results of the same rows as one; sum 0 = no link."""
+    row_max = torch.where(sum_a == 0, max_b, torch.where(sum_b == 0, max_a, torch.maximum(max_a, max_b)))
+    weight_a = torch.where(sum_a == 0, 0.0, (max_a - row_max).exp() * sum_a)
+    weight_b = torch.where(sum_b == 0, 0.0, (max_b - row_max).exp() * sum_b)
+    row_sum = weight_a + weight_b
+    norm = torch.where(row_sum == 0, 1.0, row_sum)
+    return out_a * (weight_a / norm).unsqueeze(-1) + out_b * (weight_b / norm).unsqueeze(-1), row_max, row_sum

@@ -27,8 +27,8 @@ from farlight.kernels.triton.routed_lower_kv import RoutedKeys
 from farlight.kernels.triton.routed_lower_q import RoutedQueries, Tiles
 from farlight.patterns.expression import Sizes
 from farlight.plan import plan_for
-from farlight.plan.routed import Routed
-from farlight.plan.routed_union import chosen
+from farlight.plan.chosen_links import ChosenLinks
+from farlight.plan.routed_union import split_routed
 from farlight.plan.tables import Plan
 
 __all__ = ["RoutedPlan", "read", "routed_plan"]
@@ -52,7 +52,7 @@ class RoutedPlan:
     """
 
     sizes: Sizes
-    pieces: list[Routed]
+    pieces: list[ChosenLinks]
     fixed: Plan | None = None
     visited: int = 0
     checked: bool = False
@@ -80,8 +80,8 @@ class RoutedPlan:
             ]
             # Lowered while the device is at work on the sums.
             earlier = [None if self.fixed is None else self._earlier(self.fixed, *key, group) for key in missing]
-            worst = self.pieces[0].worst
-            asked = [] if self.checked else [self._visited(), *(() if worst is None else (worst.least, worst.largest))]
+            worst = self.pieces[0].index_range
+            asked = [] if self.checked else [self._visited(), *(() if worst is None else (worst.smallest, worst.largest))]
             numbers = read([*asked, *(number for one in found for number in one.asked)])
             if not self.checked:
                 if worst is not None:
@@ -141,7 +141,7 @@ def routed_plan(request: Request) -> RoutedPlan | None:
         while len(kept) >= _MOST_KEPT:
             del kept[next(iter(kept))]
         with torch.inference_mode(False), torch.no_grad():
-            found = chosen(pattern, sizes)
+            found = split_routed(pattern, sizes)
         fixed = None if found is None or found.fixed is None else plan_for(found.fixed, sizes, SHAPE)
         kept[sizes] = None if found is None else RoutedPlan(sizes, found.pieces, fixed)
     plan = kept[sizes]

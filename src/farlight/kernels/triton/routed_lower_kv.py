@@ -14,7 +14,7 @@ from farlight.kernels.triton.lower_q import narrowed
 from farlight.kernels.triton.routed_lower_q import Tiles, causal_data, classes, exclusive, orders, spread_over
 from farlight.kernels.triton.work_partition import Counts, counted, deal, parts_of, picked
 from farlight.patterns.expression import Sizes
-from farlight.plan.routed import Routed
+from farlight.plan.chosen_links import ChosenLinks
 
 __all__ = ["RoutedKeys"]
 
@@ -26,7 +26,7 @@ class _Piece:
     one key.
     """
 
-    def __init__(self, piece: Routed, sizes: Sizes, height: int, width: int, group: int, workers: int, add: bool) -> None:
+    def __init__(self, piece: ChosenLinks, sizes: Sizes, height: int, width: int, group: int, workers: int, add: bool) -> None:
         # Sorted keys leave out some.
         self.piece, self.add = piece, add or piece.keys is not None
         self.tiles = tiles = Tiles(piece, height, smaller=False)
@@ -58,7 +58,7 @@ class _Piece:
             total = total + torch.div(self.points + height - 1, height, rounding_mode="floor")
         self.asked = [piece.row_count.sum(), piece.key_count.sum(), self.count.sum(), whole.sum(), self.points.sum()]
         self.variant = classes(piece, sizes, group)
-        sorted_apart = piece.keys is not None and piece.ahead is None
+        sorted_apart = piece.keys is not None and piece.causal_offset is None
         self.turns = group if sorted_apart and piece.shape[1] > 1 and group > 1 else 1
         # (batch, key heads, blocks, group)
         of_head = total[self.variant].transpose(2, 3)
@@ -77,7 +77,7 @@ class RoutedKeys:
     """`asked`: sums on the device; `made(their values)`: the tables. `after`: they add to what others wrote before them."""
 
     def __init__(
-        self, pieces: list[Routed], sizes: Sizes, height: int, width: int, group: int, workers: int, *, after: bool = False
+        self, pieces: list[ChosenLinks], sizes: Sizes, height: int, width: int, group: int, workers: int, *, after: bool = False
     ) -> None:
         self.sizes, self.height, self.width, self.group, self.workers = sizes, height, width, group, workers
         self.pieces = [_Piece(piece, sizes, height, width, group, workers, after or at > 0) for at, piece in enumerate(pieces)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from farlight.kernels.triton.lower_q import SMALLEST, Launch, QueryWork, heights, launch_of, narrowed
 from farlight.kernels.triton.work_partition import Counts, counted, deal, parts_of, picked
 from farlight.patterns.expression import Sizes
-from farlight.plan.routed import Routed
+from farlight.plan.chosen_links import ChosenLinks
 
 __all__ = ["RAMP", "RoutedQueries", "Tiles", "causal_data", "classes", "exclusive", "orders", "spread_over"]
 
@@ -25,7 +25,7 @@ RAMP = TILE
 class Tiles:
     """Groups of at most `height` rows of a piece, `(V, I)`, and where the stretches that they see end, `(V, I, m)`."""
 
-    def __init__(self, piece: Routed, height: int, *, smaller: bool) -> None:
+    def __init__(self, piece: ChosenLinks, height: int, *, smaller: bool) -> None:
         shape = (piece.variants, piece.place.shape[1])
         place, within, length = piece.place, piece.within, piece.length
         self.offset = within % TILE
@@ -42,24 +42,24 @@ class Tiles:
         self.tile_hi = piece.ends(tile + (tall - 1).clamp(min=0))
         self.tile = tile
 
-    def bounds(self, piece: Routed, base: int) -> Tensor:
+    def bounds(self, piece: ChosenLinks, base: int) -> Tensor:
         """Where the bounds of a tile's rows begin, when `causal_data` begins at `base`; -1 where no row needs any."""
         if not piece.causal:
             return torch.full_like(self.tile_hi, -1)
-        if piece.ahead is None:
+        if piece.causal_offset is None:
             return (base + 2 * (exclusive(piece.row_count)[:, None] + self.tile))[:, :, None].expand_as(self.tile_hi)
-        ahead = self.tile[:, :, None] + piece.ahead - self.tile_hi
+        ahead = self.tile[:, :, None] + piece.causal_offset - self.tile_hi
         return base + 2 * (ahead.clamp(-RAMP, 0) + RAMP)
 
 
-def causal_data(piece: Routed, order: Tensor | None) -> Tensor:
+def causal_data(piece: ChosenLinks, order: Tensor | None) -> Tensor:
     """Bounds of rows, relative to the end of their tile's stretch: of each sorted row, or a ramp that serves all tiles.
 
     `order`: where in `(V, n_q)` the real places are, None = rows are not sorted.
     """
     if not piece.causal:
         return torch.zeros(0, dtype=torch.int64, device=piece.lo.device)
-    if order is None or piece.ahead is not None:
+    if order is None or piece.causal_offset is not None:
         ahead = (torch.arange(2 * TILE, device=piece.lo.device) - RAMP).clamp(max=0)
     else:
         tiles = Tiles(piece, TILE, smaller=False)
@@ -73,7 +73,7 @@ def spread_over(count: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return owner, torch.arange(total, device=count.device) - (count.cumsum(0) - count)[owner]
 
 
-def classes(piece: Routed, sizes: Sizes, group: int) -> Tensor:
+def classes(piece: ChosenLinks, sizes: Sizes, group: int) -> Tensor:
     """`(B, H_kv, group)`: the variant of each query head."""
     device = piece.lo.device
     batch = torch.arange(sizes.batch, device=device)[:, None] * (piece.shape[0] > 1)
@@ -81,7 +81,7 @@ def classes(piece: Routed, sizes: Sizes, group: int) -> Tensor:
     return (batch * piece.shape[1] + head).view(sizes.batch, -1, group)
 
 
-def orders(piece: Routed, sizes: Sizes, rows: int, keys: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def orders(piece: ChosenLinks, sizes: Sizes, rows: int, keys: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(the real places, their rows, the keys of the real slots) of all variants, `rows` and `keys` of them; None = natural."""
     if piece.rows is None or piece.keys is None:
         return None, None, None
@@ -100,7 +100,7 @@ def exclusive(count: Tensor) -> Tensor:
 class _Piece:
     """One piece, and the launches that go over it; `add`: a launch joins to what earlier ones wrote."""
 
-    def __init__(self, piece: Routed, sizes: Sizes, height: int, width: int, workers: int, add: bool) -> None:
+    def __init__(self, piece: ChosenLinks, sizes: Sizes, height: int, width: int, workers: int, add: bool) -> None:
         self.piece, self.add = piece, add
         self.tiles = tiles = Tiles(piece, height, smaller=True)
         head = tiles.head[:, :, None]
@@ -135,7 +135,7 @@ class RoutedQueries:
     """`asked`: sums on the device; `made(their values)`: the tables. `after`: they join what others wrote before them."""
 
     def __init__(
-        self, pieces: list[Routed], sizes: Sizes, height: int, width: int, group: int, workers: int, *, after: bool = False
+        self, pieces: list[ChosenLinks], sizes: Sizes, height: int, width: int, group: int, workers: int, *, after: bool = False
     ) -> None:
         self.sizes, self.width, self.group, self.workers = sizes, width, group, workers
         self.pieces = [_Piece(piece, sizes, height, width, workers, after or at > 0) for at, piece in enumerate(pieces)]

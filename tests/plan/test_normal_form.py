@@ -1,4 +1,4 @@
-"""Expressions whose normal form would be too large are planned in parts that stay whole: exactly, with a bound on the work."""
+"""The normal form: large expressions stay partly unexpanded; plans stay exact, and the work is bounded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from farlight.errors import PatternError, PlanError
 from farlight.patterns import Pattern, Sizes
 from farlight.plan import TileShape
 from farlight.plan.build import build
-from farlight.plan.expansion import expanded
-from farlight.plan.normal_form import terms_of
+from farlight.plan.normal_form import expanded, terms_of
 
 PRIMES = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53]
 HEADS = 2
@@ -60,7 +59,7 @@ def test_terms_are_bounded_in_number(text: str) -> None:
     assert len(terms_of(fl.parse(text), sizes)) <= 68
 
 
-def drawn(rng: random.Random, depth: int) -> Pattern:
+def random_expression(rng: random.Random, depth: int) -> Pattern:
     if not depth:
         n = rng.randrange(1, 12)
         atoms = [
@@ -69,7 +68,7 @@ def drawn(rng: random.Random, depth: int) -> Pattern:
             fl.blocked_window(1, block=n), fl.random_blocks(2, block=n, causal=True), fl.seen_by_all([n, 3, 40]),
         ]  # fmt: skip
         return rng.choice(atoms)
-    left, right = drawn(rng, depth - 1), drawn(rng, rng.randrange(depth))
+    left, right = random_expression(rng, depth - 1), random_expression(rng, rng.randrange(depth))
     sign = rng.randrange(8)
     if sign == 0:
         return ~left
@@ -81,7 +80,7 @@ def drawn(rng: random.Random, depth: int) -> Pattern:
 @pytest.mark.parametrize("seed", range(12))
 def test_random_expressions_are_planned_exactly(seed: int) -> None:
     rng = random.Random(seed)
-    pattern = drawn(rng, 3 + seed % 3)
+    pattern = random_expression(rng, 3 + seed % 3)
     plan = build(pattern, Sizes.of(70, heads=2), TileShape())
     plan.check()
     assert torch.equal(plan.dense(), pattern.dense(70, heads=2).expand(1, 2, 70, 70))
@@ -89,7 +88,7 @@ def test_random_expressions_are_planned_exactly(seed: int) -> None:
 
 
 def test_windows_stay_intervals_beside_a_product() -> None:
-    """What is kept whole is asked inside the windows only, not over all pairs: a text of 2^20 tokens can be planned."""
+    """A whole literal is evaluated inside the windows only, not over all pairs: 2^20 keys can be planned."""
     pattern = fl.window(40) & fl.parse("&".join(f"(strided({k}) | strided({k + 1}) | strided({k + 2}))" for k in range(2, 7)))
     sizes = Sizes.of(500, 2**20)
     i = (torch.arange(500) + sizes.q_offset)[:, None]
@@ -100,11 +99,11 @@ def test_windows_stay_intervals_beside_a_product() -> None:
 
 
 @pytest.mark.parametrize("text", ["~strided(2)", f"~({factors(6)})", "full() - clusters(table)"], ids=lambda text: text[:20])
-def test_pairs_without_number_are_not_asked_one_by_one(text: str) -> None:
+def test_too_many_pairwise_evaluations_are_refused(text: str) -> None:
     n = 2**18
     pattern = fl.full() - fl.clusters(torch.arange(n) % 3) if "table" in text else fl.parse(text)
     with pytest.raises(
-        PlanError, match=r"is no union of intervals here: it would take [0-9,]+ questions .* more than 17,179,8"
+        PlanError, match=r"is no union of intervals here: it would take [0-9,]+ evaluations of single pairs, more than 17,179,8"
     ):
         pattern.count(n)
     with pytest.raises(PlanError, match="Bound it by a window, or unite fewer patterns inside an intersection"):
