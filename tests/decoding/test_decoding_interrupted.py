@@ -79,10 +79,10 @@ def test_an_append_stopped_at_any_line_is_taken_back(name: str, padded: bool) ->
             stopped = bool(line) and stopped_at(line, lambda start=start, stop=stop: append(cache, start, stop))
             stops += stopped
             if stopped:
-                cache._settle()
-                if cache._taken == stop:  # stopped behind the last line of work
-                    cache._take_back()
-                assert cache._taken == start
+                cache._rollback_unfinished()
+                if cache._num_columns == stop:  # stopped behind the last line of work
+                    cache._rollback_last()
+                assert cache._num_columns == start
             if stopped or not line:
                 append(cache, start, stop)
             out.append(fl.decode(q[:, :, start:stop], cache))

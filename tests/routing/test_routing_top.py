@@ -167,7 +167,7 @@ def test_stretches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         routing.LSH(4, 2),
     ]
     at_once = [router(q, k) for router in routers]
-    monkeypatch.setattr("farlight.routing.base._SCORES", 300)
+    monkeypatch.setattr("farlight.routing.base._MAX_SCORES", 300)
     for router, wanted in zip(routers, at_once, strict=True):
         assert torch.equal(router(q, k).dense(Q, K, batch=2, heads=4), wanted.dense(Q, K, batch=2, heads=4))
 

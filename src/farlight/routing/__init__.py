@@ -1,4 +1,4 @@
-"""Content decides who looks at whom: routers read queries and keys and answer with patterns."""
+"""Routers: modules that choose, from queries and keys, the pattern that attention runs over."""
 
 from farlight.patterns.membership import between, rooms
 from farlight.patterns.multi_label import meets
@@ -15,7 +15,7 @@ from farlight.routing.notation import read_router
 from farlight.routing.topblocks import TopBlocks
 from farlight.routing.topkeys import TopKeys, from_indices
 
-# The notation knows the primitives that routers add: a pattern that travels as text must be read again.
+# Patterns travel as text, inside compiled operators and in stored files, so the notation must parse these primitives too.
 constructors().update(between=between, meets=meets, rooms=rooms, unseen=unseen)
 
 __all__ = [
