@@ -2,7 +2,7 @@
 
 On a GPU a Triton kernel partitions the keys over the multiprocessors (split-K). Elsewhere, and for what that kernel does not
 take, torch operations: all queries read the same key buffer, so one pair of matrix products (or torch's fused attention) covers
-it; a single query that sees less than a quarter of the keys gathers those first.
+it; a single query that sees at most a quarter of the keys gathers those first.
 """
 
 from __future__ import annotations

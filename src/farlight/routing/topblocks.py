@@ -101,7 +101,7 @@ class TopBlocks(Router):
         """`(B, H, n_q, m)` int64: the selected key blocks of each query, padded with -1, from known summaries (query_block =
         1).
 
-        inputs.k is read for its shape only. Trailing blocks may be missing from the summary if they overlap all queries.
+        inputs.k is read for its shape only. Trailing blocks may be missing from the summary if they end before no query.
         """
         missing = -(-inputs.n_k // self.block) - summary[0].shape[2]
         padded = [torch.nn.functional.pad(table, (0, 0, 0, missing)) for table in summary]
