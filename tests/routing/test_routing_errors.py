@@ -1,4 +1,4 @@
-"""What a wrong call of a router says: one row for each place that raises, the whole text."""
+"""Error messages of routers: one row for each place that raises, with the full text."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ class KVCache:
         if self.max_length is not None and max(a + b for a, b in zip(self._lengths, new, strict=True)) > self.max_length:
             raise ArgumentError(
                 f"KVCache.append: {n} tokens after {self.length} make more than max_length = {self.max_length}; "
-                "what was dropped cannot be brought back, so begin again with a larger max_length."
+                "evicted keys cannot be restored, so start a new cache with a larger max_length."
             )
         # Tensors made in inference mode could not be written by a later call outside it.
         with torch.inference_mode(False), torch.no_grad():
@@ -321,7 +321,7 @@ def refuse_gradients(what: str, *tensors: Tensor) -> None:
     """Raise where autograd, forward-mode AD or tracing would record the call `what`: decoding has no derivatives."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ArgumentError(
-            f"{what}: an input requires grad, but decoding records no gradients, since dropped keys could not get theirs. "
+            f"{what}: an input requires grad, but decoding records no gradients, since evicted keys could get none. "
             "Use torch.no_grad() or .detach(); for training use fl.attention."
         )
     if forward_ad._current_level >= 0:

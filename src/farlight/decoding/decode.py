@@ -105,7 +105,7 @@ def _check(q: Tensor, cache: KVCache) -> int:
     if q.shape[2] > cache._last_width:
         raise ArgumentError(
             f"decode: {q.shape[2]} queries, but the last append brought {cache._last_width} tokens; keys that only earlier "
-            "queries see may be gone. Ask right after each append."
+            "queries see may have been evicted. Decode right after each append."
         )
     return cache._last_width - q.shape[2]
 
