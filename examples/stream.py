@@ -1,15 +1,15 @@
-"""A stream of 100 000 tokens through a Llama-shaped model: memory and time per token stay flat.
+"""Streaming generation of 100 000 tokens with a Llama-shaped model in constant memory and constant time per token.
 
-The model (random weights, 4 layers) writes token after token under `streaming(4, 1024)`: 4 sinks and the 1024 newest tokens.
-Its `fl.hf.SparseCache` keeps the keys that some later token may still see, which is 1028 in each layer, and drops the rest.
-Beside it, for comparison, the same model with the cache that transformers makes, filled up to some lengths: there both grow.
+The model (random weights, 4 layers) generates under `streaming(4, 1024)`: 4 sinks and the 1024 newest tokens. Its
+`fl.hf.SparseCache` holds the keys that a later token can see, 1028 in each layer, and evicts the rest. The baseline is the same
+model with full attention and transformers' DynamicCache, filled to several lengths: its memory and time grow with the text.
 
     python examples/stream.py                     # 100 000 tokens; several minutes
-    python examples/stream.py --tokens 50000      # the first half; the next call goes on from there
-    python examples/stream.py --smoke             # seconds: does it run?
+    python examples/stream.py --tokens 50000      # the first half; the next call resumes there
+    python examples/stream.py --smoke             # seconds: a smoke test
 
-Every 1000 tokens one line is added to OUT/stream.json, with the state beside it, so that a run can be cut into pieces. When
-the last token is written, OUT/stream.png and OUT/stream.md are made.
+Every 1000 tokens a record is appended to OUT/stream.json and the state saved beside it, so that a run can be resumed. After the
+last token OUT/stream.png and OUT/stream.md are written.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Config:
     tokens: int = 100_000
     sinks: int = 4
     window: int = 1024
-    every: int = 1000  # tokens in one line of the record
+    every: int = 1000  # tokens per record
     layers: int = 4
     width: int = 256
     heads: int = 4
     vocabulary: int = 1000
-    dense: tuple[int, ...] = (1024, 4096, 16_384, 65_536)  # lengths at which the growing cache is measured
-    steps: int = 20  # tokens written at each of these lengths
+    dense: tuple[int, ...] = (1024, 4096, 16_384, 65_536)  # lengths at which the baseline is measured
+    steps: int = 20  # tokens generated at each of these lengths
     threads: int = 1
     seed: int = 0
 
@@ -66,8 +66,8 @@ def model_of(config: Config) -> Any:
     return model
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds now; its peak where the system does not say."""
+def resident_bytes() -> int:
+    """Resident set size of this process in bytes; its peak where /proc is missing."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
@@ -75,10 +75,10 @@ def resident() -> int:
 
 
 @torch.inference_mode()
-def write(
+def generate(
     model: Any, cache: Any, token: torch.Tensor, steps: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, list[float]]:
-    """`steps` tokens, each drawn from what the model says after the one before, and the seconds that each took."""
+    """Sample `steps` tokens one by one, starting after `token` `(1, 1)`: (the last token, the seconds of each step)."""
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
@@ -89,7 +89,7 @@ def write(
 
 
 def stream(config: Config, out: Path) -> list[dict[str, float]]:
-    """The record of the whole stream; goes on where an earlier run stopped."""
+    """Generate the stream, resuming from the saved state: the records, one per `every` tokens."""
     model = model_of(config)
     record, state = out / "stream.json", out / "stream.pt"
     generator = torch.Generator().manual_seed(config.seed)
@@ -101,14 +101,14 @@ def stream(config: Config, out: Path) -> list[dict[str, float]]:
         lines, token = [], torch.zeros(1, 1, dtype=torch.int64)
         cache = fl.hf.SparseCache(model, fl.presets.streaming(config.sinks, config.window))
     while cache.get_seq_length() < config.tokens:
-        token, seconds = write(model, cache, token, min(config.every, config.tokens - cache.get_seq_length()), generator)
+        token, seconds = generate(model, cache, token, min(config.every, config.tokens - cache.get_seq_length()), generator)
         lines.append(
             {
                 "tokens": cache.get_seq_length(),
                 "milliseconds": statistics.median(seconds) * 1e3,
                 "kept": cache.kept,
                 "cache_bytes": cache.nbytes,
-                "resident_bytes": resident(),
+                "resident_bytes": resident_bytes(),
             }
         )
         print(json.dumps(lines[-1]), flush=True)
@@ -117,10 +117,10 @@ def stream(config: Config, out: Path) -> list[dict[str, float]]:
     return lines
 
 
-def growing(config: Config, out: Path) -> list[dict[str, float]]:
-    """Time and memory of a token with the cache that transformers makes and full attention, at some lengths.
+def compare_dynamic_cache(config: Config, out: Path) -> list[dict[str, float]]:
+    """Time and memory of a token with full attention and transformers' DynamicCache, at several lengths.
 
-    The stream goes on beside it, one token here and one there, so that both are timed under the same load.
+    The stream continues alternately with it, token by token, so that both are timed under the same load.
     """
     from transformers import DynamicCache
 
@@ -136,17 +136,17 @@ def growing(config: Config, out: Path) -> list[dict[str, float]]:
             cache.update(torch.randn(shape), torch.randn(shape), layer)
         token, times = torch.zeros(1, 1, dtype=torch.int64), ([], [])  # type: tuple[torch.Tensor, tuple[list[float], list[float]]]
         for _ in range(config.steps):
-            token, seconds = write(dense, cache, token, 1, generator)
+            token, seconds = generate(dense, cache, token, 1, generator)
             times[0].extend(seconds)
-            saved["token"], seconds = write(sparse, saved["cache"], saved["token"], 1, generator)
+            saved["token"], seconds = generate(sparse, saved["cache"], saved["token"], 1, generator)
             times[1].extend(seconds)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         lines.append(
             {
                 "tokens": length,
                 "milliseconds": statistics.median(times[0]) * 1e3,
                 "milliseconds_of_the_stream": statistics.median(times[1]) * 1e3,
-                "cache_bytes": held,
+                "cache_bytes": cache_bytes,
             }
         )
         print(json.dumps(lines[-1]), flush=True)
@@ -172,9 +172,9 @@ def table(sparse: list[dict[str, float]], dense: list[dict[str, float]], config:
             f"| {line['tokens']:,} | {line['kept']:,} | {line['cache_bytes'] / 2**20:.1f} | "
             f"{line['resident_bytes'] / 2**20:.0f} | {line['milliseconds']:.2f} |"
         )
-    lines += ["", "Full attention with the cache that transformers makes, and the stream at its end, timed in turn:", ""]
+    lines += ["", "Full attention with transformers' default cache, and the stream at its end, timed alternately:", ""]
     lines.append(
-        "| tokens in the growing cache | its MiB | ms per token | ms per token of the stream | ratio |\n|---|---|---|---|---|"
+        "| tokens in the default cache | its MiB | ms per token | ms per token of the stream | ratio |\n|---|---|---|---|---|"
     )
     for x in dense:
         times = f"{x['milliseconds']:.2f} | {x['milliseconds_of_the_stream']:.2f}"
@@ -190,16 +190,20 @@ def draw(sparse: list[dict[str, float]], dense: list[dict[str, float]], path: Pa
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    at, there = [x["tokens"] for x in sparse], [x["tokens"] for x in dense]
-    left.plot(at, [x["cache_bytes"] / 2**20 for x in sparse], label="SparseCache")
-    left.plot(at, [x["resident_bytes"] / 2**20 for x in sparse], color="C1", label="the whole process, with SparseCache")
-    left.plot(there, [x["cache_bytes"] / 2**20 for x in dense], "o--", color="C2", label="transformers' cache, full attention")
+    sparse_tokens, dense_tokens = [x["tokens"] for x in sparse], [x["tokens"] for x in dense]
+    left.plot(sparse_tokens, [x["cache_bytes"] / 2**20 for x in sparse], label="SparseCache")
+    left.plot(
+        sparse_tokens, [x["resident_bytes"] / 2**20 for x in sparse], color="C1", label="the whole process, with SparseCache"
+    )
+    left.plot(
+        dense_tokens, [x["cache_bytes"] / 2**20 for x in dense], "o--", color="C2", label="transformers' cache, full attention"
+    )
     left.set(xlabel="tokens so far", ylabel="MiB")
-    right.plot(at, [x["milliseconds"] for x in sparse], label="SparseCache")
-    # Measured later, perhaps under another load: what counts is the ratio to the stream in the same minute.
-    pace = statistics.median(x["milliseconds"] for x in sparse)
-    scaled = [pace * x["milliseconds"] / x["milliseconds_of_the_stream"] for x in dense]
-    right.plot(there, scaled, "o--", color="C2", label="transformers' cache, full attention (by ratio)")
+    right.plot(sparse_tokens, [x["milliseconds"] for x in sparse], label="SparseCache")
+    # The baseline may have run under another load, so it is plotted by its ratio to the stream timed beside it.
+    stream_ms = statistics.median(x["milliseconds"] for x in sparse)
+    scaled = [stream_ms * x["milliseconds"] / x["milliseconds_of_the_stream"] for x in dense]
+    right.plot(dense_tokens, scaled, "o--", color="C2", label="transformers' cache, full attention (by ratio)")
     right.set(xlabel="tokens so far", ylabel="ms per token (median)")
     for axes in (left, right):
         axes.set_yscale("log")
@@ -211,17 +215,17 @@ def draw(sparse: list[dict[str, float]], dense: list[dict[str, float]], path: Pa
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, some seconds")
-    parser.add_argument("--out", type=Path, default=Path("stream-out"), help="where the record, the picture and the table go")
+    parser.add_argument("--out", type=Path, default=Path("stream-out"), help="folder for the records, the figure and the table")
     for name in ("tokens", "window", "threads", "seed"):
         parser.add_argument(f"--{name}", type=int)
-    given = vars(parser.parse_args(arguments))
-    config, out = SMOKE if given.pop("smoke") else Config(), given.pop("out")
-    config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    options = vars(parser.parse_args(arguments))
+    config, out = SMOKE if options.pop("smoke") else Config(), options.pop("out")
+    config = replace(config, **{name: value for name, value in options.items() if value is not None})
     torch.set_num_threads(config.threads)
     out.mkdir(parents=True, exist_ok=True)
     (out / "stream-config.json").write_text(json.dumps(asdict(config)))
     sparse = stream(config, out)
-    dense = growing(config, out)
+    dense = compare_dynamic_cache(config, out)
     (out / "stream.md").write_text(table(sparse, dense, config), encoding="utf-8")
     draw(sparse, dense, out / "stream.png")
     print(table(sparse, dense, config))

@@ -1,12 +1,13 @@
-"""Bits per byte on a long novel: full attention, windows alone, and windows with rooms that content chooses.
+"""Bits per byte on a long novel under three patterns: full attention, windows, windows united with KMeans clusters.
 
-A small causal model of bytes is trained three times on the same text, in the same order, for the same steps, with the same
-parameters (routing adds none: centroids are moving averages). The table says what each pattern costs and what it gives.
+A small causal byte model is trained once per pattern on the same text, in the same order, for the same number of steps, with
+the same parameters (routing adds none: centroids are moving averages). The table gives each pattern's loss and cost. "Rooms" is
+the founding article's word for clusters.
 
     python examples/war_and_peace_routing.py war-and-peace.txt             # minutes on two cores
-    python examples/war_and_peace_routing.py war-and-peace.txt --smoke     # seconds: does it run?
+    python examples/war_and_peace_routing.py war-and-peace.txt --smoke     # seconds: a smoke test
 
-Writes the curves and a table to --out.
+Writes loss curves and a table to --out.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class Config:
     heads: int = 4
     layers: int = 4
     window: int = 64  # bytes to the left
-    rooms: int = 16
-    per_room: int = 128  # a query sees this many most recent keys of its room
+    rooms: int = 16  # clusters of KMeans in each head
+    per_room: int = 128  # a query sees this many most recent keys of its cluster
     rate: float = 2e-3
-    judged: int = 32_768  # bytes at the end of the text, never trained on
+    judged: int = 32_768  # held-out bytes, at the end of the text
     device: str = "cpu"
     threads: int = 2
     seed: int = 0
@@ -46,10 +47,10 @@ class Config:
 SMOKE = Config(tokens=128, batch=2, steps=8, width=32, heads=2, layers=2, window=8, rooms=4, per_room=8, judged=512, threads=1)
 
 
-def rotated(x: Tensor, at: Tensor) -> Tensor:
-    """Rotary positions. Su et al. 2021, arXiv:2104.09864."""
+def rotated(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary position embedding of x `(…, N, D)` at positions `(N,)`. Su et al. 2021, arXiv:2104.09864."""
     half = x.shape[-1] // 2
-    angle = at[:, None] / 10_000 ** (torch.arange(half, device=x.device) / half)
+    angle = positions[:, None] / 10_000 ** (torch.arange(half, device=x.device) / half)
     left, right = x[..., :half], x[..., half:]
     return torch.cat((left * angle.cos() - right * angle.sin(), left * angle.sin() + right * angle.cos()), -1)
 
@@ -67,13 +68,14 @@ class Layer(nn.Module):
             self.router = KMeans(config.heads, dim, config.rooms, per_cluster=config.per_room, causal=True, decay=0.99)
 
     def pattern(self, q: Tensor, k: Tensor) -> fl.Pattern:
-        """Rooms are chosen by content: before positions are added."""
+        """Clusters depend on content only: q and k before the rotary embedding."""
         return self.fixed if self.router is None else self.router(q, k) | self.fixed
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm_a(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        pattern, at = self.pattern(q, k), torch.arange(x.shape[1], device=x.device)
-        x = x + self.out(fl.attention(rotated(q, at), rotated(k, at), v, pattern).transpose(1, 2).flatten(2))
+        pattern, positions = self.pattern(q, k), torch.arange(x.shape[1], device=x.device)
+        q, k = rotated(q, positions), rotated(k, positions)
+        x = x + self.out(fl.attention(q, k, v, pattern).transpose(1, 2).flatten(2))
         mixed: Tensor = x + self.mlp(self.norm_b(x))
         return mixed
 
@@ -103,23 +105,23 @@ class Result:
     parameters: int
 
 
-def contenders(config: Config) -> dict[str, Callable[[], Model]]:
-    near = fl.window(config.window, 0)
+def variants(config: Config) -> dict[str, Callable[[], Model]]:
+    local = fl.window(config.window, 0)
     return {
         "full": lambda: Model(config, fl.causal(), False),
-        "window": lambda: Model(config, near, False),
-        "window + rooms": lambda: Model(config, near, True),
+        "window": lambda: Model(config, local, False),
+        "window + rooms": lambda: Model(config, local, True),
     }
 
 
-def bits(logits: Tensor, wanted: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten()) / math.log(2)
+def bits(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()) / math.log(2)
 
 
 @torch.no_grad()
-def judge(model: Model, text: Tensor, config: Config) -> float:
-    """Bits per byte on text never trained on, each byte judged with at least half of the context before it (the first half
-    of a piece is only read).
+def evaluate(model: Model, text: Tensor, config: Config) -> float:
+    """Bits per byte of held-out text: windows of `tokens` bytes at half-window strides, of which the second half is scored,
+    so that every scored byte has at least half of the context.
     """
     model.eval()
     half, total, count = config.tokens // 2, 0.0, 0
@@ -134,7 +136,7 @@ def judge(model: Model, text: Tensor, config: Config) -> float:
 
 @torch.no_grad()
 def density(model: Model, text: Tensor, config: Config) -> float:
-    """Links as a share of the causal ones, mean over layers, on one piece of text."""
+    """Links as a share of the causal ones, mean over layers, on one window of text."""
     model.eval()
     x, shares = model.embed(text[None, : config.tokens].to(config.device)), []
     for layer in model.layers:
@@ -152,11 +154,11 @@ def train(name: str, make: Callable[[], Model], text: Tensor, config: Config, lo
     model = make().to(config.device)
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), config.rate, betas=(0.9, 0.95), weight_decay=0.1)
-    learn, held = text[: -config.judged], text[-config.judged :]
-    curve, spent = [], 0.0
+    train_text, held_out = text[: -config.judged], text[-config.judged :]
+    curve, train_seconds = [], 0.0
     for step in range(config.steps):
-        starts = torch.randint(learn.numel() - config.tokens - 1, (config.batch,), generator=generator)
-        pieces = torch.stack([learn[s : s + config.tokens + 1] for s in starts.tolist()]).to(config.device)
+        starts = torch.randint(train_text.numel() - config.tokens - 1, (config.batch,), generator=generator)
+        pieces = torch.stack([train_text[s : s + config.tokens + 1] for s in starts.tolist()]).to(config.device)
         for group in optimizer.param_groups:
             group["lr"] = config.rate * min(1.0, (step + 1) / 30) * (0.55 + 0.45 * math.cos(math.pi * step / config.steps))
         begin = time.perf_counter()
@@ -166,13 +168,20 @@ def train(name: str, make: Callable[[], Model], text: Tensor, config: Config, lo
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         curve.append(loss.item())
-        spent += time.perf_counter() - begin
+        train_seconds += time.perf_counter() - begin
         if (step + 1) % max(1, config.steps // 10) == 0:
             recent = curve[-20:]
-            mean, pace = sum(recent) / len(recent), spent / (step + 1)
+            mean, pace = sum(recent) / len(recent), train_seconds / (step + 1)
             log(f"{name:16s} step {step + 1:5d}  {mean:.3f} bits per byte  {pace:.3f} s a step")
     parameters = sum(p.numel() for p in model.parameters())
-    return Result(name, judge(model, held, config), curve, density(model, held, config), spent / config.steps, parameters)
+    return Result(
+        name,
+        evaluate(model, held_out, config),
+        curve,
+        density(model, held_out, config),
+        train_seconds / config.steps,
+        parameters,
+    )
 
 
 def table(results: Sequence[Result], config: Config, source: Path) -> str:
@@ -211,7 +220,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="a long text, such as War and Peace in UTF-8")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, some seconds")
-    parser.add_argument("--out", type=Path, default=Path("war-and-peace-out"), help="where the picture and the table go")
+    parser.add_argument("--out", type=Path, default=Path("war-and-peace-out"), help="folder for the figure and the table")
     parser.add_argument("--device", help="cpu or cuda")
     for name in (
         "tokens",
@@ -228,17 +237,15 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         "seed",
     ):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    given = vars(parser.parse_args(arguments))
-    config, source, out = SMOKE if given.pop("smoke") else Config(), given.pop("text"), given.pop("out")
-    config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    options = vars(parser.parse_args(arguments))
+    config, source, out = SMOKE if options.pop("smoke") else Config(), options.pop("text"), options.pop("out")
+    config = replace(config, **{name: value for name, value in options.items() if value is not None})
     torch.set_num_threads(config.threads)
     text = torch.frombuffer(bytearray(source.read_bytes()), dtype=torch.uint8).long()
     needed = config.judged + config.tokens + 2
     if text.numel() < needed or config.judged < config.tokens + 2:
         parser.error(f"{source} has {text.numel()} bytes; at least {needed} are needed, and --judged above --tokens")
-    results = [
-        train(name, make, text, config, lambda line: print(line, flush=True)) for name, make in contenders(config).items()
-    ]
+    results = [train(name, make, text, config, lambda line: print(line, flush=True)) for name, make in variants(config).items()]
     out.mkdir(parents=True, exist_ok=True)
     (out / "bits-per-byte.md").write_text(table(results, config, source), encoding="utf-8")
     draw(results, out / "bits-per-byte.png")

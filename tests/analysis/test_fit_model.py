@@ -250,7 +250,7 @@ def test_a_gist_where_it_cannot_be() -> None:
         read_router("window(1) | gist(topblocks(2), block=8)")
     with pytest.raises(fl.PatternError, match="gist: .*block"):
         read_router("gist(topblocks(2), block=0)")
-    with pytest.raises(fl.ArgumentError, match="what it holds already asks for a gist"):
+    with pytest.raises(fl.ArgumentError, match="the inner router is a gist already"):
         Gist(Gist(TopBlocks(1), 4), 4)
     with pytest.raises(fl.ArgumentError, match="gist: int is neither a router nor a pattern"):
         Gist(3, 4)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Decoding with a cache: what is kept is exactly what is needed, and the answers are those of attention over everything."""
+"""`KVCache` and `decode`: the cache holds exactly the live keys, and outputs equal attention over every key appended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import farlight as fl
-from farlight.decoding import last_use as rule
+from farlight.decoding import last_use as rules
 from farlight.patterns import Pattern, Sizes
 from farlight.patterns.liveness import FOREVER, LastUse
 from farlight.routing import TopBlocks, TopKeys
@@ -23,21 +23,21 @@ from farlight.testing import CASES, Case, inputs
 from farlight.testing.strategies import patterns
 
 
-def needed(pattern: Pattern, n: int, length: int, following: int, batch: int, heads: int, kv_heads: int) -> Tensor:
-    """`(B, H_kv, length)`: by the book, which keys some query at a position >= following sees, in a text of n tokens."""
+def live_keys(pattern: Pattern, n: int, length: int, following: int, batch: int, heads: int, kv_heads: int) -> Tensor:
+    """`(B, H_kv, length)` from the dense mask: the keys that a query at a position >= following sees; n: length of the text."""
     seen = pattern.dense(n, batch=batch, heads=heads).expand(batch, heads, n, n)[:, :, following:, :length].any(2)
     return seen.unflatten(1, (kv_heads, heads // kv_heads)).any(2)
 
 
-def held(cache: fl.KVCache, batch: int, kv_heads: int, length: int) -> Tensor:
-    """`(B, H_kv, length)`: what the cache says it holds."""
+def cached_keys(cache: fl.KVCache, batch: int, kv_heads: int, length: int) -> Tensor:
+    """`(B, H_kv, length)`: the keys that `cache.positions` lists."""
     positions = cache.positions.expand(batch, kv_heads, -1)
     out = torch.zeros(batch, kv_heads, length + 1, dtype=torch.bool)
     out.scatter_(2, torch.where(positions < 0, length, positions), True)
     return out[..., :length]
 
 
-def pieces(total: int, sizes: Iterator[int]) -> Iterator[tuple[int, int]]:
+def chunks(total: int, sizes: Iterator[int]) -> Iterator[tuple[int, int]]:
     start = 0
     while start < total:
         stop = min(total, start + next(sizes))
@@ -45,8 +45,8 @@ def pieces(total: int, sizes: Iterator[int]) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def uncached(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, n: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The rows start … stop - 1 over all keys before stop, the pattern being that of a text of n tokens, in float64."""
+def reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, n: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """(out, lse) of rows start … stop - 1 over all keys before stop in float64; the pattern is that of a text of n tokens."""
     batch, heads = q.shape[:2]
     mask = pattern.dense(n, batch=batch, heads=heads)[:, :, start:stop, :stop]
     group = heads // k.shape[1]
@@ -67,17 +67,19 @@ def problems(draw: st.DrawFn) -> tuple[Pattern, int, int, int, int, list[int]]:
 
 @settings(max_examples=80)
 @given(problems())
-def test_any_pattern_keeps_exactly_what_is_needed_and_answers_as_without_a_cache(problem) -> None:
+def test_any_pattern_keeps_exactly_the_live_keys_and_decodes_as_without_a_cache(problem) -> None:
     pattern, n, batch, heads, kv_heads, sizes = problem
     generator = torch.Generator().manual_seed(n)
     q = torch.randn(batch, heads, n, 4, generator=generator)
     k, v = torch.randn(2, batch, kv_heads, n, 4, generator=generator)
     cache = fl.KVCache(pattern, max_length=n, heads=heads)
-    for start, stop in pieces(n, itertools.cycle(sizes)):
+    for start, stop in chunks(n, itertools.cycle(sizes)):
         cache.append(k[:, :, start:stop], v[:, :, start:stop])
-        assert torch.equal(held(cache, batch, kv_heads, stop), needed(pattern, n, stop, start, batch, heads, kv_heads))
+        assert torch.equal(
+            cached_keys(cache, batch, kv_heads, stop), live_keys(pattern, n, stop, start, batch, heads, kv_heads)
+        )
         out, lse = fl.decode(q[:, :, start:stop], cache, return_lse=True)
-        true_out, true_lse = uncached(q, k, v, pattern, n, start, stop)
+        true_out, true_lse = reference(q, k, v, pattern, n, start, stop)
         torch.testing.assert_close(out.double(), true_out, atol=2e-6, rtol=2e-6)
         torch.testing.assert_close(lse.double(), true_lse, atol=2e-6, rtol=2e-6)
         last = fl.decode(q[:, :, stop - 1 : stop], cache)
@@ -90,8 +92,8 @@ def tensors(n: int, heads: int, kv_heads: int, dim: int = 8, batch: int = 1, dty
     return [x.to(dtype) for x in drawn]
 
 
-def generated(cache: fl.KVCache, q: Tensor, k: Tensor, v: Tensor, prompt: int) -> Tensor:
-    """Every row, the prompt in one piece and the rest token by token."""
+def decode_all(cache: fl.KVCache, q: Tensor, k: Tensor, v: Tensor, prompt: int) -> Tensor:
+    """Every row: the prompt as one append, the rest token by token."""
     cache.append(k[:, :, :prompt], v[:, :, :prompt])
     out = [fl.decode(q[:, :, :prompt], cache)]
     for t in range(prompt, q.shape[2]):
@@ -100,17 +102,17 @@ def generated(cache: fl.KVCache, q: Tensor, k: Tensor, v: Tensor, prompt: int) -
     return torch.cat(out, 2)
 
 
-def relative(found: Tensor, true: Tensor, size: Tensor) -> float:
-    """The error as a share of the whole output's norm, or, where that is more, of what a row adds up, `size` = Σ p |v|."""
-    error = found.double() - true
-    return max(float(error.norm() / true.norm()), float((error.norm(dim=-1) / size.norm(dim=-1).clamp(min=1e-30)).max()))
+def relative_error(actual: Tensor, expected: Tensor, size: Tensor) -> float:
+    """The larger of the whole output's relative error and the largest row error relative to `size` = Σ p |v|."""
+    error = actual.double() - expected
+    return max(float(error.norm() / expected.norm()), float((error.norm(dim=-1) / size.norm(dim=-1).clamp(min=1e-30)).max()))
 
 
 STEPS = 2000
-SINK = fl.seen_by_all([0])  # so that every row sees something
+SINK = fl.seen_by_all([0])  # so that no row is empty
 LONG = {
     "streaming": (fl.presets.streaming(4, 128), 132),
-    "window and a lighthouse": (fl.causal() & (fl.window(64) | fl.global_tokens([0, 7])), 67),
+    "window and global tokens": (fl.causal() & (fl.window(64) | fl.global_tokens([0, 7])), 67),
     "dilated": (fl.causal() & (fl.window(16, dilation=8) | SINK), 130),
     "strided": (fl.causal() & (fl.window(15, 0) | fl.strided(64)), STEPS),
     "fixed": (fl.presets.sparse_transformer(64, "fixed"), 94),
@@ -124,43 +126,43 @@ LONG = {
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_two_thousand_steps_are_those_without_a_cache(name: str) -> None:
+def test_two_thousand_steps_equal_attention_without_a_cache(name: str) -> None:
     pattern, kept = LONG[name]
     length = STEPS if name == "random" else None
     cache = fl.KVCache(pattern, max_length=length)
     q, k, v = tensors(STEPS, 2, 2)
-    found = generated(cache, q, k, v, prompt=100)
-    (true, _), (size, _) = (uncached(q, k, x, pattern, STEPS, 0, STEPS) for x in (v, v.abs()))
-    assert relative(found, true, size) <= 1e-6
+    out = decode_all(cache, q, k, v, prompt=100)
+    (true, _), (size, _) = (reference(q, k, x, pattern, STEPS, 0, STEPS) for x in (v, v.abs()))
+    assert relative_error(out, true, size) <= 1e-6
     assert cache.length == STEPS
     if kept is not None:
         assert cache.kept <= kept
-        # Memory is what is kept, not what was ever seen: 2 tensors of 2 heads in float32, and a little room.
+        # Bytes are bounded by the kept keys, not by the text: 2 tensors of 2 heads in float32, and slack.
         assert cache.nbytes <= 1.3 * (kept + 16) * (2 * 2 * 8 * 4 + 34)
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_steps_are_those_without_a_cache() -> None:
+def test_a_hundred_thousand_steps_equal_attention_without_a_cache() -> None:
     steps, pattern = 100_000, fl.presets.streaming(4, 1024)
     q, k, v = tensors(steps, 2, 1, dim=16)
     cache = fl.KVCache(pattern)
-    found = generated(cache, q, k, v, prompt=1)
+    out = decode_all(cache, q, k, v, prompt=1)
     true, size = (fl.attention(q.double(), k.double(), x.double(), pattern, backend="torch") for x in (v, v.abs()))
     assert isinstance(true, Tensor)
     assert isinstance(size, Tensor)
-    assert relative(found, true, size) <= 1e-6
+    assert relative_error(out, true, size) <= 1e-6
     assert cache.kept == 1028
 
 
-def test_heads_with_other_windows_hold_no_more_than_their_own() -> None:
+def test_heads_with_different_windows_keep_their_own_lengths() -> None:
     cache = fl.KVCache(fl.per_head([fl.window(7, 0)] * 3 + [fl.window(499, 0)]))
     q, k, v = tensors(1000, 4, 4)
-    generated(cache, q, k, v, prompt=900)
+    decode_all(cache, q, k, v, prompt=900)
     assert (cache.positions >= 0).sum(-1).tolist() == [[8, 8, 8, 500]]
     assert cache.nbytes < 1.3 * (3 * 8 + 500 + 60) * 2 * 8 * 4 + 9000
 
 
-def test_what_is_visible_at_once_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_query_that_sees_every_slot_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     from farlight.decoding import decode
 
     def never(*args: object) -> Tensor:
@@ -177,7 +179,7 @@ def test_what_is_visible_at_once_needs_no_mask(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pattern", [fl.presets.streaming(2, 40), fl.causal() & fl.strided(5)], ids=["all seen", "a few seen"])
-def test_every_type_and_grouped_queries(dtype: torch.dtype, pattern: Pattern) -> None:
+def test_dtypes_and_grouped_queries(dtype: torch.dtype, pattern: Pattern) -> None:
     q, k, v = tensors(150, 4, 2, dim=16, batch=2, dtype=dtype)
     cache = fl.KVCache(pattern, heads=4)
     cache.append(k[:, :, :100], v[:, :, :100])
@@ -188,7 +190,7 @@ def test_every_type_and_grouped_queries(dtype: torch.dtype, pattern: Pattern) ->
     cache.append(k[:, :, 149:], v[:, :, 149:])
     out, lse = fl.decode(q[:, :, 149:], cache, return_lse=True)
     plain = fl.decode(q[:, :, 149:], cache)
-    true, true_lse = uncached(q, k, v, pattern, 150, 149, 150)
+    true, true_lse = reference(q, k, v, pattern, 150, 149, 150)
     assert out.dtype == plain.dtype == dtype
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     close = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
@@ -197,7 +199,7 @@ def test_every_type_and_grouped_queries(dtype: torch.dtype, pattern: Pattern) ->
     torch.testing.assert_close(lse.double(), true_lse, atol=max(2e-6, close / 10), rtol=1e-6)
 
 
-def test_the_scale_is_taken_as_given() -> None:
+def test_scale() -> None:
     q, k, v = tensors(20, 2, 2)
     cache = fl.KVCache(fl.causal())
     cache.append(k, v)
@@ -207,13 +209,13 @@ def test_the_scale_is_taken_as_given() -> None:
 
 
 def test_texts_of_different_lengths_each_keep_their_own_positions() -> None:
-    """A batch is its items: padded on either side, in prompts and between, each as if it were alone."""
+    """A padded batch equals its items one by one: padding on either side, in prompts and between."""
     pattern = fl.presets.streaming(2, 5)
     q, k, v = tensors(240, 2, 1, batch=3)
     generator = torch.Generator().manual_seed(1)
     together = fl.KVCache(pattern, heads=2)
     alone = [fl.KVCache(pattern, heads=2) for _ in range(3)]
-    for start, stop in pieces(240, iter([200, *[9, 1, 1, 3, 1] * 3])):
+    for start, stop in chunks(240, iter([200, *[9, 1, 1, 3, 1] * 3])):
         real = torch.rand(3, stop - start, generator=generator) < 0.7
         together.append(k[:, :, start:stop], v[:, :, start:stop], real=real)
         out, lse = fl.decode(q[:, :, start:stop], together, return_lse=True)
@@ -230,7 +232,7 @@ def test_texts_of_different_lengths_each_keep_their_own_positions() -> None:
     assert together.lengths == [cache.length for cache in alone]
 
 
-def test_batch_items_can_be_chosen_repeated_and_reordered() -> None:
+def test_select_repeats_and_reorders_batch_items() -> None:
     pattern = fl.presets.streaming(1, 6)
     q, k, v = tensors(30, 2, 2, batch=3)
     order = [2, 0, 2]
@@ -254,7 +256,7 @@ def test_batch_items_can_be_chosen_repeated_and_reordered() -> None:
     assert fl.decode(q[1:2, :, 20:21], dozen).shape == (1, 2, 1, 8)
 
 
-def test_a_long_prompt_gives_its_memory_back() -> None:
+def test_forget_frees_the_memory_of_a_long_prompt() -> None:
     q, k, v = tensors(5000, 2, 2)
     cache = fl.KVCache(fl.presets.streaming(4, 100))
     cache.append(k, v)
@@ -267,7 +269,7 @@ def test_a_long_prompt_gives_its_memory_back() -> None:
         fl.decode(q[:, :, -1:], cache)
 
 
-def test_the_tensors_given_are_copied() -> None:
+def test_appended_tensors_are_copied() -> None:
     q, k, v = tensors(10, 2, 2)
     cache = fl.KVCache(fl.causal())
     cache.append(k, v)
@@ -307,7 +309,7 @@ def test_no_token_and_no_query() -> None:
         cache.append(k, v)
         out, lse = fl.decode(q[:, :, :0], cache, return_lse=True)
         assert (out.shape, lse.shape) == ((1, 2, 0, 8), (1, 2, 0))
-        torch.testing.assert_close(fl.decode(q, cache).double(), uncached(q, k, v, pattern, 5, 0, 5)[0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(fl.decode(q, cache).double(), reference(q, k, v, pattern, 5, 0, 5)[0], atol=1e-6, rtol=1e-5)
 
 
 def test_rows_that_see_nothing() -> None:
@@ -331,11 +333,11 @@ ROUTERS = {
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_routers_choose_as_they_do_over_all_keys(name: str) -> None:
+def test_routers_choose_as_over_all_keys(name: str) -> None:
     router = ROUTERS[name]
     q, k, v = tensors(160, 4, 2)
     cache = fl.KVCache(router, heads=4)
-    for start, stop in pieces(160, iter([70, 3, 1, 1, 65, *[1] * 20])):
+    for start, stop in chunks(160, iter([70, 3, 1, 1, 65, *[1] * 20])):
         cache.append(k[:, :, start:stop], v[:, :, start:stop])
         rows = q[:, :, start:stop]
         out, lse = fl.decode(rows, cache, return_lse=True)
@@ -364,7 +366,7 @@ def test_a_router_reads_summaries_and_not_the_keys(monkeypatch: pytest.MonkeyPat
 
 
 class Errors:
-    """Calls that cannot be right, and what is said about them."""
+    """Caches for the calls of BAD."""
 
     @staticmethod
     def cache(**options: object) -> fl.KVCache:
@@ -420,20 +422,20 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_right_is_said(name: str) -> None:
+def test_error(name: str) -> None:
     call, why = BAD[name]
     with pytest.raises((fl.ArgumentError, fl.PatternError), match=why):
         call()
 
 
-def test_a_pattern_that_differs_by_head_must_know_the_heads() -> None:
+def test_a_pattern_that_differs_by_head_requires_the_number_of_heads() -> None:
     cache = fl.KVCache(fl.random_keys(2, causal=True))
     cache.append(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8))
     with pytest.raises(fl.ArgumentError, match=r"q has 4 heads, but the cache was made for 2.*KVCache\(pattern, heads=4\)"):
         fl.decode(torch.zeros(1, 4, 1, 8), cache)
 
 
-def test_items_with_tables_of_their_own_cannot_change_places() -> None:
+def test_items_with_their_own_tables_cannot_be_reordered() -> None:
     cache = fl.KVCache(fl.causal() & fl.padding([3, 2]))
     cache.append(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8))
     cache.select([0, 1])
@@ -446,37 +448,37 @@ SQUARE = [case for case in CASES if case.n_q == case.n_k and case.q_offset in (N
 
 @pytest.mark.parametrize("case", SQUARE, ids=str)
 def test_the_shared_cases(case: Case) -> None:
-    """Most of the text as a prompt, then a piece, then the last tokens one by one."""
-    given, n = inputs(case), case.n_q
-    q, k, v = given.q * case.scale_value * case.head_dim**0.5, given.k, given.v
+    """Most of the text as a prompt, then a chunk, then the last tokens one by one."""
+    operands, n = inputs(case), case.n_q
+    q, k, v = operands.q * case.scale_value * case.head_dim**0.5, operands.k, operands.v
     cache = fl.KVCache(case.pattern, max_length=n, heads=case.heads)
-    for start, stop in pieces(n, iter([max(1, n - 9), 5, 1, 1, 1, 1])):
+    for start, stop in chunks(n, iter([max(1, n - 9), 5, 1, 1, 1, 1])):
         cache.append(k[:, :, start:stop], v[:, :, start:stop])
-        expected = needed(case.pattern, n, stop, start, case.batch, case.heads, case.kv_heads)
-        assert torch.equal(held(cache, case.batch, case.kv_heads, stop), expected)
+        expected = live_keys(case.pattern, n, stop, start, case.batch, case.heads, case.kv_heads)
+        assert torch.equal(cached_keys(cache, case.batch, case.kv_heads, stop), expected)
         out, lse = fl.decode(q[:, :, start:stop], cache, return_lse=True)
-        true, true_lse = uncached(q, k, v, case.pattern, n, start, stop)
-        # Rounding of large scores is rounding of the exponents.
+        true, true_lse = reference(q, k, v, case.pattern, n, start, stop)
+        # The rounding error of a large score is an absolute error of its exponent.
         close = 3e-6 * max(1.0, abs(case.scale_value) * case.head_dim**0.5)
         torch.testing.assert_close(out.double(), true, atol=close, rtol=close)
         torch.testing.assert_close(lse.double(), true_lse, atol=close, rtol=close)
 
 
 @pytest.mark.parametrize("early", [1, 0])
-def test_the_checks_see_a_key_that_is_forgotten_too_early(monkeypatch: pytest.MonkeyPatch, early: int) -> None:
-    """The tests above can fail: a rule that is wrong by one token shows in what is kept and in the answers."""
-    right = rule.last_use
+def test_the_checks_detect_a_key_that_is_evicted_too_early(monkeypatch: pytest.MonkeyPatch, early: int) -> None:
+    """The checks above can fail: a last use that is wrong by one token shows in the kept keys and in the outputs."""
+    right = rules.last_use
 
-    def wrong(*given: Any) -> LastUse:
-        found = right(*given)
-        return LastUse(torch.where(found.last < FOREVER, found.last - early, found.last), found.unbroken)
+    def wrong(*arguments: Any) -> LastUse:
+        use = right(*arguments)
+        return LastUse(torch.where(use.last < FOREVER, use.last - early, use.last), use.unbroken)
 
-    monkeypatch.setattr(rule, "last_use", wrong)
+    monkeypatch.setattr(rules, "last_use", wrong)
     pattern = fl.presets.streaming(2, 20)
     q, k, v = tensors(100, 2, 2)
     cache = fl.KVCache(pattern)
-    found = generated(cache, q, k, v, prompt=50)
-    true, _ = uncached(q, k, v, pattern, 100, 0, 100)
-    agree = torch.equal(held(cache, 1, 2, 100), needed(pattern, 200, 100, 99, 1, 2, 2))
+    out = decode_all(cache, q, k, v, prompt=50)
+    true, _ = reference(q, k, v, pattern, 100, 0, 100)
+    agree = torch.equal(cached_keys(cache, 1, 2, 100), live_keys(pattern, 200, 100, 99, 1, 2, 2))
     assert agree == (early == 0)
-    assert (float((found.double() - true).abs().max()) < 1e-5) == (early == 0)
+    assert (float((out.double() - true).abs().max()) < 1e-5) == (early == 0)

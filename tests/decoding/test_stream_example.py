@@ -1,4 +1,4 @@
-"""examples/stream.py runs, can be cut into pieces, and writes its record, table and picture."""
+"""examples/stream.py runs, resumes where it stopped, and writes its record, table and figure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "stream.py"
 
 
-def test_the_stream_runs_and_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stream_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("stream", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""The future never matters, and one token at a time chooses what the parallel pass chose: for every causal router."""
+"""Causal routers: later tokens change no earlier row, and token-by-token routing gives the rows of the parallel pass."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def changed(x: Tensor, t: int, factor: float) -> Tensor:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ROUTERS)
-def test_the_future_does_not_choose(name: str, masked: bool) -> None:
+def test_later_tokens_change_no_earlier_row(name: str, masked: bool) -> None:
     q, k, v = tensors()
     mask = torch.arange(N) >= torch.tensor([[0], [9]]) if masked else None
     pattern = ROUTERS[name]()(q, k, key_mask=mask)
@@ -65,13 +65,13 @@ def test_the_future_does_not_choose(name: str, masked: bool) -> None:
     for t in (0, 3, 4, 13, 19, N - 2):
         for factor in (1.0, 1e4):
             q2, k2, v2 = (changed(x, t, factor) for x in (q, k, v))
-            other = ROUTERS[name]()(q2, k2, key_mask=mask)
-            assert torch.equal(dense(other, N, N)[:, :, : t + 1], before[:, :, : t + 1])
-        torch.testing.assert_close(fl.attention(q2, k2, v2, other)[:, :, : t + 1], out[:, :, : t + 1])
+            pattern2 = ROUTERS[name]()(q2, k2, key_mask=mask)
+            assert torch.equal(dense(pattern2, N, N)[:, :, : t + 1], before[:, :, : t + 1])
+        torch.testing.assert_close(fl.attention(q2, k2, v2, pattern2)[:, :, : t + 1], out[:, :, : t + 1])
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_token_by_token_is_the_parallel_pass(name: str) -> None:
+def test_token_by_token_equals_the_parallel_pass(name: str) -> None:
     q, k, v = tensors()
     router = ROUTERS[name]().eval()
     whole = router(q, k)
@@ -80,18 +80,18 @@ def test_token_by_token_is_the_parallel_pass(name: str) -> None:
         first = t
         if isinstance(router, TopBlocks):
             first = t // router.query_block * router.query_block  # the query that decides for its block
-        now = (q[:, :, first : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
-        step = router(*now[:2])
+        step_qkv = (q[:, :, first : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
+        step = router(*step_qkv[:2])
         assert torch.equal(dense(step, t + 1 - first, t + 1)[:, :, -1], seen[:, :, t, : t + 1])
         if t % 7 == 0:
-            torch.testing.assert_close(fl.attention(*now, step)[:, :, -1], out[:, :, t])
+            torch.testing.assert_close(fl.attention(*step_qkv, step)[:, :, -1], out[:, :, t])
 
 
 @pytest.mark.parametrize("levels", [1, 3])
-def test_gist_and_gate_keep_to_the_past(levels: int) -> None:
+def test_gist_and_gated_attention_are_causal(levels: int) -> None:
     q, k, v = tensors(dtype=torch.float64)
 
-    def listen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         pattern = TopBlocks(2, 4, causal=True)(q, k) | fl.window(2, 0)
         gist = gist_attention(q, k, v, pattern, block=4, levels=levels, causal=True)
         gate = gated_attention(q, k, v, pattern, q[..., :2], k[..., :2])
@@ -99,18 +99,18 @@ def test_gist_and_gate_keep_to_the_past(levels: int) -> None:
         assert isinstance(gate, Tensor)
         return gist, gate
 
-    before = listen(q, k, v)
+    before = run(q, k, v)
     for t in (0, 4, 18, 30):
-        after = listen(*(changed(x, t, 10.0) for x in (q, k, v)))
-        prefix = listen(*(x[:, :, : t + 1] for x in (q, k, v)))
-        step = listen(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
-        for one, other, short, last in zip(before, after, prefix, step, strict=True):
-            torch.testing.assert_close(other[:, :, : t + 1], one[:, :, : t + 1])
-            torch.testing.assert_close(short, one[:, :, : t + 1])
-            torch.testing.assert_close(last[:, :, 0], one[:, :, t])
+        after = run(*(changed(x, t, 10.0) for x in (q, k, v)))
+        prefix = run(*(x[:, :, : t + 1] for x in (q, k, v)))
+        step = run(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
+        for whole_out, changed_out, prefix_out, step_out in zip(before, after, prefix, step, strict=True):
+            torch.testing.assert_close(changed_out[:, :, : t + 1], whole_out[:, :, : t + 1])
+            torch.testing.assert_close(prefix_out, whole_out[:, :, : t + 1])
+            torch.testing.assert_close(step_out[:, :, 0], whole_out[:, :, t])
 
 
-def test_native_sparse_attention_keeps_to_the_past() -> None:
+def test_native_sparse_attention_is_causal() -> None:
     torch.manual_seed(1)
     layer = NativeSparseAttention(24, 4, kv_heads=2, compress=6, stride=3, block=6, count=4, window=4).double()
     x = torch.randn(2, N, 24, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What routers keep and compare stays in float32 at least, whatever the model around them is cast to."""
+"""Centroids and router scores are float32 at least, in models cast to 16 bits and under autocast."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_default_dtype_of_16_bits_leaves_centroids_in_float32() -> None:
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_state_goes_round_and_is_widened(assign: bool) -> None:
+def test_state_dict_round_trips_and_is_widened(assign: bool) -> None:
     router, other = KMeans(2, 8, 3, seed=1), KMeans(2, 8, 3, seed=2).bfloat16()
     other.load_state_dict(router.state_dict(), assign=assign)
     torch.testing.assert_close(other.centroids, router.centroids, rtol=0, atol=0)
@@ -63,14 +63,14 @@ def test_state_goes_round_and_is_widened(assign: bool) -> None:
     assert narrow["centroids"].dtype == torch.bfloat16
 
 
-def test_a_buffer_that_a_loader_replaced_is_widened_at_the_next_call() -> None:
+def test_a_replaced_buffer_is_widened_at_the_next_call() -> None:
     router = KMeans(2, 8, 3)
     router.centroids = router.centroids.bfloat16()
     router(tokens(), tokens())
     assert router.centroids.dtype == torch.float32
 
 
-def test_other_devices_and_wider_types_are_followed() -> None:
+def test_casts_to_devices_and_wider_dtypes_apply() -> None:
     assert KMeans(2, 8, 3).double().centroids.dtype == torch.float64
     assert KMeans(2, 8, 3).double().float().centroids.dtype == torch.float32
     on_meta = KMeans(2, 8, 3).to("meta", torch.bfloat16).centroids
@@ -87,7 +87,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
 
 
 @pytest.mark.parametrize("make", ROUTERS.values(), ids=ROUTERS.keys())
-def test_autocast_does_not_round_what_is_compared(make: Callable[[], Router]) -> None:
+def test_autocast_does_not_round_scores(make: Callable[[], Router]) -> None:
     router, q, k = make(), tokens(seed=3), tokens(seed=4)
     plain = router(q, k).dense(600, heads=2)
     with torch.autocast("cpu", torch.bfloat16):

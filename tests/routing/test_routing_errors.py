@@ -1,4 +1,4 @@
-"""What a wrong call of a router says: one row for each place that raises, the whole text."""
+"""Error messages of routers: one row for each place that raises, with the full text."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ TABLE: list[tuple[Callable[[], object], type[FarlightError], str]] = [
     (
         lambda: KMeans(4, 2, 3, shared=True)(Q, K[:, :, :5]),
         ArgumentError,
-        "KMeans(shared=True): 8 queries, but 5 keys: a query takes the room of the key at its position; use shared=False where "
-        "queries come from another text.",
+        "KMeans(shared=True): 8 queries, but 5 keys: a query takes the cluster of the key at its position; use shared=False "
+        "where queries come from another text.",
     ),
     (lambda: LSH(1), PatternError, "LSH: buckets = 1: it must be a whole number >= 2."),
     (lambda: LSH(3), ArgumentError, "LSH: buckets = 3 is odd; a rotated axis gives two buckets, so pass an even number."),

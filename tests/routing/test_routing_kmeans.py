@@ -1,4 +1,4 @@
-"""`KMeans` against the definition in plain loops; its learning; its state; two ranks that learn as one."""
+"""`KMeans` against its definition in plain loops; centroid updates; state; two ranks against one."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def cosine(mu: Tensor, x: Tensor) -> float:
     return float(mu.double() @ x.double() / x.double().norm())
 
 
-def closest(router: KMeans, h: int, x: Tensor) -> int:
+def nearest_label(router: KMeans, h: int, x: Tensor) -> int:
     scores = [cosine(mu, x) for mu in router.centroids[h]]
     return scores.index(max(scores))
 
 
-def held(router: KMeans, h: int, tokens: Tensor, real: list[bool], w: int) -> list[set[int]]:
-    """For each room the w real tokens of the largest cosine."""
+def top_members(router: KMeans, h: int, tokens: Tensor, real: list[bool], w: int) -> list[set[int]]:
+    """For each cluster the w real tokens of the largest cosine."""
     out = []
     for mu in router.centroids[h]:
         order = sorted((t for t in range(len(tokens)) if real[t]), key=lambda t: -cosine(mu, tokens[t]))
@@ -38,7 +38,7 @@ def held(router: KMeans, h: int, tokens: Tensor, real: list[bool], w: int) -> li
     return out
 
 
-def brute(router: KMeans, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+def reference(router: KMeans, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """The class's formulas, one pair at a time."""
     batch, heads, n_q, _ = q.shape
     n_k, group, w = k.shape[2], heads // k.shape[1], router.per_cluster
@@ -51,31 +51,35 @@ def brute(router: KMeans, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
             keys = k[b, h // group]
             queries = keys[offset:] if router.shared else q[b, h]
             if w is not None and not router.causal:
-                rooms_k = held(router, h, keys, k_real, w)
-                rooms_q = (
-                    [{t - offset for t in room} for room in rooms_k] if router.shared else held(router, h, queries, q_real, w)
+                key_members = top_members(router, h, keys, k_real, w)
+                query_members = (
+                    [{t - offset for t in members} for members in key_members]
+                    if router.shared
+                    else top_members(router, h, queries, q_real, w)
                 )
-                for of_q, of_k in zip(rooms_q, rooms_k, strict=True):
-                    for i in of_q:
-                        for j in of_k:
+                for query_ids, key_ids in zip(query_members, key_members, strict=True):
+                    for i in query_ids:
+                        for j in key_ids:
                             if 0 <= i:
                                 out[b, h, i, j] = True
                 continue
-            room_k = [closest(router, h, x) if real else -1 for x, real in zip(keys, k_real, strict=True)]
-            room_q = [closest(router, h, x) if real else -1 for x, real in zip(queries, q_real, strict=True)]
+            key_label = [nearest_label(router, h, x) if real else -1 for x, real in zip(keys, k_real, strict=True)]
+            query_label = [nearest_label(router, h, x) if real else -1 for x, real in zip(queries, q_real, strict=True)]
             for i in range(n_q):
-                mine = [j for j in range(n_k) if room_k[j] == room_q[i] >= 0 and (not router.causal or j <= i + offset)]
-                for j in mine if w is None else mine[-w:]:
+                allowed = [
+                    j for j in range(n_k) if key_label[j] == query_label[i] >= 0 and (not router.causal or j <= i + offset)
+                ]
+                for j in allowed if w is None else allowed[-w:]:
                     out[b, h, i, j] = True
     return out
 
 
-def agrees(pattern: fl.Pattern, wanted: Tensor) -> None:
-    batch, heads, n_q, n_k = wanted.shape
-    assert torch.equal(pattern.dense(n_q, n_k, batch=batch, heads=heads).expand(wanted.shape), wanted)
+def assert_allows(pattern: fl.Pattern, expected: Tensor) -> None:
+    batch, heads, n_q, n_k = expected.shape
+    assert torch.equal(pattern.dense(n_q, n_k, batch=batch, heads=heads).expand(expected.shape), expected)
     planned = fl.plan(pattern, n_q, n_k, batch=batch, heads=heads)
     planned.check()
-    assert torch.equal(planned.dense(), wanted)
+    assert torch.equal(planned.dense(), expected)
 
 
 MASK = torch.arange(29) < torch.tensor([[29], [17]])
@@ -85,11 +89,11 @@ MASK = torch.arange(29) < torch.tensor([[29], [17]])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("per_cluster", [None, 1, 6, 50])
-def test_is_the_definition(per_cluster: int | None, causal: bool, shared: bool, masked: bool) -> None:
+def test_matches_the_definition(per_cluster: int | None, causal: bool, shared: bool, masked: bool) -> None:
     q, k = tensors()
     router = KMeans(4, 5, 3, per_cluster=per_cluster, causal=causal, shared=shared, seed=1).eval()
     mask = MASK if masked else None
-    agrees(router(q, k, key_mask=mask), brute(router, q, k, mask))
+    assert_allows(router(q, k, key_mask=mask), reference(router, q, k, mask))
 
 
 @pytest.mark.parametrize("per_cluster", [None, 4])
@@ -97,10 +101,10 @@ def test_more_queries_than_keys(per_cluster: int | None) -> None:
     q, k = tensors(n_q=31, n_k=13)
     for causal in (False, True):
         router = KMeans(4, 5, 3, per_cluster=per_cluster, causal=causal).eval()
-        agrees(router(q, k), brute(router, q, k, None))
+        assert_allows(router(q, k), reference(router, q, k, None))
 
 
-def test_masks_of_another_text() -> None:
+def test_query_mask_of_another_text() -> None:
     q, k = tensors()
     router = KMeans(4, 5, 3).eval()
     every = torch.ones(2, 23, dtype=torch.bool)
@@ -108,13 +112,13 @@ def test_masks_of_another_text() -> None:
     assert torch.equal(apart, router(q, k).dense(23, 29, batch=2, heads=4) & MASK[:, None, None])
 
 
-def test_many_rooms_share_words_of_bits() -> None:
+def test_more_clusters_than_bits_in_a_word() -> None:
     q, k = tensors(n_q=29)
     router = KMeans(4, 5, 130, per_cluster=3).eval()
-    agrees(router(q, k), brute(router, q, k, None))
+    assert_allows(router(q, k), reference(router, q, k, None))
 
 
-def test_rooms_of_one_token_each_are_clusters() -> None:
+def test_balanced_clusters_without_overlap_are_plain_clusters() -> None:
     """Where nothing overlaps, the balanced form is the plain one."""
     x = torch.eye(4).repeat(1, 1, 3, 1)
     plain, balanced = KMeans(1, 4, 4).eval(), KMeans(1, 4, 4, per_cluster=3).eval()
@@ -123,8 +127,8 @@ def test_rooms_of_one_token_each_are_clusters() -> None:
     assert torch.equal(plain(x, x).dense(12), balanced(x, x).dense(12))
 
 
-# ---- learning --------------------------------------------------------------------------------------------------------
-def test_moving_average_is_the_formula() -> None:
+# ---- updates ---------------------------------------------------------------------------------------------------------
+def test_moving_average_matches_the_formula() -> None:
     q, k = tensors()
     router = KMeans(4, 5, 3, decay=0.9).fit(q, k)
     before = router.centroids.clone()
@@ -134,22 +138,22 @@ def test_moving_average_is_the_formula() -> None:
         for c in range(3):
             members = [x / x.norm() for b in range(2) for x, at in zip(q[b, h], query[b, h], strict=True) if at == c]
             members += [x / x.norm() for b in range(2) for x, at in zip(k[b, h // 2], key[b, h], strict=True) if at == c]
-            wanted = before[h, c]
+            expected = before[h, c]
             if members:
-                wanted = 0.9 * before[h, c] + 0.1 * torch.stack(members).mean(0)
-                wanted = wanted / wanted.norm()
-            torch.testing.assert_close(router.centroids[h, c], wanted)
+                expected = 0.9 * before[h, c] + 0.1 * torch.stack(members).mean(0)
+                expected = expected / expected.norm()
+            torch.testing.assert_close(router.centroids[h, c], expected)
     assert not torch.equal(before, router.centroids)
 
 
-def test_a_choice_comes_before_the_step_it_causes() -> None:
+def test_centroids_are_updated_after_the_choice() -> None:
     q, k = tensors()
     router, still = KMeans(4, 5, 3, decay=0.5), KMeans(4, 5, 3).eval()
     assert router(q, k) == still(q, k)
     assert not torch.equal(router.centroids, still.centroids)
 
 
-def test_only_training_moves_centroids_and_no_gradient_does() -> None:
+def test_only_training_mode_updates_centroids_and_no_gradient_does() -> None:
     q, k = tensors()
     q.requires_grad_()
     router = KMeans(4, 5, 3).fit(q, k)
@@ -179,7 +183,7 @@ def test_fewer_tokens_than_centroids() -> None:
     torch.testing.assert_close(router.centroids.norm(dim=-1), torch.ones(4, 8))
 
 
-def test_commitment_is_the_mean_squared_distance_and_reaches_the_tokens() -> None:
+def test_commitment_is_the_mean_squared_distance_with_token_gradients() -> None:
     q, k = (x.double().requires_grad_() for x in tensors())
     router = KMeans(4, 5, 3).double().fit(q, k)
     loss = router.commitment(q, k, key_mask=MASK)
@@ -231,7 +235,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_learn_as_one(tmp_path: Path) -> None:
+def test_two_ranks_update_as_one_process(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first["centroids"], second["centroids"])

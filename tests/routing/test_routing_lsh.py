@@ -1,4 +1,4 @@
-"""`LSH` against the definition in plain loops."""
+"""`LSH` against its definition in plain loops."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ def tensors(n_q: int = 23, n_k: int = 29, batch: int = 2, heads: int = 4, kv: in
     return torch.randn(batch, heads, n_q, dim, generator=g), torch.randn(batch, kv, n_k, dim, generator=g)
 
 
-def bucket(turn: Tensor, x: Tensor) -> int:
+def bucket(rotation: Tensor, x: Tensor) -> int:
     """argmax [xR; -xR]."""
-    turned = [float(x.double() @ column) for column in turn.T]
-    both = turned + [-t for t in turned]
+    rotated = [float(x.double() @ column) for column in rotation.T]
+    both = rotated + [-t for t in rotated]
     return both.index(max(both))
 
 
-def brute(router: LSH, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+def reference(router: LSH, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     batch, heads, n_q, dim = q.shape
     n_k, group = k.shape[2], heads // k.shape[1]
     offset = n_k - n_q
-    turn = rotations(router.seed, router.rounds, heads, dim, router.buckets // 2)
+    rotation = rotations(router.seed, router.rounds, heads, dim, router.buckets // 2)
     out = torch.zeros(batch, heads, n_q, n_k, dtype=torch.bool)
     for b in range(batch):
         for h in range(heads):
             for r in range(router.rounds):
-                of_k = [bucket(turn[r, h], x) for x in k[b, h // group]]
-                of_q = of_k[offset:] if router.shared else [bucket(turn[r, h], x) for x in q[b, h]]
+                of_k = [bucket(rotation[r, h], x) for x in k[b, h // group]]
+                of_q = of_k[offset:] if router.shared else [bucket(rotation[r, h], x) for x in q[b, h]]
                 for i in range(n_q):
                     for j in range(n_k):
                         real = mask is None or bool(mask[b, j] & mask[b, i + offset])
@@ -46,15 +46,15 @@ def brute(router: LSH, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("buckets, rounds", [(2, 1), (6, 1), (6, 3)])
-def test_is_the_definition(buckets: int, rounds: int, causal: bool, shared: bool, masked: bool) -> None:
+def test_matches_the_definition(buckets: int, rounds: int, causal: bool, shared: bool, masked: bool) -> None:
     q, k = tensors()
     router = LSH(buckets, rounds, seed=2**33 + 7, causal=causal, shared=shared)
     mask = torch.arange(29) < torch.tensor([[29], [17]]) if masked else None
-    pattern, wanted = router(q, k, key_mask=mask), brute(router, q, k, mask)
-    assert torch.equal(pattern.dense(23, 29, batch=2, heads=4), wanted)
+    pattern, expected = router(q, k, key_mask=mask), reference(router, q, k, mask)
+    assert torch.equal(pattern.dense(23, 29, batch=2, heads=4), expected)
     planned = fl.plan(pattern, 23, 29, batch=2, heads=4)
-    assert torch.equal(planned.dense(), wanted)
-    assert planned.pairs == int(wanted.sum())
+    assert torch.equal(planned.dense(), expected)
+    assert planned.pairs == int(expected.sum())
 
 
 def test_rotations_are_normal_and_functions_of_seed_head_and_round() -> None:
@@ -69,7 +69,7 @@ def test_rotations_are_normal_and_functions_of_seed_head_and_round() -> None:
     assert float(torch.corrcoef(rows).fill_diagonal_(0).abs().max()) < 0.15
 
 
-def test_length_does_not_matter_and_opposite_vectors_part() -> None:
+def test_scaled_vectors_share_a_bucket_and_opposite_ones_do_not() -> None:
     q, k = tensors()
     router = LSH(8, 2)
     assert router(q, k) == router(4 * q, 0.5 * k)

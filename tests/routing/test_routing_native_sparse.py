@@ -13,7 +13,7 @@ def softmax(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return (keys @ q * q.numel() ** -0.5).softmax(0) @ values if len(keys) else torch.zeros_like(q)
 
 
-def by_the_book(layer: NativeSparseAttention, x: Tensor) -> Tensor:
+def reference(layer: NativeSparseAttention, x: Tensor) -> Tensor:
     batch, n, width = x.shape
     heads, kv, dim = layer.heads, layer.kv_heads, layer.head_dim
     group, width_c, d, block = heads // kv, layer.compress, layer.stride, layer.block
@@ -58,16 +58,16 @@ def by_the_book(layer: NativeSparseAttention, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "n, compress, stride, block, count", [(37, 4, 2, 4, 4), (40, 6, 3, 6, 3), (5, 8, 4, 4, 1), (21, 4, 4, 4, 4)]
 )
-def test_is_the_formula(n: int, compress: int, stride: int, block: int, count: int) -> None:
+def test_matches_the_formula(n: int, compress: int, stride: int, block: int, count: int) -> None:
     torch.manual_seed(3)
     layer = NativeSparseAttention(
         24, 4, kv_heads=2, compress=compress, stride=stride, block=block, count=count, window=3
     ).double()
     x = torch.randn(2, n, 24, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), by_the_book(layer, x))
+    torch.testing.assert_close(layer(x), reference(layer, x))
 
 
-def test_every_parameter_learns_and_the_state_round_trips() -> None:
+def test_every_parameter_gets_a_gradient_and_the_state_round_trips() -> None:
     layer = NativeSparseAttention(16, 4, kv_heads=1, compress=4, stride=2, block=4, count=4, window=4)
     x = torch.randn(1, 30, 16)
     layer(x).square().sum().backward()

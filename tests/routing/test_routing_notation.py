@@ -1,4 +1,4 @@
-"""Routers as text, and patterns of routers on their way through gradients and analysis."""
+"""`read_router`; gradients, storage and analysis of the patterns that routers return."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Q, K, V = (torch.randn(2, h, 33, 4, generator=G) for h in (4, 2, 2))
         ("window(2) | global_tokens([0, -1])", fl.window(2) | fl.global_tokens([0, -1])),
     ],
 )
-def test_text_is_the_router(text: str, pattern: fl.Pattern) -> None:
+def test_text_gives_the_router(text: str, pattern: fl.Pattern) -> None:
     assert read_router(text)(Q, K) == pattern
 
 
@@ -42,7 +42,7 @@ ROUTERS = {
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_gradients_and_joins_are_those_of_the_dense_mask(name: str) -> None:
+def test_gradients_and_unions_match_the_dense_mask(name: str) -> None:
     """The pattern goes through the operator as text and tables, alone and united with a window."""
     pattern = ROUTERS[name]()(Q, K) | fl.window(1)
     mask = pattern.dense(33, batch=2, heads=4)
@@ -60,15 +60,15 @@ def test_gradients_and_joins_are_those_of_the_dense_mask(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_what_a_router_answers_can_be_stored(name: str) -> None:
+def test_router_patterns_can_be_stored(name: str) -> None:
     pattern = ROUTERS[name]()(Q, K)
     assert fl.Pattern.from_json(pattern.to_json()) == pattern
     assert fl.parse(repr(pattern)) == pattern
     assert pattern.count(33, batch=2, heads=4) == int(pattern.dense(33, batch=2, heads=4).sum())
 
 
-def test_best_keys_keep_the_most() -> None:
-    """`fl.retention` on a router's answer: the largest scores keep what the best pattern of that size keeps."""
+def test_top_keys_have_the_best_retention() -> None:
+    """`fl.retention` of `TopKeys`: the largest scores keep what the best pattern of that size keeps."""
     from farlight.analysis.loss.retention import retention
 
     found = retention(Q, K, TopKeys(5)(Q, K))
@@ -76,7 +76,7 @@ def test_best_keys_keep_the_most() -> None:
     assert float(found.mass.mean()) > 1.3 * float(retention(Q, K, fl.window(2)).mass.mean())
 
 
-def test_read_routers_show_what_they_are() -> None:
+def test_repr_of_read_routers() -> None:
     assert repr(TopBlocks(share=0.1, causal=True)) == "TopBlocks(share=0.1, block=64, query_block=1, causal=True, score='mean')"
     assert repr(TopKeys(3, causal=True)) == "TopKeys(count=3, causal=True)"
     assert repr(LSH(4, 2, shared=True)) == "LSH(4, 2, seed=0, shared=True)"

@@ -37,7 +37,7 @@ def pick(table: Tensor, b: int, h: int) -> Tensor:
     return table[b % table.shape[0], h % table.shape[1]]
 
 
-def met(query: Tensor, key: Tensor, offset: int) -> Rule:
+def shares_a_label(query: Tensor, key: Tensor, offset: int) -> Rule:
     def rule(b: int, h: int, i: int, j: int) -> bool:
         mine, theirs = pick(query, b, h)[i - offset].tolist(), pick(key, b, h)[j].tolist()
         return any(a == c >= 0 for a, c in zip(mine, theirs if len(theirs) > 1 else theirs * len(mine), strict=True))
@@ -45,7 +45,7 @@ def met(query: Tensor, key: Tensor, offset: int) -> Rule:
     return rule
 
 
-def free(keys: int, block: int, causal: bool, b: int, h: int, i: int, cell: int, level: int) -> bool:
+def is_free(keys: int, block: int, causal: bool, b: int, h: int, i: int, cell: int, level: int) -> bool:
     size, mask = block * 2**level, SEEN.dense(17, keys, batch=2, heads=2)
     inside = range(cell * size, min(keys, (cell + 1) * size))
     if any(bool(mask[b, h, i - (keys - 17), j]) for j in inside):
@@ -55,11 +55,11 @@ def free(keys: int, block: int, causal: bool, b: int, h: int, i: int, cell: int,
     return level == 0 or abs(i // size - cell) > 1
 
 
-def heard(block: int, level: int, levels: int, causal: bool) -> Rule:
+def is_summarised(block: int, level: int, levels: int, causal: bool) -> Rule:
     def rule(b: int, h: int, i: int, j: int) -> bool:
-        if not free(23, block, causal, b, h, i, j, level):
+        if not is_free(23, block, causal, b, h, i, j, level):
             return False
-        return level + 1 == levels or not free(23, block, causal, b, h, i, j // 2, level + 1)
+        return level + 1 == levels or not is_free(23, block, causal, b, h, i, j // 2, level + 1)
 
     return rule
 
@@ -75,13 +75,17 @@ CASES: dict[str, tuple[Pattern, Sizes, Rule]] = {
         Sizes(17, 23, 6, 2, 2),
         lambda b, h, i, j: bool((pick(OF_QUERIES, b, h)[i - 6] & pick(OF_KEYS, b, h)[j]).any()),
     ),
-    "meets": (meets(LABELS), Sizes(23, 23, 0, 2, 2), met(LABELS, LABELS, 0)),
-    "meets of some queries": (meets(Q_LABELS, K_LABELS), Sizes(17, 23, 6, 2, 2), met(Q_LABELS, K_LABELS.clamp(min=-1), 6)),
-    "meets, lists": (meets(LISTS, ONE_LABEL), Sizes(17, 23, 6, 2, 2), met(LISTS, ONE_LABEL, 6)),
+    "meets": (meets(LABELS), Sizes(23, 23, 0, 2, 2), shares_a_label(LABELS, LABELS, 0)),
+    "meets of some queries": (
+        meets(Q_LABELS, K_LABELS),
+        Sizes(17, 23, 6, 2, 2),
+        shares_a_label(Q_LABELS, K_LABELS.clamp(min=-1), 6),
+    ),
+    "meets, lists": (meets(LISTS, ONE_LABEL), Sizes(17, 23, 6, 2, 2), shares_a_label(LISTS, ONE_LABEL, 6)),
     "meets, one round": (
         meets(Q_LABELS[..., :1], K_LABELS[..., :1]),
         Sizes(17, 23, 6, 2, 2),
-        met(Q_LABELS[..., :1], K_LABELS[..., :1], 6),
+        shares_a_label(Q_LABELS[..., :1], K_LABELS[..., :1], 6),
     ),
     "between": (
         between(STARTS, STOPS),
@@ -97,7 +101,7 @@ CASES: dict[str, tuple[Pattern, Sizes, Rule]] = {
         f"unseen {level} of {levels}, {block}{', causal' if causal else ''}": (
             unseen(SEEN, block, 23, level, levels, causal),
             Sizes(17, -(-23 // (block << level)), 6, 2, 2),
-            heard(block, level, levels, causal),
+            is_summarised(block, level, levels, causal),
         )
         for block in (2, 3)
         for levels in (1, 3)
@@ -108,7 +112,7 @@ CASES: dict[str, tuple[Pattern, Sizes, Rule]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_is_the_definition(name: str) -> None:
+def test_matches_the_definition(name: str) -> None:
     pattern, s, rule = CASES[name]
     wanted = torch.zeros(s.batch, s.heads, s.n_q, s.n_k, dtype=torch.bool)
     for b in range(s.batch):
@@ -148,7 +152,7 @@ def test_round_trips(name: str) -> None:
         assert torch.equal(again.dense(s.n_q, s.n_k, **shape), before)
 
 
-def test_each_unseen_block_is_heard_once() -> None:
+def test_each_uncovered_block_is_summarised_once() -> None:
     """Over the levels, every block of which a query sees nothing is covered by exactly one cell."""
     n, block, levels = 96, 2, 5
     pattern = fl.window(3) | fl.random_blocks(2, block=block)
@@ -179,16 +183,16 @@ def test_cost_of_many_levels_is_n_log_n() -> None:
 @pytest.mark.parametrize(
     "router", [LSH(8, 3), LSH(16, 2, causal=True), TopBlocks(5, 8, 1), TopBlocks(5, 8, causal=True)], ids=repr
 )
-def test_no_pair_is_asked(router: Router) -> None:
-    """What earlier terms hold is known by sorting, not by evaluating pairs; and the tiles are dense."""
+def test_planning_evaluates_no_single_pair(router: Router) -> None:
+    """Duplicates between terms are excluded by construction, without evaluating pairs; and the tiles are dense."""
     x = torch.randn(1, 2, 500, 8, generator=torch.Generator().manual_seed(0))
     pattern, sizes = router(x, x), Sizes(500, 500, 0, 1, 2)
     assert not any(Layout(term, sizes, 32).pairwise for term in terms_of(pattern, sizes))
     assert fl.plan(pattern, 500, heads=2).waste < 2
 
 
-def test_a_long_text_of_rooms_is_planned_by_its_pairs() -> None:
-    """2^15 tokens in 2^11 rooms of 32: one pair in a thousand, and no n² anywhere."""
+def test_a_long_text_of_clusters_is_planned_by_its_pairs() -> None:
+    """2^15 tokens in 2^11 clusters of 32: one pair in a thousand, and no n² anywhere."""
     members = torch.zeros(1, 1, 1 << 15, 1 << 11, dtype=torch.bool)
     order = torch.randperm(1 << 15, generator=torch.Generator().manual_seed(0))
     members[0, 0, order, torch.arange(1 << 15) % (1 << 11)] = True

@@ -25,23 +25,25 @@ def tensors(n_q: int = Q, n_k: int = K, batch: int = 2, heads: int = 4, kv: int 
     )
 
 
-def taken(scores: dict[int, float], forced: set[int], own: int, amount: dict[str, float], weight: dict[int, float]) -> set[int]:
-    """The best of the scored, and the forced."""
+def reference_selection(
+    scores: dict[int, float], forced: set[int], num_forced: int, budget: dict[str, float], weight: dict[int, float]
+) -> set[int]:
+    """The forced entries and the best scored ones within the budget."""
     best = sorted(scores, key=lambda c: -scores[c])
-    if "mass" in amount:
+    if "mass" in budget:
         order, total, out = sorted(weight, key=lambda c: -weight[c]), sum(weight.values()), set(forced)
         part = 0.0
         for c in order:
-            if part >= amount["mass"] * total:
+            if part >= budget["mass"] * total:
                 break
             out.add(c)
             part += weight[c]
         return out
-    number = amount.get("count", math.ceil(round(amount.get("share", 0) * (len(scores) + own), 9)))
-    return forced | set(best[: max(0, int(number) - own)])
+    number = budget.get("count", math.ceil(round(budget.get("share", 0) * (len(scores) + num_forced), 9)))
+    return forced | set(best[: max(0, int(number) - num_forced)])
 
 
-def brute_blocks(router: TopBlocks, amount: dict[str, float], q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+def reference_blocks(router: TopBlocks, budget: dict[str, float], q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     batch, heads, n_q, dim = q.shape
     n_k, group, size, block = k.shape[2], heads // k.shape[1], router.query_block, router.block
     offset = n_k - n_q
@@ -59,7 +61,7 @@ def brute_blocks(router: TopBlocks, amount: dict[str, float], q: Tensor, k: Tens
                     continue
                 chief = q[b, h, alive[0]] if router.causal else torch.stack([q[b, h, i] for i in alive]).mean(0)
                 scores, weight, forced = {}, {}, set()
-                own = len({max(0, p) // block for p in range(start, start + size)}) if router.causal else 0
+                num_forced = len({max(0, p) // block for p in range(start, start + size)}) if router.causal else 0
                 for c in range(-(-n_k // block)):
                     keys = [k[b, h // group, j] for j in range(c * block, min(n_k, (c + 1) * block)) if real[j]]
                     if not keys:
@@ -75,20 +77,20 @@ def brute_blocks(router: TopBlocks, amount: dict[str, float], q: Tensor, k: Tens
                         scores[c] = float(torch.maximum(chief * table.amin(0), chief * table.amax(0)).sum())
                     weight[c] = len(keys) * math.exp(scores[c] * dim**-0.5)
                 for i in rows:
-                    for c in taken(scores, forced, own, amount, weight):
+                    for c in reference_selection(scores, forced, num_forced, budget, weight):
                         for j in range(c * block, min(n_k, (c + 1) * block)):
                             if real[j] and (not router.causal or j <= i + offset):
                                 out[b, h, i, j] = True
     return out
 
 
-def agrees(pattern: fl.Pattern, wanted: Tensor) -> None:
-    batch, heads, n_q, n_k = wanted.shape
-    assert torch.equal(pattern.dense(n_q, n_k, batch=batch, heads=heads).expand(wanted.shape), wanted)
-    assert torch.equal(fl.plan(pattern, n_q, n_k, batch=batch, heads=heads).dense(), wanted)
+def assert_allows(pattern: fl.Pattern, expected: Tensor) -> None:
+    batch, heads, n_q, n_k = expected.shape
+    assert torch.equal(pattern.dense(n_q, n_k, batch=batch, heads=heads).expand(expected.shape), expected)
+    assert torch.equal(fl.plan(pattern, n_q, n_k, batch=batch, heads=heads).dense(), expected)
 
 
-AMOUNTS = [{"count": 3}, {"count": 99}, {"share": 0.3}, {"mass": 0.7}]
+BUDGETS = [{"count": 3}, {"count": 99}, {"share": 0.3}, {"mass": 0.7}]
 
 
 @pytest.mark.parametrize("mask", [None, MASK, HOLES], ids=["real", "padded", "holes"])
@@ -97,13 +99,13 @@ AMOUNTS = [{"count": 3}, {"count": 99}, {"share": 0.3}, {"mass": 0.7}]
     "block, query_block, causal",
     [(4, 1, True), (4, None, True), (3, 6, True), (4, 3, True), (4, 4, False), (3, 5, False), (64, 1, False), (1, 1, True)],
 )
-def test_top_blocks_is_the_definition(
+def test_top_blocks_matches_the_definition(
     block: int, query_block: int | None, causal: bool, score: str, mask: Tensor | None
 ) -> None:
     q, k = tensors(n_q=K if causal and query_block else Q)
-    for amount in AMOUNTS:
-        router = TopBlocks(**amount, block=block, query_block=query_block, causal=causal, score=score)
-        agrees(router(q, k, key_mask=mask), brute_blocks(router, amount, q, k, mask))
+    for budget in BUDGETS:
+        router = TopBlocks(**budget, block=block, query_block=query_block, causal=causal, score=score)
+        assert_allows(router(q, k, key_mask=mask), reference_blocks(router, budget, q, k, mask))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -111,11 +113,11 @@ def test_top_blocks_is_the_definition(
 def test_more_queries_than_keys(query_block: int, causal: bool) -> None:
     q, k = tensors(n_q=31, n_k=13)
     router = TopBlocks(2, 4, query_block, causal)
-    agrees(router(q, k), brute_blocks(router, {"count": 2}, q, k, None))
+    assert_allows(router(q, k), reference_blocks(router, {"count": 2}, q, k, None))
 
 
-def test_no_key_hides_from_quests_bound() -> None:
-    """A key left out scores no higher than the lowest bound among the chosen blocks."""
+def test_minmax_scores_bound_every_key() -> None:
+    """A key outside the selected blocks scores no higher than the lowest bound among them."""
     q, k = tensors()
     router = TopBlocks(3, 4, 1, score="minmax")
     seen = router(q, k).dense(Q, K, batch=2, heads=4)
@@ -128,8 +130,8 @@ def test_no_key_hides_from_quests_bound() -> None:
     assert bool((scores.masked_fill(seen, -torch.inf).amax(-1) <= lowest + 1e-12).all())
 
 
-def test_easy_rows_pay_less() -> None:
-    """By mass, a row with one loud block takes one, a row without takes many."""
+def test_mass_selects_fewer_blocks_for_concentrated_rows() -> None:
+    """By mass, a row with one dominant block selects one, a row without one selects many."""
     k = torch.eye(8, dtype=torch.float64).view(1, 1, 8, 8)
     q = torch.stack((50 * k[0, 0, 3], torch.zeros(8))).view(1, 1, 2, 8)
     assert TopBlocks(mass=0.9, block=1, query_block=1)(q, k).dense(2, 8).sum(-1).flatten().tolist() == [1, 8]
@@ -139,12 +141,12 @@ def test_easy_rows_pay_less() -> None:
 @pytest.mark.parametrize("mask", [None, MASK, HOLES], ids=["real", "padded", "holes"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("n_q, n_k", [(Q, K), (31, 13)])
-def test_top_keys_is_the_definition(n_q: int, n_k: int, causal: bool, mask: Tensor | None) -> None:
+def test_top_keys_matches_the_definition(n_q: int, n_k: int, causal: bool, mask: Tensor | None) -> None:
     q, k = tensors(n_q, n_k)
     real = None if mask is None else mask[:, :n_k]
     rows = None if mask is None else torch.rand(2, n_q, generator=torch.Generator().manual_seed(1)) < 0.8
-    for amount in AMOUNTS:
-        wanted = torch.zeros(2, 4, n_q, n_k, dtype=torch.bool)
+    for budget in BUDGETS:
+        expected = torch.zeros(2, 4, n_q, n_k, dtype=torch.bool)
         for b in range(2):
             for h in range(4):
                 for i in range(n_q):
@@ -153,12 +155,12 @@ def test_top_keys_is_the_definition(n_q: int, n_k: int, causal: bool, mask: Tens
                         continue
                     scores = {j: float(q[b, h, i] @ k[b, h // 2, j]) for j in seen}
                     weight = {j: math.exp(s * 5**-0.5) for j, s in scores.items()}
-                    for j in taken(scores, set(), 0, amount, weight):
-                        wanted[b, h, i, j] = True
-        agrees(TopKeys(**amount, causal=causal)(q, k, key_mask=real, query_mask=rows), wanted)
+                    for j in reference_selection(scores, set(), 0, budget, weight):
+                        expected[b, h, i, j] = True
+        assert_allows(TopKeys(**budget, causal=causal)(q, k, key_mask=real, query_mask=rows), expected)
 
 
-def test_stretches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = tensors()
     routers = [
         TopKeys(mass=0.6),
@@ -167,27 +169,27 @@ def test_stretches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         routing.LSH(4, 2),
     ]
     at_once = [router(q, k) for router in routers]
-    monkeypatch.setattr("farlight.routing.base._SCORES", 300)
-    for router, wanted in zip(routers, at_once, strict=True):
-        assert torch.equal(router(q, k).dense(Q, K, batch=2, heads=4), wanted.dense(Q, K, batch=2, heads=4))
+    monkeypatch.setattr("farlight.routing.base._MAX_SCORES", 300)
+    for router, expected in zip(routers, at_once, strict=True):
+        assert torch.equal(router(q, k).dense(Q, K, batch=2, heads=4), expected.dense(Q, K, batch=2, heads=4))
 
 
-def test_given_indices() -> None:
+def test_from_indices() -> None:
     g = torch.Generator().manual_seed(0)
     keys = torch.randint(-9, K, (2, Q, 5), generator=g)
     for causal in (False, True):
-        wanted = torch.zeros(2, 4, Q, K, dtype=torch.bool)
+        expected = torch.zeros(2, 4, Q, K, dtype=torch.bool)
         for b in range(2):
             for i in range(Q):
                 for j in keys[b, i].tolist():
                     if j >= 0 and (not causal or j <= i + K - Q):
-                        wanted[b, :, i, j] = True
-        agrees(from_indices(keys, causal=causal), wanted)
+                        expected[b, :, i, j] = True
+        assert_allows(from_indices(keys, causal=causal), expected)
     blocks = torch.randint(-3, 8, (2, 4, 8, 3), generator=g)
     assert from_indices(blocks, block=4, query_block=4) == fl.chosen_blocks(blocks.clamp(min=-1), block=4)
 
 
-def test_a_router_of_routers() -> None:
+def test_combined_routers() -> None:
     q, k = tensors()
     joined = (TopKeys(2) | fl.window(1)) & TopBlocks(3, 4) - fl.strided(2)
     pattern = (TopKeys(2)(q, k) | fl.window(1)) & (TopBlocks(3, 4)(q, k) - fl.strided(2))
@@ -196,7 +198,7 @@ def test_a_router_of_routers() -> None:
 
 
 # ---- the gate --------------------------------------------------------------------------------------------------------
-def test_gated_attention_is_the_formula_and_trains_the_scorer() -> None:
+def test_gated_attention_matches_the_formula_and_trains_the_scorer() -> None:
     g = torch.Generator().manual_seed(1)
     q, k, v = (
         torch.randn(1, h, n, 4, generator=g, dtype=torch.float64, requires_grad=True) for h, n in ((4, 9), (2, 11), (2, 11))
@@ -207,26 +209,26 @@ def test_gated_attention_is_the_formula_and_trains_the_scorer() -> None:
     pattern = TopBlocks(2, 3, causal=True)(q_score, k_score) | fl.window(1, 0)
     mask = pattern.dense(9, 11, heads=4)
 
-    def wanted(q: Tensor, k: Tensor, v: Tensor, q_score: Tensor, k_score: Tensor) -> Tensor:
+    def expected(q: Tensor, k: Tensor, v: Tensor, q_score: Tensor, k_score: Tensor) -> Tensor:
         k, v, k_score = (x.repeat_interleave(2, 1) for x in (k, v, k_score))
         logits = 0.3 * q @ k.mT + q_score @ k_score.mT
         return logits.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
     every = (q, k, v, q_score, k_score)
     out, lse = gated_attention(q, k, v, pattern, q_score, k_score, scale=0.3, return_lse=True)
-    torch.testing.assert_close(out, wanted(*every))
+    torch.testing.assert_close(out, expected(*every))
     weights = torch.randn(out.shape, generator=g, dtype=torch.float64)
     for mine, theirs in zip(
         torch.autograd.grad((out * weights).sum(), every),
-        torch.autograd.grad((wanted(*every) * weights).sum(), every),
+        torch.autograd.grad((expected(*every) * weights).sum(), every),
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
     assert lse.shape == (1, 4, 9)
 
 
-def test_scoring_learns_to_find_what_matters() -> None:
-    """The answer stands in one of 8 blocks; a scorer that starts blind learns to choose that block."""
+def test_a_gated_scorer_learns_which_block_holds_the_answer() -> None:
+    """The answer is in one of 8 blocks; an untrained scorer learns to select that block."""
     g = torch.Generator().manual_seed(0)
     n, block, width = 32, 4, 8
     marks = torch.nn.functional.normalize(torch.randn(8, width, generator=g), dim=-1)

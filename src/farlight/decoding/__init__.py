@@ -1,4 +1,4 @@
-"""Generating token by token with a cache that forgets only what can be forgotten."""
+"""Token-by-token decoding with a key-value cache that evicts exactly the keys that no later query can see."""
 
 from farlight.decoding.cache import KVCache
 from farlight.decoding.decode import decode

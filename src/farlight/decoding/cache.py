@@ -1,4 +1,9 @@
-"""`fl.KVCache`: keys and values of a text that grows, without those that no later token can see."""
+"""`fl.KVCache`: a key-value cache that evicts a key once no query of a later token can see it.
+
+Three layers: `EvictionRule` (until when each key is needed), `KeyStore` (buffers and slots, one store per distinct rule), and
+this class (the positions of a batch of texts, checks, rollback). Under a router there is one store that evicts nothing, and
+`RouterState` holds block summaries beside it.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from farlight.decoding.last_use import rules
-from farlight.decoding.routed import Routed
-from farlight.decoding.store import Store
+from farlight.decoding.last_use import eviction_rules
+from farlight.decoding.routed import RouterState
+from farlight.decoding.store import KeyStore
 from farlight.errors import ArgumentError, UnsupportedError, refuse_tracing, show
 from farlight.inputs import even_widths, refuse_layouts
 from farlight.patterns.arguments import whole
@@ -28,31 +33,34 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class KVCache:
-    """The keys that some query from now on may see, and their values; the others are dropped.
+    """Keys and values of every position that a query from now on can see; all others are evicted.
 
-    Append the keys and values of the new tokens, then ask `fl.decode` with their queries:
+    One decoding step is an `append` of the new tokens' keys and values, then a `decode` of their queries:
 
         cache.append(k, v);  out = fl.decode(q, cache)
 
-    which gives the rows that `fl.attention` gives for these queries over every key ever appended. After `append` of tokens at
-    positions t, t + 1, … the cache holds exactly the keys j that have been appended with
+    `out` has the rows that `fl.attention` gives for these queries over every key ever appended. After an append of tokens at
+    positions t, t + 1, … the cache holds exactly the appended keys j with
 
-        some position i >= t  sees  j        (i < max_length, where that is given)
+        max { i : pattern allows (i, j) } >= t        (i < max_length, where that is given)
 
-    in float for float as they came: a window and sinks take constant memory; `causal()` keeps everything. How this reads for
-    each primitive, and where more is kept than needed, is in docs/decoding.md.
+    unchanged, in the appended dtype. A window with sinks takes constant memory; `causal()` evicts nothing. docs/decoding.md
+    gives the set for each primitive, and the cases that keep more than needed. Eviction happens in `append` and `forget`.
 
     Args:
-        pattern: who may look at whom; the whole of it, causality included. Or a router: then every key is kept, since any may
-            be chosen, and `TopBlocks` (causal=True) also keeps summaries of the blocks, so that a step reads them and the
-            chosen blocks only.
-        max_length: the length that the text will have at most; positions from there on are no queries. The pattern is then
-            that of a text of this length, of which the first part is there: negative positions count from its end, tables have
-            an entry for each of its tokens. None: no end; the pattern must not depend on the length.
-        heads: number of query heads; None: as many as the pattern names, else as many as heads of keys. Needed with grouped
-            queries where the pattern differs from head to head.
+        pattern: which keys each query sees, causality included. Or a router: then nothing is evicted, since any key may be
+            chosen later, and `TopBlocks` (causal=True) also keeps block summaries, so that a step reads these and the keys of
+            the selected blocks only.
+        max_length: the greatest length of the text; there are no queries at positions from there on. The pattern is then that
+        of
+            a text of this length, of which a prefix has been appended: negative positions count from its end, tables have one
+            entry for each of its tokens. None: no end; the pattern must not depend on the length.
+        heads: number of query heads. None: as many as the pattern's tables name, else as many as key heads. Required with
+        grouped
+            queries where the pattern differs between heads.
 
-    Raises PatternError when the pattern depends on the length of the text and `max_length` is not given, or does not fit.
+    Raises ArgumentError for another type of pattern, and PatternError when the pattern depends on the length of the text and
+    `max_length` is not given, or does not fit.
 
     >>> import torch, farlight as fl
     >>> cache = fl.KVCache(fl.presets.streaming(4, 16))
@@ -70,39 +78,42 @@ class KVCache:
                 f"KVCache: the pattern is {type(pattern).__name__}; pass a pattern such as fl.presets.streaming(4, 1024), or a "
                 "router such as fl.routing.TopBlocks(8, causal=True)."
             )
-        self._routed = Routed(pattern) if isinstance(pattern, Router) else None
+        self._router_state = RouterState(pattern) if isinstance(pattern, Router) else None
         self.pattern: Pattern = full() if isinstance(pattern, Router) else pattern
         self.max_length = None if max_length is None else whole("KVCache: max_length", max_length, 1)
         self.heads = None if heads is None else whole("KVCache: heads", heads, 1)
-        self._stores: list[Store] = []
+        self._stores: list[KeyStore] = []
         self._sizes: Sizes
+        # Tokens so far in each row. One row serves the batch until `real` makes its items differ.
         self._lengths = [0]
-        # Of the last append: where its tokens begin in each row, how many there were, and which columns were real.
-        self._start, self._new, self._width = [0], [0], 0
-        self._columns: list[NDArray[np.int64]] | None = None
-        # Columns appended so far, tokens or not; and whether an append was begun and not ended.
-        self._taken, self._appending = 0, False
+        # The last append: its first position in each row, its width in columns, and the columns of each row (None: all).
+        self._last_start, self._last_width = [0], 0
+        self._last_columns: list[NDArray[np.int64]] | None = None
+        # Columns appended so far, padding included; and whether an append has begun and not ended.
+        self._num_columns, self._appending = 0, False
+        # (batch, key heads, head_dim)
         self._shape: tuple[int, int, int] | None = None
-        self._kind: tuple[torch.dtype, torch.device]
+        self._dtype: torch.dtype
+        self._device: torch.device
         if self.heads is not None or self.pattern._batch_and_heads()[1] == 1:
-            # What cannot be right whatever comes is said at once.
+            # A pattern that fits no text raises here rather than at the first append.
             liveness_sizes(self.pattern, self.max_length, batch=self.pattern._batch_and_heads()[0], heads=self.heads or 1)
 
-    # ---- what it holds ---------------------------------------------------------------------------------------------------
+    # ---- contents --------------------------------------------------------------------------------------------------------
     @property
     def length(self) -> int:
-        """Tokens appended so far, kept or not; of the longest text of the batch."""
+        """Tokens appended so far, kept or evicted, in the longest text of the batch."""
         return max(self._lengths)
 
     @property
     def lengths(self) -> list[int]:
-        """`length` for each batch item; one number where all are equal."""
+        """`length` of each batch item; one number where all texts have the same tokens."""
         return list(self._lengths)
 
     @property
     def kept(self) -> int:
-        """Keys kept: in the head and batch item that keep most."""
-        self._settle()
+        """Keys held, in the key head and batch item that hold most."""
+        self._rollback_unfinished()
         return max((store.kept for store in self._stores), default=0)
 
     @property
@@ -112,50 +123,51 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and tables held now."""
-        return sum(store.nbytes for store in self._stores) + (0 if self._routed is None else self._routed.nbytes)
+        """Bytes allocated now for keys, values, slot tables and block summaries."""
+        return sum(store.nbytes for store in self._stores) + (0 if self._router_state is None else self._router_state.nbytes)
 
     @property
     def positions(self) -> Tensor:
-        """`(B or 1, kv heads, kept)` int64: the positions kept, ascending; -1 at the end of shorter rows."""
-        self._settle()
+        """`(B or 1, key heads, kept)` int64: the positions held, ascending, padded with -1."""
+        self._rollback_unfinished()
         kv_heads = sum(len(store.rule.kv_heads) for store in self._stores)
         out = torch.full((len(self._lengths), kv_heads, self.kept), -1, device="cpu")
         for store in self._stores:
             for row in range(len(self._lengths)):
                 count = store.slots.count[row]
-                found = torch.from_numpy(np.sort(store.slots.position[row, :count]))
-                out[row, list(store.rule.kv_heads), :count] = found
+                out[row, list(store.rule.kv_heads), :count] = torch.from_numpy(np.sort(store.slots.position[row, :count]))
         return out
 
     def __repr__(self) -> str:
         end = "" if self.max_length is None else f", max_length={self.max_length}"
-        what = self.pattern if self._routed is None else self._routed.router
-        return f"KVCache({what!r}{end}): {self.kept} of {self.length} keys, {self.nbytes:,} bytes"
+        rule = self.pattern if self._router_state is None else self._router_state.router
+        return f"KVCache({rule!r}{end}): {self.kept} of {self.length} keys, {self.nbytes:,} bytes"
 
-    # ---- growing ---------------------------------------------------------------------------------------------------------
+    # ---- updates ---------------------------------------------------------------------------------------------------------
     def append(self, k: Tensor, v: Tensor, *, real: Tensor | Sequence[Sequence[bool]] | None = None) -> None:
-        """Take in the keys and values `(B, H_kv, n, D)` of the next n tokens; drop what no query of these or later ones sees.
+        """Append the keys and values `(B, H_kv, n, D)` of the next n tokens; evict keys that no query of these or later sees.
 
-        `real` `(B, n)` bool, for texts of different lengths: False where a batch item has no token in that column (padding, on
-        either side). Each text has its own positions, from 0 without gaps. The tensors are copied; no gradient is recorded.
+        real: `(B, n)` bool, for texts of different lengths: False where a batch item has no token in that column (padding, on
+        either side). Each text has its own positions, 0, 1, … over its real tokens. The tensors are copied; no gradient is
+        recorded.
 
-        All or nothing: where an exception (Ctrl-C, too little memory) ends it early, the cache holds what it held before, and
-        goes on from there.
+        Atomic: interrupted by an exception (KeyboardInterrupt, out of memory), the cache rolls back at its next use to what it
+        held before. Raises ArgumentError for tensors that do not fit the cache, for more than `max_length` tokens, and for
+        `real` under a router.
         """
-        self._settle()
+        self._rollback_unfinished()
         self._check(k, v)
-        mask = None if real is None or not k.shape[0] else self._read_real(real, k)
+        mask = None if real is None or not k.shape[0] else self._check_real(real, k)
         batch, n = k.shape[0], k.shape[2]
-        if mask is not None and self._routed is not None:
+        if mask is not None and self._router_state is not None:
             raise ArgumentError(
                 "KVCache.append: texts of different lengths cannot share a router's cache; use one cache for each."
             )
         if not self._stores:
-            self._open(k, batch)
+            self._allocate(k, batch)
         if mask is not None and len(self._lengths) < batch:
-            split = [store.split(batch) for store in self._stores]
-            vars(self).update(_stores=split, _lengths=self._lengths * batch)
+            stores = [store.with_rows(batch) for store in self._stores]
+            vars(self).update(_stores=stores, _lengths=self._lengths * batch)
         if mask is None:
             new, columns = [n] * len(self._lengths), None
         else:
@@ -164,56 +176,59 @@ class KVCache:
         if self.max_length is not None and max(a + b for a, b in zip(self._lengths, new, strict=True)) > self.max_length:
             raise ArgumentError(
                 f"KVCache.append: {n} tokens after {self.length} make more than max_length = {self.max_length}; "
-                "what was dropped cannot be brought back, so begin again with a larger max_length."
+                "evicted keys cannot be restored, so start a new cache with a larger max_length."
             )
-        # What is kept must stay writable when the next call comes from outside inference mode.
+        # Tensors made in inference mode could not be written by a later call outside it.
         with torch.inference_mode(False), torch.no_grad():
             self._appending = True
             for store in self._stores:
                 store.append(k, v, self._lengths, new, columns)
-                store.rule.drop_before(min(self._lengths))
-            if self._routed is not None:
-                self._routed.append(self._stores[0].k[:, :, : self._lengths[0] + n])
+                store.rule.discard_before(min(self._lengths))
+            if self._router_state is not None:
+                self._router_state.append(self._stores[0].k[:, :, : self._lengths[0] + n])
         lengths = [a + b for a, b in zip(self._lengths, new, strict=True)]
-        # In one call, which no signal divides.
+        # One call, so that no signal handler runs between these assignments.
         vars(self).update(
-            _start=self._lengths, _new=new, _width=n, _columns=columns, _lengths=lengths, _taken=self._taken + n,
-            _appending=False,
+            _last_start=self._lengths, _last_width=n, _last_columns=columns, _lengths=lengths,
+            _num_columns=self._num_columns + n, _appending=False,
         )  # fmt: skip
 
-    def _settle(self) -> None:
-        """Take back what an append that did not end had done."""
+    def _rollback_unfinished(self) -> None:
+        """Undo an append that an exception interrupted."""
         if self._appending:
-            self._cut(self._lengths, self._taken)
+            self._truncate(self._lengths, self._num_columns)
 
-    def _take_back(self) -> None:
-        """Take the tokens of the last append back, but for what `forget` has let go. What only they made unneeded is gone."""
-        self._settle()
-        self._cut(self._start, self._taken - self._width)
+    def _rollback_last(self) -> None:
+        """Undo the last append. Keys that it evicted are not restored: no query at or after its first position sees them."""
+        self._rollback_unfinished()
+        self._truncate(self._last_start, self._num_columns - self._last_width)
 
-    def _cut(self, lengths: list[int], taken: int) -> None:
-        """Go back to these `lengths`: exact for queries from there on, since an append drops only what none of those sees."""
+    def _truncate(self, lengths: list[int], num_columns: int) -> None:
+        """Drop tokens from position `lengths[row]` on. Exact for later queries: an append evicts only keys that none sees."""
         with torch.inference_mode(False), torch.no_grad():
-            stores = [store.cut(lengths) for store in self._stores]
-            routed = None if self._routed is None else self._routed.cut(lengths[0])
+            stores = [store.truncated(lengths) for store in self._stores]
+            router_state = None if self._router_state is None else self._router_state.truncated(lengths[0])
         vars(self).update(
-            _stores=stores, _routed=routed, _lengths=lengths, _start=lengths, _new=[0] * len(lengths), _width=0, _columns=None,
-            _taken=taken, _appending=False,
+            _stores=stores, _router_state=router_state, _lengths=lengths, _last_start=lengths,
+            _last_width=0, _last_columns=None, _num_columns=num_columns, _appending=False,
         )  # fmt: skip
 
     def forget(self) -> None:
-        """The queries of the tokens appended last have been answered: drop what only they could see.
+        """Evict the keys that only queries of the last append see; those queries cannot be decoded any more.
 
-        The next `append` does it anyway; after a long prompt this gives its memory back at once.
+        The next `append` evicts them anyway. After a long prompt this frees its memory at once.
         """
-        if self._stores and self._width:
+        if self._stores and self._last_width:
             batch, kv_heads, dim = self._shape or (1, 1, 1)
-            nothing = self._stores[0].k.new_zeros(batch, kv_heads, 0, dim)
-            self.append(nothing, nothing)
+            empty = self._stores[0].k.new_zeros(batch, kv_heads, 0, dim)
+            self.append(empty, empty)
 
     def select(self, items: Tensor | Sequence[int]) -> None:
-        """Keep these batch items, in this order, repeated or not: beam search, or a batch that loses finished texts."""
-        self._settle()
+        """Replace the batch by these of its items, in this order; items may repeat. For beam search and finished texts.
+
+        Raises ArgumentError for other values, before the first append, and where the pattern has a table per batch item.
+        """
+        self._rollback_unfinished()
         index = torch.as_tensor(items, device="cpu")
         if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool or not index.numel():
             raise ArgumentError(f"KVCache.select: {show(items)} is not a list of batch items; pass whole numbers.")
@@ -230,15 +245,18 @@ class KVCache:
         order = index.tolist()
         with torch.inference_mode(False), torch.no_grad():
             stores = [store.select(index.to(store.k.device)) for store in self._stores]
-            routed = None if self._routed is None else self._routed.select(index.to(self._stores[0].k.device))
-        new: dict[str, Any] = {"_stores": stores, "_routed": routed, "_shape": (index.numel(), kv_heads, dim)}
+            router_state = self._router_state
+            if router_state is not None:
+                router_state = router_state.select(index.to(self._stores[0].k.device))
+        new: dict[str, Any] = {"_stores": stores, "_router_state": router_state, "_shape": (index.numel(), kv_heads, dim)}
         if len(self._lengths) > 1:
-            new |= {name: [getattr(self, name)[i] for i in order] for name in ("_lengths", "_start", "_new")}
-            new["_columns"] = None if self._columns is None else [self._columns[i] for i in order]
+            new |= {name: [getattr(self, name)[i] for i in order] for name in ("_lengths", "_last_start")}
+            new["_last_columns"] = None if self._last_columns is None else [self._last_columns[i] for i in order]
         sizes = Sizes(self._sizes.n_q, self._sizes.n_k, 0, index.numel(), self._sizes.heads)
         vars(self).update(new, _sizes=sizes)
 
-    def _open(self, k: Tensor, batch: int) -> None:
+    def _allocate(self, k: Tensor, batch: int) -> None:
+        """Make empty stores for a batch like k `(B, H_kv, n, D)`. Raises ArgumentError and PatternError."""
         kv_heads = k.shape[1]
         heads = kv_heads if self.heads is None else self.heads
         if self.heads is None and self.pattern._batch_and_heads()[1] > 1:
@@ -249,17 +267,21 @@ class KVCache:
             )
         sizes = liveness_sizes(self.pattern, self.max_length, batch=batch, heads=heads)
         rows = batch if self.pattern.varies_over_batch else 1
-        stores = [Store(rule, k, rows) for rule in rules(self.pattern, sizes, kv_heads, self.max_length is None)]
+        rules = eviction_rules(self.pattern, sizes, kv_heads, self.max_length is None)
+        stores = [KeyStore(rule, k, rows) for rule in rules]
         shape = (batch, kv_heads, k.shape[3])
-        vars(self).update(_sizes=sizes, _lengths=[0] * rows, _stores=stores, _shape=shape, _kind=(k.dtype, k.device))
+        vars(self).update(
+            _sizes=sizes, _lengths=[0] * rows, _stores=stores, _shape=shape, _dtype=k.dtype, _device=k.device
+        )  # fmt: skip
 
     def _check(self, k: Tensor, v: Tensor) -> None:
+        """Raise ArgumentError unless k and v are alike, of a supported dtype, and fit the cache."""
         refuse_layouts(k=k, v=v)
         for name, x in (("k", k), ("v", v)):
             if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in _DTYPES:
-                found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+                actual = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
                 raise ArgumentError(
-                    f"KVCache.append: {name} is {found}; (B, H_kv, n, D) in float16, bfloat16, float32 or float64 is needed."
+                    f"KVCache.append: {name} is {actual}; (B, H_kv, n, D) in float16, bfloat16, float32 or float64 is needed."
                 )
         if k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
             raise ArgumentError(
@@ -277,27 +299,29 @@ class KVCache:
             raise ArgumentError(
                 f"KVCache.append: k is {tuple(k.shape)}, but the cache holds ({b}, {h}, …, {d}); use a new cache."
             )
-        if (k.dtype, k.device) != self._kind:
+        if (k.dtype, k.device) != (self._dtype, self._device):
             raise ArgumentError(
-                f"KVCache.append: k is {k.dtype} on {k.device}, but the cache holds {self._kind[0]} on {self._kind[1]}; "
+                f"KVCache.append: k is {k.dtype} on {k.device}, but the cache holds {self._dtype} on {self._device}; "
                 "cast or move it, or use a new cache."
             )
 
-    def _read_real(self, real: Any, k: Tensor) -> Tensor:
+    def _check_real(self, real: Any, k: Tensor) -> Tensor:
+        """`real` as a bool CPU tensor `(B, n)`. Raises ArgumentError."""
         mask = torch.as_tensor(real, device="cpu")
-        wanted = (k.shape[0], k.shape[2])
-        if mask.dtype != torch.bool or tuple(mask.shape) != wanted:
+        shape = (k.shape[0], k.shape[2])
+        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise ArgumentError(
-                f"KVCache.append: real is {tuple(mask.shape)} of {mask.dtype}; bool {wanted}, True where there is a token, "
+                f"KVCache.append: real is {tuple(mask.shape)} of {mask.dtype}; bool {shape}, True where there is a token, "
                 "is needed."
             )
         return mask
 
 
 def refuse_gradients(what: str, *tensors: Tensor) -> None:
+    """Raise where autograd, forward-mode AD or tracing would record the call `what`: decoding has no derivatives."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ArgumentError(
-            f"{what}: an input requires grad, but decoding records no gradients, since dropped keys could not get theirs. "
+            f"{what}: an input requires grad, but decoding records no gradients, since evicted keys could get none. "
             "Use torch.no_grad() or .detach(); for training use fl.attention."
         )
     if forward_ad._current_level >= 0:

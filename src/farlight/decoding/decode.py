@@ -1,4 +1,8 @@
-"""`fl.decode`: the answers for the newest queries, from the keys that a cache has kept."""
+"""`fl.decode`: attention of the newest queries over the keys that a cache holds.
+
+Three paths, by what the queries see: every slot of the store (no mask, one fused attention); a prompt of which nothing has been
+evicted (planned, `fl.attention`); anything else (the pattern's definition evaluated on the slots' positions gives a mask).
+"""
 
 from __future__ import annotations
 
@@ -9,76 +13,79 @@ from torch import Tensor
 from farlight.attention import attention
 from farlight.decoding.cache import KVCache, refuse_gradients
 from farlight.decoding.kept_attention import attend_kept
-from farlight.decoding.slots import Numbers
-from farlight.decoding.store import Store
+from farlight.decoding.slots import IntArray
+from farlight.decoding.store import KeyStore
 from farlight.errors import ArgumentError, PatternError
 from farlight.inputs import read_scale, refuse_layouts
 from farlight.patterns.expression import Pattern, Sizes
 
 __all__ = ["decode"]
 
-# From this many queries on, a prompt of which nothing was dropped goes through the planner.
-_PROMPT = 64
+# Number of queries from which on a prompt of which nothing was evicted is planned instead of masked.
+_PLANNED_QUERIES = 64
+# Entries of a mask that is evaluated at a time.
+_MAX_MASK = 1 << 19
 
 
 def decode(
     q: Tensor, cache: KVCache, *, scale: float | None = None, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of the newest tokens over everything appended to the cache, computed from what it kept.
+    """Attention of the newest tokens over every key ever appended to the cache, computed from the keys that it holds.
 
-        out[i] = Σ_j softmax_j(scale · q_i · k_j) v_j   over the appended j that the pattern lets i see
+        out_i = Σ_j softmax_j(scale · q_i · k_j) v_j      over the appended j that the cache's pattern allows i
 
     Args:
-        q: `(B, H, n, D)`, the queries of the last n tokens of the last `append`, in the cache's type; H a multiple of the heads
-            of keys.
+        q: `(B, H, n, D)`, the queries of the last n tokens of the last `append`, in the cache's dtype and on its device; H a
+            multiple of the cache's key heads.
         scale: None means D^-½.
         return_lse: also return the natural log of each row's sum of exponentials, `(B, H, n)` float32 (float64 for float64).
 
-    Returns out `(B, H, n, D)`; rows without a token (`real` was False) give 0 and -inf, like rows that see nothing. The
-    cache is not changed, so that asking twice gives the same. No gradient is recorded.
+    Returns out `(B, H, n, D)` in q's dtype. Rows without a token (`real` was False) and rows that see no key give out 0 and lse
+    -inf. The cache is unchanged: the same call again gives the same result. No gradient is recorded.
 
-    Raises ArgumentError when q does not fit the cache or asks for tokens before the last append.
+    Raises ArgumentError when q does not fit the cache, or has more queries than the last append had tokens.
     """
-    out, lse = answer(q, cache, scale, return_lse)
+    out, lse = masked_decode(q, cache, scale, return_lse)
     return (out, lse) if return_lse and lse is not None else out
 
 
-def answer(
-    q: Tensor, cache: KVCache, scale: float | None, return_lse: bool, also: Pattern | None = None
+def masked_decode(
+    q: Tensor, cache: KVCache, scale: float | None, return_lse: bool, extra: Pattern | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`decode` where queries see only what `also` allows them too, a pattern of the text so far: (out, lse or None)."""
+    """(out, lse or None) of `decode` under the cache's pattern & `extra`, a pattern of the text so far (None: no more)."""
     start = _check(q, cache)
-    factor = read_scale(scale, q.shape[-1])
-    if q.is_meta or not q.shape[0]:  # nothing to compute: the shapes are the answer
-        kind = torch.promote_types(q.dtype, torch.float32)
-        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=kind) if return_lse else None
+    scale = read_scale(scale, q.shape[-1])
+    if q.is_meta or not q.shape[0]:  # no values to compute: shapes and dtypes only
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype) if return_lse else None
     with torch.no_grad():
-        if cache._routed is not None:
+        if cache._router_state is not None:
             store = cache._stores[0]
-            return cache._routed.answer(q, store.k[:, :, : store.kept], store.v[:, :, : store.kept], factor, return_lse)
+            k, v = store.k[:, :, : store.kept], store.v[:, :, : store.kept]
+            return cache._router_state.attend(q, k, v, scale, return_lse)
         if len(cache._stores) == 1:
-            return _answer(q, cache, cache._stores[0], start, factor, return_lse, also)
+            return _attend_store(q, cache, cache._stores[0], start, scale, return_lse, extra)
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         for store in cache._stores:
             heads = list(store.rule.heads)
-            out[:, heads], part = _answer(q[:, heads], cache, store, start, factor, return_lse, also)
-            if part is not None:
-                lse[:, heads] = part
+            out[:, heads], store_lse = _attend_store(q[:, heads], cache, store, start, scale, return_lse, extra)
+            if store_lse is not None:
+                lse[:, heads] = store_lse
     return out, lse if return_lse else None
 
 
 def _check(q: Tensor, cache: KVCache) -> int:
-    """The column of the last append that q begins with."""
+    """The column of the last append that is q's first query. Raises ArgumentError when q does not fit the cache."""
     if not isinstance(cache, KVCache):
         raise ArgumentError(f"decode: the cache is {type(cache).__name__}; pass the fl.KVCache that the keys were appended to.")
-    cache._settle()
+    cache._rollback_unfinished()
     if cache._shape is None:
         raise ArgumentError("decode: nothing was appended to the cache yet; call cache.append(k, v) first.")
     refuse_layouts(q=q)
     if not isinstance(q, Tensor) or q.dim() != 4:
-        found = f"{tuple(q.shape)}" if isinstance(q, Tensor) else type(q).__name__
-        raise ArgumentError(f"decode: q is {found}; a tensor (B, H, n, D) is needed.")
+        actual = f"{tuple(q.shape)}" if isinstance(q, Tensor) else type(q).__name__
+        raise ArgumentError(f"decode: q is {actual}; a tensor (B, H, n, D) is needed.")
     batch, kv_heads, dim = cache._shape
     heads = cache._sizes.heads
     if q.shape[0] != batch or q.shape[3] != dim or q.shape[1] % kv_heads:
@@ -91,71 +98,72 @@ def _check(q: Tensor, cache: KVCache) -> int:
             f"decode: q has {q.shape[1]} heads, but the cache was made for {heads}, and its pattern differs from head to head; "
             f"make it with KVCache(pattern, heads={q.shape[1]})."
         )
-    if (q.dtype, q.device) != cache._kind:
+    if (q.dtype, q.device) != (cache._dtype, cache._device):
         raise ArgumentError(
-            f"decode: q is {q.dtype} on {q.device}, but the cache holds {cache._kind[0]} on {cache._kind[1]}; they must agree."
+            f"decode: q is {q.dtype} on {q.device}, but the cache holds {cache._dtype} on {cache._device}; they must agree."
         )
     refuse_gradients("decode", q)
-    if q.shape[2] > cache._width:
+    if q.shape[2] > cache._last_width:
         raise ArgumentError(
-            f"decode: {q.shape[2]} queries, but the last append brought {cache._width} tokens; keys that only earlier queries "
-            "see may be gone. Ask right after each append."
+            f"decode: {q.shape[2]} queries, but the last append brought {cache._last_width} tokens; keys that only earlier "
+            "queries see may have been evicted. Decode right after each append."
         )
-    return cache._width - q.shape[2]
+    return cache._last_width - q.shape[2]
 
 
-def _answer(
-    q: Tensor, cache: KVCache, store: Store, start: int, scale: float, return_lse: bool, also: Pattern | None
+def _attend_store(
+    q: Tensor, cache: KVCache, store: KeyStore, start: int, scale: float, return_lse: bool, extra: Pattern | None
 ) -> tuple[Tensor, Tensor | None]:
+    """(out, lse or None) of the query heads of one store; q's first query is column `start` of the last append."""
     kept = store.kept
     i = _query_positions(cache, start)
     k, v = store.k[:, :, :kept], store.v[:, :, :kept]
-    if also is None and q.shape[2] == 1 and _all_seen(store, kept, i):
+    if extra is None and q.shape[2] == 1 and _sees_every_slot(store, kept, i):
         return attend_kept(q, k, v, None, scale=scale, return_lse=return_lse)
-    pattern = store.rule.pattern if also is None else also & store.rule.pattern
-    if q.shape[2] >= _PROMPT and _is_whole(cache, store, pattern):
-        return _prompt(q, k, v, store, pattern, i, scale, return_lse)
-    masks = (q.shape[0] if pattern.varies_over_batch else len(i)) * (q.shape[1] if pattern.varies_over_heads else 1)
-    step = max(1, _PAIRS // max(1, kept * masks))
+    pattern = store.rule.pattern if extra is None else extra & store.rule.pattern
+    if q.shape[2] >= _PLANNED_QUERIES and _nothing_evicted(cache, store, pattern):
+        return _attend_prompt(q, k, v, store, pattern, i, scale, return_lse)
+    num_masks = (q.shape[0] if pattern.varies_over_batch else len(i)) * (q.shape[1] if pattern.varies_over_heads else 1)
+    step = max(1, _MAX_MASK // max(1, kept * num_masks))
     if q.shape[2] <= step:
-        return attend_kept(q, k, v, _mask(cache, store, i, also), scale=scale, return_lse=return_lse)
+        return attend_kept(q, k, v, _mask(cache, store, i, extra), scale=scale, return_lse=return_lse)
     outs, lses = [], []
     for first in range(0, q.shape[2], step):
-        mask = _mask(cache, store, i[:, first : first + step], also)
-        # Neighbours see nearly the same keys: all others stay out of their products.
+        mask = _mask(cache, store, i[:, first : first + step], extra)
+        # Adjacent queries see nearly the same keys; the products leave out keys that none of the chunk sees.
         index = mask.flatten(0, 2).any(0).nonzero().squeeze(1)
-        part = q[:, :, first : first + step], k[:, :, index], v[:, :, index], mask[..., index]
-        out, lse = attend_kept(*part, scale=scale, return_lse=return_lse)
+        chunk = q[:, :, first : first + step], k[:, :, index], v[:, :, index], mask[..., index]
+        out, lse = attend_kept(*chunk, scale=scale, return_lse=return_lse)
         outs.append(out)
         lses += [] if lse is None else [lse]
     return torch.cat(outs, 2), torch.cat(lses, 2) if lses else None
 
 
-# Pairs whose visibility is asked at a time.
-_PAIRS = 1 << 19
-
-
-def _query_positions(cache: KVCache, start: int) -> Numbers:
-    """`(rows, n)`: where the queries of columns `start` … stand; -1 = no token."""
-    if cache._columns is None:
-        first = np.array(cache._start)[:, None]
-        return first + np.arange(start, cache._width)
-    out = np.full((len(cache._start), cache._width), -1, np.int64)
-    for row, columns in enumerate(cache._columns):
-        out[row, columns] = cache._start[row] + np.arange(columns.size)
+def _query_positions(cache: KVCache, start: int) -> IntArray:
+    """`(rows, n)`: the positions of the queries of columns start … of the last append; -1 = no token."""
+    if cache._last_columns is None:
+        first = np.array(cache._last_start)[:, None]
+        return first + np.arange(start, cache._last_width)
+    out = np.full((len(cache._last_start), cache._last_width), -1, np.int64)
+    for row, columns in enumerate(cache._last_columns):
+        out[row, columns] = cache._last_start[row] + np.arange(columns.size)
     return out[:, start:]
 
 
-def _all_seen(store: Store, kept: int, i: Numbers) -> bool:
-    """Whether the one query of each row sees every slot: each row is full, and no key was passed over or is past its last."""
+def _sees_every_slot(store: KeyStore, kept: int, i: IntArray) -> bool:
+    """Whether the single query of each row sees slots 0 … kept - 1: all in use, all gapless, none past its last use."""
     slots = store.slots
     return all(
-        slots.count[row] == kept and not slots.gaps[row] and slots.soonest[row] >= i[row, 0] >= 0 for row in range(slots.rows)
+        slots.count[row] == kept and not slots.num_gapped[row] and slots.min_last_use[row] >= i[row, 0] >= 0
+        for row in range(slots.rows)
     )
 
 
-def _is_whole(cache: KVCache, store: Store, pattern: Pattern) -> bool:
-    """Whether nothing was dropped yet and `fl.attention` would read the pattern as it is meant here."""
+def _nothing_evicted(cache: KVCache, store: KeyStore, pattern: Pattern) -> bool:
+    """Whether slot s holds position s in every row, and `fl.attention` reads the pattern as the cache does.
+
+    The latter fails where the pattern's meaning depends on the text's final length, or on the batch item of a row.
+    """
     slots, texts = store.slots, cache._sizes
     return (
         slots.count == cache._lengths
@@ -167,26 +175,26 @@ def _is_whole(cache: KVCache, store: Store, pattern: Pattern) -> bool:
     )
 
 
-def _prompt(
-    q: Tensor, k: Tensor, v: Tensor, store: Store, pattern: Pattern, i: Numbers, scale: float, return_lse: bool
+def _attend_prompt(
+    q: Tensor, k: Tensor, v: Tensor, store: KeyStore, pattern: Pattern, i: IntArray, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The answers for a prompt of which nothing was dropped, through the planner; texts of different lengths one by one."""
+    """(out, lse or None) of a prompt of which nothing was evicted, by `fl.attention`; one call per row where lengths differ."""
     if len(i) == 1 and bool((i >= 0).all()):
-        found = attention(q, k, v, pattern, scale=scale, return_lse=return_lse)
-        return found if isinstance(found, tuple) else (found, None)
+        result = attention(q, k, v, pattern, scale=scale, return_lse=return_lse)
+        return result if isinstance(result, tuple) else (result, None)
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for row, count in enumerate(store.slots.count):
         items = slice(None) if len(i) == 1 else slice(row, row + 1)
-        real = torch.from_numpy((i[row] >= 0).nonzero()[0]).to(q.device)
-        own = q[items][:, :, real], k[items, :, :count], v[items, :, :count]
-        found = attention(*own, pattern, scale=scale, return_lse=True)
-        out[items, :, real], lse[items, :, real] = found[0], found[1]
+        columns = torch.from_numpy((i[row] >= 0).nonzero()[0]).to(q.device)
+        qkv = q[items][:, :, columns], k[items, :, :count], v[items, :, :count]
+        row_out, row_lse = attention(*qkv, pattern, scale=scale, return_lse=True)
+        out[items, :, columns], lse[items, :, columns] = row_out, row_lse
     return out, lse if return_lse else None
 
 
 def _fits(pattern: Pattern, sizes: Sizes) -> bool:
-    """Whether the pattern can be asked about so short a text: it may name tokens that are still to come."""
+    """Whether the pattern is valid for a text this short: it may name tokens that have not been appended yet."""
     try:
         pattern.check(sizes)
     except PatternError:
@@ -194,23 +202,25 @@ def _fits(pattern: Pattern, sizes: Sizes) -> bool:
     return True
 
 
-def _mask(cache: KVCache, store: Store, i: Numbers, also: Pattern | None) -> Tensor:
-    """`(B|1, H|1, n, kept)`: who sees which slot, for queries at the positions i `(rows, n)`."""
+def _mask(cache: KVCache, store: KeyStore, i: IntArray, extra: Pattern | None) -> Tensor:
+    """`(B or 1, H or 1, n, kept)` bool: which slots the queries at positions i `(rows, n)` see."""
     device, slots, kept = store.k.device, store.slots, store.kept
-    row = torch.from_numpy(np.ascontiguousarray(i)).to(device)[:, None, :, None]
-    column = torch.from_numpy(slots.position[:, :kept]).to(device)[:, None, None, :]
-    seen = _seen(store.rule.pattern, cache._sizes, store, row, column.clamp(min=0)) & (row >= 0)
-    if also is not None:
-        sizes = Sizes(cache._width, cache.length, cache.length - cache._width, cache._sizes.batch, cache._sizes.heads)
-        also.check(sizes)
-        seen = seen & _seen(also, sizes, store, row, column)
+    query = torch.from_numpy(np.ascontiguousarray(i)).to(device)[:, None, :, None]
+    key = torch.from_numpy(slots.position[:, :kept]).to(device)[:, None, None, :]
+    mask = _allowed(store.rule.pattern, cache._sizes, store, query, key.clamp(min=0)) & (query >= 0)
+    if extra is not None:
+        width, length = cache._last_width, cache.length
+        sizes = Sizes(width, length, length - width, cache._sizes.batch, cache._sizes.heads)
+        extra.check(sizes)
+        mask = mask & _allowed(extra, sizes, store, query, key)
     if len(set(slots.count)) > 1:
         count = torch.tensor(slots.count, device=device).view(-1, 1, 1, 1)
-        seen = seen & (torch.arange(kept, device=device) < count)
-    return seen.expand(torch.broadcast_shapes(seen.shape, (1, 1, i.shape[1], kept)))
+        mask = mask & (torch.arange(kept, device=device) < count)
+    return mask.expand(torch.broadcast_shapes(mask.shape, (1, 1, i.shape[1], kept)))
 
 
-def _seen(pattern: Pattern, sizes: Sizes, store: Store, i: Tensor, j: Tensor) -> Tensor:
+def _allowed(pattern: Pattern, sizes: Sizes, store: KeyStore, i: Tensor, j: Tensor) -> Tensor:
+    """The pattern's definition at the pairs (i, j), for the batch items and query heads of the store that it tells apart."""
     b = torch.arange(sizes.batch if pattern.varies_over_batch else 1, device=i.device).view(-1, 1, 1, 1)
     h = torch.tensor(store.rule.heads if pattern.varies_over_heads else (0,), device=i.device).view(1, -1, 1, 1)
     return pattern._allows(sizes, b, h, i, j)

@@ -1,7 +1,8 @@
-"""When each key may be forgotten: the answers of `last_use`, asked ahead of time in bulk and handed out token by token.
+"""Eviction rules: the last use of each key, evaluated by `last_use` for chunks of future positions and served token by token.
 
-Heads that share one head of keys (grouped queries) need a key for as long as any of them does. Heads of keys whose queries
-follow equal patterns obey one rule and share everything that is derived from it.
+A key may be evicted at step t when no query at position >= t sees it. Grouped query heads share a key head, whose keys live as
+long as any of these query heads needs them. Key heads whose query heads have equal patterns share one rule, and with it one
+store, one slot table and one mask.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from numpy.typing import NDArray
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.liveness import LastUse, for_head, last_use
 
-__all__ = ["Rule", "rules"]
+__all__ = ["EvictionRule", "eviction_rules"]
 
-# Positions asked about at a time.
-_AHEAD = 1024
-_AHEAD_KNOWN_LENGTH = 2**16
+# Positions evaluated at a time: without an end of the text, and below a known max_length.
+_CHUNK = 1024
+_CHUNK_KNOWN_LENGTH = 2**16
 
 
-class Rule:
-    """Until when the keys of some heads are needed.
+class EvictionRule:
+    """The last use of the keys of some key heads.
 
-    `kv_heads` obey it; `heads` are the query heads that read them, in order; `pattern` is what those follow.
+    kv_heads: the key heads under this rule; heads: the query heads that read them, in order; pattern: what those queries see.
+    The tables `_last_use` (int64) and `_gapless` (bool) `(items, n)` hold positions _start … _stop - 1; items is the batch size
+    where the pattern differs between batch items, else 1.
     """
 
     def __init__(
@@ -31,72 +34,75 @@ class Rule:
     ) -> None:
         self.kv_heads, self.heads = kv_heads, heads
         self.sizes, self.endless = sizes, endless
-        asked: dict[object, tuple[Pattern, int]] = {}
+        # One evaluation for query heads of one group with equal patterns.
+        distinct: dict[object, tuple[Pattern, int]] = {}
         for head in heads[: len(heads) // len(kv_heads)]:
-            own = for_head(pattern, head)
-            asked.setdefault((own.key, _variation(own, sizes, head)), (own, head))
-        self._asked = list(asked.values())
-        alike = {own for own, _ in self._asked}
-        self.pattern = alike.pop() if len(alike) == 1 else pattern
-        self.items = sizes.batch if any(own.varies_over_batch for own, _ in self._asked) else 1
+            head_pattern = for_head(pattern, head)
+            distinct.setdefault((head_pattern.key, _table_indices(head_pattern, sizes, head)), (head_pattern, head))
+        self._head_patterns = list(distinct.values())
+        patterns = {head_pattern for head_pattern, _ in self._head_patterns}
+        self.pattern = patterns.pop() if len(patterns) == 1 else pattern
+        varies = any(head_pattern.varies_over_batch for head_pattern, _ in self._head_patterns)
+        self.items = sizes.batch if varies else 1
         self._start = self._stop = 0
-        self._last = np.zeros((self.items, 0), np.int64)
-        self._unbroken = np.zeros((self.items, 0), np.bool_)
+        self._last_use = np.zeros((self.items, 0), np.int64)
+        self._gapless = np.zeros((self.items, 0), np.bool_)
 
-    def sight(self, item: int, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(last, unbroken) of the keys at positions start … stop - 1 in one batch item."""
+    def liveness(self, item: int, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(last_use, gapless) of the keys at positions start … stop - 1 in one batch item, each `(stop - start,)`."""
         if stop > self._stop:
-            self._ask(stop)
-        at = slice(start - self._start, stop - self._start)
+            self._extend(stop)
+        window = slice(start - self._start, stop - self._start)
         item = item if self.items > 1 else 0
-        return self._last[item, at], self._unbroken[item, at]
+        return self._last_use[item, window], self._gapless[item, window]
 
-    def drop_before(self, position: int) -> None:
-        """Nothing before `position` will be asked for again."""
-        if position - self._start > 2 * _AHEAD:
-            at = position - self._start
-            last, unbroken = self._last[:, at:].copy(), self._unbroken[:, at:].copy()
-            # One call, which no signal divides: tables that do not match their bounds would tell lies.
-            vars(self).update(_last=last, _unbroken=unbroken, _start=position)
+    def discard_before(self, position: int) -> None:
+        """Drop table entries before `position`, which no later call reads; amortised over 2048 positions."""
+        if position - self._start > 2 * _CHUNK:
+            offset = position - self._start
+            last_use, gapless = self._last_use[:, offset:].copy(), self._gapless[:, offset:].copy()
+            # One call, so that no signal handler runs between the tables and their bounds.
+            vars(self).update(_last_use=last_use, _gapless=gapless, _start=position)
 
-    def _ask(self, stop: int) -> None:
-        ahead = _AHEAD if self.endless else _AHEAD_KNOWN_LENGTH
-        stop = min(max(stop, self._stop + ahead), self.sizes.n_k)
+    def _extend(self, stop: int) -> None:
+        """Evaluate the positions up to `stop`, and the rest of their chunk."""
+        chunk = _CHUNK if self.endless else _CHUNK_KNOWN_LENGTH
+        stop = min(max(stop, self._stop + chunk), self.sizes.n_k)
         j = torch.arange(self._stop, stop, device="cpu").repeat(self.items)
         b = torch.arange(self.items, device="cpu").repeat_interleave(stop - self._stop)
-        found = [last_use(own, self.sizes, b, torch.full_like(j, head), j) for own, head in self._asked]
-        last = torch.stack([one.last for one in found]).amax(0)
-        # One head's view may end before another's: then some query sees a gap.
-        unbroken = torch.stack([_whole(one, last) for one in found]).all(0)
+        by_head = [last_use(pattern, self.sizes, b, torch.full_like(j, head), j) for pattern, head in self._head_patterns]
+        last = torch.stack([use.last for use in by_head]).amax(0)
+        # Where one head's last use is before the group's, its later queries do not see the key.
+        gapless = torch.stack([_gapless_until(use, last) for use in by_head]).all(0)
         shape = (self.items, -1)
-        last_seen_by = np.concatenate((self._last, last.view(shape).numpy()), 1)
-        vars(self).update(
-            _last=last_seen_by, _unbroken=np.concatenate((self._unbroken, unbroken.view(shape).numpy()), 1), _stop=stop
-        )
+        all_last_use = np.concatenate((self._last_use, last.view(shape).numpy()), 1)
+        all_gapless = np.concatenate((self._gapless, gapless.view(shape).numpy()), 1)
+        vars(self).update(_last_use=all_last_use, _gapless=all_gapless, _stop=stop)
 
 
-def _whole(one: LastUse, last: torch.Tensor) -> torch.Tensor:
-    return one.unbroken & (one.last == last)
+def _gapless_until(use: LastUse, last: torch.Tensor) -> torch.Tensor:
+    return use.unbroken & (use.last == last)
 
 
-def _variation(pattern: Pattern, sizes: Sizes, head: int) -> tuple[tuple[int, ...], ...]:
-    """Equal for two heads that see the same links of one pattern."""
-    found = []
+def _table_indices(pattern: Pattern, sizes: Sizes, head: int) -> tuple[tuple[int, ...], ...]:
+    """Which tables of its atoms the pattern reads for this head; equal for two heads that see the same links."""
+    indices = []
     for atom in pattern.atoms():
         table = atom._variation(sizes)
-        found.append(tuple(table[:, head if table.shape[1] > 1 else 0].tolist()))
-    return tuple(found)
+        indices.append(tuple(table[:, head if table.shape[1] > 1 else 0].tolist()))
+    return tuple(indices)
 
 
-def rules(pattern: Pattern, sizes: Sizes, kv_heads: int, endless: bool) -> list[Rule]:
-    """The distinct rules of the heads of keys; each head of keys obeys one."""
+def eviction_rules(pattern: Pattern, sizes: Sizes, kv_heads: int, endless: bool) -> list[EvictionRule]:
+    """The distinct rules of the key heads; each key head is under exactly one. endless: the text has no max_length."""
     group = sizes.heads // kv_heads
-    alike: dict[object, list[int]] = {}
+    members_of: dict[object, list[int]] = {}
     for kv_head in range(kv_heads):
-        each = [(head, for_head(pattern, head)) for head in range(kv_head * group, (kv_head + 1) * group)]
-        alike.setdefault(tuple((own.key, _variation(own, sizes, head)) for head, own in each), []).append(kv_head)
-    out = []
-    for members in alike.values():
+        by_head = [(head, for_head(pattern, head)) for head in range(kv_head * group, (kv_head + 1) * group)]
+        key = tuple((head_pattern.key, _table_indices(head_pattern, sizes, head)) for head, head_pattern in by_head)
+        members_of.setdefault(key, []).append(kv_head)
+    rules = []
+    for members in members_of.values():
         heads = tuple(head for member in members for head in range(member * group, (member + 1) * group))
-        out.append(Rule(pattern, sizes, tuple(members), heads, endless))
-    return out
+        rules.append(EvictionRule(pattern, sizes, tuple(members), heads, endless))
+    return rules

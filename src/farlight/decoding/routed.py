@@ -1,7 +1,7 @@
-"""Decoding where content chooses: every key is kept, since any may be chosen, and blocks of keys are kept in summary.
+"""Decoding under a router: every key is kept, since any may be chosen later, and block summaries of keys are kept beside them.
 
-A router that scores blocks by their means or bounds reads the summaries, then only the keys of the blocks it takes; a step
-costs N / block scores instead of N. Other routers read all keys, as they would without a cache.
+`TopBlocks` scores the stored summaries and reads only the keys of the selected blocks: N / block scores a step instead of N.
+Other routers score every key at every step, as without a cache.
 """
 
 from __future__ import annotations
@@ -17,75 +17,82 @@ from farlight.decoding.kept_attention import attend_kept
 from farlight.errors import ArgumentError
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.routing import Router, TopBlocks
-from farlight.routing.base import Choice, Joined, read
+from farlight.routing.base import CombinedRouter, RouterInput, check_inputs
 
-__all__ = ["Routed"]
+__all__ = ["RouterState"]
 
-# From this many queries on a prompt goes through the planner.
-_PROMPT = 64
-_SIGNS = {"|": operator.or_, "&": operator.and_, "-": lambda a, b: a & ~b}
+# Number of queries from which on a chunk is planned and attended by `fl.attention` instead of a dense mask.
+_PLANNED_QUERIES = 64
+_MASK_OPERATORS = {"|": operator.or_, "&": operator.and_, "-": lambda a, b: a & ~b}
 
 
-class Routed:
-    """A router with the summaries that its parts need of the keys so far."""
+class RouterState:
+    """A router, and the summaries of complete key blocks for each `TopBlocks` in it.
+
+    Raises ArgumentError for a `TopBlocks` that is not causal or has query_block > 1.
+    """
 
     def __init__(self, router: Router) -> None:
         self.router = router
-        self._summaries = {leaf: Summary(leaf) for leaf in router.modules() if isinstance(leaf, TopBlocks)}
-        for leaf in self._summaries:
-            if not leaf.causal or leaf.query_block != 1:
+        self._summaries = {module: BlockSummaries(module) for module in router.modules() if isinstance(module, TopBlocks)}
+        for module in self._summaries:
+            if not module.causal or module.query_block != 1:
                 raise ArgumentError(
-                    f"KVCache: TopBlocks({leaf.extra_repr()}) decides for blocks of queries or looks ahead, but decoding has "
+                    f"KVCache: TopBlocks({module.extra_repr()}) decides for blocks of queries or looks ahead, but decoding has "
                     "one query at a time; use causal=True and query_block=1."
                 )
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for summary in self._summaries.values() for part in summary.parts)
+        return sum(table.nbytes for summary in self._summaries.values() for table in summary.tables)
 
     def append(self, k: Tensor) -> None:
-        """`k` `(B, H_kv, N, D)`: every key so far, in order."""
+        """Summarise the blocks that have become complete. k: `(B, H_kv, N, D)`, every key so far, by position."""
         for summary in self._summaries.values():
             summary.extend(k)
 
-    def select(self, items: Tensor) -> Routed:
-        """The same for these batch items."""
-        return self._with({leaf: summary.select(items) for leaf, summary in self._summaries.items()})
+    def select(self, items: Tensor) -> RouterState:
+        """The state of these batch items."""
+        return self._with({module: summary.select(items) for module, summary in self._summaries.items()})
 
-    def cut(self, length: int) -> Routed:
-        """The same for the first `length` keys."""
-        return self._with({leaf: summary.cut(length) for leaf, summary in self._summaries.items()})
+    def truncated(self, length: int) -> RouterState:
+        """The state of the first `length` keys."""
+        return self._with({module: summary.truncated(length) for module, summary in self._summaries.items()})
 
-    def _with(self, summaries: dict[TopBlocks, Summary]) -> Routed:
+    def _with(self, summaries: dict[TopBlocks, BlockSummaries]) -> RouterState:
         new = copy.copy(self)
         new._summaries = summaries
         return new
 
-    def answer(self, q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-        """(out, lse or None) of the newest queries over every key, as `fl.attention` under `router(q, k)` gives them."""
-        if q.shape[2] >= _PROMPT:
-            found = attention(q, k, v, self.router(q, k), scale=scale, return_lse=return_lse)
-            return found if isinstance(found, tuple) else (found, None)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """(out, lse or None) of the newest queries, as `fl.attention(q, k, v, router(q, k))` gives them.
+
+        q `(B, H, n_q, D)`; k, v `(B, H_kv, N, D)`, every key so far, by position.
+        """
+        if q.shape[2] >= _PLANNED_QUERIES:
+            result = attention(q, k, v, self.router(q, k), scale=scale, return_lse=return_lse)
+            return result if isinstance(result, tuple) else (result, None)
         mask = self._mask(self.router, q, k)
         mask = mask.expand(torch.broadcast_shapes(mask.shape, (1, 1, q.shape[2], k.shape[2])))
         return attend_kept(q, k, v, mask, scale=scale, return_lse=return_lse)
 
     def _mask(self, part: Router | Pattern, q: Tensor, k: Tensor) -> Tensor:
-        """Who sees what, broadcastable to `(B, H, n_q, N)`."""
-        if isinstance(part, Joined):
-            both: Tensor = _SIGNS[part.sign](self._mask(part.left, q, k), self._mask(part.right, q, k))
-            return both
+        """The pairs that `part` allows, bool, broadcastable to `(B, H, n_q, N)`."""
+        if isinstance(part, CombinedRouter):
+            left, right = self._mask(part.left, q, k), self._mask(part.right, q, k)
+            combined: Tensor = _MASK_OPERATORS[part.symbol](left, right)
+            return combined
         n_q, n_k = q.shape[2], k.shape[2]
         i = torch.arange(n_k - n_q, n_k, device=q.device).view(1, 1, -1, 1)
         j = torch.arange(n_k, device=q.device).view(1, 1, 1, -1)
         if isinstance(part, TopBlocks):
-            # The keys are not read here, so they need not be of the kind that routers compute in.
-            given = Choice(q.to(torch.promote_types(q.dtype, torch.float32)), k, None, None)
-            listed, blocks = part.listed(given, self._summaries[part].view()), -(-n_k // part.block)
-            member = torch.zeros(*listed.shape[:3], blocks + 1, dtype=torch.bool, device=q.device)
-            member.scatter_(3, torch.where(listed < 0, blocks, listed), True)
-            return member[..., :blocks].repeat_interleave(part.block, 3)[..., :n_k] & (j <= i)
-        pattern = part if isinstance(part, Pattern) else part.choose(read(q, k))
+            # `select_blocks` reads k's shape only, so k is not converted to float32.
+            inputs = RouterInput(q.to(torch.promote_types(q.dtype, torch.float32)), k, None, None)
+            indices, num_blocks = part.select_blocks(inputs, self._summaries[part].complete()), -(-n_k // part.block)
+            selected = torch.zeros(*indices.shape[:3], num_blocks + 1, dtype=torch.bool, device=q.device)
+            selected.scatter_(3, torch.where(indices < 0, num_blocks, indices), True)  # pads go to the extra last column
+            return selected[..., :num_blocks].repeat_interleave(part.block, 3)[..., :n_k] & (j <= i)
+        pattern = part if isinstance(part, Pattern) else part.choose(check_inputs(q, k))
         sizes = Sizes(n_q, n_k, n_k - n_q, q.shape[0], q.shape[1])
         pattern.check(sizes)
         b = torch.arange(sizes.batch if pattern.varies_over_batch else 1, device=q.device).view(-1, 1, 1, 1)
@@ -93,38 +100,45 @@ class Routed:
         return pattern._allows(sizes, b, h, i, j)
 
 
-class Summary:
-    """What one router needs of each block of keys that is complete; the last, growing block is never scored."""
+class BlockSummaries:
+    """The summaries of one `TopBlocks`, `(B, H_kv, capacity, D)` float32 or float64 each, for complete blocks 0 … count - 1.
+
+    The last, incomplete block overlaps every query that may still come, so it is never scored and has no summary.
+    """
 
     def __init__(self, router: TopBlocks) -> None:
-        self.router, self.parts, self.count = router, [], 0  # type: tuple[TopBlocks, list[Tensor], int]
+        self.router = router
+        self.tables: list[Tensor] = []
+        self.count = 0
 
-    def view(self) -> list[Tensor]:
-        return [part[:, :, : self.count] for part in self.parts]
+    def complete(self) -> list[Tensor]:
+        """Views of the summaries in use, `(B, H_kv, count, D)` each."""
+        return [table[:, :, : self.count] for table in self.tables]
 
-    def select(self, items: Tensor) -> Summary:
+    def select(self, items: Tensor) -> BlockSummaries:
         new = copy.copy(self)
-        new.parts = [part.index_select(0, items) for part in self.parts]
+        new.tables = [table.index_select(0, items) for table in self.tables]
         return new
 
-    def cut(self, length: int) -> Summary:
+    def truncated(self, length: int) -> BlockSummaries:
         new = copy.copy(self)
         new.count = min(self.count, length // self.router.block)
         return new
 
     def extend(self, k: Tensor) -> None:
+        """Add the blocks that are complete in k `(B, H_kv, N, D)`, every key so far; the tables grow by an eighth at a time."""
         block = self.router.block
         complete = k.shape[2] // block
-        if complete == self.count and self.parts:
+        if complete == self.count and self.tables:
             return
-        kind = torch.promote_types(k.dtype, torch.float32)
-        new = self.router.summary(k[:, :, self.count * block : complete * block].to(kind))
-        if not self.parts or complete > self.parts[0].shape[2]:
-            room = complete + complete // 8 + 8
-            grown = [part.new_zeros(*part.shape[:2], room, part.shape[3]) for part in new]
-            for part, old in zip(grown, self.parts, strict=False):
-                part[:, :, : self.count] = old[:, :, : self.count]
-            self.parts = grown
-        for part, more in zip(self.parts, new, strict=True):
-            part[:, :, self.count : complete] = more
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        new = self.router.summary(k[:, :, self.count * block : complete * block].to(dtype))
+        if not self.tables or complete > self.tables[0].shape[2]:
+            capacity = complete + complete // 8 + 8
+            grown = [table.new_zeros(*table.shape[:2], capacity, table.shape[3]) for table in new]
+            for table, old in zip(grown, self.tables, strict=False):
+                table[:, :, : self.count] = old[:, :, : self.count]
+            self.tables = grown
+        for table, added in zip(self.tables, new, strict=True):
+            table[:, :, self.count : complete] = added
         self.count = complete

@@ -1,8 +1,8 @@
-"""Which slot holds which position: the bookkeeping of a compact store, in numbers only, without the keys themselves.
+"""Slot tables of a key store: the position that each slot holds and its last use. Integers only; keys and values are elsewhere.
 
-The slots of a row are filled from the left without gaps. A new token takes the slot of a forgotten one (a ring, where tokens
-are forgotten in the order in which they came); holes that stay are filled from the right end. Attention does not care in
-which order keys lie.
+Each row (a batch item, or one row for the whole batch) fills its slots 0 … count - 1 without gaps. New tokens are written to
+the slots of expired keys first; where keys expire in order of arrival (windows) the row is a ring buffer. Slots that stay empty
+are filled from the right end (compaction). Slots are in no order of position, on which attention does not depend.
 """
 
 from __future__ import annotations
@@ -14,35 +14,44 @@ from numpy.typing import NDArray
 
 from farlight.patterns.liveness import FOREVER
 
-__all__ = ["Change", "Numbers", "Slots"]
+__all__ = ["IntArray", "SlotUpdate", "Slots"]
 
-Numbers = NDArray[np.int64]
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Change:
-    """What must happen to one row: slots `moved` are copied to `to`, new tokens `taken` into `slots`, and `count` remain.
+class SlotUpdate:
+    """The writes of one append to one row, in order: copy slots `move_from` to `move_to`, write new tokens, set the count.
 
-    Only slots whose key is forgotten, and those from the old count on, are written to.
+    new_tokens: the indices, among the appended tokens, of those that are stored; write_to: their slots. Only slots of expired
+    keys and slots from the old count on are overwritten.
     """
 
-    to: Numbers
-    moved: Numbers
-    slots: Numbers
-    taken: Numbers
+    move_to: IntArray
+    move_from: IntArray
+    write_to: IntArray
+    new_tokens: IntArray
     count: int
 
 
 class Slots:
-    """`rows` rows (batch items, or one for all) of slots. `position`, `last` `(rows, capacity)`, `count` `(rows,)`."""
+    """Per-slot tables `(rows, capacity)` and per-row numbers (lists of length `rows`).
+
+    position: int64, the position of the slot's key; last_use: int64, the last query position that sees it (FOREVER: no end);
+    gapless: bool, whether every query from the key's own position to last_use sees it. Per row: count, slots in use;
+    min_last_use, the smallest last_use in use, so that most steps find nothing expired without a scan; num_gapped, slots in use
+    that are not gapless.
+    """
+
+    _TABLES = (("position", -1), ("last_use", -1), ("gapless", False))
 
     def __init__(self, rows: int) -> None:
         self.position = np.full((rows, 0), -1, np.int64)
-        self.last = np.full((rows, 0), -1, np.int64)
-        self.unbroken = np.zeros((rows, 0), np.bool_)
+        self.last_use = np.full((rows, 0), -1, np.int64)
+        self.gapless = np.zeros((rows, 0), np.bool_)
         self.count = [0] * rows
-        self.soonest = [FOREVER] * rows
-        self.gaps = [0] * rows
+        self.min_last_use = [FOREVER] * rows
+        self.num_gapped = [0] * rows
 
     @property
     def rows(self) -> int:
@@ -54,106 +63,122 @@ class Slots:
 
     @property
     def nbytes(self) -> int:
-        return self.position.nbytes + self.last.nbytes + self.unbroken.nbytes
+        return self.position.nbytes + self.last_use.nbytes + self.gapless.nbytes
 
     def resize(self, capacity: int) -> None:
-        """Room for `capacity` slots, at least as many as are used."""
-        for name, fill in (("position", -1), ("last", -1), ("unbroken", False)):
+        """Reallocate the tables with `capacity` slots, at least as many as are in use."""
+        for name, fill in self._TABLES:
             old = getattr(self, name)
             new = np.full((self.rows, capacity), fill, old.dtype)
-            kept = min(capacity, old.shape[1])
-            new[:, :kept] = old[:, :kept]
+            copied = min(capacity, old.shape[1])
+            new[:, :copied] = old[:, :copied]
             setattr(self, name, new)
 
-    def forgotten(self, row: int, following: int) -> Numbers:
-        """The slots whose key no query at a position >= `following` sees, ascending."""
-        if self.soonest[row] >= following:
-            return _NONE
-        return (self.last[row, : self.count[row]] < following).nonzero()[0]
+    def expired(self, row: int, position: int) -> IntArray:
+        """The slots whose key no query at `position` or later sees, ascending."""
+        if self.min_last_use[row] >= position:
+            return _EMPTY
+        return (self.last_use[row, : self.count[row]] < position).nonzero()[0]
 
-    def slot_of_one(self, position: int, last: int) -> int:
-        """Where the one new token of a single row goes: a new slot, or that of the one key that it pushes out; -1 where
-        more or less than that must happen. Nothing is changed.
+    # ---- one token in one row: the fast path of a decoding step ----------------------------------------------------------
+    def slot_for_token(self, position: int, last_use: int) -> int:
+        """The slot for one new token of row 0: a new slot, or that of the only expired key. Changes nothing.
+
+        -1 where this needs the general path: the token is never seen, several keys expired, or the capacity is used up.
         """
         count = self.count[0]
-        if last < position:
+        if last_use < position:
             return -1
-        if self.soonest[0] >= position:
+        if self.min_last_use[0] >= position:
             return count if count < self.capacity else -1
-        free = (self.last[0, :count] < position).nonzero()[0]
-        return int(free[0]) if free.size == 1 else -1
+        expired = (self.last_use[0, :count] < position).nonzero()[0]
+        return int(expired[0]) if expired.size == 1 else -1
 
-    def take_one(self, slot: int, position: int, last: int, unbroken: bool) -> None:
-        """Enter a token into the slot that `slot_of_one` gave. The order of the writes is that of `take`."""
-        count, last_of = self.count[0], self.last[0]
-        fresh = slot == count
-        gaps = self.gaps[0] - unbroken + (1 if fresh else bool(self.unbroken[0, slot]))
+    def write_token(self, slot: int, position: int, last_use: int, gapless: bool) -> None:
+        """Enter one token into the slot of `slot_for_token`, in the order of writes of `commit`."""
+        count, last_uses = self.count[0], self.last_use[0]
+        is_new = slot == count
+        num_gapped = self.num_gapped[0] - gapless + (1 if is_new else bool(self.gapless[0, slot]))
         self.position[0, slot] = position
-        self.unbroken[0, slot] = unbroken
-        last_of[slot] = last
-        self.count[0] = count + fresh
-        self.gaps[0] = gaps
-        self.soonest[0] = min(self.soonest[0], last) if fresh else int(last_of[:count].min())
+        self.gapless[0, slot] = gapless
+        last_uses[slot] = last_use
+        self.count[0] = count + is_new
+        self.num_gapped[0] = num_gapped
+        self.min_last_use[0] = min(self.min_last_use[0], last_use) if is_new else int(last_uses[:count].min())
 
-    def change(self, row: int, free: Numbers, last: Numbers, following: int) -> Change:
-        """What gives up the slots `free` and takes in new tokens, as far as they are needed. Nothing is changed yet."""
-        count = self.count[row]
-        taken = np.flatnonzero(last >= following) if last.size != 1 or last[0] < following else _FIRST
-        fresh = max(0, taken.size - free.size)
-        slots = free[: taken.size] if not fresh else np.concatenate((free, np.arange(count, count + fresh)))
-        holes = free[taken.size :]
-        to = moved = _NONE
-        count = count + fresh - holes.size
-        if holes.size:
-            to = holes[holes < count]
-            tail = np.arange(count, count + holes.size)
-            moved = tail[~np.isin(tail, holes)]
-        return Change(to, moved, slots, taken, count)
+    # ---- the general path -------------------------------------------------------------------------------------------------
+    def plan(self, row: int, expired: IntArray, last_use: IntArray, position: int) -> SlotUpdate:
+        """The update that frees the slots `expired` and stores those new tokens that a query at `position` or later sees.
 
-    def take(self, row: int, change: Change, start: int, last: Numbers, unbroken: NDArray[np.bool_]) -> None:
-        """Enter a change whose keys have been written: tokens at positions start, start + 1, ….
-
-        `last` is written after `position`, and `count` after both: stopped anywhere, `live` still finds what was there.
+        last_use: of the new tokens. Changes nothing.
         """
-        for table in (self.position, self.unbroken, self.last):
-            table[row, change.to] = table[row, change.moved]
-        self.position[row, change.slots] = change.taken + start
-        self.unbroken[row, change.slots] = unbroken[change.taken]
-        self.last[row, change.slots] = last[change.taken]
-        before, count = self.count[row], change.count
-        self.count[row] = count
-        if change.slots.size or count < before:
-            self.soonest[row] = int(self.last[row, :count].min()) if count else FOREVER
-            self.gaps[row] = count - int(np.count_nonzero(self.unbroken[row, :count]))
-
-    def live(self, row: int, length: int) -> Numbers:
-        """The slots of the first `length` tokens that some query at a position >= `length` sees, each token once."""
         count = self.count[row]
-        slots = ((self.position[row, :count] < length) & (self.last[row, :count] >= length)).nonzero()[0]
+        new_tokens = np.flatnonzero(last_use >= position) if last_use.size != 1 or last_use[0] < position else _ZERO
+        num_new_slots = max(0, new_tokens.size - expired.size)
+        if num_new_slots:
+            write_to = np.concatenate((expired, np.arange(count, count + num_new_slots)))
+        else:
+            write_to = expired[: new_tokens.size]
+        holes = expired[new_tokens.size :]
+        move_to = move_from = _EMPTY
+        count = count + num_new_slots - holes.size
+        if holes.size:
+            move_to = holes[holes < count]
+            tail = np.arange(count, count + holes.size)
+            move_from = tail[~np.isin(tail, holes)]
+        return SlotUpdate(move_to, move_from, write_to, new_tokens, count)
+
+    def commit(self, row: int, update: SlotUpdate, start: int, last_use: IntArray, gapless: NDArray[np.bool_]) -> None:
+        """Enter an update whose keys and values have been written; the new tokens have positions start, start + 1, ….
+
+        `last_use` is written after `position`, and `count` after both: interrupted at any line, `live` still returns exactly
+        the keys from before the append.
+        """
+        for table in (self.position, self.gapless, self.last_use):
+            table[row, update.move_to] = table[row, update.move_from]
+        self.position[row, update.write_to] = update.new_tokens + start
+        self.gapless[row, update.write_to] = gapless[update.new_tokens]
+        self.last_use[row, update.write_to] = last_use[update.new_tokens]
+        old_count, count = self.count[row], update.count
+        self.count[row] = count
+        if update.write_to.size or count < old_count:
+            self._summarize(row)
+
+    def _summarize(self, row: int) -> None:
+        """Recompute min_last_use and num_gapped of a row from its tables."""
+        count = self.count[row]
+        self.min_last_use[row] = int(self.last_use[row, :count].min()) if count else FOREVER
+        self.num_gapped[row] = count - int(np.count_nonzero(self.gapless[row, :count]))
+
+    def live(self, row: int, length: int) -> IntArray:
+        """The slots of the first `length` tokens that some query at a position >= `length` sees, each token once.
+
+        An interrupted compaction may leave a token in two slots.
+        """
+        count = self.count[row]
+        slots = ((self.position[row, :count] < length) & (self.last_use[row, :count] >= length)).nonzero()[0]
         return np.sort(slots[np.unique(self.position[row, slots], return_index=True)[1]])
 
-    def only(self, slots: list[Numbers]) -> Slots:
-        """New tables with these slots of each row alone, from the left."""
+    def compacted(self, slots: list[IntArray]) -> Slots:
+        """New tables of these slots of each row only."""
         new = Slots(self.rows)
-        new.resize(max(row.size for row in slots))
-        for row, own in enumerate(slots):
-            count = new.count[row] = own.size
-            for name in ("position", "last", "unbroken"):
-                getattr(new, name)[row, :count] = getattr(self, name)[row, own]
-            if count:
-                new.soonest[row] = int(new.last[row, :count].min())
-            new.gaps[row] = count - int(np.count_nonzero(new.unbroken[row, :count]))
+        new.resize(max(row_slots.size for row_slots in slots))
+        for row, row_slots in enumerate(slots):
+            count = new.count[row] = row_slots.size
+            for name, _ in self._TABLES:
+                getattr(new, name)[row, :count] = getattr(self, name)[row, row_slots]
+            new._summarize(row)
         return new
 
-    def rows_of(self, rows: list[int]) -> Slots:
-        """New tables with these rows, in this order, repeated or not."""
+    def select_rows(self, rows: list[int]) -> Slots:
+        """New tables of these rows, in this order; rows may repeat."""
         new = Slots(len(rows))
-        for name in ("position", "last", "unbroken"):
+        for name, _ in self._TABLES:
             setattr(new, name, getattr(self, name)[rows])
-        for name in ("count", "soonest", "gaps"):
+        for name in ("count", "min_last_use", "num_gapped"):
             setattr(new, name, [getattr(self, name)[row] for row in rows])
         return new
 
 
-_NONE = np.zeros(0, np.int64)
-_FIRST = np.zeros(1, np.int64)
+_EMPTY = np.zeros(0, np.int64)
+_ZERO = np.zeros(1, np.int64)

@@ -1,4 +1,4 @@
-"""The keys and values of the heads that obey one rule, in slots, each row as long as it must be."""
+"""`KeyStore`: the keys and values of the key heads under one eviction rule, in slots of a growing and shrinking buffer."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farlight.decoding.last_use import Rule
-from farlight.decoding.slots import Change, Slots
+from farlight.decoding.last_use import EvictionRule
+from farlight.decoding.slots import Slots, SlotUpdate
 
-__all__ = ["Store"]
+__all__ = ["KeyStore"]
 
-# A store that grows token by token takes this much more room than it needs: one part in so many.
+# A buffer that grows token by token is allocated with 1 / _SLACK more slots than are in use.
 _SLACK = 8
 
 
-class Store:
-    """`k`, `v` `(B, kv heads of the rule, capacity, D)`; slots of one row serve the whole batch, or each item has its own."""
+class KeyStore:
+    """Buffers k and v, `(B, key heads of the rule, capacity, D)`, and the `Slots` that say what each slot holds.
 
-    def __init__(self, rule: Rule, like: Tensor, rows: int) -> None:
+    The slot table has one row where all batch items have the same tokens, else one row per item. Eviction happens on `append`:
+    an evicted key's slot is overwritten by a new token or by compaction. Each step costs O(1) tensor writes and O(count)
+    integer comparisons at most; a reallocation copies the buffer and is amortised over count / 8 steps.
+    """
+
+    def __init__(self, rule: EvictionRule, like: Tensor, rows: int) -> None:
         self.rule, self.slots = rule, Slots(rows)
         shape = (like.shape[0], len(rule.kv_heads), 0, like.shape[3])
         self.k, self.v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         heads = rule.kv_heads
-        # A view where the heads stand together, which is nearly always.
-        together = heads == tuple(range(heads[0], heads[0] + len(heads)))
-        self._heads: slice | list[int] = slice(heads[0], heads[0] + len(heads)) if together else list(heads)
+        # A slice, hence a view, where the heads are adjacent, which they nearly always are.
+        adjacent = heads == tuple(range(heads[0], heads[0] + len(heads)))
+        self._heads: slice | list[int] = slice(heads[0], heads[0] + len(heads)) if adjacent else list(heads)
 
     @property
     def kept(self) -> int:
@@ -40,109 +45,110 @@ class Store:
         return self.k.nbytes + self.v.nbytes + self.slots.nbytes
 
     def append(self, k: Tensor, v: Tensor, start: list[int], new: list[int], columns: list[NDArray[np.int64]] | None) -> None:
-        """Take in tokens at positions start … start + new - 1 of each row, and drop what no query from `start` on sees.
+        """Store tokens at positions start … start + new - 1 of each row; evict keys that no query from `start` on sees.
 
-        `columns`: for each row, which columns of k and v those tokens are (None: the first `new`). Stopped anywhere by an
-        exception, `cut` to the lengths `start` gives what there was.
+        k, v: `(B, H_kv, n, D)`; columns: for each row the columns of k and v that are its tokens (None: the first `new`).
+        Interrupted at any line, `truncated(start)` restores the store from before the call.
         """
         slots = self.slots
         if slots.rows == new[0] == 1 and columns is None:
-            last, unbroken = self.rule.sight(0, start[0], start[0] + 1)
-            slot = slots.slot_of_one(start[0], int(last[0]))
+            last_use, gapless = self.rule.liveness(0, start[0], start[0] + 1)
+            slot = slots.slot_for_token(start[0], int(last_use[0]))
             if slot >= 0:
-                self.k.narrow(2, slot, 1).copy_(self._own(k))
-                self.v.narrow(2, slot, 1).copy_(self._own(v))
-                slots.take_one(slot, start[0], int(last[0]), bool(unbroken[0]))
+                self.k.narrow(2, slot, 1).copy_(self._stored_heads(k))
+                self.v.narrow(2, slot, 1).copy_(self._stored_heads(v))
+                slots.write_token(slot, start[0], int(last_use[0]), bool(gapless[0]))
                 return
-        free = [slots.forgotten(row, start[row]) for row in range(slots.rows)]
-        sights = [self.rule.sight(row, start[row], start[row] + new[row]) for row in range(slots.rows)]
-        needed = max(slots.count[row] - free[row].size + new[row] for row in range(slots.rows))
-        # Holes are filled before anything is cut off, so the old slots must all exist until then.
+        expired = [slots.expired(row, start[row]) for row in range(slots.rows)]
+        liveness = [self.rule.liveness(row, start[row], start[row] + new[row]) for row in range(slots.rows)]
+        needed = max(slots.count[row] - expired[row].size + new[row] for row in range(slots.rows))
+        # Compaction reads the old slots, so the buffer may not shrink before it.
         if max(needed, self.kept) > slots.capacity:
-            # A first long piece gets the room it needs; what grows little by little must not be copied every time.
-            most = max(needed, self.kept)
-            self._resize(most if max(new) > self.kept else most + most // _SLACK + 8)
-        changes = [slots.change(row, free[row], sights[row][0], start[row]) for row in range(slots.rows)]
-        self._move(changes)
-        self._write(k, v, changes, columns)
-        for row, change in enumerate(changes):
-            slots.take(row, change, start[row], *sights[row])
+            # A prompt is allocated exactly; token-by-token growth gets slack, so that its copies are amortised.
+            size = max(needed, self.kept)
+            self._resize(size if max(new) > self.kept else size + size // _SLACK + 8)
+        updates = [slots.plan(row, expired[row], liveness[row][0], start[row]) for row in range(slots.rows)]
+        self._move(updates)
+        self._write(k, v, updates, columns)
+        for row, update in enumerate(updates):
+            slots.commit(row, update, start[row], *liveness[row])
         if slots.capacity > self.kept + self.kept // (_SLACK // 2) + 32:
             self._resize(self.kept + self.kept // _SLACK + 8)
 
-    def select(self, items: Tensor) -> Store:
-        """A store with these batch items, in this order, repeated or not."""
-        rows = self.slots if self.slots.rows == 1 else self.slots.rows_of(items.tolist())
-        return self._with(self.k.index_select(0, items), self.v.index_select(0, items), rows)
+    def select(self, items: Tensor) -> KeyStore:
+        """A store of these batch items, in this order; items may repeat."""
+        slots = self.slots if self.slots.rows == 1 else self.slots.select_rows(items.tolist())
+        return self._with(self.k.index_select(0, items), self.v.index_select(0, items), slots)
 
-    def split(self, rows: int) -> Store:
-        """This store, where its one row has become `rows` equal ones."""
-        return self if self.slots.rows == rows else self._with(self.k, self.v, self.slots.rows_of([0] * rows))
+    def with_rows(self, rows: int) -> KeyStore:
+        """This store with one slot row per batch item; a shared row is repeated `rows` times."""
+        return self if self.slots.rows == rows else self._with(self.k, self.v, self.slots.select_rows([0] * rows))
 
-    def cut(self, lengths: list[int]) -> Store:
-        """A store of the first `lengths` tokens of each row alone, as far as a query after them sees them."""
+    def truncated(self, lengths: list[int]) -> KeyStore:
+        """A new store of those of the first `lengths[row]` tokens of each row that a later query sees."""
         live = [self.slots.live(row, length) for row, length in enumerate(lengths)]
-        slots = self.slots.only(live)
+        slots = self.slots.compacted(live)
         if len(live) == 1:
             k, v = (x[:, :, torch.from_numpy(live[0]).to(x.device)] for x in (self.k, self.v))
         else:
             k, v = (x.new_zeros(*x.shape[:2], slots.capacity, x.shape[3]) for x in (self.k, self.v))
-            item, old = _items(live, k.device), _joined(live, k.device)
-            to = _joined([np.arange(own.size) for own in live], k.device)
-            for new, x in ((k, self.k), (v, self.v)):
-                new[item, :, to] = x[item, :, old]
+            row, old_slot = _row_ids(live, k.device), _concat(live, k.device)
+            new_slot = _concat([np.arange(row_slots.size) for row_slots in live], k.device)
+            for new, old in ((k, self.k), (v, self.v)):
+                new[row, :, new_slot] = old[row, :, old_slot]
         return self._with(k, v, slots)
 
-    def _with(self, k: Tensor, v: Tensor, slots: Slots) -> Store:
+    def _with(self, k: Tensor, v: Tensor, slots: Slots) -> KeyStore:
         new = copy.copy(self)
         new.k, new.v, new.slots = k, v, slots
         return new
 
-    def _own(self, x: Tensor) -> Tensor:
-        """The heads that are stored here."""
+    def _stored_heads(self, x: Tensor) -> Tensor:
+        """The key heads of x that are stored here."""
         return x if len(self.rule.kv_heads) == x.shape[1] else x[:, self._heads]
 
     def _resize(self, capacity: int) -> None:
-        used = min(self.k.shape[2], capacity)
+        copied = min(self.k.shape[2], capacity)
         for name in ("k", "v"):
             old = getattr(self, name)
-            # Zeros, since a slot that a shorter row leaves empty passes through the arithmetic with weight 0.
+            # Zeros: unused slots of shorter rows are multiplied by weight 0, which would not remove a NaN.
             new = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
-            new[:, :, :used] = old[:, :, :used]
+            new[:, :, :copied] = old[:, :, :copied]
             setattr(self, name, new)
         self.slots.resize(capacity)
 
-    def _move(self, changes: list[Change]) -> None:
-        if not any(change.to.size for change in changes):
+    def _move(self, updates: list[SlotUpdate]) -> None:
+        """Compaction: the copies `move_from` to `move_to` of every row."""
+        if not any(update.move_to.size for update in updates):
             return
         for x in (self.k, self.v):
-            if len(changes) == 1:
-                to, moved = (torch.from_numpy(n).to(x.device) for n in (changes[0].to, changes[0].moved))
-                x[:, :, to] = x[:, :, moved]
+            if len(updates) == 1:
+                target, source = (torch.from_numpy(ids).to(x.device) for ids in (updates[0].move_to, updates[0].move_from))
+                x[:, :, target] = x[:, :, source]
             else:
-                item = _items([change.to for change in changes], x.device)
-                to, moved = (_joined([getattr(change, name) for change in changes], x.device) for name in ("to", "moved"))
-                x[item, :, to] = x[item, :, moved]
+                row = _row_ids([update.move_to for update in updates], x.device)
+                target = _concat([update.move_to for update in updates], x.device)
+                source = _concat([update.move_from for update in updates], x.device)
+                x[row, :, target] = x[row, :, source]
 
-    def _write(self, k: Tensor, v: Tensor, changes: list[Change], columns: list[NDArray[np.int64]] | None) -> None:
-        first = changes[0]
-        for x, new in ((self.k, k), (self.v, v)):
-            given = self._own(new)
-            if len(changes) > 1:
-                taken = [c.taken if columns is None else columns[row][c.taken] for row, c in enumerate(changes)]
-                item, slots = _items(taken, x.device), _joined([c.slots for c in changes], x.device)
-                x[item, :, slots] = given[item, :, _joined(taken, x.device)]
-            elif first.slots.size:
-                # Every batch item has the same tokens, in the same columns; those need not be all, even of a batch of one.
-                column = first.taken if columns is None else columns[0][first.taken]
-                slots, taken_all = (torch.from_numpy(n).to(x.device) for n in (first.slots, column))
-                x[:, :, slots] = given if column.size == given.shape[2] else given[:, :, taken_all]
+    def _write(self, k: Tensor, v: Tensor, updates: list[SlotUpdate], columns: list[NDArray[np.int64]] | None) -> None:
+        """Write the stored ones of the new tokens to their slots."""
+        tokens = [u.new_tokens if columns is None else columns[row][u.new_tokens] for row, u in enumerate(updates)]
+        for buffer, appended in ((self.k, k), (self.v, v)):
+            x, device = self._stored_heads(appended), buffer.device
+            if len(updates) > 1:
+                row, slots = _row_ids(tokens, device), _concat([u.write_to for u in updates], device)
+                buffer[row, :, slots] = x[row, :, _concat(tokens, device)]
+            elif tokens[0].size:
+                # One row: every batch item has its tokens in the same columns, possibly not in all of them.
+                slots, column = (torch.from_numpy(ids).to(device) for ids in (updates[0].write_to, tokens[0]))
+                buffer[:, :, slots] = x if tokens[0].size == x.shape[2] else x[:, :, column]
 
 
-def _joined(parts: list[NDArray[np.int64]], device: torch.device) -> Tensor:
+def _concat(parts: list[NDArray[np.int64]], device: torch.device) -> Tensor:
     return torch.from_numpy(np.concatenate(parts)).to(device)
 
 
-def _items(parts: list[NDArray[np.int64]], device: torch.device) -> Tensor:
-    """The row that each entry of the joined parts belongs to."""
+def _row_ids(parts: list[NDArray[np.int64]], device: torch.device) -> Tensor:
+    """The row of each entry of the concatenated parts."""
     return torch.from_numpy(np.repeat(np.arange(len(parts)), [part.size for part in parts])).to(device)

@@ -174,7 +174,7 @@ class SparseCache(Cache):
         """Between two steps: what only the queries of the last one could see is dropped."""
         if self._before != self._kept_by[0].seen and self._is_whole():
             for layer in self._kept_by:
-                if layer.cache._width > 1:
+                if layer.cache._last_width > 1:
                     layer.cache.forget()
             self._before, self._latest = self._kept_by[0].seen, None
 

@@ -12,7 +12,7 @@ from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from farlight.decoding.cache import KVCache
-from farlight.decoding.decode import answer
+from farlight.decoding.decode import masked_decode
 from farlight.errors import UnsupportedError
 from farlight.hf.attention_function import Chosen
 from farlight.hf.cached_tensors import HandedOut
@@ -70,7 +70,7 @@ class SparseLayer(CacheLayerMixin):
     @property
     def seen(self) -> int:
         """Columns taken in so far, padding included."""
-        return self.cache._taken
+        return self.cache._num_columns
 
     def take_back(self, before: int) -> None:
         """Go back to the length before the last step."""
@@ -78,7 +78,7 @@ class SparseLayer(CacheLayerMixin):
         if not before:
             self.reset()
         elif self.seen > before:
-            self.cache._take_back()
+            self.cache._rollback_last()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -143,7 +143,7 @@ class SparseLayer(CacheLayerMixin):
         if self.taken != self.updates:
             self.cache.append(key.plain, value.plain, real=new)
             self.taken = self.updates
-        out, lse = answer(query, self.cache, scaling, sinks is not None, also)
+        out, lse = masked_decode(query, self.cache, scaling, sinks is not None, also)
         if sinks is not None and lse is not None:
             out = sinks_merged(module, out, lse, sinks)
         return out.transpose(1, 2).contiguous()

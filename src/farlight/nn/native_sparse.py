@@ -12,8 +12,8 @@ from farlight.patterns.expression import Pattern
 from farlight.patterns.membership import between
 from farlight.patterns.positional import causal, window
 from farlight.patterns.tables import chosen_blocks
-from farlight.routing.base import stretches
-from farlight.routing.budget import Amount
+from farlight.routing.base import row_chunks
+from farlight.routing.budget import Budget
 
 __all__ = ["NativeSparseAttention"]
 
@@ -140,8 +140,8 @@ class NativeSparseAttention(nn.Module):
         blocks = torch.arange(-(-n // self.block), device=device)
         overlap = (of_block[:, :, None] == blocks).sum(1).to(q.dtype)
         ends = torch.arange(k.shape[2], device=device) * self.stride + self.compress - 1
-        amount, found = Amount(count=self.count), []
-        for part in stretches(n, batch * heads * max(1, k.shape[2])):
+        budget, found = Budget(count=self.count), []
+        for part in row_chunks(n, batch * heads * max(1, k.shape[2])):
             at = torch.arange(part.start, part.stop, device=device)[:, None]
             scores = (q[:, :, part].unflatten(1, (self.kv_heads, group)) @ k.transpose(-1, -2).unsqueeze(2)) * dim**-0.5
             row_lse = lse[:, :, part].unflatten(1, (self.kv_heads, group)).unsqueeze(-1).to(scores.dtype)
@@ -149,7 +149,7 @@ class NativeSparseAttention(nn.Module):
             own = torch.div(at, self.block, rounding_mode="floor")
             forced = ((blocks == 0) | (blocks >= own - 1)) & (blocks <= own)
             importance = (p @ overlap).masked_fill(forced | (blocks > own), float("-inf"))
-            found.append(amount.take(importance, forced.expand(importance.shape)))
+            found.append(budget.select(importance, forced.expand(importance.shape)))
         most = max((part.shape[-1] for part in found), default=0)
         parts = [torch.nn.functional.pad(part, (0, most - part.shape[-1]), value=-1) for part in found]
         if not parts:

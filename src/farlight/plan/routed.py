@@ -131,7 +131,7 @@ def _distinct(indices: Tensor) -> Tensor:
 def _lists_of_rows(choice: chosen_blocks | chosen_keys, sizes: Sizes) -> Tensor:
     """`(B or 1, H or 1, n_q, m)`: the list of each row, -1 for rows outside the table."""
     table = choice._tables[0]
-    list_of_row, inside = choice._row(sizes, torch.arange(sizes.n_q, device=table.device) + sizes.q_offset)
+    list_of_row, inside = choice._query_row(sizes, torch.arange(sizes.n_q, device=table.device) + sizes.q_offset)
     return torch.where(inside[:, None], table[:, :, list_of_row.clamp(0, table.shape[2] - 1)], -1)
 
 

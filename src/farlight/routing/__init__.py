@@ -1,4 +1,4 @@
-"""Content decides who looks at whom: routers read queries and keys and answer with patterns."""
+"""Routers: modules that choose, from queries and keys, the pattern that attention runs over."""
 
 from farlight.patterns.membership import between, rooms
 from farlight.patterns.multi_label import meets

@@ -1,8 +1,11 @@
-"""What a router is: a rule that reads queries and keys and answers with a pattern.
+"""`Router`, the base class of routers: modules that map queries and keys to a pattern.
 
-A router is called like a function, `router(q, k)`, and its answer is an ordinary pattern: a value that can be united,
-intersected, planned, counted, drawn and stored. The choice is made without gradients; what a router learns it learns in
-its own way (centroids by moving averages, scorers by `gated_attention`). Nothing here computes attention.
+`router(q, k)` returns an ordinary pattern, a value that `|`, `&`, `-`, `fl.plan`, `fl.attention`, `count` and the notation
+accept. A router computes no attention. Its choice has no gradient; what a router learns, it learns by its own means
+(`KMeans` by moving averages, scorers through `gated_attention`).
+
+A router is one class with one method: `choose(inputs: RouterInput) -> Pattern`. `Router.forward` checks the operands, converts
+them to float32 or float64 and calls `choose` without gradients and without autocast.
 """
 
 from __future__ import annotations
@@ -20,24 +23,24 @@ from farlight.inputs import without_autocast
 from farlight.patterns.expression import Pattern
 from farlight.patterns.positional import full
 
-__all__ = ["Choice", "Joined", "Router", "joined", "read", "stretches"]
+__all__ = ["CombinedRouter", "ConstantRouter", "Router", "RouterInput", "check_inputs", "combine", "row_chunks"]
 
-# Scores held at a time, in elements.
-_SCORES = 1 << 23
+# Elements of the largest score tensor that a router materialises at a time.
+_MAX_SCORES = 1 << 23
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a router decides on: checked queries and keys, and which tokens are real.
+class RouterInput:
+    """The checked operands of `Router.choose`.
 
-    q: `(B, H, n_q, D)`, k: `(B, H_kv, n_k, D)`, float32 or float64, without gradient; query row r stands at position
-    `n_k - n_q + r`, as in `fl.attention`. query_real `(B, n_q)` and key_real `(B, n_k)` are None where every token is real.
+    q `(B, H, n_q, D)` and k `(B, H_kv, n_k, D)`, float32 or float64, detached; query row r has position `n_k - n_q + r`, as in
+    `fl.attention`. query_mask `(B, n_q)` and key_mask `(B, n_k)`, bool, True = real token; None where every token is real.
     """
 
     q: Tensor
     k: Tensor
-    query_real: Tensor | None
-    key_real: Tensor | None
+    query_mask: Tensor | None
+    key_mask: Tensor | None
 
     @property
     def batch(self) -> int:
@@ -61,24 +64,25 @@ class Choice:
 
     @property
     def offset(self) -> int:
-        """The position of the first query."""
+        """The position of query row 0."""
         return self.n_k - self.n_q
 
-    def key_part(self) -> Tensor | None:
-        """`(B, 1, n_k)` bool, or None."""
-        return None if self.key_real is None else self.key_real[:, None]
+    def key_mask_by_head(self) -> Tensor | None:
+        """`(B, 1, n_k)` bool, broadcastable over heads, or None."""
+        return None if self.key_mask is None else self.key_mask[:, None]
 
-    def query_part(self) -> Tensor | None:
-        """`(B, 1, n_q)` bool, or None."""
-        return None if self.query_real is None else self.query_real[:, None]
+    def query_mask_by_head(self) -> Tensor | None:
+        """`(B, 1, n_q)` bool, broadcastable over heads, or None."""
+        return None if self.query_mask is None else self.query_mask[:, None]
 
 
 class Router(nn.Module):
-    """`router(q, k)` is a pattern. Joined with `|`, `&`, `-` to patterns or routers on its right, it stays a router.
+    """A module whose call `router(q, k)` returns a pattern; `router | other`, `router & other`, `router - other` are routers.
 
-    Subclasses answer `choose`. Called with `key_mask` `(B, n_k)`, True = real, padded tokens take no part: nobody sees them,
-    and where the queries are the last tokens of the same text, padded ones choose nothing. `query_mask` `(B, n_q)` says it
-    apart for queries that come from another text.
+    Subclasses implement `choose`. `forward` takes q `(B, H, n_q, D)` and k `(B, H_kv, n_k, D)` of any floating dtype, and two
+    optional bool masks, True = real token: `key_mask` `(B or 1, n_k)` removes padded keys from every choice; `query_mask`
+    `(B or 1, n_q)` gives padded queries an empty row, and defaults to the last n_q columns of `key_mask` (queries are the last
+    tokens of the same text). Raises ArgumentError for operands of other shapes or dtypes.
 
     >>> import torch, farlight as fl
     >>> from farlight.routing import TopKeys
@@ -88,20 +92,20 @@ class Router(nn.Module):
     [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     """
 
-    # The text that `read_router` made it from; None for a router built by hand.
+    # The text that `read_router` made this router from; None for a router built in Python.
     expression: str | None = None
 
-    def choose(self, given: Choice) -> Pattern:
+    def choose(self, inputs: RouterInput) -> Pattern:
         raise NotImplementedError
 
     def forward(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, query_mask: Tensor | None = None) -> Pattern:
         with torch.no_grad():
-            given = read(q, k, key_mask, query_mask)
-            # Nothing is chosen where there is nothing to choose by; what is seen then changes no answer.
-            if given.q.is_meta or not given.batch:
+            inputs = check_inputs(q, k, key_mask, query_mask)
+            # Meta tensors and empty batches have no values to choose by, and no output values that depend on the choice.
+            if inputs.q.is_meta or not inputs.batch:
                 return full()
-            with without_autocast(given.q):
-                return self.choose(given)
+            with without_autocast(inputs.q):
+                return self.choose(inputs)
 
     def __bool__(self) -> NoReturn:
         raise OperandError(
@@ -110,78 +114,90 @@ class Router(nn.Module):
         )
 
     def __or__(self, other: Router | Pattern) -> Router:
-        return joined(self, other, "|")
+        return combine(self, other, "|")
 
     def __and__(self, other: Router | Pattern) -> Router:
-        return joined(self, other, "&")
+        return combine(self, other, "&")
 
     def __sub__(self, other: Router | Pattern) -> Router:
-        return joined(self, other, "-")
+        return combine(self, other, "-")
 
 
-_SIGNS: dict[str, Callable[[Pattern, Pattern], Pattern]] = {"|": operator.or_, "&": operator.and_, "-": operator.sub}
+_OPERATORS: dict[str, Callable[[Pattern, Pattern], Pattern]] = {"|": operator.or_, "&": operator.and_, "-": operator.sub}
 
 
-class Joined(Router):
-    """Two parts, each a router or a pattern, as one router."""
+class CombinedRouter(Router):
+    """`left symbol right` as one router, symbol in `|`, `&`, `-`; each side is a router or a constant pattern."""
 
-    def __init__(self, left: Router | Pattern, right: Router | Pattern, sign: str) -> None:
+    def __init__(self, left: Router | Pattern, right: Router | Pattern, symbol: str) -> None:
         super().__init__()
-        self.left, self.right, self.sign = left, right, sign
+        self.left, self.right, self.symbol = left, right, symbol
 
-    def choose(self, given: Choice) -> Pattern:
-        left, right = (part.choose(given) if isinstance(part, Router) else part for part in (self.left, self.right))
-        return _SIGNS[self.sign](left, right)
+    def choose(self, inputs: RouterInput) -> Pattern:
+        left, right = (side.choose(inputs) if isinstance(side, Router) else side for side in (self.left, self.right))
+        return _OPERATORS[self.symbol](left, right)
 
 
-def joined(left: Router | Pattern, right: Router | Pattern, sign: str) -> Router:
-    """The router that answers with the left part's pattern joined to the right part's by `|`, `&` or `-`."""
-    for part in (left, right):
-        if not isinstance(part, Router | Pattern):
+class ConstantRouter(Router):
+    """A router that returns the same pattern for every input."""
+
+    def __init__(self, pattern: Pattern) -> None:
+        super().__init__()
+        self.pattern = pattern
+
+    def choose(self, inputs: RouterInput) -> Pattern:
+        return self.pattern
+
+
+def combine(left: Router | Pattern, right: Router | Pattern, symbol: str) -> Router:
+    """`CombinedRouter` of checked operands; symbol in `|`, `&`, `-`. Raises ArgumentError for another operand type."""
+    for side in (left, right):
+        if not isinstance(side, Router | Pattern):
             raise ArgumentError(
-                f"`router {sign} {show(part)}`: {type(part).__name__} is neither a router nor a pattern; "
+                f"`router {symbol} {show(side)}`: {type(side).__name__} is neither a router nor a pattern; "
                 "join routers with routers and patterns."
             )
-    return Joined(left, right, sign)
+    return CombinedRouter(left, right, symbol)
 
 
-def read(q: Tensor, k: Tensor, key_mask: Tensor | None = None, query_mask: Tensor | None = None) -> Choice:
-    """Check what a router was called with. Raises ArgumentError."""
+def check_inputs(q: Tensor, k: Tensor, key_mask: Tensor | None = None, query_mask: Tensor | None = None) -> RouterInput:
+    """The operands of a router call, checked, detached and widened to float32 at least. Raises ArgumentError."""
     for name, x in (("q", q), ("k", k)):
         if not isinstance(x, Tensor) or x.dim() != 4 or not x.dtype.is_floating_point:
-            found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise ArgumentError(f"router: {name} is {found}; a floating point tensor (B, H, N, D) is needed.")
+            actual = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise ArgumentError(f"router: {name} is {actual}; a floating point tensor (B, H, N, D) is needed.")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ArgumentError(f"router: q is {tuple(q.shape)} and k is {tuple(k.shape)}: batch and head_dim must agree.")
     if not q.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ArgumentError(
             f"router: q has {q.shape[1]} heads and k has {k.shape[1]}: the first must be a multiple of the second, both >= 1."
         )
-    key_real = _read_mask("key_mask", key_mask, k)
-    query_real = _read_mask("query_mask", query_mask, q)
-    if key_real is not None and query_real is None:
+    key_mask = _check_mask("key_mask", key_mask, k)
+    query_mask = _check_mask("query_mask", query_mask, q)
+    if key_mask is not None and query_mask is None:
         if q.shape[2] > k.shape[2]:
             raise ArgumentError(
                 f"router: key_mask was given for {k.shape[2]} keys, but there are {q.shape[2]} queries, so that it cannot say "
                 "which of these are real; pass query_mask too."
             )
-        query_real = key_real[:, k.shape[2] - q.shape[2] :]
-    kind = torch.promote_types(q.dtype, torch.float32)
-    return Choice(q.detach().to(kind), k.detach().to(kind), query_real, key_real)
+        query_mask = key_mask[:, k.shape[2] - q.shape[2] :]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return RouterInput(q.detach().to(dtype), k.detach().to(dtype), query_mask, key_mask)
 
 
-def _read_mask(name: str, mask: Tensor | None, x: Tensor) -> Tensor | None:
+def _check_mask(name: str, mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask on x's device, expanded to `(B, N)`. Raises ArgumentError."""
     if mask is None:
         return None
-    wanted = (x.shape[0], x.shape[2])
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) not in (wanted, (1, wanted[1])):
-        found = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ArgumentError(f"router: {name} is {found}; a bool tensor {wanted}, True where a token is real, is needed.")
-    return mask.detach().to(x.device).expand(wanted)
+    shape = (x.shape[0], x.shape[2])
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) not in (shape, (1, shape[1])):
+        actual = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ArgumentError(f"router: {name} is {actual}; a bool tensor {shape}, True where a token is real, is needed.")
+    return mask.detach().to(x.device).expand(shape)
 
 
-def stretches(rows: int, per_row: int) -> Iterator[slice]:
-    """Runs of rows whose scores, `per_row` elements each, are held at a time."""
-    step = max(1, _SCORES // max(1, per_row))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def row_chunks(num_rows: int, scores_per_row: int) -> Iterator[slice]:
+    """Slices that cover `num_rows` rows, each of at most 2^23 scores (and at least one row)."""
+    step = max(1, _MAX_SCORES // max(1, scores_per_row))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))

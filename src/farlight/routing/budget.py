@@ -1,4 +1,4 @@
-"""How many to take of what was scored: a count, a share of what is visible, or the mass of an estimated softmax."""
+"""`Budget`: how many scored entries a row selects, by count, by share of the visible ones, or by probability mass."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from farlight.errors import ArgumentError, show
 from farlight.patterns.arguments import whole
 
-__all__ = ["Amount"]
+__all__ = ["Budget", "concat_selections"]
 
 
 @dataclass(frozen=True)
-class Amount:
-    """Exactly one of these is given.
+class Budget:
+    """The size of a selection; exactly one field is set.
 
-    count: that many (all, where there are fewer); share: ⌈share · visible⌉; mass: the smallest set, taken from the largest
-    down, whose part of Σ exp(score) over the scored ones reaches `mass`.
+    count: that many entries (all, where fewer are visible); share: ⌈share · visible⌉ entries; mass: the fewest entries, in
+    descending order of score, whose softmax probabilities over the scored entries sum to at least `mass`.
     """
 
     count: int | None = None
@@ -26,66 +26,77 @@ class Amount:
     mass: float | None = None
 
     @staticmethod
-    def read(name: str, count: int | None, share: float | None, mass: float | None) -> Amount:
-        given = [what for what, value in (("count", count), ("share", share), ("mass", mass)) if value is not None]
-        if len(given) != 1:
-            found = " and ".join(given) if given else "nothing"
-            raise ArgumentError(f"{name}: {found} given; say how much to take by exactly one of count, share and mass.")
+    def checked(name: str, count: int | None, share: float | None, mass: float | None) -> Budget:
+        """The budget of these arguments of the router `name`. Raises ArgumentError unless exactly one is given and in range."""
+        fields = [field for field, value in (("count", count), ("share", share), ("mass", mass)) if value is not None]
+        if len(fields) != 1:
+            actual = " and ".join(fields) if fields else "nothing"
+            raise ArgumentError(f"{name}: {actual} given; say how much to take by exactly one of count, share and mass.")
         if count is not None:
             whole(f"{name}: count", count, 1)
-        for what, value in (("share", share), ("mass", mass)):
+        for field, value in (("share", share), ("mass", mass)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0):
-                raise ArgumentError(f"{name}: {what} = {show(value)}: it must be a number in 0 < {what} <= 1.")
-        return Amount(count, share, mass)
+                raise ArgumentError(f"{name}: {field} = {show(value)}: it must be a number in 0 < {field} <= 1.")
+        return Budget(count, share, mass)
 
     def __str__(self) -> str:
-        return ", ".join(f"{what}={value:g}" for what, value in self.__dict__.items() if value is not None)
+        return ", ".join(f"{field}={value:g}" for field, value in self.__dict__.items() if value is not None)
 
-    def take(
-        self, scores: Tensor, forced: Tensor | None = None, counted: Tensor | None = None, most: int | None = None
+    def select(
+        self,
+        scores: Tensor,
+        forced: Tensor | None = None,
+        num_forced: Tensor | None = None,
+        max_forced: int | None = None,
     ) -> Tensor:
-        """Indices into the last dimension of `scores`, ascending, -1 pads: `(…, most)`.
+        """Indices into the last dimension of `scores`, ascending, padded with -1: `(…, m)` int64.
 
-        A score of -inf cannot be taken. `forced` (bool, the shape of scores) are taken whatever happens; their scores must
-        be -inf, and they count as visible and as taken in count and share (as `counted` of them, `(…)`, where that is
-        given), not in the mass. `most`, where it is known, is how many are forced at the most: then a count is taken without
-        asking the device for anything.
+        scores: `(…, W)`; an entry of -inf is invisible and never selected by score.
+        forced: `(…, W)` bool, entries selected whatever the budget; their scores must be -inf. Count and share include them (as
+            `num_forced` `(…,)` of them where given), mass does not.
+        max_forced: an upper bound of forced entries in a row, where known: a count then selects without a device sync.
         """
         width = scores.shape[-1]
-        visible = (scores > float("-inf")).sum(-1)
-        there = torch.zeros_like(visible) if forced is None else forced.sum(-1)
-        counted = there if counted is None else counted
-        most = 0 if forced is None else _largest(there) if most is None else min(most, width)
+        num_visible = (scores > float("-inf")).sum(-1)
+        present = torch.zeros_like(num_visible) if forced is None else forced.sum(-1)
+        num_forced = present if num_forced is None else num_forced
+        max_forced = 0 if forced is None else _max(present) if max_forced is None else min(max_forced, width)
         if self.mass is not None:
-            ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-            number = reaching(ordered, self.mass)
-            order = order[..., : _largest(number)]
+            descending, order = scores.sort(dim=-1, descending=True, stable=True)
+            num_selected = count_for_mass(descending, self.mass)
+            order = order[..., : _max(num_selected)]
         else:
-            number = torch.full_like(visible, self.count or 0)
+            num_selected = torch.full_like(num_visible, self.count or 0)
             if self.share is not None:
-                # A product that should be whole may lie a rounding above it.
-                number = ((visible + counted).double() * self.share - 1e-9).ceil().long()
-            number = torch.minimum((number - counted).clamp(min=0), visible)
-            at_most = _largest(number) if self.count is None else min(self.count, width)
-            order = scores.topk(at_most, -1).indices
+                # Rounding may lift a whole product just above its integer; 1e-9 keeps ceil from counting one more.
+                num_selected = ((num_visible + num_forced).double() * self.share - 1e-9).ceil().long()
+            num_selected = torch.minimum((num_selected - num_forced).clamp(min=0), num_visible)
+            max_selected = _max(num_selected) if self.count is None else min(self.count, width)
+            order = scores.topk(max_selected, -1).indices
         rank = torch.arange(order.shape[-1], device=scores.device)
-        chosen = torch.where(rank < number.unsqueeze(-1), order, width)
+        selected = torch.where(rank < num_selected.unsqueeze(-1), order, width)  # width pads: it sorts to the end
         if forced is not None:
-            is_forced, place = forced.to(torch.uint8).topk(most, -1)
-            chosen = torch.cat((torch.where(is_forced > 0, place, width), chosen), -1)
-        longest = _largest(number + there) if self.count is None else min(max(self.count, most), width)
-        chosen = chosen.sort(-1).values[..., :longest]
-        return torch.where(chosen < width, chosen, -1)
+            is_forced, index = forced.to(torch.uint8).topk(max_forced, -1)
+            selected = torch.cat((torch.where(is_forced > 0, index, width), selected), -1)
+        columns = _max(num_selected + present) if self.count is None else min(max(self.count, max_forced), width)
+        selected = selected.sort(-1).values[..., :columns]
+        return torch.where(selected < width, selected, -1)
 
 
-def _largest(numbers: Tensor) -> int:
-    return int(numbers.max()) if numbers.numel() else 0
+def _max(counts: Tensor) -> int:
+    return int(counts.max()) if counts.numel() else 0
 
 
-def reaching(ordered: Tensor, mass: float) -> Tensor:
-    """How many of the descending scores make `mass` of their softmax: up to the first whose cumulated part is not below it."""
-    finite = ordered > float("-inf")
-    top = torch.where(finite, ordered, 0.0)[..., :1]
-    weight = torch.where(finite, (ordered - top).exp(), 0.0)
-    before = weight.cumsum(-1) - weight
-    return (finite & (before < mass * weight.sum(-1, keepdim=True))).sum(-1)
+def count_for_mass(descending: Tensor, mass: float) -> Tensor:
+    """`(…,)` int64: the fewest leading scores of `(…, W)` descending ones whose softmax probabilities sum to `mass` or more."""
+    finite = descending > float("-inf")
+    max_score = torch.where(finite, descending, 0.0)[..., :1]
+    weight = torch.where(finite, (descending - max_score).exp(), 0.0)
+    weight_before = weight.cumsum(-1) - weight
+    return (finite & (weight_before < mass * weight.sum(-1, keepdim=True))).sum(-1)
+
+
+def concat_selections(chunks: list[Tensor]) -> Tensor:
+    """`(…, rows, m)`: the selections of consecutive row chunks, at least one, padded with -1 to the widest m."""
+    width = max(chunk.shape[-1] for chunk in chunks)
+    return torch.cat([torch.nn.functional.pad(chunk, (0, width - chunk.shape[-1]), value=-1) for chunk in chunks], -2)

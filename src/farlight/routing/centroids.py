@@ -1,7 +1,7 @@
-"""The arithmetic of spherical k-means: unit vectors, nearest centroids, sums of members over ranks, moving averages.
+"""Spherical k-means on tensors: nearest centroids, member sums over all ranks, moving-average updates, initialisation.
 
-Tokens are `(B, H_kv, N, D)` and centroids `(H, C, D)` with H a multiple of H_kv: a group of query heads shares its keys but
-each head has centroids of its own.
+Tokens x are `(B, H_kv, N, D)` and centroids `(H, C, D)` with H a multiple of H_kv: the query heads of one group share their
+keys, and each query head has its own centroids. Token masks are bool, broadcastable to `(B, H, N)`, True = real token.
 """
 
 from __future__ import annotations
@@ -11,20 +11,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from farlight.routing.base import stretches
+from farlight.routing.base import row_chunks
 
-__all__ = ["by_centroid", "first_centroids", "members_sum", "moved", "nearest", "squared_distance", "unit"]
+__all__ = [
+    "centroid_scores",
+    "init_centroids",
+    "member_sums",
+    "nearest_centroid",
+    "normalize",
+    "squared_distance",
+    "update_centroids",
+]
 
-Tokens = Sequence[tuple[Tensor, Tensor | None]]
+# Token tensors, each with its mask of real tokens (None = all real).
+MaskedTokens = Sequence[tuple[Tensor, Tensor | None]]
 
 
-def unit(x: Tensor) -> Tensor:
-    """x / ‖x‖; 0 stays 0."""
+def normalize(x: Tensor) -> Tensor:
+    """x / ‖x‖ over the last dimension; 0 stays 0."""
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-def by_centroid(x: Tensor, centroids: Tensor) -> Tensor:
-    """`(B, H, N, C)`: μ · x for every head, in x's type."""
+def centroid_scores(x: Tensor, centroids: Tensor) -> Tensor:
+    """`(B, H, N, C)`: μ · x of every head, in x's dtype."""
     group = centroids.shape[0] // x.shape[1]
     batch, kv_heads, n, dim = x.shape
     table = centroids.to(x.dtype).reshape(kv_heads, -1, dim)
@@ -32,72 +41,75 @@ def by_centroid(x: Tensor, centroids: Tensor) -> Tensor:
     return scores.view(batch, kv_heads, n, group, -1).transpose(2, 3).flatten(1, 2)
 
 
-def nearest(x: Tensor, centroids: Tensor, real: Tensor | None) -> Tensor:
-    """`(B, H, N)`: the centroid of largest μ · x, the first of equals; -1 where the token is not real.
+def nearest_centroid(x: Tensor, centroids: Tensor, mask: Tensor | None) -> Tensor:
+    """`(B, H, N)` int64: argmax_c μ_c · x, the lowest index of equals; -1 for padding.
 
-    The length of x does not matter for the largest, so nothing is divided.
+    The argmax does not depend on ‖x‖, so x is not normalised.
     """
     labels = torch.empty(x.shape[0], centroids.shape[0], x.shape[2], dtype=torch.int64, device=x.device)
-    for part in stretches(x.shape[2], x.shape[0] * centroids.shape[0] * centroids.shape[1]):
-        labels[:, :, part] = by_centroid(x[:, :, part], centroids).argmax(-1)
-    return labels if real is None else labels.masked_fill_(~real, -1)
+    for rows in row_chunks(x.shape[2], x.shape[0] * centroids.shape[0] * centroids.shape[1]):
+        labels[:, :, rows] = centroid_scores(x[:, :, rows], centroids).argmax(-1)
+    return labels if mask is None else labels.masked_fill_(~mask, -1)
 
 
-def members_sum(tokens: Tokens, centroids: Tensor) -> Tensor:
-    """`(H, C, D + 1)`: for each centroid the sum of its members' unit vectors and their number, over all ranks."""
+def member_sums(tokens: MaskedTokens, centroids: Tensor) -> Tensor:
+    """`(H, C, D + 1)`: per centroid the sum of its members' unit vectors and, last, their number; all-reduced over ranks."""
     heads, count, dim = centroids.shape
     total = centroids.new_zeros(heads * count, dim + 1)
-    base = torch.arange(heads, device=centroids.device).view(1, -1, 1) * count
-    for x, real in tokens:
-        labels = nearest(x, centroids, real)
-        vectors = unit(x).repeat_interleave(heads // x.shape[1], 1)
-        kept = labels >= 0
+    first_row = torch.arange(heads, device=centroids.device).view(1, -1, 1) * count
+    for x, mask in tokens:
+        labels = nearest_centroid(x, centroids, mask)
+        vectors = normalize(x).repeat_interleave(heads // x.shape[1], 1)
+        is_real = labels >= 0
         ones = vectors.new_ones(*vectors.shape[:3], 1)
-        total.index_add_(0, (base + labels)[kept], torch.cat((vectors, ones), -1)[kept].to(total.dtype))
-    if _world() > 1:
+        total.index_add_(0, (first_row + labels)[is_real], torch.cat((vectors, ones), -1)[is_real].to(total.dtype))
+    if _world_size() > 1:
         torch.distributed.all_reduce(total)
     return total.view(heads, count, dim + 1)
 
 
-def moved(centroids: Tensor, total: Tensor, decay: float) -> Tensor:
-    """The centroids drawn to the mean of their members, on the unit sphere; one without members stays."""
-    number = total[..., -1:]
-    mean = total[..., :-1] / number.clamp(min=1)
-    drawn = unit(decay * centroids + (1 - decay) * mean)
-    return torch.where((number > 0) & (drawn.norm(dim=-1, keepdim=True) > 0), drawn, centroids)
+def update_centroids(centroids: Tensor, sums: Tensor, decay: float) -> Tensor:
+    """normalize(decay · μ + (1 - decay) · mean of members), `(H, C, D)`; a centroid without members is unchanged.
+
+    sums: `member_sums`, `(H, C, D + 1)`.
+    """
+    num_members = sums[..., -1:]
+    mean = sums[..., :-1] / num_members.clamp(min=1)
+    updated = normalize(decay * centroids + (1 - decay) * mean)
+    return torch.where((num_members > 0) & (updated.norm(dim=-1, keepdim=True) > 0), updated, centroids)
 
 
-def first_centroids(tokens: Tokens, centroids: Tensor, seed: int) -> Tensor:
-    """Distinct real tokens drawn for each head, as unit vectors; all ranks take those of rank 0.
+def init_centroids(tokens: MaskedTokens, centroids: Tensor, seed: int) -> Tensor:
+    """Distinct real tokens drawn at random for each head, as unit vectors `(H, C, D)`; broadcast from rank 0 to all ranks.
 
-    Where there are fewer tokens than centroids the rest stay where they were.
+    With fewer tokens than centroids the remaining centroids are unchanged.
     """
     heads, count, _ = centroids.shape
-    pool = []
-    for x, real in tokens:
-        vectors = unit(x).repeat_interleave(heads // x.shape[1], 1).transpose(0, 1)  # (H, B, N, D)
-        pool.append(vectors.flatten(1, 2) if real is None else vectors[:, real.squeeze(1)])
-    every = torch.cat(pool, 1)
-    order = torch.rand(heads, every.shape[1], generator=torch.Generator().manual_seed(seed), device="cpu").argsort(1)[:, :count]
-    order = order.to(every.device)
+    candidates = []
+    for x, mask in tokens:
+        vectors = normalize(x).repeat_interleave(heads // x.shape[1], 1).transpose(0, 1)  # (H, B, N, D)
+        candidates.append(vectors.flatten(1, 2) if mask is None else vectors[:, mask.squeeze(1)])
+    pool = torch.cat(candidates, 1)
+    order = torch.rand(heads, pool.shape[1], generator=torch.Generator().manual_seed(seed), device="cpu").argsort(1)[:, :count]
+    order = order.to(pool.device)
     out = centroids.clone()
-    out[:, : order.shape[1]] = every.gather(1, order.unsqueeze(-1).expand(-1, -1, every.shape[2])).to(out.dtype)
-    if _world() > 1:
+    out[:, : order.shape[1]] = pool.gather(1, order.unsqueeze(-1).expand(-1, -1, pool.shape[2])).to(out.dtype)
+    if _world_size() > 1:
         torch.distributed.broadcast(out, 0)
     return out
 
 
 def squared_distance(x: Tensor, centroids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of ‖x / ‖x‖ - μ‖² over real tokens and heads, differentiable in x, and their number."""
+    """(Σ ‖x / ‖x‖ - μ_label‖² over real tokens and heads, differentiable in x; the number of terms), two scalars."""
     heads, count, dim = centroids.shape
-    vectors = unit(x.to(torch.promote_types(x.dtype, torch.float32))).repeat_interleave(heads // x.shape[1], 1)
-    base = torch.arange(heads, device=centroids.device).view(1, -1, 1) * count
-    chosen = centroids.reshape(-1, dim).to(vectors.dtype)[base + labels.clamp(min=0)]
-    real = labels >= 0
-    return ((vectors - chosen).square().sum(-1) * real).sum(), real.sum()
+    vectors = normalize(x.to(torch.promote_types(x.dtype, torch.float32))).repeat_interleave(heads // x.shape[1], 1)
+    first_row = torch.arange(heads, device=centroids.device).view(1, -1, 1) * count
+    nearest = centroids.reshape(-1, dim).to(vectors.dtype)[first_row + labels.clamp(min=0)]
+    is_real = labels >= 0
+    return ((vectors - nearest).square().sum(-1) * is_real).sum(), is_real.sum()
 
 
-def _world() -> int:
+def _world_size() -> int:
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return 1
     return torch.distributed.get_world_size()

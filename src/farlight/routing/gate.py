@@ -1,4 +1,4 @@
-"""A way to train what chooses: the score of a link is part of its logit, so that gradients reach the scorer."""
+"""`gated_attention`: attention whose logits include a learned link score, so that the gradient reaches the scorer."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ def gated_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention in which every link is weighed by its score as well:
+    """Sparse attention with an additive, learned score in every logit.
 
-        out = softmax over allowed j of (scale · q_i · k_j + q_score_i · k_score_j), times v
+        out_i = Σ_j softmax_j(scale · q_i · k_j + q_score_i · k_score_j) v_j      over the j that `pattern` allows i
 
-    The mean of `q_score_i · k_score_j` over a block is what `TopBlocks(…)(q_score, k_score)` ranks blocks by, each product
-    what `TopKeys` ranks keys by: a link's weight is multiplied by exp(score). A choice that helped is scored higher the next
-    time. The gradient is exact for the links that were chosen; the choice itself has none, and links that were not chosen
-    say nothing (no straight-through estimate is made of what was never computed). Nothing of a block's mean enters, so a
-    causal pattern stays causal.
+    It trains a router's scoring vectors. `TopKeys()(q_score, k_score)` ranks keys by the same product q_score_i · k_score_j,
+    and `TopBlocks(…)(q_score, k_score)` ranks blocks by its mean over the block. The score multiplies a link's weight by
+    exp(score), so a link that lowers the loss is scored higher after the step. The gradient is exact for the links of the
+    pattern. The choice itself has none, nor have links outside the pattern (no straight-through estimator). The score of a
+    single link enters, never a block's mean, so a causal pattern stays causal.
 
     Args:
-        q, k, v, pattern, scale: as in `fl.attention`; q_score `(B, H, n_q, S)`, k_score `(B, H_kv, n_k, S)`: the scorer's
-            vectors, of any small width S. Costs as attention of head_dim D + S.
+        q, k, v, pattern, scale, return_lse, backend: as in `fl.attention`.
+        q_score, k_score: `(B, H, n_q, S)` and `(B, H_kv, n_k, S)` in q's dtype, any width S >= 1.
+
+    Computed as one attention of head_dim D + S. Raises ArgumentError for scores of other shapes or dtypes.
 
     >>> import torch, farlight as fl
     >>> from farlight.routing import TopBlocks, gated_attention
@@ -49,9 +51,9 @@ def gated_attention(
     """
     for name, score, x in (("q_score", q_score, q), ("k_score", k_score, k)):
         if not isinstance(score, Tensor) or score.dim() != 4 or score.shape[:3] != x.shape[:3] or score.dtype != x.dtype:
-            found = f"{tuple(score.shape)} of {score.dtype}" if isinstance(score, Tensor) else type(score).__name__
+            actual = f"{tuple(score.shape)} of {score.dtype}" if isinstance(score, Tensor) else type(score).__name__
             raise ArgumentError(
-                f"gated_attention: {name} is {found}; ({', '.join(map(str, x.shape[:3]))}, S) of {x.dtype} is needed."
+                f"gated_attention: {name} is {actual}; ({', '.join(map(str, x.shape[:3]))}, S) of {x.dtype} is needed."
             )
     if q_score.shape[3] != k_score.shape[3]:
         raise ArgumentError(

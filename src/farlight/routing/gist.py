@@ -1,4 +1,8 @@
-"""Attention that also listens to what it does not look at: blocks that were not chosen take part in summary."""
+"""`gist_attention`: exact attention over a pattern's keys plus one mean key and value for every block that it leaves uncovered.
+
+The softmax is computed in pieces and merged exactly by lse: attention over the pattern, then, per level, attention over the
+means of that level's cells under the pattern `unseen`. A cell's size n_c enters as log n_c added to its logit.
+"""
 
 from __future__ import annotations
 
@@ -34,31 +38,35 @@ def gist_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact softmax over the keys that `pattern` allows and one summary for each block of which it allows nothing.
+    """Softmax attention over the keys that `pattern` allows and one summary for each block of which it allows nothing.
 
-        out_i = Σ_{j seen} e^{s q_i·k_j} v_j + Σ_{c heard} n_c e^{s q_i·k̄_c} v̄_c,  over  Σ e^{s q_i·k_j} + Σ n_c e^{s q_i·k̄_c}
+        out_i = [Σ_{j ∈ P(i)} e^{s q_i·k_j} v_j + Σ_{c ∈ U(i)} n_c e^{s q_i·k̄_c} v̄_c]
+              / [Σ_{j ∈ P(i)} e^{s q_i·k_j}     + Σ_{c ∈ U(i)} n_c e^{s q_i·k̄_c}]
 
-    k̄_c and v̄_c are the means of cell c's keys and values, n_c is its number of keys: a summary speaks for n_c tokens at once.
-    Were all keys of a cell equal, this would be exactly full attention. A block of which a query sees at least one key is
-    not summarised for it: what it sees of that block it sees whole, and the rest of the block stays silent, so let the
-    pattern choose whole blocks (`TopBlocks`, `blocked_window`).
+    P(i): the keys that the pattern allows query i; U(i): the uncovered cells of i. A cell is a block, or 2^level adjacent
+    blocks; k̄_c and v̄_c are the means of its keys and values, n_c is its number of real keys. Equal to full attention where
+    the keys of every cell are equal. A block of which i sees one key is covered: its other keys take no part, so let the
+    pattern consist of whole blocks (`TopBlocks`, `blocked_window`).
 
     Args:
         q, k, v, scale, return_lse, backend: as in `fl.attention`; differentiable, through the means too.
-        pattern: what is seen token by token. With causal=True pass a causal one: it is used as it is.
+        pattern: P, used as it is; it must be causal itself where `causal=True`.
         block: tokens in a block.
-        levels: 1 hears every unseen block on its own, which costs n_q · n_k / block links. With more, cells of 2, 4, … blocks
-            stand in where the distance allows (see `unseen`): a query hears a few cells of each level, and n log n links in
-            all when levels=None, as many as the text has room for.
-        causal: hear only what lies wholly in the past (all keys of the cell at positions <= the query's).
-        key_mask: `(B, n_k)` bool, True = real: padding has no part in means and sizes. It is not seen either.
+        levels: number of cell sizes, block · 2^0 … block · 2^(levels - 1). 1: every uncovered block is its own cell, up to
+            n_q · n_k / block links. None: as many as leave at least four cells on the coarsest level, n log n links in all.
+            Which cell covers an uncovered block is defined at `unseen`.
+        causal: only cells whose keys all have positions <= the query's.
+        key_mask: `(B or 1, n_k)` bool, True = real; padding is in no mean, no size and no P(i).
+
+    Returns out `(B, H, n_q, D)` in q's dtype, and lse `(B, H, n_q)` in float32 (float64 for float64) with return_lse.
+    Raises ArgumentError for a pattern or mask of another type or shape.
 
     Hierarchies of summaries: Zhu & Soricut 2021, "H-Transformer-1D", arXiv:2107.11906.
 
     >>> import torch, farlight as fl
     >>> from farlight.routing import gist_attention
     >>> q, v = torch.randn(2, 1, 1, 12, 4).unbind(0)
-    >>> k = torch.randn(1, 1, 3, 4).repeat_interleave(4, 2)          # equal keys in each block: nothing is lost
+    >>> k = torch.randn(1, 1, 3, 4).repeat_interleave(4, 2)          # equal keys in each block: exact
     >>> near = fl.blocked_window(0, block=4)
     >>> torch.allclose(gist_attention(q, k, v, near, block=4), fl.attention(q, k, v, fl.full()), atol=1e-5)
     True
@@ -66,7 +74,7 @@ def gist_attention(
     block = whole("gist_attention: block", block, 1)
     n_q, n_k = q.shape[2], k.shape[2]
     if levels is None:
-        levels = max(1, (n_k // block).bit_length() - 2)  # the coarsest level has four cells or a few more
+        levels = max(1, (n_k // block).bit_length() - 2)  # four to eight cells on the coarsest level
     levels = whole("gist_attention: levels", levels, 1)
     if not isinstance(pattern, Pattern):
         raise ArgumentError(f"gist_attention: {type(pattern).__name__} is not a pattern; pass e.g. TopBlocks(8, 64)(q, k).")
@@ -76,42 +84,43 @@ def gist_attention(
             f"a bool tensor {(k.shape[0], n_k)} is needed."
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    seen = pattern if key_mask is None else pattern & padding(key_mask)
-    pieces = [attention(q, k, v, seen, scale=scale, return_lse=True, backend=backend)]
-    kind = torch.promote_types(q.dtype, torch.float32)
-    # Summaries are few: they are taken in float32 at least, where autocast would round the logarithms of sizes.
+    covered = pattern if key_mask is None else pattern & padding(key_mask)
+    pieces = [attention(q, k, v, covered, scale=scale, return_lse=True, backend=backend)]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    # Autocast would round log n_c to 16 bits. There are few summaries, so float32 costs little.
     with without_autocast(q):
-        wide = (q.to(kind), k.to(kind), v.to(kind))
+        qkv = (q.to(dtype), k.to(dtype), v.to(dtype))
         for level in range(levels if n_k else 0):
-            heard: Pattern = unseen(seen, block, n_k, level, levels, causal)
-            pieces.append(_summaries(*wide, heard, block << level, n_k - n_q, key_mask, scale, backend))
-    out, lse = merge([(piece.to(kind), part) for piece, part in pieces])
+            uncovered: Pattern = unseen(covered, block, n_k, level, levels, causal)
+            pieces.append(_attend_summaries(*qkv, uncovered, block << level, n_k - n_q, key_mask, scale, backend))
+    out, lse = merge([(piece_out.to(dtype), piece_lse) for piece_out, piece_lse in pieces])
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out
 
 
-def _summaries(
+def _attend_summaries(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    heard: Pattern,
-    size: int,
+    uncovered: Pattern,
+    cell: int,
     q_offset: int,
-    real: Tensor | None,
+    key_mask: Tensor | None,
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) over the summaries of cells of `size` tokens, each counted as often as it has keys."""
-    sizes = block_sizes(k.shape[2], size, real, k.device)
-    k, v = block_mean(k, size, real), block_mean(v, size, real)
-    if bool((sizes == size).all()):
-        out, lse = attention(q, k, v, heard, scale=scale, q_offset=q_offset, return_lse=True, backend=backend)
-        return out, lse + math.log(size)
+    """(out, lse) of attention over the means of cells of `cell` tokens, logit s · q·k̄_c + log n_c; pattern: query × cell."""
+    sizes = block_sizes(k.shape[2], cell, key_mask, k.device)
+    k, v = block_mean(k, cell, key_mask), block_mean(v, cell, key_mask)
+    if bool((sizes == cell).all()):
+        # A constant in every logit changes the lse only.
+        out, lse = attention(q, k, v, uncovered, scale=scale, q_offset=q_offset, return_lse=True, backend=backend)
+        return out, lse + math.log(cell)
     if bool((sizes == 0).any()):
-        heard = heard & padding(sizes > 0)
-    # Cells of unequal size: log n_c is one more channel of the keys, against a 1 in the queries.
-    weight = sizes.clamp(min=1).to(k.dtype).log()[:, None, :, None].expand(*k.shape[:3], 1)
+        uncovered = uncovered & padding(sizes > 0)
+    # Cells of unequal size: one more channel, 1 in q and log n_c in k, adds log n_c to the logit.
+    log_size = sizes.clamp(min=1).to(k.dtype).log()[:, None, :, None].expand(*k.shape[:3], 1)
     q = torch.cat((q * scale, q.new_ones(*q.shape[:3], 1)), -1)
-    k, wide = torch.cat((k, weight), -1), torch.cat((v, v.new_zeros(*v.shape[:3], 1)), -1)
-    out, lse = attention(q, k, wide, heard, scale=1.0, q_offset=q_offset, return_lse=True, backend=backend)
+    k, v = torch.cat((k, log_size), -1), torch.cat((v, v.new_zeros(*v.shape[:3], 1)), -1)
+    out, lse = attention(q, k, v, uncovered, scale=1.0, q_offset=q_offset, return_lse=True, backend=backend)
     return out[..., :-1], lse

@@ -1,4 +1,4 @@
-"""A router whose unseen blocks are heard in summary, so that a model can run under `gist_attention` as under a pattern."""
+"""`Gist`: a router that also requests block summaries of uncovered keys, so that a model can run under `gist_attention`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from farlight.errors import ArgumentError
 from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.uncovered import unseen
-from farlight.routing.base import Choice, Router
+from farlight.routing.base import ConstantRouter, Router, RouterInput
 
-__all__ = ["Gist", "heard_links"]
+__all__ = ["Gist", "count_summaries"]
 
 
 class Gist(Router):
-    """Chooses what `inner` chooses, and asks for every block of `block` keys of which a query sees nothing to be heard in
-    summary (`gist_attention`, one level). It must be the outermost router: what is joined to it is part of `inner`.
+    """`inner`, plus a block summary for every block of `block` keys of which a query sees nothing (`gist_attention`, one
+    level).
 
-    Called by itself it answers with the pattern of what is seen; a model under `fl.hf.use_pattern` or `sparsify` hears the
-    rest.
+    As a router it returns the pattern of `inner`. `fl.hf.use_pattern` and `fl.hf.sparsify` recognise the class and run the
+    layer by `gist_attention`. It stays outermost: `gist | other` is `Gist(inner | other)`, likewise `&` and `-`. Raises
+    ArgumentError for an inner Gist.
 
     >>> import torch, farlight as fl
     >>> from farlight.routing import Gist, TopBlocks
@@ -33,36 +34,34 @@ class Gist(Router):
         if not isinstance(inner, Router | Pattern):
             raise ArgumentError(f"gist: {type(inner).__name__} is neither a router nor a pattern; give what is to be seen.")
         if isinstance(inner, Gist):
-            raise ArgumentError("gist: what it holds already asks for a gist; ask once.")
+            raise ArgumentError("gist: the inner router is a gist already; wrap it once.")
         self.inner, self.block = inner, whole("gist: block", block, 1)
 
     def extra_repr(self) -> str:
         return f"block={self.block}"
 
-    def choose(self, given: Choice) -> Pattern:
-        return self.inner.choose(given) if isinstance(self.inner, Router) else self.inner
+    def choose(self, inputs: RouterInput) -> Pattern:
+        return self.inner.choose(inputs) if isinstance(self.inner, Router) else self.inner
 
-    # Joined to something, the summaries would be forgotten.
+    # A CombinedRouter around a Gist would hide the class, and with it the summaries, from the code that recognises it.
     def __or__(self, other: Router | Pattern) -> Router:
-        return Gist(_router(self.inner) | other, self.block)
+        return Gist(self._inner_router() | other, self.block)
 
     def __and__(self, other: Router | Pattern) -> Router:
-        return Gist(_router(self.inner) & other, self.block)
+        return Gist(self._inner_router() & other, self.block)
 
     def __sub__(self, other: Router | Pattern) -> Router:
-        return Gist(_router(self.inner) - other, self.block)
+        return Gist(self._inner_router() - other, self.block)
+
+    def _inner_router(self) -> Router:
+        return self.inner if isinstance(self.inner, Router) else ConstantRouter(self.inner)
 
 
-def _router(inner: Router | Pattern) -> Router:
-    from farlight.routing.notation import always
-
-    return inner if isinstance(inner, Router) else always(inner)
-
-
-def heard_links(pattern: Pattern, block: int, sizes: Sizes, causal: bool) -> Tensor:
-    """`(batch or 1, heads or 1)` int64: how many summaries all queries hear beside what `pattern` shows them."""
-    cells = -(-sizes.n_k // block)
-    if not cells:
+def count_summaries(pattern: Pattern, block: int, sizes: Sizes, causal: bool) -> Tensor:
+    """`(batch or 1, heads or 1)` int64: links from queries to block summaries under `gist_attention` with one level."""
+    num_blocks = -(-sizes.n_k // block)
+    if not num_blocks:
         return torch.zeros(1, 1, dtype=torch.int64, device="cpu")
-    heard = unseen(pattern, block, sizes.n_k, 0, 1, causal)
-    return heard.dense(sizes.n_q, cells, batch=sizes.batch, heads=sizes.heads, q_offset=sizes.q_offset).sum((-1, -2))
+    uncovered = unseen(pattern, block, sizes.n_k, 0, 1, causal)
+    mask = uncovered.dense(sizes.n_q, num_blocks, batch=sizes.batch, heads=sizes.heads, q_offset=sizes.q_offset)
+    return mask.sum((-1, -2))

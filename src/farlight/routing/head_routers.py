@@ -1,4 +1,4 @@
-"""Each head its own router: what a fit writes when content decides in some heads and positions in others."""
+"""`PerHeadRouter`: a router or pattern for each query head, as a per-head fit writes them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from torch import nn
 from farlight.errors import ArgumentError
 from farlight.patterns import per_head
 from farlight.patterns.expression import Pattern
-from farlight.routing.base import Choice, Router
+from farlight.routing.base import Router, RouterInput
 
 __all__ = ["PerHeadRouter"]
 
 
 class PerHeadRouter(Router):
-    """Head h follows `parts[h]`, a router or a pattern. A part is shown its own head alone, with the keys that head reads.
+    """Query head h uses `parts[h]`, a router or a pattern.
+
+    The router of head h is called with q of that head `(B, 1, n_q, D)` and k of its key head `(B, 1, n_k, D)`. Raises
+    ArgumentError when the number of parts is not the number of query heads.
 
     >>> import torch, farlight as fl
     >>> from farlight.routing import PerHeadRouter, TopKeys
@@ -35,18 +38,18 @@ class PerHeadRouter(Router):
         self.parts = list(parts)
         self.routers = nn.ModuleList(part for part in parts if isinstance(part, Router))
 
-    def choose(self, given: Choice) -> Pattern:
-        if given.heads != len(self.parts):
+    def choose(self, inputs: RouterInput) -> Pattern:
+        if inputs.heads != len(self.parts):
             raise ArgumentError(
-                f"per_head was given {len(self.parts)} routers and patterns, but there are {given.heads} heads; "
+                f"per_head was given {len(self.parts)} routers and patterns, but there are {inputs.heads} heads; "
                 "give one for each."
             )
-        group = given.heads // given.kv_heads
-        out: list[Pattern] = []
+        group = inputs.heads // inputs.kv_heads
+        patterns: list[Pattern] = []
         for head, part in enumerate(self.parts):
             if isinstance(part, Router):
-                keys = slice(head // group, head // group + 1)
-                out.append(part.choose(replace(given, q=given.q[:, head : head + 1], k=given.k[:, keys])))
+                q, kv_head = inputs.q[:, head : head + 1], head // group
+                patterns.append(part.choose(replace(inputs, q=q, k=inputs.k[:, kv_head : kv_head + 1])))
             else:
-                out.append(part)
-        return per_head(out)
+                patterns.append(part)
+        return per_head(patterns)

@@ -1,4 +1,8 @@
-"""Routing by clusters: tokens meet in the room of their nearest centroid (Routing Transformer)."""
+"""`KMeans`: routing by spherical k-means; a query attends to the keys of its own cluster (Routing Transformer).
+
+The tensor arithmetic is in `centroids`. Plain clusters become `clusters(labels)`, which planning turns into dense blocks;
+balanced ones, which may overlap, become `rooms(membership)`.
+"""
 
 from __future__ import annotations
 
@@ -15,41 +19,52 @@ from farlight.patterns.expression import Pattern
 from farlight.patterns.membership import between, rooms
 from farlight.patterns.positional import causal as past
 from farlight.patterns.tables import clusters
-from farlight.routing.base import Choice, Router, read
-from farlight.routing.centroids import by_centroid, first_centroids, members_sum, moved, nearest, squared_distance, unit
+from farlight.routing.base import Router, RouterInput, check_inputs
+from farlight.routing.centroids import (
+    MaskedTokens,
+    centroid_scores,
+    init_centroids,
+    member_sums,
+    nearest_centroid,
+    normalize,
+    squared_distance,
+    update_centroids,
+)
 
 __all__ = ["KMeans"]
 
-_FIRST_STEPS = 5
+# Steps of Lloyd's algorithm when a first training call initialises the centroids.
+_INIT_STEPS = 5
 
 
 class KMeans(Router):
-    """Spherical k-means for each head: a query sees the keys that share its centroid.
+    """Spherical k-means for each query head: query i sees key j when both have the same nearest centroid.
 
         c(x) = argmax_c μ_c · x / ‖x‖;        plain: i sees j when c(q_i) = c(k_j)
 
-    With `per_cluster = w` rooms are bounded:
+    `per_cluster = w` bounds the clusters:
 
-    * not causal (balanced, as published): room c holds the w queries and the w keys with the largest μ_c · x / ‖x‖. A token
-      may be in several rooms or in none; i sees j when some room holds both.
-    * causal: i sees the w most recent keys j <= i with c(k_j) = c(q_i). Which keys are best cannot be known before the text
-      has ended, so the most recent stand in; a choice made at i is never changed by what follows.
+    * not causal (balanced, as published): cluster c holds the w queries and the w keys with the largest μ_c · x / ‖x‖. A token
+      may be in several clusters or in none; i sees j when some cluster holds both.
+    * causal: i sees the w most recent keys j <= i with c(k_j) = c(q_i). The w best keys of a text are not known before its end,
+      so recency selects: later tokens never change the row of query i.
 
-    `causal=True` also drops keys after the query. `shared=True` takes a query's room from the key at its own position (as
-    in the causal Routing Transformer, whose queries are its keys).
+    `causal=True` also removes keys after the query. `shared=True` gives query i the cluster of the key at its own position (the
+    causal Routing Transformer, whose queries are its keys).
 
-    In training mode each call, after its choice has been made, moves the centroids towards the unit vectors that chose
-    them, by exponential moving average: `μ_c ← (decay · μ_c + (1 - decay) · mean)/‖…‖`, over real queries and keys of the
-    whole batch and, where torch.distributed is initialised, of all ranks. Centroids stay in float32 where a model is cast
-    to 16 bits. No gradient reaches a centroid; `commitment` gives a loss that draws tokens to centroids. The first such
-    call places the centroids by `fit`. So a choice depends on earlier calls and on the tokens of its own room, never on
-    later tokens of its own text.
+    In training mode each call, after its choice, updates the centroids by an exponential moving average over the real queries
+    and keys x of each cluster, `μ_c ← (decay · μ_c + (1 - decay) · mean x/‖x‖) / ‖…‖`, over the batch and over all ranks where
+    torch.distributed is initialised. The first such call initialises the centroids by `fit`. A choice therefore depends on
+    earlier calls and on the tokens themselves, never on later tokens of the same text. Centroids are a float32 buffer, also in
+    a model cast to 16 bits. They get no gradient; `commitment` is a loss that pulls tokens to their centroids.
 
     Args:
-        heads: query heads (each has its own centroids); head_dim; clusters: rooms in each head.
-        per_cluster: None, or how many tokens a room holds.
-        decay: of the moving average; 1.0 leaves the centroids as they are.
-        seed: for the centroids before there are data, and for those that `fit` starts from.
+        heads: query heads, each with centroids of its own; head_dim; clusters: centroids of each head.
+        per_cluster: None, or the capacity w of a cluster.
+        decay: of the moving average; 1.0 freezes the centroids.
+        seed: of the random initial centroids and of the tokens that `fit` starts from.
+
+    Raises ArgumentError for arguments out of range and for operands of other head counts or head_dim.
 
     Roy, Saffar, Vaswani & Grangier 2021, "Efficient Content-Based Sparse Attention with Routing Transformers",
     arXiv:2003.05997.
@@ -88,14 +103,15 @@ class KMeans(Router):
         self.causal, self.decay, self.shared = bool(causal), float(decay), bool(shared)
         self.seed = whole("KMeans: seed", seed, 0, 2**63 - 1)
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randn(heads, self.clusters, head_dim, generator=generator, dtype=torch.float32, device="cpu")
-        self.register_buffer("centroids", unit(drawn).to(torch.get_default_device()))
+        initial = torch.randn(heads, self.clusters, head_dim, generator=generator, dtype=torch.float32, device="cpu")
+        self.register_buffer("centroids", normalize(initial).to(torch.get_default_device()))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     # ---- the dtype of centroids --------------------------------------------------------------------------------------
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KMeans:
-        """Casts of a model to 16 bits leave the centroids in float32: a moving average that adds 1 - decay of a mean, and sums
-        and numbers of members, would be lost in 8 or 11 bits."""
+        """Casts to 16 bits leave the centroids in float32: steps of weight 1 - decay (0.001 by default), and member sums and
+        counts, need more than the 8 or 11 significant bits of a 16-bit dtype.
+        """
         before = self.centroids
         super()._apply(fn, recurse)
         if self.centroids.itemsize < torch.float32.itemsize:
@@ -114,11 +130,11 @@ class KMeans(Router):
         flags = "".join(f", {name}=True" for name in ("causal", "shared") if getattr(self, name))
         return f"{heads}, {dim}, {count}{more}{flags}, decay={self.decay:g}"
 
-    def choose(self, given: Choice) -> Pattern:
-        self._check(given)
-        pattern = self._pattern(given)
+    def choose(self, inputs: RouterInput) -> Pattern:
+        self._check(inputs)
+        pattern = self._pattern(inputs)
         if self.training and self.decay < 1.0:
-            self._learn(given)
+            self._update(inputs)
         return pattern
 
     def labels(
@@ -126,126 +142,130 @@ class KMeans(Router):
     ) -> tuple[Tensor, Tensor]:
         """The nearest centroid of each query `(B, H, n_q)` and key `(B, H, n_k)`; -1 for padding."""
         with torch.no_grad():
-            given = read(q, k, key_mask, query_mask)
-            self._check(given)
-            with without_autocast(given.q):
-                return self._labels(given)
+            inputs = check_inputs(q, k, key_mask, query_mask)
+            self._check(inputs)
+            with without_autocast(inputs.q):
+                return self._labels(inputs)
 
     def commitment(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, query_mask: Tensor | None = None) -> Tensor:
-        """The mean squared distance of unit queries and keys to their centroids, for training: a gradient for q and k.
+        """The commitment loss: the mean of ‖x / ‖x‖ - μ_c(x)‖² over real queries and keys x and heads (keys alone if `shared`).
 
-        mean over real tokens x and heads of ‖x / ‖x‖ - μ_c(x)‖²
+        A scalar, differentiable in q and k.
         """
         query, key = self.labels(q, k, key_mask=key_mask, query_mask=query_mask)
-        parts = [squared_distance(k, self.centroids, key)]
+        terms = [squared_distance(k, self.centroids, key)]
         if not self.shared:
-            parts.append(squared_distance(q, self.centroids, query))
-        total = torch.stack([t for t, _ in parts]).sum()
-        return total / sum(n for _, n in parts).clamp(min=1)  # type: ignore[union-attr]
+            terms.append(squared_distance(q, self.centroids, query))
+        total = torch.stack([distance for distance, _ in terms]).sum()
+        return total / sum(count for _, count in terms).clamp(min=1)  # type: ignore[union-attr]
 
     @torch.no_grad()
     def fit(
         self, q: Tensor, k: Tensor, *, steps: int = 10, key_mask: Tensor | None = None, query_mask: Tensor | None = None
     ) -> KMeans:
-        """Place the centroids by spherical k-means on these tokens: distinct random tokens, then `steps` of Lloyd's method.
+        """Spherical k-means on these tokens: distinct random tokens as centroids, then `steps` of Lloyd's algorithm.
 
-        A centroid that nobody chooses stays where it is. Where torch.distributed is initialised all ranks start from the
-        tokens of rank 0 and sum their members.
+        A centroid without members is unchanged. Where torch.distributed is initialised all ranks start from tokens of rank 0
+        and all-reduce the member sums.
         """
-        given = read(q, k, key_mask, query_mask)
-        self._check(given)
-        with without_autocast(given.q):
-            self.place(given, whole("KMeans.fit: steps", steps, 0))
+        inputs = check_inputs(q, k, key_mask, query_mask)
+        self._check(inputs)
+        with without_autocast(inputs.q):
+            self.fit_inputs(inputs, whole("KMeans.fit: steps", steps, 0))
         return self
 
     # ---- the choice --------------------------------------------------------------------------------------------------
-    def _check(self, given: Choice) -> None:
-        self.centroids = _at_least_float32(self.centroids)  # a loader may have replaced the buffer
+    def _check(self, inputs: RouterInput) -> None:
+        self.centroids = _at_least_float32(self.centroids)  # load_state_dict(assign=True) replaces the buffer
         heads, _, dim = self.centroids.shape
-        if (given.heads, given.q.shape[3]) != (heads, dim):
+        if (inputs.heads, inputs.q.shape[3]) != (heads, dim):
             raise ArgumentError(
-                f"KMeans was made for {heads} heads of head_dim {dim}, but q has {given.heads} of {given.q.shape[3]}; "
+                f"KMeans was made for {heads} heads of head_dim {dim}, but q has {inputs.heads} of {inputs.q.shape[3]}; "
                 "make one with the numbers of the model."
             )
-        if self.shared and given.n_q > given.n_k:
+        if self.shared and inputs.n_q > inputs.n_k:
             raise ArgumentError(
-                f"KMeans(shared=True): {given.n_q} queries, but {given.n_k} keys: a query takes the room of the key at its "
-                "position; use shared=False where queries come from another text."
+                f"KMeans(shared=True): {inputs.n_q} queries, but {inputs.n_k} keys: a query takes the cluster of the key at "
+                "its position; use shared=False where queries come from another text."
             )
 
-    def _own(self, of_keys: Tensor, given: Choice, dim: int) -> Tensor:
-        """What belongs to the keys at the queries' positions."""
-        return of_keys.narrow(dim, given.offset, given.n_q)
-
-    def _labels(self, given: Choice) -> tuple[Tensor, Tensor]:
-        key = nearest(given.k, self.centroids, given.key_part())
+    def _labels(self, inputs: RouterInput) -> tuple[Tensor, Tensor]:
+        """(query labels `(B, H, n_q)`, key labels `(B, H, n_k)`): nearest centroids, -1 for padding."""
+        key = nearest_centroid(inputs.k, self.centroids, inputs.key_mask_by_head())
         if self.shared:
-            return self._own(key, given, 2), key
-        return nearest(given.q, self.centroids, given.query_part()), key
+            return key.narrow(2, inputs.offset, inputs.n_q), key
+        return nearest_centroid(inputs.q, self.centroids, inputs.query_mask_by_head()), key
 
-    def _pattern(self, given: Choice) -> Pattern:
+    def _pattern(self, inputs: RouterInput) -> Pattern:
         if self.per_cluster is not None and not self.causal:
-            return self._balanced(given, self.per_cluster)
-        query, key = self._labels(given)
+            return self._balanced(inputs, self.per_cluster)
+        query, key = self._labels(inputs)
         pattern: Pattern = clusters(query, key)
         if not self.causal:
             return pattern
         pattern = pattern & past()
         if self.per_cluster is not None:
-            pattern = pattern & between(most_recent(query, key, self.per_cluster))
+            pattern = pattern & between(recent_starts(query, key, self.per_cluster))
         return pattern
 
-    def _balanced(self, given: Choice, per_cluster: int) -> Pattern:
-        key = strongest(given.k, self.centroids, given.key_part(), per_cluster)
+    def _balanced(self, inputs: RouterInput, per_cluster: int) -> Pattern:
+        key = top_members(inputs.k, self.centroids, inputs.key_mask_by_head(), per_cluster)
         if self.shared:
-            return rooms(self._own(key, given, 2), key)
-        return rooms(strongest(given.q, self.centroids, given.query_part(), per_cluster), key)
+            return rooms(key.narrow(2, inputs.offset, inputs.n_q), key)
+        return rooms(top_members(inputs.q, self.centroids, inputs.query_mask_by_head(), per_cluster), key)
 
-    # ---- learning ----------------------------------------------------------------------------------------------------
-    def _tokens(self, given: Choice) -> list[tuple[Tensor, Tensor | None]]:
-        """The tokens that centroids learn from, and which are real."""
-        keys = (given.k, given.key_part())
-        return [keys] if self.shared else [(given.q, given.query_part()), keys]
+    # ---- updates ----------------------------------------------------------------------------------------------------
+    def _tokens(self, inputs: RouterInput) -> list[tuple[Tensor, Tensor | None]]:
+        """The token tensors that update the centroids, each with its mask of real tokens."""
+        keys = (inputs.k, inputs.key_mask_by_head())
+        return [keys] if self.shared else [(inputs.q, inputs.query_mask_by_head()), keys]
 
-    def _learn(self, given: Choice) -> None:
+    def _update(self, inputs: RouterInput) -> None:
         if int(self.updates) == 0:
-            self.place(given, _FIRST_STEPS)
+            self.fit_inputs(inputs, _INIT_STEPS)
         else:
-            self.centroids.copy_(moved(self.centroids, members_sum(self._tokens(given), self.centroids), self.decay))
+            self._step(self._tokens(inputs), self.decay)
         self.updates += 1
 
-    def place(self, given: Choice, steps: int) -> None:
-        tokens = self._tokens(given)
-        self.centroids.copy_(first_centroids(tokens, self.centroids, self.seed))
+    def fit_inputs(self, inputs: RouterInput, steps: int) -> None:
+        """`fit` on checked operands."""
+        tokens = self._tokens(inputs)
+        self.centroids.copy_(init_centroids(tokens, self.centroids, self.seed))
         for _ in range(steps):
-            self.centroids.copy_(moved(self.centroids, members_sum(tokens, self.centroids), 0.0))
+            self._step(tokens, 0.0)
         self.updates.clamp_(min=1)
+
+    def _step(self, tokens: MaskedTokens, decay: float) -> None:
+        self.centroids.copy_(update_centroids(self.centroids, member_sums(tokens, self.centroids), decay))
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def strongest(x: Tensor, centroids: Tensor, real: Tensor | None, count: int) -> Tensor:
-    """`(B, H, N, C)` bool: the token is among the `count` real ones of its batch item nearest to the centroid."""
-    scores = by_centroid(unit(x), centroids)
-    if real is not None:
-        scores = scores.masked_fill(~real.unsqueeze(-1), float("-inf"))
-    best = scores.topk(min(count, scores.shape[2]), dim=2)
+def top_members(x: Tensor, centroids: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    """`(B, H, N, C)` bool: whether the token is among the `count` real tokens of its batch item nearest to the centroid."""
+    scores = centroid_scores(normalize(x), centroids)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(-1), float("-inf"))
+    top = scores.topk(min(count, scores.shape[2]), dim=2)
     members = torch.zeros(scores.shape, dtype=torch.bool, device=x.device)
-    return members.scatter_(2, best.indices, best.values > float("-inf"))
+    return members.scatter_(2, top.indices, top.values > float("-inf"))
 
 
-def most_recent(query: Tensor, key: Tensor, count: int) -> Tensor:
-    """`(B, H, n_q)`: where the `count` most recent keys with the query's label begin, among those up to its position."""
+def recent_starts(query: Tensor, key: Tensor, count: int) -> Tensor:
+    """`(B, H, n_q)` int64: the position of the `count`-th most recent key, up to the query's own position, with its label.
+
+    query `(B, H, n_q)` and key `(B, H, n_k)` are labels, -1 = padding. Keys sorted by the code label · n_k + position form one
+    run per label, ascending in position; binary search in it finds each query's run and the query's place in the run.
+    """
     n_q, n_k = query.shape[2], key.shape[2]
     if not n_k:
         return torch.zeros_like(query)
-    place = torch.arange(n_k, device=key.device)
-    code = (key * n_k + place).sort(-1).values
-    here = torch.arange(n_k - n_q, n_k, device=key.device)
-    label = query * n_k
-    reached = torch.searchsorted(code, (label + here).contiguous(), right=True)
-    first = torch.searchsorted(code, label.contiguous())
-    begin = torch.maximum(first, reached - count)
-    return torch.where(begin < reached, code.gather(-1, begin.clamp(max=n_k - 1)) - label, 0)
+    code = (key * n_k + torch.arange(n_k, device=key.device)).sort(-1).values
+    position = torch.arange(n_k - n_q, n_k, device=key.device)
+    run_code = query * n_k
+    run_begin = torch.searchsorted(code, run_code.contiguous())
+    run_end = torch.searchsorted(code, (run_code + position).contiguous(), right=True)
+    begin = torch.maximum(run_begin, run_end - count)
+    return torch.where(begin < run_end, code.gather(-1, begin.clamp(max=n_k - 1)) - run_code, 0)

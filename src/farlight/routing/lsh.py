@@ -1,4 +1,7 @@
-"""Routing by hashing: near vectors fall into one bucket under a random rotation (Reformer)."""
+"""`LSH`: routing by angular locality-sensitive hashing; a query attends to the keys of its own bucket (Reformer).
+
+One round of buckets becomes `clusters(labels)`; several rounds become `meets(labels)`, a union without duplicate pairs.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,25 @@ from farlight.patterns.hashing import hash_words
 from farlight.patterns.multi_label import meets
 from farlight.patterns.positional import causal as past
 from farlight.patterns.tables import clusters
-from farlight.routing.base import Choice, Router, stretches
+from farlight.routing.base import Router, RouterInput, row_chunks
 
 __all__ = ["LSH", "rotations"]
 
 
 class LSH(Router):
-    """Angular locality-sensitive hashing: i sees j when some round puts q_i and k_j into one bucket.
+    """Angular locality-sensitive hashing: query i sees key j when they share a bucket in some round r.
 
-        h_r(x) = argmax [x R_r ; -x R_r],   R_r: (D, buckets / 2) standard normal numbers
+        h_r(x) = argmax [x R_r ; -x R_r],   R_r: (D, buckets / 2), standard normal entries
         i sees j when h_r(q_i) = h_r(k_j) for some r
 
-    The rounds are a union of sets: a pair that meets in several rounds is one pair. `R_r` is a pure function of
-    (seed, head, round), so that any rank, device or later call hashes alike; there is nothing to learn or to store.
-    `causal=True` drops keys after the query. `shared=True` hashes the key at a query's position in place of the query.
+    The result is a set: a pair that shares buckets in several rounds is one pair. `R_r` is a pure function of (seed, head,
+    round), so every rank, device and call hashes alike; there are no parameters and no buffers. `causal=True` removes keys
+    after the query. `shared=True` gives query i the bucket of the key at its own position.
 
-    Kitaev, Kaiser & Levskaya 2020, "Reformer", arXiv:2001.04451 (equation 6; its chunks of sorted buckets, which cut
-    large buckets and join small ones, are left out: buckets run whole).
+    Raises ArgumentError for arguments out of range, an odd number of buckets, and `shared` with more queries than keys.
+
+    Kitaev, Kaiser & Levskaya 2020, "Reformer", arXiv:2001.04451, equation 6. Reformer's chunks, which split
+    large buckets and merge small ones, are not applied.
 
     >>> import torch
     >>> from farlight.routing import LSH
@@ -51,36 +56,42 @@ class LSH(Router):
         flags = "".join(f", {name}=True" for name in ("causal", "shared") if getattr(self, name))
         return f"{self.buckets}, {self.rounds}, seed={self.seed}{flags}"
 
-    def choose(self, given: Choice) -> Pattern:
-        if self.shared and given.n_q > given.n_k:
+    def choose(self, inputs: RouterInput) -> Pattern:
+        if self.shared and inputs.n_q > inputs.n_k:
             raise ArgumentError(
-                f"LSH(shared=True): {given.n_q} queries, but {given.n_k} keys: a query takes the bucket of the key at its "
+                f"LSH(shared=True): {inputs.n_q} queries, but {inputs.n_k} keys: a query takes the bucket of the key at its "
                 "position; use shared=False where queries come from another text."
             )
-        turn = rotations(self.seed, self.rounds, given.heads, given.q.shape[3], self.buckets // 2).to(given.q)
-        key = hashed(given.k, turn, given.key_part())
-        query = key[..., given.offset :] if self.shared else hashed(given.q, turn, given.query_part())
+        rotation = rotations(self.seed, self.rounds, inputs.heads, inputs.q.shape[3], self.buckets // 2).to(inputs.q)
+        key = hash_buckets(inputs.k, rotation, inputs.key_mask_by_head())
+        if self.shared:
+            query = key[..., inputs.offset :]
+        else:
+            query = hash_buckets(inputs.q, rotation, inputs.query_mask_by_head())
         pattern: Pattern = meets(query.movedim(0, -1), key.movedim(0, -1)) if self.rounds > 1 else clusters(query[0], key[0])
         return pattern & past() if self.causal else pattern
 
 
 def rotations(seed: int, rounds: int, heads: int, dim: int, half: int) -> Tensor:
     """`(rounds, heads, dim, half)` float64 standard normal numbers, each a function of (seed, round, head, row, column)."""
-    sizes = (rounds, heads, dim, half)
-    at = [torch.arange(n, device="cpu").view([-1 if a == b else 1 for b in range(4)]) for a, n in enumerate(sizes)]
-    # Box and Muller's transformation of two uniform numbers.
-    first, second = ((hash_words(seed & 0xFFFFFFFF, seed >> 32, *at, which).double() + 0.5) / 2**32 for which in (0, 1))
-    return (-2 * first.log()).sqrt() * (2 * math.pi * second).cos()
+    shape = (rounds, heads, dim, half)
+    index = [torch.arange(n, device="cpu").view([-1 if a == b else 1 for b in range(4)]) for a, n in enumerate(shape)]
+    # Box-Muller transform of two uniform numbers.
+    u1, u2 = ((hash_words(seed & 0xFFFFFFFF, seed >> 32, *index, stream).double() + 0.5) / 2**32 for stream in (0, 1))
+    return (-2 * u1.log()).sqrt() * (2 * math.pi * u2).cos()
 
 
-def hashed(x: Tensor, turn: Tensor, real: Tensor | None) -> Tensor:
-    """`(rounds, B, H, N)` buckets; -1 where the token is not real."""
-    rounds, heads = turn.shape[:2]
+def hash_buckets(x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
+    """`(rounds, B, H, N)` int64: the bucket of each token of x `(B, H_kv, N, D)` in each round; -1 for padding.
+
+    rotation `(rounds, H, D, buckets / 2)`; mask: bool, broadcastable to `(B, H, N)`, or None.
+    """
+    rounds, heads = rotation.shape[:2]
     buckets = torch.empty(rounds, x.shape[0], heads, x.shape[2], dtype=torch.int64, device=x.device)
     group = heads // x.shape[1]
-    # The rotations of a key head's query heads side by side: (rounds, 1, H_kv, D, group · half).
-    table = turn.unflatten(1, (x.shape[1], group)).transpose(2, 3).flatten(3, 4)[:, None]
-    for part in stretches(x.shape[2], rounds * x.shape[0] * heads * turn.shape[3] * 2):
-        turned = (x[:, :, part] @ table).unflatten(4, (group, -1)).transpose(3, 4).flatten(2, 3)
-        buckets[:, :, :, part] = torch.cat((turned, -turned), -1).argmax(-1)
-    return buckets if real is None else buckets.masked_fill_(~real, -1)
+    # One matrix per key head, the rotations of its query heads side by side: (rounds, 1, H_kv, D, group · half).
+    matrix = rotation.unflatten(1, (x.shape[1], group)).transpose(2, 3).flatten(3, 4)[:, None]
+    for rows in row_chunks(x.shape[2], rounds * x.shape[0] * heads * rotation.shape[3] * 2):
+        rotated = (x[:, :, rows] @ matrix).unflatten(4, (group, -1)).transpose(3, 4).flatten(2, 3)
+        buckets[:, :, :, rows] = torch.cat((rotated, -rotated), -1).argmax(-1)
+    return buckets if mask is None else buckets.masked_fill_(~mask, -1)

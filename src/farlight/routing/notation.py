@@ -1,4 +1,8 @@
-"""Routers as text, for the command line: `"topblocks(share=0.1) | window(16)"`. Parsed, never evaluated."""
+"""`read_router`: routers from text such as `"topblocks(share=0.1) | window(16)"`, for the command line and for stored fits.
+
+The text is parsed with `ast` and never evaluated: subexpressions without a router go to the pattern notation, the calls of
+routers take literal arguments only.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern
 from farlight.patterns.notation import parse
 from farlight.patterns.positional import full
-from farlight.routing.base import Choice, Router, joined
+from farlight.routing.base import ConstantRouter, Router, RouterInput, combine
 from farlight.routing.gist_router import Gist
 from farlight.routing.head_routers import PerHeadRouter
 from farlight.routing.kmeans import KMeans
@@ -19,18 +23,21 @@ from farlight.routing.lsh import LSH
 from farlight.routing.topblocks import TopBlocks
 from farlight.routing.topkeys import TopKeys
 
-__all__ = ["always", "is_router", "read_router"]
+__all__ = ["is_router", "read_router"]
 
-_LONGEST = 4_000_000  # with room for the tables of fitted patterns
+# Characters; the inlined tables of fitted patterns take most of them.
+_MAX_LENGTH = 4_000_000
+# Steps of Lloyd's algorithm for the `kmeans` of an expression.
+_FIT_STEPS = 10
 
 
 def read_router(text: str) -> Router:
-    """The router that an expression stands for: the notation of patterns, with `topblocks`, `topkeys`, `lsh` and `kmeans`;
-    `per_head([…])` may hold them, and `gist(…, block=16)` around all of it lets the rest be heard in summary.
+    """The router that an expression denotes: the pattern notation plus `topblocks`, `topkeys`, `lsh`, `kmeans` and `gist`.
 
-    Their arguments are those of the classes; `kmeans(clusters, per_cluster=…, causal=…, shared=…, seed=…)` makes centroids
-    for the heads it meets and fits them to the tokens of each call, as an analysis of one example wants. An expression
-    without a router gives one that always answers with that pattern. Raises PatternError for anything else.
+    The arguments are those of the classes, except `kmeans(clusters, per_cluster=…, causal=…, shared=…, seed=…)`, which makes a
+    KMeans for the heads and head_dim of each call and fits it to that call's tokens (for analysing one example).
+    `per_head([…])` may hold routers; `gist(…, block=16)` may stand only around the whole expression. An expression without a
+    router gives a ConstantRouter. The result's `expression` is the text. Raises PatternError for anything else.
 
     >>> import torch
     >>> from farlight.routing import read_router
@@ -39,58 +46,55 @@ def read_router(text: str) -> Router:
     >>> router(q, q).density(40, heads=2) < 0.4
     True
     """
-    if not isinstance(text, str) or len(text) > _LONGEST:
+    if not isinstance(text, str) or len(text) > _MAX_LENGTH:
         raise PatternError(
-            f"read_router: text of at most {_LONGEST} characters is needed, such as 'topblocks(8) | window(16)'."
+            f"read_router: text of at most {_MAX_LENGTH} characters is needed, such as 'topblocks(8) | window(16)'."
         )
     try:
         body = ast.parse(text.strip(), mode="eval").body
-        found = _read(body, text, body)
+        parsed = _read(body, text, body)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         if isinstance(error, PatternError):
             raise
         raise PatternError(f"cannot read the router {shorten(text)!r}: it is not an expression.") from None
-    router = found if isinstance(found, Router) else _Always(found)
+    router = parsed if isinstance(parsed, Router) else ConstantRouter(parsed)
     router.expression = text
     return router
 
 
 def is_router(text: str) -> bool:
-    """Whether content decides somewhere in this expression (which need not be a correct one)."""
+    """Whether the expression calls a router anywhere; an expression that does not parse has none."""
     try:
-        return any(_name(inner) in _CONTENT for inner in ast.walk(ast.parse(text.strip(), mode="eval")))
+        return any(_call_name(sub) in _ROUTER_NAMES for sub in ast.walk(ast.parse(text.strip(), mode="eval")))
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return False
 
 
-def _read(node: ast.expr, text: str, whole_text: ast.expr | None = None) -> Router | Pattern:
-    if not any(_name(inner) in _CONTENT for inner in ast.walk(node)):
+def _read(node: ast.expr, text: str, root: ast.expr | None = None) -> Router | Pattern:
+    """The router or pattern of one node of `text`; `root` is the node of the whole text, where a gist may stand."""
+    if not any(_call_name(sub) in _ROUTER_NAMES for sub in ast.walk(node)):
         return parse(ast.unparse(node))
     match node:
-        case ast.BinOp(left=left, op=ast.BitOr() | ast.BitAnd() | ast.Sub() as sign, right=right):
-            spelled = {ast.BitOr: "|", ast.BitAnd: "&", ast.Sub: "-"}[type(sign)]
-            return joined(_read(left, text), _read(right, text), spelled)
-        case ast.UnaryOp(op=ast.Invert(), operand=inner):
-            return joined(full(), _read(inner, text), "-")
-        case ast.Call(args=[ast.List(elts=parts)], keywords=[]) if _name(node) == "per_head":
+        case ast.BinOp(left=left, op=ast.BitOr() | ast.BitAnd() | ast.Sub() as op, right=right):
+            return combine(_read(left, text), _read(right, text), {ast.BitOr: "|", ast.BitAnd: "&", ast.Sub: "-"}[type(op)])
+        case ast.UnaryOp(op=ast.Invert(), operand=operand):
+            return combine(full(), _read(operand, text), "-")
+        case ast.Call(args=[ast.List(elts=parts)], keywords=[]) if _call_name(node) == "per_head":
             return PerHeadRouter([_read(part, text) for part in parts])
-        case ast.Call(args=[inner, *rest], keywords=keywords) if _name(node) == "gist":
-            if node is not whole_text:
+        case ast.Call(args=[inner, *rest], keywords=keywords) if _call_name(node) == "gist":
+            if node is not root:
                 raise PatternError(
                     f"cannot read the router {shorten(text)!r}: gist(…) stands around the whole expression; move it outwards."
                 )
             try:
-                given = [ast.literal_eval(arg) for arg in rest]
-                return Gist(_read(inner, text), *given, **{str(k.arg): ast.literal_eval(k.value) for k in keywords})
+                return Gist(_read(inner, text), *map(ast.literal_eval, rest), **_literal_options(keywords))
             except (TypeError, ValueError, ArgumentError) as error:
                 if isinstance(error, PatternError):
                     raise
                 raise PatternError(f"cannot read the router {shorten(text)!r}: gist: {shorten(str(error), 160)}") from None
-        case ast.Call(args=args, keywords=keywords) if _name(node) in _ROUTERS:
+        case ast.Call(args=args, keywords=keywords) if _call_name(node) in _ROUTERS:
             try:
-                given = [ast.literal_eval(arg) for arg in args]
-                named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
-                return _ROUTERS[_name(node)](*given, **named)
+                return _ROUTERS[_call_name(node)](*map(ast.literal_eval, args), **_literal_options(keywords))
             except (TypeError, ValueError, ArgumentError) as error:
                 call, why = shorten(ast.unparse(node)), shorten(str(error), 160)
                 raise PatternError(f"cannot read the router {shorten(text)!r}: {call}: {why}") from None
@@ -100,41 +104,30 @@ def _read(node: ast.expr, text: str, whole_text: ast.expr | None = None) -> Rout
     )
 
 
-def _name(node: ast.AST) -> str:
+def _literal_options(keywords: list[ast.keyword]) -> dict[str, Any]:
+    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
+
+
+def _call_name(node: ast.AST) -> str:
+    """The lower-case name of a called function without `fl.` and `routing.`; "" for another node."""
     if not isinstance(node, ast.Call):
         return ""
     return ast.unparse(node.func).removeprefix("fl.").removeprefix("routing.").lower()
 
 
-def always(pattern: Pattern) -> Router:
-    """The router that always answers with this pattern."""
-    return _Always(pattern)
-
-
-class _Always(Router):
-    """A pattern as a router."""
-
-    def __init__(self, pattern: Pattern) -> None:
-        super().__init__()
-        self.pattern = pattern
-
-    def choose(self, given: Choice) -> Pattern:
-        return self.pattern
-
-
-class _Fitted(Router):
-    """KMeans with centroids made for each call."""
+class _FittedKMeans(Router):
+    """`kmeans(…)` of an expression: a KMeans made for, and fitted to, the tokens of each call."""
 
     def __init__(self, clusters: int, **options: Any) -> None:
         super().__init__()
         self.clusters, self.options = whole("kmeans: clusters", clusters, 1), options
-        KMeans(1, 1, self.clusters, **options)  # so that a wrong option is refused here
+        KMeans(1, 1, self.clusters, **options)  # checks the options before the first call
 
-    def choose(self, given: Choice) -> Pattern:
-        router = KMeans(given.heads, given.q.shape[3], self.clusters, **self.options).to(given.q.device).eval()
-        router.place(given, 10)
-        return router.choose(given)
+    def choose(self, inputs: RouterInput) -> Pattern:
+        router = KMeans(inputs.heads, inputs.q.shape[3], self.clusters, **self.options).to(inputs.q.device).eval()
+        router.fit_inputs(inputs, _FIT_STEPS)
+        return router.choose(inputs)
 
 
-_ROUTERS: dict[str, Callable[..., Router]] = {"kmeans": _Fitted, "lsh": LSH, "topblocks": TopBlocks, "topkeys": TopKeys}
-_CONTENT = {*_ROUTERS, "gist"}
+_ROUTERS: dict[str, Callable[..., Router]] = {"kmeans": _FittedKMeans, "lsh": LSH, "topblocks": TopBlocks, "topkeys": TopKeys}
+_ROUTER_NAMES = {*_ROUTERS, "gist"}

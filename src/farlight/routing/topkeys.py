@@ -1,4 +1,4 @@
-"""Routing by single keys: the largest scores of each row; and lists of keys or blocks that come from elsewhere."""
+"""`TopKeys`: routing by the highest-scoring keys of each row; `from_indices`: a pattern from index lists made elsewhere."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern
 from farlight.patterns.positional import causal as past
 from farlight.patterns.tables import chosen_blocks, chosen_keys
-from farlight.routing.base import Choice, Router, stretches
-from farlight.routing.budget import Amount
+from farlight.routing.base import Router, RouterInput, row_chunks
+from farlight.routing.budget import Budget, concat_selections
 
 __all__ = ["TopKeys", "from_indices"]
 
 
 class TopKeys(Router):
-    """The keys with the largest q · k for each query: `count` of them, a `share` of the visible, or the smallest set that
-    holds `mass` of softmax(scale · q · k).
+    """The keys with the largest q_i · k_j of each query: `count` of them, a `share` of the visible ones, or the fewest that
+    hold `mass` of softmax(scale · q_i · k_j).
 
-    Every pair is scored, so the choice costs n² products (in stretches of rows: memory is that of the lists). That is worth
-    it with small scoring vectors: `TopKeys(2048, causal=True)(q_index, k_index)` with a few channels, as DeepSeek's indexer
-    does, or to learn what the best pattern of a size could keep. `causal=True`: visible are the keys j <= i.
+    Every pair is scored, n_q · n_k · D multiply-adds, in chunks of rows: memory is that of the index lists. Use it with narrow
+    scoring vectors, `TopKeys(2048, causal=True)(q_index, k_index)`, as DeepSeek's indexer does, or as the upper bound of what a
+    pattern of a given size can keep. `causal=True`: the visible keys are j <= i. scale: None means D^-½; only mass depends on
+    it.
+
+    Raises ArgumentError unless exactly one of count, share and mass is given and in range.
 
     Gupta et al. 2021, "Memory-efficient Transformers via Top-k Attention", arXiv:2106.06899; DeepSeek-AI 2025,
     "DeepSeek-V3.2", arXiv:2512.02556 (lightning indexer); Lin et al. 2025, "Twilight", arXiv:2502.02770 (mass).
@@ -44,42 +47,45 @@ class TopKeys(Router):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.amount = Amount.read("TopKeys", count, share, mass)
+        self.budget = Budget.checked("TopKeys", count, share, mass)
         self.causal, self.scale = bool(causal), scale
 
     def extra_repr(self) -> str:
-        return f"{self.amount}" + (", causal=True" if self.causal else "")
+        return f"{self.budget}" + (", causal=True" if self.causal else "")
 
-    def choose(self, given: Choice) -> Pattern:
-        group = given.heads // given.kv_heads
-        scale = given.q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        keys = torch.arange(given.n_k, device=given.k.device)
-        found = []
-        for part in stretches(given.n_q, given.batch * given.heads * max(1, given.n_k)):
-            q = given.q[:, :, part].unflatten(1, (given.kv_heads, group))
-            scores = (q @ given.k.transpose(-1, -2).unsqueeze(2)).flatten(1, 2)
-            if self.amount.mass is not None:
+    def choose(self, inputs: RouterInput) -> Pattern:
+        group = inputs.heads // inputs.kv_heads
+        scale = inputs.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        key_position = torch.arange(inputs.n_k, device=inputs.k.device)
+        chunks = []
+        for rows in row_chunks(inputs.n_q, inputs.batch * inputs.heads * max(1, inputs.n_k)):
+            q = inputs.q[:, :, rows].unflatten(1, (inputs.kv_heads, group))
+            scores = (q @ inputs.k.transpose(-1, -2).unsqueeze(2)).flatten(1, 2)
+            if self.budget.mass is not None:
                 scores = scores * scale
-            if given.key_real is not None:
-                scores = scores.masked_fill(~given.key_real[:, None, None], float("-inf"))
-            if given.query_real is not None:
-                scores = scores.masked_fill(~given.query_real[:, None, part, None], float("-inf"))
+            if inputs.key_mask is not None:
+                scores = scores.masked_fill(~inputs.key_mask[:, None, None], float("-inf"))
+            if inputs.query_mask is not None:
+                scores = scores.masked_fill(~inputs.query_mask[:, None, rows, None], float("-inf"))
             if self.causal:
-                place = given.offset + torch.arange(part.start, part.stop, device=keys.device)
-                scores = scores.masked_fill(keys > place[:, None], float("-inf"))
-            found.append(self.amount.take(scores))
-        most = max((part.shape[-1] for part in found), default=0)
-        parts = [torch.nn.functional.pad(part, (0, most - part.shape[-1]), value=-1) for part in found]
-        return chosen_keys(torch.cat(parts, 2) if parts else torch.full((given.batch, given.heads, 0, 0), -1, device="cpu"))
+                query_position = inputs.offset + torch.arange(rows.start, rows.stop, device=key_position.device)
+                scores = scores.masked_fill(key_position > query_position[:, None], float("-inf"))
+            chunks.append(self.budget.select(scores))
+        return chosen_keys(
+            concat_selections(chunks) if chunks else torch.full((inputs.batch, inputs.heads, 0, 0), -1, device="cpu")
+        )
 
 
 def from_indices(indices: Tensor, *, block: int | None = None, query_block: int = 1, causal: bool = False) -> Pattern:
-    """Keys, or with `block` blocks of keys, that were chosen elsewhere: a learned indexer, a serving engine, a file.
+    """The pattern of given index lists of keys, or of key blocks: from a learned indexer, a serving engine, a file.
 
     Args:
-        indices: integers `(B, rows, m)` for all heads (as Hugging Face's `indices=`) or `(B, H, rows, m)`; any negative number
-            is none. Rows are queries, or blocks of `query_block` queries where blocks of keys are listed.
-        causal: drop keys after the query; an indexer may fill its list with keys that the query cannot see yet.
+        indices: integers `(B, rows, m)` for all heads (as Hugging Face's `indices=`) or `(B, H, rows, m)`; negative = no entry.
+        block: None: indices are keys and each row is a query. Else: indices are blocks of `block` keys and each row is a block
+            of `query_block` queries.
+        causal: remove keys after the query; indexers pad the lists of early queries with later keys.
+
+    Raises ArgumentError for indices of another dtype or shape, and for `query_block` without `block`.
 
     >>> import torch
     >>> from farlight.routing import from_indices
@@ -87,8 +93,8 @@ def from_indices(indices: Tensor, *, block: int | None = None, query_block: int 
     [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
     """
     if not isinstance(indices, Tensor) or indices.dtype.is_floating_point or indices.dtype == torch.bool:
-        found = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise ArgumentError(f"from_indices: indices are {found}; pass an integer tensor (B, rows, m) or (B, H, rows, m).")
+        actual = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise ArgumentError(f"from_indices: indices are {actual}; pass an integer tensor (B, rows, m) or (B, H, rows, m).")
     if indices.dim() not in (3, 4):
         raise ArgumentError(f"from_indices: indices have shape {tuple(indices.shape)}; pass (B, rows, m) or (B, H, rows, m).")
     table = (indices if indices.dim() == 4 else indices[:, None]).clamp(min=-1)

@@ -25,7 +25,7 @@ from farlight.patterns import full
 from farlight.patterns.algebra import looks_back
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
-from farlight.routing.gist_router import Gist, heard_links
+from farlight.routing.gist_router import Gist, count_summaries
 
 __all__ = ["BATCH_TOKENS", "Fidelity", "FidelityRun", "hidden", "measure_fidelity", "token_cosine"]
 
@@ -157,7 +157,7 @@ def heard_for(chosen: Pattern | Router | None, pattern: Pattern, call: Observati
         return 0
     back = looks_back(call.own)
     seen = pattern if call.own == full() else call.own & pattern
-    return heard_links(seen, chosen.block, sizes_of(call.q, call.k, call.q_offset), back)
+    return count_summaries(seen, chosen.block, sizes_of(call.q, call.k, call.q_offset), back)
 
 
 def _shed(found: Retention, layer: int, before: int, words: Sequence[Sequence[str]] | None, extra: Tensor | int) -> _Layer:
