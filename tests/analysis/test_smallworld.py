@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import farlight as fl
-from farlight.analysis.graph import SmallWorld, smallworld
-from farlight.analysis.graph import baselines
+from farlight.analysis.graph import SmallWorld, baselines, smallworld
 from farlight.analysis.graph import clustering as clustering_module
 from farlight.analysis.graph.bfs import BitsetBFS
 from farlight.analysis.graph.bits import column_counts, nonzero_rows, one_hot_bits, or_rows
@@ -262,9 +261,7 @@ def test_searches_stop_at_max_depth() -> None:
 
 def test_too_many_runs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farlight.analysis.graph.links._MAX_RUNS", 500)
-    with pytest.raises(
-        ArgumentError, match=r"n = 300: random_keys\(4\) has about 1,1\d\d runs of consecutive keys, more"
-    ):
+    with pytest.raises(ArgumentError, match=r"n = 300: random_keys\(4\) has about 1,1\d\d runs of consecutive keys, more"):
         smallworld(fl.random_keys(4), 300)
 
 
@@ -315,7 +312,9 @@ def covered(pattern: fl.Pattern, n: int, targets: int, seeds: range) -> tuple[in
     for seed in seeds:
         sampled = survey(links, targets=targets, seed=seed)
         assert not sampled.exact
-        for place, (truth, (value, margin)) in enumerate(((hops, sampled.mean(0.95)), (unreachable, sampled.unreachable(0.95)))):
+        for place, (truth, (value, margin)) in enumerate(
+            ((hops, sampled.mean(0.95)), (unreachable, sampled.unreachable(0.95)))
+        ):
             assert 0 < margin < 5
             covered_seeds[place] += abs(value - truth) <= margin
     return covered_seeds[0], covered_seeds[1]

@@ -190,7 +190,7 @@ def plot_path(path: Path, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_heads(values: Tensor, *, label: str = "mass", ax: Axes | None = None, percent: bool = True) -> Axes:
-    """Draw a `(layers, heads)` tensor as a heat map, such as the attention mass each head keeps. ArgumentError for other shapes."""
+    """Draw a `(layers, heads)` tensor, such as the attention mass that each head keeps, as a heat map."""
     if values.dim() != 2 or not values.numel():
         raise ArgumentError(f"values have shape {tuple(values.shape)}; (layers, heads) are needed.")
     layers, heads = values.shape

@@ -142,7 +142,7 @@ class _DistanceTotals:
         self.pairs_at = np.zeros((2, 0))  # pairs by distance: of fixed targets, of sampled targets
 
     def add(self, sizes: list[Array], searches: int, fixed: int) -> None:
-        """A batch of `searches` targets, the first `fixed` of them fixed; `sizes[d - 1]`: `(searches,)` tokens at distance d."""
+        """A batch of `searches` targets, the first `fixed` ones fixed; `sizes[d - 1]`: (searches,) tokens at distance d."""
         reached, total = np.zeros(searches, dtype=np.int64), np.zeros(searches, dtype=np.int64)
         cumulative = np.ones((self.layers + 1, searches), dtype=np.int64)
         pairs_at = np.zeros((2, max(len(sizes), self.pairs_at.shape[1])))
