@@ -31,7 +31,7 @@ __all__ = ["Array", "KeyOrder", "KeyRuns", "LazyLinks", "Links", "expand_ranges"
 Array = np.ndarray[Any, Any]
 
 _MAX_RUNS = 1 << 26
-# The row chunks of `LazyLinks.all` aim at this many runs each, and have at most so many rows.
+# Target number of runs, and maximum number of rows, of a chunk of `LazyLinks.all`.
 _CHUNK_RUNS = 1 << 20
 _CHUNK_ROWS = 1 << 16
 
