@@ -102,8 +102,7 @@ def reach(
     A token keeps its own information (the residual stream) and in each layer receives what its keys had the layer before.
 
     Args:
-        n: tokens, as queries and as keys.
-        batch, head: for patterns that vary over them.
+        n: tokens, as queries and as keys. batch, head: for patterns that vary over them.
         targets: tokens to search from. None: all where the budget allows it, else a sample drawn by `seed`; n: all.
         readers: sampled readers for the loads of relays, see `Capacity`; 0: no capacity.
         confidence: of the margins when tokens are sampled.
