@@ -8,7 +8,8 @@ import os
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -175,3 +176,18 @@ class SizedCache(Generic[T]):
     def info(self) -> CacheInfo:
         with self._lock:
             return CacheInfo(len(self._values), self._nbytes, self._limit, self._hits, self._misses)
+
+    @contextmanager
+    def isolated(self) -> Iterator[None]:
+        """Within the block the cache starts empty; at its end the block's entries are dropped and the previous ones are back.
+
+        For timing of uncached work. The whole process sees it: other threads miss until the block ends.
+        """
+        with self._lock:
+            previous = self._values, self._sizes, self._nbytes
+            self._values, self._sizes, self._nbytes = OrderedDict(), {}, 0
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._values, self._sizes, self._nbytes = previous

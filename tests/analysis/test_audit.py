@@ -26,7 +26,7 @@ from transformers import (
 import farlight as fl
 from farlight.analysis import memory
 from farlight.analysis.audit import audit, steps
-from farlight.analysis.cost import Layer, cost_at_length, full_seconds, links_per_head, timed_length
+from farlight.analysis.cost import AttentionShape, cost_at_length, full_seconds, links_per_head, timed_length
 from farlight.analysis.loss.fidelity import measure_fidelity
 from farlight.analysis.memory import peak_memory
 from farlight.analysis.passages import cut_passages
@@ -228,14 +228,14 @@ def test_a_text_too_long_to_be_timed_is_timed_where_it_is_not(monkeypatch: pytes
 
 
 def test_how_long_a_text_is_timed() -> None:
-    minilm = Layer(12, 12, 32, 32, torch.float32, torch.device("cpu"), fl.full())
+    minilm = AttentionShape(12, 12, 32, 32, torch.float32, torch.device("cpu"), fl.full())
     assert [timed_length(minilm, n) for n in (1, 174_762, 174_763, 10**7)] == [1, 174_762, 1 << 17, 1 << 17]
-    llama = Layer(32, 8, 128, 128, torch.bfloat16, torch.device("cpu"), fl.causal())
+    llama = AttentionShape(32, 8, 128, 128, torch.bfloat16, torch.device("cpu"), fl.causal())
     assert timed_length(llama, 10**6) == 1 << 15
 
 
 def test_a_pattern_made_for_the_timed_length_is_not_counted_elsewhere() -> None:
-    layer = Layer(2, 1, 4, 4, torch.float32, torch.device("cpu"), fl.full())
+    layer = AttentionShape(2, 1, 4, 4, torch.float32, torch.device("cpu"), fl.full())
     pattern = fl.pairs(torch.ones(64, 64, dtype=torch.bool).tril())
     cost = cost_at_length(layer, pattern, layer.random(64), 1.0, counted=100)
     assert "it has 64 rows, but there are 100 queries" in str(cost.why_not)
@@ -253,7 +253,7 @@ def test_a_pattern_that_fits_one_length_only_is_audited_there() -> None:
     "backend, text", [("dense", "its mask would take .* MiB"), ("reference", "forms all scores, here 18 GiB")]
 )
 def test_a_backend_that_does_not_reach_the_full_length(backend: str, text: str) -> None:
-    layer = Layer(2, 1, 4, 4, torch.float32, torch.device("cpu"), fl.full())
+    layer = AttentionShape(2, 1, 4, 4, torch.float32, torch.device("cpu"), fl.full())
     cost = cost_at_length(layer, fl.window(3), layer.random(49_000), 1.0, backend=backend)
     assert re.search(text, str(cost.why_not))
     assert cost.seconds == 0
@@ -266,7 +266,7 @@ def test_per_head_links_are_averaged_over_heads() -> None:
 
 def test_full_attention_is_scaled_by_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farlight.analysis.cost.paired_seconds", lambda first, second, least: (2.0, 2.0))
-    layer = Layer(2, 1, 4, 4, torch.float32, torch.device("cpu"), fl.causal())
+    layer = AttentionShape(2, 1, 4, 4, torch.float32, torch.device("cpu"), fl.causal())
     monkeypatch.setattr("farlight.analysis.cost._FULL_FLOPS", 4.0 * 4 * 2 * 512**2)
     assert full_seconds(layer, 256) == (2.0, 256)
     assert full_seconds(layer, 5120) == (200.0, 512)

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Mistral
 import farlight as fl
 from farlight.analysis.audit import audit
 from farlight.analysis.candidates_by_layer import Subject, subjects
-from farlight.analysis.cost import Layer, cost_in_passages, mean_cost
+from farlight.analysis.cost import AttentionShape, cost_in_passages, mean_cost
 from farlight.analysis.fit.whole_model import fit_reading, read_passages
 from farlight.analysis.loss.fidelity import measure_fidelity
 from farlight.analysis.loss.top_losses import LostLink, told
@@ -352,7 +352,7 @@ def test_what_cannot_be_judged() -> None:
 
 
 def test_a_router_that_cannot_run_is_told_not_hidden() -> None:
-    layer = Layer(2, 2, 8, 8, torch.float32, torch.device("cpu"), fl.full())
+    layer = AttentionShape(2, 2, 8, 8, torch.float32, torch.device("cpu"), fl.full())
     cost = cost_in_passages(layer, read_router("per_head([topkeys(1)])"), layer.random(32), least=0.01)
     assert "per_head was given 1" in str(cost.why_not)
     good = cost_in_passages(layer, TopKeys(4), layer.random(32), least=0.01)

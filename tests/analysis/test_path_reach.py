@@ -1,4 +1,4 @@
-"""`fl.path`, `fl.reach` and the load of relays against networkx and against counting by hand."""
+"""`fl.path`, `fl.reach` and the load of relays against networkx and against pair-by-pair counts."""
 
 from __future__ import annotations
 
@@ -85,42 +85,42 @@ def test_paths_of_random_expressions(problem: tuple[fl.Pattern, Sizes, list[int]
     check_path(path(pattern, at.n_k, source, target, batch=batch, head=head), graph, allowed)
 
 
-def test_meeting_the_listeners_of_the_source_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farlight.analysis.graph.paths._MANY", 3)
+def test_paths_by_the_rows_that_see_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farlight.analysis.graph.paths._LARGE_FRONTIER", 3)
     for pattern in SOME.values():
         graph, allowed = digraph(pattern, 100)
         for source, target in np.random.default_rng(1).integers(0, 100, (12, 2)).tolist():
             check_path(path(pattern, 100, source, target), graph, allowed)
 
 
-def test_a_long_walk_works_out_all_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    rows = LazyLinks.stretches
+def test_a_long_search_computes_all_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    row_counts: list[int] = []
+    lazy_runs = LazyLinks.runs
 
     def spy(self: LazyLinks, which: np.ndarray) -> list:  # type: ignore[type-arg]
-        asked.append(which.size)
-        return rows(self, which)
+        row_counts.append(which.size)
+        return lazy_runs(self, which)
 
-    monkeypatch.setattr(LazyLinks, "stretches", spy)
+    monkeypatch.setattr(LazyLinks, "runs", spy)
     found = path(fl.window(1), 300, 0, 299)
     assert found.layers == 299
-    assert len(asked) < 80
+    assert len(row_counts) < 80
     assert path(fl.window(1) & fl.causal(), 300, 299, 0).layers is None
 
 
-def test_the_walk_asks_only_the_rows_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a long text a short path costs rows near the target, not all rows."""
-    asked: list[int] = []
-    rows = LazyLinks.stretches
+def test_a_short_path_computes_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a long text a short path computes the runs of rows near the target only."""
+    row_counts: list[int] = []
+    lazy_runs = LazyLinks.runs
 
     def spy(self: LazyLinks, which: np.ndarray) -> list:  # type: ignore[type-arg]
-        asked.append(which.size)
-        return rows(self, which)
+        row_counts.append(which.size)
+        return lazy_runs(self, which)
 
-    monkeypatch.setattr(LazyLinks, "stretches", spy)
+    monkeypatch.setattr(LazyLinks, "runs", spy)
     found = path(fl.window(16) | fl.global_tokens([0]), 200_000, 100_000, 199_999)
     assert found.positions == (100_000, 0, 199_999)
-    assert sum(asked) < 100
+    assert sum(row_counts) < 100
 
 
 # ---- words -------------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_drawn_reach_covers_the_exact_one() -> None:
         assert found.share.shape == (7, 150)
         assert (np.abs(np.array(found.mean) - exact.mean) <= np.array(found.margin) + 1e-12)[:2].all(), "known from the count"
         good += bool((np.abs(np.array(found.mean) - exact.mean) <= np.array(found.margin) + 1e-12).all())
-        # What is said of a position is exact even when positions are drawn.
+        # The row of a position is exact even when positions are sampled.
         assert found.share == pytest.approx(exact.share[:, found.positions], abs=1e-12)
     assert good >= 18
 
@@ -282,7 +282,7 @@ def test_reach_prints_and_answers_depth() -> None:
 # ---- capacity ----------------------------------------------------------------------------------------------------------
 
 
-def by_hand(allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def brute_force_loads(allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(reader, relay) loads and sole counts, and the number of tokens each reader sees itself, one pair at a time."""
     n = allowed.shape[0]
     load, sole = np.zeros((n, n)), np.zeros((n, n))
@@ -300,7 +300,7 @@ def by_hand(allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def check_capacity(found: capacity_module.Capacity, allowed: np.ndarray) -> None:
-    load, sole, near = by_hand(allowed)
+    load, sole, near = brute_force_loads(allowed)
     assert found.exact
     assert found.near == pytest.approx(near.mean(), abs=1e-9)
     assert found.relayed == pytest.approx(load.sum(1).mean(), abs=1e-9)
@@ -318,12 +318,12 @@ def check_capacity(found: capacity_module.Capacity, allowed: np.ndarray) -> None
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_loads_of_relays_by_hand(name: str) -> None:
+def test_loads_of_relays_by_brute_force(name: str) -> None:
     check_capacity(capacity(Links.of(SOME[name], 100), readers=100), digraph(SOME[name], 100)[1])
 
 
-def test_four_lighthouses_share_what_one_carries() -> None:
-    """Hops are the same with one lighthouse and with four; what must pass through one vector is a quarter."""
+def test_four_global_tokens_share_the_load_of_one() -> None:
+    """Distances are the same with one global token and with four; the bottleneck is a quarter."""
     one = reach(fl.window(8) | fl.global_tokens([0]), 2000, 2)
     four = reach(fl.window(8) | fl.global_tokens(range(4)), 2000, 2)
     assert one.mean[2] == four.mean[2] == 1.0
@@ -336,7 +336,7 @@ def test_four_lighthouses_share_what_one_carries() -> None:
     assert [relay.position for relay in four.capacity.busiest[:4]] == [0, 1, 2, 3]
 
 
-def test_readers_are_fewer_when_that_would_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_readers_beyond_the_work_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     links = Links.of(fl.window(2) | fl.global_tokens([0]), 400)
     assert capacity(links, readers=50).readers == 50
     monkeypatch.setattr(capacity_module, "_WORK", 10_000)

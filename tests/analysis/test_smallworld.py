@@ -1,4 +1,4 @@
-"""`fl.smallworld` against networkx on small graphs, its estimates against the exact values, and the parts it is made of."""
+"""`fl.smallworld` against networkx on small graphs, its estimates against the exact values, and its parts alone."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import farlight as fl
-from farlight.analysis.graph import SmallWorld, smallworld
-from farlight.analysis.graph import baselines as yardsticks
+from farlight.analysis.graph import SmallWorld, baselines, smallworld
 from farlight.analysis.graph import clustering as clustering_module
-from farlight.analysis.graph.bfs import Walker
-from farlight.analysis.graph.bits import column_counts, one_each, or_rows, rows_with_any
+from farlight.analysis.graph.bfs import BitsetBFS
+from farlight.analysis.graph.bits import column_counts, nonzero_rows, one_hot_bits, or_rows
 from farlight.analysis.graph.distances import survey
 from farlight.analysis.graph.links import LazyLinks, Links
-from farlight.analysis.graph.sampling import draw, margin_of_mean, quantile, unseen
-from farlight.analysis.graph.scatter import Spread
+from farlight.analysis.graph.sampling import margin_of_mean, max_missed_share, stratified_sample, t_quantile
+from farlight.analysis.graph.scatter import RunScatter
 from farlight.analysis.graph.spectrum import spectral_gap
 from farlight.analysis.memory import peak_memory
 from farlight.errors import ArgumentError, PatternError
@@ -69,7 +68,7 @@ def graphs(
     return nx.from_numpy_array(dense.T.astype(int), create_using=nx.DiGraph), dense
 
 
-def by_networkx(graph: nx.DiGraph) -> tuple[Counter[int], float]:
+def networkx_metrics(graph: nx.DiGraph) -> tuple[Counter[int], float]:
     """Ordered pairs by hops, and the undirected clustering coefficient."""
     hops: Counter[int] = Counter()
     for _, lengths in nx.all_pairs_shortest_path_length(graph):
@@ -78,7 +77,7 @@ def by_networkx(graph: nx.DiGraph) -> tuple[Counter[int], float]:
     return hops, nx.average_clustering(undirected) if len(undirected) else 0.0
 
 
-def gap_by_numpy(dense: np.ndarray) -> float:
+def numpy_spectral_gap(dense: np.ndarray) -> float:
     """1 - λ₂ of the normalised weighted adjacency matrix, all eigenvalues computed."""
     weight = (dense.astype(float) + dense.T) / 2
     degree = weight.sum(1)
@@ -91,7 +90,7 @@ def gap_by_numpy(dense: np.ndarray) -> float:
 
 def compare(world: SmallWorld, graph: nx.DiGraph, dense: np.ndarray) -> None:
     n = dense.shape[0]
-    hops, clustering = by_networkx(graph)
+    hops, clustering = networkx_metrics(graph)
     pairs = sum(hops.values())
     assert world.exact
     assert world.hops_margin == world.unreachable_margin == world.clustering_margin == 0
@@ -104,7 +103,7 @@ def compare(world: SmallWorld, graph: nx.DiGraph, dense: np.ndarray) -> None:
     assert world.diameter == max(hops, default=0)
     assert world.unreachable == pytest.approx(1 - pairs / (n * (n - 1)) if n > 1 else 0.0, abs=1e-9)
     assert world.clustering == pytest.approx(clustering, abs=1e-9)
-    assert world.spectral_gap == pytest.approx(gap_by_numpy(dense), abs=1e-9, nan_ok=True)
+    assert world.spectral_gap == pytest.approx(numpy_spectral_gap(dense), abs=1e-9, nan_ok=True)
     assert world.causal == (not np.triu(dense, 1).any())
 
 
@@ -157,40 +156,40 @@ def test_random_expressions_agree_with_networkx(problem: tuple[fl.Pattern, Sizes
 
 @given(small_problems())
 @settings(max_examples=80)
-def test_links_are_the_pattern(problem: tuple[fl.Pattern, Sizes, int, int]) -> None:
+def test_links_equal_the_dense_pattern(problem: tuple[fl.Pattern, Sizes, int, int]) -> None:
     pattern, at, batch, head = problem
     whole = pattern.dense(at.n_k, batch=at.batch, heads=at.heads)
     dense = whole[min(batch, whole.shape[0] - 1), min(head, whole.shape[1] - 1)].numpy()
     n = at.n_k
-    asked = LazyLinks(pattern, n, batch, head)
-    links = asked.all()
+    lazy = LazyLinks(pattern, n, batch, head)
+    links = lazy.all()
     rows = np.flatnonzero(np.random.default_rng(n).random(n) < 0.5)
-    for source, chosen in ((links, np.arange(n)), (links, rows), (asked, rows)):
+    for source, chosen in ((links, np.arange(n)), (links, rows), (lazy, rows)):
         seen = np.zeros((chosen.size, n), dtype=int)
-        for part in source.stretches(chosen):
-            np.add.at(seen, part.keys(), 1)
+        for part in source.runs(chosen):
+            np.add.at(seen, part.pairs(), 1)
         assert (seen == dense[chosen]).all()
     loops = dense.diagonal()
-    assert (links.selfs == loops).all()
-    assert (links.degree == dense.sum(1) - loops).all()
-    assert (links.listeners == dense.sum(0) - loops).all()
+    assert (links.self_loops == loops).all()
+    assert (links.in_degree == dense.sum(1) - loops).all()
+    assert (links.out_degree == dense.sum(0) - loops).all()
     assert links.count == dense.sum()
     values = np.random.default_rng(0).standard_normal(n)
     strict = dense & ~np.eye(n, dtype=bool)
-    assert links.hear(values) == pytest.approx(strict @ values, abs=1e-12)
-    assert links.tell(values) == pytest.approx(strict.T @ values, abs=1e-12)
+    assert links.sum_over_keys(values) == pytest.approx(strict @ values, abs=1e-12)
+    assert links.sum_over_queries(values) == pytest.approx(strict.T @ values, abs=1e-12)
 
 
-def test_links_are_every_shared_case() -> None:
-    """Also where a term has an order of its keys and single keys at once, as a stride of random keys has."""
+def test_links_equal_the_shared_cases() -> None:
+    """Includes terms with a permutation of the keys and single keys at once, such as a stride of random keys."""
     for case in CASES:
         if case.n_q != case.n_k or case.q_offset not in (None, 0) or not 0 < case.n_k <= 260:
             continue
         truth = case.pattern.dense(case.n_k, batch=case.batch, heads=case.heads)
         head = truth.shape[1] - 1
         seen = np.zeros((case.n_k, case.n_k), dtype=int)
-        for part in Links.of(case.pattern, case.n_k, 0, head).stretches(np.arange(case.n_k)):
-            np.add.at(seen, part.keys(), 1)
+        for part in Links.of(case.pattern, case.n_k, 0, head).runs(np.arange(case.n_k)):
+            np.add.at(seen, part.pairs(), 1)
         assert np.array_equal(seen, truth[0, head].int().numpy()), case.name
 
 
@@ -204,79 +203,76 @@ def test_column_counts(seed: int, rows: int, words: int) -> None:
     bits = rng.integers(0, 2**64, (rows, words), dtype=np.uint64) & rng.integers(0, 2**64, (rows, words), dtype=np.uint64)
     want = [sum(int(word) >> bit & 1 for word in bits[:, w]) for w in range(words) for bit in range(64)]
     assert column_counts(bits).tolist() == want
-    assert rows_with_any(bits).tolist() == bits.any(1).nonzero()[0].tolist()
+    assert nonzero_rows(bits).tolist() == bits.any(1).nonzero()[0].tolist()
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3000), st.integers(0, 200))
 @settings(max_examples=60)
-def test_spread_gives_every_slot_its_bits(seed: int, size: int, stretches: int) -> None:
+def test_scatter_gives_every_slot_its_bits(seed: int, size: int, runs: int) -> None:
     rng = np.random.default_rng(seed)
-    lo = rng.integers(0, size, stretches)
-    hi = np.minimum(size, lo + rng.choice([1, 2, 3, 100, 256, 257, 700, size], stretches))
-    row = rng.integers(0, 50, stretches)
+    lo = rng.integers(0, size, runs)
+    hi = np.minimum(size, lo + rng.choice([1, 2, 3, 100, 256, 257, 700, size], runs))
+    row = rng.integers(0, 50, runs)
     bits = rng.integers(0, 2**64, (50, 2), dtype=np.uint64)
     want = np.zeros((size, 2), dtype=np.uint64)
     for r, a, b in zip(row, lo, hi, strict=True):
         want[a:b] |= bits[r]
-    give = Spread(row, lo, hi, size)
-    assert (give.spread(bits) == want).all()
-    assert (give.spread(bits) == want).all(), "a second use must give the same"
+    scatter = RunScatter(row, lo, hi, size)
+    assert (scatter.scatter(bits) == want).all()
+    assert (scatter.scatter(bits) == want).all(), "a second use must give the same"
 
 
-def test_spread_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farlight.analysis.graph.scatter._WRITES_AT_ONCE", 7)
+def test_scatter_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farlight.analysis.graph.scatter._MAX_WRITES", 7)
     rng = np.random.default_rng(0)
     lo = np.sort(rng.integers(0, 40, 300))
     bits = rng.integers(0, 2**64, (300, 1), dtype=np.uint64)
     want = np.zeros((41, 1), dtype=np.uint64)
     for r, a in enumerate(lo):
         want[a] |= bits[r]
-    assert (Spread(np.arange(300), lo, lo + 1, 41).spread(bits) == want).all()
+    assert (RunScatter(np.arange(300), lo, lo + 1, 41).scatter(bits) == want).all()
 
 
 def test_or_rows_writes_only_there() -> None:
     table = np.full((4, 2), 8, dtype=np.uint64)
     or_rows(table, np.array([2, 0]), np.array([[1, 2], [3, 4]], dtype=np.uint64))
     assert table.tolist() == [[11, 12], [8, 8], [9, 10], [8, 8]]
-    assert one_each(65)[64].tolist() == [0, 1]
+    assert one_hot_bits(65)[64].tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("everywhere", [True, False])
-def test_both_ways_of_stepping_agree(everywhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Touching only what the newest rows see, and everything by prepared tables, are two programs for one thing."""
+@pytest.mark.parametrize("dense", [True, False])
+def test_sparse_and_dense_steps_agree(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for pattern in (*PRESETS.values(), fl.window(2)):
         links = Links.of(pattern, 150)
         targets = np.array([0, 149, 70, 70, 3])
-        want = [c.tolist() for c in Walker(links).counts(targets)]
-        name = "_step_everywhere" if everywhere else "_step_there"
+        want = [c.tolist() for c in BitsetBFS(links).frontier_sizes(targets)]
+        name = "_dense_step" if dense else "_sparse_step"
         with monkeypatch.context() as patch:
-            for other in ("_step_everywhere", "_step_there"):
-                patch.setattr(Walker, other, getattr(Walker, name))
-            assert [c.tolist() for c in Walker(links).counts(targets)] == want
+            for other in ("_dense_step", "_sparse_step"):
+                patch.setattr(BitsetBFS, other, getattr(BitsetBFS, name))
+            assert [c.tolist() for c in BitsetBFS(links).frontier_sizes(targets)] == want
 
 
-def test_walks_stop_where_asked() -> None:
-    walker = Walker(Links.of(fl.window(1), 50))
-    assert [c.tolist() for c in walker.counts(np.array([20]), most_hops=2)] == [[2], [2]]
-    assert walker.work > 0
+def test_searches_stop_at_max_depth() -> None:
+    bfs = BitsetBFS(Links.of(fl.window(1), 50))
+    assert [c.tolist() for c in bfs.frontier_sizes(np.array([20]), max_depth=2)] == [[2], [2]]
+    assert bfs.work > 0
 
 
-def test_stretches_that_are_too_many_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farlight.analysis.graph.links._MOST_STRETCHES", 500)
-    with pytest.raises(
-        ArgumentError, match=r"n = 300: random_keys\(4\) shows its rows about 1,1\d\d separate stretches of keys, more"
-    ):
+def test_too_many_runs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farlight.analysis.graph.links._MAX_RUNS", 500)
+    with pytest.raises(ArgumentError, match=r"n = 300: random_keys\(4\) has about 1,1\d\d runs of consecutive keys, more"):
         smallworld(fl.random_keys(4), 300)
 
 
-# ---- yardsticks --------------------------------------------------------------------------------------------------------
+# ---- baselines ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n, degree", [(101, 4), (100, 8), (61, 40), (61, 58), (7, 4), (50, 2)])
 def test_lattice_agrees_with_networkx(n: int, degree: int) -> None:
     ring = nx.watts_strogatz_graph(n, degree, 0)
-    assert yardsticks.lattice_hops(n, degree) == pytest.approx(nx.average_shortest_path_length(ring), abs=1e-9)
-    assert yardsticks.lattice_clustering(n, degree) == pytest.approx(nx.average_clustering(ring), abs=1e-9)
+    assert baselines.lattice_hops(n, degree) == pytest.approx(nx.average_shortest_path_length(ring), abs=1e-9)
+    assert baselines.lattice_clustering(n, degree) == pytest.approx(nx.average_clustering(ring), abs=1e-9)
 
 
 @pytest.mark.parametrize("n, degree, within", [(300, 4, 0.03), (300, 12, 0.02), (150, 40, 0.01), (100, 75, 0.01)])
@@ -284,11 +280,11 @@ def test_random_graph_agrees_with_drawn_ones(n: int, degree: int, within: float)
     drawn, clustered = [], []
     for seed in range(3):
         graph = nx.gnp_random_graph(n, degree / (n - 1), seed=seed, directed=True)
-        hops, _ = by_networkx(graph)
+        hops, _ = networkx_metrics(graph)
         drawn.append(sum(h * c for h, c in hops.items()) / sum(hops.values()))
         clustered.append(nx.average_clustering(nx.gnp_random_graph(n, degree / (n - 1), seed=seed)))
-    assert yardsticks.random_hops(n, degree) == pytest.approx(np.mean(drawn), rel=within)
-    assert yardsticks.random_clustering(n, degree) == pytest.approx(np.mean(clustered), rel=0.25)
+    assert baselines.random_hops(n, degree) == pytest.approx(np.mean(drawn), rel=within)
+    assert baselines.random_clustering(n, degree) == pytest.approx(np.mean(clustered), rel=0.25)
 
 
 def test_a_rewired_lattice_is_the_small_world_of_the_paper() -> None:
@@ -311,15 +307,17 @@ def covered(pattern: fl.Pattern, n: int, targets: int, seeds: range) -> tuple[in
     links = Links.of(pattern, n)
     exact = survey(links, targets=n)
     assert exact.exact
-    hops, lost = exact.mean(0.95)[0], exact.unreachable(0.95)[0]
-    good = [0, 0]
+    hops, unreachable = exact.mean(0.95)[0], exact.unreachable(0.95)[0]
+    covered_seeds = [0, 0]
     for seed in seeds:
-        found = survey(links, targets=targets, seed=seed)
-        assert not found.exact
-        for place, (truth, (value, margin)) in enumerate(((hops, found.mean(0.95)), (lost, found.unreachable(0.95)))):
+        sampled = survey(links, targets=targets, seed=seed)
+        assert not sampled.exact
+        for place, (truth, (value, margin)) in enumerate(
+            ((hops, sampled.mean(0.95)), (unreachable, sampled.unreachable(0.95)))
+        ):
             assert 0 < margin < 5
-            good[place] += abs(value - truth) <= margin
-    return good[0], good[1]
+            covered_seeds[place] += abs(value - truth) <= margin
+    return covered_seeds[0], covered_seeds[1]
 
 
 ESTIMATED = {
@@ -345,48 +343,48 @@ def test_estimates_cover_the_exact_values_at_length(name: str) -> None:
 
 def test_drawn_clustering_covers_the_counted_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for pattern in (fl.window(8) | fl.random_keys(2), fl.presets.star(), fl.presets.logsparse(), fl.presets.bigbird(16, 2)):
-        asked = LazyLinks(pattern, 900)
-        links = asked.all()
-        truth, none = clustering_module.clustering(links, asked, confidence=0.95, seed=0)
-        degree = clustering_module.mean_degree(links, asked, seed=0)
+        lazy = LazyLinks(pattern, 900)
+        links = lazy.all()
+        truth, none = clustering_module.clustering(links, lazy, confidence=0.95, seed=0)
+        degree = clustering_module.mean_degree(links, lazy, seed=0)
         assert none == 0
         with monkeypatch.context() as patch:
-            patch.setattr(clustering_module, "_COUNTED", 0)
-            patch.setattr(clustering_module, "_TOKENS", 200)
-            drawn = [clustering_module.clustering(links, asked, confidence=0.95, seed=seed) for seed in range(12)]
+            patch.setattr(clustering_module, "_EXACT_TOKENS", 0)
+            patch.setattr(clustering_module, "_SAMPLED_TOKENS", 200)
+            drawn = [clustering_module.clustering(links, lazy, confidence=0.95, seed=seed) for seed in range(12)]
             assert sum(abs(value - truth) <= margin for value, margin in drawn) >= 11
             assert all(0 < margin < 0.06 for _, margin in drawn)
-            assert clustering_module.mean_degree(links, asked, seed=0) == pytest.approx(degree, rel=0.03)
+            assert clustering_module.mean_degree(links, lazy, seed=0) == pytest.approx(degree, rel=0.03)
 
 
 def test_few_neighbours_are_counted_even_when_tokens_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clustering_module, "_COUNTED", 0)
-    monkeypatch.setattr(clustering_module, "_TOKENS", 200)
+    monkeypatch.setattr(clustering_module, "_EXACT_TOKENS", 0)
+    monkeypatch.setattr(clustering_module, "_SAMPLED_TOKENS", 200)
     graph, _ = graphs(fl.window(3), 200)
     world = smallworld(fl.window(3), 200)
     assert world.clustering == pytest.approx(nx.average_clustering(graph.to_undirected()), abs=1e-9)
 
 
-def test_what_is_drawn() -> None:
+def test_stratified_sample_and_margins() -> None:
     rng = np.random.default_rng(0)
-    times = sum(np.bincount(draw(10, 4, rng), minlength=10) for _ in range(2000))
+    times = sum(np.bincount(stratified_sample(10, 4, rng), minlength=10) for _ in range(2000))
     assert np.abs(times / 2000 - 0.4).max() < 0.04, "every token is as likely"
-    assert draw(5, 9, rng).tolist() == [0, 1, 2, 3, 4]
-    assert quantile(0.95, 10**9) == pytest.approx(1.959964, abs=1e-6)
-    assert quantile(0.95, 30) == pytest.approx(2.042272, abs=1e-4)
-    assert quantile(0.95, 10) == pytest.approx(2.228139, abs=5e-3)
-    assert unseen(0.95, 300) == pytest.approx(0.01, rel=0.01)
+    assert stratified_sample(5, 9, rng).tolist() == [0, 1, 2, 3, 4]
+    assert t_quantile(0.95, 10**9) == pytest.approx(1.959964, abs=1e-6)
+    assert t_quantile(0.95, 30) == pytest.approx(2.042272, abs=1e-4)
+    assert t_quantile(0.95, 10) == pytest.approx(2.228139, abs=5e-3)
+    assert max_missed_share(0.95, 300) == pytest.approx(0.01, rel=0.01)
     assert margin_of_mean(np.ones(50), 50, 0.95, 1.0) == 0
     assert margin_of_mean(np.ones(50), 10**9, 0.95, 1.0) == pytest.approx(0.06, abs=1e-3)
 
 
-def test_the_gap_of_a_long_text_is_at_most_what_is_said() -> None:
-    """With few steps the iteration ends early: the gap given is too large by no more than the margin."""
+def test_the_gap_of_an_early_stop_is_within_the_margin() -> None:
+    """After few Lanczos steps the gap is too large, by no more than the margin."""
     links = Links.of(fl.window(4), 700)
     exact = spectral_gap(links)[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("farlight.analysis.graph.spectrum._MOST_STEPS", 30)
-        patch.setattr("farlight.analysis.graph.spectrum._KEPT_BYTES", 0)
+        patch.setattr("farlight.analysis.graph.spectrum._MAX_STEPS", 30)
+        patch.setattr("farlight.analysis.graph.spectrum._BASIS_BYTES", 0)
         gap, margin = spectral_gap(links)
     assert exact <= gap <= exact + margin
 
@@ -394,7 +392,7 @@ def test_the_gap_of_a_long_text_is_at_most_what_is_said() -> None:
 # ---- the answer --------------------------------------------------------------------------------------------------------
 
 
-def test_it_prints_as_a_table_and_as_json() -> None:
+def test_small_world_as_table_and_json() -> None:
     world = smallworld(fl.window(4) | fl.global_tokens([0]), 1000)
     lines = str(world).splitlines()
     assert lines[0] == "window(4) | global_tokens([0]) over 1,000 tokens (every token)"
@@ -411,18 +409,18 @@ def test_it_prints_as_a_table_and_as_json() -> None:
     assert "no token hears of another" in str(nothing)
 
 
-def test_it_says_what_was_drawn() -> None:
+def test_small_world_names_its_sample() -> None:
     world = smallworld(fl.window(50), 3000, targets=64, confidence=0.9)
     assert not world.exact
     assert world.targets == 64
     assert "(64 tokens drawn, margins at 90% confidence)" in str(world)
-    assert ">= 60" in str(world), "the ends of the text are always walked, so the diameter is found"
+    assert ">= 60" in str(world), "the ends of the text are fixed targets, so the diameter is exact"
     assert "% within" in str(world)
     assert smallworld(fl.window(50), 3000, targets=64, seed=1).hops != world.hops
     assert smallworld(fl.window(50), 3000, targets=64, confidence=0.9) == world
 
 
-def test_causal_attention_is_its_own_yardstick() -> None:
+def test_causal_patterns_compare_with_causal_attention() -> None:
     world = smallworld(fl.presets.streaming(4, 16), 500)
     assert world.causal
     assert world.full_links == 500 * 501 // 2
@@ -471,7 +469,7 @@ def test_errors(call: object, kind: type[Exception], text: str) -> None:
 
 @pytest.mark.slow
 def test_a_million_tokens_in_a_minute_and_two_gigabytes() -> None:
-    """The promise of issue 4, on 2 cores. Measured with the process's own time, so that a busy machine does not matter."""
+    """Process time of one thread: independent of the machine's other load."""
     torch.set_num_threads(1)
     pattern = fl.presets.longformer(512) | fl.random_keys(3)
     start = time.process_time()

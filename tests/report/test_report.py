@@ -1,5 +1,6 @@
-"""The HTML report: what it holds, that no text in it becomes markup, that it asks no network, and that its numbers are the
-library's own. What it does in a browser is in test_report_browser.py.
+"""The HTML report: its contents, escaping of texts, absence of network requests, and its numbers against the library's.
+
+Its behaviour in a browser is tested in test_report_browser.py.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from farlight import report
 from farlight.analysis.passages import cut_passages
 from farlight.analysis.plot import densities
 from farlight.cli import main
-from farlight.cli.progress import Estimate
+from farlight.cli.progress import TimeLeft
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.patterns.expression import Atom, Sizes
 from farlight.patterns.spans import Spans
@@ -110,7 +111,7 @@ def test_nothing_is_fetched() -> None:
             assert not found, f"{name.name}: {found}"
 
 
-def test_a_mark_within_a_part_is_not_filled_in() -> None:
+def test_placeholders_inside_data_are_not_replaced() -> None:
     held = Reader(report.render({**pages.mapped(fl.window(1), 8), "name": "<!--script--> <!--data-->"})).held("data")
     assert held["name"] == "<!--script--> <!--data-->"
 
@@ -191,7 +192,7 @@ def test_a_rule_is_of_one_head() -> None:
 
 
 class evens(Atom):
-    """An atom that the report has never heard of."""
+    """An atom without a rule in `report/formula.py`."""
 
     def __init__(self) -> None:
         self._set(text="evens()", tables=())
@@ -204,7 +205,7 @@ class evens(Atom):
         return Spans.from_mask(self._allows(sizes, b[:, None], h[:, None], i[:, None], every[None, :]))
 
 
-def test_an_unknown_atom_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_atom_is_an_interval_table(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = formula(evens() | fl.window(0), 10)["parts"][0]
     assert rule["is"] == "stretches"
     seen = [
@@ -212,13 +213,13 @@ def test_an_unknown_atom_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None
         for a, b in zip(rule["first"], rule["first"][1:], strict=False)
     ]
     assert seen == [list(range(0, i + 1, 2)) for i in range(10)]
-    monkeypatch.setattr(formulas, "_MOST_STRETCHES", 5)
-    with pytest.raises(UnsupportedError, match=r"evens\(\) has no rule for a page.* 30 stretches.*fewer tokens"):
+    monkeypatch.setattr(formulas, "_MAX_INTERVALS", 5)
+    with pytest.raises(UnsupportedError, match=r"evens\(\) has no rule for a page.* 30 intervals.*fewer tokens"):
         formula(evens(), 10)
 
 
 def test_a_picture_goes_along_where_counting_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farlight.report.views._PYRAMID", 128)
+    monkeypatch.setattr("farlight.report.views._PICTURE_PIXELS", 128)
     assert not needs_picture(fl.window(256) | fl.random_keys(3), 1 << 20)
     assert not needs_picture(fl.strided(64), 1 << 20)
     assert not needs_picture(fl.clusters([0, 1] * 50), 100)
@@ -304,7 +305,7 @@ def test_words_are_the_text() -> None:
 
 
 def test_a_long_text_ends_where_the_page_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farlight.report.words._MOST_CHARACTERS", 100)
+    monkeypatch.setattr("farlight.report.words._MAX_CHARACTERS", 100)
     found = words_of(pages.text(), pages.tokenizer()).to_page()
     assert found["shown"] < found["tokens"]
     assert found["content"]["size"] <= 100
@@ -371,24 +372,24 @@ def test_a_mistake_gets_one_clear_message(arguments: list[str], message: str, ca
 
 
 # ---- time left ------------------------------------------------------------------------------------------------------------
-def test_the_time_left_is_that_of_the_steps_left() -> None:
+def test_time_left_is_the_sum_over_remaining_steps() -> None:
     now = [0.0]
-    left = Estimate(["full", "sparse"] * 4 + ["timed: a", "timed: b"], lambda: now[0])
-    assert left.spoken() == "time left not known yet"
+    left = TimeLeft(["full", "sparse"] * 4 + ["timed: a", "timed: b"], lambda: now[0])
+    assert left.text() == "time left not known yet"
     for name, takes in (("full", 10.0), ("sparse", 1.0), ("full", 12.0), ("sparse", 1.0)):
         left.begin(name)
         now[0] += takes
     left.begin("full")
-    # Two more of each as they took, and the one that runs; what has never run is unknown.
+    # Two more of each, the running one included; a name that never ran has no duration.
     assert left.seconds() == (11.0 * 2 + 1.0 * 2, False)
-    assert left.spoken() == "at least 24 s left"
+    assert left.text() == "at least 24 s left"
     now[0] += 11.0
     for name, takes in (("sparse", 1.0), ("full", 11.0), ("sparse", 1.0), ("timed: a", 5.0)):
         left.begin(name)
         now[0] += takes
     left.begin("timed: b")
-    # The last has not run, but one of its kind has.
+    # The last name has no duration, but its kind has.
     assert left.seconds() == (5.0, True)
-    assert left.spoken() == "about 5 s left"
+    assert left.text() == "about 5 s left"
     assert left.done == 9
-    assert Estimate(["a"], lambda: 0.0).spoken() == "time left not known yet"
+    assert TimeLeft(["a"], lambda: 0.0).text() == "time left not known yet"

@@ -1,5 +1,5 @@
-"""The report in a browser: what is drawn, walked and told there against the library, pair by pair and hop by hop; and every
-control by hand and by keyboard, in both languages and themes, without one message in the console or one request.
+"""The report in a browser: matrix, paths and reach against the library, pair by pair and hop by hop; every control by mouse and
+keyboard, in both languages and themes, with no console message and no network request.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ SQUARE = [c for c in CASES if c.n_q == c.n_k and c.q_offset in (None, 0) and 0 <
 
 
 def compare_dense(page: browser.Page, pattern: fl.Pattern, n: int, batch: int = 1, heads: int = 1) -> int:
-    """How many (batch item, head) were compared."""
+    """Compare all pairs; returns the number of (batch item, head) compared."""
     truth = pattern.dense(n, batch=batch, heads=heads)
     compared = 0
     for b in range(truth.shape[0]):
@@ -109,7 +109,7 @@ def test_every_shared_case_is_the_same_set(map_open: browser.Page) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_expressions_are_the_same_set(seed: int, map_open: browser.Page) -> None:
-    """Trees of three operations over atoms that combs are made of, where teeth meet teeth."""
+    """Trees of three operations over atoms that become combs, so that combs are combined with combs."""
     draw = torch.Generator().manual_seed(seed)
     number = lambda low, high: int(torch.randint(low, high, (), generator=draw))  # noqa: E731
     atoms = [
@@ -132,8 +132,8 @@ def test_random_expressions_are_the_same_set(seed: int, map_open: browser.Page) 
         compare_dense(map_open, pattern, 61)
 
 
-def test_a_wrong_rule_would_be_found(map_open: browser.Page) -> None:
-    """The comparison sees one pair too many, one hash that differs, one key cut off."""
+def test_the_comparison_detects_a_wrong_rule(map_open: browser.Page) -> None:
+    """One pair too many, one different hash, one missing key."""
     for right, wrong in ((fl.window(3), fl.window(4)), (fl.random_keys(3), fl.random_keys(3, seed=1))):
         rows, single, _ = map_open.run(DENSE, formula(wrong, 40), 40)
         want = ["".join(map(str, row)) for row in right.dense(40)[0, 0].int().tolist()]
@@ -157,8 +157,8 @@ def test_long_texts_have_the_same_rows(map_open: browser.Page) -> None:
         fl.presets.logsparse(),
     ):
         sizes = Sizes.of(n)
-        found = map_open.run(code, json.loads(json.dumps(formula(pattern, n))), n, rows)
-        for i, runs in zip(rows, found, strict=True):
+        row_runs = map_open.run(code, json.loads(json.dumps(formula(pattern, n))), n, rows)
+        for i, runs in zip(rows, row_runs, strict=True):
             want = torch.zeros(n, dtype=torch.bool)
             for lo, hi in runs:
                 assert not want[lo:hi].any()
@@ -167,7 +167,7 @@ def test_long_texts_have_the_same_rows(map_open: browser.Page) -> None:
 
 
 @pytest.mark.parametrize("n, pixels", [(700, 64), (1000, 97), (333, 333)])
-def test_pixels_hold_the_library_s_shares(n: int, pixels: int, map_open: browser.Page) -> None:
+def test_pixels_equal_densities(n: int, pixels: int, map_open: browser.Page) -> None:
     code = """
     const [rules, n, pixels] = args, pattern = farlight.compile(await farlight.unpackAll(rules), n), out = [];
     await farlight.density(pattern, { top: 0, left: 0, span: n }, pixels, (r, line) => out.push(Array.from(line)), () => true);
@@ -181,8 +181,8 @@ def test_pixels_hold_the_library_s_shares(n: int, pixels: int, map_open: browser
         fl.window(5, dilation=40) - fl.strided(80),
         fl.clusters(torch.arange(n) % 13) | fl.landmarks(50, 20),
     ):
-        found = np.array(map_open.run(code, formula(pattern, n), n, pixels))
-        assert np.allclose(found, densities(pattern, n, pixels=pixels), atol=1e-6), pattern
+        drawn = np.array(map_open.run(code, formula(pattern, n), n, pixels))
+        assert np.allclose(drawn, densities(pattern, n, pixels=pixels), atol=1e-6), pattern
 
 
 # ---- paths and reach --------------------------------------------------------------------------------------------------------
@@ -198,18 +198,18 @@ return out;
 
 
 def compare_paths(page: browser.Page, pattern: fl.Pattern, n: int, pairs: list[tuple[int, int]], head: int = 0) -> None:
-    found = page.run(PATHS, json.loads(json.dumps(formula(pattern, n, head=head))), n, pairs)
-    for (source, target), one in zip(pairs, found, strict=True):
+    results = page.run(PATHS, json.loads(json.dumps(formula(pattern, n, head=head))), n, pairs)
+    for (source, target), result in zip(pairs, results, strict=True):
         want = fl.path(pattern, n, source, target, head=head)
-        assert one["positions"] == list(want.positions), (pattern, source, target)
+        assert result["positions"] == list(want.positions), (pattern, source, target)
         if source != target:
-            assert one["rules"] == [list(hop.rules) for hop in want.hops], (pattern, source, target)
+            assert result["rules"] == [list(hop.rules) for hop in want.hops], (pattern, source, target)
         if not want:
-            assert one["heard"] == want.heard
+            assert result["heard"] == want.heard
 
 
 @pytest.mark.parametrize("case", SQUARE[:: max(1, len(SQUARE) // 60)], ids=str)
-def test_paths_are_the_library_s(case: Case, map_open: browser.Page) -> None:
+def test_paths_equal_fl_path(case: Case, map_open: browser.Page) -> None:
     n = case.n_k
     pairs = [(0, n - 1), (n - 1, 0), (n // 3, n // 2), (n // 2, n // 2), (n - 1, n // 4), (1 % n, n * 3 // 4)]
     head = case.heads - 1 if case.pattern.varies_over_heads else 0
@@ -217,7 +217,7 @@ def test_paths_are_the_library_s(case: Case, map_open: browser.Page) -> None:
         compare_paths(map_open, case.pattern, n, pairs, head)
 
 
-def test_paths_over_long_texts_are_the_library_s(map_open: browser.Page) -> None:
+def test_paths_over_long_texts_equal_fl_path(map_open: browser.Page) -> None:
     n = 50_000
     for pattern in (
         fl.window(64) | fl.random_keys(2),
@@ -229,7 +229,7 @@ def test_paths_over_long_texts_are_the_library_s(map_open: browser.Page) -> None
         compare_paths(map_open, pattern, n, [(10, n - 10), (n - 10, 10), (n // 2, 17)])
 
 
-def test_reach_is_the_library_s(map_open: browser.Page) -> None:
+def test_reach_equals_fl_reach(map_open: browser.Page) -> None:
     code = """
     const [rules, n, layers] = args, pattern = farlight.compile(await farlight.unpackAll(rules), n), out = [];
     for (let t = 0; t < n; t++) {
@@ -240,9 +240,9 @@ def test_reach_is_the_library_s(map_open: browser.Page) -> None:
     return out;
     """
     for pattern in (fl.window(3) | fl.random_keys(1), fl.causal() & (fl.window(2) | fl.strided(9)), fl.presets.logsparse()):
-        found = np.array(map_open.run(code, formula(pattern, 90), 90, 4)).T / 90
+        share = np.array(map_open.run(code, formula(pattern, 90), 90, 4)).T / 90
         want = fl.reach(pattern, 90, 4, targets=90)
-        assert np.allclose(found, want.share[:, np.argsort(want.positions)], atol=1e-12), pattern
+        assert np.allclose(share, want.share[:, np.argsort(want.positions)], atol=1e-12), pattern
 
 
 # ---- the page ---------------------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def test_a_click_on_the_matrix_traces_the_path(map_open: browser.Page, map_page:
     assert page.text("told").startswith(told)
 
 
-def test_two_words_are_clicked_and_the_path_lights_up_on_the_text(audit_open: browser.Page) -> None:
+def test_clicking_two_words_highlights_their_path(audit_open: browser.Page) -> None:
     page = audit_open
     page.click('#patterns input[value="1"]')
     page.settle()
@@ -374,7 +374,7 @@ def test_the_slider_tells_the_reach(audit_open: browser.Page, audit_page: tuple[
         assert tinted == [at for at in range(20 - 3 * layer, 21 + 3 * layer) if at not in marked]
 
 
-def test_the_whole_text_can_be_walked(audit_open: browser.Page, audit_page: tuple[Path, dict[str, Any]]) -> None:
+def test_the_whole_text_scope(audit_open: browser.Page, audit_page: tuple[Path, dict[str, Any]]) -> None:
     page, (_, data) = audit_open, audit_page
     n = data["passages"]["of"]
     page.click('#scopes [data-scope="text"]')
@@ -430,7 +430,7 @@ def test_the_cost_is_drawn_beside_full_attention(audit_open: browser.Page) -> No
 
 
 def test_what_differs_by_layer_shows_heads_and_losses(chromium: browser.Page, tmp_path: Path) -> None:
-    """A fit has no one matrix: its sections go, and come back with a pattern that has one."""
+    """A fit has no single matrix: its sections are hidden until a pattern with a matrix is chosen."""
     _, _, data = pages.audited([{0: fl.window(2), 2: fl.window(9)}, fl.window(3)])
     assert [bool(row["views"]) for row in data["patterns"]] == [False, True]
     assert {link["layer"] for link in data["patterns"][0]["lost"]} == {0, 2}

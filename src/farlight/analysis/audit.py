@@ -13,7 +13,15 @@ from typing import Any
 import torch
 
 from farlight.analysis.candidates_by_layer import Judged, Subject, subjects
-from farlight.analysis.cost import Cost, Layer, cost_at_length, cost_in_passages, full_seconds, mean_cost, timed_length
+from farlight.analysis.cost import (
+    AttentionShape,
+    Cost,
+    cost_at_length,
+    cost_in_passages,
+    full_seconds,
+    mean_cost,
+    timed_length,
+)
 from farlight.analysis.loss.fidelity import BATCH_TOKENS, Fidelity, measure_fidelity
 from farlight.analysis.loss.top_losses import LostLink, words_of
 from farlight.analysis.passages import Passages
@@ -159,7 +167,7 @@ def audit(
     words = None if tokenizer is None else [words_of(row, tokenizer) for row in passages.ids.tolist()]
     run = measure_fidelity(model, passages.ids, judged, backend=backend, lost=lost, words=words, step=step)
     q, k, v = run.first.q, run.first.k, run.first.v
-    layer = Layer(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, run.first.own, run.first.scale)
+    layer = AttentionShape(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, run.first.own, run.first.scale)
 
     step("timed: full attention")
     timed = timed_length(layer, passages.tokens)
@@ -187,7 +195,7 @@ def audit(
         heads=layer.heads,
         kv_heads=layer.kv_heads,
         head_dim=layer.head_dim,
-        own=repr(layer.own),
+        own=repr(layer.base),
         tokens=passages.tokens,
         passages=passages.count,
         passage_tokens=passages.length,
@@ -225,7 +233,7 @@ def _row(one: Subject, found: Fidelity, short: Cost, long: Cost, layers: int, he
             tokens=long.counted,
             timed_tokens=long.tokens,
             links=round(long.links * layers * heads),
-            full_links=round(long.own_links * layers * heads),
+            full_links=round(long.base_links * layers * heads),
             backend=long.backend,
             seconds=long.plan_seconds * (1 if isinstance(one.chosen, Pattern) else layers) + long.seconds * layers,
             full_seconds=long.full_seconds * layers,

@@ -1,4 +1,4 @@
-"""What an analysis judges: a pattern, a router, or one of these for each layer of a model; by name, in one shape."""
+"""Subjects of an analysis: a pattern, a router, or a mapping {layer: pattern or router}, each with a name for tables."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ Judged = Pattern | Router | Mapping[int, Pattern | Router | None]
 
 @dataclass(frozen=True)
 class Subject:
-    """`chosen` is what `use_pattern` takes; `name` is what tables call it."""
+    """A named candidate: `chosen` is the argument of `use_pattern`, `name` its label in tables and JSON."""
 
     name: str
     chosen: Judged
 
     def at(self, layer: int) -> Pattern | Router | None:
-        """What this layer runs under; None = the model's own attention."""
+        """The pattern or router of one layer; None: the model's own attention."""
         return self.chosen.get(layer) if isinstance(self.chosen, Mapping) else self.chosen
 
 
 def subjects(judged: Sequence[Judged | Subject]) -> list[Subject]:
-    """Each with a name: a pattern's is its text, a router's the expression that it was read from."""
-    return [one if isinstance(one, Subject) else Subject(_name(one), one) for one in judged]
+    """Each as a `Subject`: a pattern's name is its expression, a router's the expression it was parsed from, else its repr."""
+    return [item if isinstance(item, Subject) else Subject(_name(item), item) for item in judged]
 
 
-def _name(one: Judged) -> str:
-    if isinstance(one, Pattern):
-        return repr(one)
-    if isinstance(one, Router):
-        return one.expression or " ".join(repr(one).split())
-    if isinstance(one, Mapping):
-        return f"{len(one)} layers' own"
+def _name(item: Judged) -> str:
+    if isinstance(item, Pattern):
+        return repr(item)
+    if isinstance(item, Router):
+        return item.expression or " ".join(repr(item).split())
+    if isinstance(item, Mapping):
+        return f"{len(item)} layers' own"
     raise ArgumentError(
-        f"{type(one).__name__} cannot be judged; give a pattern, a router, or a mapping {{layer number: one of these}}."
+        f"{type(item).__name__} cannot be judged; give a pattern, a router, or a mapping {{layer number: one of these}}."
     )
 
 
 def pattern_for(chosen: Pattern | Router | None, q: Tensor, k: Tensor, key_real: Tensor | None = None) -> Pattern | None:
-    """The pattern for these queries and keys: a router is asked, the rest is as it is."""
+    """The pattern for q, k of shape `(B, H, N, D)`: a router's choice (`key_real`: bool mask of real keys), else unchanged."""
     return chosen(q, k, key_mask=key_real) if isinstance(chosen, Router) else chosen

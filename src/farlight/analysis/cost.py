@@ -1,7 +1,7 @@
-"""What attention costs under a pattern: links, seconds and memory, beside full attention on the same machine.
+"""Cost of one attention layer under a pattern: links, seconds and peak memory, beside full attention on the same machine.
 
-Links are counted, sparse attention is measured. Full attention is measured where it is short enough, and predicted from
-there for a long text, where it may take hours: its time grows with the square of the length.
+Links are counted exactly; sparse attention is measured. Full attention is measured up to `_FULL_FLOPS` and extrapolated by n²
+for longer texts, where it would take hours.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from farlight.plan.cache import plans
 from farlight.routing.base import Router
 
 __all__ = [
-    "Cost", "Layer", "cost_at_length", "cost_in_passages", "full_seconds", "links_per_head", "mean_cost", "timed_length",
+    "AttentionShape", "Cost", "cost_at_length", "cost_in_passages", "full_seconds", "links_per_head", "mean_cost",
+    "timed_length",
 ]  # fmt: skip
 
-# Multiplications spent on timing full attention once: about a quarter of a second on two cores.
+# Multiply-adds of one timed full attention: about a quarter of a second on two cores.
 _FULL_FLOPS = 3e10
-# What q, k, v and the output of one layer may take where a long text is timed: beyond, a book would need more memory than a
-# laptop has, and minutes for each pattern, to show the same straight line.
+# Bytes of q, k, v and output of one layer at the timed length: beyond, a book would need more memory than a laptop has and
+# minutes per pattern, and time is linear in the length by then.
 _TIMED_BYTES = 2**30
-# Scores that the reference backend may form; it is made for short texts and forms all of them.
+# Score bytes that the reference backend may form; it forms all of them and is made for short texts.
 _REFERENCE_BYTES = 2**31
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The shape of one attention layer, and what the model itself allows."""
+class AttentionShape:
+    """Shapes of one attention layer: heads, head dims (of q and k; of v), dtype, device; `base` is the model's own mask."""
 
     heads: int
     kv_heads: int
@@ -45,11 +46,11 @@ class Layer:
     value_dim: int
     dtype: torch.dtype
     device: torch.device
-    own: Pattern
+    base: Pattern
     scale: float | None = None
 
     def random(self, n: int, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q, k, v for n tokens. Time and memory of attention do not depend on their values."""
+        """Random q `(batch, heads, n, head_dim)`, k, v; the time and memory of attention do not depend on their values."""
         generator = torch.Generator(device=self.device).manual_seed(seed)
         shapes = [(self.heads, self.head_dim), (self.kv_heads, self.head_dim), (self.kv_heads, self.value_dim)]
         q, k, v = (
@@ -58,22 +59,26 @@ class Layer:
         )
         return q, k, v
 
+    def restrict(self, pattern: Pattern) -> Pattern:
+        """`pattern` within the model's own mask."""
+        return pattern if self.base == full() else self.base & pattern
+
 
 @dataclass(frozen=True)
 class Cost:
-    """One layer of attention over n tokens under a pattern.
+    """One attention layer over `tokens` tokens under a pattern or router.
 
-    `links` and `own_links` are pairs per head and text, over `counted` tokens. `backend` is the one that ran;
-    `predicted_speedup` is what `farlight.explain` expects of sparse against full attention. `seconds` and `peak_bytes` (beyond
-    q, k, v; output included) are measured over a whole batch, `full_seconds` likewise or, for a long text, predicted.
-    `why_not` says what kept a pattern from being measured; the rest is then zero. `plan_seconds` is what is done once for a
-    pattern, and in every layer for a router, whose choice is part of it.
+    links, base_links: pairs per head and batch item under the pattern, and under the model's own mask, over `counted` tokens.
+    backend: the one that ran. predicted_speedup: sparse against full attention by the cost model (`farlight.explain`).
+    seconds: median of a call over the whole batch; full_seconds: the same for full attention, extrapolated for long texts.
+    peak_bytes: resident memory beyond q, k and v, output included. plan_seconds: planning, once per pattern; for a router
+    choice and planning, in every layer. why_not: why the pattern could not be measured; all other fields are then 0.
     """
 
     tokens: int
     counted: int
     links: float = 0.0
-    own_links: float = 0.0
+    base_links: float = 0.0
     backend: str = ""
     predicted_speedup: float = 0.0
     seconds: float = 0.0
@@ -85,35 +90,37 @@ class Cost:
 
     @property
     def measured_speedup(self) -> float:
+        """Full attention's seconds over the pattern's."""
         return self.full_seconds / self.seconds if self.seconds else 0.0
 
 
 def links_per_head(pattern: Pattern, n: int, heads: int, batch: int = 1) -> float:
-    """Exact number of allowed pairs in a text of n tokens, averaged over the heads, and the texts of a batch."""
+    """Allowed pairs over n tokens, exact, mean over heads and batch items. Raises as `Pattern.count`."""
     heads, batch = heads if pattern.varies_over_heads else 1, batch if pattern.varies_over_batch else 1
     return pattern.count(n, batch=batch, heads=heads) / (heads * batch)
 
 
 def cost_in_passages(
-    layer: Layer,
+    shape: AttentionShape,
     pattern: Pattern | Router,
     tensors: tuple[Tensor, Tensor, Tensor],
     *,
     backend: str = "auto",
     least: float = 0.4,
 ) -> Cost:
-    """Measure one layer under `pattern`, a router's choice included, on these q, k, v, turn about with full attention for
-    `least` seconds.
+    """Measure one layer on q, k, v of real passages, alternating with full attention for at least `least` seconds.
+
+    For a router every repetition chooses and plans again, as every text does.
     """
-    cost, run = _first_run(layer, pattern, tensors, backend)
+    cost, run = _first_run(shape, pattern, tensors, backend)
     if run is None:
         return cost
-    seconds, full = paired_seconds(run, _full_attention(layer, *tensors), least)
-    return replace(cost, seconds=seconds, full_seconds=full)
+    seconds, full_attention_seconds = paired_seconds(run, _full_attention(shape, *tensors), least)
+    return replace(cost, seconds=seconds, full_seconds=full_attention_seconds)
 
 
 def cost_at_length(
-    layer: Layer,
+    shape: AttentionShape,
     pattern: Pattern | Router,
     tensors: tuple[Tensor, Tensor, Tensor],
     full_seconds: float,
@@ -121,47 +128,47 @@ def cost_at_length(
     backend: str = "auto",
     counted: int | None = None,
 ) -> Cost:
-    """Measure one layer under `pattern` on these q, k, v, once; `full_seconds` is what full attention would take.
+    """Measure one call on q, k, v of a long text; `full_seconds` is the (extrapolated) time of full attention.
 
-    The links of a pattern can be counted over another number of tokens, `counted`; a router's choice has that of q and k.
+    `counted`: tokens over which a pattern's links are counted, by default those of q; a router's links are those of its
+    choice on q and k, so that it takes None.
     """
-    cost, _ = _first_run(layer, pattern, tensors, backend)
+    cost, _ = _first_run(shape, pattern, tensors, backend)
     cost = replace(cost, full_seconds=full_seconds)
     if counted is None or cost.why_not is not None:
         return cost
     assert isinstance(pattern, Pattern)
-    both = pattern if layer.own == full() else layer.own & pattern
     try:
-        links, own = (links_per_head(one, counted, layer.heads) for one in (both, layer.own))
+        links, base_links = (links_per_head(p, counted, shape.heads) for p in (shape.restrict(pattern), shape.base))
     except (ArgumentError, PatternError) as error:
         return Cost(cost.tokens, counted, why_not=str(error))
-    return replace(cost, counted=counted, links=links, own_links=own)
+    return replace(cost, counted=counted, links=links, base_links=base_links)
 
 
-def timed_length(layer: Layer, n: int) -> int:
-    """Where a text of n tokens is timed: n, or the largest power of two whose q, k, v and output stay within a gibibyte."""
-    each = (layer.heads + layer.kv_heads) * (layer.head_dim + layer.value_dim) * layer.dtype.itemsize
-    most = max(1, _TIMED_BYTES // each)
-    return n if n <= most else 1 << (most.bit_length() - 1)
+def timed_length(shape: AttentionShape, n: int) -> int:
+    """Tokens at which a text of n tokens is timed: n, or the largest power of two within `_TIMED_BYTES`."""
+    bytes_per_token = (shape.heads + shape.kv_heads) * (shape.head_dim + shape.value_dim) * shape.dtype.itemsize
+    max_tokens = max(1, _TIMED_BYTES // bytes_per_token)
+    return n if n <= max_tokens else 1 << (max_tokens.bit_length() - 1)
 
 
 def mean_cost(costs: Sequence[Cost]) -> Cost:
-    """The cost of a layer on average, where layers differ; memory is that of the largest."""
-    stopped = next((cost for cost in costs if cost.why_not), None)
-    if stopped is not None or len(costs) == 1:
-        return stopped or costs[0]
+    """Mean over layers; peak memory is the maximum. A layer that could not be measured is the result."""
+    failed = next((cost for cost in costs if cost.why_not), None)
+    if failed is not None or len(costs) == 1:
+        return failed or costs[0]
     mean: dict[str, Any] = {
         name: statistics.fmean(getattr(cost, name) for cost in costs)
-        for name in ("links", "own_links", "predicted_speedup", "seconds", "plan_seconds", "full_seconds")
+        for name in ("links", "base_links", "predicted_speedup", "seconds", "plan_seconds", "full_seconds")
     }
     backends = " / ".join(dict.fromkeys(cost.backend for cost in costs))
     return replace(costs[0], **mean, backend=backends, peak_bytes=max(cost.peak_bytes for cost in costs))
 
 
 def _first_run(
-    layer: Layer, pattern: Pattern | Router, tensors: tuple[Tensor, Tensor, Tensor], backend: str
+    shape: AttentionShape, pattern: Pattern | Router, tensors: tuple[Tensor, Tensor, Tensor], backend: str
 ) -> tuple[Cost, Callable[[], Any] | None]:
-    """Plan and run once, watching memory; and the run, to be repeated. None where it cannot be run at this length."""
+    """(cost of planning and the first call, the call for repetition); (a cost with `why_not`, None) where it cannot run."""
     import farlight
     from farlight.kernels import registry
     from farlight.kernels.backend import Request
@@ -170,60 +177,61 @@ def _first_run(
     n = q.shape[2]
     sizes = Sizes.of(n, batch=q.shape[0], heads=q.shape[1])
 
-    def allowed() -> Pattern:
-        found = pattern(q, k) if isinstance(pattern, Router) else pattern
-        return found if layer.own == full() else layer.own & found
+    def choose() -> Pattern:
+        return shape.restrict(pattern(q, k) if isinstance(pattern, Router) else pattern)
 
-    def run(chosen: Pattern | None = None) -> Any:
+    def attend(allowed: Pattern) -> Any:
+        out = farlight.attention(q, k, v, allowed, scale=shape.scale, backend=backend)
+        _wait(q)
+        return out
+
+    def repeat() -> Any:
         with torch.no_grad():
-            if chosen is None:
-                chosen = allowed()
-                if isinstance(pattern, Router):
-                    plans.clear()  # every text is chosen for, and planned, anew
-            out = farlight.attention(q, k, v, chosen, scale=layer.scale, backend=backend)
-            _wait(q)
-            return out
+            if not isinstance(pattern, Router):
+                return attend(choose())
+            # The same q and k give the same choice, whose plan the cache has; every text's choice is planned for it alone.
+            with plans.isolated():
+                return attend(choose())
 
-    scores = 4 * sizes.batch * sizes.heads * n * n
-    if backend == "reference" and scores > _REFERENCE_BYTES:
-        return Cost(n, n, why_not=f"the reference backend forms all scores, here {scores / 2**30:,.0f} GiB"), None
+    score_bytes = 4 * sizes.batch * sizes.heads * n * n
+    if backend == "reference" and score_bytes > _REFERENCE_BYTES:
+        return Cost(n, n, why_not=f"the reference backend forms all scores, here {score_bytes / 2**30:,.0f} GiB"), None
     try:
-        with peak_memory() as peak:
-            began = time.perf_counter()
-            # Plans for the backend's tiles, which the run then finds again.
-            both = allowed()
-            selection = registry.select(Request(both, sizes, k.shape[1], q.shape[3], q.dtype, q.device))
+        with peak_memory() as peak, torch.no_grad():
+            start = time.perf_counter()
+            # Also plans for the backend; attention then finds the plan in the cache.
+            allowed = choose()
+            selection = registry.select(Request(allowed, sizes, k.shape[1], q.shape[3], q.dtype, q.device))
             planned = time.perf_counter()
-            run(both)
-            ended = time.perf_counter()
+            attend(allowed)
+            end = time.perf_counter()
     except (ArgumentError, PatternError, UnsupportedError) as error:
-        # A pattern with a table of its own, chosen keys say, fits one length only; a backend that was named may not
-        # reach this far.
+        # A pattern with tables (chosen keys, say) fits one length only; a named backend may refuse this length.
         return Cost(n, n, why_not=str(error)), None
     cost = Cost(
         tokens=n,
         counted=n,
-        links=links_per_head(both, n, layer.heads, sizes.batch),
-        own_links=links_per_head(layer.own, n, layer.heads),
+        links=links_per_head(allowed, n, shape.heads, sizes.batch),
+        base_links=links_per_head(shape.base, n, shape.heads),
         backend=selection.backend.name if backend == "auto" else backend,
         predicted_speedup=selection.speedup,
-        seconds=ended - planned,
-        plan_seconds=planned - began,
+        seconds=end - planned,
+        plan_seconds=planned - start,
         peak_bytes=peak.bytes,
         peak_method=peak.method,
     )
-    return cost, run
+    return cost, repeat
 
 
-def _full_attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
-    """What the model itself would do: torch's own attention over everything that it allows."""
-    options: dict[str, Any] = {"scale": layer.scale, "enable_gqa": layer.heads != layer.kv_heads}
+def _full_attention(shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
+    """A call of torch's `scaled_dot_product_attention` under the model's own mask."""
+    options: dict[str, Any] = {"scale": shape.scale, "enable_gqa": shape.heads != shape.kv_heads}
     n = q.shape[2]
-    if layer.own == causal():
+    if shape.base == causal():
         options["is_causal"] = True
-    elif layer.own != full() and not layer.own._tables:
-        # (With tables, a mask that fits one length only, attention without it stands in: the same work for torch.)
-        options["attn_mask"] = layer.own.dense(n, batch=q.shape[0], heads=layer.heads, device=layer.device)
+    elif shape.base != full() and not shape.base._tables:
+        # A mask with tables fits one length only; attention without a mask stands in for it, the same work for torch.
+        options["attn_mask"] = shape.base.dense(n, batch=q.shape[0], heads=shape.heads, device=shape.device)
 
     def run() -> Any:
         with torch.no_grad():
@@ -234,32 +242,32 @@ def _full_attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Callable[[
     return run
 
 
-def full_seconds(layer: Layer, n: int) -> tuple[float, int]:
-    """(seconds, measured at): torch's full attention over n tokens, measured where it is quick and scaled by n²."""
-    most = int((_FULL_FLOPS / (4.0 * layer.head_dim * layer.heads)) ** 0.5)
-    at = n if n <= most else max(256, most // 256 * 256)
-    run = _full_attention(layer, *layer.random(at))
+def full_seconds(shape: AttentionShape, n: int) -> tuple[float, int]:
+    """(seconds of torch's full attention over n tokens, tokens at which it was measured); scaled by n² where that is less."""
+    max_tokens = int((_FULL_FLOPS / (4.0 * shape.head_dim * shape.heads)) ** 0.5)
+    measured_at = n if n <= max_tokens else max(256, max_tokens // 256 * 256)
+    run = _full_attention(shape, *shape.random(measured_at))
     seconds, _ = paired_seconds(run, run, 0.3)
-    return seconds * (n / at) ** 2, at
+    return seconds * (n / measured_at) ** 2, measured_at
 
 
 def paired_seconds(first: Callable[[], Any], second: Callable[[], Any], least: float) -> tuple[float, float]:
-    """Medians of two pieces of work, run turn about, after one run of each to warm up, until `least` seconds have passed.
+    """(median seconds of `first`, of `second`), called alternately after one warm-up each until `least` seconds have passed.
 
-    Turn about, since a machine that others use as well is slow in spells, which then fall on both.
+    At least three calls each. Alternation spreads the load of other processes evenly over both.
     """
     times: tuple[list[float], list[float]] = ([], [])
     first()
     second()
     while len(times[0]) < 3 or sum(times[0]) + sum(times[1]) < least:
-        for run, held in zip((first, second), times, strict=True):
-            began = time.perf_counter()
+        for run, seconds in zip((first, second), times, strict=True):
+            start = time.perf_counter()
             run()
-            held.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
 def _wait(tensor: Tensor) -> None:
-    """Let the device finish what it was given."""
+    """Synchronise with the device of the tensor."""
     if tensor.device.type == "cuda":
         torch.cuda.synchronize(tensor.device)

@@ -1,9 +1,8 @@
-"""How much memory a piece of work needed at its peak, as the operating system saw it.
+"""Peak resident memory (RSS) of a block of code.
 
-torch does not count what it allocates on the CPU, and Python's tracemalloc does not see torch. What remains is the
-resident memory of the process. On Linux the kernel keeps its high-water mark and lets a process reset it, so the peak
-is exact however short it was; elsewhere a thread looks every few milliseconds and may miss a spike. The result says
-which.
+torch does not count its CPU allocations and tracemalloc does not see them, so RSS is what can be measured. On Linux the
+kernel's high-water mark VmHWM is reset at the start of the block: the peak is exact, however short. Elsewhere a thread
+samples VmRSS every 2 ms and may miss a spike, or `ru_maxrss` is compared. `Peak.method` names the method.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ Method = Literal["VmHWM", "sampled", "ru_maxrss", "unknown"]
 class Peak:
     """Growth of resident memory inside a `peak_memory` block, in bytes; final when the block has ended.
 
-    `method` tells how it was found: "VmHWM" (the kernel's own mark, exact to a page), "sampled" (looked at every 2 ms),
-    "ru_maxrss" (only what exceeds the largest size the process ever had: too low after a larger peak) or "unknown".
+    method: "VmHWM" (kernel high-water mark, exact to a page), "sampled" (VmRSS every 2 ms), "ru_maxrss" (growth of the
+    process's lifetime maximum: too low after an earlier, larger peak) or "unknown" (bytes is 0).
     """
 
     bytes: int = 0
@@ -37,9 +36,9 @@ class Peak:
 
 @contextmanager
 def peak_memory() -> Iterator[Peak]:
-    """Measure how far resident memory rises above its level at the start of the block.
+    """Measure the growth of resident memory above its level at the start of the block.
 
-    Memory that was freed earlier is given back to the system first, so that using it again counts as growth.
+    Freed memory is returned to the system first, so that its reuse counts as growth.
 
     >>> import torch
     >>> from farlight.analysis.memory import peak_memory
@@ -49,7 +48,7 @@ def peak_memory() -> Iterator[Peak]:
     True
     """
     peak = Peak()
-    _give_back()
+    _return_free_memory()
     start = _status("VmRSS")
     if start is not None and _reset_mark():
         yield peak
@@ -65,28 +64,29 @@ def peak_memory() -> Iterator[Peak]:
 
 
 def _sampled(peak: Peak, start: int) -> Iterator[Peak]:
+    """VmRSS sampled by a thread; `start`: bytes at the start of the block."""
     done = threading.Event()
     peak.method = "sampled"
 
-    def look() -> None:
+    def sample() -> None:
         peak.bytes = max(peak.bytes, (_status("VmRSS") or 0) - start)
 
     def watch() -> None:
         while not done.wait(0.002):
-            look()
+            sample()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield peak
-        look()
+        sample()
     finally:
         done.set()
         thread.join()
 
 
 def _status(field: str) -> int | None:
-    """A field of /proc/self/status in bytes, or None where there is none."""
+    """A field of /proc/self/status in bytes; None off Linux or without the field."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith(field + ":"):
@@ -97,23 +97,25 @@ def _status(field: str) -> int | None:
 
 
 def _reset_mark() -> bool:
-    """Set the kernel's high-water mark to the present size; False where that is not allowed."""
+    """Reset the kernel's high-water mark to the current RSS; False where that has no effect."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
-    high, now = _status("VmHWM"), _status("VmRSS")
+    high, current = _status("VmHWM"), _status("VmRSS")
     # Some sandboxes accept the write and do nothing.
-    return high is not None and now is not None and high - now < 8 * 2**20
+    return high is not None and current is not None and high - current < 8 * 2**20
 
 
-def _give_back() -> None:
+def _return_free_memory() -> None:
+    """Collect garbage and trim the C allocator's heap."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _max_rss() -> int | None:
+    """Largest RSS of the process so far in bytes; None on Windows."""
     try:
         import resource
     except ImportError:  # Windows

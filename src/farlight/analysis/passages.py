@@ -1,8 +1,7 @@
-"""A long text, cut into passages that a model can read with full attention.
+"""A long text cut into passages of the model's own length, where full attention is available for comparison.
 
-What a pattern loses is judged where full attention is still possible: in passages of the model's own length. The text
-is tokenized once, as a whole, and cut at token boundaries; each passage is then framed by the tokens that the model
-expects at its ends ([CLS] and [SEP], say).
+The text is tokenized once, as a whole, and cut at token boundaries; each passage is then framed by the special tokens that
+the tokenizer puts around a text ([CLS] and [SEP], say).
 """
 
 from __future__ import annotations
@@ -17,14 +16,16 @@ from farlight.errors import ArgumentError
 
 __all__ = ["FEWEST_TOKENS", "Passages", "cut_passages", "frame"]
 
-# Below this, shares and cosines say more about the ends of the text than about the pattern.
+# Below this length, shares and cosines depend on the ends of the passage more than on the pattern.
 FEWEST_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Passages:
-    """`ids` is `(passages, length)` int64, framed; `tokens` counts the whole text, unframed; passage p begins, without its
-    frame, at token `starts[p]` of the text.
+    """Passages as model inputs.
+
+    ids: (passages, length) int64, special tokens included. tokens: length of the whole text without special tokens.
+    starts[p]: index in the text of the first token of passage p.
     """
 
     ids: Tensor
@@ -33,41 +34,48 @@ class Passages:
 
     @property
     def count(self) -> int:
+        """Number of passages."""
         return self.ids.shape[0]
 
     @property
     def length(self) -> int:
+        """Tokens in a passage, special tokens included."""
         return self.ids.shape[1]
 
 
 def cut_passages(text: str, tokenizer: Any, length: int, count: int | None, *, spread: bool = False) -> Passages:
-    """The first `count` passages of `length` tokens each, frame included; fewer when the text ends before; None: all.
+    """The first `count` passages of `length` tokens, special tokens included; fewer when the text is shorter; None: all.
 
-    With `spread` they are taken evenly from the whole text instead. A text too short for one whole passage becomes one
-    shorter passage. `tokenizer` is a Hugging Face tokenizer. Raises ArgumentError when the text has fewer than
-    `FEWEST_TOKENS` tokens, or `length` leaves no room for them.
+    spread: take them evenly from the whole text instead. A text shorter than one passage becomes one shorter passage.
+    `tokenizer` is a Hugging Face tokenizer. Raises ArgumentError for a text of fewer than `FEWEST_TOKENS` tokens, a `length`
+    with less room for text than that, or `count` < 1.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     before, after = frame(tokenizer)
-    room = length - len(before) - len(after)
-    if room < FEWEST_TOKENS:
-        least = length - room + FEWEST_TOKENS
-        raise ArgumentError(f"passages of {length} tokens leave {room} for the text; use a length of at least {least}.")
+    text_tokens = length - len(before) - len(after)
+    if text_tokens < FEWEST_TOKENS:
+        min_length = length - text_tokens + FEWEST_TOKENS
+        raise ArgumentError(
+            f"passages of {length} tokens leave {text_tokens} for the text; use a length of at least {min_length}."
+        )
     if count is not None and count < 1:
         raise ArgumentError(f"passages = {count}: at least one is needed.")
     if len(ids) < FEWEST_TOKENS:
         raise ArgumentError(
             f"the text has {len(ids)} tokens; at least {FEWEST_TOKENS} are needed to say anything about a pattern."
         )
-    whole = max(1, len(ids) // room)
-    wanted = whole if count is None else min(count, whole)
-    starts = tuple(room * (p * whole // wanted if spread else p) for p in range(wanted))
-    framed = [before + ids[start : start + room] + after for start in starts]
+    available = max(1, len(ids) // text_tokens)
+    num_passages = available if count is None else min(count, available)
+    starts = tuple(text_tokens * (p * available // num_passages if spread else p) for p in range(num_passages))
+    framed = [before + ids[start : start + text_tokens] + after for start in starts]
     return Passages(torch.tensor(framed, dtype=torch.int64, device="cpu"), len(ids), starts)
 
 
 def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after a text."""
+    """(ids before, ids after): the special tokens that the tokenizer puts around a text.
+
+    Raises ArgumentError for a tokenizer that changes the text's tokens when it adds them.
+    """
     bare = tokenizer("the", add_special_tokens=False)["input_ids"]
     framed = tokenizer("the")["input_ids"]
     for start in range(len(framed) - len(bare) + 1):

@@ -1,7 +1,6 @@
-"""Pictures of patterns, hops, reach and paths, with matplotlib, which is loaded when one is drawn.
+"""Plots of patterns, distances, reach, paths, heads and frontiers; matplotlib is imported by the first one drawn.
 
-Pictures of long texts are exact: each pixel holds the share of its pairs that are allowed, counted from the stretches of
-keys that rows see.
+A plot of a long text is exact: each pixel is the share of its pairs that are allowed, counted from the runs of keys.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from farlight.analysis.graph.links import Array, Links, Order
+from farlight.analysis.graph.links import Array, KeyOrder, Links
 from farlight.errors import ArgumentError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -33,8 +32,9 @@ _ACCENT = "#c8501e"
 def densities(pattern: Pattern, n: int, *, batch: int = 0, head: int = 0, pixels: int = 512) -> Array:
     """`(p, p)` float64 with p = min(n, pixels): the share of allowed pairs in each pixel of the n x n square.
 
-    Pixel r covers the positions from ⌊r n / p⌋ to before ⌊(r + 1) n / p⌋, queries down and keys across. The cost is that of the
-    pattern's stretches, and p · n where tokens are sorted (strides, clusters); never n².
+    Pixel r covers the positions ⌊r n / p⌋ … ⌊(r + 1) n / p⌋ - 1, queries down and keys across. Time is linear in the
+    pattern's runs, plus p · n under a permutation of the keys (strides, clusters); never n². Raises ArgumentError for
+    `pixels` < 1.
 
     >>> import farlight as fl
     >>> densities(fl.causal(), 8, pixels=2).tolist()
@@ -48,44 +48,48 @@ def densities(pattern: Pattern, n: int, *, batch: int = 0, head: int = 0, pixels
     pixel = np.repeat(np.arange(size), np.diff(edge))
     counts = np.zeros((size, size))
     for order in links.orders:
-        counts += _as_they_stand(order, edge, pixel) if order.slots is None else _sorted(order, edge, pixel)
+        counts += _natural_counts(order, edge, pixel) if order.slots is None else _permuted_counts(order, edge, pixel)
     share: Array = counts / np.outer(np.diff(edge), np.diff(edge))
     return share
 
 
-def _as_they_stand(order: Order, edge: Array, pixel: Array) -> Array:
-    """Pairs by pixel: a stretch has Σ (x - lo)⁺ - (x - hi)⁺ keys before x, so sums of end points by pixel say it for all."""
+def _natural_counts(order: KeyOrder, edge: Array, pixel: Array) -> Array:
+    """`(p, p)` pairs by pixel, keys in natural order.
+
+    A run [lo, hi) has (x - lo)⁺ - (x - hi)⁺ keys before x. Summed over the runs of a pixel row, that needs only the number
+    and the sum of the end points up to each pixel edge x: two histograms and a cumulative sum.
+    """
     size = edge.size - 1
-    down = pixel[order.row]
+    pixel_row = pixel[order.row]
     before = np.zeros((size, size + 1))
     for end, sign in ((order.lo, 1), (order.hi, -1)):
         # An end point counts at every edge that is not before it.
-        across = np.append(pixel, size - 1)[end] + 1
-        at = down * (size + 1) + across
-        times = np.bincount(at, minlength=before.size).reshape(before.shape).cumsum(1)
-        places = np.bincount(at, weights=end.astype(np.float64), minlength=before.size).reshape(before.shape).cumsum(1)
-        before += sign * (times * edge - places)
+        pixel_column = np.append(pixel, size - 1)[end] + 1
+        cell = pixel_row * (size + 1) + pixel_column
+        number = np.bincount(cell, minlength=before.size).reshape(before.shape).cumsum(1)
+        total = np.bincount(cell, weights=end.astype(np.float64), minlength=before.size).reshape(before.shape).cumsum(1)
+        before += sign * (number * edge - total)
     return np.diff(before, axis=1)
 
 
-def _sorted(order: Order, edge: Array, pixel: Array) -> Array:
-    """Pairs by pixel where keys stand in another order: how many rows of a line of pixels see each slot."""
+def _permuted_counts(order: KeyOrder, edge: Array, pixel: Array) -> Array:
+    """`(p, p)` pairs by pixel under a permutation of the keys: per pixel row, the number of rows that see each slot."""
     size = edge.size - 1
     out = np.zeros((size, size))
-    across = pixel[order.slots]
-    for line in range(size):
-        first, last = order.first[edge[line]], order.first[edge[line + 1]]
+    pixel_column = pixel[order.slots]
+    for r in range(size):
+        first, last = order.first[edge[r]], order.first[edge[r + 1]]
         step = np.bincount(order.lo[first:last], minlength=order.size + 1)
         step = step - np.bincount(order.hi[first:last], minlength=order.size + 1)
-        out[line] = np.bincount(across, weights=np.cumsum(step)[: order.size], minlength=size)
+        out[r] = np.bincount(pixel_column, weights=np.cumsum(step)[: order.size], minlength=size)
     return out
 
 
 def plot_pattern(pattern: Pattern, n: int, *, batch: int = 0, head: int = 0, ax: Axes | None = None, pixels: int = 512) -> Axes:
     """Draw the pattern over n tokens: query down, key across, dark where many pairs are allowed.
 
-    Up to `pixels` tokens each pair is one cell. Beyond, a pixel stands for many pairs; its darkness follows the fourth root
-    of their share, so that a lone lighthouse or a random key can still be seen beside a full window.
+    Up to `pixels` tokens each pair is one cell. Beyond, a pixel covers many pairs and its darkness is the fourth root of
+    their share, which keeps a single global token or random key visible beside a full window.
     """
     share = densities(pattern, n, batch=batch, head=head, pixels=pixels)
     ax = _axes(ax, (5.2, 5.0))
@@ -97,37 +101,36 @@ def plot_pattern(pattern: Pattern, n: int, *, batch: int = 0, head: int = 0, ax:
         extent=(-0.5, n - 0.5, n - 0.5, -0.5),
         interpolation="nearest",
     )
-    words = repr(pattern)
-    ax.set_title(words if len(words) <= 64 else words[:61] + "…", fontsize=9)
+    ax.set_title(_shorten(pattern, 64), fontsize=9)
     ax.set_xlabel(f"key ({n:,} tokens, {share.mean():.3g} of all pairs)" if n > 1 else "key")
     ax.set_ylabel("query")
     return ax
 
 
 def plot_hops(world: SmallWorld, *, ax: Axes | None = None) -> Axes:
-    """Draw the share of all ordered pairs within h hops against h, beside the mean of a random graph and of a lattice."""
+    """Draw the share of all ordered pairs within h hops against h; vertical lines: mean of a random graph and of a lattice."""
     ax = _axes(ax, (5.6, 3.6))
     within = np.concatenate(([0.0], np.cumsum(world.histogram))) * (1 - world.unreachable)
     hops = np.arange(within.size)
-    few = within.size <= 40
-    ax.plot(hops, within, color=_INK, marker="o" if few else None, drawstyle="default", label="pairs within so many hops")
+    marker = "o" if within.size <= 40 else None
+    ax.plot(hops, within, color=_INK, marker=marker, drawstyle="default", label="pairs within h hops")
     for mean, name, style in ((world.random_hops, "random graph", ":"), (world.lattice_hops, "ring lattice", "--")):
         if np.isfinite(mean):
             ax.axvline(mean, color=_ACCENT, linestyle=style, linewidth=1, label=f"{name}, mean {mean:,.1f}")
-    far = max(within.size - 1, 2)
-    if max(far, world.lattice_hops if np.isfinite(world.lattice_hops) else 0) > 50:
+    max_hops = max(within.size - 1, 2)
+    if max(max_hops, world.lattice_hops if np.isfinite(world.lattice_hops) else 0) > 50:
         ax.set_xscale("symlog", linthresh=1)
     ax.set_xlim(left=0)
     ax.set_ylim(0, 1.02)
     ax.set_xlabel("hops (layers)")
     ax.set_ylabel("share of ordered pairs")
-    ax.set_title(f"{_short(world.pattern)} over {world.n:,} tokens", fontsize=9)
+    ax.set_title(f"{_shorten(world.pattern)} over {world.n:,} tokens", fontsize=9)
     ax.legend(fontsize=8, frameon=False)
     return ax
 
 
 def plot_reach(reach: Reach, *, ax: Axes | None = None) -> Axes:
-    """Draw the share of the text heard of after each layer: the mean, the worst token, and the band of all tokens asked."""
+    """Draw the share of the text reached after each layer: mean, worst token, and the band of all tokens searched."""
     from matplotlib.ticker import MaxNLocator
 
     ax = _axes(ax, (5.6, 3.6))
@@ -141,13 +144,13 @@ def plot_reach(reach: Reach, *, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("layer")
     ax.set_ylabel("share of the text heard of")
-    ax.set_title(f"{_short(reach.pattern)} over {reach.n:,} tokens", fontsize=9)
+    ax.set_title(f"{_shorten(reach.pattern)} over {reach.n:,} tokens", fontsize=9)
     ax.legend(fontsize=8, frameon=False)
     return ax
 
 
 def plot_path(path: Path, *, ax: Axes | None = None) -> Axes:
-    """Draw the relays as arcs over the text, each named by its rule."""
+    """Draw the hops as arcs over the text; up to eight are labelled with their rule."""
     from matplotlib.patches import Arc
 
     ax = _axes(ax, (7.0, 2.8))
@@ -155,19 +158,20 @@ def plot_path(path: Path, *, ax: Axes | None = None) -> Axes:
     height = 0.0
     for hop in path.hops:
         left, right = sorted((hop.speaker, hop.listener))
-        high = 0.25 + 0.75 * (right - left) / path.n
-        height = max(height, high)
-        ax.add_patch(Arc(((left + right) / 2, 0), right - left, 2 * high, theta1=0, theta2=180, color=_ACCENT, linewidth=1.5))
+        arc_height = 0.25 + 0.75 * (right - left) / path.n
+        height = max(height, arc_height)
+        centre, width = (left + right) / 2, right - left
+        ax.add_patch(Arc((centre, 0), width, 2 * arc_height, theta1=0, theta2=180, color=_ACCENT, linewidth=1.5))
         if len(path.hops) <= 8:
-            ax.text((left + right) / 2, high + 0.02, hop.rules[0], ha="center", va="bottom", fontsize=8)
-    written: list[int] = []
-    # The ends first: a relay so close to another token that the numbers would cover each other goes without.
+            ax.text(centre, arc_height + 0.02, hop.rules[0], ha="center", va="bottom", fontsize=8)
+    labelled: list[int] = []
+    # The ends come first; a relay whose label would overlap another one gets none.
     for position in sorted(path.positions or (path.source, path.target), key=lambda p: p not in (path.source, path.target)):
         end = position in (path.source, path.target)
         ax.plot(position, 0, "o", color=_INK if end else _ACCENT, markersize=6 if end else 4, zorder=3 if end else 2)
-        near = any(abs(position - other) < 0.05 * path.n for other in written)
-        if (end or len(path.hops) <= 8) and not near:
-            written.append(position)
+        overlaps = any(abs(position - other) < 0.05 * path.n for other in labelled)
+        if (end or len(path.hops) <= 8) and not overlaps:
+            labelled.append(position)
             ax.text(position, -0.06, f"{position:,}", ha="center", va="top", fontsize=8)
     ax.set_xlim(-0.03 * path.n, 1.03 * path.n)
     ax.set_ylim(-0.25, max(height, 0.3) + 0.2)
@@ -186,22 +190,21 @@ def plot_path(path: Path, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_heads(values: Tensor, *, label: str = "mass", ax: Axes | None = None, percent: bool = True) -> Axes:
-    """Draw `(layers, heads)` numbers, such as the share of full attention that each head keeps, as a map of squares."""
+    """Draw a `(layers, heads)` tensor, such as the attention mass that each head keeps, as a heat map."""
     if values.dim() != 2 or not values.numel():
         raise ArgumentError(f"values have shape {tuple(values.shape)}; (layers, heads) are needed.")
     layers, heads = values.shape
     ax = _axes(ax, (1.2 + 0.42 * heads, 1.2 + 0.42 * layers))
     table = values.double().numpy()
-    most = 1.0 if label == "mass" else max(float(table.max()), 1e-9)
-    ax.imshow(table, cmap="Blues", vmin=0, vmax=most, aspect="auto")
+    max_value = 1.0 if label == "mass" else max(float(table.max()), 1e-9)
+    ax.imshow(table, cmap="Blues", vmin=0, vmax=max_value, aspect="auto")
     if heads <= 16 and layers <= 16:
         for layer in range(layers):
             for head in range(heads):
                 value = table[layer, head]
-                words = f"{100 * value:.0f}" if percent else f"{value:.2g}"
-                ax.text(
-                    head, layer, words, ha="center", va="center", fontsize=7, color="white" if value > 0.6 * most else "black"
-                )
+                text = f"{100 * value:.0f}" if percent else f"{value:.2g}"
+                color = "white" if value > 0.6 * max_value else "black"
+                ax.text(head, layer, text, ha="center", va="center", fontsize=7, color=color)
     ax.set_xticks(range(heads))
     ax.set_yticks(range(layers))
     ax.set_xlabel("head")
@@ -210,23 +213,22 @@ def plot_heads(values: Tensor, *, label: str = "mass", ax: Axes | None = None, p
     return ax
 
 
-def plot_frontier(found: Retention, fitted: Fit | None = None, *, ax: Axes | None = None) -> Axes:
-    """Draw the share that the best links of each density keep, head by head and on average, and where a pattern stands.
+def plot_frontier(retention: Retention, fitted: Fit | None = None, *, ax: Axes | None = None) -> Axes:
+    """Draw attention mass against density: the frontier of each head and their mean, the measured pattern, and a fit.
 
-    Curves are of the first text of the batch; crosses are what the measured pattern keeps in each head, circles what a fit
-    does.
+    Frontiers are of the first batch item; a cross is the pattern in one head, a circle the fit in one head.
     """
     ax = _axes(ax, (5.6, 4.0))
-    density, share = (x[0].double().numpy() for x in found.frontier())
-    at = np.linspace(0, 1, 201)
-    curves = np.stack([np.interp(at, d, s) for d, s in zip(density, share, strict=True)])
+    density, share = (x[0].double().numpy() for x in retention.frontier())
+    grid = np.linspace(0, 1, 201)
+    curves = np.stack([np.interp(grid, d, s) for d, s in zip(density, share, strict=True)])
     for curve in curves:
-        ax.plot(at, curve, color=_INK, alpha=0.25, linewidth=0.8)
-    ax.plot(at, curves.mean(0), color=_INK, label="best links, mean over heads")
-    ax.plot(found.density[0].numpy(), found.mass[0].double().numpy(), "x", color=_ACCENT, label="the pattern, by head")
+        ax.plot(grid, curve, color=_INK, alpha=0.25, linewidth=0.8)
+    ax.plot(grid, curves.mean(0), color=_INK, label="best links, mean over heads")
+    ax.plot(retention.density[0].numpy(), retention.mass[0].double().numpy(), "x", color=_ACCENT, label="the pattern, by head")
     if fitted is not None:
-        of_all = (fitted.links / fitted.base_links.clamp(min=1)).numpy()
-        ax.plot(of_all, fitted.kept.numpy(), "o", color=_ACCENT, fillstyle="none", label="the fit, by head")
+        fit_density = (fitted.links / fitted.base_links.clamp(min=1)).numpy()
+        ax.plot(fit_density, fitted.kept.numpy(), "o", color=_ACCENT, fillstyle="none", label="the fit, by head")
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1.02)
     ax.set_xlabel("density")
@@ -235,12 +237,14 @@ def plot_frontier(found: Retention, fitted: Fit | None = None, *, ax: Axes | Non
     return ax
 
 
-def _short(pattern: Pattern) -> str:
-    words = repr(pattern)
-    return words if len(words) <= 56 else words[:53] + "…"
+def _shorten(pattern: Pattern, limit: int = 56) -> str:
+    """The pattern's expression, cut to fit a title."""
+    text = repr(pattern)
+    return text if len(text) <= limit else text[: limit - 3] + "…"
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Any:
+    """`ax`, or the axes of a new figure of this size in inches. UnsupportedError without matplotlib."""
     if ax is not None:
         return ax
     try:

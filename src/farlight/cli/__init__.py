@@ -10,7 +10,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 when all went well, 2 with one message for what the user can put right."""
+    """Run the command line and exit with 0, or with 2 and one message on stderr for a farlight error."""
     try:
         import rich  # noqa: F401
         import typer
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"farlight: the command line needs typer and rich ({error}); pip install 'farlight[cli]'.", file=sys.stderr)
         raise SystemExit(2) from None
 
-    # A name of a file may hold bytes that the encoding of the output cannot; an escape is printed for them.
+    # File names may contain bytes that the output encoding lacks; they are printed as escapes.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

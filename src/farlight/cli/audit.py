@@ -1,9 +1,8 @@
-"""`farlight audit`: a real model reads a real text, and each pattern answers for what it saves and what it loses."""
+"""`farlight audit`: what each sparse pattern saves and loses when a model reads a text, as tables, JSON or HTML."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farlight.cli.outputs import check_place, writing
-from farlight.cli.progress import progress
+from farlight.cli.progress import progress_bar
 from farlight.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -21,12 +20,13 @@ if TYPE_CHECKING:
     from farlight.analysis.candidates_by_layer import Subject
     from farlight.analysis.fit.whole_model import ModelFit
     from farlight.analysis.passages import Passages
+    from farlight.analysis.progress import Progress
     from farlight.patterns.expression import Pattern
     from farlight.routing import Router
 
 __all__ = ["DEFAULT_PATTERNS", "audit_command"]
 
-# [CLS] and [SEP], or whatever stands first and last, are the two globals.
+# The two global positions are the first and last token ([CLS] and [SEP], say).
 DEFAULT_PATTERNS = (
     "window(8)",
     "window(8) | global_tokens([0, -1])",
@@ -36,9 +36,9 @@ DEFAULT_PATTERNS = (
     "window(128) | global_tokens([0, -1])",
 )
 
-# Longer passages are possible with --length; full attention over them is what takes the time.
-_LONGEST_PASSAGE = 2048
-_PASSAGES, _PASSAGES_OF_A_REPORT = 8, 32
+# Default limit: full attention over a passage takes time quadratic in its length.
+_MAX_PASSAGE = 2048
+_PASSAGES, _REPORT_PASSAGES = 8, 32
 
 
 def audit_command(
@@ -74,12 +74,12 @@ def audit_command(
         typer.Option(
             "--passages",
             help='How many passages the model reads, from the start; "all" for the whole text. '
-            f"Default: {_PASSAGES}; with --html {_PASSAGES_OF_A_REPORT}, taken evenly from the whole text.",
+            f"Default: {_PASSAGES}; with --html {_REPORT_PASSAGES}, taken evenly from the whole text.",
         ),
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option("--length", help=f"Tokens in a passage. Default: what the model can read, at most {_LONGEST_PASSAGE}."),
+        typer.Option("--length", help=f"Tokens in a passage. Default: what the model can read, at most {_MAX_PASSAGE}."),
     ] = None,
     backend: Annotated[str, typer.Option("--backend", help="Which backend computes sparse attention.")] = "auto",
     page: Annotated[Path | None, typer.Option("--html", help="Write a report to look into, as one HTML file.")] = None,
@@ -89,7 +89,7 @@ def audit_command(
     from farlight.cli.inputs import load_model, read_judged, read_text
     from farlight.kernels import registry
 
-    # What is cheap to check is checked before a model is loaded.
+    # Cheap checks come before the model is loaded.
     fitting = keep is not None or density is not None
     judged: list[Pattern | Router | Subject] = [*read_judged(pattern or (() if fitting else DEFAULT_PATTERNS))]
     if fitting:
@@ -97,13 +97,13 @@ def audit_command(
     elif candidate or save is not None:
         raise ArgumentError("--candidate and --save belong to a fit: add --keep 0.95 or --density 0.1.")
     registry.check_name(backend)
-    count = _how_many(passages, _PASSAGES if page is None else _PASSAGES_OF_A_REPORT)
+    count = _num_passages(passages, _PASSAGES if page is None else _REPORT_PASSAGES)
     if page is not None:
         check_place("--html", page)
     text_name, content = read_text(text)
-    with progress() as (start, step):
-        start(["loading the model"])
-        step("loading the model")
+    with progress_bar() as progress:
+        progress.start(["loading the model"])
+        progress.step("loading the model")
         loaded = load_model(model)
         if length is not None and length > loaded.longest:
             raise ArgumentError(
@@ -115,19 +115,19 @@ def audit_command(
         from farlight.analysis.candidates_by_layer import Subject
         from farlight.analysis.passages import cut_passages
 
-        size = length or min(loaded.longest, _LONGEST_PASSAGE)
+        size = length or min(loaded.longest, _MAX_PASSAGE)
         spread = page is not None and passages is None
         cut = cut_passages(content, loaded.tokenizer, size, count, spread=spread)
         fitted = None
         if fitting:
-            # As many passages again are read first; the ones audited below are not among them.
-            both = cut_passages(content, loaded.tokenizer, size, None if count is None else 2 * count, spread=spread)
-            fitted, cut = _fitted(loaded.model, both, keep, density, candidate, start, step)
-            judged = [*judged, Subject(_target(keep, density), fitted.patterns)]
+            # Twice as many passages: the first half is fitted to, the second half is audited.
+            all_passages = cut_passages(content, loaded.tokenizer, size, None if count is None else 2 * count, spread=spread)
+            fitted, cut = _fit(loaded.model, all_passages, keep, density, candidate, progress)
+            judged = [*judged, Subject(_fit_name(keep, density), fitted.patterns)]
             if save is not None:
                 with writing("--save", save):
                     fitted.save(save)
-        start(steps(cut, judged) + (report.steps(judged) if page is not None else []))
+        progress.start(steps(cut, judged) + (report.steps(judged) if page is not None else []))
         result = audit(
             loaded.model,
             cut,
@@ -136,11 +136,11 @@ def audit_command(
             tokenizer=loaded.tokenizer,
             model_name=loaded.name,
             text_name=text_name,
-            step=step,
+            step=progress.step,
         )
         if page is not None:
             words = report.words_of(content, loaded.tokenizer)
-            report.write(report.render(report.audit_data(result, judged, cut, words, step=step)), page)
+            report.write(report.render(report.audit_data(result, judged, cut, words, progress=progress)), page)
     if as_json:
         extra = {} if fitted is None else {"fit": fitted.to_dict()}
         print(json.dumps(result.to_dict() | extra, indent=2, allow_nan=False))
@@ -149,15 +149,16 @@ def audit_command(
         if page is not None:
             print(f"\nreport: {page}")
         if fitted is not None:
-            print(f"\nfitted ({_target(keep, density)}): {fitted}" + (f"\nsaved: {save}" if save is not None else ""))
+            print(f"\nfitted ({_fit_name(keep, density)}): {fitted}" + (f"\nsaved: {save}" if save is not None else ""))
 
 
-def _target(keep: float | None, density: float | None) -> str:
+def _fit_name(keep: float | None, density: float | None) -> str:
+    """The name of the fitted pattern in tables."""
     return f"fitted, keep {keep:g}" if keep is not None else f"fitted, density {density:g}"
 
 
 def _check_fit(keep: float | None, density: float | None, candidates: list[str] | None, save: Path | None) -> None:
-    """Raise for a fit that cannot be made, before a model is loaded."""
+    """Raise for invalid fit options, before the model is loaded."""
     from farlight.analysis.fit.candidates import sorted_out
     from farlight.analysis.fit.fit import read_target
 
@@ -167,37 +168,36 @@ def _check_fit(keep: float | None, density: float | None, candidates: list[str] 
         check_place("--save", save)
 
 
-def _fitted(
+def _fit(
     model: Any,
-    both: Passages,
+    passages: Passages,
     keep: float | None,
     density: float | None,
     candidates: list[str] | None,
-    start: Callable[[Sequence[str]], None],
-    step: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[ModelFit, Passages]:
-    """Fit to the first half of the passages; (the fit, the other half)."""
+    """(fit to the first half of the passages, the second half). Raises ArgumentError for fewer than two passages."""
     from farlight.analysis.fit.whole_model import fit_reading, read_passages
     from farlight.analysis.loss.fidelity import BATCH_TOKENS
 
-    if both.count < 2:
+    if passages.count < 2:
         raise ArgumentError(
-            f"the text makes {both.count} passage of {both.length} tokens; a fit needs one to fit to and another to be judged "
-            "on. Give a longer text, or a smaller --length."
+            f"the text makes {passages.count} passage of {passages.length} tokens; a fit needs one to fit to and "
+            "another to be judged on. Give a longer text, or a smaller --length."
         )
-    half = both.count // 2
-    batch = max(1, BATCH_TOKENS // both.length)
-    reads = [f"reading: {min(first + batch, half)} of {half} passages" for first in range(0, half, batch)]
-    start([*reads, "frontiers of all heads", "judged on what it was fitted to", "judged on other text"])
-    reading = read_passages(model, both.ids[:half], candidates, step=step)
-    fitted = fit_reading(reading, both.ids[half:], keep=keep, density=density, step=step)
-    return fitted, replace(both, ids=both.ids[half:], starts=both.starts[half:])
+    half = passages.count // 2
+    batch = max(1, BATCH_TOKENS // passages.length)
+    read_steps = [f"reading: {min(first + batch, half)} of {half} passages" for first in range(0, half, batch)]
+    progress.start([*read_steps, "frontiers of all heads", "judged on what it was fitted to", "judged on other text"])
+    reading = read_passages(model, passages.ids[:half], candidates, step=progress.step)
+    fitted = fit_reading(reading, passages.ids[half:], keep=keep, density=density, step=progress.step)
+    return fitted, replace(passages, ids=passages.ids[half:], starts=passages.starts[half:])
 
 
-def _how_many(passages: str | None, otherwise: int) -> int | None:
-    """The number of passages asked for; None means all."""
+def _num_passages(passages: str | None, default: int) -> int | None:
+    """The value of --passages; None means all. Raises ArgumentError unless it is "all" or a positive number."""
     if passages is None:
-        return otherwise
+        return default
     if passages == "all":
         return None
     if not passages.isdecimal() or len(passages) > 18 or int(passages) < 1:
@@ -206,11 +206,12 @@ def _how_many(passages: str | None, otherwise: int) -> int | None:
 
 
 def _show(result: Audit) -> None:
+    """Print both tables, the top losses and a legend."""
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=132)  # a file or pipe has no width of its own, and a table needs room
+        console = Console(width=132)  # a file or pipe has no width
 
     def print_plain(line: str) -> None:
         console.print(line, markup=False, highlight=False)
@@ -237,20 +238,20 @@ def _show(result: Audit) -> None:
         "speed-up: of one attention layer, batch of all passages; predicted for sparse attention, measured for the backend "
         "that ran.\n"
         "memory: peak beside q, k and v, output included.\n"
-        f"Long text: links counted over all {result.tokens:,} tokens{_chosen_at(result)}; sparse time measured on one layer of "
-        f"{_timed_at(result):,} tokens, times {result.layers}; full attention measured at {result.full_measured_at:,} tokens, "
-        "scaled by the square."
+        f"Long text: links counted over all {result.tokens:,} tokens{_router_length(result)}; sparse time measured on one "
+        f"layer of {_timed_tokens(result):,} tokens, times {result.layers}; full attention measured at "
+        f"{result.full_measured_at:,} tokens, scaled by the square."
     )
 
 
-def _timed_at(result: Audit) -> int:
+def _timed_tokens(result: Audit) -> int:
     return result.patterns[0].long_text.timed_tokens
 
 
-def _chosen_at(result: Audit) -> str:
-    """Where links that content chose were counted, if that is not the whole text."""
-    shorter = any(row.long_text.tokens < result.tokens for row in result.patterns)
-    return f" (where content decides, over {_timed_at(result):,})" if shorter else ""
+def _router_length(result: Audit) -> str:
+    """A note of the length at which a router's links were counted, where that is not the whole text."""
+    is_shorter = any(row.long_text.tokens < result.tokens for row in result.patterns)
+    return f" (where content decides, over {_timed_tokens(result):,})" if is_shorter else ""
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:
@@ -258,8 +259,8 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
     from rich.table import Table
 
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place == 0 else "right", overflow="fold", no_wrap=place > 0)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
     return table
 
 
@@ -293,7 +294,7 @@ def _cost_table(result: Audit) -> Table:
     from rich.text import Text
 
     columns = ("pattern", "links", "of all links", "time, measured", "full, predicted", "speed-up", "backend", "memory")
-    timed = "" if _timed_at(result) == result.tokens else f"; timed over {_timed_at(result):,}"
+    timed = "" if _timed_tokens(result) == result.tokens else f"; timed over {_timed_tokens(result):,}"
     table = _table(f"At the full length of {result.tokens:,} tokens{timed}", columns)
     for row in result.patterns:
         long = row.long_text

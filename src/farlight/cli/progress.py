@@ -1,9 +1,9 @@
-"""Progress of long work on stderr, and an honest estimate of the time left.
+"""A progress bar on stderr with an estimate of the time left, for `farlight.analysis.progress.Progress`.
 
-Steps differ: reading a passage with full attention takes many times as long as under a pattern. So the plan is a list of
-names, each step's time is noted under its name, and what is left is the sum of what steps of these names took so far. A name
-that has not come up yet is taken to be like others of its kind (what stands before a colon); where there are none, its time
-is unknown and the estimate says "at least".
+Steps differ in length: a passage under full attention takes many times as long as under a pattern. So a stage is a list of
+step names, durations are recorded per name, and the time left is the sum over the remaining names of their mean duration. A
+name without a duration takes the mean of its kind (the names with the same text before ": "); where its kind has none
+either, it is left out of the sum and the estimate reads "at least".
 """
 
 from __future__ import annotations
@@ -13,89 +13,101 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["Estimate", "progress"]
+from farlight.analysis.progress import Progress
 
-# A log, unlike a terminal, gets a line now and then.
-_EVERY = 20.0
+__all__ = ["TimeLeft", "progress_bar"]
+
+# Seconds between lines of a log; a terminal is updated at every step.
+_LOG_INTERVAL = 20.0
 
 
-class Estimate:
-    """Time left of a plan of named steps, from the time that steps of each name took.
+class TimeLeft:
+    """Time left of a stage of named steps, from the durations of completed steps of each name.
+
+    total: number of steps; done: completed ones.
 
     >>> moments = iter([0.0, 10.0, 11.0])
-    >>> left = Estimate(["read", "judge", "read", "judge", "sum up"], lambda: next(moments))
+    >>> left = TimeLeft(["read", "judge", "read", "judge", "sum up"], lambda: next(moments))
     >>> for name in ("read", "judge", "read"):
     ...     left.begin(name)
-    >>> left.seconds(), left.spoken()  # read 10 s, judge 1 s, and of "sum up" nothing is known
+    >>> left.seconds(), left.text()  # read 10 s, judge 1 s, sum up unknown
     ((11.0, False), 'at least 11 s left')
     """
 
-    def __init__(self, plan: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
-        self.plan, self.clock = Counter(plan), clock
-        self.total, self.done = len(plan), 0
-        self._took: dict[str, list[float]] = {}
-        self._now: tuple[str, float] | None = None
+    def __init__(self, steps: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
+        self.steps, self.clock = Counter(steps), clock
+        self.total, self.done = len(steps), 0
+        self._durations: dict[str, list[float]] = {}
+        self._running: tuple[str, float] | None = None
 
     def begin(self, name: str) -> None:
         """The step of this name begins; the one before it is complete."""
-        moment = self.clock()
-        self._complete(moment)
-        self._now = (name, moment)
-
-    def _complete(self, moment: float) -> None:
-        if self._now is not None:
-            name, began = self._now
-            self._took.setdefault(name, []).append(moment - began)
+        now = self.clock()
+        if self._running is not None:
+            previous, start = self._running
+            self._durations.setdefault(previous, []).append(now - start)
             self.done += 1
-        self._now = None
+        self._running = (name, now)
 
     def seconds(self) -> tuple[float, bool]:
-        """(seconds left, whether every kind of step that is left has been timed)."""
-        total, sure = 0.0, True
-        for name, count in (self.plan - Counter({name: len(times) for name, times in self._took.items()})).items():
+        """(seconds left, whether a duration is known for every kind of step that is left)."""
+        total, complete = 0.0, True
+        completed = Counter({name: len(durations) for name, durations in self._durations.items()})
+        for name, count in (self.steps - completed).items():
             kind = name.partition(": ")[0] + ": "
-            like = self._took.get(name) or [t for other, times in self._took.items() if other.startswith(kind) for t in times]
-            sure = sure and bool(like)
-            total += count * sum(like) / max(1, len(like))
-        return total, sure
+            durations = self._durations.get(name) or [
+                duration for other, known in self._durations.items() if other.startswith(kind) for duration in known
+            ]
+            complete = complete and bool(durations)
+            total += count * sum(durations) / max(1, len(durations))
+        return total, complete
 
-    def spoken(self) -> str:
-        seconds, sure = self.seconds()
-        if not self._took or (not sure and seconds < 1):
+    def text(self) -> str:
+        """`about 5 s left`, `at least 2 min left` or `time left not known yet`."""
+        seconds, complete = self.seconds()
+        if not self._durations or (not complete and seconds < 1):
             return "time left not known yet"
-        words = (
+        amount = (
             f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
         )
-        return f"{'about' if sure else 'at least'} {words} left"
+        return f"{'about' if complete else 'at least'} {amount} left"
+
+
+class _Bar:
+    """The `Progress` of a `rich.progress.Progress` bar with one task."""
+
+    def __init__(self, bar: Any, console: Any) -> None:
+        self._bar, self._console = bar, console
+        self._task = bar.add_task("", total=1)
+        self._left = TimeLeft([])
+        self._last_line = time.monotonic()
+
+    def start(self, steps: Sequence[str]) -> None:
+        self._left = TimeLeft(steps)
+        self._bar.reset(self._task, total=max(1, len(steps)), description="")
+
+    def step(self, name: str) -> None:
+        from rich.markup import escape
+
+        left = self._left
+        left.begin(name)
+        text = f"{name}, {left.text()}" if left.total > 1 else name
+        self._bar.update(self._task, completed=left.done, description=escape(text))
+        if not self._console.is_terminal and time.monotonic() - self._last_line > _LOG_INTERVAL:
+            self._last_line = time.monotonic()
+            print(f"farlight: {left.done} of {left.total} steps, {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def progress() -> Iterator[tuple[Callable[[Sequence[str]], None], Callable[[str], None]]]:
-    """A bar on stderr, gone when done, or lines in a log: (start a stage with this plan of steps, begin the next step)."""
+def progress_bar() -> Iterator[Progress]:
+    """A bar on a terminal, removed at the end; elsewhere a line every 20 seconds."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as RichProgress
 
     columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
     console = Console(file=sys.stderr)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=1)
-        left = Estimate([])
-        said = time.monotonic()
-
-        def start(plan: Sequence[str]) -> None:
-            nonlocal left
-            left = Estimate(plan)
-            bar.reset(task, total=max(1, len(plan)), description="")
-
-        def step(name: str) -> None:
-            nonlocal said
-            left.begin(name)
-            words = f"{name}, {left.spoken()}" if left.total > 1 else name
-            bar.update(task, completed=left.done, description=escape(words))
-            if not console.is_terminal and time.monotonic() - said > _EVERY:
-                said = time.monotonic()
-                print(f"farlight: {left.done} of {left.total} steps, {words}", file=sys.stderr, flush=True)
-
-        yield start, step
+    with RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield _Bar(bar, console)

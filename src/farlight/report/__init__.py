@@ -1,4 +1,4 @@
-"""A report as one HTML file: the pattern to zoom into, paths on the text, reach, cost, and what was lost, head by head."""
+"""HTML report in one file: zoomable pattern matrix, paths on the text, reach by layer, cost, mass by head, top losses."""
 
 from farlight.report.data import audit_data, map_data, steps
 from farlight.report.page import render, write

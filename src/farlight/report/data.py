@@ -1,12 +1,12 @@
-"""What a page shows, as plain data: a pattern by itself (`map_data`), or a model's audit with its text (`audit_data`).
+"""The data of a report page, as plain values for JSON: a pattern by itself (`map_data`), or a model's audit (`audit_data`).
 
-Nothing here knows HTML. Every number is the library's own: links from `Pattern.count`, reach from `fl.reach`, retention from
-the audit; the page computes only what the reader asks of it, from rules that are exact.
+Numbers come from the library: links from `Pattern.count`, reach from `fl.reach`, retention from the audit. The page itself
+computes matrix pixels, paths and the reach of one token, from the exact rules of `report/formula.py`. No HTML here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,7 @@ from farlight.analysis.graph.reachability import Reach
 from farlight.analysis.graph.small_world import SmallWorld
 from farlight.analysis.loss.top_losses import LostLink
 from farlight.analysis.passages import Passages
+from farlight.analysis.progress import Progress, SilentProgress
 from farlight.patterns import full, parse
 from farlight.patterns.expression import Pattern
 from farlight.report.views import curve, view
@@ -23,25 +24,24 @@ from farlight.report.words import Words
 
 __all__ = ["audit_data", "map_data", "steps"]
 
-# Beyond so many heads a page shows the first ones only; the heat map has them all.
-_MOST_HEADS = 64
+# Rules are carried for at most this many heads; the heat map has them all.
+_MAX_HEADS = 64
 
 
 def steps(patterns: Sequence[Judged | Subject]) -> list[str]:
-    """What `audit_data` reports as progress, in order."""
-    return [f"reach: {one.name}" for one in subjects(patterns)]
+    """The names of the steps that `audit_data` reports, in order."""
+    return [f"reach: {subject.name}" for subject in subjects(patterns)]
 
 
-def map_data(pattern: Pattern, n: int, world: SmallWorld, found: Reach, *, head: int = 0) -> dict[str, Any]:
-    """One pattern over n tokens without a text, from what `farlight map` has worked out."""
-    own = None
-    cost = curve(pattern, own, n, {n: world.links}, 1)
+def map_data(pattern: Pattern, n: int, world: SmallWorld, reach: Reach, *, head: int = 0) -> dict[str, Any]:
+    """The page of one pattern over n tokens without a text, from its `fl.smallworld` and `fl.reach`."""
+    cost = curve(pattern, None, n, {n: world.links}, 1)
     row = {
         "text": repr(pattern),
-        "views": {"text": view(pattern, n, [head], found.layers, found=found, world=world)},
+        "views": {"text": view(pattern, n, [head], reach.layers, known_reach=reach, world=world)},
         "cost": cost,
     }
-    return {"kind": "map", "name": repr(pattern), "layers": found.layers, "scopes": [{"id": "text", "n": n}], "patterns": [row]}
+    return {"kind": "map", "name": repr(pattern), "layers": reach.layers, "scopes": [{"id": "text", "n": n}], "patterns": [row]}
 
 
 def audit_data(
@@ -50,19 +50,23 @@ def audit_data(
     passages: Passages,
     words: Words,
     *,
-    step: Callable[[str], None] = lambda what: None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """An audit: each pattern within a passage and within the whole text, what it kept by head, and what it lost in words."""
-    own = parse(result.own)
-    heads = range(min(result.heads, _MOST_HEADS))
+    """The page of an audit: per pattern its views of a passage and of the whole text, mass by head, and its top losses.
+
+    patterns, passages: those of the audit. words: the whole text. progress: receives the steps of `steps(patterns)`.
+    """
+    progress = progress or SilentProgress()
+    base = parse(result.own)
+    heads = range(min(result.heads, _MAX_HEADS))
     scopes = [{"id": "passage", "n": passages.length}, {"id": "text", "n": passages.tokens}]
     rows = []
-    for one, judged in zip(subjects(patterns), result.patterns, strict=True):
-        step(f"reach: {one.name}")
-        row: dict[str, Any] = {"text": one.name, "views": {}, "cost": None}
-        if isinstance(one.chosen, Pattern):
-            row |= _looked_at(one.chosen, own, judged, passages, heads, result)
-        rows.append(row | {"audit": _judged(judged), "lost": [_lost(link) for link in judged.lost]})
+    for subject, audited in zip(subjects(patterns), result.patterns, strict=True):
+        progress.step(f"reach: {subject.name}")
+        row: dict[str, Any] = {"text": subject.name, "views": {}, "cost": None}
+        if isinstance(subject.chosen, Pattern):
+            row |= _pattern_views(subject.chosen, base, audited, passages, heads, result)
+        rows.append(row | {"audit": _audit_values(audited), "lost": [_lost_link(link) for link in audited.lost]})
     return {
         "kind": "audit",
         "name": result.text,
@@ -78,25 +82,26 @@ def audit_data(
     }
 
 
-def _looked_at(
-    pattern: Pattern, own: Pattern, judged: PatternAudit, passages: Passages, heads: Sequence[int], result: Audit
+def _pattern_views(
+    pattern: Pattern, base: Pattern, audited: PatternAudit, passages: Passages, heads: Sequence[int], result: Audit
 ) -> dict[str, Any]:
-    """What only one pattern for all layers and texts has: a matrix, reach, links at any length."""
-    both = pattern if own == full() else own & pattern
-    views = {"passage": view(both, passages.length, heads, result.layers)}
+    """Views and cost curve, which only a single pattern for all layers and texts has."""
+    allowed = pattern if base == full() else base & pattern
+    views = {"passage": view(allowed, passages.length, heads, result.layers)}
     known: dict[int, float] = {}
-    if judged.long_text.why_not is None:
-        views["text"] = view(both, passages.tokens, heads, result.layers)
-        known[passages.tokens] = judged.long_text.links / (result.layers * result.heads)
-    cost = curve(both, None if own == full() else own, passages.tokens, known, result.heads)
+    if audited.long_text.why_not is None:
+        views["text"] = view(allowed, passages.tokens, heads, result.layers)
+        known[passages.tokens] = audited.long_text.links / (result.layers * result.heads)
+    cost = curve(allowed, None if base == full() else base, passages.tokens, known, result.heads)
     return {"views": views, "cost": cost}
 
 
-def _lost(link: LostLink) -> dict[str, Any]:
-    """Without its words, which the page takes from the text."""
-    own = {name: getattr(link, name) for name in ("layer", "head", "query", "key", "heads")}
-    return own | {"passage": link.text, "share": link.probability}
+def _lost_link(link: LostLink) -> dict[str, Any]:
+    """A lost link without its words, which the page takes from the text."""
+    fields = {name: getattr(link, name) for name in ("layer", "head", "query", "key", "heads")}
+    return fields | {"passage": link.text, "share": link.probability}
 
 
-def _judged(row: PatternAudit) -> dict[str, Any]:
+def _audit_values(row: PatternAudit) -> dict[str, Any]:
+    """The audit's numbers of one pattern, without its lost links."""
     return {**asdict(row), "lost": None, "of_best": row.of_best}

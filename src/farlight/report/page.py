@@ -1,9 +1,9 @@
-"""One HTML file that holds everything it shows and asks no network for anything.
+"""Assembly of the report page: one self-contained HTML file that makes no network request.
 
-The parts (markup, style, scripts, words of both languages) are files of this package, put together here. What varies is one
-block of JSON: every `<`, `>`, `&` and line separator in it is written as an escape, so that no text can end the block or
-become markup; scripts set it as text only. The page's Content-Security-Policy allows these very scripts and this style, by
-their hashes, and no request of any kind.
+Markup, style, scripts and the strings of both languages are assets of this package, joined here. The data is one block of
+JSON in which every `<`, `>`, `&` and non-ASCII character is escaped, so that no text can end the block or become markup;
+scripts insert it as text nodes only. The Content-Security-Policy allows this script and this style by their SHA-256, and no
+request of any kind.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ MOST_BYTES = 5_000_000
 
 
 def strings() -> dict[str, dict[str, str]]:
-    """Every word of the page by name, in each of `LANGUAGES`."""
-    words: dict[str, dict[str, str]] = json.loads(_asset("strings.json"))
-    return words
+    """The page's strings by language and name."""
+    texts: dict[str, dict[str, str]] = json.loads(_asset("strings.json"))
+    return texts
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page for what `map_data` or `audit_data` gave. Raises ArgumentError where it would exceed `MOST_BYTES`."""
+    """The HTML of the data of `map_data` or `audit_data`. Raises ArgumentError above `MOST_BYTES`."""
     script = "\n".join(_asset(f"js/{name}") for name in _scripts())
     style = _asset("report.css")
     policy = (
@@ -48,8 +48,8 @@ def render(data: dict[str, Any]) -> str:
         "data": block({**data, "version": farlight.__version__}),
         "strings": block(strings()),
     }
-    # One pass over the template, so that nothing within a part is ever taken for a mark.
-    out = re.sub(r"<!--(\w+)-->", lambda mark: parts[mark[1]], _asset("report.html"))
+    # One pass over the template: placeholders inside the parts are not replaced.
+    out = re.sub(r"<!--(\w+)-->", lambda match: parts[match[1]], _asset("report.html"))
     if len(out.encode()) > MOST_BYTES:
         raise ArgumentError(
             f"the page would have {len(out.encode()):,} bytes, more than the {MOST_BYTES:,} that open quickly everywhere; "
@@ -59,7 +59,7 @@ def render(data: dict[str, Any]) -> str:
 
 
 def block(value: Any) -> str:
-    r"""JSON that may stand inside a script element: no character in it means anything to HTML.
+    r"""JSON that is safe inside a script element: it contains no character of HTML syntax.
 
     >>> block({"text": "</script><img src=x>&"})
     '{"text":"\\u003c/script\\u003e\\u003cimg src=x\\u003e\\u0026"}'
@@ -69,7 +69,7 @@ def block(value: Any) -> str:
 
 
 def write(page: str, path: Path) -> None:
-    """Write a page. Raises ArgumentError where that is not possible."""
+    """Write a page to a file. Raises ArgumentError where the file cannot be written."""
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
@@ -77,13 +77,16 @@ def write(page: str, path: Path) -> None:
 
 
 def _asset(name: str) -> str:
+    """The text of a file in `assets/`."""
     return (resources.files("farlight.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _scripts() -> list[str]:
+    """Script names in order of execution: their numbers."""
     folder = resources.files("farlight.report") / "assets" / "js"
     return sorted(file.name for file in folder.iterdir() if file.name.endswith(".js"))
 
 
 def _digest(text: str) -> str:
+    """base64 of SHA-256, as Content-Security-Policy expects it."""
     return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")

@@ -1,4 +1,4 @@
-"""One pattern over one text as the page shows it: its rules, densities for views too large to count there, reach, hops."""
+"""The view of one pattern over one text in a page: rules by head, an optional density picture, reach, small-world metrics."""
 
 from __future__ import annotations
 
@@ -18,39 +18,46 @@ from farlight.report.packing import pack
 
 __all__ = ["curve", "view"]
 
-# From here on a page counts the pixels of a whole text in seconds, not in a moment; long combinations may take longer.
-_COUNTED_AT_ONCE = 1 << 13
-_PYRAMID = 1024
-_EXACT_REACH = 1 << 13
-_TARGETS = 512
+# Up to this many tokens the page counts every pixel of the whole text at once, whatever the pattern.
+_MAX_COUNTED = 1 << 13
+_PICTURE_PIXELS = 1024
+# Reach is exact up to this many tokens; beyond, it is estimated from a sample of targets.
+_MAX_EXACT_REACH = 1 << 13
+_SAMPLED_TARGETS = 512
 
 
 def view(
-    pattern: Pattern, n: int, heads: Sequence[int], layers: int, *, found: Reach | None = None, world: SmallWorld | None = None
+    pattern: Pattern,
+    n: int,
+    heads: Sequence[int],
+    layers: int,
+    *,
+    known_reach: Reach | None = None,
+    world: SmallWorld | None = None,
 ) -> dict[str, Any]:
-    """The pattern over n tokens: rules by head, a picture of the whole, the share of the text heard of by layer.
+    """The pattern over n tokens: {"n", "rules" by head, "picture" or None, "reach" by layer, "world" or None}.
 
-    `found` is a reach that was worked out before. Raises as `formula` does.
+    Reach and picture are of the first of `heads`; `known_reach` spares the search. Raises as `formula` does.
     """
     head = heads[0]
     rules = {str(number): formula(pattern, n, head=number) for number in (heads if pattern.varies_over_heads else heads[:1])}
     if len({json.dumps(rule) for rule in rules.values()}) == 1:
         rules = {"every": next(iter(rules.values()))}
-    if found is None:
-        targets = None if n <= _EXACT_REACH else _TARGETS
-        found = reach(pattern, n, layers, head=head, targets=targets, readers=0)
+    if known_reach is None:
+        targets = None if n <= _MAX_EXACT_REACH else _SAMPLED_TARGETS
+        known_reach = reach(pattern, n, layers, head=head, targets=targets, readers=0)
     return {
         "n": n,
         "rules": rules,
         "picture": picture(pattern, n, head) if needs_picture(pattern, n) else None,
-        "reach": _reach(found),
+        "reach": _reach_values(known_reach),
         "world": None if world is None else world.to_dict(),
     }
 
 
 def needs_picture(pattern: Pattern, n: int) -> bool:
-    """Whether the page might not count a view of the whole text in a few seconds: where rows see many single keys."""
-    if n <= _COUNTED_AT_ONCE:
+    """Whether the page may need more than seconds to count the whole text: long lists of single keys, or several strides."""
+    if n <= _MAX_COUNTED:
         return False
     combs = 0
     for atom in pattern.atoms():
@@ -62,31 +69,32 @@ def needs_picture(pattern: Pattern, n: int) -> bool:
 
 
 def picture(pattern: Pattern, n: int, head: int) -> dict[str, Any]:
-    """The share of allowed pairs by pixel, to the fourth root and in 255 steps: the darkness that the page draws."""
-    share = densities(pattern, n, head=head, pixels=_PYRAMID)
-    # A pixel that holds any pair must not look empty.
+    """Densities by pixel as the darkness that the page draws: uint8, 255 · share^¼, row by row."""
+    share = densities(pattern, n, head=head, pixels=_PICTURE_PIXELS)
+    # A pixel with any pair has at least darkness 1, so that it does not look empty.
     ink = np.where(share > 0, np.maximum(1, np.rint(255 * share**0.25)), 0)
     return {"pixels": share.shape[0], "ink": pack(ink, "u1")}
 
 
-def _reach(found: Reach) -> dict[str, Any]:
-    order = np.argsort(found.positions, kind="stable")
+def _reach_values(result: Reach) -> dict[str, Any]:
+    """Reach by layer, packed; columns of "share" in the order of the positions."""
+    order = np.argsort(result.positions, kind="stable")
     return {
-        "mean": list(found.mean),
-        "margin": list(found.margin),
-        "worst": list(found.worst),
-        "exact": found.exact,
-        "confidence": found.confidence,
-        "positions": pack(found.positions[order]),
-        "share": [pack(row[order], "f4") for row in found.share],
+        "mean": list(result.mean),
+        "margin": list(result.margin),
+        "worst": list(result.worst),
+        "exact": result.exact,
+        "confidence": result.confidence,
+        "positions": pack(result.positions[order]),
+        "share": [pack(row[order], "f4") for row in result.share],
     }
 
 
-def curve(pattern: Pattern, own: Pattern | None, longest: int, known: dict[int, float], heads: int) -> dict[str, Any]:
-    """Links against the number of tokens, beside those of `own` (None: full attention), per head.
+def curve(pattern: Pattern, base: Pattern | None, longest: int, known: dict[int, float], heads: int) -> dict[str, Any]:
+    """Links per head against the number of tokens, under the pattern and under `base` (None: full attention).
 
-    Counted at powers of four up to `longest` (65 536 at most); `known` adds lengths whose links were counted elsewhere. A
-    pattern made for one length has only that one.
+    Counted at powers of four up to `longest`, at most 65 536; `known`: links counted elsewhere, by length. A pattern with
+    tables has points only at the lengths that they fit. Keys: "tokens", "links", "full".
     """
     lengths = [1 << k for k in range(6, 17, 2) if 1 << k <= longest]
     links = dict(known)
@@ -94,14 +102,15 @@ def curve(pattern: Pattern, own: Pattern | None, longest: int, known: dict[int, 
         try:
             links.setdefault(n, pattern.count(n, heads=heads) / heads if pattern.varies_over_heads else pattern.count(n))
         except (PatternError, ArgumentError):
-            continue  # a table that needs another length
+            continue  # a table for another length
     tokens = sorted(links)
-    full = [n * n if own is None else _links(own, n) for n in tokens]
+    full = [n * n if base is None else _links(base, n) for n in tokens]
     return {"tokens": tokens, "links": [links[n] for n in tokens], "full": full}
 
 
-def _links(own: Pattern, n: int) -> int | None:
+def _links(base: Pattern, n: int) -> int | None:
+    """`base.count(n)`, or None where it does not fit n tokens."""
     try:
-        return own.count(n)
+        return base.count(n)
     except (PatternError, ArgumentError):
         return None

@@ -1,4 +1,8 @@
-"""A pattern as a graph: a link from key j to query i lets i hear of j in one layer. How far does news travel?"""
+"""A pattern as a directed graph: an edge key j → query i carries information from j to i in one layer.
+
+`smallworld` measures path lengths, clustering and mixing; `path` finds one shortest path; `reach` gives the receptive field
+by layer. All three read the pattern's positions only: no weights, no text.
+"""
 
 from farlight.analysis.graph.paths import Hop, Path, path
 from farlight.analysis.graph.reachability import Reach, reach

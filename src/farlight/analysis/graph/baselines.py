@@ -1,7 +1,8 @@
-"""What a random graph and a ring lattice of the same degree would measure: the yardsticks of small worlds.
+"""Baselines of the small-world metrics: a random graph and a ring lattice of the same degree.
 
-Watts and Strogatz 1998 ("Collective dynamics of 'small-world' networks") call a network a small world when it is about as
-clustered as a lattice and about as short as a random graph. Both references are computed, not drawn.
+Watts and Strogatz 1998 ("Collective dynamics of 'small-world' networks") call a graph a small world when its clustering is
+about that of a lattice and its path length about that of a random graph. Both baselines are closed forms or recurrences; no
+graph is sampled. `n` is the number of tokens, `degree` the mean number of neighbours; nan where a quantity is undefined.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ __all__ = ["lattice_clustering", "lattice_hops", "omega", "random_clustering", "
 
 
 def random_hops(n: int, degree: float) -> float:
-    """Average hops over reachable pairs of a random directed graph: n tokens, each pair linked with probability
-    p = degree / (n - 1).
+    """Average path length over reachable pairs of a random directed graph with link probability p = degree / (n - 1).
 
-    Mean field: of u tokens not yet reached, u (1 - p)^f stay so after f tokens were newly reached; the first two layers
-    are exact expectations but for the spread of f. Within some per cent of drawn graphs for degree >= 3.
+    Mean-field recurrence: u unreached tokens become u (1 - p)^f after a frontier of f tokens. The first two layers are exact
+    expectations but for the variance of f; the result is within some per cent of sampled graphs for degree >= 3.
 
     >>> round(random_hops(1_000_000, 516), 2), random_hops(10, 9)
     (2.77, 1.0)
@@ -26,18 +26,18 @@ def random_hops(n: int, degree: float) -> float:
     if n < 2 or degree <= 0:
         return math.nan
     stay = 1 - min(1.0, degree / (n - 1))
-    unreached, newest, total, pairs, hop = n - 1.0, 1.0, 0.0, 0.0, 0
-    while unreached > 0 and newest > 1e-9 and hop < 100_000:
+    unreached, frontier, total_hops, pairs, hop = n - 1.0, 1.0, 0.0, 0.0, 0
+    while unreached > 0 and frontier > 1e-9 and hop < 100_000:
         hop += 1
-        left = unreached * stay**newest
-        newest, unreached = unreached - left, left
-        total += hop * newest
-        pairs += newest
-    return total / pairs
+        still_unreached = unreached * stay**frontier
+        frontier, unreached = unreached - still_unreached, still_unreached
+        total_hops += hop * frontier
+        pairs += frontier
+    return total_hops / pairs
 
 
 def random_clustering(n: int, degree: float) -> float:
-    """Two neighbours of a token are linked like any two: degree / (n - 1).
+    """Clustering coefficient of a random graph: any two neighbours are linked with probability degree / (n - 1).
 
     >>> random_clustering(101, 10)
     0.1
@@ -46,8 +46,8 @@ def random_clustering(n: int, degree: float) -> float:
 
 
 def lattice_hops(n: int, degree: float) -> float:
-    """Average hops of a ring in which each token is linked to degree / 2 neighbours on each side:
-    the mean of ⌈m / (degree / 2)⌉ over the distances m around the ring.
+    """Average path length of a ring lattice with degree / 2 neighbours on each side: the mean of ⌈m / (degree / 2)⌉ over the
+    distances m around the ring.
 
     >>> lattice_hops(5, 4), lattice_hops(9, 2)
     (1.0, 2.5)
@@ -56,12 +56,12 @@ def lattice_hops(n: int, degree: float) -> float:
         return math.nan
     side = max(1.0, degree / 2)
     distance = np.arange(1, n // 2 + 1)
-    times = np.where(2 * distance == n, 1, 2)
-    return float((np.ceil(distance / side) * times).sum() / (n - 1))
+    multiplicity = np.where(2 * distance == n, 1, 2)
+    return float((np.ceil(distance / side) * multiplicity).sum() / (n - 1))
 
 
 def lattice_clustering(n: int, degree: float) -> float:
-    """Clustering of that ring: of the pairs of a token's neighbours, the share at most degree / 2 apart around the ring.
+    """Clustering coefficient of that ring lattice: the share of pairs of neighbours at most degree / 2 apart around the ring.
 
     For degree < 2n/3 that is 3 (degree - 2) / (4 (degree - 1)).
 
@@ -76,20 +76,20 @@ def lattice_clustering(n: int, degree: float) -> float:
         return 0.0
     if degree < 2 * n / 3:
         return 3 * (degree - 2) / (4 * (degree - 1))
-    # So wide that neighbours on both sides meet at the back of the ring as well: pairs a apart, 1 <= a <= 2 side.
+    # Neighbours on the two sides are also linked across the back of the ring: count the pairs at each offset.
     side = int(degree // 2)
-    apart = np.arange(1, 2 * side + 1)
-    # Pairs (x, x + a) inside -side … side, neither of them 0.
-    pairs = 2 * side + 1 - apart - 2 * (apart <= side)
-    linked = np.minimum(apart, n - apart) <= side
+    offset = np.arange(1, 2 * side + 1)
+    # Pairs (x, x + offset) inside -side … side, neither of them 0.
+    pairs = 2 * side + 1 - offset - 2 * (offset <= side)
+    linked = np.minimum(offset, n - offset) <= side
     return float(pairs[linked].sum() / pairs.sum())
 
 
 def sigma(hops: float, clustering: float, n: int, links_each: float, degree: float) -> float:
     """(C / C_random) / (L / L_random), Humphries and Gurney 2008: far above 1 in a small world.
 
-    L is along the direction of links, so its yardstick has as many keys for each token (`links_each`); C is of the
-    undirected graph, so its yardstick has as many neighbours (`degree`).
+    L follows the direction of links, so its baseline has as many keys per token (`links_each`); C is of the undirected
+    graph, so its baseline has as many neighbours (`degree`).
     """
     random = random_clustering(n, degree)
     if not random or math.isnan(random):

@@ -1,4 +1,7 @@
-"""Sets of up to 64·W walks as bits: row x of a `(m, W)` table of unsigned words says which walks know of x."""
+"""Bitsets of breadth-first searches: bit t of row x of an `(m, W)` uint64 table says that search t has reached token x.
+
+W words hold up to 64·W searches; search t is bit t % 64 of word t // 64.
+"""
 
 from __future__ import annotations
 
@@ -6,73 +9,74 @@ import numpy as np
 
 from farlight.analysis.graph.links import Array
 
-__all__ = ["column_counts", "one_each", "or_rows", "rows_with_any"]
+__all__ = ["column_counts", "nonzero_rows", "one_hot_bits", "or_rows"]
 
-_FEW = 32
+# Tables of at most this many rows are counted bit by bit.
+_SHORT_TABLE = 32
 
 
-def one_each(walks: int) -> Array:
-    """`(walks, ⌈walks / 64⌉)`: row t holds bit t alone."""
-    out = np.zeros((walks, -(-walks // 64)), dtype=np.uint64)
-    number = np.arange(walks)
-    out[number, number // 64] = np.uint64(1) << (number % 64).astype(np.uint64)
+def one_hot_bits(searches: int) -> Array:
+    """`(searches, ⌈searches / 64⌉)` uint64: row t has bit t set and no other."""
+    out = np.zeros((searches, -(-searches // 64)), dtype=np.uint64)
+    search = np.arange(searches)
+    out[search, search // 64] = np.uint64(1) << (search % 64).astype(np.uint64)
     return out
 
 
 def or_rows(table: Array, place: Array, bits: Array) -> None:
-    """`table[place] |= bits` for distinct places (`bits` is used up).
+    """`table[place] |= bits` for distinct places; `bits` is overwritten.
 
-    A row is written as one block of bytes: numpy's indexed assignment of short rows is several times slower.
+    Each row is stored as one void scalar of 8·W bytes: numpy's indexed assignment of short rows is several times slower.
     """
     bits |= table.take(place, axis=0)
-    whole = np.dtype((np.void, 8 * table.shape[1]))
-    table.view(whole).reshape(-1)[place] = np.ascontiguousarray(bits).view(whole).reshape(-1)
+    row_dtype = np.dtype((np.void, 8 * table.shape[1]))
+    table.view(row_dtype).reshape(-1)[place] = np.ascontiguousarray(bits).view(row_dtype).reshape(-1)
 
 
-def rows_with_any(bits: Array) -> Array:
-    """The rows that hold any bit, sorted."""
-    joined = bits[:, 0]
+def nonzero_rows(bits: Array) -> Array:
+    """Sorted indices of the rows with any bit set."""
+    union = bits[:, 0]
     for word in range(1, bits.shape[1]):
-        joined = joined | bits[:, word]
-    return np.flatnonzero(joined)
+        union = union | bits[:, word]
+    return np.flatnonzero(union)
 
 
 def column_counts(bits: Array) -> Array:
-    """`(64·W,)` int64: in how many rows each bit is set.
+    """`(64·W,)` int64: the number of rows in which each bit is set.
 
-    Halves of the table are added to each other as binary numbers written across words (bit p of 64 counts in one word), so
-    the cost is a few operations for each word instead of 64.
+    Bit-sliced addition: plane p holds bit p of 64 counters in one word, and the two halves of the table are added by a
+    ripple-carry adder until few rows are left. That is a few word operations per word of input instead of 64.
 
-    >>> column_counts(one_each(3)[[0, 2, 2, 2]])[:3].tolist()
+    >>> column_counts(one_hot_bits(3)[[0, 2, 2, 2]])[:3].tolist()
     [1, 0, 3]
     """
     total = np.zeros(64 * bits.shape[1], dtype=np.int64)
     planes = [bits]
-    while planes[0].shape[0] > _FEW:
+    while planes[0].shape[0] > _SHORT_TABLE:
         half = planes[0].shape[0] // 2
         if planes[0].shape[0] % 2:
-            total += _weighed([plane[2 * half :] for plane in planes])
+            total += _sum_planes([plane[2 * half :] for plane in planes])
         carry: Array | None = None
-        added = []
+        sums = []
         for plane in planes:
             a, b = plane[:half], plane[half : 2 * half]
             either = a ^ b
             if carry is None:
-                added.append(either)
+                sums.append(either)
                 carry = a & b
             else:
-                added.append(either ^ carry)
+                sums.append(either ^ carry)
                 carry = (a & b) | (either & carry)
         assert carry is not None
-        planes = [*added, carry]
-    return total + _weighed(planes)
+        planes = [*sums, carry]
+    return total + _sum_planes(planes)
 
 
-def _weighed(planes: list[Array]) -> Array:
-    """Counts of a short table of numbers, plane p weighing 2^p."""
+def _sum_planes(planes: list[Array]) -> Array:
+    """`(64·W,)` int64 sums over the rows of bit-sliced counters, plane p weighing 2^p."""
     total = np.zeros(64 * planes[0].shape[1], dtype=np.int64)
     shift = np.arange(64, dtype=np.uint64)
-    for weight, plane in enumerate(planes):
-        ones = (plane[:, :, None] >> shift) & np.uint64(1)
-        total += ones.sum(0, dtype=np.int64).reshape(-1) << weight
+    for exponent, plane in enumerate(planes):
+        bit_values = (plane[:, :, None] >> shift) & np.uint64(1)
+        total += bit_values.sum(0, dtype=np.int64).reshape(-1) << exponent
     return total

@@ -1,13 +1,12 @@
-"""How many tokens share one relay: the bottleneck that hop counts hide.
+"""Load of relays: how many tokens share one vector on the two-hop paths to a reader.
 
-One lighthouse brings any two tokens of a million within two hops, and yet all that a token can then learn of the rest of
-the text must pass through one vector. For a reader i and a token j that i does not see itself (*far*), the relays are the
-tokens h that i sees and that see j: the ways of two hops. Each far token with any relay is dealt out to its relays in equal
-shares; what falls to h for reader i is its *load*: for so many tokens i depends on the vector of h. Far tokens with one
-relay only depend on it altogether.
+With one global token any two tokens are two hops apart, yet everything a token learns of the far text then passes through
+one vector. For a reader i and a token j that i does not see itself (*far*), the relays are the tokens h ≠ i that i sees and
+that see j: the two-hop paths. Each far token with r relays adds 1 / r to the *load* of each; a far token with r = 1 is *sole*
+to its relay.
 
-For one reader this is a sum of differences (how many relays has each token?) and two prefix sums (what falls to each relay?),
-so every token is counted, whatever the length; readers are drawn when they are many.
+Per reader: r for every token by a difference array over the runs of the relays' rows, then the load of each relay by a prefix
+sum of 1 / r over its runs. Every token is counted, whatever the length; readers are sampled when there are many.
 """
 
 from __future__ import annotations
@@ -17,21 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from farlight.analysis.graph.links import Array, Links, Stretches
-from farlight.analysis.graph.sampling import draw
+from farlight.analysis.graph.links import Array, KeyRuns, Links
+from farlight.analysis.graph.sampling import stratified_sample
 
 __all__ = ["Capacity", "Relay", "capacity"]
 
-_SHOWN = 16
+_MAX_LISTED = 16
+# Words touched over all readers: about a second.
 _WORK = 400_000_000
 
 
 @dataclass(frozen=True)
 class Relay:
-    """A token as a relay, over the readers looked at.
+    """A token as a relay, means over the readers.
 
-    load: far tokens that fall to it for a reader, on average; sole: of those, the ones for which it is the reader's only relay;
-    hears, heard_by: how many other tokens it sees and is seen by.
+    load: far tokens assigned to it; sole: far tokens for which it is the only relay; hears, heard_by: how many other tokens
+    it sees and is seen by.
     """
 
     position: int
@@ -43,11 +43,11 @@ class Relay:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Means over readers.
+    """Loads of relays, means over the readers.
 
     near: tokens seen directly, itself included; relayed: far tokens with at least one relay; sole: far tokens with exactly
-    one; relays: how many relays take part for a reader; bottleneck: the load of its busiest relay, that is the number of
-    tokens that share one vector. `busiest` lists the relays with the highest mean load.
+    one; relays: relays with a load; bottleneck: the load of the busiest relay, that is the number of tokens that share one
+    vector. `busiest` lists the relays with the highest mean load. `exact`: all tokens were readers.
     """
 
     readers: int
@@ -60,6 +60,7 @@ class Capacity:
     busiest: tuple[Relay, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
         out = {name: value for name, value in vars(self).items() if name != "busiest"}
         return {**out, "busiest": [vars(relay) for relay in self.busiest]}
 
@@ -76,43 +77,43 @@ class Capacity:
 
 
 def capacity(links: Links, *, readers: int, seed: int = 0) -> Capacity:
-    """Loads of relays for so many readers, fewer where that would take too long; exact when they are all.
+    """Loads of relays over `readers` sampled readers, fewer where the work exceeds `_WORK`; exact when they are all tokens.
 
     >>> import farlight as fl
-    >>> found = capacity(Links.of(fl.window(0) | fl.global_tokens([0]), 100), readers=100)
-    >>> found.busiest[0].position, round(found.bottleneck, 2)  # 99 readers hear of 98 others through token 0 alone
+    >>> hub = capacity(Links.of(fl.window(0) | fl.global_tokens([0]), 100), readers=100)
+    >>> hub.busiest[0].position, round(hub.bottleneck, 2)  # 99 readers reach 98 others through token 0 alone
     (0, 97.02)
     """
     n = links.n
     rng = np.random.default_rng(seed)
-    chosen = draw(n, readers, rng)
-    if chosen.size < n:
-        rng.shuffle(chosen)  # so that stopping early leaves a fair sample
+    sample = stratified_sample(n, readers, rng)
+    if sample.size < n:
+        rng.shuffle(sample)  # so that stopping early leaves an unbiased sample
     load, sole = np.zeros(n), np.zeros(n)
     sums = np.zeros(5)  # near, relayed, sole, relays, bottleneck
     work = done = 0
-    for reader in chosen.tolist():
-        found = _loads(links, reader)
-        load[found.relay] += found.load
-        sole[found.relay] += found.sole
-        taking_part = np.count_nonzero(found.load)
-        sums += np.array([found.near, found.load.sum(), found.sole.sum(), taking_part, found.load.max(initial=0.0)])
-        work, done = work + found.work, done + 1
+    for reader in sample.tolist():
+        loads = _reader_loads(links, reader)
+        load[loads.relay] += loads.load
+        sole[loads.relay] += loads.sole
+        max_load = loads.load.max(initial=0.0)
+        sums += np.array([loads.near, loads.load.sum(), loads.sole.sum(), np.count_nonzero(loads.load), max_load])
+        work, done = work + loads.work, done + 1
         if work > _WORK:
             break
-    near, relayed, alone, relays, bottleneck = (sums / done).tolist()
-    order = np.argsort(-load, kind="stable")[:_SHOWN]
+    near, relayed, sole_mean, relays, bottleneck = (sums / done).tolist()
+    by_load = np.argsort(-load, kind="stable")[:_MAX_LISTED]
     busiest = tuple(
-        Relay(int(h), float(load[h]) / done, float(sole[h]) / done, int(links.degree[h]), int(links.listeners[h]))
-        for h in order
+        Relay(int(h), float(load[h]) / done, float(sole[h]) / done, int(links.in_degree[h]), int(links.out_degree[h]))
+        for h in by_load
         if load[h] > 0
     )
-    return Capacity(done, done == n, near, relayed, alone, relays, bottleneck, busiest)
+    return Capacity(done, done == n, near, relayed, sole_mean, relays, bottleneck, busiest)
 
 
 @dataclass
-class _Loads:
-    """For one reader: its relays, their load and what depends on each alone."""
+class _ReaderLoads:
+    """One reader: its relays (positions), their loads and sole counts, the number of near tokens, and the words touched."""
 
     relay: Array
     load: Array
@@ -121,36 +122,37 @@ class _Loads:
     work: int
 
 
-def _loads(links: Links, reader: int) -> _Loads:
+def _reader_loads(links: Links, reader: int) -> _ReaderLoads:
     n = links.n
-    seen = np.zeros(n, dtype=bool)
-    for part in links.stretches(np.array([reader])):
-        seen[part.keys()[1]] = True
-    seen[reader] = False
-    relay = np.flatnonzero(seen)
-    parts = links.stretches(relay)
-    times = np.zeros(n, dtype=np.int64)
+    near = np.zeros(n, dtype=bool)
+    for part in links.runs(np.array([reader])):
+        near[part.pairs()[1]] = True
+    near[reader] = False
+    relay = np.flatnonzero(near)
+    parts = links.runs(relay)
+    num_relays = np.zeros(n, dtype=np.int64)
     for part in parts:
         size = n if part.slots is None else part.slots.size
         step = np.bincount(part.lo, minlength=size + 1) - np.bincount(part.hi, minlength=size + 1)
-        here = np.cumsum(step)[:size]
+        slot_relays = np.cumsum(step)[:size]
         if part.slots is None:
-            times += here
+            num_relays += slot_relays
         else:
-            times[part.slots] += here
-    seen[reader] = True
-    far = ~seen & (times > 0)
-    share = np.where(far, 1 / np.maximum(times, 1), 0.0)
-    load, sole = _per_relay(parts, share, relay.size), _per_relay(parts, (far & (times == 1)).astype(np.float64), relay.size)
-    work = n * (4 + 6 * len(parts)) + 8 * sum(part.at.size for part in parts)
-    return _Loads(relay, load, sole, int(seen.sum()), work)
+            num_relays[part.slots] += slot_relays
+    near[reader] = True
+    far = ~near & (num_relays > 0)
+    share = np.where(far, 1 / np.maximum(num_relays, 1), 0.0)
+    load = _sum_per_relay(parts, share, relay.size)
+    sole = _sum_per_relay(parts, (far & (num_relays == 1)).astype(np.float64), relay.size)
+    work = n * (4 + 6 * len(parts)) + 8 * sum(part.row_index.size for part in parts)
+    return _ReaderLoads(relay, load, sole, int(near.sum()), work)
 
 
-def _per_relay(parts: list[Stretches], value: Array, relays: int) -> Array:
-    """The sum of `value` over the keys that each relay sees."""
+def _sum_per_relay(parts: list[KeyRuns], values: Array, relays: int) -> Array:
+    """(relays,) the sum of `values` over the keys of each relay's row."""
     out = np.zeros(relays)
     for part in parts:
-        given = value if part.slots is None else value[part.slots]
-        total = np.concatenate(([0.0], np.cumsum(given)))
-        out += np.bincount(part.at, weights=total[part.hi] - total[part.lo], minlength=relays)
+        slot_values = values if part.slots is None else values[part.slots]
+        prefix = np.concatenate(([0.0], np.cumsum(slot_values)))
+        out += np.bincount(part.row_index, weights=prefix[part.hi] - prefix[part.lo], minlength=relays)
     return np.where(out > 1e-9, out, 0.0)

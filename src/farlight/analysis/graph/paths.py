@@ -1,4 +1,9 @@
-"""By which relays does one token hear of another? A shortest chain of links, and the rule behind each."""
+"""Shortest paths between two tokens, and the pattern rule that allows each hop.
+
+A backward breadth-first search runs from the target to its keys until a frontier contains the source or a token that sees it;
+the path is then read off the stored frontiers. The links come from `LazyLinks`, so that a short path in a long text computes
+few rows.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from farlight.analysis.graph.links import Array, LazyLinks, Links, ranges
+from farlight.analysis.graph.bfs import merge_runs
+from farlight.analysis.graph.links import Array, LazyLinks, Links, expand_ranges
 from farlight.analysis.graph.rules import rules_of
 from farlight.analysis.graph.sizes import position_in
 from farlight.patterns.expression import Pattern
@@ -20,10 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Hop", "Path", "path"]
 
-# From here on a walk is so long that working out all rows at once is cheaper than asking for some at every step.
-_LONG = 64
-# When so many rows are to be asked, it is worth knowing first who hears the source directly.
-_MANY = 4096
+# From this depth on, computing the runs of all rows at once is cheaper than those of the frontier at every step.
+_MAX_LAZY_DEPTH = 64
+# For a frontier this large, one pass over all rows for those that see the source is cheaper than another step.
+_LARGE_FRONTIER = 4096
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,10 @@ class Hop:
 
 @dataclass(frozen=True)
 class Path:
-    """A shortest way for news of `source` to reach `target`; `positions` starts with the one and ends with the other.
+    """A shortest path of links by which information of `source` reaches `target`.
 
-    Each hop takes one layer. Where there is no way, `found` is False (and so is the path as a condition), `positions` and
-    `hops` are empty and `heard` tells how many tokens, itself included, `target` can hear of at all.
+    positions: from source to target, `layers + 1` of them; hops: one per layer. Without a path, `found` and `bool(path)` are
+    False, both are empty, and `heard` is the number of tokens, itself included, with a path to `target`.
     """
 
     pattern: Pattern
@@ -56,11 +62,12 @@ class Path:
 
     @property
     def found(self) -> bool:
+        """Whether there is a path."""
         return bool(self.positions)
 
     @property
     def layers(self) -> int | None:
-        """How many layers it takes; None when there is no way."""
+        """Number of hops, one per layer; None without a path."""
         return len(self.hops) if self.found else None
 
     def __bool__(self) -> bool:
@@ -80,7 +87,7 @@ class Path:
         }
 
     def tell(self, words: Mapping[int, str] | Sequence[str] | None = None) -> str:
-        """The path as a sentence; `words` (by position) are put in place of the numbers.
+        """The path as a sentence; `words` by position (a mapping or a sequence) replace the numbers.
 
         >>> import farlight as fl
         >>> p = path(fl.window(2) | fl.global_tokens([0]), 1000, 998, 500)
@@ -96,16 +103,16 @@ hears [CLS] (0) by global token 0.
                 word = words[position] if words is not None and position < len(words) else None
             return str(position) if word is None else f"{word} ({position})"
 
-        who, whom = name(self.target), name(self.source)
+        target, source = name(self.target), name(self.source)
         if not self.found:
             heard = f": it hears of {self.heard:,} of {self.n:,} tokens, itself included" if self.heard is not None else ""
-            return f"{who} never hears of {whom}, through however many layers{heard}."
+            return f"{target} never hears of {source}, through however many layers{heard}."
         if not self.hops:
-            return f"{who} is {whom} itself: no layer is needed."
-        shown: list[str] = [f"{name(hop.listener)} hears {name(hop.speaker)} by {' or '.join(hop.rules)}" for hop in self.hops]
-        if len(shown) > 8:
-            shown = [*shown[:3], f"… {len(shown) - 6:,} more …", *shown[-3:]]
-        return f"{who} hears of {whom} after {len(self.hops):,} layer{'s' * (len(self.hops) > 1)}: {', '.join(shown)}."
+            return f"{target} is {source} itself: no layer is needed."
+        sentences = [f"{name(hop.listener)} hears {name(hop.speaker)} by {' or '.join(hop.rules)}" for hop in self.hops]
+        if len(sentences) > 8:
+            sentences = [*sentences[:3], f"… {len(sentences) - 6:,} more …", *sentences[-3:]]
+        return f"{target} hears of {source} after {len(self.hops):,} layer{'s' * (len(self.hops) > 1)}: {', '.join(sentences)}."
 
     def __str__(self) -> str:
         return self.tell()
@@ -118,14 +125,12 @@ hears [CLS] (0) by global token 0.
 
 
 def path(pattern: Pattern, n: int, source: int, target: int, *, batch: int = 0, head: int = 0) -> Path:
-    """A shortest chain of positions by which the token at `target` hears of the one at `source`, and the rule of each hop.
+    """A shortest path from `source` to `target` in a text of n tokens, with the rule that allows each hop.
 
-    Negative positions count from the end. Walks back from the target, whose keys are few, asking each row for its stretches
-    once; before a step that asks many rows, the source's own listeners are found in one pass, so that the walk ends as soon
-    as it meets one of them. Of several shortest chains it gives one whose relays lie closest to the target.
+    Negative positions count from the end. Of several shortest paths it is one whose relays lie closest to the target. A
+    target that the source does not reach is an answer, not an error: see `Path.found`.
 
-    Raises PatternError or ArgumentError when the pattern or a position does not fit n tokens; a target that never hears of the
-    source is an answer, not an error: see `Path.found`.
+    Raises PatternError or ArgumentError when the pattern or a position does not fit n tokens.
 
     >>> import farlight as fl
     >>> path(fl.window(2), 10, 0, 5).positions
@@ -133,74 +138,71 @@ def path(pattern: Pattern, n: int, source: int, target: int, *, batch: int = 0, 
     >>> print(path(fl.causal(), 10, 7, 5))
     5 never hears of 7, through however many layers: it hears of 6 of 10 tokens, itself included.
     """
-    asked = LazyLinks(pattern, n, batch, head)
-    source, target = position_in("source", source, asked.n), position_in("target", target, asked.n)
-    layers, heard = _walk_back(asked, source, target)
-    if layers is None:
-        return Path(pattern, asked.n, source, target, (), (), heard)
-    positions = _chain(asked, source, target, layers)
-    hops = tuple(_hop(asked, j, i) for j, i in pairwise(positions))
-    return Path(pattern, asked.n, source, target, tuple(positions), hops)
+    lazy = LazyLinks(pattern, n, batch, head)
+    source, target = position_in("source", source, lazy.n), position_in("target", target, lazy.n)
+    frontiers, reached = _backward_frontiers(lazy, source, target)
+    if frontiers is None:
+        return Path(pattern, lazy.n, source, target, (), (), reached)
+    positions = _read_off(lazy, source, target, frontiers)
+    hops = tuple(_hop(lazy, j, i) for j, i in pairwise(positions))
+    return Path(pattern, lazy.n, source, target, tuple(positions), hops)
 
 
-def _walk_back(asked: LazyLinks, source: int, target: int) -> tuple[list[Array] | None, int]:
-    """The tokens that target hears of after exactly 0, 1, … layers, up to one layer before the source; None without a way.
-    And how many tokens it was known to hear of when the walk ended.
+def _backward_frontiers(lazy: LazyLinks, source: int, target: int) -> tuple[list[Array] | None, int]:
+    """(frontiers, tokens reached): the tokens at distance 0, 1, … from the target, up to the layer before the source; None
+    without a path.
     """
-    links: LazyLinks | Links = asked
-    known = np.zeros(asked.n, dtype=bool)
-    known[target] = True
-    newest = np.array([target])
-    layers: list[Array] = []
-    listeners: Array | None = None
-    while newest.size:
-        if newest[np.searchsorted(newest, source) % newest.size] == source:
-            return layers, int(known.sum())
-        if listeners is None and newest.size > _MANY:
-            listeners = _sees(asked, np.arange(asked.n), source)
-        layers.append(newest)
-        if listeners is not None and bool(listeners[newest].any()):
-            return layers, int(known.sum())
-        if len(layers) == _LONG:
-            links = asked.all()
-        newest = _one_layer_back(links, newest, known)
-    return None, int(known.sum())
+    links: LazyLinks | Links = lazy
+    reached = np.zeros(lazy.n, dtype=bool)
+    reached[target] = True
+    frontier = np.array([target])
+    frontiers: list[Array] = []
+    sees_source: Array | None = None
+    while frontier.size:
+        if frontier[np.searchsorted(frontier, source) % frontier.size] == source:
+            return frontiers, int(reached.sum())
+        if sees_source is None and frontier.size > _LARGE_FRONTIER:
+            sees_source = _sees(lazy, np.arange(lazy.n), source)
+        frontiers.append(frontier)
+        if sees_source is not None and bool(sees_source[frontier].any()):
+            return frontiers, int(reached.sum())
+        if len(frontiers) == _MAX_LAZY_DEPTH:
+            links = lazy.all()
+        frontier = _next_frontier(links, frontier, reached)
+    return None, int(reached.sum())
 
 
-def _one_layer_back(links: LazyLinks | Links, rows: Array, known: Array) -> Array:
-    """The tokens that these rows see and that were not known; they are now."""
-    found = []
-    for part in links.stretches(rows):
-        order = np.argsort(part.lo, kind="stable")
-        lo, reach = part.lo[order], np.maximum.accumulate(part.hi[order])
-        first = np.flatnonzero(np.append(True, lo[1:] > reach[:-1]))
-        slots = ranges(lo[first], reach[np.append(first[1:], lo.size) - 1])
+def _next_frontier(links: LazyLinks | Links, rows: Array, reached: Array) -> Array:
+    """The sorted keys of these rows that are not in the (n,) bool `reached`, which is updated."""
+    parts = []
+    for part in links.runs(rows):
+        start, stop, _, _ = merge_runs(part.lo, part.hi)
+        slots = expand_ranges(start, stop)[1]
         keys = slots if part.slots is None else part.slots[slots].astype(np.int64)
-        keys = keys[~known[keys]]
-        known[keys] = True
-        found.append(keys)
-    return np.sort(np.concatenate(found)) if found else rows[:0]
+        keys = keys[~reached[keys]]
+        reached[keys] = True
+        parts.append(keys)
+    return np.sort(np.concatenate(parts)) if parts else rows[:0]
 
 
-def _sees(asked: LazyLinks, rows: Array, key: int) -> Array:
-    """Elementwise: does the query at each of these positions see the key?"""
-    item, head, i = torch.tensor(asked.batch, device="cpu"), torch.tensor(asked.head, device="cpu"), torch.from_numpy(rows)
-    seen: Array = asked.pattern._allows(asked.sizes, item, head, i, torch.tensor(key, device="cpu")).expand(i.shape).numpy()
-    return seen
+def _sees(lazy: LazyLinks, rows: Array, key: int) -> Array:
+    """Elementwise: whether the query at each of these positions sees the key."""
+    item, head, i = torch.tensor(lazy.batch, device="cpu"), torch.tensor(lazy.head, device="cpu"), torch.from_numpy(rows)
+    allowed: Array = lazy.pattern._allows(lazy.sizes, item, head, i, torch.tensor(key, device="cpu")).expand(i.shape).numpy()
+    return allowed
 
 
-def _chain(asked: LazyLinks, source: int, target: int, layers: list[Array]) -> list[int]:
-    """From the source through one token of each layer, last to first, each of which sees the one before."""
-    chain = [source]
-    for rows in reversed(layers):
-        who = rows[_sees(asked, rows, chain[-1])]
-        chain.append(int(who[np.abs(who - target).argmin()]))
-    return chain
+def _read_off(lazy: LazyLinks, source: int, target: int, frontiers: list[Array]) -> list[int]:
+    """Positions of the path: the source, then from the last frontier to the first a token that sees the one before."""
+    positions = [source]
+    for rows in reversed(frontiers):
+        candidates = rows[_sees(lazy, rows, positions[-1])]
+        positions.append(int(candidates[np.abs(candidates - target).argmin()]))
+    return positions
 
 
-def _hop(asked: LazyLinks, speaker: int, listener: int) -> Hop:
-    item, head, i, j = (torch.tensor(x, device="cpu") for x in (asked.batch, asked.head, listener, speaker))
-    rules = rules_of(
-        asked.pattern, listener, speaker, asked.head, lambda part: bool(part._allows(asked.sizes, item, head, i, j))
-    )
+def _hop(lazy: LazyLinks, speaker: int, listener: int) -> Hop:
+    """The hop with the rules that allow it."""
+    item, head, i, j = (torch.tensor(x, device="cpu") for x in (lazy.batch, lazy.head, listener, speaker))
+    rules = rules_of(lazy.pattern, listener, speaker, lazy.head, lambda part: bool(part._allows(lazy.sizes, item, head, i, j)))
     return Hop(speaker, listener, rules)

@@ -1,4 +1,7 @@
-"""How much of the text has a token heard of after each layer, and through how many vectors?"""
+"""Receptive field by layer: the share of the text whose information has reached a token, and the load of relays.
+
+After ℓ layers a token has information of all tokens within distance ℓ (`graph/distances.py`), itself included.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ __all__ = ["Reach", "reach"]
 
 @dataclass(frozen=True, eq=False)
 class Reach:
-    """What `fl.reach` found: the receptive field layer by layer.
+    """The receptive field by layer, the result of `fl.reach`.
 
-    `share[layer, t]` is the share of the n tokens that the token at `positions[t]` has heard of after so many layers, itself
-    included (so `share[0]` is 1 / n). `mean[layer]` and `worst[layer]` are over all tokens when `exact`, else the mean's
-    estimate, with `margin[layer]` as half the width of its confidence interval, and the least met.
+    positions: (T,) tokens searched. share: (layers + 1, T), the share of the n tokens within distance `layer` of
+    `positions[t]`, itself included (so `share[0]` is 1 / n). mean, worst: per layer, over all tokens when `exact`; else the
+    estimated mean, with `margin` as half the width of its confidence interval, and the minimum over the sample.
     """
 
     pattern: Pattern
@@ -43,7 +46,7 @@ class Reach:
     capacity: Capacity | None
 
     def depth(self, share: float = 1.0) -> int | None:
-        """The first layer after which a token has heard of this share of the text on average; None when none of these."""
+        """The first layer at which the mean reaches this share of the text; None when no layer does."""
         return next((layer for layer, mean in enumerate(self.mean) if mean >= share - 1e-12), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,16 +72,16 @@ class Reach:
         return plot_reach(self, ax=ax)
 
     def __str__(self) -> str:
-        how = (
+        method = (
             "every token"
             if self.exact
             else f"{self.positions.size:,} tokens drawn, margins at {self.confidence:.0%} confidence"
         )
-        lines = [f"{self.pattern!r} over {self.n:,} tokens ({how})", "layer   mean heard of   worst"]
-        for layer in _shown(self.layers):
+        lines = [f"{self.pattern!r} over {self.n:,} tokens ({method})", "layer   mean heard of   worst"]
+        for layer in _printed_layers(self.layers):
             mean, margin = self.mean[layer], self.margin[layer]
-            said = f"{_share(mean)}" + (f" ± {_share(margin)}" if margin else "")
-            lines.append(f"{layer:>5}   {said:>13}   {_share(self.worst[layer])}")
+            mean_text = _percent(mean) + (f" ± {_percent(margin)}" if margin else "")
+            lines.append(f"{layer:>5}   {mean_text:>13}   {_percent(self.worst[layer])}")
         return "\n".join([*lines, *([] if self.capacity is None else [str(self.capacity)])])
 
 
@@ -94,13 +97,17 @@ def reach(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Reach:
-    """Share of the text that a token has heard of after 0, 1, … `layers` layers, and how many tokens share a relay.
+    """Share of the text whose information has reached a token after 0, 1, … `layers` layers, and the load of relays.
 
-    A token keeps what it knows and in each layer hears what its keys knew before. Args: `n` tokens; `batch`, `head`;
-    `targets`, how many tokens to ask (None: all where that is affordable; n: all), drawn by `seed` with margins at
-    `confidence`; `readers`, for how many the loads of relays are worked out (0: for none), see `Capacity`.
+    A token keeps its own information (the residual stream) and in each layer receives what its keys had the layer before.
 
-    Raises PatternError when the pattern does not fit n tokens, ArgumentError for anything else that cannot be.
+    Args:
+        n: tokens, as queries and as keys. batch, head: for patterns that vary over them.
+        targets: tokens to search from. None: all where the budget allows it, else a sample drawn by `seed`; n: all.
+        readers: sampled readers for the loads of relays, see `Capacity`; 0: no capacity.
+        confidence: of the margins when tokens are sampled.
+
+    Raises PatternError when the pattern does not fit n tokens, ArgumentError for any other argument out of range.
 
     >>> import farlight as fl
     >>> far = reach(fl.window(5), 100, 4)
@@ -112,39 +119,41 @@ def reach(
     except ValueError as error:
         raise ArgumentError(str(error)) from None
     confidence, targets = check_confidence(confidence), check_targets(targets)
-    asked = LazyLinks(pattern, n, batch, head)
-    n, links = asked.n, asked.all()
-    hops = survey(links, targets=targets, layers=layers, most_hops=layers, seed=seed)
-    share = hops.cumulative / n
-    drawn, rest = share[:, hops.sure :], (n - hops.sure) / n
-    # The sure ones count as they are, the drawn ones for all others; one layer is known from the number of links.
-    mean = share[:, : hops.sure].sum(1) / n + rest * drawn.mean(1)
-    mean[1:2] = (links.degree.sum() + n) / n**2
+    lazy = LazyLinks(pattern, n, batch, head)
+    n, links = lazy.n, lazy.all()
+    distances = survey(links, targets=targets, layers=layers, max_depth=layers, seed=seed)
+    share = distances.cumulative / n
+    fixed, population = distances.fixed, n - distances.fixed
+    sampled = share[:, fixed:]
+    # Fixed targets count once, the sample stands for all others; the mean after one layer follows from the number of links.
+    mean = share[:, :fixed].sum(1) / n + population / n * sampled.mean(1)
+    mean[1:2] = (links.in_degree.sum() + n) / n**2
     margin = [
-        0.0 if layer < 2 else rest * margin_of_mean(drawn[layer], n - hops.sure, confidence, max(row, 1 - row))
-        for layer, row in enumerate(mean.tolist())
+        0.0 if layer < 2 else population / n * margin_of_mean(sampled[layer], population, confidence, max(x, 1 - x))
+        for layer, x in enumerate(mean.tolist())
     ]
     return Reach(
         pattern,
         n,
         layers,
-        hops.targets,
+        distances.targets,
         share,
         tuple(mean.tolist()),
         tuple(margin),
         tuple(share.min(1).tolist()),
-        hops.exact,
+        distances.exact,
         confidence,
         capacity(links, readers=readers, seed=seed) if readers else None,
     )
 
 
-def _shown(layers: int) -> list[int]:
-    """All layers when few, else 0, 1, 2, 4, 8 … and the last."""
+def _printed_layers(layers: int) -> list[int]:
+    """All layers up to 12, else 0, 1, 2, 4, 8 … and the last."""
     if layers <= 12:
         return list(range(layers + 1))
     return sorted({0, layers, *(2**k for k in range(int(math.log2(layers)) + 1))})
 
 
-def _share(share: float) -> str:
+def _percent(share: float) -> str:
+    """A percentage with two decimals, or two significant digits below 1 %."""
     return f"{100 * share:.2f}%" if share >= 0.0095 or not share else f"{100 * share:.2g}%"

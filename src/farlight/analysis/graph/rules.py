@@ -1,8 +1,9 @@
-"""By which rule a link is allowed, in words: the positive atoms of the expression that hold for it.
+"""The rules that allow a link, in words: the positive atoms of the pattern's expression that contain the pair.
 
-A union names the parts that allow the link. An intersection needs all its parts: those that only restrict (the past,
-padding, documents, everything) are said after the one that reaches out, "window within the past". A difference names what
-it takes from. A complement allows by absence and is named by its expression.
+- Union: the rules of the parts that contain the pair.
+- Intersection: parts that only restrict (causal, padding, documents, full, complements) follow the rules of the others:
+  "window within the past".
+- Difference: the rules of its left side. Complement: its expression, as no atom contains the pair.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ _REACH: dict[type[Pattern], str] = {
 
 
 def rules_of(pattern: Pattern, i: int, j: int, head: int, holds: Holds) -> tuple[str, ...]:
-    """The rules that allow the query at i to see the key at j, which the pattern must allow; `holds(part)` says whether a
-    part of the pattern allows it.
+    """The distinct rules by which the pattern allows the query at i to see the key at j, for one head.
+
+    `holds(part)` says whether a part of the pattern contains the pair; the pattern itself must.
 
     >>> import farlight as fl
     >>> p = fl.causal() & (fl.window(4) | fl.global_tokens([0]))
@@ -54,47 +56,47 @@ def rules_of(pattern: Pattern, i: int, j: int, head: int, holds: Holds) -> tuple
     """
     match pattern:
         case Union(parts=(left, right)):
-            found = [rule for part in (left, right) if holds(part) for rule in rules_of(part, i, j, head, holds)]
+            rules = [rule for part in (left, right) if holds(part) for rule in rules_of(part, i, j, head, holds)]
         case Intersection(parts=parts):
-            found = _both([(part, rules_of(part, i, j, head, holds)) for part in parts])
+            rules = _intersection_rules([(part, rules_of(part, i, j, head, holds)) for part in parts])
         case Difference(parts=(left, _)):
-            found = list(rules_of(left, i, j, head, holds))
+            rules = list(rules_of(left, i, j, head, holds))
         case Complement(parts=(Complement(parts=(inner,)),)):
-            found = list(rules_of(inner, i, j, head, holds))
+            rules = list(rules_of(inner, i, j, head, holds))
         case PerHead():
-            found = list(rules_of(pattern.parts[head], i, j, head, holds))
+            rules = list(rules_of(pattern.parts[head], i, j, head, holds))
         case Atom():
-            found = [_named(pattern, i, j, holds)]
+            rules = [_atom_rule(pattern, i, j, holds)]
         case _:
-            found = [repr(pattern)]
-    return tuple(dict.fromkeys(found))
+            rules = [repr(pattern)]
+    return tuple(dict.fromkeys(rules))
 
 
-def _both(sides: list[tuple[Pattern, tuple[str, ...]]]) -> list[str]:
-    """Rules of an intersection: each that reaches out, followed by what it lies within."""
+def _intersection_rules(sides: list[tuple[Pattern, tuple[str, ...]]]) -> list[str]:
+    """Rules of an intersection from (part, its rules): each combination of non-restricting rules, "within" the restricting."""
     limits = [rules for part, rules in sides if _restricts(part)]
     reaching = [rules for part, rules in sides if not _restricts(part)]
-    said = [rule for rules in limits for rule in rules if rule != _RESTRICT[full]]
+    limit_names = [rule for rules in limits for rule in rules if rule != _RESTRICT[full]]
     if not reaching:
-        return [" and ".join(said) or _RESTRICT[full]]
-    out = list(reaching[0])
+        return [" and ".join(limit_names) or _RESTRICT[full]]
+    combined = list(reaching[0])
     for rules in reaching[1:]:
-        out = [f"{a} and {b}" for a in out for b in rules]
-    return [f"{rule} within {' and '.join(said)}" if said else rule for rule in out]
+        combined = [f"{a} and {b}" for a in combined for b in rules]
+    return [f"{rule} within {' and '.join(limit_names)}" if limit_names else rule for rule in combined]
 
 
 def _restricts(part: Pattern) -> bool:
-    """Whether a part of an intersection only says where not to look."""
+    """Whether a part of an intersection is named as a limit: a complement, or made of restricting atoms only."""
     if isinstance(part, Complement):
         return True
     return all(type(atom) in _RESTRICT or isinstance(atom, HeadsOf) for atom in part.atoms())
 
 
-def _named(atom: Atom, i: int, j: int, holds: Holds) -> str:
+def _atom_rule(atom: Atom, i: int, j: int, holds: Holds) -> str:
+    """The name of one atom's rule."""
     if isinstance(atom, global_tokens | sees_all | seen_by_all):
-        # Which end of the link is the lighthouse: the key that all see, or the query that sees all.
-        named = atom.positions if atom.positions is not None else atom._tables[0]
-        by_key = isinstance(atom, seen_by_all) or (isinstance(atom, global_tokens) and holds(seen_by_all(named)))
+        # Which end of the link is the global token: the key that all see, or the query that sees all.
+        positions = atom.positions if atom.positions is not None else atom._tables[0]
+        by_key = isinstance(atom, seen_by_all) or (isinstance(atom, global_tokens) and holds(seen_by_all(positions)))
         return f"global token {j if by_key else i}"
-    kind = type(atom)
-    return _REACH.get(kind) or _RESTRICT.get(kind) or repr(atom)
+    return _REACH.get(type(atom)) or _RESTRICT.get(type(atom)) or repr(atom)

@@ -1,10 +1,16 @@
-"""Giving the bits of rows to whole stretches of slots: `out[s] = OR of bits[row] over the stretches that hold s`.
+"""Scatter-or of row bitsets to runs of slots: `out[s]` = OR of `bits[row]` over the runs `[lo, hi)` that contain slot s.
 
-Sums over a stretch are differences of prefix sums; "or" has no differences. What it has is that a stretch is the union of
-two overlapping ones whose length is a power of two. So each stretch writes its bits twice, at the level of that power, and
-the levels are then passed down: what is true of `[p, p + 2^k)` is true of both its halves. Stretches longer than 256 are
-written to whole blocks of 256 slots as well, by the same rule among blocks. The cost is two writes for each stretch and
-nine passes over the slots, whatever the stretches' lengths.
+A sum over runs would be a difference of prefix sums; OR has no inverse, so a sparse table is used. A run of length L with
+2^k <= L < 2^(k+1) is the union of two overlapping runs of length 2^k: `[lo, lo + 2^k)` and `[hi - 2^k, hi)`. The forward
+pass of `RunScatter.scatter`:
+
+1. Level k holds one bitset per start position p, meaning `[p, p + 2^k)`. Each run writes its bits at two positions of its
+   level.
+2. From the top level down, the bitset of `[p, p + 2^k)` is or-ed into its halves at level k - 1. Level 0 is the result.
+
+Levels end at k = 8. Runs that contain a whole aligned block of 256 slots are also scattered over block numbers by a nested
+`RunScatter`, whose result enters at the top level. The cost is two writes per run and nine passes over the slots, whatever
+the lengths of the runs.
 """
 
 from __future__ import annotations
@@ -16,80 +22,88 @@ import numpy as np
 from farlight.analysis.graph.bits import or_rows
 from farlight.analysis.graph.links import Array
 
-__all__ = ["Spread"]
+__all__ = ["RunScatter"]
 
-_TOP = 8
-_BLOCK = 1 << _TOP
-_WRITES_AT_ONCE = 1 << 22
+_TOP_LEVEL = 8
+_BLOCK = 1 << _TOP_LEVEL
+# Rows gathered at once where several runs write to one position.
+_MAX_WRITES = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
-class _Writes:
-    """At one level: the bits of rows `row[start[x]:start[x + 1]]`, united, belong at `place[x]`; places are distinct."""
+class _LevelWrites:
+    """The writes of one level, grouped by position: the OR of the bits of rows `row[start[x]:start[x + 1]]` goes to
+    `place[x]`; places are distinct and sorted.
+    """
 
     row: Array
     start: Array
     place: Array
 
     @staticmethod
-    def of(row: Array, place: Array) -> _Writes:
+    def of(row: Array, place: Array) -> _LevelWrites:
+        """Group single writes (row, place)."""
         if place.size and not bool((place[1:] >= place[:-1]).all()):
             order = np.argsort(place, kind="stable")
             row, place = row[order], place[order]
-        new = np.ones(place.size, dtype=bool)
-        new[1:] = place[1:] != place[:-1]
-        start = np.flatnonzero(new)
-        return _Writes(row.astype(np.int32), start, place[start].astype(np.int32))
+        is_first = np.ones(place.size, dtype=bool)
+        is_first[1:] = place[1:] != place[:-1]
+        start = np.flatnonzero(is_first)
+        return _LevelWrites(row.astype(np.int32), start, place[start].astype(np.int32))
 
     def write(self, bits: Array, table: Array) -> None:
+        """Or the rows' bits into the level's table."""
         if self.start.size == self.row.size:
             if self.row.size:
                 or_rows(table, self.place, bits.take(self.row, axis=0))
             return
-        at = 0
-        while at < self.start.size:
-            # Some million writes at a time; places with many rows stay in one piece.
-            end = int(np.searchsorted(self.start, self.start[at] + _WRITES_AT_ONCE))
-            begin, stop = self.start[at], self.start[end] if end < self.start.size else self.row.size
-            read = bits.take(self.row[begin:stop], axis=0)
-            or_rows(table, self.place[at:end], np.bitwise_or.reduceat(read, self.start[at:end] - begin, axis=0))
-            at = end
+        group = 0
+        while group < self.start.size:
+            # Bounds the gathered copy; the rows of one place stay in one chunk.
+            group_end = int(np.searchsorted(self.start, self.start[group] + _MAX_WRITES))
+            begin, end = self.start[group], self.start[group_end] if group_end < self.start.size else self.row.size
+            gathered = bits.take(self.row[begin:end], axis=0)
+            united = np.bitwise_or.reduceat(gathered, self.start[group:group_end] - begin, axis=0)
+            or_rows(table, self.place[group:group_end], united)
+            group = group_end
 
 
-class Spread:
-    """Prepared stretches; `spread(bits)` may be asked many times.
+class RunScatter:
+    """Runs prepared for repeated scatters: run x gives the bits of `row[x]` to the slots `lo[x] … hi[x] - 1` of `size`.
 
-    >>> give = Spread(np.array([0, 1]), np.array([1, 3]), np.array([4, 6]), 6)
-    >>> give.spread(np.array([[1], [2]], dtype=np.uint64)).ravel().tolist()
+    `work` is the cost of one scatter in words touched, per word of bits.
+
+    >>> runs = RunScatter(np.array([0, 1]), np.array([1, 3]), np.array([4, 6]), 6)
+    >>> runs.scatter(np.array([[1], [2]], dtype=np.uint64)).ravel().tolist()
     [0, 1, 1, 3, 2, 2]
     """
 
     def __init__(self, row: Array, lo: Array, hi: Array, size: int) -> None:
         self.size = size
-        width = hi - lo
-        level = np.frexp(width.astype(np.float64))[1] - 1 if width.size else np.zeros(0, dtype=np.int32)
-        np.minimum(level, _TOP, out=level)
-        self.levels: dict[int, _Writes] = {}
+        length = hi - lo
+        # frexp gives the exponent e with length < 2^e: floor(log2(length)) = e - 1.
+        level = np.frexp(length.astype(np.float64))[1] - 1 if length.size else np.zeros(0, dtype=np.int32)
+        np.minimum(level, _TOP_LEVEL, out=level)
+        self.levels: dict[int, _LevelWrites] = {}
         for k in range(int(level.max()) + 1 if level.size else 0):
-            pick = np.flatnonzero(level == k)
-            if not pick.size:
+            runs = np.flatnonzero(level == k)
+            if not runs.size:
                 continue
-            r, a, b = row[pick], lo[pick], hi[pick] - (1 << k)
-            # A stretch of length 2^k is written once.
-            two = b > a
-            self.levels[k] = _Writes.of(np.concatenate((r, r[two])), np.concatenate((a, b[two])))
-        self.blocks: Spread | None = None
-        if _TOP in self.levels:
+            rows, left, right = row[runs], lo[runs], hi[runs] - (1 << k)
+            # A run of length 2^k exactly has one position, not two.
+            has_two = right > left
+            self.levels[k] = _LevelWrites.of(np.concatenate((rows, rows[has_two])), np.concatenate((left, right[has_two])))
+        self.blocks: RunScatter | None = None
+        if _TOP_LEVEL in self.levels:
             first, last = -(-lo // _BLOCK), hi // _BLOCK
-            long = last > first
-            if bool(long.any()):
-                self.blocks = Spread(row[long], first[long], last[long], size // _BLOCK)
-        #: What one call costs, in words touched for each word of bits.
+            has_block = last > first
+            if bool(has_block.any()):
+                self.blocks = RunScatter(row[has_block], first[has_block], last[has_block], size // _BLOCK)
         self.work = sum(writes.row.size for writes in self.levels.values())
         self.work += size * (max(self.levels, default=0) + 1) + (self.blocks.work if self.blocks else 0)
 
-    def spread(self, bits: Array) -> Array:
-        """`(size, W)`: the bits that each slot was given by the rows of a `(rows, W)` table."""
+    def scatter(self, bits: Array) -> Array:
+        """`(size, W)` uint64: for each slot the OR of the bits of the rows whose runs contain it; `bits` is `(rows, W)`."""
         words = bits.shape[1]
         table = np.zeros((0, words), dtype=np.uint64)
         for k in range(max(self.levels, default=0), -1, -1):
@@ -98,7 +112,7 @@ class Spread:
                 table[: above.shape[0]] = above
                 table[1 << k : (1 << k) + above.shape[0]] |= above
             elif self.blocks is not None:
-                table[::_BLOCK] |= self.blocks.spread(bits)
+                table[::_BLOCK] |= self.blocks.scatter(bits)
             if k in self.levels:
                 self.levels[k].write(bits, table)
         return table

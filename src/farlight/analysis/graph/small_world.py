@@ -1,4 +1,4 @@
-"""Is it a small world? Hops, clustering and mixing of a pattern's links, beside a random graph and a lattice."""
+"""Small-world metrics of a pattern's link graph, beside the baselines of a random graph and a ring lattice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from farlight.analysis.graph import baselines as yardsticks
+from farlight.analysis.graph import baselines
 from farlight.analysis.graph.clustering import clustering, mean_degree
 from farlight.analysis.graph.distances import survey
 from farlight.analysis.graph.links import LazyLinks
@@ -24,21 +24,20 @@ __all__ = ["SmallWorld", "check_targets", "smallworld"]
 
 @dataclass(frozen=True)
 class SmallWorld:
-    """What `fl.smallworld` found for one head of a pattern over n tokens.
+    """Metrics of one head of a pattern over n tokens, the result of `fl.smallworld`.
 
-    Hops: token i hears of token j ≠ i after h layers when the shortest chain of links from j to i has h of them. `hops` is the
-    mean over the ordered pairs that can be reached at all, `unreachable` the share of the n (n - 1) pairs that cannot;
-    `histogram[h - 1]` is the share of reachable pairs at h hops and `diameter` the largest h that was met (the largest there
-    is when `exact`, at least that when targets were drawn).
+    Distance: token i is at distance h from token j ≠ i when the shortest path of links from j to i has h hops (layers).
+    hops: mean over the ordered reachable pairs; unreachable: share of the n (n - 1) ordered pairs without a path;
+    histogram[h - 1]: share of the reachable pairs at h hops; diameter: the largest h (a lower bound unless `exact`).
 
-    `clustering` and `spectral_gap` are of the undirected graph (see `graph/clustering.py` and `graph/spectrum.py`).
-    `sigma` and `omega` compare with a random graph and a ring lattice of the same degree (`graph/yardsticks.py`), whose own
-    numbers are given beside them.
+    clustering, spectral_gap: of the undirected graph (`graph/clustering.py`, `graph/spectrum.py`). sigma, omega: against a
+    random graph and a ring lattice of the same degree, whose own numbers are the `random_…` and `lattice_…` fields
+    (`graph/baselines.py`).
 
-    A `…_margin` is half the width of the confidence interval at `confidence`, 0 where every token was looked at;
-    `spectral_gap_margin` says how far the iteration was from an eigenvalue when it ended (the gap is then at most what is
-    given). `links` counts the links of tokens to themselves, as `Pattern.count` does; `full_links` is n², or n (n + 1) / 2
-    when no token sees a later one.
+    …_margin: half the width of the confidence interval at `confidence`, 0 for an exact value; `spectral_gap_margin` is the
+    distance of the estimate from an eigenvalue, and the gap then an upper bound. links: self-loops included, as in
+    `Pattern.count`; full_links: n², or n (n + 1) / 2 for a pattern in which no token sees a later one (`causal`). degree: keys
+    per token without self-loops. targets: number of tokens searched from.
     """
 
     pattern: Pattern
@@ -76,11 +75,11 @@ class SmallWorld:
 
     @property
     def saving(self) -> float:
-        """How many times fewer links than full attention (in the same direction) has."""
+        """Ratio of the links of full attention (causal for a causal pattern) to those of the pattern."""
         return self.full_links / self.links if self.links else math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: None where a number is not defined, the pattern as its expression."""
+        """Plain values for JSON: None where a number is undefined, the pattern as its expression."""
         out: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -99,34 +98,34 @@ class SmallWorld:
             (
                 "links",
                 f"{self.links:,}",
-                f"{self._full()}: {_times(self.saving)} fewer; {self.degree:,.1f} keys for each token",
+                f"{self._full_text()}: {_times(self.saving)} fewer; {self.degree:,.1f} keys for each token",
             ),
             (
                 "average hops",
-                _with(self.hops, self.hops_margin),
+                _with_margin(self.hops, self.hops_margin),
                 f"random graph {self.random_hops:.2f}, lattice {self.lattice_hops:,.2f}",
             ),
-            ("diameter", f"{'' if self.exact else '>= '}{self.diameter:,}", _spoken_histogram(self.histogram)),
-            ("unreachable", _percent(self.unreachable, self.unreachable_margin), self._direction()),
+            ("diameter", f"{'' if self.exact else '>= '}{self.diameter:,}", _histogram_text(self.histogram)),
+            ("unreachable", _percent(self.unreachable, self.unreachable_margin), self._unreachable_note()),
             (
                 "clustering",
-                _with(self.clustering, self.clustering_margin, 3),
+                _with_margin(self.clustering, self.clustering_margin, 3),
                 f"random graph {self.random_clustering:.2g}, lattice {self.lattice_clustering:.3f}",
             ),
             ("spectral gap", _gap(self.spectral_gap, self.spectral_gap_margin), "0 = falls apart, 1 = mixes in one step"),
             ("sigma", f"{self.sigma:,.4g}", "far above 1 in a small world"),
             ("omega", f"{self.omega:.2f}", "near 0 in a small world, 1 random, -1 lattice"),
         ]
-        how = "every token" if self.exact else f"{self.targets:,} tokens drawn, margins at {self.confidence:.0%} confidence"
-        wide = max(len(row[1]) for row in rows)
-        lines = [f"{name:<13} {value:>{wide}}   {note}" for name, value, note in rows]
-        return "\n".join([f"{self.pattern!r} over {self.n:,} tokens ({how})", *lines])
+        method = "every token" if self.exact else f"{self.targets:,} tokens drawn, margins at {self.confidence:.0%} confidence"
+        width = max(len(row[1]) for row in rows)
+        lines = [f"{name:<13} {value:>{width}}   {note}" for name, value, note in rows]
+        return "\n".join([f"{self.pattern!r} over {self.n:,} tokens ({method})", *lines])
 
-    def _full(self) -> str:
+    def _full_text(self) -> str:
         name = "causal attention" if self.causal else "full attention"
         return f"{name} {self.full_links:,}"
 
-    def _direction(self) -> str:
+    def _unreachable_note(self) -> str:
         return "of ordered pairs; half must be where no token sees a later one" if self.causal else "of ordered pairs"
 
 
@@ -140,14 +139,16 @@ def smallworld(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> SmallWorld:
-    """How far news travels along a pattern's links: hops, clustering, mixing, and whether that makes a small world.
+    """Path lengths, clustering and mixing of a pattern's links, and the small-world indices sigma and omega.
 
-    Args: `n` tokens, as queries and as keys; `batch` and `head`, for patterns that differ between them; `targets`, how many
-    tokens to walk from (None: all where that is affordable, else as many as about 15 seconds allow; n: all); `confidence` of
-    the margins when tokens are drawn, by `seed`.
+    Args:
+        n: tokens, as queries and as keys.
+        batch, head: for patterns that vary over them.
+        targets: tokens to search from. None: all where about 15 seconds allow it, else a sample drawn by `seed`; n: all.
+        confidence: of the margins when tokens are sampled.
 
-    No n² is formed and rows that see much are never listed: a walk gives each row's set of walks to whole stretches of keys.
-    Raises PatternError when the pattern does not fit n tokens, ArgumentError for anything else that cannot be.
+    Memory and time follow the number of runs of keys, never n². Raises PatternError when the pattern does not fit n tokens,
+    ArgumentError for any other argument out of range.
 
     >>> import farlight as fl
     >>> world = smallworld(fl.window(4) | fl.global_tokens([0]), 1000)
@@ -157,49 +158,49 @@ def smallworld(
     250
     """
     confidence, targets = check_confidence(confidence), check_targets(targets)
-    asked = LazyLinks(pattern, n, batch, head)
-    n, links = asked.n, asked.all()
-    hops = survey(links, targets=targets, seed=seed)
-    mean, mean_margin = hops.mean(confidence)
-    unreachable, unreachable_margin = hops.unreachable(confidence)
-    cluster, cluster_margin = clustering(links, asked, confidence=confidence, seed=seed)
+    lazy = LazyLinks(pattern, n, batch, head)
+    n, links = lazy.n, lazy.all()
+    distances = survey(links, targets=targets, seed=seed)
+    hops, hops_margin = distances.mean(confidence)
+    unreachable, unreachable_margin = distances.unreachable(confidence)
+    coefficient, coefficient_margin = clustering(links, lazy, confidence=confidence, seed=seed)
     gap, gap_margin = spectral_gap(links, seed=seed)
-    each = (links.count - int(links.selfs.sum())) / n
-    degree = mean_degree(links, asked, seed=seed)
-    causal = not links.looks_ahead
+    links_each = (links.count - int(links.self_loops.sum())) / n
+    degree = mean_degree(links, lazy, seed=seed)
+    causal = links.is_causal
     return SmallWorld(
         pattern=pattern,
         n=n,
-        batch=asked.batch,
-        head=asked.head,
+        batch=lazy.batch,
+        head=lazy.head,
         causal=causal,
         links=links.count,
         full_links=n * (n + 1) // 2 if causal else n * n,
-        degree=each,
-        hops=mean,
-        hops_margin=mean_margin,
-        diameter=hops.farthest,
+        degree=links_each,
+        hops=hops,
+        hops_margin=hops_margin,
+        diameter=distances.diameter,
         unreachable=unreachable,
         unreachable_margin=unreachable_margin,
-        histogram=tuple(hops.share.tolist()),
-        clustering=cluster,
-        clustering_margin=cluster_margin,
+        histogram=tuple(distances.histogram.tolist()),
+        clustering=coefficient,
+        clustering_margin=coefficient_margin,
         spectral_gap=gap,
         spectral_gap_margin=gap_margin,
-        random_hops=yardsticks.random_hops(n, each),
-        random_clustering=yardsticks.random_clustering(n, degree),
-        lattice_hops=yardsticks.lattice_hops(n, each),
-        lattice_clustering=yardsticks.lattice_clustering(n, degree),
-        sigma=yardsticks.sigma(mean, cluster, n, each, degree),
-        omega=yardsticks.omega(mean, cluster, n, each, degree),
-        exact=hops.exact,
-        targets=int(hops.targets.size),
+        random_hops=baselines.random_hops(n, links_each),
+        random_clustering=baselines.random_clustering(n, degree),
+        lattice_hops=baselines.lattice_hops(n, links_each),
+        lattice_clustering=baselines.lattice_clustering(n, degree),
+        sigma=baselines.sigma(hops, coefficient, n, links_each, degree),
+        omega=baselines.omega(hops, coefficient, n, links_each, degree),
+        exact=distances.exact,
+        targets=int(distances.targets.size),
         confidence=confidence,
     )
 
 
 def check_targets(targets: int | None) -> int | None:
-    """None, or a number of tokens to walk from."""
+    """`targets` as an int, or None. Raises ArgumentError below 32, the smallest sample with a usable margin."""
     try:
         return None if targets is None else whole("targets", targets, 32)
     except ValueError as error:
@@ -210,8 +211,8 @@ def _times(ratio: float) -> str:
     return f"{ratio:,.0f} times" if ratio >= 10 else f"{ratio:.1f} times"
 
 
-def _with(value: float, margin: float, digits: int = 2) -> str:
-    """A number and its margin, to the digits that the margin leaves meaning."""
+def _with_margin(value: float, margin: float, digits: int = 2) -> str:
+    """`value ± margin`, rounded to the first digits of the margin."""
     if not margin:
         return f"{value:,.{digits}f}"
     digits = max(digits, min(6, 1 - math.floor(math.log10(margin))))
@@ -219,7 +220,7 @@ def _with(value: float, margin: float, digits: int = 2) -> str:
 
 
 def _share(share: float) -> str:
-    """A percentage that is neither 0 nor 100 because of rounding."""
+    """A percentage that rounding turns into neither 0 nor 100."""
     return f"{100 * share:.2g}%" if share < 0.0005 else f"{share:.1%}" if share <= 0.9995 else f"{share:.3%}"
 
 
@@ -233,16 +234,16 @@ def _gap(gap: float, margin: float) -> str:
     return f"{gap:.4g}" if margin <= 1e-3 * gap or gap < 1e-12 else f"<= {gap:.2g}"
 
 
-def _spoken_histogram(histogram: tuple[float, ...]) -> str:
-    """`1 hop 3.0%, 2 hops 97.0%`, or quantiles where there are many."""
+def _histogram_text(histogram: tuple[float, ...]) -> str:
+    """`1 hop 3.0%, 2 hops 97.0%`; quartiles for more than six distances."""
     if not histogram:
         return "no token hears of another"
     if len(histogram) <= 6:
         return ", ".join(f"{hop} hop{'s' * (hop > 1)} {_share(share)}" for hop, share in enumerate(histogram, 1))
-    within, reached = [], 0.0
-    wanted = [0.25, 0.5, 0.75]
+    texts, reached = [], 0.0
+    quartiles = [0.25, 0.5, 0.75]
     for hop, share in enumerate(histogram, 1):
         reached += share
-        while wanted and reached >= wanted[0] - 1e-12:
-            within.append(f"{wanted.pop(0):.0%} within {hop:,}")
-    return ", ".join(within) + " hops"
+        while quartiles and reached >= quartiles[0] - 1e-12:
+            texts.append(f"{quartiles.pop(0):.0%} within {hop:,}")
+    return ", ".join(texts) + " hops"

@@ -1,4 +1,4 @@
-/* Reading what the page carries: base64 of deflated bytes, read back by the browser's own DecompressionStream. */
+/* Decoding of packed data: base64 of zlib-compressed bytes, inflated by the browser's DecompressionStream. */
 "use strict";
 const FL = (window.farlight = {});
 
@@ -13,14 +13,14 @@ const FL = (window.farlight = {});
     return new Response(stream).arrayBuffer();
   }
 
-  /* A list as it stands, packed numbers as a typed array, a packed text as a string. */
+  /* A plain list unchanged, packed numbers as a typed array, a packed text as a string. */
   FL.unpack = async (packed) => {
     if (packed === null || Array.isArray(packed)) return packed;
     const buffer = await inflate(packed.data);
     return packed.kind === "text" ? new TextDecoder().decode(buffer) : new KINDS[packed.kind](buffer);
   };
 
-  /* The same tree with every packed value in it unpacked. */
+  /* A copy of the tree with every packed value decoded. */
   FL.unpackAll = async (value) => {
     if (value === null || typeof value !== "object") return value;
     if (typeof value.data === "string" && typeof value.kind === "string") return FL.unpack(value);
@@ -32,6 +32,6 @@ const FL = (window.farlight = {});
     return out;
   };
 
-  /* Long work gives way to the page some sixty times a second. `alive()` false ends it. */
+  /* Yields to the event loop. Long loops call it about every 14 ms and stop when their `alive()` is false. */
   FL.breathe = () => new Promise((go) => setTimeout(go, 0));
 })();

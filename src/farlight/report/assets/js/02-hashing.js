@@ -1,4 +1,4 @@
-/* The random numbers of farlight.patterns.hashing, in the same 32-bit operations: a function of where, not of when. */
+/* The counter-based random numbers of farlight.patterns.hashing, in the same 32-bit operations. */
 "use strict";
 (() => {
   function mix32(x) {
@@ -9,7 +9,7 @@
     return x ^ (x >>> 16);
   }
 
-  /* One more word into a hash; words are taken modulo 2^32. */
+  /* Hash state after one more 32-bit word. */
   const hashWord = (h, word) => (Math.imul(mix32(h ^ word), 5) + 0xe6546b64) | 0;
 
   const START = 0x9e3779b9 | 0;
@@ -22,7 +22,7 @@
     return Math.floor((high + Math.floor(low / 65536)) / 65536);
   }
 
-  /* `count` distinct numbers below `population`, by Floyd's algorithm, into `out`; how many there are. */
+  /* Writes `count` distinct numbers below `population` into `out` (Floyd's algorithm); returns how many, fewer if population is. */
   FL.drawDistinct = (seed, head, at, count, population, out) => {
     let row = hashWord(hashWord(START, seed[0] | 0), seed[1] | 0);
     row = hashWord(hashWord(row, head), at);

@@ -1,11 +1,9 @@
-/* Sets of keys as sorted, disjoint pieces, and their union, intersection and difference.
+/* Sets of keys as sorted disjoint pieces, with union, intersection and difference as sweeps over two lists.
 
-   A piece is a run [lo, hi) (step 0), or a comb: the keys j of [lo, hi) with (j - lo) mod step < width. Combs keep a stride
-   over a million keys one piece. A sweep over two lists meets, between two ends, at most one piece of each. */
+   A piece is a run [lo, hi) (step 0), or a comb: the keys j of [lo, hi) with (j - lo) mod step < width. A stride over a
+   million keys is one comb. Between two consecutive end points at most one piece of each list is active. */
 "use strict";
 (() => {
-  const MORE = 2;
-
   class Pieces {
     constructor() {
       this.count = 0;
@@ -45,7 +43,7 @@
 
     grow() {
       for (const name of ["lo", "hi", "step", "width"]) {
-        const wide = new Int32Array(this[name].length * MORE);
+        const wide = new Int32Array(2 * this[name].length);
         wide.set(this[name]);
         this[name] = wide;
       }
@@ -86,7 +84,7 @@
       return false;
     }
 
-    /* Calls `visit(lo, hi)` for each run, teeth one by one. */
+    /* Calls `visit(lo, hi)` for each run and each tooth of a comb. */
     runs(visit) {
       for (let x = 0; x < this.count; x++) {
         const { lo, hi, step, width } = this;
@@ -96,10 +94,10 @@
     }
   }
 
-  /* Which parts a combination keeps: 1 what only the first has, 2 what only the second has, 4 what both have. */
+  /* Bits of the regions that an operator keeps: 1 only in A, 2 only in B, 4 in both. */
   const KEEP = { or: 7, and: 4, sub: 1 };
 
-  /* What two combs keep on [a, b): one comb where the teeth line up, else tooth by tooth. */
+  /* Two combs on [a, b): one comb where the teeth align, else tooth by tooth. */
   function twoCombs(A, x, B, y, a, b, keep, out) {
     const shift = A.lo[x] - B.lo[y];
     const [s, w, t, v] = [A.step[x], A.width[x], B.step[y], B.width[y]];
@@ -107,25 +105,26 @@
       if (keep === 7) return (w >= v ? out.copy(A, x, a, b) : out.copy(B, y, a, b));
       if (keep === 4) return (w <= v ? out.copy(A, x, a, b) : out.copy(B, y, a, b));
       if (w <= v) return;
-      // What is left of a tooth of A begins where the tooth of B ends.
+      // The rest of a tooth of A begins where the tooth of B ends.
       return out.clip(A.lo[x] + v, b, s, w - v, a, b);
     }
     if (w === 1 && v === 1 && keep !== 1) {
       const coarse = s % t === 0 && shift % t === 0 ? [A, x, B, y] : t % s === 0 && shift % s === 0 ? [B, y, A, x] : null;
       if (coarse) return keep === 4 ? out.copy(coarse[0], coarse[1], a, b) : out.copy(coarse[2], coarse[3], a, b);
     }
-    const one = TEETH[0].clear(), two = TEETH[1].clear();
-    one.copy(A, x, a, b);
-    two.copy(B, y, a, b);
-    combine(spell(one, TEETH[2].clear()), spell(two, TEETH[3].clear()), keep, a, b, out);
+    const clippedA = SCRATCH[0].clear(), clippedB = SCRATCH[1].clear();
+    clippedA.copy(A, x, a, b);
+    clippedB.copy(B, y, a, b);
+    combine(toRuns(clippedA, SCRATCH[2].clear()), toRuns(clippedB, SCRATCH[3].clear()), keep, a, b, out);
   }
 
-  function spell(pieces, out) {
+  function toRuns(pieces, out) {
     pieces.runs((lo, hi) => out.run(lo, hi));
     FL.work += out.count;
     return out;
   }
 
+  /* A combined with B on [a, b), appended to `out`. */
   function combine(A, B, keep, a, b, out) {
     let x = 0, y = 0, at = a;
     while (at < b) {
@@ -138,7 +137,7 @@
       let to = b;
       if (moreA) to = Math.min(to, inA ? A.hi[x] : A.lo[x]);
       if (moreB) to = Math.min(to, inB ? B.hi[y] : B.lo[y]);
-      if (inA && inB) both(A, x, B, y, at, to, keep, out);
+      if (inA && inB) overlap(A, x, B, y, at, to, keep, out);
       else if (inA && keep & 1) out.copy(A, x, at, to);
       else if (inB && keep & 2) out.copy(B, y, at, to);
       at = to;
@@ -147,22 +146,23 @@
     return out;
   }
 
-  function both(A, x, B, y, a, b, keep, out) {
-    const wholeA = A.step[x] === 0, wholeB = B.step[y] === 0;
-    if (wholeA && wholeB) {
+  /* The part [a, b) that lies in piece x of A and piece y of B. */
+  function overlap(A, x, B, y, a, b, keep, out) {
+    const runA = A.step[x] === 0, runB = B.step[y] === 0;
+    if (runA && runB) {
       if (keep & 4) out.run(a, b);
-    } else if (wholeA) {
+    } else if (runA) {
       if (keep === 7) out.run(a, b);
       else if (keep === 4) out.copy(B, y, a, b);
       else out.gaps(B.lo[y], B.step[y], B.width[y], a, b);
-    } else if (wholeB) {
+    } else if (runB) {
       if (keep === 7) out.run(a, b);
       else if (keep === 4) out.copy(A, x, a, b);
     } else twoCombs(A, x, B, y, a, b, keep, out);
   }
 
-  const TEETH = [new Pieces(), new Pieces(), new Pieces(), new Pieces()];
-  FL.work = 0; // pieces touched: a measure of time that is the same on every machine
+  const SCRATCH = [new Pieces(), new Pieces(), new Pieces(), new Pieces()];
+  FL.work = 0; // pieces touched: a machine-independent measure of time
   FL.Pieces = Pieces;
-  FL.combine = (A, B, how, a, b, out) => combine(A, B, KEEP[how], a, b, out);
+  FL.combine = (A, B, operator, a, b, out) => combine(A, B, KEEP[operator], a, b, out);
 })();

@@ -1,11 +1,11 @@
-/* From the rules that Python wrote (farlight.report.formula) to a pattern that answers two questions, each on its own:
-   `allows(i, j)`, the scalar truth, and `row(i, a, b)`, the keys of [a, b) that the query at i sees, as pieces. */
+/* Evaluator of the rules of farlight.report.formula. A compiled pattern has `allows(i, j)`, one pair, and `row(i, a, b)`, the
+   keys of [a, b) that the query at i sees, as pieces; the two are implemented independently and tested against each other. */
 "use strict";
 (() => {
   const { Pieces, combine } = FL;
   const mod = (x, m) => ((x % m) + m) % m;
 
-  /* In which run lo, hi, lo, hi, … a position lies, or -1. */
+  /* Index of the run in lo, hi, lo, hi, … that contains a position, or -1. */
   function runAt(runs, position) {
     let low = 0, high = runs.length / 2;
     while (low < high) {
@@ -18,7 +18,7 @@
 
   FL.inRuns = (runs, position) => runAt(runs, position) >= 0;
 
-  /* The first place in sorted `list[from … to - 1]` whose value is at least `value`. */
+  /* The first index in sorted `list[from … to - 1]` with at least this value. */
   function lowerBound(list, value, from, to) {
     while (from < to) {
       const middle = (from + to) >> 1;
@@ -28,7 +28,7 @@
     return from;
   }
 
-  /* Runs of a list of pairs of ends, cut to [a, b). */
+  /* The runs lo, hi, lo, hi, … clipped to [a, b). */
   function cut(runs, a, b, out) {
     for (let x = 0; x < runs.length; x += 2) {
       if (runs[x] >= b) break;
@@ -38,13 +38,13 @@
 
   const within = (lo, hi, a, b, out) => out.run(Math.max(lo, a), Math.min(hi, b));
 
-  /* Keys of a sorted table with `each` entries per row, as runs of `block` keys; -1 is none, a repeated one counts once. */
-  function sortedTable(rule, n) {
+  /* An index table with `each` entries per query block, each a block of keys; -1 is padding, duplicates count once. */
+  function indexTable(rule, n) {
     const rows = rule.table.length / Math.max(1, rule.each), line = new Int32Array(rule.each);
-    let held = -1, size = 0;
+    let cachedRow = -1, size = 0;
     const read = (row) => {
-      if (row === held) return size;
-      held = row;
+      if (row === cachedRow) return size;
+      cachedRow = row;
       line.set(rule.table.subarray ? rule.table.subarray(row * rule.each, (row + 1) * rule.each)
         : rule.table.slice(row * rule.each, (row + 1) * rule.each));
       line.sort();
@@ -69,7 +69,7 @@
     };
   }
 
-  /* A table of bits, one row for each run of `block` queries. */
+  /* A bit mask over blocks of queries and keys. */
   function layout(rule, n) {
     const bit = (row, column) => (rule.bits[row * rule.bytes + (column >> 3)] >> (column & 7)) & 1;
     return {
@@ -87,21 +87,21 @@
     };
   }
 
-  /* Tokens with equal labels meet; -1 meets nobody. */
+  /* Equal labels; -1 is in no cluster. Keys are bucketed by label (counting sort). */
   function labels(rule, n) {
     const query = rule.labels[0], key = rule.labels[rule.labels.length - 1];
-    let most = -1;
-    for (let x = 0; x < n; x++) if (key[x] > most) most = key[x];
-    const first = new Int32Array(most + 2), keys = new Int32Array(n);
+    let maxLabel = -1;
+    for (let x = 0; x < n; x++) if (key[x] > maxLabel) maxLabel = key[x];
+    const first = new Int32Array(maxLabel + 2), keys = new Int32Array(n);
     for (let x = 0; x < n; x++) if (key[x] >= 0) first[key[x] + 1]++;
-    for (let x = 0; x <= most; x++) first[x + 1] += first[x];
+    for (let x = 0; x <= maxLabel; x++) first[x + 1] += first[x];
     const next = first.slice();
     for (let x = 0; x < n; x++) if (key[x] >= 0) keys[next[key[x]]++] = x;
     return {
       allows: (i, j) => query[i] >= 0 && query[i] === key[j],
       fill(i, a, b, out) {
         const label = query[i];
-        if (label < 0 || label > most) return;
+        if (label < 0 || label > maxLabel) return;
         for (let x = lowerBound(keys, a, first[label], first[label + 1]); x < first[label + 1] && keys[x] < b; x++) {
           out.run(keys[x], keys[x] + 1);
         }
@@ -109,27 +109,28 @@
     };
   }
 
-  function drawn(rule, n, unit) {
-    const population = Math.ceil(n / unit), count = Math.min(rule.count, population), found = new Int32Array(count);
-    let held = -1, size = 0;
+  /* Random keys (unit 1) or random blocks of `unit` keys. */
+  function randomUnits(rule, n, unit) {
+    const population = Math.ceil(n / unit), count = Math.min(rule.count, population), units = new Int32Array(count);
+    let cachedAt = -1, size = 0;
     const draw = (at) => {
-      if (at === held) return size;
-      held = at;
-      size = FL.drawDistinct(rule.seed, rule.head, at, count, rule.causal ? Math.min(at + 1, population) : population, found);
-      found.subarray(0, size).sort();
+      if (at === cachedAt) return size;
+      cachedAt = at;
+      size = FL.drawDistinct(rule.seed, rule.head, at, count, rule.causal ? Math.min(at + 1, population) : population, units);
+      units.subarray(0, size).sort();
       return size;
     };
-    // A draw by keys is causal by itself; of the query's own block only what is not ahead may be seen.
+    // Single keys are drawn from the past; of the query's own block only the keys up to the query are visible.
     const end = (i) => (rule.causal && unit > 1 ? Math.min(n, i + 1) : n);
     return {
       allows(i, j) {
-        const wanted = Math.floor(j / unit);
-        for (let x = 0, size = draw(Math.floor(i / unit)); x < size; x++) if (found[x] === wanted) return j < end(i);
+        const unitOfKey = Math.floor(j / unit);
+        for (let x = 0, size = draw(Math.floor(i / unit)); x < size; x++) if (units[x] === unitOfKey) return j < end(i);
         return false;
       },
       fill(i, a, b, out) {
         for (let x = 0, size = draw(Math.floor(i / unit)); x < size; x++) {
-          within(found[x] * unit, Math.min(end(i), (found[x] + 1) * unit), a, b, out);
+          within(units[x] * unit, Math.min(end(i), (units[x] + 1) * unit), a, b, out);
         }
       },
     };
@@ -166,8 +167,8 @@
           return step >= -left && step <= right;
         },
         fill(i, a, b, out) {
-          const own = Math.floor(i / block);
-          within((own - left) * block, (own + right + 1) * block, a, b, out);
+          const queryBlock = Math.floor(i / block);
+          within((queryBlock - left) * block, (queryBlock + right + 1) * block, a, b, out);
         },
       };
     },
@@ -199,10 +200,10 @@
     clusters: labels,
     pairs: layout,
     blocks: layout,
-    chosen_keys: sortedTable,
-    chosen_blocks: sortedTable,
-    random_keys: (rule, n) => drawn(rule, n, 1),
-    random_blocks: (rule, n) => drawn(rule, n, rule.block),
+    chosen_keys: indexTable,
+    chosen_blocks: indexTable,
+    random_keys: (rule, n) => randomUnits(rule, n, 1),
+    random_blocks: (rule, n) => randomUnits(rule, n, rule.block),
     stretches({ first, lo, hi }) {
       return {
         allows(i, j) {
@@ -216,31 +217,32 @@
     },
   };
 
-  const WHOLE = new Pieces();
+  const UNIVERSE = new Pieces();
 
-  const JOINED = {
+  const OPERATORS = {
     or: ([p, q]) => ({ allows: (i, j) => p.allows(i, j) || q.allows(i, j) }),
     and: ([p, q]) => ({ allows: (i, j) => p.allows(i, j) && q.allows(i, j) }),
     sub: ([p, q]) => ({ allows: (i, j) => p.allows(i, j) && !q.allows(i, j) }),
     not: ([p]) => ({
       allows: (i, j) => !p.allows(i, j),
       fill: (i, a, b, out) => {
-        WHOLE.clear().run(a, b);
-        combine(WHOLE, p.row(i, a, b), "sub", a, b, out);
+        UNIVERSE.clear().run(a, b);
+        combine(UNIVERSE, p.row(i, a, b), "sub", a, b, out);
       },
     }),
   };
 
-  /* A rule whose tables have been unpacked, over n tokens. `rule` stays on the pattern, for naming hops. */
+  /* Compiles an unpacked rule over n tokens. The pattern keeps `rule` and `parts` for the names of hops. `row` returns one
+     buffer per pattern, overwritten by the next call. */
   FL.compile = (rule, n) => {
-    const out = new Pieces(), how = rule.is;
+    const out = new Pieces(), operator = rule.is;
     const parts = rule.parts ? rule.parts.map((part) => FL.compile(part, n)) : [];
-    const made = JOINED[how] ? JOINED[how](parts) : ATOMS[how](rule, n);
-    const fill = made.fill
-      || ((i, a, b) => combine(parts[0].row(i, a, b), parts[1].row(i, a, b), how, a, b, out));
+    const evaluator = OPERATORS[operator] ? OPERATORS[operator](parts) : ATOMS[operator](rule, n);
+    const fill = evaluator.fill
+      || ((i, a, b) => combine(parts[0].row(i, a, b), parts[1].row(i, a, b), operator, a, b, out));
     return {
       n, rule, parts,
-      allows: made.allows,
+      allows: evaluator.allows,
       row(i, a = 0, b = n) {
         out.clear();
         if (a < b) fill(i, a, b, out);

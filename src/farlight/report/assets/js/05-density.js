@@ -1,10 +1,11 @@
-/* The share of allowed pairs in each pixel of a view: counted from the pieces of every row, never estimated. */
+/* Density (share of allowed pairs) of each pixel of a view, counted exactly from the pieces of every row. */
 "use strict";
 (() => {
-  /* Pixel p covers the positions from edges[p] to before edges[p + 1]. */
+  /* Pixel p covers the positions edges[p] … edges[p + 1] - 1. */
   FL.edges = (start, span, pixels) => Int32Array.from({ length: pixels + 1 }, (_, p) => start + Math.floor((p * span) / pixels));
 
-  /* Adds what one row shows to the pixels of its line: `part` for pixels cut by an end, `whole` as differences. */
+  /* Adds one row to its line of pixels: `part` counts pairs in pixels that a piece partly covers, `whole` is a difference array
+     of fully covered pixels. Returns the work done. */
   function addRow(pieces, edges, start, span, pixels, part, whole) {
     const { lo, hi, step, width } = pieces;
     const pixel = (key) => Math.floor(((key - start + 1) * pixels - 1) / span);
@@ -42,34 +43,34 @@
     return work;
   }
 
-  /* How much work a view is, in pieces and pixels, judged by some of its rows. */
+  /* Estimated work of a view in pieces and pixels, from up to 24 of its rows. */
   FL.workOf = (pattern, view, pixels) => {
     const edges = FL.edges(view.left, view.span, pixels), part = new Float64Array(pixels + 1), whole = new Float64Array(pixels + 2);
-    const some = Math.min(view.span, 24), before = FL.work;
+    const samples = Math.min(view.span, 24), before = FL.work;
     let work = 0;
-    for (let x = 0; x < some; x++) {
-      const row = view.top + Math.floor(((x + 0.5) * view.span) / some);
+    for (let x = 0; x < samples; x++) {
+      const row = view.top + Math.floor(((x + 0.5) * view.span) / samples);
       work += addRow(pattern.row(row, view.left, view.left + view.span), edges, view.left, view.span, pixels, part, whole);
     }
-    return ((work + FL.work - before) / some) * view.span;
+    return ((work + FL.work - before) / samples) * view.span;
   };
 
-  /* Calls `line(r, shares)` for each line of pixels from the top; false when `alive()` became false before the end.
+  /* Calls `line(r, shares)` for each line of pixels from the top; returns false when `alive()` turned false before the end.
      A view is a square: `span` positions from `top` down and from `left` across. */
   FL.density = async (pattern, view, pixels, line, alive) => {
     const { top, left, span } = view;
     const down = FL.edges(top, span, pixels), across = FL.edges(left, span, pixels);
     const part = new Float64Array(pixels), whole = new Float64Array(pixels + 1), shares = new Float32Array(pixels);
-    let begun = performance.now();
+    let sliceStart = performance.now();
     for (let r = 0; r < pixels; r++) {
       part.fill(0);
       whole.fill(0);
       for (let i = down[r]; i < down[r + 1]; i++) {
         addRow(pattern.row(i, left, left + span), across, left, span, pixels, part, whole);
-        if ((i & 63) === 0 && performance.now() - begun > 14) {
+        if ((i & 63) === 0 && performance.now() - sliceStart > 14) {
           await FL.breathe();
           if (!alive()) return false;
-          begun = performance.now();
+          sliceStart = performance.now();
         }
       }
       const rows = down[r + 1] - down[r];

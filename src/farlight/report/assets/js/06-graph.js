@@ -1,4 +1,4 @@
-/* By which relays does one token hear of another? The walk of farlight.path: back from the target, layer by layer. */
+/* Shortest paths and receptive fields: the backward breadth-first search of farlight.path, and the rules of a link. */
 "use strict";
 (() => {
   const RESTRICT = { causal: "past", padding: "real", documents: "document", full: "everything" };
@@ -8,8 +8,9 @@
     chosen_keys: "chosen_keys", chosen_blocks: "chosen_blocks", stretches: "listed",
   };
 
-  /* Marks what rows see as known; each key is touched once by runs, and a comb that came before is not walked again. */
-  class Known {
+  /* The reached keys of a search. Union-find over the next unreached key touches each key of a run once; a comb inside one
+     that was marked before is skipped. */
+  class Reached {
     constructor(n) {
       this.level = new Int32Array(n).fill(-1);
       this.next = Int32Array.from({ length: n + 1 }, (_, key) => key);
@@ -26,67 +27,69 @@
       return root;
     }
 
-    mark(key, level, found) {
+    mark(key, level, frontier) {
       this.level[key] = level;
       this.next[key] = key + 1;
       this.size++;
-      found.push(key);
+      frontier.push(key);
     }
 
-    run(lo, hi, level, found) {
-      for (let key = this.free(lo); key < hi; key = this.free(key + 1)) this.mark(key, level, found);
+    run(lo, hi, level, frontier) {
+      for (let key = this.free(lo); key < hi; key = this.free(key + 1)) this.mark(key, level, frontier);
       this.work++;
     }
 
-    comb(lo, hi, step, width, level, found) {
-      const name = `${step}:${width}:${lo % step}`, held = this.combs.get(name);
-      if (held && held[0] <= lo && hi <= held[1]) return;
-      this.combs.set(name, held && held[0] <= hi && lo <= held[1] ? [Math.min(lo, held[0]), Math.max(hi, held[1])] : [lo, hi]);
-      for (let t = lo; t < hi; t += step) this.run(t, Math.min(hi, t + width), level, found);
+    comb(lo, hi, step, width, level, frontier) {
+      const name = `${step}:${width}:${lo % step}`, marked = this.combs.get(name);
+      if (marked && marked[0] <= lo && hi <= marked[1]) return;
+      const touches = marked && marked[0] <= hi && lo <= marked[1];
+      this.combs.set(name, touches ? [Math.min(lo, marked[0]), Math.max(hi, marked[1])] : [lo, hi]);
+      for (let t = lo; t < hi; t += step) this.run(t, Math.min(hi, t + width), level, frontier);
     }
   }
 
-  /* What `target` hears of after 1, 2, … layers, until `done(rows)` or nothing is new: {layers, known}. */
-  async function walk(pattern, target, most, done, alive) {
-    const known = new Known(pattern.n), layers = [];
-    let newest = [];
-    known.mark(target, 0, newest);
-    let begun = performance.now();
-    while (newest.length) {
-      layers.push(newest);
-      if (layers.length > most || done(newest)) break;
-      const found = [];
-      for (let x = 0; x < newest.length; x++) {
-        const pieces = pattern.row(newest[x]);
+  /* Frontiers at distance 0, 1, … from `target`, until `done(frontier)`, `maxDepth` or an empty frontier: {layers, reached};
+     null when `alive()` turned false. */
+  async function search(pattern, target, maxDepth, done, alive) {
+    const reached = new Reached(pattern.n), layers = [];
+    let frontier = [];
+    reached.mark(target, 0, frontier);
+    let sliceStart = performance.now();
+    while (frontier.length) {
+      layers.push(frontier);
+      if (layers.length > maxDepth || done(frontier)) break;
+      const next = [];
+      for (let x = 0; x < frontier.length; x++) {
+        const pieces = pattern.row(frontier[x]);
         for (let p = 0; p < pieces.count; p++) {
           const lo = pieces.lo[p], hi = pieces.hi[p], step = pieces.step[p];
-          if (step === 0) known.run(lo, hi, layers.length, found);
-          else known.comb(lo, hi, step, pieces.width[p], layers.length, found);
+          if (step === 0) reached.run(lo, hi, layers.length, next);
+          else reached.comb(lo, hi, step, pieces.width[p], layers.length, next);
         }
-        if ((x & 63) === 0 && performance.now() - begun > 14) {
+        if ((x & 63) === 0 && performance.now() - sliceStart > 14) {
           await FL.breathe();
           if (!alive()) return null;
-          begun = performance.now();
+          sliceStart = performance.now();
         }
       }
-      newest = found;
+      frontier = next;
     }
-    return { layers, known };
+    return { layers, reached };
   }
 
-  const forever = () => true;
+  const always = () => true;
 
-  /* A shortest chain from source to target, as farlight.path gives it: of several, relays close to the target.
-     {positions, hops: [{speaker, listener, rules}], heard}; positions is empty when there is no way; null when ended early. */
-  FL.path = async (pattern, source, target, alive = forever) => {
+  /* A shortest path from source to target, the same as farlight.path: {positions, hops: [{speaker, listener, rules}], heard}.
+     Without a path positions is empty and `heard` counts the reached tokens; null when `alive()` turned false. */
+  FL.path = async (pattern, source, target, alive = always) => {
     if (source === target) return { positions: [source], hops: [], heard: 1 };
-    let met = false;
+    let found = false;
     const sees = (row) => pattern.allows(row, source);
-    const walked = await walk(pattern, target, Infinity, (rows) => (met = rows.some(sees)), alive);
-    if (!walked) return null;
-    if (!met) return { positions: [], hops: [], heard: walked.known.size };
+    const result = await search(pattern, target, Infinity, (rows) => (found = rows.some(sees)), alive);
+    if (!result) return null;
+    if (!found) return { positions: [], hops: [], heard: result.reached.size };
     const positions = [source];
-    for (const rows of walked.layers.reverse()) {
+    for (const rows of result.layers.reverse()) {
       let best = -1;
       for (const row of rows) {
         if (!pattern.allows(row, positions[positions.length - 1])) continue;
@@ -101,16 +104,16 @@
     return { positions, hops, heard: null };
   };
 
-  /* After how many layers `target` has heard of each token (-1: not within `layers`). */
-  FL.heardOf = async (pattern, target, layers, alive = forever) => {
-    const walked = await walk(pattern, target, layers, () => false, alive);
-    return walked && walked.known.level;
+  /* Distance of each token from `target`, an Int32Array; -1 beyond `layers`. */
+  FL.heardOf = async (pattern, target, layers, alive = always) => {
+    const result = await search(pattern, target, layers, () => false, alive);
+    return result && result.reached.level;
   };
 
-  /* The rules that allow a link, as farlight's rules_of finds them; each a tree of names, see tellRule. */
+  /* The distinct rules that allow a link, the same as farlight's rules_of; each a tree of names, see tellRule. */
   FL.rulesOf = (pattern, i, j) => {
-    const found = rules(pattern, i, j), seen = new Set();
-    return found.filter((rule) => {
+    const seen = new Set();
+    return rules(pattern, i, j).filter((rule) => {
       const name = JSON.stringify(rule);
       return !seen.has(name) && seen.add(name);
     });
@@ -120,46 +123,46 @@
     const { rule, parts } = pattern;
     switch (rule.is) {
       case "or": return parts.flatMap((part) => (part.allows(i, j) ? rules(part, i, j) : []));
-      case "and": return both(parts.map((part) => [part, FL.rulesOf(part, i, j)]));
+      case "and": return intersectionRules(parts.map((part) => [part, FL.rulesOf(part, i, j)]));
       case "sub": return rules(parts[0], i, j);
       case "not": return rule.parts[0].is === "not" ? rules(parts[0].parts[0], i, j) : [{ reach: [{ text: rule.text }] }];
-      default: return [named(rule, i, j)];
+      default: return [atomRule(rule, i, j)];
     }
   }
 
-  function named(rule, i, j) {
+  function atomRule(rule, i, j) {
     if (rule.is === "sees_all") return { reach: [{ global: i }] };
     if (rule.is === "seen_by_all") return { reach: [{ global: j }] };
     if (rule.is === "global_tokens") return { reach: [{ global: FL.inRuns(rule.runs, j) ? j : i }] };
     return { reach: [REACH[rule.is] || RESTRICT[rule.is]] };
   }
 
-  /* An intersection: each rule that reaches out, followed by what it lies within. */
-  function both(sides) {
-    const limits = sides.filter(([part]) => restricts(part)).flatMap(([, found]) => found);
-    const reaching = sides.filter(([part]) => !restricts(part)).map(([, found]) => found);
-    const said = limits.filter((rule) => !(rule.reach && rule.reach[0] === "everything"));
-    if (!reaching.length) return [said.length ? { all: said } : { reach: ["everything"] }];
+  /* Rules of an intersection: each combination of non-restricting rules, within the restricting ones. */
+  function intersectionRules(sides) {
+    const limits = sides.filter(([part]) => restricts(part)).flatMap(([, partRules]) => partRules);
+    const reaching = sides.filter(([part]) => !restricts(part)).map(([, partRules]) => partRules);
+    const named = limits.filter((rule) => !(rule.reach && rule.reach[0] === "everything"));
+    if (!reaching.length) return [named.length ? { all: named } : { reach: ["everything"] }];
     let out = reaching[0];
     for (const more of reaching.slice(1)) out = out.flatMap((a) => more.map((b) => ({ joined: [a, b] })));
-    return out.map((rule) => (said.length ? { rule, limits: said } : rule));
+    return out.map((rule) => (named.length ? { rule, limits: named } : rule));
   }
 
-  /* Whether a part of an intersection only says where not to look: as Python asks it of the atoms, whatever joins them. */
+  /* Whether a part of an intersection is named as a limit: a complement, or made of restricting atoms only. */
   const restricts = (pattern) => pattern.rule.is === "not" || onlyRestricts(pattern);
   const onlyRestricts = ({ rule, parts }) => (parts.length ? parts.every(onlyRestricts) : rule.is in RESTRICT);
 
-  /* A rule in words; `say` knows the words of a language. */
+  /* The text of a rule; `say(name, values)` gives the strings of the language. */
   FL.tellRule = (rule, say) => {
-    if (rule.all) return rule.all.map((one) => FL.tellRule(one, say)).join(say("rule.and"));
-    if (rule.joined) return rule.joined.map((one) => FL.tellRule(one, say)).join(say("rule.and"));
+    if (rule.all) return rule.all.map((inner) => FL.tellRule(inner, say)).join(say("rule.and"));
+    if (rule.joined) return rule.joined.map((inner) => FL.tellRule(inner, say)).join(say("rule.and"));
     if (rule.limits) {
-      const limits = rule.limits.map((one) => FL.tellRule(one, say)).join(say("rule.and"));
+      const limits = rule.limits.map((inner) => FL.tellRule(inner, say)).join(say("rule.and"));
       return say("rule.within", { rule: FL.tellRule(rule.rule, say), limits });
     }
-    return rule.reach.map((one) => {
-      if (one.text !== undefined) return one.text;
-      return one.global === undefined ? say(`rule.${one}`) : say("rule.global", { position: one.global });
+    return rule.reach.map((name) => {
+      if (name.text !== undefined) return name.text;
+      return name.global === undefined ? say(`rule.${name}`) : say("rule.global", { position: name.global });
     }).join("");
   };
 })();

@@ -1,18 +1,18 @@
-/* Words and numbers in the reader's language. Texts are set as text, never as markup. */
+/* Strings and number formats of the chosen language. */
 "use strict";
 (() => {
   const STRINGS = JSON.parse(document.getElementById("strings").textContent);
-  const wanted = (navigator.language || "en").toLowerCase().startsWith("zh") ? "zh" : "en";
-  FL.language = wanted;
+  const preferred = (navigator.language || "en").toLowerCase().startsWith("zh") ? "zh" : "en";
+  FL.language = preferred;
 
-  /* The words for a name, with {holes} filled. A name that is missing shows itself, so that it is seen. */
-  FL.say = (name, holes = {}) => {
+  /* The string of a name with its {placeholders} replaced; a missing string shows its name. */
+  FL.say = (name, values = {}) => {
     const words = STRINGS[FL.language][name];
     if (words === undefined) {
       console.error(`no words for ${name} in ${FL.language}`);
       return name;
     }
-    return words.replace(/\{(\w+)\}/g, (whole, hole) => (hole in holes ? String(holes[hole]) : whole));
+    return words.replace(/\{(\w+)\}/g, (match, key) => (key in values ? String(values[key]) : match));
   };
 
   const locale = () => (FL.language === "zh" ? "zh-CN" : "en-US");
@@ -20,7 +20,7 @@
   FL.fixed = (value, digits) => new Intl.NumberFormat(locale(), { minimumFractionDigits: digits, maximumFractionDigits: digits }).format(value);
   FL.short = (value) => new Intl.NumberFormat(locale(), { notation: "compact", maximumSignificantDigits: 3 }).format(value);
 
-  /* A share as a percentage that is neither 0 nor 100 because of rounding. */
+  /* A percentage that rounding turns into neither 0 nor 100. */
   FL.percent = (share, digits = 1) => {
     const percent = 100 * share;
     if (percent > 0 && percent < 0.095) return `${FL.plain(percent)}%`;
@@ -38,7 +38,7 @@
 
   FL.bytes = (size) => (size >= 2 ** 30 ? `${FL.fixed(size / 2 ** 30, 1)} GiB` : `${FL.fixed(size / 2 ** 20, 0)} MiB`);
 
-  /* Every element that names its words. */
+  /* Sets the strings of all elements with data-t, data-t-label or data-t-hint. */
   FL.translate = () => {
     document.documentElement.lang = FL.language === "zh" ? "zh-Hans" : "en";
     for (const node of document.querySelectorAll("[data-t]")) node.textContent = FL.say(node.dataset.t);

@@ -1,16 +1,16 @@
-/* What the reader has chosen, and who wants to know when that changes. */
+/* The page's state, change listeners, and helpers that create elements. */
 "use strict";
 (() => {
   const listeners = [];
   const compiled = new Map();
   FL.data = JSON.parse(document.getElementById("data").textContent);
   FL.state = { pattern: 0, scope: FL.data.scopes[0].id, passage: 0, head: 0, source: null, target: null, layer: 1, page: 0 };
-  FL.path_ = null; // the path between the two ends, once found
-  FL.levels = null; // after how many layers the target has heard of each token
+  FL.path_ = null; // the result of FL.path for source and target, or null
+  FL.levels = null; // the result of FL.heardOf for the target, or null
 
   FL.id = (name) => document.getElementById(name);
 
-  /* `react(changed)`: a set of names of state that changed; "language" and "theme" are told in the same way. */
+  /* Registers `react(changed)`, where `changed` is a set of state names, "language", "theme", "path", "levels" or "start". */
   FL.on = (react) => listeners.push(react);
   FL.tell = (...changed) => {
     const names = new Set(changed);
@@ -26,8 +26,8 @@
 
   FL.row = () => FL.data.patterns[FL.state.pattern];
 
-  /* The chosen pattern over the chosen text; where that text is too long for it (a table of its own), over the other.
-     What is chosen by content, or layer by layer, has neither: its sections are hidden, over one that sees all. */
+  /* The view of the chosen pattern in the chosen scope, or in the other scope where its tables do not fit. A router or a
+     pattern per layer has no view: NONE stands in and its sections are hidden. */
   const layers = Array.from({ length: FL.data.layers + 1 }, () => 0);
   const NONE = {
     n: FL.data.scopes[0].n, rules: { every: { is: "full" } }, picture: null,

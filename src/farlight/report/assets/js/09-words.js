@@ -1,4 +1,4 @@
-/* The text, token by token: which word stands at a position of the chosen scope. */
+/* The text by token: the word at a position of the chosen scope, paging and search. */
 "use strict";
 (() => {
   const PAGE = 400;
@@ -15,7 +15,7 @@
 
   const slice = (t) => content.slice(t ? ends[t - 1] : 0, ends[t]);
 
-  /* {frame, space, word} at a position of the scope; null where the page does not hold the text. */
+  /* {frame, space, word} at a position of the scope (frame: a special token); null beyond the text that the page carries. */
   FL.piece = (position) => {
     const { words, passages } = FL.data;
     if (!words || position === null) return null;
@@ -32,7 +32,7 @@
     return { frame: false, space: text.slice(0, text.length - word.length), word: word || "␣" };
   };
 
-  /* The whole word at a position: the tokenizer's pieces of one word are told together. */
+  /* The word at a position, joined from its subword tokens. */
   FL.word = (position) => {
     const piece = FL.piece(position);
     if (!piece) return null;
@@ -64,7 +64,7 @@
     return [part(position - reach, position), part(position + 1, position + 1 + reach)];
   };
 
-  /* Positions of the chosen scope that stand on page `page`, and how many pages there are. */
+  /* Number of pages, page of a position, and positions [from, to) of the current page. */
   FL.pages = () => (FL.state.scope === "passage" ? FL.data.passages.starts.length : Math.max(1, Math.ceil(ends.length / PAGE)));
   FL.pageOf = (position) => (FL.state.scope === "passage" ? FL.state.passage : Math.floor(position / PAGE));
   FL.onPage = () => {
@@ -72,9 +72,9 @@
     return [FL.state.page * PAGE, Math.min(ends.length, (FL.state.page + 1) * PAGE)];
   };
 
-  /* The next position after `from` at which this word begins, going round once; -1 when it is nowhere. */
+  /* The next position after `from` at which this word begins, wrapping around once; -1 if there is none. */
   FL.findWord = (word, from) => {
-    const wanted = word.toLowerCase(), text = FL.lower || (FL.lower = content.toLowerCase());
+    const needle = word.toLowerCase(), text = FL.lower || (FL.lower = content.toLowerCase());
     const offset = FL.state.scope === "passage"
       ? { base: FL.data.passages.starts[FL.state.passage], shift: FL.data.words.before.length } : { base: 0, shift: 0 };
     const last = FL.state.scope === "passage"
@@ -82,8 +82,8 @@
     const startOf = (t) => (t > 0 ? ends[t - 1] : 0);
     const low = startOf(offset.base), high = last ? ends[last - 1] : 0;
     const begin = from === null ? low : startOf(Math.min(last, Math.max(offset.base, from - offset.shift + offset.base + 1)));
-    let at = text.indexOf(wanted, begin);
-    if (at < 0 || at >= high) at = text.indexOf(wanted, low);
+    let at = text.indexOf(needle, begin);
+    if (at < 0 || at >= high) at = text.indexOf(needle, low);
     if (at < 0 || at >= high) return -1;
     let a = 0, b = ends.length;
     while (a < b) {

@@ -1,4 +1,4 @@
-/* The matrix: queries down, keys across; zoomed from a few tokens to all, moved, read cell by cell, picked from. */
+/* The matrix view: queries down, keys across; zoom, pan, cell cursor and selection of source and target. */
 "use strict";
 (() => {
   const canvas = FL.id("grid"), over = FL.id("over"), sheet = document.createElement("canvas");
@@ -14,7 +14,7 @@
 
   const colour = () => getComputedStyle(document.documentElement).getPropertyValue("--ink").trim().split(/\s+/).map(Number);
 
-  /* Darkness of a share: as it is where a pixel is one pair, else its fourth root, so that a lone lighthouse is seen. */
+  /* Darkness of a density: itself where a pixel is one pair, else its fourth root, which keeps a single global token visible. */
   const darkness = (share, cells) => (cells ? share : share ** 0.25);
 
   function show(view) {
@@ -35,7 +35,7 @@
   };
   const spanAt = (zoom) => Math.exp(Math.log(FL.n()) - (zoom / 1000) * (Math.log(FL.n()) - Math.log(fewest())));
 
-  /* The part of the last picture that the new view still shows, until the new one is counted. */
+  /* Draws the overlapping part of the previous image until the new one is counted. */
   function stretch(context, size) {
     if (!matrix.held) return;
     const was = matrix.held.view, now = matrix.view, scale = size / now.span;
@@ -63,7 +63,7 @@
       image.data[4 * at + 2] = blue;
       image.data[4 * at + 3] = Math.round(255 * dark);
     };
-    // What is not yet counted keeps the stretched part of the last picture.
+    // Lines that are not counted yet keep the stretched previous image.
     const paint = (lines) => {
       const high = (lines * size) / pixels;
       paper.putImageData(image, 0, 0);
@@ -135,7 +135,7 @@
     canvas.dataset.state = now;
   }
 
-  // ---- what lies over the picture ---------------------------------------------------------------------------------
+  // ---- overlay ----------------------------------------------------------------------------------------------------
   const x = (key) => (1000 * (key - matrix.view.left + 0.5)) / matrix.view.span;
   const y = (row) => (1000 * (row - matrix.view.top + 0.5)) / matrix.view.span;
 
@@ -145,20 +145,20 @@
     over.replaceChildren();
     const { i, j } = matrix.cursor, cell = 1000 / matrix.view.span;
     over.append(FL.svg("path", { class: "cross", d: `M0 ${y(i)}H1000M${x(j)} 0V1000`, "vector-effect": "non-scaling-stroke" }));
-    const found = FL.path_;
-    if (!found || !found.positions.length) return;
-    const some = found.positions.slice(0, 1500);
-    let d = `M${x(some[0])} ${y(some[0])}`;
-    for (let p = 1; p < some.length; p++) d += `V${y(some[p])}H${x(some[p])}`;
+    const path = FL.path_;
+    if (!path || !path.positions.length) return;
+    const positions = path.positions.slice(0, 1500);
+    let d = `M${x(positions[0])} ${y(positions[0])}`;
+    for (let p = 1; p < positions.length; p++) d += `V${y(positions[p])}H${x(positions[p])}`;
     over.append(FL.svg("path", { class: "hop", d, "vector-effect": "non-scaling-stroke" }));
-    for (const { speaker, listener } of found.hops.slice(0, 1500)) {
+    for (const { speaker, listener } of path.hops.slice(0, 1500)) {
       if (cell >= 8) {
         over.append(FL.svg("rect", { class: "cell", x: x(speaker) - cell / 2, y: y(listener) - cell / 2, width: cell, height: cell }));
       } else over.append(FL.svg("circle", { class: "dot", cx: x(speaker), cy: y(listener), r: 8 }));
     }
     const end = (position, name) => over.append(FL.svg("circle", { class: `dot ${name}`, cx: x(position), cy: y(position), r: 9 }));
-    end(some[0], "source");
-    if (some.length > 1) end(some[some.length - 1], "target");
+    end(positions[0], "source");
+    if (positions.length > 1) end(positions[positions.length - 1], "target");
   }
 
   const named = (position) => {
@@ -166,7 +166,7 @@
     return word === null ? FL.number(position) : `${FL.number(position)} “${word}”`;
   };
 
-  /* What stands under the cursor, in words. */
+  /* The sentence about the cell under the cursor. */
   async function here() {
     const { i, j } = matrix.cursor, pattern = await FL.pattern();
     if (i >= FL.n() || j >= FL.n()) return;
@@ -183,7 +183,7 @@
     FL.id("here").textContent = text;
   }
 
-  // ---- the hand and the keyboard ----------------------------------------------------------------------------------
+  // ---- pointer and keyboard ---------------------------------------------------------------------------------------
   const cellAt = (event) => {
     const box = canvas.getBoundingClientRect(), { top, left, span } = matrix.view;
     const at = (offset, size) => Math.min(span - 1, Math.max(0, Math.floor((offset / size) * span)));
@@ -237,7 +237,7 @@
   canvas.addEventListener("pointercancel", (event) => hands.delete(event.pointerId));
   canvas.addEventListener("dblclick", (event) => zoom(0.5, cellAt(event)));
   canvas.addEventListener("wheel", (event) => {
-    // Scrolling past the picture must not be caught by it: it zooms where it was clicked before, or with Ctrl.
+    // The wheel scrolls the page unless the canvas has the focus or Ctrl is held.
     if (document.activeElement !== canvas && !event.ctrlKey) return;
     event.preventDefault();
     zoom(Math.exp(event.deltaY / 400), cellAt(event));

@@ -1,11 +1,11 @@
-/* Two ends, the relays between them, and the rule of each hop in a sentence. */
+/* The path between source and target: relays, a sentence per hop, and arcs over the text. */
 "use strict";
 (() => {
   const SHOWN = 40;
   let run = 0;
 
   async function find() {
-    const { source, target } = FL.state, mine = ++run, alive = () => mine === run;
+    const { source, target } = FL.state, thisRun = ++run, alive = () => thisRun === run;
     FL.path_ = FL.levels = null;
     fields();
     if (source === null || target === null) {
@@ -14,9 +14,9 @@
     }
     const pattern = await FL.pattern();
     if (!alive()) return;
-    const found = await FL.path(pattern, source, target, alive);
-    if (!found || !alive()) return;
-    FL.path_ = found;
+    const path = await FL.path(pattern, source, target, alive);
+    if (!path || !alive()) return;
+    FL.path_ = path;
     told();
     FL.tell("path");
     const levels = await FL.heardOf(pattern, target, FL.data.layers, alive);
@@ -41,43 +41,43 @@
   const rulesOf = (hop) => hop.rules.map((rule) => FL.tellRule(rule, FL.say)).join(FL.say("rule.or"));
 
   function told() {
-    const { source, target } = FL.state, found = FL.path_, list = FL.id("hops");
+    const { source, target } = FL.state, path = FL.path_, list = FL.id("hops");
     list.replaceChildren();
     arcs();
-    if (!found) {
+    if (!path) {
       FL.id("told").textContent = FL.say(source === null || target === null ? "path.none" : "path.busy");
       return;
     }
-    const holes = { target: named(target), source: named(source), layers: FL.number(found.hops.length) };
-    const name = source === target ? "path.same" : !found.positions.length ? "path.never" : found.hops.length === 1 ? "path.one" : "path.found";
-    FL.id("told").textContent = FL.say(name, { ...holes, heard: FL.number(found.heard || 0), n: FL.number(FL.n()) });
-    found.hops.forEach((hop, x) => {
-      if (x === SHOWN / 2 && found.hops.length > SHOWN) {
-        list.append(FL.el("li", { class: "note", value: x + 1, text: FL.say("path.more", { count: FL.number(found.hops.length - SHOWN) }) }));
+    const holes = { target: named(target), source: named(source), layers: FL.number(path.hops.length) };
+    const name = source === target ? "path.same" : !path.positions.length ? "path.never" : path.hops.length === 1 ? "path.one" : "path.found";
+    FL.id("told").textContent = FL.say(name, { ...holes, heard: FL.number(path.heard || 0), n: FL.number(FL.n()) });
+    path.hops.forEach((hop, x) => {
+      if (x === SHOWN / 2 && path.hops.length > SHOWN) {
+        list.append(FL.el("li", { class: "note", value: x + 1, text: FL.say("path.more", { count: FL.number(path.hops.length - SHOWN) }) }));
       }
-      if (x >= SHOWN / 2 && x < found.hops.length - SHOWN / 2) return;
+      if (x >= SHOWN / 2 && x < path.hops.length - SHOWN / 2) return;
       const line = FL.el("li", { value: x + 1 }, FL.say("path.hop", { listener: named(hop.listener), speaker: named(hop.speaker), rules: rulesOf(hop) }));
-      if (FL.data.words && x < found.hops.length - 1) {
+      if (FL.data.words && x < path.hops.length - 1) {
         line.append(" ", FL.el("button", { type: "button", text: FL.say("path.show"), onclick: () => FL.goTo(hop.listener, true) }));
       }
       list.append(line);
     });
   }
 
-  /* The whole text as a line, each hop an arc over it. */
+  /* The text as a line, each hop an arc over it. */
   function arcs() {
-    const svg = FL.id("arcs"), found = FL.path_, wide = 420, floor = 104, n = FL.n();
+    const svg = FL.id("arcs"), path = FL.path_, wide = 420, floor = 104, n = FL.n();
     svg.setAttribute("viewBox", `0 0 ${wide} 130`);
     svg.setAttribute("aria-label", FL.id("told").textContent);
     svg.replaceChildren(FL.svg("path", { class: "line", d: `M10 ${floor}H${wide - 10}` }));
     const x = (position) => 10 + ((wide - 20) * (position + 0.5)) / n;
     const ends = [["source", FL.state.source], ["target", FL.state.target]].filter(([, position]) => position !== null);
-    if (found) {
-      for (const { speaker, listener } of found.hops.slice(0, 1500)) {
+    if (path) {
+      for (const { speaker, listener } of path.hops.slice(0, 1500)) {
         const a = x(speaker), b = x(listener), high = Math.min(96, 14 + Math.abs(b - a) * 0.24);
         svg.append(FL.svg("path", { class: "arc", d: `M${a} ${floor}C${a} ${floor - high * 1.3} ${b} ${floor - high * 1.3} ${b} ${floor}` }));
       }
-      for (const position of found.positions.slice(1, -1).slice(0, 1500)) svg.append(FL.svg("circle", { class: "dot", cx: x(position), cy: floor, r: 4 }));
+      for (const position of path.positions.slice(1, -1).slice(0, 1500)) svg.append(FL.svg("circle", { class: "dot", cx: x(position), cy: floor, r: 4 }));
     }
     for (const [name, position] of ends) {
       svg.append(FL.svg("circle", { class: `dot ${name}`, cx: x(position), cy: floor, r: 6 }));

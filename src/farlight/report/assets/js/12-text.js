@@ -1,4 +1,4 @@
-/* The text itself: tokens to click, the path lit up on them, and what the listener has heard of so far. */
+/* The text: clickable tokens, the path highlighted on them, and the receptive field of the listener up to the chosen layer. */
 "use strict";
 (() => {
   const box = FL.id("tokens"), page = FL.id("page");
@@ -33,13 +33,13 @@
   function mark() {
     const { source, target, layer } = FL.state, relays = new Set(FL.path_ ? FL.path_.positions.slice(1, -1) : []);
     for (const span of box.children) {
-      const at = Number(span.dataset.at), own = at === source ? "source" : at === target ? "target" : relays.has(at) ? "relay" : "";
+      const at = Number(span.dataset.at), role = at === source ? "source" : at === target ? "target" : relays.has(at) ? "relay" : "";
       const heard = FL.levels && FL.levels[at] >= 0 && FL.levels[at] <= layer;
       span.classList.remove("source", "target", "relay", "heard");
-      if (own) span.classList.add(own);
+      if (role) span.classList.add(role);
       else if (heard) span.classList.add("heard");
-      span.setAttribute("aria-pressed", own === "source" || own === "target" ? "true" : "false");
-      span.title = own ? FL.say(`legend.${own}`) : "";
+      span.setAttribute("aria-pressed", role === "source" || role === "target" ? "true" : "false");
+      span.title = role ? FL.say(`legend.${role}`) : "";
     }
   }
 
@@ -52,7 +52,7 @@
     if (take) now.focus();
   }
 
-  /* The first token picked speaks, the second listens; a third begins anew. */
+  /* The first token picked is the source, the second the target, the third a new source. */
   function pick(position) {
     if (next === "source" || FL.state.source === null) {
       next = "target";

@@ -1,4 +1,4 @@
-/* Reach by layer: what share of the text a token has heard of, on average and at worst, and for the chosen listener which. */
+/* Reach by layer: mean and worst share of the text, and the receptive field of the chosen listener as a strip. */
 "use strict";
 (() => {
   const layer = FL.id("layer"), strip = FL.id("strip");
@@ -14,7 +14,7 @@
     layer.setAttribute("aria-valuetext", text);
   }
 
-  /* Mean, worst and all tokens asked, against the layer. */
+  /* Mean, worst token and the band of all searched tokens against the layer. */
   async function curve() {
     const view = FL.view(), reach = view.reach, svg = FL.id("reach-curve"), wide = 520, high = 300, most = FL.data.layers;
     const shares = await Promise.all(reach.share.map(FL.unpack));
@@ -40,11 +40,11 @@
     svg.setAttribute("aria-label", FL.id("reach-says").textContent);
   }
 
-  /* The text from left to right: with a listener, what it has heard of; else how much each token has heard of. */
+  /* The text from left to right: the tokens within reach of the listener; without a listener the reach of each token. */
   async function paint() {
     const n = FL.n(), { layer: at, target } = FL.state, view = FL.view();
     const pixels = Math.max(64, Math.min(1400, Math.round(strip.clientWidth * (window.devicePixelRatio || 1)))), tall = 46;
-    const own = await FL.unpack(view.reach.share[at]), places = await FL.unpack(view.reach.positions);
+    const shares = await FL.unpack(view.reach.share[at]), places = await FL.unpack(view.reach.positions);
     if (view !== FL.view()) return;
     const levels = FL.levels;
     strip.width = pixels;
@@ -59,7 +59,7 @@
         for (let k = edges[p]; k < edges[p + 1]; k++) if (levels[k] >= 0 && levels[k] <= at) share++;
         heard += share;
         share /= edges[p + 1] - edges[p];
-      } else if (places.length) share = own[Math.min(places.length - 1, Math.round(((p + 0.5) * places.length) / last))];
+      } else if (places.length) share = shares[Math.min(places.length - 1, Math.round(((p + 0.5) * places.length) / last))];
       if (!share) continue;
       context.fillStyle = `rgb(${ink} / ${levels ? 0.12 + 0.88 * share : 0.06 + 0.94 * share})`;
       context.fillRect(Math.floor((p * pixels) / last), 0, Math.ceil(pixels / last), tall);

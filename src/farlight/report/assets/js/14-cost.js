@@ -1,9 +1,9 @@
-/* Cost against the number of tokens, on logarithmic scales, beside full attention: links counted, time where it was measured. */
+/* Cost against the number of tokens on logarithmic scales, beside full attention: links at all lengths, time where measured. */
 "use strict";
 (() => {
   const WIDE = 520, HIGH = 330, LEFT = 62, RIGHT = 18, TOP = 16, BOTTOM = 46;
 
-  /* Logarithmic axes for these points: {x, y} and their lines drawn. */
+  /* Draws logarithmic axes for these points; returns their scales {x, y}. */
   function axes(svg, points, unit) {
     const log = Math.log10, xs = points.map(([n]) => log(n)), ys = points.map(([, value]) => log(value));
     const low = [Math.min(...xs), Math.floor(Math.min(...ys))], top = [Math.max(...xs), Math.ceil(Math.max(...ys))];
@@ -48,10 +48,10 @@
 
   function time() {
     const svg = FL.id("time-curve"), { model, patterns } = FL.data;
-    const long = patterns.map((row) => row.audit.long_text), known = long.find((one) => one.full_seconds > 0);
+    const long = patterns.map((row) => row.audit.long_text), known = long.find((row) => row.full_seconds > 0);
     if (!known) return svg.replaceChildren();
     const at = Math.min(model.full_measured_at, known.timed_tokens), full = (n) => known.full_seconds * (n / known.timed_tokens) ** 2;
-    const measured = long.filter((one) => one.seconds > 0).map((one) => [one.timed_tokens, one.seconds]);
+    const measured = long.filter((row) => row.seconds > 0).map((row) => [row.timed_tokens, row.seconds]);
     const first = Math.max(64, Math.min(at, known.timed_tokens / 1000));
     const axis = axes(svg, [[first, full(first)], [known.timed_tokens, known.full_seconds], ...measured], (value) => FL.say(value < 1 ? "unit.ms" : "unit.seconds", { value: FL.short(value < 1 ? value * 1000 : value) }));
     svg.append(FL.svg("path", { class: "full", d: line([[first, full(first)], [known.timed_tokens, full(known.timed_tokens)]], axis) }));

@@ -1,4 +1,4 @@
-/* What was kept by each head of each layer, and the words that would have been lost. */
+/* Attention mass kept by layer and head, and the heaviest links that the pattern lacks. */
 "use strict";
 (() => {
   function heat() {
@@ -36,11 +36,11 @@
   };
 
   function lost() {
-    const body = FL.id("losses").tBodies[0], held = { scope: FL.state.scope, passage: FL.state.passage };
+    const body = FL.id("losses").tBodies[0], saved = { scope: FL.state.scope, passage: FL.state.passage };
     const links = FL.row().lost;
     if (!links.length) return body.replaceChildren(FL.el("tr", {}, FL.el("td", { colspan: 6, text: FL.say("lost.nothing") })));
     const rows = links.map((link) => {
-      // Words are looked up in the passage of the link, whatever is shown above.
+      // FL.context reads the state: set it to the passage of the link while its row is built.
       Object.assign(FL.state, { scope: "passage", passage: link.passage });
       const row = FL.el("tr", {}, around(link.query, "target"), around(link.key, "source"),
         FL.el("td", { class: "num", text: FL.percent(link.share) }),
@@ -49,7 +49,7 @@
         FL.el("td", {}, FL.hasView() ? FL.el("button", { type: "button", text: FL.say("lost.show"), onclick: () => show(link) }) : ""));
       return row;
     });
-    Object.assign(FL.state, held);
+    Object.assign(FL.state, saved);
     body.replaceChildren(...rows);
   }
 

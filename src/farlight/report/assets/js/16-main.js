@@ -1,4 +1,4 @@
-/* The head of the page, the list of patterns, the choices, and the beginning. */
+/* Title, table of patterns, small-world metrics, scope and head selection, theme, and start-up. */
 "use strict";
 (() => {
   const { data } = FL, audit = data.kind === "audit";
@@ -125,7 +125,7 @@
   async function begin() {
     for (const node of document.querySelectorAll("[data-only]")) node.hidden = node.dataset.only !== data.kind;
     document.documentElement.dataset.theme = dark.matches ? "dark" : "light";
-    // The pattern that comes nearest to the best of its size tells most at first sight.
+    // Start with the pattern whose mass is closest to the best of its number of links.
     if (audit) FL.state.pattern = data.patterns.reduce((best, row, p) => (row.audit.of_best > data.patterns[best].audit.of_best ? p : best), 0);
     FL.state.layer = Math.min(2, data.layers);
     FL.translate();
