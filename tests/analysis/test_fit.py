@@ -11,10 +11,10 @@ from torch import Tensor
 
 import farlight as fl
 from farlight.analysis.fit import profile as profile_module
-from farlight.analysis.fit.candidates import fixed_options, sorted_out
+from farlight.analysis.fit.candidates import fixed_options, parse_candidates
 from farlight.analysis.fit.frontier import Option, allocate, concave
-from farlight.analysis.fit.greedy import Units, grow, row_shares
-from farlight.analysis.fit.profile import HeadProfile, Profile, skewed
+from farlight.analysis.fit.greedy import LinkUnits, grow, row_shares
+from farlight.analysis.fit.profile import HeadProfile, LayerProfile, skew_diagonals
 from farlight.analysis.loss.retention import retention
 
 
@@ -126,11 +126,11 @@ def dense(q: Tensor, k: Tensor, base: fl.Pattern | None) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("base", [None, fl.causal()])
 @pytest.mark.parametrize("tile", [1 << 21, 100])
 def test_a_profile_is_the_dense_sums(most: int, base: fl.Pattern | None, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile_module, "DENSE", most)
-    monkeypatch.setattr(profile_module, "COLUMNS", 5)
-    monkeypatch.setattr("farlight.analysis.loss.probabilities._TILE", tile)
+    monkeypatch.setattr(profile_module, "MAX_DENSE_TOKENS", most)
+    monkeypatch.setattr(profile_module, "NUM_COLUMNS", 5)
+    monkeypatch.setattr("farlight.analysis.loss.probabilities._TILE_SCORES", tile)
     q, k = tensors()
-    made = Profile()
+    made = LayerProfile()
     made.add(q[:1], k[:1], base=base)
     made.add(q[1:], k[1:], base=base)
     assert made.block == (1 if most == 1024 else 4)
@@ -153,25 +153,25 @@ def test_a_profile_is_the_dense_sums(most: int, base: fl.Pattern | None, tile: i
             assert set(one.columns.tolist()) == set(mean[head].sum(0).topk(5).indices.tolist())
 
 
-def test_skewed_turns_diagonals_into_columns() -> None:
+def test_skew_diagonals_makes_diagonals_columns() -> None:
     x = torch.arange(1, 13).view(1, 3, 4)
-    assert skewed(x)[0].tolist() == [[0, 0, 1, 2, 3, 4], [0, 5, 6, 7, 8, 0], [9, 10, 11, 12, 0, 0]]
+    assert skew_diagonals(x)[0].tolist() == [[0, 0, 1, 2, 3, 4], [0, 5, 6, 7, 8, 0], [9, 10, 11, 12, 0, 0]]
 
 
 def test_a_profile_refuses_texts_of_another_size() -> None:
-    made = Profile()
+    made = LayerProfile()
     made.add(*tensors())
     with pytest.raises(fl.ArgumentError, match=r"\(4, 40, 40, 0\) was given \(4, 30, 40, 10\); give texts of one length"):
         made.add(*tensors(n_q=30))
     with pytest.raises(fl.ArgumentError, match="the profile is empty"):
-        Profile().head(0)
+        LayerProfile().head(0)
 
 
 # ---- growth ----------------------------------------------------------------------------------------------------------
 QUEUES = {
     "sides": lambda units: [list(range(39, -1, -1)), list(range(40, 79))],
     "singles": lambda units: [[unit] for unit in range(units.edges.size - 1)],
-    "steps": lambda units: [[units.at(d) for d in range(0, -40, -3)], [units.at(d) for d in range(3, 40, 3)]],
+    "steps": lambda units: [[units.index_of(d) for d in range(0, -40, -3)], [units.index_of(d) for d in range(3, 40, 3)]],
 }
 
 
@@ -180,10 +180,10 @@ QUEUES = {
 def test_growth_counts_each_link_once(name: str, base: fl.Pattern | None) -> None:
     """At every state links and shares are those of the union, distances and keys overlapping, within the base."""
     q, k = tensors(1, 1, 1, seed=3)
-    made = Profile()
+    made = LayerProfile()
     made.add(q, k, base=base)
     mean, allowed = dense(q, k, base)
-    units = Units(made.head(0))
+    units = LinkUnits(made.head(0))
     states = list(grow(units, QUEUES[name](units)))
     assert len(states) > 10
     distance = torch.arange(40)[None] - torch.arange(40)[:, None]
@@ -199,32 +199,44 @@ def test_growth_counts_each_link_once(name: str, base: fl.Pattern | None) -> Non
 
 
 def test_far_distances_come_in_runs_that_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farlight.analysis.fit.greedy._SINGLE", 8)
-    made = Profile()
+    monkeypatch.setattr("farlight.analysis.fit.greedy._SINGLE_DISTANCES", 8)
+    made = LayerProfile()
     made.add(*tensors(1, 1, 1, 30, 200))
-    units = Units(made.head(0))
+    units = LinkUnits(made.head(0))
     assert (units.edges[0], units.edges[-1]) == (-199, 30)
     assert units.edges.size < 150
     assert (units.edges[1:] > units.edges[:-1]).all()
     assert units.cost.sum() == 30 * 200
-    assert units.edges[units.at(0)] == 0
+    assert units.edges[units.index_of(0)] == 0
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("base", [None, fl.causal()])
 @pytest.mark.parametrize("family", ["window", "dilated", "strided", "offsets", "blocks", "pairs"])
 def test_an_option_is_what_its_pattern_is(family: str, base: fl.Pattern | None) -> None:
+    check_options(family, base, None)
+
+
+@pytest.mark.parametrize("q_offset", [-90, 95])
+@pytest.mark.parametrize("family", ["window", "dilated", "strided", "offsets"])
+def test_options_of_queries_that_all_lie_on_one_side_of_the_keys(family: str, q_offset: int) -> None:
+    """Distance 0 does not occur in the text."""
+    check_options(family, None, q_offset)
+
+
+def check_options(family: str, base: fl.Pattern | None, q_offset: int | None) -> None:
+    """Links and kept share of a family's options against `retention` of their patterns."""
     q, k = tensors(2, 1, 1, seed=1)
-    made = Profile()
-    made.add(q, k, base=base)
-    options = fixed_options(made.head(0), [family], False)
+    profile = LayerProfile()
+    profile.add(q, k, base=base, q_offset=q_offset)
+    options = fixed_options(profile.head(0), [family], False)
     assert len(options) > 5
-    for one in options[:: max(1, len(options) // 12)]:
-        pattern = one.make()
+    for option in options[:: max(1, len(options) // 12)]:
+        pattern = option.make()
         assert isinstance(pattern, fl.Pattern)
-        found = retention(q, k, pattern, base=base)
-        assert one.links == pytest.approx(found.links.double().mean().item(), abs=1e-4), pattern
-        assert one.kept == pytest.approx(found.mass.mean().item(), abs=1e-5), pattern
+        result = retention(q, k, pattern, base=base, q_offset=q_offset)
+        assert option.links == pytest.approx(result.links.double().mean().item(), abs=1e-4), pattern
+        assert option.kept == pytest.approx(result.mass.mean().item(), abs=1e-5), pattern
 
 
 def test_pairs_are_the_best_pairs() -> None:
@@ -259,7 +271,7 @@ def planted(n: int = 64) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("most", [1024, 32])
 def test_planted_heads_are_found(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each planted head gets its own 64 links and not one more; the flat head gets all that is left."""
-    monkeypatch.setattr(profile_module, "DENSE", most)
+    monkeypatch.setattr(profile_module, "MAX_DENSE_TOKENS", most)
     q, k = planted()
     found = fl.fit(q, k, density=0.3)
     assert found.heads[:2] == (fl.offsets([-3, 61]), fl.seen_by_all([5]))
@@ -309,7 +321,7 @@ def test_content_is_a_candidate() -> None:
 
 
 def test_causal_bases_get_causal_routers() -> None:
-    assert all("causal=True" in text for text in sorted_out(["topblocks"], True)[1] if "topblocks" in text)
+    assert all("causal=True" in text for text in parse_candidates(["topblocks"], True)[1] if "topblocks" in text)
     q, k = tensors()
     found = fl.fit(q, k, keep=0.5, candidates=["topblocks", "window"], base=fl.causal() & fl.window(30))
     assert found.mass >= 0.5
@@ -342,7 +354,7 @@ def test_a_wrong_expression_is_refused_by_its_reader() -> None:
 
 
 def test_head_profile_is_a_value() -> None:
-    made = Profile()
+    made = LayerProfile()
     made.add(*tensors())
     assert isinstance(made.head(0), HeadProfile)
     with pytest.raises(AttributeError):

@@ -17,9 +17,10 @@ import farlight as fl
 from farlight.analysis.audit import audit
 from farlight.analysis.candidates_by_layer import Subject, subjects
 from farlight.analysis.cost import Layer, cost_in_passages, mean_cost
-from farlight.analysis.fit.whole_model import fit_reading, read_passages
+from farlight.analysis.fit.model_profile import profile_model
+from farlight.analysis.fit.whole_model import fit_profile
 from farlight.analysis.loss.fidelity import measure_fidelity
-from farlight.analysis.loss.top_losses import LostLink, told
+from farlight.analysis.loss.top_losses import LostLink, top_losses
 from farlight.analysis.passages import Passages
 from farlight.analysis.plot import plot_frontier, plot_heads
 from farlight.cli import main
@@ -148,9 +149,9 @@ def test_layers_share_one_budget(density: float) -> None:
 
 def test_weights_move_links_between_layers() -> None:
     model = encoder()
-    reading = read_passages(model, ids())
-    plain = fit_reading(reading, None, density=0.2)
-    weighed = fit_reading(reading, None, density=0.2, weigh=True)
+    profile = profile_model(model, ids())
+    plain = fit_profile(profile, None, density=0.2)
+    weighed = fit_profile(profile, None, density=0.2, weigh=True)
     assert plain.weights == (1.0, 1.0)
     assert sum(weighed.weights) == pytest.approx(2.0)
     heavy = int(weighed.weights[1] > weighed.weights[0])
@@ -315,7 +316,7 @@ def test_lost_links_of_an_audit_are_the_heaviest_that_are_told() -> None:
         for head in range(4)
         for share, place in zip(*(x.tolist() for x in full[layer, :, head].flatten().topk(8)), strict=True)
     ]
-    best = told(every, 7)
+    best = top_losses(every, 7)
     links = found.patterns[0].lost
     assert [replace(link, probability=0.0, query_word=None, key_word=None) for link in links] == [
         replace(link, probability=0.0) for link in best

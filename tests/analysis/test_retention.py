@@ -110,8 +110,8 @@ def test_reading_few_pairs_is_reading_a_mask(
     few: int, name: str, base: fl.Pattern | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pairs listed one by one, whenever they are listed at all, or never."""
-    monkeypatch.setattr(module, "_FEW", few)
-    monkeypatch.setattr(module, "_TILE", 3000)
+    monkeypatch.setattr(module, "_GATHER_RATIO", few)
+    monkeypatch.setattr(module, "_TILE_SCORES", 3000)
     q, k, v = tensors()
     check(retention(q, k, PATTERNS[name], base=base), brute(q, k, v, PATTERNS[name], base, None, None), 1e-12)
 
@@ -120,7 +120,7 @@ def test_reading_few_pairs_is_reading_a_mask(
 def test_tiles_do_not_show(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors()
     pattern = fl.per_head([fl.window(1), fl.full(), fl.causal(), fl.random_keys(3)]) & fl.padding([30, 41])
-    monkeypatch.setattr(module, "_TILE", budget)
+    monkeypatch.setattr(module, "_TILE_SCORES", budget)
     check(retention(q, k, pattern, v), brute(q, k, v, pattern, None, None, None), 1e-12)
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import farlight as fl
 from farlight.analysis.loss.retention import retention, retentions
-from farlight.analysis.loss.top_losses import LostLink, of_each_head, told, words_of
+from farlight.analysis.loss.top_losses import LostLink, heaviest_per_head, top_losses, words_of
 
 
 def tensors(n_q: int = 37, n_k: int = 41) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,7 +23,7 @@ def tensors(n_q: int = 37, n_k: int = 41) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_heaviest_lost_links_are_those_of_a_sort(
     budget: int, base: fl.Pattern | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("farlight.analysis.loss.probabilities._TILE", budget)
+    monkeypatch.setattr("farlight.analysis.loss.probabilities._TILE_SCORES", budget)
     q, k = tensors()
     pattern = fl.per_head([fl.window(2), fl.global_tokens([0]), fl.random_keys(3), fl.full()])
     found = retention(q, k, pattern, base=base, lost=25).lost
@@ -84,7 +84,7 @@ def test_a_query_before_the_text_has_no_word() -> None:
 
 @pytest.mark.parametrize("budget", [1, 500, 1 << 21])
 def test_the_heaviest_of_each_head(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farlight.analysis.loss.probabilities._TILE", budget)
+    monkeypatch.setattr("farlight.analysis.loss.probabilities._TILE_SCORES", budget)
     q, k = tensors()
     pattern = fl.per_head([fl.window(2), fl.global_tokens([0]), fl.random_keys(3), fl.full()])
     found = retentions(q, k, [pattern], lost=6, by_head=True)[0].lost
@@ -102,16 +102,16 @@ def test_the_heaviest_of_each_head(budget: int, monkeypatch: pytest.MonkeyPatch)
 
 def test_of_each_head_a_few() -> None:
     links = [LostLink(p, head, 0, 0, layer=layer) for p, layer, head in ((0.1, 0, 0), (0.5, 0, 0), (0.3, 1, 0), (0.2, 0, 0))]
-    assert [link.probability for link in of_each_head(links, 1)] == [0.5, 0.3]
-    assert [link.probability for link in of_each_head(links, 2)] == [0.5, 0.3, 0.2]
+    assert [link.probability for link in heaviest_per_head(links, 1)] == [0.5, 0.3]
+    assert [link.probability for link in heaviest_per_head(links, 2)] == [0.5, 0.3, 0.2]
 
 
 def test_a_pair_that_many_heads_lost_is_told_once() -> None:
     links = [LostLink(p, head, 4, 2, text=1) for head, p in enumerate((0.1, 0.5, 0.3))]
     others = [LostLink(p, 1, query, 2) for query, p in ((7, 0.4), (8, 0.35), (4, 0.2))]
-    found = told([*links, *others], 9)
+    found = top_losses([*links, *others], 9)
     assert [(link.probability, link.head, link.query, link.heads) for link in found] == [(0.5, 1, 4, 3), (0.4, 1, 7, 1)]
-    assert len(told([*links, *others], 1)) == 1
+    assert len(top_losses([*links, *others], 1)) == 1
 
 
 def test_pieces_become_words() -> None:

@@ -158,8 +158,8 @@ def audit(
     judged = subjects(patterns)
     words = None if tokenizer is None else [words_of(row, tokenizer) for row in passages.ids.tolist()]
     run = measure_fidelity(model, passages.ids, judged, backend=backend, lost=lost, words=words, step=step)
-    q, k, v = run.first.q, run.first.k, run.first.v
-    layer = Layer(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, run.first.own, run.first.scale)
+    q, k, v = run.first_call.q, run.first_call.k, run.first_call.v
+    layer = Layer(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, run.first_call.own, run.first_call.scale)
 
     step("timed: full attention")
     timed = timed_length(layer, passages.tokens)

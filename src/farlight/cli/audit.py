@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from farlight.analysis.audit import Audit
     from farlight.analysis.candidates_by_layer import Subject
-    from farlight.analysis.fit.whole_model import ModelFit
+    from farlight.analysis.fit.model_fit import ModelFit
     from farlight.analysis.passages import Passages
     from farlight.patterns.expression import Pattern
     from farlight.routing import Router
@@ -158,11 +158,11 @@ def _target(keep: float | None, density: float | None) -> str:
 
 def _check_fit(keep: float | None, density: float | None, candidates: list[str] | None, save: Path | None) -> None:
     """Raise for a fit that cannot be made, before a model is loaded."""
-    from farlight.analysis.fit.candidates import sorted_out
+    from farlight.analysis.fit.candidates import parse_candidates
     from farlight.analysis.fit.fit import read_target
 
     read_target(keep, density, False)
-    sorted_out(candidates, False)
+    parse_candidates(candidates, False)
     if save is not None:
         check_place("--save", save)
 
@@ -177,7 +177,8 @@ def _fitted(
     step: Callable[[str], None],
 ) -> tuple[ModelFit, Passages]:
     """Fit to the first half of the passages; (the fit, the other half)."""
-    from farlight.analysis.fit.whole_model import fit_reading, read_passages
+    from farlight.analysis.fit.model_profile import profile_model
+    from farlight.analysis.fit.whole_model import fit_profile
     from farlight.analysis.loss.fidelity import BATCH_TOKENS
 
     if both.count < 2:
@@ -189,8 +190,8 @@ def _fitted(
     batch = max(1, BATCH_TOKENS // both.length)
     reads = [f"reading: {min(first + batch, half)} of {half} passages" for first in range(0, half, batch)]
     start([*reads, "frontiers of all heads", "judged on what it was fitted to", "judged on other text"])
-    reading = read_passages(model, both.ids[:half], candidates, step=step)
-    fitted = fit_reading(reading, both.ids[half:], keep=keep, density=density, step=step)
+    profile = profile_model(model, both.ids[:half], candidates, step=step)
+    fitted = fit_profile(profile, both.ids[half:], keep=keep, density=density, step=step)
     return fitted, replace(both, ids=both.ids[half:], starts=both.starts[half:])
 
 
