@@ -28,9 +28,9 @@ from torch.nn.functional import normalize
 
 import farlight as fl
 from farlight.cli.inputs import load_model, read_text
-from farlight.embedding.book import Part, parts_of
+from farlight.embedding.book import ChapterPart, split_parts
 from farlight.embedding.chapters import sentences, split_chapters
-from farlight.embedding.reading import Embedder, Reading
+from farlight.embedding.reading import Embedder, Encoding
 
 PLAIN_LENGTH = 512
 PATTERNS = (
@@ -57,28 +57,32 @@ def stacked(readings: Iterator[tuple[Tensor, Tensor]]) -> Vectors:
     return Vectors(torch.stack(chapters), torch.cat(passages), time.perf_counter() - begun)
 
 
-def in_one_pass(embedder: Embedder, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor]]:
+def in_one_pass(embedder: Embedder, parts: Sequence[ChapterPart]) -> Iterator[tuple[Tensor, Tensor]]:
     for part in parts:
         reading = embedder.read(part.tokens.ids)
         yield reading.vector, reading.passages(part.passages)
 
 
-def in_windows(plain: Embedder, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor]]:
+def in_windows(plain: Embedder, parts: Sequence[ChapterPart]) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows that follow one another; a chapter is the mean of its windows' vectors, a passage that of its tokens."""
     for part in parts:
-        readings = [plain.read(part.tokens.ids[at : at + plain.room]) for at in range(0, len(part.tokens), plain.room)]
+        readings = [
+            plain.read(part.tokens.ids[at : at + plain.max_tokens]) for at in range(0, len(part.tokens), plain.max_tokens)
+        ]
         chapter = normalize(torch.stack([reading.vector for reading in readings]).mean(0), dim=0)
-        whole = Reading(torch.cat([reading.states for reading in readings]), chapter)
+        whole = Encoding(torch.cat([reading.states for reading in readings]), chapter)
         yield chapter, whole.passages(part.passages)
 
 
-def each_alone(plain: Embedder, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor]]:
+def each_alone(plain: Embedder, parts: Sequence[ChapterPart]) -> Iterator[tuple[Tensor, Tensor]]:
     for part in parts:
         vectors = torch.stack([plain.read(part.tokens.ids[a:b]).vector for a, b in part.passages])
         yield normalize(vectors.mean(0), dim=0), vectors
 
 
-def drawn(texts: Sequence[Part], text: str, owners: Sequence[tuple[int, int]], count: int, seed: int) -> list[tuple[int, str]]:
+def drawn(
+    texts: Sequence[ChapterPart], text: str, owners: Sequence[tuple[int, int]], count: int, seed: int
+) -> list[tuple[int, str]]:
     """(passage, sentence) pairs: sentences of 8 words or more that lie whole in one passage, drawn without repetition."""
     found = []
     for number, (part, passage) in enumerate(owners):
@@ -149,7 +153,7 @@ def main() -> None:
     plain_model, long_model = load_model(None), load_model(None)
     plain = Embedder(plain_model.model, plain_model.tokenizer, fl.full(), positions=PLAIN_LENGTH, backend="auto")
     long = Embedder(long_model.model, long_model.tokenizer, fl.full(), positions=given.positions)
-    parts = [part for c in chapters for part in parts_of(long, text, c, c.title, 0, given.passage)]
+    parts = [part for c in chapters for part in split_parts(long, text, c, c.title, 0, given.passage)]
     owners = [(number, i) for number, part in enumerate(parts) for i in range(len(part.passages))]
     sizes = [len(part.tokens) for part in parts]
     print(f"{len(parts)} passes, {sum(sizes):,} tokens, longest {max(sizes):,}, {len(owners):,} passages", flush=True)
@@ -174,7 +178,7 @@ def main() -> None:
         return
 
     asked = drawn(parts, text, owners, given.sentences, given.seed)
-    queries = torch.stack([plain.read(plain.tokens(sentence).ids[: plain.room]).vector for _, sentence in asked])
+    queries = torch.stack([plain.read(plain.tokens(sentence).ids[: plain.max_tokens]).vector for _, sentence in asked])
     passage = torch.tensor([number for number, _ in asked])
     chapter = torch.tensor([owners[number][0] for number, _ in asked])
     rows = {way: judge(found, made[WINDOWS], queries, passage, chapter) for way, found in made.items()}

