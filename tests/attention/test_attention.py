@@ -109,13 +109,13 @@ def test_the_choice_of_auto_is_as_exact_as_the_others() -> None:
         given = inputs(of)
         out, lse = attend(of, given, "auto", return_lse=True)
         truth = solution(of, torch.float32)
-        assert_matches(out, truth.truth.out, truth.yardstick.out, of.name, magnitude=truth.magnitude.out)
+        assert_matches(out, truth.truth.out, truth.baseline.out, of.name, magnitude=truth.magnitude.out)
         assert lse is not None
-        assert_matches(lse, truth.truth.lse, truth.yardstick.lse, of.name, magnitude=truth.magnitude.lse)
+        assert_matches(lse, truth.truth.lse, truth.baseline.lse, of.name, magnitude=truth.magnitude.lse)
         assert_matches(
             attend(of, given, "auto", return_lse=False)[0],
             truth.truth.out,
-            truth.yardstick.out,
+            truth.baseline.out,
             of.name,
             magnitude=truth.magnitude.out,
         )

@@ -14,7 +14,7 @@ import farlight as fl
 from farlight.analysis.memory import peak_memory
 from farlight.kernels import dispatch
 from farlight.plan.cache import plans
-from farlight.testing import CASES, Case, case, inputs, kept_links
+from farlight.testing import CASES, Case, case, dropout_mask, inputs
 from parity import BACKENDS, SEED, dense, every_backend, outputs, request_of, same, skip_where_it_cannot_run
 
 WITH_DROPOUT = [one for one in CASES if one.dropout]
@@ -26,7 +26,7 @@ def test_every_backend_drops_the_same_links(backend: str, of: Case) -> None:
     """With values that name their key, the output shows which links were kept."""
     skip_where_it_cannot_run(backend, request_of(of, torch.float32, return_lse=False))
     of = dataclasses.replace(of, head_dim=1, layout="contiguous")
-    keep = kept_links(of.sizes, SEED, of.dropout)
+    keep = dropout_mask(of.sizes, SEED, of.dropout)
     assert keep is not None
     given, allowed = inputs(of), dense(of)
     for key in {0, 7, of.n_k - 1}:

@@ -19,7 +19,7 @@ from farlight.kernels import torch_tiled as blocked
 from farlight.plan import Plan
 from farlight.plan.build import build
 from farlight.plan.tables import BITS, BOUNDS
-from farlight.testing import Answer, Case, assert_answer, assert_matches, case, inputs, kept_links, solve
+from farlight.testing import Answer, Case, assert_answer, assert_matches, case, dropout_mask, inputs, solve
 from farlight.testing.tolerance import assert_matches as the_same_helper
 from parity import SEED, answer, dense, solution
 
@@ -102,11 +102,11 @@ def test_a_bias_in_every_row_is_rejected_by_the_mean() -> None:
     """Each row stays within the bound of the worst row, but all of them are off."""
     torch.manual_seed(2)
     truth = torch.randn(1, 2, 50, 16, dtype=torch.float64)
-    yardstick = truth.float()
-    yardstick[0, 0, 0, 0] *= 1 + 1e-4  # plain torch is bad in one place
+    baseline = truth.float()
+    baseline[0, 0, 0, 0] *= 1 + 1e-4  # plain torch is bad in one place
     actual = (truth * (1 + 5e-5)).float()
     with pytest.raises(AssertionError, match=r"out: the mean error is .* of the magnitude, allowed"):
-        assert_matches(actual, truth, yardstick, "out")
+        assert_matches(actual, truth, baseline, "out")
 
 
 def test_what_is_exactly_zero_must_be_exactly_zero() -> None:
@@ -145,7 +145,7 @@ def test_a_wrong_shape_is_rejected() -> None:
     assert_matches(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, 3), "out")
 
 
-def test_a_bad_yardstick_does_not_excuse_a_dropped_link() -> None:
+def test_a_bad_baseline_does_not_excuse_a_dropped_link() -> None:
     """At bfloat16 too, one link of a short row is more than rounding."""
     for dtype in DTYPES:
         given = inputs(HOLES, dtype)
@@ -153,7 +153,7 @@ def test_a_bad_yardstick_does_not_excuse_a_dropped_link() -> None:
         allowed = allowed.expand(1, 2, -1, -1).clone()
         row, key = 3, int(allowed[0, 0, 3].nonzero()[0])
         allowed[0, 0, row, key] = False
-        without = solve(HOLES, given, allowed=allowed).yardstick
+        without = solve(HOLES, given, allowed=allowed).baseline
         with pytest.raises(AssertionError, match=r"out: 1 of 140 rows are wrong, the worst at \(0, 0, 3\)"):
             assert_answer(without, solution(HOLES, dtype), "one link less")
 
@@ -262,7 +262,7 @@ def test_a_piece_counted_twice_fails() -> None:
 def test_dropout_of_another_seed_fails() -> None:
     of = case("dropout")
     truth = solution(of, torch.float32)
-    other = solve(of, inputs(of, torch.float32), dropout_seed=SEED + 1).yardstick
+    other = solve(of, inputs(of, torch.float32), dropout_seed=SEED + 1).baseline
     with pytest.raises(AssertionError, match="rows are wrong"):
         assert_answer(other, truth, "another seed")
 
@@ -311,12 +311,12 @@ def test_the_gradients_of_the_truth_are_those_of_finite_differences() -> None:
             assert (sides[0] - sides[1]) / 2e-5 == pytest.approx(float(grad.view(-1)[flat]), abs=1e-6, rel=1e-6)
 
 
-def test_kept_links_are_the_documented_hash() -> None:
-    keep = kept_links(case("dropout").sizes, SEED, 0.1)
+def test_dropout_mask_are_the_documented_hash() -> None:
+    keep = dropout_mask(case("dropout").sizes, SEED, 0.1)
     assert keep is not None
     assert keep.shape == (2, 2, 80, 80)
     assert 0.87 < float(keep.double().mean()) < 0.93
-    assert kept_links(case("dropout").sizes, SEED, 0.0) is None
+    assert dropout_mask(case("dropout").sizes, SEED, 0.0) is None
 
 
 def test_the_cases_hold_what_they_promise() -> None:
