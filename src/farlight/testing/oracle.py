@@ -130,8 +130,8 @@ def magnitudes(
 ) -> Answer:
     """For each element of the answer, the root of the sum of squares of the terms that are summed to it, in float64.
 
-    A sum of independently rounded terms has an error of about this times the unit roundoff, also where the terms cancel: dq of
-    a row with a single link is exactly 0, as the difference of two equal numbers.
+    A sum of independently rounded terms has an error of about this times the machine epsilon, also where the terms cancel: dq
+    of a row with a single link is exactly 0, as the difference of two equal numbers.
 
     Probabilities computed as exp(score - lse) share the rounding of the lse, which is `lse_unit` times that of the inputs. Its
     effect is common to all terms of a sum and is added to the root.

@@ -21,7 +21,7 @@ def assert_matches(actual: Tensor, truth: Tensor, baseline: Tensor, what: str, *
 
     A row is the last dimension of a 4-D tensor, or one element of a tensor of fewer dimensions; its error is the largest
     |actual - truth| in it. With m the row's magnitude (of `magnitude`, by default |truth|; the largest of the row) and u the
-    unit roundoff of actual's dtype plus that of float64 (the truth is rounded too), the condition is
+    machine epsilon of actual's dtype plus that of float64 (the truth is rounded too), the condition is
 
         error[row]      <= 2 · m · max over rows of (baseline's error / m)  +  2 u m        for each row,
         mean(error / m) <= 2 · mean(baseline's error / m)  +  2 u                          over all rows.
