@@ -64,7 +64,7 @@ class Experiment:
 
     def note(self, kind: str, name: str, held: Fidelity, trained: Fidelity | None = None, **more: Any) -> None:
         """One row of the table; a row of that kind and name from an earlier run is replaced."""
-        row: dict[str, Any] = {"kind": kind, "name": name, "density": held.links / held.own_links}
+        row: dict[str, Any] = {"kind": kind, "name": name, "density": held.links / held.base_links}
         row |= {"kept": float(held.mass.mean()), "token": held.token_cosine, "pooled": held.pooled_cosine}
         if trained is not None:
             row |= {"trained_kept": float(trained.mass.mean()), "trained_token": trained.token_cosine}

@@ -169,7 +169,7 @@ def test_fidelity_against_direct_computation(make: Any) -> None:
             best = probability.flatten(3).sort(descending=True).values[..., :links].sum(-1).mean(1) / 64
             torch.testing.assert_close(measured.best, best, rtol=0, atol=3e-3)
             assert measured.links == links
-            assert measured.own_links == int(own.dense(64).sum())
+            assert measured.base_links == int(own.dense(64).sum())
             sparse = model(input_ids=cut.ids, attention_mask=allowed.expand(3, 1, -1, -1))[0]
             cosine = torch.cosine_similarity(sparse, full[0], dim=-1).mean().item()
             pooled = torch.cosine_similarity(sparse.mean(1), full[0].mean(1), dim=-1).mean().item()
@@ -463,7 +463,7 @@ def test_the_default_audit_gives_the_figures_that_were_measured() -> None:
     result = measure_fidelity(loaded.model, cut.ids, [fl.parse(expression) for expression in MEASURED])
     for (expression, expected), measured in zip(MEASURED.items(), result.patterns, strict=True):
         figures = (
-            measured.links / measured.own_links,
+            measured.links / measured.base_links,
             measured.mass.mean().item(),
             measured.mass.min().item(),
             measured.token_cosine,

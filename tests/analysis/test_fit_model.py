@@ -271,7 +271,7 @@ def test_unsupported_gists_are_refused() -> None:
 def test_a_fit_with_a_gist_stays_within_its_density() -> None:
     model = encoder()
     result = fl.hf.fit(model, ids(), density=0.4, candidates=["topkeys(1)", "topkeys(4)", "topkeys(8)"], gist=8)
-    assert result.trained.links / result.trained.own_links <= 0.4
+    assert result.trained.links / result.trained.base_links <= 0.4
     assert all(isinstance(router, Gist) for router in result.patterns.values())
     assert all(isinstance(router, Gist) for router in fl.hf.read_layers(result.save()).values())
 

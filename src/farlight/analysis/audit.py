@@ -15,7 +15,7 @@ import torch
 
 from farlight.analysis.candidates_by_layer import Judged, Subject, subjects
 from farlight.analysis.cost import Cost, Layer, cost_at_length, cost_in_passages, full_seconds, mean_cost, timed_length
-from farlight.analysis.loss.fidelity import BATCH_TOKENS, Fidelity, measure_fidelity
+from farlight.analysis.loss.fidelity import BATCH_TOKENS, Fidelity, FidelityRun, measure_fidelity
 from farlight.analysis.loss.top_losses import LostLink, words_of
 from farlight.analysis.passages import Passages
 from farlight.errors import PatternError
@@ -188,25 +188,11 @@ def audit(
     call = run.first_call
     q, k, v = call.q, call.k, call.v
     layer = Layer(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, call.own, call.scale)
-
-    step("timed: full attention")
-    timed_tokens = timed_length(layer, passages.tokens)
-    long_full_seconds, measured_at = full_seconds(layer, timed_tokens)
-    passage_costs: list[Cost] = []
-    for candidate in candidates:
-        step(f"timed: {candidate.name}")
-        costs = [cost_in_passages(layer, pattern, (q, k, v), backend=backend) for pattern in _timed(candidate, run.layers)]
-        passage_costs.append(mean_cost(costs))
-    long_tensors = layer.random(timed_tokens)
-    rows = []
-    for candidate, fidelity, passage_cost in zip(candidates, run.patterns, passage_costs, strict=True):
-        step(f"long text: {candidate.name}")
-        timed = _timed(candidate, run.layers)
-        # A router's links are those of its choice among the timed tokens; a pattern's can be counted over the whole text.
-        counted = passages.tokens if all(isinstance(pattern, Pattern) for pattern in timed) else None
-        options: dict[str, Any] = {"backend": backend, "counted": counted}
-        long_cost = mean_cost([cost_at_length(layer, pattern, long_tensors, long_full_seconds, **options) for pattern in timed])
-        rows.append(_pattern_audit(candidate, fidelity, passage_cost, long_cost, run.layers, layer.heads))
+    costs, measured_at = _measure_costs(layer, candidates, run, passages.tokens, backend, step)
+    rows = [
+        _pattern_audit(candidate, fidelity, passage_cost, long_cost, run.layers, layer.heads)
+        for candidate, fidelity, (passage_cost, long_cost) in zip(candidates, run.patterns, costs, strict=True)
+    ]
     return Audit(
         model=model_name or type(model).__name__,
         text=text_name,
@@ -225,6 +211,32 @@ def audit(
     )
 
 
+def _measure_costs(
+    layer: Layer, candidates: Sequence[Subject], run: FidelityRun, tokens: int, backend: str, step: Callable[[str], None]
+) -> tuple[list[tuple[Cost, Cost]], int]:
+    """((cost in passages, cost at the length of the text) of each candidate, length at which full attention was timed)."""
+    step("timed: full attention")
+    timed_tokens = timed_length(layer, tokens)
+    long_full_seconds, measured_at = full_seconds(layer, timed_tokens)
+    tensors = run.first_call.q, run.first_call.k, run.first_call.v
+    passage_costs = []
+    for candidate in candidates:
+        step(f"timed: {candidate.name}")
+        costs = [cost_in_passages(layer, pattern, tensors, backend=backend) for pattern in _timed(candidate, run.layers)]
+        passage_costs.append(mean_cost(costs))
+    long_tensors = layer.random(timed_tokens)
+    long_costs = []
+    for candidate in candidates:
+        step(f"long text: {candidate.name}")
+        patterns = _timed(candidate, run.layers)
+        # A router's links are those of its choice among the timed tokens; a pattern's can be counted over the whole text.
+        counted = tokens if all(isinstance(pattern, Pattern) for pattern in patterns) else None
+        options: dict[str, Any] = {"backend": backend, "counted": counted}
+        costs = [cost_at_length(layer, pattern, long_tensors, long_full_seconds, **options) for pattern in patterns]
+        long_costs.append(mean_cost(costs))
+    return list(zip(passage_costs, long_costs, strict=True)), measured_at
+
+
 def _timed(candidate: Subject, layers: int) -> list[Pattern | Router]:
     """The patterns to be timed: one for all layers, or one per layer where they differ; `full()` for a layer left alone."""
     numbers = range(layers) if isinstance(candidate.chosen, Mapping) else range(1)
@@ -240,7 +252,7 @@ def _pattern_audit(
     num_plans = 1 if isinstance(candidate.chosen, Pattern) else layers
     return PatternAudit(
         pattern=candidate.name,
-        density=fidelity.links / fidelity.own_links if fidelity.own_links else 0.0,
+        density=fidelity.links / fidelity.base_links if fidelity.base_links else 0.0,
         links=round(fidelity.links * layers * heads),
         backend=passage_cost.backend,
         predicted_speedup=passage_cost.predicted_speedup,

@@ -25,11 +25,11 @@ PRIMITIVES = (
 
 
 @st.composite
-def sizes(draw: st.DrawFn, most: int = 40) -> Sizes:
-    """Sizes with up to `most` queries and keys, and any q_offset."""
-    n_k = draw(st.integers(0, most))
-    n_q = draw(st.integers(0, most))
-    q_offset = draw(st.none() | st.integers(-most, 2 * most))
+def sizes(draw: st.DrawFn, max_length: int = 40) -> Sizes:
+    """Sizes with up to `max_length` queries and keys, and any q_offset."""
+    n_k = draw(st.integers(0, max_length))
+    n_q = draw(st.integers(0, max_length))
+    q_offset = draw(st.none() | st.integers(-max_length, 2 * max_length))
     return Sizes.of(n_q, n_k, batch=draw(st.integers(1, 2)), heads=draw(st.integers(1, 3)), q_offset=q_offset)
 
 
@@ -124,8 +124,8 @@ def _preset(draw: st.DrawFn, at: Sizes) -> Pattern:
     return draw(st.sampled_from(fits))
 
 
-def patterns(at: Sizes, most_atoms: int = 6) -> Strategy[Pattern]:
-    """An expression of up to `most_atoms` primitives and presets that fits the sizes `at`."""
+def patterns(at: Sizes, max_atoms: int = 6) -> Strategy[Pattern]:
+    """An expression of up to `max_atoms` primitives and presets that fits the sizes `at`."""
 
     def combine(inner: Strategy[Pattern]) -> Strategy[Pattern]:
         operands = st.tuples(inner, inner)
@@ -137,20 +137,20 @@ def patterns(at: Sizes, most_atoms: int = 6) -> Strategy[Pattern]:
             st.lists(inner, min_size=at.heads, max_size=at.heads).map(fl.per_head),
         )
 
-    return st.recursive(st.one_of(atoms(at), atoms(at), atoms(at), _preset(at)), combine, max_leaves=most_atoms)
+    return st.recursive(st.one_of(atoms(at), atoms(at), atoms(at), _preset(at)), combine, max_leaves=max_atoms)
 
 
 @st.composite
-def problems(draw: st.DrawFn, most: int = 40) -> tuple[Pattern, Sizes]:
+def problems(draw: st.DrawFn, max_length: int = 40) -> tuple[Pattern, Sizes]:
     """A random expression and sizes that it fits."""
-    at = draw(sizes(most))
+    at = draw(sizes(max_length))
     return draw(patterns(at)), at
 
 
 @st.composite
-def cases(draw: st.DrawFn, most: int = 40) -> Case:
+def cases(draw: st.DrawFn, max_length: int = 40) -> Case:
     """A random expression as a `Case`, with random heads, head dimension, strides, dropout and scale."""
-    pattern, at = draw(problems(most))
+    pattern, at = draw(problems(max_length))
     kv_heads = draw(st.sampled_from([h for h in range(1, at.heads + 1) if at.heads % h == 0]))
     return Case(
         "random expression",

@@ -57,12 +57,12 @@ def assert_matches(actual: Tensor, truth: Tensor, baseline: Tensor, what: str, *
     allowed = (2 * relative.max() + unit * 2) * size
     if bool((error > allowed).any()):
         row = int((error - allowed).argmax())
-        place = tuple(int(x) for x in torch.unravel_index(torch.tensor(row), error.shape))
-        index = place if element is None else (*place, int(element[place]))
+        row_index = tuple(int(x) for x in torch.unravel_index(torch.tensor(row), error.shape))
+        index = row_index if element is None else (*row_index, int(element[row_index]))
         raise AssertionError(
-            f"{what}: {int((error > allowed).sum())} of {error.numel()} rows are wrong, the worst at {place}: "
-            f"got {float(value[index]):.9g}, truth {float(truth[index]):.9g}, error {float(error[place]):.3g}, "
-            f"allowed {float(allowed[place]):.3g} (plain torch: {float(rounding[place]):.3g})"
+            f"{what}: {int((error > allowed).sum())} of {error.numel()} rows are wrong, the worst at {row_index}: "
+            f"got {float(value[index]):.9g}, truth {float(truth[index]):.9g}, error {float(error[row_index]):.3g}, "
+            f"allowed {float(allowed[row_index]):.3g} (plain torch: {float(rounding[row_index]):.3g})"
         )
     nonzero = size > 0
     if bool(nonzero.any()):

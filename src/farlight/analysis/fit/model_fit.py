@@ -82,7 +82,7 @@ class ModelFit:
         fidelity = {
             name: {
                 "kept": _mean(measured.mass),
-                "density": measured.links / max(1.0, measured.own_links),
+                "density": measured.links / max(1.0, measured.base_links),
                 "token_cosine": measured.token_cosine,
                 "pooled_cosine": measured.pooled_cosine,
             }
@@ -108,7 +108,7 @@ class ModelFit:
         for name, measured in (("fitted to", self.trained), ("held out", self.held_out)):
             if measured is not None:
                 lines.append(
-                    f"{name:22}{_mean(measured.mass):8.1%}{measured.links / max(1.0, measured.own_links):9.1%}"
+                    f"{name:22}{_mean(measured.mass):8.1%}{measured.links / max(1.0, measured.base_links):9.1%}"
                     f"{measured.token_cosine:14.4f}{measured.pooled_cosine:15.4f}"
                 )
         if self.held_out is not None:

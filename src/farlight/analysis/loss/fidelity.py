@@ -41,7 +41,7 @@ class Fidelity:
         mass: `(layers, heads)` float64, attention probability kept, mean over passages and rows.
         best: `(layers, heads)` float64, what the best pattern with as many links in that head and passage keeps.
         links: pairs in one passage that pattern and model both allow, mean over layers, heads and passages; summaries count.
-        own_links: the same for the model's own mask.
+        base_links: the same for the pairs of full attention under the model's own mask.
         token_cosine: cosine of last hidden states, sparse against full, mean over tokens and passages.
         pooled_cosine: cosine of their means over a passage, mean over passages.
         lost: the heaviest links outside the pattern over all layers, heads and passages, reduced by `top_losses`.
@@ -50,7 +50,7 @@ class Fidelity:
     mass: Tensor
     best: Tensor
     links: float
-    own_links: float
+    base_links: float
     token_cosine: float
     pooled_cosine: float
     lost: tuple[LostLink, ...] = ()
@@ -198,7 +198,7 @@ class _FidelitySums:
         self.max_lost, self.lost = max_lost, list[LostLink]()
         self.mass: Tensor | float = 0.0
         self.best: Tensor | float = 0.0
-        self.links = self.own_links = self.token_cosine = self.pooled_cosine = 0.0
+        self.links = self.base_links = self.token_cosine = self.pooled_cosine = 0.0
 
     def add(self, layers: Sequence[_LayerRecord], full_states: Tensor, sparse_states: Tensor) -> None:
         """Add a batch: a record per layer, and last hidden states `(B, N, features)` of the full and the sparse run."""
@@ -206,7 +206,7 @@ class _FidelitySums:
         self.mass = self.mass + torch.stack([layer.mass.sum(0) for layer in layers])
         self.best = self.best + torch.stack([layer.best.sum(0) for layer in layers])
         self.links += sum(layer.links.double().mean(1).sum().item() for layer in layers) / len(layers)
-        self.own_links += sum(layer.base_links.double().mean(1).sum().item() for layer in layers) / len(layers)
+        self.base_links += sum(layer.base_links.double().mean(1).sum().item() for layer in layers) / len(layers)
         self.lost = heaviest_per_head([*self.lost, *(link for layer in layers for link in layer.lost)], LINKS_PER_HEAD)
         self.token_cosine += torch.cosine_similarity(full_states, sparse_states, dim=-1).mean(1).sum().item()
         self.pooled_cosine += torch.cosine_similarity(full_states.mean(1), sparse_states.mean(1), dim=-1).sum().item()
@@ -215,5 +215,5 @@ class _FidelitySums:
         assert isinstance(self.mass, Tensor)
         assert isinstance(self.best, Tensor)
         n = self.passages
-        means = (self.links / n, self.own_links / n, self.token_cosine / n, self.pooled_cosine / n)
+        means = (self.links / n, self.base_links / n, self.token_cosine / n, self.pooled_cosine / n)
         return Fidelity(self.mass / n, self.best / n, *means, top_losses(self.lost, self.max_lost))
