@@ -35,7 +35,7 @@ def request_of(case: Case, dtype: torch.dtype, *, return_lse: bool) -> Request:
     )
 
 
-def skip_where_it_cannot_run(backend: str, request: Request) -> None:
+def skip_unless_supported(backend: str, request: Request) -> None:
     """Skip the test, with the backend's reasons, where it cannot run the request."""
     result = dispatch.reasons(backend, request)
     if result:
@@ -132,6 +132,6 @@ __all__ = [
     "outputs",
     "request_of",
     "same",
-    "skip_where_it_cannot_run",
+    "skip_unless_supported",
     "solution",
 ]
