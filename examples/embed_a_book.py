@@ -29,9 +29,9 @@ from torch.nn.functional import normalize
 
 import farlight as fl
 from farlight.cli.inputs import load_model, read_text
-from farlight.embedding.book import Part, parts_of
+from farlight.embedding.book import ChapterPart, split_parts
 from farlight.embedding.chapters import sentences, split_chapters
-from farlight.embedding.reading import Embedder, Reading
+from farlight.embedding.reading import Embedder, Encoding
 
 PLAIN_LENGTH = 512
 PATTERNS = (
@@ -58,29 +58,31 @@ def stacked(readings: Iterator[tuple[Tensor, Tensor]]) -> Vectors:
     return Vectors(torch.stack(chapters), torch.cat(passages), time.perf_counter() - begun)
 
 
-def in_one_pass(embedder: Embedder, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor]]:
+def in_one_pass(embedder: Embedder, parts: Sequence[ChapterPart]) -> Iterator[tuple[Tensor, Tensor]]:
     for part in parts:
         reading = embedder.read(part.tokens.ids)
         yield reading.vector, reading.passages(part.passages)
 
 
-def in_windows(plain: Embedder, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor]]:
+def in_windows(plain: Embedder, parts: Sequence[ChapterPart]) -> Iterator[tuple[Tensor, Tensor]]:
     """Adjacent windows; a chapter vector is the mean of its windows' vectors, a passage vector that of its tokens."""
     for part in parts:
-        readings = [plain.read(part.tokens.ids[at : at + plain.room]) for at in range(0, len(part.tokens), plain.room)]
+        readings = [
+            plain.read(part.tokens.ids[at : at + plain.max_tokens]) for at in range(0, len(part.tokens), plain.max_tokens)
+        ]
         chapter = normalize(torch.stack([reading.vector for reading in readings]).mean(0), dim=0)
-        whole = Reading(torch.cat([reading.states for reading in readings]), chapter)
+        whole = Encoding(torch.cat([reading.states for reading in readings]), chapter)
         yield chapter, whole.passages(part.passages)
 
 
-def each_alone(plain: Embedder, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor]]:
+def each_alone(plain: Embedder, parts: Sequence[ChapterPart]) -> Iterator[tuple[Tensor, Tensor]]:
     for part in parts:
         vectors = torch.stack([plain.read(part.tokens.ids[a:b]).vector for a, b in part.passages])
         yield normalize(vectors.mean(0), dim=0), vectors
 
 
 def sample_sentences(
-    texts: Sequence[Part], text: str, owners: Sequence[tuple[int, int]], count: int, seed: int
+    texts: Sequence[ChapterPart], text: str, owners: Sequence[tuple[int, int]], count: int, seed: int
 ) -> list[tuple[int, str]]:
     """(passage, sentence) pairs, drawn without replacement from the sentences of 8 words or more inside one passage."""
     candidates = []
@@ -152,7 +154,7 @@ def main() -> None:
     plain_model, long_model = load_model(None), load_model(None)
     plain = Embedder(plain_model.model, plain_model.tokenizer, fl.full(), positions=PLAIN_LENGTH, backend="auto")
     long = Embedder(long_model.model, long_model.tokenizer, fl.full(), positions=options.positions)
-    parts = [part for c in chapters for part in parts_of(long, text, c, c.title, 0, options.passage)]
+    parts = [part for c in chapters for part in split_parts(long, text, c, c.title, 0, options.passage)]
     owners = [(number, i) for number, part in enumerate(parts) for i in range(len(part.passages))]
     sizes = [len(part.tokens) for part in parts]
     print(f"{len(parts)} passes, {sum(sizes):,} tokens, longest {max(sizes):,}, {len(owners):,} passages", flush=True)
@@ -177,7 +179,7 @@ def main() -> None:
         return
 
     samples = sample_sentences(parts, text, owners, options.sentences, options.seed)
-    queries = torch.stack([plain.read(plain.tokens(sentence).ids[: plain.room]).vector for _, sentence in samples])
+    queries = torch.stack([plain.read(plain.tokens(sentence).ids[: plain.max_tokens]).vector for _, sentence in samples])
     passage = torch.tensor([number for number, _ in samples])
     chapter = torch.tensor([owners[number][0] for number, _ in samples])
     rows = {method: evaluate(vectors, vectors_of[WINDOWS], queries, passage, chapter) for method, vectors in vectors_of.items()}

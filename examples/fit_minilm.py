@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 import farlight as fl
-from farlight.analysis.fit.whole_model import ModelFit, Reading, fit_reading, read_passages
+from farlight.analysis.fit.model_fit import ModelFit
+from farlight.analysis.fit.model_profile import ModelProfile, profile_model
+from farlight.analysis.fit.whole_model import fit_profile
 from farlight.analysis.loss.fidelity import Fidelity, measure_fidelity
 from farlight.analysis.passages import cut_passages
 from farlight.analysis.plot import plot_heads
@@ -62,7 +64,7 @@ class Experiment:
 
     def add_row(self, kind: str, name: str, held: Fidelity, trained: Fidelity | None = None, **more: Any) -> None:
         """Add a row to the table, replacing an earlier run's row of the same kind and name."""
-        row: dict[str, Any] = {"kind": kind, "name": name, "density": held.links / held.own_links}
+        row: dict[str, Any] = {"kind": kind, "name": name, "density": held.links / held.base_links}
         row |= {"kept": float(held.mass.mean()), "token": held.token_cosine, "pooled": held.pooled_cosine}
         if trained is not None:
             row |= {"trained_kept": float(trained.mass.mean()), "trained_token": trained.token_cosine}
@@ -78,9 +80,9 @@ class Experiment:
         evenly = self.held[[place * len(self.held) // count for place in range(count)]]
         return measure_fidelity(self.model, evenly, patterns).patterns
 
-    def fitted(self, kind: str, reading: Reading, name: str, save: str = "", **options: Any) -> ModelFit:
+    def fitted(self, kind: str, profile: ModelProfile, name: str, save: str = "", **options: Any) -> ModelFit:
         start = time.perf_counter()
-        fit = fit_reading(reading, self.held, judged=self.judged, **options)
+        fit = fit_profile(profile, self.held, max_judged=self.judged, **options)
         seconds = round(time.perf_counter() - start, 1)
         assert fit.held_out is not None
         by_head = {"kept_by_head": fit.kept_by_head.tolist(), "density_by_head": fit.density_by_head.tolist()}
@@ -93,53 +95,53 @@ class Experiment:
         rows = {name: text for name, text in PLAIN.items() if name.startswith("Longformer")}
         for name, fidelity in zip(rows, self.evaluate([fl.parse(text) for text in rows.values()]), strict=True):
             self.add_row("same for all heads", name, fidelity)
-        reading, shapes = self.read("fixed", self.train, ("pairs",)), ("window", "dilated", "strided", "offsets")
+        profile, shapes = self.read("fixed", self.train, ("pairs",)), ("window", "dilated", "strided", "offsets")
         for density in self.densities:
             at = f"{density:.0%}"
             options = {"families": shapes, "density": density, "weigh": True}
-            self.fitted("distances and lighthouses", reading, at, **options, save=f"distances-{at}.json")
+            self.fitted("distances and lighthouses", profile, at, **options, save=f"distances-{at}.json")
 
     def pairs(self) -> None:
-        reading = self.read("fixed", self.train, ("pairs",))
+        profile = self.read("fixed", self.train, ("pairs",))
         for density in self.densities:
             at = f"{density:.0%}"
-            self.fitted("any pairs", reading, at, density=density, weigh=True, save=f"pairs-{at}.json")
+            self.fitted("any pairs", profile, at, density=density, weigh=True, save=f"pairs-{at}.json")
         # Ablation of the fitting recipe.
-        self.fitted("any pairs", reading, "15%, plain shares", density=0.15, even=False)
-        self.fitted("any pairs", reading, "15%, layers alike", density=0.15)
-        self.fitted("blocks of 8 x 8", reading, "15%", families=["blocks"], density=0.15, weigh=True)
+        self.fitted("any pairs", profile, "15%, plain shares", density=0.15, even=False)
+        self.fitted("any pairs", profile, "15%, layers alike", density=0.15)
+        self.fitted("blocks of 8 x 8", profile, "15%", families=["blocks"], density=0.15, weigh=True)
 
     def content(self) -> None:
         rows = {name: text for name, text in PLAIN.items() if not name.startswith("Longformer")}
         for name, fidelity in zip(rows, self.evaluate([fl.routing.read_router(text) for text in rows.values()]), strict=True):
             self.add_row("same for all heads", name, fidelity)
-        reading = self.read_content()
+        profile = self.read_content()
         for density in self.densities:
             at = f"{density:.0%}"
-            self.fitted("chosen by content", reading, at, density=density, weigh=True, save=f"content-{at}.json")
+            self.fitted("chosen by content", profile, at, density=density, weigh=True, save=f"content-{at}.json")
 
     def summary(self) -> None:
-        reading = self.read_content()
+        profile = self.read_content()
         for density in self.densities:
             at = f"{density:.0%}"
             if density > 1 / 16 + 0.01:
                 options = {"density": density, "weigh": True, "gist": 16}
-                self.fitted("content, the rest in summary", reading, at, **options, save=f"gist-{at}.json")
+                self.fitted("content, the rest in summary", profile, at, **options, save=f"gist-{at}.json")
 
-    def read_content(self) -> Reading:
+    def read_content(self) -> ModelProfile:
         """Router fits have few parameters and cannot memorise passages: 16 of them are enough."""
         return self.read("content", self.train[:: 1 if self.smoke else max(1, len(self.train) // 16)], ("topblocks",))
 
-    def read(self, name: str, ids: Tensor, candidates: Sequence[str]) -> Reading:
+    def read(self, name: str, ids: Tensor, candidates: Sequence[str]) -> ModelProfile:
         """Attention measurements of the passages, from the file of an earlier run if there is one."""
         file = self.out / f"{name}.pt"
         if file.exists():
-            return Reading(self.model, ids, *torch.load(file, weights_only=False))
+            return ModelProfile(self.model, ids, *torch.load(file, weights_only=False))
         start = time.perf_counter()
-        reading = read_passages(self.model, ids, candidates)
+        profile = profile_model(self.model, ids, candidates)
         print(f"read {len(ids)} passages in {time.perf_counter() - start:.0f} s", flush=True)
-        torch.save((reading.numbers, reading.profiles, reading.measured, reading.families), file)
-        return reading
+        torch.save((profile.numbers, profile.profiles, profile.measurements, profile.families), file)
+        return profile
 
     def frontier(self) -> None:
         for share in FRONTIER:

@@ -1,4 +1,4 @@
-"""The audit and the command line: figures against direct computation, one clear message for each mistake."""
+"""`farlight.analysis.audit` and `farlight audit`: figures against direct computation, one message per error."""
 
 from __future__ import annotations
 
@@ -41,13 +41,15 @@ WORDS = ["the", *(f"w{i}" for i in range(40))]
 
 def tokenizer(framed: bool = True, longest: int = 64) -> PreTrainedTokenizerFast:
     vocabulary = {word: place for place, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend_tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if framed:
-        made.post_processor = processors.TemplateProcessing(
+        backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", model_max_length=longest)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=longest
+    )
 
 
 def encoder() -> BertModel:
@@ -150,51 +152,51 @@ PATTERNS = [fl.window(3), fl.window(3) | fl.global_tokens([0, -1]), fl.full()]
 
 @pytest.mark.parametrize("make", [encoder, decoder])
 def test_fidelity_against_direct_computation(make: Any) -> None:
-    """The witness: eager attention, whose probabilities transformers itself returns, and SDPA under a dense mask."""
+    """Against transformers' eager attention, which returns its probabilities, and SDPA under a dense mask."""
     model, cut = make(), cut_passages(words(300), tokenizer(), 64, 3)
     own = fl.full() if make is encoder else fl.causal()
-    found = measure_fidelity(model, cut.ids, PATTERNS)
-    assert found.layers == model.config.num_hidden_layers
+    result = measure_fidelity(model, cut.ids, PATTERNS)
+    assert result.layers == model.config.num_hidden_layers
     model.set_attn_implementation("eager")
     with torch.no_grad():
         full = model(input_ids=cut.ids, output_attentions=True)
         probability = torch.stack(full.attentions).double()  # layers, passages, heads, rows, keys
         model.set_attn_implementation("sdpa")
-        for pattern, one in zip(PATTERNS, found.patterns, strict=True):
+        for pattern, measured in zip(PATTERNS, result.patterns, strict=True):
             allowed = (own & pattern).dense(64)[0, 0]
-            torch.testing.assert_close(one.mass, (probability * allowed).sum(-1).mean(-1).mean(1), rtol=0, atol=1e-5)
+            torch.testing.assert_close(measured.mass, (probability * allowed).sum(-1).mean(-1).mean(1), rtol=0, atol=1e-5)
             links = int(allowed.sum())
             best = probability.flatten(3).sort(descending=True).values[..., :links].sum(-1).mean(1) / 64
-            torch.testing.assert_close(one.best, best, rtol=0, atol=3e-3)
-            assert one.links == links
-            assert one.own_links == int(own.dense(64).sum())
+            torch.testing.assert_close(measured.best, best, rtol=0, atol=3e-3)
+            assert measured.links == links
+            assert measured.base_links == int(own.dense(64).sum())
             sparse = model(input_ids=cut.ids, attention_mask=allowed.expand(3, 1, -1, -1))[0]
             cosine = torch.cosine_similarity(sparse, full[0], dim=-1).mean().item()
             pooled = torch.cosine_similarity(sparse.mean(1), full[0].mean(1), dim=-1).mean().item()
-            assert one.token_cosine == pytest.approx(cosine, abs=1e-5)
-            assert one.pooled_cosine == pytest.approx(pooled, abs=1e-5)
-    assert found.patterns[2].token_cosine == pytest.approx(1.0, abs=1e-6)
-    assert found.patterns[0].token_cosine < 0.99, "a window of 3 that loses nothing would mean that it was not applied"
+            assert measured.token_cosine == pytest.approx(cosine, abs=1e-5)
+            assert measured.pooled_cosine == pytest.approx(pooled, abs=1e-5)
+    assert result.patterns[2].token_cosine == pytest.approx(1.0, abs=1e-6)
+    assert result.patterns[0].token_cosine < 0.99, "a window of 3 that loses nothing would mean that it was not applied"
 
 
 @pytest.mark.parametrize("batch_tokens", [64, 130, 10**6])
-def test_batches_do_not_show(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fidelity_is_independent_of_the_batch_size(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farlight.analysis.loss.fidelity.BATCH_TOKENS", batch_tokens)
     cut = cut_passages(words(300), tokenizer(), 64, 3)
-    found = measure_fidelity(encoder(), cut.ids, PATTERNS[:2]).patterns[1]
+    result = measure_fidelity(encoder(), cut.ids, PATTERNS[:2]).patterns[1]
     monkeypatch.undo()
     whole = measure_fidelity(encoder(), cut.ids, PATTERNS[:2]).patterns[1]
-    torch.testing.assert_close(found.mass, whole.mass, rtol=0, atol=1e-6)
-    assert found.token_cosine == pytest.approx(whole.token_cosine, abs=1e-6)
-    assert found.links == whole.links
+    torch.testing.assert_close(result.mass, whole.mass, rtol=0, atol=1e-6)
+    assert result.token_cosine == pytest.approx(whole.token_cosine, abs=1e-6)
+    assert result.links == whole.links
 
 
-def test_audit_puts_it_together() -> None:
-    cut, said = cut_passages(words(700), tokenizer(), 64, 3), []
-    result = audit(decoder(), cut, PATTERNS, model_name="m", text_name="t", step=said.append)
+def test_an_audit_combines_fidelity_and_cost() -> None:
+    cut, labels = cut_passages(words(700), tokenizer(), 64, 3), []
+    result = audit(decoder(), cut, PATTERNS, model_name="m", text_name="t", step=labels.append)
     assert (result.layers, result.heads, result.kv_heads, result.head_dim) == (3, 4, 2, 8)
     assert (result.tokens, result.passages, result.passage_tokens, result.own) == (700, 3, 64, "causal()")
-    assert said == steps(cut, PATTERNS)
+    assert labels == steps(cut, PATTERNS)
     first, _, everything = result.patterns
     assert first.links == (fl.causal() & fl.window(3)).count(64) * 12
     assert first.density == pytest.approx((fl.causal() & fl.window(3)).count(64) / fl.causal().count(64))
@@ -211,8 +213,8 @@ def test_audit_puts_it_together() -> None:
     )
 
 
-def test_a_text_too_long_to_be_timed_is_timed_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Links are counted over the whole text, except those that content chose; time is told with its own length."""
+def test_a_text_too_long_to_be_timed_is_timed_at_a_shorter_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links are counted over the whole text, except those that content chose; times carry the length they were measured at."""
     monkeypatch.setattr("farlight.analysis.cost._TIMED_BYTES", 300 * 4 * 4 * 8 * 4)
     cut = cut_passages(words(700), tokenizer(), 64, 1)
     patterns = [fl.window(3), TopBlocks(2, 8), {0: fl.window(1), 1: TopBlocks(2, 8)}]
@@ -306,12 +308,12 @@ def test_audit_prints_one_json_object(place: Path, capsys: pytest.CaptureFixture
     arguments = ["audit", str(place / "text.txt"), "--model", str(place / "decoder"), "--json", "--passages", "2"]
     code, out, _ = run(capsys, *arguments, "--pattern", "window(3)", "--pattern", "window(3) | global_tokens([0, -1])")
     assert code == 0
-    found = json.loads(out)
-    assert found["tokens"] == 700
-    assert found["passages"] == 2
-    assert found["own"] == "causal()"
-    assert [row["pattern"] for row in found["patterns"]] == ["window(3)", "window(3) | global_tokens([0, -1])"]
-    for row in found["patterns"]:
+    result = json.loads(out)
+    assert result["tokens"] == 700
+    assert result["passages"] == 2
+    assert result["own"] == "causal()"
+    assert [row["pattern"] for row in result["patterns"]] == ["window(3)", "window(3) | global_tokens([0, -1])"]
+    for row in result["patterns"]:
         assert {
             "density",
             "links",
@@ -428,11 +430,11 @@ def test_in_a_process_of_its_own(place: Path) -> None:
 def test_doctor_in_words_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "doctor", "--json")
     assert code == 0
-    found = json.loads(out)
-    assert set(found) == {"versions", "processor", "backends", "packages", "caches"}
-    assert found["versions"]["torch"] == torch.__version__
-    assert {"reference", "torch"} <= {name for name, reasons in found["backends"].items() if reasons == []}
-    assert found["packages"]["transformers"][0].isdigit()
+    result = json.loads(out)
+    assert set(result) == {"versions", "processor", "backends", "packages", "caches"}
+    assert result["versions"]["torch"] == torch.__version__
+    assert {"reference", "torch"} <= {name for name, reasons in result["backends"].items() if reasons == []}
+    assert result["packages"]["transformers"][0].isdigit()
     code, out, _ = run(capsys, "doctor")
     assert code == 0
     for section, content in examine().items():
@@ -458,17 +460,17 @@ def test_the_default_audit_gives_the_figures_that_were_measured() -> None:
     assert loaded.longest == 512
     cut = cut_passages(text, loaded.tokenizer, 512, 8)
     assert cut.tokens == pytest.approx(128_000, rel=0.01)
-    found = measure_fidelity(loaded.model, cut.ids, [fl.parse(expression) for expression in MEASURED])
-    for (expression, expected), one in zip(MEASURED.items(), found.patterns, strict=True):
+    result = measure_fidelity(loaded.model, cut.ids, [fl.parse(expression) for expression in MEASURED])
+    for (expression, expected), measured in zip(MEASURED.items(), result.patterns, strict=True):
         figures = (
-            one.links / one.own_links,
-            one.mass.mean().item(),
-            one.mass.min().item(),
-            one.token_cosine,
-            one.pooled_cosine,
+            measured.links / measured.base_links,
+            measured.mass.mean().item(),
+            measured.mass.min().item(),
+            measured.token_cosine,
+            measured.pooled_cosine,
         )
-        for figure, wanted in zip(figures, expected, strict=True):
-            assert wanted is None or figure == pytest.approx(wanted, abs=0.01), (expression, figures)
+        for figure, value in zip(figures, expected, strict=True):
+            assert value is None or figure == pytest.approx(value, abs=0.01), (expression, figures)
 
 
 def test_use_pattern_leaves_no_trace_after_an_audit() -> None:

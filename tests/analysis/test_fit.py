@@ -1,4 +1,4 @@
-"""`fl.fit`: frontiers and budgets against brute force, profiles against dense sums, planted structure found again."""
+"""`fl.fit`: allocation against brute force, profiles against dense sums, recovery of planted structure."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 import farlight as fl
 from farlight.analysis.fit import profile as profile_module
-from farlight.analysis.fit.candidates import fixed_options, sorted_out
+from farlight.analysis.fit.candidates import fixed_options, parse_candidates
 from farlight.analysis.fit.frontier import Option, allocate, concave
-from farlight.analysis.fit.greedy import Units, grow, row_shares
-from farlight.analysis.fit.profile import HeadProfile, Profile, skewed
+from farlight.analysis.fit.greedy import LinkUnits, grow, row_shares
+from farlight.analysis.fit.profile import HeadProfile, LayerProfile, skew_diagonals
 from farlight.analysis.loss.retention import retention
 
 
@@ -114,7 +114,7 @@ def tensors(
 
 
 def dense(q: Tensor, k: Tensor, base: fl.Pattern | None) -> tuple[Tensor, Tensor]:
-    """(mean probability, allowed), `(H, n_q, n_k)`, by the book."""
+    """(mean probability, allowed), `(H, n_q, n_k)`, by the dense formula."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q @ k.mT * q.shape[-1] ** -0.5
     allowed = (fl.full() if base is None else base).dense(q.shape[2], k.shape[2])
@@ -126,52 +126,52 @@ def dense(q: Tensor, k: Tensor, base: fl.Pattern | None) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("base", [None, fl.causal()])
 @pytest.mark.parametrize("tile", [1 << 21, 100])
 def test_a_profile_is_the_dense_sums(most: int, base: fl.Pattern | None, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile_module, "DENSE", most)
-    monkeypatch.setattr(profile_module, "COLUMNS", 5)
-    monkeypatch.setattr("farlight.analysis.loss.probabilities._TILE", tile)
+    monkeypatch.setattr(profile_module, "MAX_DENSE_TOKENS", most)
+    monkeypatch.setattr(profile_module, "NUM_COLUMNS", 5)
+    monkeypatch.setattr("farlight.analysis.loss.probabilities._TILE_SCORES", tile)
     q, k = tensors()
-    made = Profile()
-    made.add(q[:1], k[:1], base=base)
-    made.add(q[1:], k[1:], base=base)
-    assert made.block == (1 if most == 1024 else 4)
+    profile = LayerProfile()
+    profile.add(q[:1], k[:1], base=base)
+    profile.add(q[1:], k[1:], base=base)
+    assert profile.block == (1 if most == 1024 else 4)
     mean, allowed = dense(q, k, base)
     place = torch.arange(40)[None] - torch.arange(40)[:, None] + 39
     for head in range(4):
-        one = made.head(head)
-        for got, wanted in ((one.distance, mean[head]), (one.distance_links, allowed[head])):
+        head_profile = profile.head(head)
+        for got, expected in ((head_profile.distance, mean[head]), (head_profile.distance_links, allowed[head])):
             torch.testing.assert_close(
                 got,
-                torch.zeros(79, dtype=torch.float64).scatter_add(0, place.flatten(), wanted.flatten()),
+                torch.zeros(79, dtype=torch.float64).scatter_add(0, place.flatten(), expected.flatten()),
                 rtol=1e-5,
                 atol=1e-5,
             )
-        torch.testing.assert_close(one.column, mean[head][:, one.columns], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(one.column_links, allowed[head][:, one.columns])
-        cells = mean[head].unflatten(1, (-1, made.block)).sum(2).unflatten(0, (-1, made.block)).sum(1)
-        torch.testing.assert_close(one.cells, cells, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(head_profile.column, mean[head][:, head_profile.columns], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(head_profile.column_links, allowed[head][:, head_profile.columns])
+        cells = mean[head].unflatten(1, (-1, profile.block)).sum(2).unflatten(0, (-1, profile.block)).sum(1)
+        torch.testing.assert_close(head_profile.cells, cells, rtol=1e-5, atol=1e-6)
         if most == 1024:
-            assert set(one.columns.tolist()) == set(mean[head].sum(0).topk(5).indices.tolist())
+            assert set(head_profile.columns.tolist()) == set(mean[head].sum(0).topk(5).indices.tolist())
 
 
-def test_skewed_turns_diagonals_into_columns() -> None:
+def test_skew_diagonals_makes_diagonals_columns() -> None:
     x = torch.arange(1, 13).view(1, 3, 4)
-    assert skewed(x)[0].tolist() == [[0, 0, 1, 2, 3, 4], [0, 5, 6, 7, 8, 0], [9, 10, 11, 12, 0, 0]]
+    assert skew_diagonals(x)[0].tolist() == [[0, 0, 1, 2, 3, 4], [0, 5, 6, 7, 8, 0], [9, 10, 11, 12, 0, 0]]
 
 
 def test_a_profile_refuses_texts_of_another_size() -> None:
-    made = Profile()
-    made.add(*tensors())
+    profile = LayerProfile()
+    profile.add(*tensors())
     with pytest.raises(fl.ArgumentError, match=r"\(4, 40, 40, 0\) was given \(4, 30, 40, 10\); give texts of one length"):
-        made.add(*tensors(n_q=30))
+        profile.add(*tensors(n_q=30))
     with pytest.raises(fl.ArgumentError, match="the profile is empty"):
-        Profile().head(0)
+        LayerProfile().head(0)
 
 
 # ---- growth ----------------------------------------------------------------------------------------------------------
 QUEUES = {
     "sides": lambda units: [list(range(39, -1, -1)), list(range(40, 79))],
     "singles": lambda units: [[unit] for unit in range(units.edges.size - 1)],
-    "steps": lambda units: [[units.at(d) for d in range(0, -40, -3)], [units.at(d) for d in range(3, 40, 3)]],
+    "steps": lambda units: [[units.index_of(d) for d in range(0, -40, -3)], [units.index_of(d) for d in range(3, 40, 3)]],
 }
 
 
@@ -180,10 +180,10 @@ QUEUES = {
 def test_growth_counts_each_link_once(name: str, base: fl.Pattern | None) -> None:
     """At every state links and shares are those of the union, distances and keys overlapping, within the base."""
     q, k = tensors(1, 1, 1, seed=3)
-    made = Profile()
-    made.add(q, k, base=base)
+    profile = LayerProfile()
+    profile.add(q, k, base=base)
     mean, allowed = dense(q, k, base)
-    units = Units(made.head(0))
+    units = LinkUnits(profile.head(0))
     states = list(grow(units, QUEUES[name](units)))
     assert len(states) > 10
     distance = torch.arange(40)[None] - torch.arange(40)[:, None]
@@ -193,54 +193,66 @@ def test_growth_counts_each_link_once(name: str, base: fl.Pattern | None) -> Non
             mask |= (distance >= start) & (distance < stop)
         assert state.links == pytest.approx(float((mask * allowed[0]).sum()), abs=1e-6)
         assert state.kept == pytest.approx(float((mask * mean[0]).sum()) / 40, abs=1e-5)
-        torch.testing.assert_close(row_shares(made.head(0), state), (mask * mean[0]).sum(1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(row_shares(profile.head(0), state), (mask * mean[0]).sum(1), rtol=1e-5, atol=1e-6)
     if name != "steps":
         assert states[-1].kept == pytest.approx(1.0, abs=1e-4)
 
 
 def test_far_distances_come_in_runs_that_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farlight.analysis.fit.greedy._SINGLE", 8)
-    made = Profile()
-    made.add(*tensors(1, 1, 1, 30, 200))
-    units = Units(made.head(0))
+    monkeypatch.setattr("farlight.analysis.fit.greedy._SINGLE_DISTANCES", 8)
+    profile = LayerProfile()
+    profile.add(*tensors(1, 1, 1, 30, 200))
+    units = LinkUnits(profile.head(0))
     assert (units.edges[0], units.edges[-1]) == (-199, 30)
     assert units.edges.size < 150
     assert (units.edges[1:] > units.edges[:-1]).all()
     assert units.cost.sum() == 30 * 200
-    assert units.edges[units.at(0)] == 0
+    assert units.edges[units.index_of(0)] == 0
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("base", [None, fl.causal()])
 @pytest.mark.parametrize("family", ["window", "dilated", "strided", "offsets", "blocks", "pairs"])
 def test_an_option_is_what_its_pattern_is(family: str, base: fl.Pattern | None) -> None:
+    check_options(family, base, None)
+
+
+@pytest.mark.parametrize("q_offset", [-90, 95])
+@pytest.mark.parametrize("family", ["window", "dilated", "strided", "offsets"])
+def test_options_of_queries_that_all_lie_on_one_side_of_the_keys(family: str, q_offset: int) -> None:
+    """Distance 0 does not occur in the text."""
+    check_options(family, None, q_offset)
+
+
+def check_options(family: str, base: fl.Pattern | None, q_offset: int | None) -> None:
+    """Links and kept share of a family's options against `retention` of their patterns."""
     q, k = tensors(2, 1, 1, seed=1)
-    made = Profile()
-    made.add(q, k, base=base)
-    options = fixed_options(made.head(0), [family], False)
+    profile = LayerProfile()
+    profile.add(q, k, base=base, q_offset=q_offset)
+    options = fixed_options(profile.head(0), [family], False)
     assert len(options) > 5
-    for one in options[:: max(1, len(options) // 12)]:
-        pattern = one.make()
+    for option in options[:: max(1, len(options) // 12)]:
+        pattern = option.make()
         assert isinstance(pattern, fl.Pattern)
-        found = retention(q, k, pattern, base=base)
-        assert one.links == pytest.approx(found.links.double().mean().item(), abs=1e-4), pattern
-        assert one.kept == pytest.approx(found.mass.mean().item(), abs=1e-5), pattern
+        result = retention(q, k, pattern, base=base, q_offset=q_offset)
+        assert option.links == pytest.approx(result.links.double().mean().item(), abs=1e-4), pattern
+        assert option.kept == pytest.approx(result.mass.mean().item(), abs=1e-5), pattern
 
 
 def test_pairs_are_the_best_pairs() -> None:
     q, k = tensors(1, 1, 1)
     mean, _ = dense(q, k, None)
-    found = fl.fit(q, k, density=0.1, candidates="pairs")
-    links = int(found.links[0])
+    result = fl.fit(q, k, density=0.1, candidates="pairs")
+    links = int(result.links[0])
     assert 0.09 * 1600 < links <= 160
     best = mean.flatten().sort(descending=True).values[:links].sum() / 40
-    assert found.mass == pytest.approx(best.item(), abs=1e-6)
+    assert result.mass == pytest.approx(best.item(), abs=1e-6)
 
 
-def test_even_pairs_lift_the_rows_that_keep_little() -> None:
+def test_even_lifts_the_rows_that_keep_little() -> None:
     q, k = tensors(1, 1, 1, seed=5)
     plain, even = (fl.fit(q, k, density=0.15, candidates="pairs", even=even) for even in (False, True))
-    lost = [(1 - retention(q, k, found.on(q, k)).kept).square().mean() for found in (plain, even)]
+    lost = [(1 - retention(q, k, result.on(q, k)).kept).square().mean() for result in (plain, even)]
     assert lost[1] < lost[0]
     assert even.mass < plain.mass
 
@@ -257,32 +269,32 @@ def planted(n: int = 64) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("most", [1024, 32])
-def test_planted_heads_are_found(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_heads_are_recovered(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each planted head gets its own 64 links and not one more; the flat head gets all that is left."""
-    monkeypatch.setattr(profile_module, "DENSE", most)
+    monkeypatch.setattr(profile_module, "MAX_DENSE_TOKENS", most)
     q, k = planted()
-    found = fl.fit(q, k, density=0.3)
-    assert found.heads[:2] == (fl.offsets([-3, 61]), fl.seen_by_all([5]))
-    assert found.links[:2].tolist() == [64.0, 64.0]
-    torch.testing.assert_close(found.kept[:2], torch.full((2,), 0.997, dtype=torch.float64), rtol=0, atol=1e-3)
+    result = fl.fit(q, k, density=0.3)
+    assert result.heads[:2] == (fl.offsets([-3, 61]), fl.seen_by_all([5]))
+    assert result.links[:2].tolist() == [64.0, 64.0]
+    torch.testing.assert_close(result.kept[:2], torch.full((2,), 0.997, dtype=torch.float64), rtol=0, atol=1e-3)
     budget = 0.3 * 3 * 64 * 64 - 128
     # What a flat head keeps is its links; a budget that pays for no further lighthouse leaves less than one over.
-    assert budget - 64 < found.links[2] <= budget
-    assert found.kept[2] == pytest.approx(float(found.links[2]) / 64**2)
+    assert budget - 64 < result.links[2] <= budget
+    assert result.kept[2] == pytest.approx(float(result.links[2]) / 64**2)
     # 61 of 64 rows suffice for 95 %: the corner is not bought.
     assert fl.fit(q[:, :1], k[:, :1], keep=0.95).heads == (fl.offsets([-3]),)
 
 
 @pytest.mark.parametrize("base", [None, fl.causal()])
-def test_what_a_fit_says_is_what_retention_measures(base: fl.Pattern | None) -> None:
+def test_a_fit_reports_what_retention_measures(base: fl.Pattern | None) -> None:
     q, k = tensors()
-    found = fl.fit(q, k, keep=0.6, base=base)
-    measured = retention(q, k, found.on(q, k), base=base)
-    torch.testing.assert_close(measured.mass.mean(0), found.kept, rtol=0, atol=1e-5)
-    torch.testing.assert_close(measured.links.double().mean(0), found.links, rtol=0, atol=1e-3)
-    assert found.mass >= 0.6 - 1e-9
-    torch.testing.assert_close(found.lost, 1 - found.kept)
-    assert "of full attention" in str(found)
+    result = fl.fit(q, k, keep=0.6, base=base)
+    measured = retention(q, k, result.on(q, k), base=base)
+    torch.testing.assert_close(measured.mass.mean(0), result.kept, rtol=0, atol=1e-5)
+    torch.testing.assert_close(measured.links.double().mean(0), result.links, rtol=0, atol=1e-3)
+    assert result.mass >= 0.6 - 1e-9
+    torch.testing.assert_close(result.lost, 1 - result.kept)
+    assert "of full attention" in str(result)
 
 
 def test_more_is_kept_for_more_links() -> None:
@@ -298,10 +310,10 @@ def test_more_is_kept_for_more_links() -> None:
 def test_content_is_a_candidate() -> None:
     q, k = tensors(2, 4, 2, seed=2)
     expressions = [f"topkeys({count})" for count in (1, 2, 4, 8)]
-    found = fl.fit(q, k, density=0.1, candidates=[*expressions, fl.window(1)])
-    assert all(isinstance(head, str) and head.startswith("topkeys") for head in found.heads)
-    assert isinstance(found.pattern, fl.routing.Router)
-    assert retention(q, k, found.on(q, k)).mass.mean().item() == pytest.approx(found.mass, abs=1e-6)
+    result = fl.fit(q, k, density=0.1, candidates=[*expressions, fl.window(1)])
+    assert all(isinstance(head, str) and head.startswith("topkeys") for head in result.heads)
+    assert isinstance(result.pattern, fl.routing.Router)
+    assert retention(q, k, result.on(q, k)).mass.mean().item() == pytest.approx(result.mass, abs=1e-6)
     mixed = fl.fit(q, k, density=0.04, candidates=["topkeys(1)", "topkeys(2)", fl.window(0) - fl.full()])
     assert len(set(mixed.heads)) > 1
     assert mixed.on(q, k).dense(40, batch=2, heads=4).shape == (2, 4, 40, 40)
@@ -309,10 +321,10 @@ def test_content_is_a_candidate() -> None:
 
 
 def test_causal_bases_get_causal_routers() -> None:
-    assert all("causal=True" in text for text in sorted_out(["topblocks"], True)[1] if "topblocks" in text)
+    assert all("causal=True" in text for text in parse_candidates(["topblocks"], True)[1] if "topblocks" in text)
     q, k = tensors()
-    found = fl.fit(q, k, keep=0.5, candidates=["topblocks", "window"], base=fl.causal() & fl.window(30))
-    assert found.mass >= 0.5
+    result = fl.fit(q, k, keep=0.5, candidates=["topblocks", "window"], base=fl.causal() & fl.window(30))
+    assert result.mass >= 0.5
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -342,8 +354,8 @@ def test_a_wrong_expression_is_refused_by_its_reader() -> None:
 
 
 def test_head_profile_is_a_value() -> None:
-    made = Profile()
-    made.add(*tensors())
-    assert isinstance(made.head(0), HeadProfile)
+    profile = LayerProfile()
+    profile.add(*tensors())
+    assert isinstance(profile.head(0), HeadProfile)
     with pytest.raises(AttributeError):
-        made.head(0).block = 3  # type: ignore[misc]
+        profile.head(0).block = 3  # type: ignore[misc]

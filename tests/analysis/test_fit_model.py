@@ -1,4 +1,4 @@
-"""Whole models: `fl.hf.fit`, routers and per-layer patterns in audits, lost words, files that load, the command line."""
+"""`fl.hf.fit` on whole models: budgets over layers, saved fits, gists; audits of routers and mappings; the command line."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import farlight as fl
 from farlight.analysis.audit import audit
 from farlight.analysis.candidates_by_layer import Subject, subjects
 from farlight.analysis.cost import AttentionShape, cost_in_passages, mean_cost
-from farlight.analysis.fit.whole_model import fit_reading, read_passages
+from farlight.analysis.fit.model_profile import profile_model
+from farlight.analysis.fit.whole_model import fit_profile
 from farlight.analysis.loss.fidelity import measure_fidelity
-from farlight.analysis.loss.top_losses import LostLink, told
+from farlight.analysis.loss.top_losses import LostLink, top_losses
 from farlight.analysis.passages import Passages
 from farlight.analysis.plot import plot_frontier, plot_heads
 from farlight.cli import main
@@ -62,45 +63,45 @@ def states(model: Any, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("candidates", [None, ["pairs"], ["window", "topkeys(2)", "topkeys(6)"]])
 def test_a_fit_is_saved_loaded_and_run(make: Any, candidates: Any, tmp_path: Path) -> None:
     model = make()
-    found = fl.hf.fit(model, ids(), density=0.2, candidates=candidates)
-    assert found.density <= 0.2 + 1e-9
-    assert found.passages == (3, 3)
-    assert found.kept_by_head.shape == found.density_by_head.shape == (2, 4)
+    result = fl.hf.fit(model, ids(), density=0.2, candidates=candidates)
+    assert result.density <= 0.2 + 1e-9
+    assert result.passages == (3, 3)
+    assert result.kept_by_head.shape == result.density_by_head.shape == (2, 4)
     path = tmp_path / "fit.json"
-    text = found.save(path)
+    text = result.save(path)
     assert json.loads(text)["format"] == "farlight.fit"
     assert json.loads(path.read_text())["model"]["passage_tokens"] == 48
     loaded = fl.hf.read_layers(path)
     assert sorted(loaded) == [0, 1]
-    with use_pattern(model, found.patterns):
-        wanted = states(model, ids())
+    with use_pattern(model, result.patterns):
+        expected = states(model, ids())
     fl.hf.sparsify(model, path)
-    torch.testing.assert_close(states(model, ids()), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(states(model, ids()), expected, rtol=0, atol=0)
     fl.hf.restore(model)
-    assert (states(model, ids()) - wanted).abs().max() > 1e-3, "a fit that changes nothing was not applied"
+    assert (states(model, ids()) - expected).abs().max() > 1e-3, "a fit that changes nothing was not applied"
 
 
-def test_what_is_said_of_the_texts_it_was_fitted_to_is_measured() -> None:
+def test_reported_shares_of_the_fitted_texts_are_measured() -> None:
     model = encoder()
-    found = fl.hf.fit(model, ids(), keep=0.6, held_out=0.5)
-    torch.testing.assert_close(found.trained.mass, found.kept_by_head, rtol=0, atol=0.05)
-    assert found.kept_by_head.mean() >= 0.6 - 1e-9
-    again = measure_fidelity(model, ids()[:3], [found.patterns]).patterns[0]
-    torch.testing.assert_close(again.mass, found.kept_by_head, rtol=0, atol=1e-5)
+    result = fl.hf.fit(model, ids(), keep=0.6, held_out=0.5)
+    torch.testing.assert_close(result.trained.mass, result.kept_by_head, rtol=0, atol=0.05)
+    assert result.kept_by_head.mean() >= 0.6 - 1e-9
+    again = measure_fidelity(model, ids()[:3], [result.patterns]).patterns[0]
+    torch.testing.assert_close(again.mass, result.kept_by_head, rtol=0, atol=1e-5)
 
 
-def test_pairs_are_learned_by_heart_and_the_report_says_so() -> None:
-    found = fl.hf.fit(encoder(), ids(8), density=0.15, candidates="pairs")
-    assert found.held_out is not None
-    assert found.trained.mass.mean() > found.held_out.mass.mean() + 0.1
-    assert re.search(r"held out .*\n.*difference +-\d", str(found))
-    told = found.to_dict()
-    assert told["trained"]["kept"] > told["held_out"]["kept"]
-    assert json.loads(json.dumps(told))["passages"] == [4, 4]
+def test_pairs_overfit_and_the_report_shows_the_gap() -> None:
+    result = fl.hf.fit(encoder(), ids(8), density=0.15, candidates="pairs")
+    assert result.held_out is not None
+    assert result.trained.mass.mean() > result.held_out.mass.mean() + 0.1
+    assert re.search(r"held out .*\n.*difference +-\d", str(result))
+    data = result.to_dict()
+    assert data["trained"]["kept"] > data["held_out"]["kept"]
+    assert json.loads(json.dumps(data))["passages"] == [4, 4]
 
 
 def flattened(model: BertModel) -> BertModel:
-    """Layer 0 looks at everything alike."""
+    """Layer 0 gets uniform attention."""
     with torch.no_grad():
         query = model.encoder.layer[0].attention.self.query
         query.weight.zero_()
@@ -109,7 +110,7 @@ def flattened(model: BertModel) -> BertModel:
 
 
 def test_a_local_layer_leaves_its_budget_to_a_flat_one() -> None:
-    """Layer 1 looks at itself alone: queries are keys, all of one length. It gets its diagonal, the flat layer the rest."""
+    """Layer 1 attends to the diagonal alone (queries equal keys, of one norm) and gets it; the uniform layer gets the rest."""
     torch.manual_seed(0)
     model = flattened(BertModel(BertConfig(**SIZES | {"num_attention_heads": 1})).eval())
     with torch.no_grad():
@@ -117,8 +118,8 @@ def test_a_local_layer_leaves_its_budget_to_a_flat_one() -> None:
         for projection in (attention.query, attention.key):
             projection.weight.copy_(torch.eye(32) * 40)
             projection.bias.zero_()
-    found = fl.hf.fit(model, ids(), density=0.3, even=False)
-    flat, local = found.layers[0], found.layers[1]
+    result = fl.hf.fit(model, ids(), density=0.3, even=False)
+    flat, local = result.layers[0], result.layers[1]
     assert local.heads == (fl.window(0),)
     assert local.mass > 0.999
     budget = 0.3 * 2 * 48 * 48 - 48
@@ -128,13 +129,13 @@ def test_a_local_layer_leaves_its_budget_to_a_flat_one() -> None:
 
 @pytest.mark.parametrize("density", [0.05, 0.15, 0.3, 0.6])
 def test_layers_share_one_budget(density: float) -> None:
-    """All heads of all layers together keep what the best division of the budget would, but for one step of one head."""
-    found = fl.hf.fit(flattened(encoder()), ids(), density=density, even=False)
-    frontiers = [frontier for fit in found.fits for frontier in fit.frontiers]
-    budget = density * sum(float(fit.base_links.sum()) for fit in found.fits)
-    kept = sum(float(fit.kept.sum()) for fit in found.fits)
-    assert sum(float(fit.links.sum()) for fit in found.fits) <= budget * (1 + 1e-9)
-    # With parts of steps allowed, the steepest ones first are the optimum, and no whole steps can do better.
+    """The kept share over all heads of all layers is within one step of one head of the optimal allocation."""
+    result = fl.hf.fit(flattened(encoder()), ids(), density=density, even=False)
+    frontiers = [frontier for fit in result.fits for frontier in fit.frontiers]
+    budget = density * sum(float(fit.base_links.sum()) for fit in result.fits)
+    kept = sum(float(fit.kept.sum()) for fit in result.fits)
+    assert sum(float(fit.links.sum()) for fit in result.fits) <= budget * (1 + 1e-9)
+    # The fractional relaxation takes the steepest steps first and bounds every choice of whole steps.
     best, left, worth = sum(float(frontier[0, 1]) for frontier in frontiers), budget, 0.0
     left -= sum(float(frontier[0, 0]) for frontier in frontiers)
     steps = torch.cat([frontier.diff(dim=0) for frontier in frontiers]).tolist()
@@ -148,9 +149,9 @@ def test_layers_share_one_budget(density: float) -> None:
 
 def test_weights_move_links_between_layers() -> None:
     model = encoder()
-    reading = read_passages(model, ids())
-    plain = fit_reading(reading, None, density=0.2)
-    weighed = fit_reading(reading, None, density=0.2, weigh=True)
+    profile = profile_model(model, ids())
+    plain = fit_profile(profile, None, density=0.2)
+    weighed = fit_profile(profile, None, density=0.2, weigh=True)
     assert plain.weights == (1.0, 1.0)
     assert sum(weighed.weights) == pytest.approx(2.0)
     heavy = int(weighed.weights[1] > weighed.weights[0])
@@ -162,9 +163,9 @@ def test_weights_move_links_between_layers() -> None:
 def test_texts_are_read_and_cut() -> None:
     from test_audit import tokenizer, words
 
-    found = fl.hf.fit(encoder(), words(300), tokenizer=tokenizer(), length=48, density=0.2)
-    assert found.passage_tokens == 48
-    assert sum(found.passages) == 300 // 46
+    result = fl.hf.fit(encoder(), words(300), tokenizer=tokenizer(), length=48, density=0.2)
+    assert result.passage_tokens == 48
+    assert sum(result.passages) == 300 // 46
 
 
 ERRORS: list[tuple[dict[str, Any], str]] = [
@@ -182,16 +183,16 @@ def test_bad_fits_say_what_is_wrong(options: dict[str, Any], text: str) -> None:
         fl.hf.fit(encoder(), **({"texts": ids()} | options))
 
 
-# ---- routers by head, and what is heard in summary -------------------------------------------------------------------
-def test_routers_by_head_are_each_heads_own() -> None:
+# ---- routers by head, and gists -------------------------------------------------------------------
+def test_per_head_routers_choose_for_their_own_head() -> None:
     q, k = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8)
     router = read_router("per_head([topkeys(2), window(1), topblocks(1, 4) | window(0), topkeys(3) & causal()])")
     assert isinstance(router, PerHeadRouter)
-    found = router(q, k).dense(20, batch=2, heads=4)
+    result = router(q, k).dense(20, batch=2, heads=4)
     each = [TopKeys(2), None, TopBlocks(1, 4) | fl.window(0), TopKeys(3) & fl.causal()]
-    for head, one in enumerate(each):
-        pattern = fl.window(1) if one is None else one(q, k)
-        assert torch.equal(found[:, head], pattern.dense(20, batch=2, heads=4).expand(2, 4, -1, -1)[:, head])
+    for head, router_or_pattern in enumerate(each):
+        pattern = fl.window(1) if router_or_pattern is None else router_or_pattern(q, k)
+        assert torch.equal(result[:, head], pattern.dense(20, batch=2, heads=4).expand(2, 4, -1, -1)[:, head])
     with pytest.raises(fl.ArgumentError, match="per_head was given 4 routers and patterns, but there are 2 heads"):
         router(q[:, :2], k)
     with pytest.raises(fl.ArgumentError, match="per_head: int is neither a router nor a pattern"):
@@ -199,8 +200,8 @@ def test_routers_by_head_are_each_heads_own() -> None:
 
 
 @pytest.mark.parametrize("make", [encoder, decoder])
-def test_a_gist_reaches_the_model(make: Any) -> None:
-    """The first layer's output under the gist is gist_attention's; the links that are heard are counted."""
+def test_a_gist_runs_in_the_model(make: Any) -> None:
+    """The first layer's output is that of `gist_attention`; its summaries count as links."""
     model, causal = make(), make is decoder
     flag = ", causal=True" if causal else ""
     expression = f"gist(topblocks(2, block=4, query_block=1{flag}) | window(1), block=8)"
@@ -218,20 +219,20 @@ def test_a_gist_reaches_the_model(make: Any) -> None:
     handle.remove()
     q, k, v = seen[0].q, seen[0].k, seen[0].v
     pattern = router(q, k) & fl.causal() if causal else router(q, k)
-    wanted = gist_attention(q, k, v, pattern, block=8, causal=causal)
-    assert isinstance(wanted, Tensor)
-    torch.testing.assert_close(outputs[0], wanted.transpose(1, 2).flatten(2), rtol=1e-4, atol=1e-5)
+    expected = gist_attention(q, k, v, pattern, block=8, causal=causal)
+    assert isinstance(expected, Tensor)
+    torch.testing.assert_close(outputs[0], expected.transpose(1, 2).flatten(2), rtol=1e-4, atol=1e-5)
     assert (plain - heard).abs().max() > 1e-4
 
-    found = measure_fidelity(model, ids(), [{0: router}, {0: read_router(expression[5:-10])}]).patterns
+    result = measure_fidelity(model, ids(), [{0: router}, {0: read_router(expression[5:-10])}]).patterns
     dense = pattern.dense(48, batch=6, heads=4).expand(6, 4, -1, -1)
     free = ~dense.unflatten(-1, (-1, 8)).any(-1)
     if causal:
         free &= (torch.arange(6) + 1) * 8 <= torch.arange(48)[:, None] + 1
-    assert (found[0].links - found[1].links) * 2 == pytest.approx(free.sum((-1, -2)).double().mean().item())
+    assert (result[0].links - result[1].links) * 2 == pytest.approx(free.sum((-1, -2)).double().mean().item())
 
 
-def test_a_gist_does_not_hear_padding() -> None:
+def test_a_gist_ignores_padding() -> None:
     model, router = encoder(), Gist(fl.window(1), 4)
     tokens = ids(2)
     mask = torch.ones_like(tokens)
@@ -245,7 +246,7 @@ def test_a_gist_does_not_hear_padding() -> None:
     torch.testing.assert_close(padded[1, :28], alone[0, :28], rtol=1e-4, atol=1e-4)
 
 
-def test_a_gist_where_it_cannot_be() -> None:
+def test_unsupported_gists_are_refused() -> None:
     with pytest.raises(fl.PatternError, match=r"gist\(…\) stands around the whole expression; move it outwards"):
         read_router("window(1) | gist(topblocks(2), block=8)")
     with pytest.raises(fl.PatternError, match="gist: .*block"):
@@ -269,42 +270,42 @@ def test_a_gist_where_it_cannot_be() -> None:
 
 def test_a_fit_with_a_gist_stays_within_its_density() -> None:
     model = encoder()
-    found = fl.hf.fit(model, ids(), density=0.4, candidates=["topkeys(1)", "topkeys(4)", "topkeys(8)"], gist=8)
-    assert found.trained.links / found.trained.own_links <= 0.4
-    assert all(isinstance(one, Gist) for one in found.patterns.values())
-    assert all(isinstance(one, Gist) for one in fl.hf.read_layers(found.save()).values())
+    result = fl.hf.fit(model, ids(), density=0.4, candidates=["topkeys(1)", "topkeys(4)", "topkeys(8)"], gist=8)
+    assert result.trained.links / result.trained.base_links <= 0.4
+    assert all(isinstance(router, Gist) for router in result.patterns.values())
+    assert all(isinstance(router, Gist) for router in fl.hf.read_layers(result.save()).values())
 
 
 # ---- audits ----------------------------------------------------------------------------------------------------------
 def test_a_router_is_audited_like_a_pattern() -> None:
-    """Mass and links of a router are those of what it chose; a router that always answers the same is that pattern."""
+    """A router's mass and links are those of its choice; a router with a constant choice equals that pattern."""
     model = encoder()
     router = TopKeys(3) | fl.window(1)
-    found = measure_fidelity(model, ids(), [router, read_router("window(2)"), fl.window(2)], lost=4).patterns
+    result = measure_fidelity(model, ids(), [router, read_router("window(2)"), fl.window(2)], lost=4).patterns
     seen: list[Any] = []
     with use_pattern(model, None, observer=seen.append):
         states(model, ids())
     for layer, call in enumerate(seen):
-        one = fl.retention(call.q, call.k, router(call.q, call.k))
-        torch.testing.assert_close(found[0].mass[layer], one.mass.double().mean(0), rtol=0, atol=1e-5)
-    torch.testing.assert_close(found[1].mass, found[2].mass)
-    assert found[1].token_cosine == pytest.approx(found[2].token_cosine, abs=1e-6)
-    assert found[1].lost == found[2].lost
+        retention = fl.retention(call.q, call.k, router(call.q, call.k))
+        torch.testing.assert_close(result[0].mass[layer], retention.mass.double().mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(result[1].mass, result[2].mass)
+    assert result[1].token_cosine == pytest.approx(result[2].token_cosine, abs=1e-6)
+    assert result[1].lost == result[2].lost
 
 
-def test_layers_of_their_own_are_judged_by_number() -> None:
+def test_layer_mappings_are_measured_by_layer_number() -> None:
     model = encoder()
-    found = measure_fidelity(model, ids(), [{1: fl.window(1)}, fl.window(1), {}]).patterns
-    torch.testing.assert_close(found[0].mass[1], found[1].mass[1])
-    torch.testing.assert_close(found[0].mass[0], torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-5)
-    assert found[2].token_cosine == pytest.approx(1.0, abs=1e-6)
-    assert found[1].token_cosine < found[0].token_cosine < 1.0
+    result = measure_fidelity(model, ids(), [{1: fl.window(1)}, fl.window(1), {}]).patterns
+    torch.testing.assert_close(result[0].mass[1], result[1].mass[1])
+    torch.testing.assert_close(result[0].mass[0], torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-5)
+    assert result[2].token_cosine == pytest.approx(1.0, abs=1e-6)
+    assert result[1].token_cosine < result[0].token_cosine < 1.0
 
 
-def test_lost_links_of_an_audit_are_the_heaviest_that_are_told() -> None:
-    """Of each head the eight heaviest; of those each pair once, and two of any head at most."""
+def test_lost_links_of_an_audit_are_the_top_losses() -> None:
+    """Eight links per head are collected; each pair is listed once, and at most two of one head."""
     model, tokens = encoder(), ids(5)
-    found = measure_fidelity(model, tokens, [fl.window(2)], lost=7, words=[[str(t) for t in row] for row in tokens.tolist()])
+    result = measure_fidelity(model, tokens, [fl.window(2)], lost=7, words=[[str(t) for t in row] for row in tokens.tolist()])
     model.set_attn_implementation("eager")
     with torch.no_grad():
         full = torch.stack(model(input_ids=tokens, output_attentions=True).attentions)
@@ -315,8 +316,8 @@ def test_lost_links_of_an_audit_are_the_heaviest_that_are_told() -> None:
         for head in range(4)
         for share, place in zip(*(x.tolist() for x in full[layer, :, head].flatten().topk(8)), strict=True)
     ]
-    best = told(every, 7)
-    links = found.patterns[0].lost
+    best = top_losses(every, 7)
+    links = result.patterns[0].lost
     assert [replace(link, probability=0.0, query_word=None, key_word=None) for link in links] == [
         replace(link, probability=0.0) for link in best
     ]
@@ -329,7 +330,7 @@ def test_lost_links_of_an_audit_are_the_heaviest_that_are_told() -> None:
         assert link.key_word == str(tokens[link.text, link.key].item())
 
 
-def test_an_audit_says_it_by_head() -> None:
+def test_an_audit_has_figures_by_head() -> None:
     result = audit(encoder(), Passages(ids(2), 300), [fl.window(2), TopBlocks(2, 8) | fl.window(1), {0: fl.window(2)}], lost=3)
     for row in result.patterns:
         assert len(row.mass_by_head) == 2
@@ -338,8 +339,8 @@ def test_an_audit_says_it_by_head() -> None:
         assert len(row.lost) == 3
         assert row.long_text.why_not is None
         assert min(row.measured_speedup, row.long_text.seconds) > 0
-    told = json.loads(json.dumps(result.to_dict()))
-    assert told["patterns"][0]["lost"][0]["probability"] == pytest.approx(result.patterns[0].lost[0].probability)
+    data = json.loads(json.dumps(result.to_dict()))
+    assert data["patterns"][0]["lost"][0]["probability"] == pytest.approx(result.patterns[0].lost[0].probability)
     assert [row.pattern for row in result.patterns][::2] == ["window(2)", "1 layers' own"]
     assert result.patterns[2].long_text.links < result.patterns[2].long_text.full_links
 
@@ -351,7 +352,7 @@ def test_what_cannot_be_judged() -> None:
     assert subjects([read_router("topkeys(3)")])[0].name == "topkeys(3)"
 
 
-def test_a_router_that_cannot_run_is_told_not_hidden() -> None:
+def test_a_router_that_cannot_run_is_reported() -> None:
     layer = AttentionShape(2, 2, 8, 8, torch.float32, torch.device("cpu"), fl.full())
     cost = cost_in_passages(layer, read_router("per_head([topkeys(1)])"), layer.random(32), least=0.01)
     assert "per_head was given 1" in str(cost.why_not)
@@ -395,11 +396,11 @@ def test_audit_fits_saves_and_judges_on_other_text(place: Path, capsys: pytest.C
     file = place / "fit.json"
     code, out, _ = run(capsys, *common, "--density", "0.2", "--candidate", "window", "--save", str(file), "--json")
     assert code == 0
-    found = json.loads(out)
-    assert [row["pattern"] for row in found["patterns"]] == ["fitted, density 0.2"]
-    assert found["patterns"][0]["density"] <= 0.2
-    assert found["fit"]["passages"] == [3, 3]
-    assert found["patterns"][0]["mass"] == pytest.approx(found["fit"]["held_out"]["kept"], abs=1e-6)
+    result = json.loads(out)
+    assert [row["pattern"] for row in result["patterns"]] == ["fitted, density 0.2"]
+    assert result["patterns"][0]["density"] <= 0.2
+    assert result["fit"]["passages"] == [3, 3]
+    assert result["patterns"][0]["mass"] == pytest.approx(result["fit"]["held_out"]["kept"], abs=1e-6)
     assert sorted(fl.hf.read_layers(file)) == [0, 1]
     code, out, _ = run(capsys, *common, "--keep", "0.5", "--pattern", "topblocks(share=0.1, block=4)")
     assert code == 0

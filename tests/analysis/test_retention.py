@@ -41,7 +41,7 @@ def brute(
     scale: float | None,
     q_offset: int | None,
 ) -> dict[str, Tensor]:
-    """Everything by the book: repeated heads, a dense mask, float64, and a sort."""
+    """Every field by the dense formula: repeated heads, a dense mask, float64, and a sort."""
     q, k, v = (t.double() for t in (q, k, v))
     batch, heads, n_q, dim = q.shape
     k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))
@@ -82,108 +82,108 @@ def check(found: Retention, true: dict[str, Tensor], tolerance: float) -> None:
 @pytest.mark.parametrize("name", PATTERNS)
 def test_agrees_with_dense_float64(name: str, base: fl.Pattern | None) -> None:
     q, k, v = tensors()
-    found = retention(q, k, PATTERNS[name], v, base=base)
-    assert found.kept.dtype == torch.float64
-    check(found, brute(q, k, v, PATTERNS[name], base, None, None), 1e-12)
+    result = retention(q, k, PATTERNS[name], v, base=base)
+    assert result.kept.dtype == torch.float64
+    check(result, brute(q, k, v, PATTERNS[name], base, None, None), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_judged_in_float32(dtype: torch.dtype) -> None:
     q, k, v = (t.to(dtype) for t in tensors())
-    found = retention(q, k, PATTERNS["union"], v)
-    assert found.kept.dtype == torch.float32
-    check(found, brute(q, k, v, PATTERNS["union"], None, None, None), 2e-6)
+    result = retention(q, k, PATTERNS["union"], v)
+    assert result.kept.dtype == torch.float32
+    check(result, brute(q, k, v, PATTERNS["union"], None, None, None), 2e-6)
 
 
 @pytest.mark.parametrize("scale", [None, 0.0, 3.0])
 @pytest.mark.parametrize("q_offset", [None, 0, 50, -7])
 def test_scale_and_offset(scale: float | None, q_offset: int | None) -> None:
     q, k, v = tensors()
-    found = retention(q, k, fl.window(5), v, base=fl.causal(), scale=scale, q_offset=q_offset)
-    check(found, brute(q, k, v, fl.window(5), fl.causal(), scale, q_offset), 1e-12)
+    result = retention(q, k, fl.window(5), v, base=fl.causal(), scale=scale, q_offset=q_offset)
+    check(result, brute(q, k, v, fl.window(5), fl.causal(), scale, q_offset), 1e-12)
 
 
 @pytest.mark.parametrize("few", [1, 10**9])
 @pytest.mark.parametrize("name", ["window", "nothing", "some rows empty", "union", "future only"])
 @pytest.mark.parametrize("base", [None, fl.causal()])
-def test_reading_few_pairs_is_reading_a_mask(
+def test_gathered_pairs_agree_with_a_mask(
     few: int, name: str, base: fl.Pattern | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pairs listed one by one, whenever they are listed at all, or never."""
-    monkeypatch.setattr(module, "_FEW", few)
-    monkeypatch.setattr(module, "_TILE", 3000)
+    """Gathered whenever spans are cheap, or never."""
+    monkeypatch.setattr(module, "_GATHER_RATIO", few)
+    monkeypatch.setattr(module, "_TILE_SCORES", 3000)
     q, k, v = tensors()
     check(retention(q, k, PATTERNS[name], base=base), brute(q, k, v, PATTERNS[name], base, None, None), 1e-12)
 
 
 @pytest.mark.parametrize("budget", [1, 100, 1000, 10**9])
-def test_tiles_do_not_show(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_independent_of_the_tile_size(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors()
     pattern = fl.per_head([fl.window(1), fl.full(), fl.causal(), fl.random_keys(3)]) & fl.padding([30, 41])
-    monkeypatch.setattr(module, "_TILE", budget)
+    monkeypatch.setattr(module, "_TILE_SCORES", budget)
     check(retention(q, k, pattern, v), brute(q, k, v, pattern, None, None, None), 1e-12)
 
 
 def test_many_patterns_in_one_pass_are_as_one_by_one() -> None:
     q, k, v = tensors()
     together = retentions(q, k, list(PATTERNS.values()), v)
-    for pattern, found in zip(PATTERNS.values(), together, strict=True):
+    for pattern, result in zip(PATTERNS.values(), together, strict=True):
         alone = retention(q, k, pattern, v)
-        assert torch.equal(found.kept, alone.kept)
-        assert torch.equal(found.best, alone.best)
+        assert torch.equal(result.kept, alone.kept)
+        assert torch.equal(result.best, alone.best)
 
 
 @pytest.mark.parametrize("n_q, n_k", [(0, 5), (5, 0), (0, 0), (1, 1), (1, 9)])
 def test_tiny_and_empty(n_q: int, n_k: int) -> None:
     q, k, v = tensors(n_q=n_q, n_k=n_k)
-    found = retention(q, k, fl.window(1), v)
-    assert found.kept.shape == (2, 4, n_q)
-    assert found.mass.isfinite().all()
-    assert found.best.isfinite().all()
-    assert found.density.isfinite().all()
-    assert found.error is not None
-    assert found.error.isfinite().all()
+    result = retention(q, k, fl.window(1), v)
+    assert result.kept.shape == (2, 4, n_q)
+    assert result.mass.isfinite().all()
+    assert result.best.isfinite().all()
+    assert result.density.isfinite().all()
+    assert result.error is not None
+    assert result.error.isfinite().all()
 
 
 def test_row_that_sees_nothing_keeps_nothing() -> None:
     q, k, _ = tensors()
-    found = retention(q, k, fl.sees_all([4]))
+    result = retention(q, k, fl.sees_all([4]))
     # Row 0 stands at position n_k - n_q = 4.
-    torch.testing.assert_close(found.kept[..., 0], torch.ones(2, 4, dtype=torch.float64))
-    assert (found.kept[..., 1:] == 0).all()
+    torch.testing.assert_close(result.kept[..., 0], torch.ones(2, 4, dtype=torch.float64))
+    assert (result.kept[..., 1:] == 0).all()
 
 
 def test_frontier_runs_from_nothing_to_everything_below_the_truth() -> None:
     q, k, v = tensors()
     true = brute(q, k, v, fl.full(), None, None, None)["curve"]
-    found = retention(q, k, fl.window(1))
-    density, share = found.frontier()
+    result = retention(q, k, fl.window(1))
+    density, share = result.frontier()
     assert (density.diff() >= 0).all()
     assert (share.diff() >= 0).all()
     torch.testing.assert_close(share[..., -1], torch.ones(2, 4, dtype=torch.float64))
-    at = (density * found.base_links.unsqueeze(-1)).round().long()
+    at = (density * result.base_links.unsqueeze(-1)).round().long()
     torch.testing.assert_close(share, true.gather(-1, at), rtol=0, atol=1e-9)
     for part in (0.0, 0.1, 0.5, 1.0):
         links = round(part * 37 * 41)
-        assert (found.at(part) <= true[..., links] + 1e-9).all()
-        torch.testing.assert_close(found.at(part), true[..., links], rtol=0, atol=2e-3)
+        assert (result.at(part) <= true[..., links] + 1e-9).all()
+        torch.testing.assert_close(result.at(part), true[..., links], rtol=0, atol=2e-3)
 
 
 def test_best_is_close_on_a_text_of_some_length() -> None:
     """The promise is the slack; here it must also be small."""
     q, k, _ = tensors(1, 2, 2, 700, 700, 16, seed=3)
-    found = retention(q, k, fl.window(20))
-    assert found.best_slack.max() < 2e-4
-    assert (found.best > found.mass + 0.1).all()
+    result = retention(q, k, fl.window(20))
+    assert result.best_slack.max() < 2e-4
+    assert (result.best > result.mass + 0.1).all()
 
 
 def test_causal_base_leaves_out_pairs_that_full_attention_never_sees() -> None:
     q, k, _ = tensors(n_q=41)
-    found = retention(q, k, fl.full(), base=fl.causal())
-    assert (found.density == 1).all()
-    torch.testing.assert_close(found.mass, torch.ones(2, 4, dtype=torch.float64))
-    torch.testing.assert_close(found.best, torch.ones(2, 4, dtype=torch.float64))
-    assert (found.frontier()[0][..., -1] == 1).all()
+    result = retention(q, k, fl.full(), base=fl.causal())
+    assert (result.density == 1).all()
+    torch.testing.assert_close(result.mass, torch.ones(2, 4, dtype=torch.float64))
+    torch.testing.assert_close(result.best, torch.ones(2, 4, dtype=torch.float64))
+    assert (result.frontier()[0][..., -1] == 1).all()
 
 
 def test_error_is_zero_for_everything_and_one_for_nothing() -> None:
@@ -198,27 +198,27 @@ def test_error_survives_rows_that_keep_next_to_nothing() -> None:
     q = torch.full((1, 1, 2, 1), 40.0)
     k = torch.tensor([[[[0.0], [40.0]]]])
     v = torch.tensor([[[[1.0], [2.0]]]])
-    found = retention(q, k, fl.seen_by_all([0]), v, scale=1.0)
-    assert (found.kept == 0).all()
-    torch.testing.assert_close(found.error, torch.tensor([[0.5]]))
+    result = retention(q, k, fl.seen_by_all([0]), v, scale=1.0)
+    assert (result.kept == 0).all()
+    torch.testing.assert_close(result.error, torch.tensor([[0.5]]))
 
 
 def test_inputs_that_require_grad_and_odd_strides() -> None:
     q, k, v = tensors()
     strided = [t.mT.contiguous().mT.requires_grad_() for t in (q, k, v)]
-    found = retention(strided[0], strided[1], fl.window(2), strided[2])
-    assert not found.kept.requires_grad
-    check(found, brute(q, k, v, fl.window(2), None, None, None), 1e-12)
+    result = retention(strided[0], strided[1], fl.window(2), strided[2])
+    assert not result.kept.requires_grad
+    check(result, brute(q, k, v, fl.window(2), None, None, None), 1e-12)
 
 
 def test_is_a_value() -> None:
     q, k, _ = tensors()
-    found = retention(q, k, fl.window(2))
+    result = retention(q, k, fl.window(2))
     with pytest.raises(AttributeError):
-        found.links = found.links  # type: ignore[misc]
-    again = pickle.loads(pickle.dumps(found))
-    assert torch.equal(again.at(0.3), found.at(0.3))
-    assert "_histogram" not in repr(found)
+        result.links = result.links  # type: ignore[misc]
+    again = pickle.loads(pickle.dumps(result))
+    assert torch.equal(again.at(0.3), result.at(0.3))
+    assert "_histogram" not in repr(result)
 
 
 @pytest.mark.parametrize(
@@ -262,12 +262,12 @@ def test_the_histogram_puts_values_where_they_belong() -> None:
     values = torch.cat([torch.rand(1000), torch.rand(1000) ** 20, torch.tensor([1.0, 0.0, 1e-30, 1.0 + 1e-6])])
     builder = HistogramBuilder(1, 1, torch.device("cpu"))
     builder.add(values.view(1, 1, -1), slice(0, 1), slice(0, 1))
-    found = builder.finish(1, torch.tensor([[values.numel()]]))
-    assert found.count.sum() == values.numel()
-    assert found.count.shape[-1] == BINS
+    result = builder.finish(1, torch.tensor([[values.numel()]]))
+    assert result.count.sum() == values.numel()
+    assert result.count.shape[-1] == BINS
     ordered = values.double().sort(descending=True).values.cumsum(0)
     for links in (1, 5, 77, 1000, values.numel()):
-        share, slack = found.best(torch.tensor([[links]]))
+        share, slack = result.best(torch.tensor([[links]]))
         assert share - 1e-5 <= ordered[links - 1] <= share + slack + 1e-5
 
 
@@ -275,20 +275,20 @@ def test_a_wrong_mass_would_be_noticed() -> None:
     """The comparison itself can fail: one row off, one link off."""
     q, k, v = tensors()
     true = brute(q, k, v, fl.window(3), None, None, None)
-    found = retention(q, k, fl.window(3), v)
+    result = retention(q, k, fl.window(3), v)
     true["kept"][0, 0, 5] += 1e-9
     with pytest.raises(AssertionError):
-        check(found, true, 1e-12)
+        check(result, true, 1e-12)
     with pytest.raises(AssertionError):
-        check(found, brute(q, k, v, fl.window(3, 2), None, None, None), 1e-12)
+        check(result, brute(q, k, v, fl.window(3, 2), None, None, None), 1e-12)
 
 
 def test_memory_grows_with_the_length_not_its_square() -> None:
     def peak(n: int) -> int:
         q, k, _ = (t.float() for t in tensors(1, 2, 2, 256, n, 8))
-        with peak_memory() as found:
+        with peak_memory() as result:
             retention(q, k, fl.window(8) | fl.global_tokens([0]))
-        return found.bytes
+        return result.bytes
 
     peak(1024)
     # 256 x 65 536 x 2 heads would be 128 MiB of scores, several times over.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import farlight as fl
 from farlight.testing import CASES, Answer, Case, assert_answer, assert_matches, case, inputs
-from parity import attend, dense, every_backend, outputs, request_of, same, skip_where_it_cannot_run, solution
+from parity import attend, dense, every_backend, outputs, request_of, same, skip_unless_supported, solution
 
 # One of each way in which work is laid out: runs, masks, bits, orders, points, parts, per head, per item, grouped heads.
 NAMES = [
@@ -35,7 +35,7 @@ SOME = [case(name) for name in NAMES]
 @pytest.mark.parametrize("of", SOME, ids=str)
 @every_backend
 def test_with_and_without_gradients_the_output_is_the_same(backend: str, of: Case) -> None:
-    skip_where_it_cannot_run(backend, request_of(of, torch.float32, return_lse=False))
+    skip_unless_supported(backend, request_of(of, torch.float32, return_lse=False))
     plain = outputs(of, backend)
     tracked = attend(of, inputs(of, requires_grad=True), backend, return_lse=len(plain) > 1)
     with torch.inference_mode():
@@ -48,7 +48,7 @@ def test_with_and_without_gradients_the_output_is_the_same(backend: str, of: Cas
 @pytest.mark.parametrize("of", SOME, ids=str)
 @every_backend
 def test_twice_the_same_is_the_same_to_the_last_bit(backend: str, of: Case) -> None:
-    skip_where_it_cannot_run(backend, request_of(of, torch.float32, return_lse=False))
+    skip_unless_supported(backend, request_of(of, torch.float32, return_lse=False))
     found = []
     for _ in range(2):
         given = inputs(of, requires_grad=True)
@@ -65,7 +65,7 @@ def test_twice_the_same_is_the_same_to_the_last_bit(backend: str, of: Case) -> N
 @pytest.mark.parametrize("of", SOME, ids=str)
 @every_backend
 def test_a_plan_serves_as_well_as_its_pattern(backend: str, of: Case) -> None:
-    skip_where_it_cannot_run(backend, request_of(of, torch.float32, return_lse=False))
+    skip_unless_supported(backend, request_of(of, torch.float32, return_lse=False))
     s, given = of.sizes, inputs(of)
     plan = fl.plan(of.pattern, s.n_q, s.n_k, batch=s.batch, heads=s.heads, q_offset=s.q_offset)
     out = fl.attention(given.q, given.k, given.v, plan, scale=of.scale, q_offset=of.q_offset, backend=backend)
@@ -109,13 +109,13 @@ def test_the_choice_of_auto_is_as_exact_as_the_others() -> None:
         given = inputs(of)
         out, lse = attend(of, given, "auto", return_lse=True)
         truth = solution(of, torch.float32)
-        assert_matches(out, truth.truth.out, truth.yardstick.out, of.name, magnitude=truth.magnitude.out)
+        assert_matches(out, truth.truth.out, truth.baseline.out, of.name, magnitude=truth.magnitude.out)
         assert lse is not None
-        assert_matches(lse, truth.truth.lse, truth.yardstick.lse, of.name, magnitude=truth.magnitude.lse)
+        assert_matches(lse, truth.truth.lse, truth.baseline.lse, of.name, magnitude=truth.magnitude.lse)
         assert_matches(
             attend(of, given, "auto", return_lse=False)[0],
             truth.truth.out,
-            truth.yardstick.out,
+            truth.baseline.out,
             of.name,
             magnitude=truth.magnitude.out,
         )
@@ -126,7 +126,7 @@ def test_the_choice_of_auto_is_as_exact_as_the_others() -> None:
 @every_backend
 def test_a_key_that_a_row_does_not_see_changes_nothing_in_it(backend: str, of: Case) -> None:
     """To the last bit: rows that see the key may change, all others may not."""
-    skip_where_it_cannot_run(backend, request_of(of, torch.float32, return_lse=False))
+    skip_unless_supported(backend, request_of(of, torch.float32, return_lse=False))
     before, given = outputs(of, backend), inputs(of)
     allowed = dense(of)
     for key in {0, of.n_k // 2, of.n_k - 1}:
@@ -141,7 +141,7 @@ def test_a_key_that_a_row_does_not_see_changes_nothing_in_it(backend: str, of: C
 @pytest.mark.parametrize("of", SOME, ids=str)
 @every_backend
 def test_a_query_changes_no_row_but_its_own(backend: str, of: Case) -> None:
-    skip_where_it_cannot_run(backend, request_of(of, torch.float32, return_lse=False))
+    skip_unless_supported(backend, request_of(of, torch.float32, return_lse=False))
     before, given = outputs(of, backend), inputs(of)
     for value in (float("nan"), 300.0):
         row = of.n_q // 2
@@ -203,7 +203,7 @@ def test_a_scale_of_zero_is_the_mean(backend: str) -> None:
 @pytest.mark.parametrize("of", SOME, ids=str)
 @every_backend
 def test_a_gradient_that_comes_through_the_lse_alone(backend: str, of: Case) -> None:
-    skip_where_it_cannot_run(backend, request_of(of, torch.float32, return_lse=True))
+    skip_unless_supported(backend, request_of(of, torch.float32, return_lse=True))
     given = inputs(of, requires_grad=True)
     _, lse = attend(of, given, backend, return_lse=True)
     assert lse is not None

@@ -14,8 +14,8 @@ import farlight as fl
 from farlight.analysis.memory import peak_memory
 from farlight.kernels import registry
 from farlight.plan.cache import plans
-from farlight.testing import CASES, Case, case, inputs, kept_links
-from parity import BACKENDS, SEED, dense, every_backend, outputs, request_of, same, skip_where_it_cannot_run
+from farlight.testing import CASES, Case, case, dropout_mask, inputs
+from parity import BACKENDS, SEED, dense, every_backend, outputs, request_of, same, skip_unless_supported
 
 WITH_DROPOUT = [one for one in CASES if one.dropout]
 
@@ -24,9 +24,9 @@ WITH_DROPOUT = [one for one in CASES if one.dropout]
 @every_backend
 def test_every_backend_drops_the_same_links(backend: str, of: Case) -> None:
     """With values that name their key, the output shows which links were kept."""
-    skip_where_it_cannot_run(backend, request_of(of, torch.float32, return_lse=False))
+    skip_unless_supported(backend, request_of(of, torch.float32, return_lse=False))
     of = dataclasses.replace(of, head_dim=1, layout="contiguous")
-    keep = kept_links(of.sizes, SEED, of.dropout)
+    keep = dropout_mask(of.sizes, SEED, of.dropout)
     assert keep is not None
     given, allowed = inputs(of), dense(of)
     for key in {0, 7, of.n_k - 1}:
@@ -39,7 +39,7 @@ def test_every_backend_drops_the_same_links(backend: str, of: Case) -> None:
 @every_backend
 def test_dropout_follows_its_seed(backend: str) -> None:
     of = case("dropout")
-    skip_where_it_cannot_run(backend, request_of(of, torch.float32, return_lse=False))
+    skip_unless_supported(backend, request_of(of, torch.float32, return_lse=False))
     q, k, v = torch.randn(3, 1, 2, 60, 8).unbind(0)
 
     def run(seed: Any = None) -> Tensor:
@@ -62,7 +62,7 @@ def test_dropout_follows_its_seed(backend: str) -> None:
 @every_backend
 def test_dropout_does_not_move_the_lse_and_none_draws_nothing(backend: str) -> None:
     of = case("dropout")
-    skip_where_it_cannot_run(backend, request_of(of, torch.float32, return_lse=True))
+    skip_unless_supported(backend, request_of(of, torch.float32, return_lse=True))
     with_it, without = outputs(of, backend), outputs(of, backend, dropout=0.0)
     same(with_it[1], without[1], "lse")
     assert not torch.equal(with_it[0], without[0])
@@ -74,7 +74,7 @@ def test_dropout_does_not_move_the_lse_and_none_draws_nothing(backend: str) -> N
 @every_backend
 def test_dropout_in_chunks_drops_what_the_whole_drops(backend: str) -> None:
     of = case("dropout")
-    skip_where_it_cannot_run(backend, request_of(of, torch.float32, return_lse=False))
+    skip_unless_supported(backend, request_of(of, torch.float32, return_lse=False))
     given = inputs(of)
     (whole, *_) = outputs(of, backend)
     tail = dataclasses.replace(given, q=given.q[:, :, 50:])
@@ -154,7 +154,7 @@ def test_memory_is_linear_in_the_text(backend: str) -> None:
     """Forward and backward over 24 576 tokens: one n² mask alone would take 576 MiB, one n² of scores 2.25 GiB."""
     n, pattern = 24_576, fl.window(32) | fl.global_tokens([0])
     q, k, v = (x.clone().requires_grad_() for x in torch.randn(3, 1, 1, n, 16))
-    skip_where_it_cannot_run(backend, request_of(case("skim"), torch.float32, return_lse=False))
+    skip_unless_supported(backend, request_of(case("skim"), torch.float32, return_lse=False))
     fl.attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], pattern, backend=backend).sum().backward()  # type: ignore[union-attr]
     with peak_memory() as peak:
         fl.attention(q, k, v, pattern, backend=backend).sum().backward()  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ import farlight as fl
 from farlight import ops
 from farlight.patterns import Pattern
 from farlight.testing import Case, case, inputs
-from parity import BACKENDS, request_of, same, skip_where_it_cannot_run
+from parity import BACKENDS, request_of, same, skip_unless_supported
 
 CLUSTERED = fl.clusters(torch.arange(40) % 3) | fl.window(2)
 PATTERNS = {
@@ -224,7 +224,7 @@ OPERATED = ["skim", "clusters per item", "grouped heads", "strides, every other"
 def test_opcheck(backend: str, name: str) -> None:
     of = case(name)
     if backend != "auto":
-        skip_where_it_cannot_run(backend, request_of(of, torch.float32, return_lse=True))
+        skip_unless_supported(backend, request_of(of, torch.float32, return_lse=True))
     for requires_grad in (False, True):
         torch.library.opcheck(ops.attend, operator_arguments(of, backend, requires_grad=requires_grad))
     args = operator_arguments(of, backend, requires_grad=False)
@@ -279,7 +279,7 @@ def test_fake_tensors_get_shapes_and_no_plan(cold_cache: None) -> None:
 def test_activation_checkpointing(backend: str, reentrant: bool, dropout: float) -> None:
     of = Case("checkpointed", PATTERNS["skim"], 40, head_dim=8, dropout=dropout)
     if backend != "auto":
-        skip_where_it_cannot_run(backend, request_of(of, torch.float32, return_lse=False))
+        skip_unless_supported(backend, request_of(of, torch.float32, return_lse=False))
     f = module(of.pattern, backend=backend, dropout=dropout)
     given = qkv()
     torch.manual_seed(1)

@@ -83,7 +83,7 @@ def test_pieces_of_several_backends_meet() -> None:
     truth = solution(of, torch.float32)
     for found, name in zip(fl.merge(pieces), ("out", "lse"), strict=True):
         assert_matches(
-            found, *(getattr(x, name) for x in (truth.truth, truth.yardstick)), name, magnitude=getattr(truth.magnitude, name)
+            found, *(getattr(x, name) for x in (truth.truth, truth.baseline)), name, magnitude=getattr(truth.magnitude, name)
         )
 
 

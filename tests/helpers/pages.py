@@ -1,4 +1,4 @@
-"""Reports to test: a small model's audit of a text that tries to become markup. Not a test itself."""
+"""Inputs of report tests: a small model, a hostile text full of markup, its audit, and the data of the pages."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ PATTERNS = [
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words and signs, one token each; most of them unknown, which changes nothing of what the page shows."""
-    made = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "the": 4, "war": 5}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", model_max_length=48)
+    """A word-level tokenizer; most words are unknown, which does not affect the page."""
+    backend_tokenizer = Tokenizer(
+        models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "the": 4, "war": 5}, unk_token="[UNK]")
+    )
+    backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=48
+    )
 
 
 def text() -> str:
@@ -43,13 +49,13 @@ def model() -> BertModel:
 
 
 def audited(patterns: Sequence[Judged] = PATTERNS) -> tuple[Audit, Passages, dict[str, Any]]:
-    """An audit and what its page shows."""
-    reader, spoken, content = model(), tokenizer(), text()
-    cut = cut_passages(content, spoken, 48, 3)
-    found = audit(reader, cut, patterns, model_name="small", text_name=HOSTILE)
-    return found, cut, report.audit_data(found, patterns, cut, report.words_of(content, spoken))
+    """(audit, passages, data of its page)."""
+    encoder, text_tokenizer, content = model(), tokenizer(), text()
+    passages = cut_passages(content, text_tokenizer, 48, 3)
+    result = audit(encoder, passages, patterns, model_name="small", text_name=HOSTILE)
+    return result, passages, report.audit_data(result, patterns, passages, report.words_of(content, text_tokenizer))
 
 
 def mapped(pattern: fl.Pattern, n: int, layers: int = 3) -> dict[str, Any]:
-    """What the page of `farlight map` shows."""
+    """The data of the page of `farlight map`."""
     return report.map_data(pattern, n, fl.smallworld(pattern, n), fl.reach(pattern, n, layers))

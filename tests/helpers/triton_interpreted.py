@@ -270,9 +270,9 @@ def test_a_wrong_dropout_seed_is_noticed() -> None:
     options: dict[str, Any] = {"scale": of.scale_value, "dropout": 0.5}
     out, _ = backend.forward(given.q, given.k, given.v, plan, **options, seed=SEED)
     other, _ = backend.forward(given.q, given.k, given.v, plan, **options, seed=SEED + 2**33)
-    fl.testing.assert_matches(out, solution(of, torch.float32).truth.out, solution(of, torch.float32).yardstick.out, "right")
+    fl.testing.assert_matches(out, solution(of, torch.float32).truth.out, solution(of, torch.float32).baseline.out, "right")
     with pytest.raises(AssertionError, match="rows are wrong"):
-        fl.testing.assert_matches(other, solution(of, torch.float32).truth.out, solution(of, torch.float32).yardstick.out, "no")
+        fl.testing.assert_matches(other, solution(of, torch.float32).truth.out, solution(of, torch.float32).baseline.out, "no")
 
 
 def test_what_is_not_a_number_stays_so() -> None:

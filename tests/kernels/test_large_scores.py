@@ -13,7 +13,7 @@ from farlight.decoding.kept_attention import attend_kept
 from farlight.kernels import cpu
 from farlight.patterns import Sizes
 from farlight.plan import TileShape, plan_for
-from farlight.testing.oracle import attend, kept_links
+from farlight.testing.oracle import attend, dropout_mask
 
 SETS = cpu.available() if cpu.unavailable() is None else ()
 BACKENDS = [*(f"cpu:{name}" for name in SETS), "torch", "reference"]
@@ -65,7 +65,7 @@ def truth(pattern: fl.Pattern, given: list[Tensor], dropout: float) -> tuple[Ten
     n = q.shape[2]
     mask = pattern.dense(n, heads=2)
     sizes = fl.plan(pattern, n, heads=2).sizes
-    out, lse = attend(*leaves, mask, scale=DIM**-0.5, keep=kept_links(sizes, 7, dropout), dropout=dropout)
+    out, lse = attend(*leaves, mask, scale=DIM**-0.5, keep=dropout_mask(sizes, 7, dropout), dropout=dropout)
     seen = lse > -torch.inf
     return out.detach(), lse.detach(), *torch.autograd.grad([out, lse[seen]], leaves, [grad, grad_lse[seen]])
 

@@ -12,7 +12,7 @@ from farlight.kernels.torch_tiled.gather import tile_batches
 from farlight.kernels.torch_tiled.schedule import schedule_of
 from farlight.patterns import Sizes
 from farlight.plan import plan_for
-from farlight.testing.oracle import attend, kept_links
+from farlight.testing.oracle import attend, dropout_mask
 
 ITEMS, HEADS, KV_HEADS, N, DIM = 40, 4, 2, 24, 8
 LENGTHS = [1 + (7 * b) % 5 * 5 for b in range(ITEMS)]  # five lengths
@@ -68,7 +68,7 @@ def test_items_computed_together_are_exact(pattern: fl.Pattern, different: int, 
     q, k, v, grad = tensors(torch.float64)
     given, truth = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
     out, lse = fl.attention(*given, pattern, backend="torch", dropout=dropout, seed=5, return_lse=True)
-    keep = kept_links(Sizes.of(N, batch=ITEMS, heads=HEADS), 5, dropout)
+    keep = dropout_mask(Sizes.of(N, batch=ITEMS, heads=HEADS), 5, dropout)
     mask = pattern.dense(N, batch=ITEMS, heads=HEADS)
     expected, expected_lse = attend(*truth, mask, scale=DIM**-0.5, keep=keep, dropout=dropout)
     torch.testing.assert_close(out, expected)

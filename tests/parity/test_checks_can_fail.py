@@ -1,6 +1,6 @@
-"""The checks themselves: each kind of damage that a backend or a plan could do must be rejected.
+"""Mutation tests of the comparison: every kind of wrong answer and every corrupted plan must be rejected.
 
-A helper that compares two things and asserts nothing has been seen in the field for years; this file is the cure.
+Without them, a comparison that asserts nothing would pass unnoticed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from farlight.kernels import torch_tiled as blocked
 from farlight.plan import Plan
 from farlight.plan.build import build
 from farlight.plan.tables import BITS, BOUNDS
-from farlight.testing import Answer, Case, assert_answer, assert_matches, case, inputs, kept_links, solve
+from farlight.testing import Answer, Case, assert_answer, assert_matches, case, dropout_mask, inputs, solve
 from farlight.testing.tolerance import assert_matches as the_same_helper
 from parity import SEED, answer, dense, solution
 
@@ -78,14 +78,14 @@ HARMS = [one_element, one_nan, one_infinity, swapped_rows, swapped_heads, negate
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Answer)])
 @pytest.mark.parametrize("harm", HARMS, ids=lambda f: f.__name__)
 def test_a_damaged_answer_is_rejected(harm: Callable[[Tensor], None], name: str, dtype: torch.dtype) -> None:
-    found = answer(SKIM, "reference", dtype)
-    assert assert_answer(found, solution(SKIM, dtype), "unharmed") == 5
+    result = answer(SKIM, "reference", dtype)
+    assert assert_answer(result, solution(SKIM, dtype), "unharmed") == 5
     with pytest.raises(AssertionError, match=rf"^harmed: {name}: "):
-        assert_answer(damaged(found, name, harm), solution(SKIM, dtype), "harmed")
+        assert_answer(damaged(result, name, harm), solution(SKIM, dtype), "harmed")
 
 
 def test_a_small_error_in_one_small_row_is_rejected() -> None:
-    """The row's numbers are a thousandth of the others'; its error is far below theirs in size, and still seen."""
+    """A row a thousandth of the others in magnitude: its error is far below theirs and still detected."""
     torch.manual_seed(1)
     truth = torch.randn(1, 1, 40, 16, dtype=torch.float64)
     truth[0, 0, 7] *= 1e-3
@@ -102,11 +102,11 @@ def test_a_bias_in_every_row_is_rejected_by_the_mean() -> None:
     """Each row stays within the bound of the worst row, but all of them are off."""
     torch.manual_seed(2)
     truth = torch.randn(1, 2, 50, 16, dtype=torch.float64)
-    yardstick = truth.float()
-    yardstick[0, 0, 0, 0] *= 1 + 1e-4  # plain torch is bad in one place
+    baseline = truth.float()
+    baseline[0, 0, 0, 0] *= 1 + 1e-4  # plain torch is bad in one place
     actual = (truth * (1 + 5e-5)).float()
     with pytest.raises(AssertionError, match=r"out: the mean error is .* of the magnitude, allowed"):
-        assert_matches(actual, truth, yardstick, "out")
+        assert_matches(actual, truth, baseline, "out")
 
 
 def test_what_is_exactly_zero_must_be_exactly_zero() -> None:
@@ -145,17 +145,17 @@ def test_a_wrong_shape_is_rejected() -> None:
     assert_matches(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, 3), "out")
 
 
-def test_a_bad_yardstick_does_not_excuse_a_dropped_link() -> None:
+def test_a_bad_baseline_does_not_excuse_a_dropped_link() -> None:
     """At bfloat16 too, one link of a short row is more than rounding."""
     for dtype in DTYPES:
-        given = inputs(HOLES, dtype)
+        tensors = inputs(HOLES, dtype)
         allowed = HOLES.pattern.dense(70, heads=2)
         allowed = allowed.expand(1, 2, -1, -1).clone()
         row, key = 3, int(allowed[0, 0, 3].nonzero()[0])
         allowed[0, 0, row, key] = False
-        without = solve(HOLES, given, allowed=allowed).yardstick
+        wrong = solve(HOLES, tensors, allowed=allowed).baseline
         with pytest.raises(AssertionError, match=r"out: 1 of 140 rows are wrong, the worst at \(0, 0, 3\)"):
-            assert_answer(without, solution(HOLES, dtype), "one link less")
+            assert_answer(wrong, solution(HOLES, dtype), "one link less")
 
 
 def test_the_public_helper_is_the_one_that_parity_uses() -> None:
@@ -165,10 +165,12 @@ def test_the_public_helper_is_the_one_that_parity_uses() -> None:
 # ---- damage in a plan ------------------------------------------------------------------------------------------------
 def computed(plan: Plan, of: Case) -> Answer:
     """A case computed by the torch backend with this very plan."""
-    given = inputs(of, torch.float32)
+    tensors = inputs(of, torch.float32)
     options = {"scale": of.scale_value, "dropout": of.dropout, "seed": torch.tensor(SEED)}
-    out, lse = blocked.forward(given.q, given.k, given.v, plan, **options)
-    grads = blocked.backward(given.grad_out, torch.zeros_like(lse), given.q, given.k, given.v, out, lse, plan, **options)
+    out, lse = blocked.forward(tensors.q, tensors.k, tensors.v, plan, **options)
+    grads = blocked.backward(
+        tensors.grad_out, torch.zeros_like(lse), tensors.q, tensors.k, tensors.v, out, lse, plan, **options
+    )
     return Answer(out, lse, *grads)
 
 
@@ -262,7 +264,7 @@ def test_a_piece_counted_twice_fails() -> None:
 def test_dropout_of_another_seed_fails() -> None:
     of = case("dropout")
     truth = solution(of, torch.float32)
-    other = solve(of, inputs(of, torch.float32), dropout_seed=SEED + 1).yardstick
+    other = solve(of, inputs(of, torch.float32), dropout_seed=SEED + 1).baseline
     with pytest.raises(AssertionError, match="rows are wrong"):
         assert_answer(other, truth, "another seed")
 
@@ -274,21 +276,21 @@ def test_dropout_of_another_seed_fails() -> None:
 def test_the_truth_agrees_with_a_loop_over_single_links(name: str) -> None:
     """The oracle itself, against attention written with Python floats, row by row."""
     of = case(name)
-    given, s = inputs(of, torch.float64), of.sizes
+    tensors, s = inputs(of, torch.float64), of.sizes
     truth = solution(of, torch.float64).truth
     group = of.heads // of.kv_heads
     allowed = of.pattern.dense(s.n_q, s.n_k, batch=s.batch, heads=s.heads, q_offset=s.q_offset).expand(s.batch, s.heads, -1, -1)
     for b, h, r in ((b, h, r) for b in range(of.batch) for h in range(of.heads) for r in range(0, of.n_q, 7)):
         keys = allowed[b, h, r].nonzero().view(-1).tolist()
         scores = [
-            sum(x * y for x, y in zip(given.q[b, h, r].tolist(), given.k[b, h // group, j].tolist(), strict=True))
+            sum(x * y for x, y in zip(tensors.q[b, h, r].tolist(), tensors.k[b, h // group, j].tolist(), strict=True))
             * of.scale_value
             for j in keys
         ]
         lse = math.log(sum(math.exp(x) for x in scores)) if keys else -math.inf
         assert float(truth.lse[b, h, r]) == pytest.approx(lse, abs=1e-12)
         out = [
-            sum(math.exp(x - lse) * float(given.v[b, h // group, j, d]) for x, j in zip(scores, keys, strict=True))
+            sum(math.exp(x - lse) * float(tensors.v[b, h // group, j, d]) for x, j in zip(scores, keys, strict=True))
             for d in range(of.head_dim)
         ]
         assert truth.out[b, h, r].tolist() == pytest.approx(out, abs=1e-12)
@@ -304,39 +306,48 @@ def test_the_gradients_of_the_truth_are_those_of_finite_differences() -> None:
         for flat in range(0, grad.numel(), 37):
             sides = []
             for step in (1e-5, -1e-5):
-                given = inputs(of, torch.float64)
-                getattr(given, name).view(-1)[flat] += step
-                found = solve(of, given, dropout_seed=SEED).truth
-                sides.append(float((found.out * given.grad_out).sum() + (found.lse * given.grad_lse).sum()))
+                tensors = inputs(of, torch.float64)
+                getattr(tensors, name).view(-1)[flat] += step
+                result = solve(of, tensors, dropout_seed=SEED).truth
+                sides.append(float((result.out * tensors.grad_out).sum() + (result.lse * tensors.grad_lse).sum()))
             assert (sides[0] - sides[1]) / 2e-5 == pytest.approx(float(grad.view(-1)[flat]), abs=1e-6, rel=1e-6)
 
 
-def test_kept_links_are_the_documented_hash() -> None:
-    keep = kept_links(case("dropout").sizes, SEED, 0.1)
+def test_dropout_mask_is_the_documented_hash() -> None:
+    keep = dropout_mask(case("dropout").sizes, SEED, 0.1)
     assert keep is not None
     assert keep.shape == (2, 2, 80, 80)
     assert 0.87 < float(keep.double().mean()) < 0.93
-    assert kept_links(case("dropout").sizes, SEED, 0.0) is None
+    assert dropout_mask(case("dropout").sizes, SEED, 0.0) is None
 
 
-def test_the_cases_hold_what_they_promise() -> None:
+def test_the_cases_cover_sizes_heads_and_layouts() -> None:
     from farlight.testing import CASES
 
-    atoms = {type(atom).__name__ for one in CASES for atom in one.pattern.atoms()}
+    atoms = {type(atom).__name__ for problem in CASES for atom in problem.pattern.atoms()}
     assert atoms >= set(fl.patterns.CONSTRUCTORS) - {"per_head"}
-    sizes = {one.n_q for one in CASES}
+    sizes = {problem.n_q for problem in CASES}
     assert {0, 1, 31, 32, 33, 63, 64, 65, 127, 128, 129} <= sizes
-    assert any(one.n_q != one.n_k for one in CASES)
-    assert any(one.sizes.q_offset < 0 for one in CASES)
-    assert any(one.kv_heads == 1 < one.heads for one in CASES)
-    assert any(1 < one.kv_heads < one.heads for one in CASES)
-    assert {one.layout for one in CASES} == {"contiguous", "tokens first", "every other", "packed", "backwards", "repeated"}
-    assert len({one.name for one in CASES}) == len(CASES)
-    for one in (case("nothing at all"), case("nothing, by padding")):
-        assert not one.pattern.dense(one.n_q, batch=one.batch).any()
-    partly = [one for one in CASES if one.n_k and one.n_q]
+    assert any(problem.n_q != problem.n_k for problem in CASES)
+    assert any(problem.sizes.q_offset < 0 for problem in CASES)
+    assert any(problem.kv_heads == 1 < problem.heads for problem in CASES)
+    assert any(1 < problem.kv_heads < problem.heads for problem in CASES)
+    assert {problem.layout for problem in CASES} == {
+        "contiguous",
+        "tokens first",
+        "every other",
+        "packed",
+        "backwards",
+        "repeated",
+    }
+    assert len({problem.name for problem in CASES}) == len(CASES)
+    for problem in (case("nothing at all"), case("nothing, by padding")):
+        assert not problem.pattern.dense(problem.n_q, batch=problem.batch).any()
+    partly = [problem for problem in CASES if problem.n_k and problem.n_q]
     empty_rows = [
-        not one.pattern.dense(one.n_q, one.n_k, batch=one.batch, heads=one.heads, q_offset=one.q_offset).any(3).all()
-        for one in partly
+        not problem.pattern.dense(problem.n_q, problem.n_k, batch=problem.batch, heads=problem.heads, q_offset=problem.q_offset)
+        .any(3)
+        .all()
+        for problem in partly
     ]
     assert sum(empty_rows) > 20

@@ -7,7 +7,7 @@ import torch
 
 from farlight.kernels import registry
 from farlight.testing import CASES, Case
-from parity import BACKENDS, DTYPES, compare, compared, dtype_name, request_of, skip_where_it_cannot_run
+from parity import BACKENDS, DTYPES, compare, compared, dtype_name, request_of, skip_unless_supported
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -16,14 +16,14 @@ pytestmark = pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parity(backend: str, case: Case, dtype: torch.dtype) -> None:
-    skip_where_it_cannot_run(backend, request_of(case, dtype, return_lse=False))
+    skip_unless_supported(backend, request_of(case, dtype, return_lse=False))
     compare(case, backend, dtype)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_through_the_lse(backend: str, case: Case) -> None:
-    skip_where_it_cannot_run(backend, request_of(case, torch.float32, return_lse=True))
+    skip_unless_supported(backend, request_of(case, torch.float32, return_lse=True))
     compare(case, backend, torch.float32, with_grad_lse=True)
 
 

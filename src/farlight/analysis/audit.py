@@ -1,7 +1,8 @@
-"""The audit: what each pattern saves and what it loses when a given model reads a given text.
+"""The audit of a model on a text: for each pattern its fidelity (`loss.fidelity`) and its cost (`cost`), as one result.
 
-Fidelity is judged in passages of the model's own length, where full attention can still be run beside the sparse one;
-cost is taken there and on a long text. This module puts the two together and knows nothing of printing.
+Fidelity is measured in passages of the model's own length, where full attention can be run for comparison. Cost is measured
+there and at the length of the whole text, on one layer. Printing and HTML are elsewhere (`farlight.cli.audit`,
+`farlight.report`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from farlight.analysis.cost import (
     mean_cost,
     timed_length,
 )
-from farlight.analysis.loss.fidelity import BATCH_TOKENS, Fidelity, measure_fidelity
+from farlight.analysis.loss.fidelity import BATCH_TOKENS, Fidelity, FidelityRun, measure_fidelity
 from farlight.analysis.loss.top_losses import LostLink, words_of
 from farlight.analysis.passages import Passages
 from farlight.errors import PatternError
@@ -35,12 +36,18 @@ __all__ = ["Audit", "LongText", "PatternAudit", "audit", "steps"]
 
 @dataclass(frozen=True)
 class LongText:
-    """One pattern on a long text, all layers together.
+    """Cost of one pattern at the length of the whole text, all layers together.
 
-    `links` and `full_links` are counted over `tokens`, the whole text (where content decides, over `timed_tokens`).
-    `seconds` and `peak_bytes` are measured over `timed_tokens`, the whole text unless that is too long for it, on one layer of
-    random queries, keys and values (times the layers; memory is used by one layer at a time). `full_seconds` is predicted for
-    the same length. `why_not` says why a pattern could not be measured.
+    Attributes:
+        tokens: length at which links are counted: the whole text, or `timed_tokens` where a router chooses.
+        timed_tokens: length at which time and memory are measured: the whole text unless its q, k and v are too large.
+        links, full_links: pairs of the pattern and of full attention, summed over layers and heads.
+        backend: the backend that was timed.
+        seconds, peak_bytes: of one layer with random q, k and v; seconds are multiplied by the layers, memory is used by one
+            layer at a time.
+        full_seconds: predicted time of full attention at `timed_tokens`.
+        peak_method: how memory was measured.
+        why_not: why the pattern could not be measured; None if it was.
     """
 
     tokens: int
@@ -56,22 +63,32 @@ class LongText:
 
     @property
     def speedup(self) -> float:
+        """full_seconds / seconds; 0 where the pattern was not measured."""
         return self.full_seconds / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
 class PatternAudit:
-    """What one pattern saves and loses.
+    """Fidelity and cost of one pattern.
 
-    In passages: `density` is links against the model's own links, `links` the allowed pairs of all layers and heads in
-    one passage. `predicted_speedup` is what `farlight.explain` expects of sparse against full attention,
-    `measured_speedup` compares the time of one attention layer under `backend` with torch's full attention (about 1
-    where "auto" decided for full attention), and `peak_bytes` is what that layer needs beside q, k and v. `mass` and
-    `best` are means over layers, heads and rows: the share of full attention kept, and the most that as many links
-    could keep, `mass_by_head` and `best_by_head` the same by layer and head; `worst_head` is the smallest mass of a head, in
-    layer and head `worst_head_at`. The cosines compare last hidden states and their means over a passage, sparse against
-    full. `lost` are the heaviest lost links, the words at their ends included where they are known. Where layers have patterns
-    of their own, times are means over the layers and memory is the largest.
+    Attributes:
+        pattern: its name.
+        density: links over the model's own links, in a passage.
+        links: allowed pairs of all layers and heads in one passage.
+        backend: the backend that ran in passages ("auto" resolved).
+        predicted_speedup: of sparse against full attention, from `farlight.explain`.
+        measured_speedup: torch's full attention over one attention layer under `backend`; about 1 where "auto" chose full
+            attention.
+        peak_bytes: memory of that layer beside q, k and v.
+        mass: share of full attention probability kept, mean over layers, heads and rows.
+        worst_head, worst_head_at: the smallest mass of a head, and its (layer, head).
+        best: the most that as many links could keep, mean over layers and heads.
+        token_cosine, pooled_cosine: of last hidden states, sparse against full, by token and of their mean over a passage.
+        long_text: cost at the length of the whole text.
+        mass_by_head, best_by_head: by layer and head.
+        lost: the heaviest lost links, with words where a tokenizer was given.
+
+    Where layers have different patterns, times are means over layers and memory is the largest.
     """
 
     pattern: str
@@ -94,13 +111,22 @@ class PatternAudit:
 
     @property
     def of_best(self) -> float:
-        """Mass kept as a share of the mass that the best pattern of the same size keeps."""
+        """mass / best: mass relative to that of the best pattern with as many links."""
         return self.mass / self.best if self.best else 0.0
 
 
 @dataclass(frozen=True)
 class Audit:
-    """An audit's circumstances and its result for each pattern."""
+    """The setting of an audit and its result for each pattern.
+
+    Attributes:
+        model, text: names. layers, heads, kv_heads, head_dim: of the model.
+        own: repr of the model's own mask, a pattern.
+        tokens: of the whole text. passages, passage_tokens: number and length of the passages.
+        threads: torch threads. backend: as requested.
+        full_measured_at: length at which full attention was timed; longer ones are extrapolated by the square.
+        patterns: one result each, in the order given.
+    """
 
     model: str
     text: str
@@ -118,18 +144,18 @@ class Audit:
     patterns: tuple[PatternAudit, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers, texts and lists, the derived figures included."""
-        out = asdict(self)
-        for row, pattern in zip(out["patterns"], self.patterns, strict=True):
+        """JSON-serialisable fields, with the derived `of_best` and `speedup`."""
+        fields = asdict(self)
+        for row, pattern in zip(fields["patterns"], self.patterns, strict=True):
             row["of_best"] = pattern.of_best
             row["long_text"]["speedup"] = pattern.long_text.speedup
-        return out
+        return fields
 
 
 def steps(passages: Passages, patterns: Sequence[Judged | Subject]) -> list[str]:
-    """What `audit` reports as progress, in order: the name of each step, repeated where the work is repeated."""
+    """The labels that `audit` passes to `step`, in order, repeated where the work is repeated; for progress bars."""
     batches = -(-passages.count // max(1, BATCH_TOKENS // passages.length))
-    names = [one.name for one in subjects(patterns)]
+    names = [candidate.name for candidate in subjects(patterns)]
     timed = ["timed: full attention", *(f"timed: {name}" for name in names)]
     return ["full attention", *names] * batches + timed + [f"long text: {name}" for name in names]
 
@@ -144,18 +170,19 @@ def audit(
     lost: int = 24,
     model_name: str = "",
     text_name: str = "",
-    step: Callable[[str], None] = lambda what: None,
+    step: Callable[[str], None] = lambda label: None,
 ) -> Audit:
-    """Judge `patterns` on a Hugging Face `model` that reads `passages`.
+    """Measure fidelity and cost of `patterns` on a Hugging Face `model` that reads `passages`.
 
     Args:
-        model: an encoder or causal language model in evaluation mode whose output begins with the last hidden states.
-        passages: from `cut_passages`; its `tokens` is the full length at which cost is measured.
-        patterns: patterns, routers, or mappings {layer number: one of these}; each is intersected with what the model itself
-            allows.
-        backend: as in `farlight.attention`; also used where the model runs under a pattern.
-        tokenizer: tells the words at the ends of lost links; `lost` is how many links to list for each pattern.
-        step: called with a few words before each piece of work, those of `steps(passages, patterns)`.
+        model: an encoder or causal language model in evaluation mode whose first output is the last hidden states.
+        passages: from `cut_passages`; cost is measured at the length `passages.tokens` too.
+        patterns: patterns, routers, or mappings {layer number: one of these}; each is intersected with the model's own mask.
+        backend: as in `farlight.attention`; also for running the model under a pattern.
+        tokenizer: for the words at the ends of lost links; None: without words.
+        lost: number of lost links to list for each pattern.
+        model_name, text_name: names in the result; model_name defaults to the model's class.
+        step: called with a label before each piece of work, those of `steps(passages, patterns)`.
 
     Raises:
         PatternError: no pattern, or one that does not fit the passages. UnsupportedError: the model's attention cannot
@@ -163,31 +190,17 @@ def audit(
     """
     if not patterns:
         raise PatternError("no pattern was given; an audit needs at least one, such as window(32).")
-    judged = subjects(patterns)
+    candidates = subjects(patterns)
     words = None if tokenizer is None else [words_of(row, tokenizer) for row in passages.ids.tolist()]
-    run = measure_fidelity(model, passages.ids, judged, backend=backend, lost=lost, words=words, step=step)
-    q, k, v = run.first.q, run.first.k, run.first.v
-    layer = AttentionShape(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, run.first.own, run.first.scale)
-
-    step("timed: full attention")
-    timed = timed_length(layer, passages.tokens)
-    long_full, measured_at = full_seconds(layer, timed)
-    short: list[Cost] = []
-    for one in judged:
-        step(f"timed: {one.name}")
-        short.append(
-            mean_cost([cost_in_passages(layer, chosen, (q, k, v), backend=backend) for chosen in _layers(one, run.layers)])
-        )
-    long_tensors = layer.random(timed)
-    rows = []
-    for one, found, cost in zip(judged, run.patterns, short, strict=True):
-        step(f"long text: {one.name}")
-        chosen = _layers(one, run.layers)
-        # Where content decides in some layer, links are those of its choice, over the tokens that it chose among.
-        counted = passages.tokens if all(isinstance(each, Pattern) for each in chosen) else None
-        options: dict[str, Any] = {"backend": backend, "counted": counted}
-        long = mean_cost([cost_at_length(layer, each, long_tensors, long_full, **options) for each in chosen])
-        rows.append(_row(one, found, cost, long, run.layers, layer.heads))
+    run = measure_fidelity(model, passages.ids, candidates, backend=backend, lost=lost, words=words, step=step)
+    call = run.first_call
+    q, k, v = call.q, call.k, call.v
+    layer = AttentionShape(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, call.own, call.scale)
+    costs, measured_at = _measure_costs(layer, candidates, run, passages.tokens, backend, step)
+    rows = [
+        _pattern_audit(candidate, fidelity, passage_cost, long_cost, run.layers, layer.heads)
+        for candidate, fidelity, (passage_cost, long_cost) in zip(candidates, run.patterns, costs, strict=True)
+    ]
     return Audit(
         model=model_name or type(model).__name__,
         text=text_name,
@@ -206,42 +219,77 @@ def audit(
     )
 
 
-def _layers(one: Subject, layers: int) -> list[Pattern | Router]:
-    """What is to be timed: one pattern for all layers, or each layer's own."""
-    numbers = range(layers) if isinstance(one.chosen, Mapping) else range(1)
-    chosen = [one.at(number) for number in numbers]
-    return [full() if judged is None else judged for judged in chosen]
+def _measure_costs(
+    layer: AttentionShape,
+    candidates: Sequence[Subject],
+    run: FidelityRun,
+    tokens: int,
+    backend: str,
+    step: Callable[[str], None],
+) -> tuple[list[tuple[Cost, Cost]], int]:
+    """((cost in passages, cost at the length of the text) of each candidate, length at which full attention was timed)."""
+    step("timed: full attention")
+    timed_tokens = timed_length(layer, tokens)
+    long_full_seconds, measured_at = full_seconds(layer, timed_tokens)
+    tensors = run.first_call.q, run.first_call.k, run.first_call.v
+    passage_costs = []
+    for candidate in candidates:
+        step(f"timed: {candidate.name}")
+        costs = [cost_in_passages(layer, pattern, tensors, backend=backend) for pattern in _timed(candidate, run.layers)]
+        passage_costs.append(mean_cost(costs))
+    long_tensors = layer.random(timed_tokens)
+    long_costs = []
+    for candidate in candidates:
+        step(f"long text: {candidate.name}")
+        patterns = _timed(candidate, run.layers)
+        # A router's links are those of its choice among the timed tokens; a pattern's can be counted over the whole text.
+        counted = tokens if all(isinstance(pattern, Pattern) for pattern in patterns) else None
+        options: dict[str, Any] = {"backend": backend, "counted": counted}
+        costs = [cost_at_length(layer, pattern, long_tensors, long_full_seconds, **options) for pattern in patterns]
+        long_costs.append(mean_cost(costs))
+    return list(zip(passage_costs, long_costs, strict=True)), measured_at
 
 
-def _row(one: Subject, found: Fidelity, short: Cost, long: Cost, layers: int, heads: int) -> PatternAudit:
-    worst = int(found.mass.argmin())
+def _timed(candidate: Subject, layers: int) -> list[Pattern | Router]:
+    """The patterns to be timed: one for all layers, or one per layer where they differ; `full()` for a layer left alone."""
+    numbers = range(layers) if isinstance(candidate.chosen, Mapping) else range(1)
+    patterns = [candidate.at(number) for number in numbers]
+    return [full() if pattern is None else pattern for pattern in patterns]
+
+
+def _pattern_audit(
+    candidate: Subject, fidelity: Fidelity, passage_cost: Cost, long_cost: Cost, layers: int, heads: int
+) -> PatternAudit:
+    worst = int(fidelity.mass.argmin())
+    # One pattern for all layers is planned once.
+    num_plans = 1 if isinstance(candidate.chosen, Pattern) else layers
     return PatternAudit(
-        pattern=one.name,
-        density=found.links / found.own_links if found.own_links else 0.0,
-        links=round(found.links * layers * heads),
-        backend=short.backend,
-        predicted_speedup=short.predicted_speedup,
-        measured_speedup=short.measured_speedup,
-        peak_bytes=short.peak_bytes,
-        mass=found.mass.mean().item(),
-        worst_head=found.mass.min().item(),
+        pattern=candidate.name,
+        density=fidelity.links / fidelity.base_links if fidelity.base_links else 0.0,
+        links=round(fidelity.links * layers * heads),
+        backend=passage_cost.backend,
+        predicted_speedup=passage_cost.predicted_speedup,
+        measured_speedup=passage_cost.measured_speedup,
+        peak_bytes=passage_cost.peak_bytes,
+        mass=fidelity.mass.mean().item(),
+        worst_head=fidelity.mass.min().item(),
         worst_head_at=(worst // heads, worst % heads),
-        best=found.best.mean().item(),
-        token_cosine=found.token_cosine,
-        pooled_cosine=found.pooled_cosine,
+        best=fidelity.best.mean().item(),
+        token_cosine=fidelity.token_cosine,
+        pooled_cosine=fidelity.pooled_cosine,
         long_text=LongText(
-            tokens=long.counted,
-            timed_tokens=long.tokens,
-            links=round(long.links * layers * heads),
-            full_links=round(long.base_links * layers * heads),
-            backend=long.backend,
-            seconds=long.plan_seconds * (1 if isinstance(one.chosen, Pattern) else layers) + long.seconds * layers,
-            full_seconds=long.full_seconds * layers,
-            peak_bytes=long.peak_bytes,
-            peak_method=long.peak_method,
-            why_not=long.why_not,
+            tokens=long_cost.counted,
+            timed_tokens=long_cost.tokens,
+            links=round(long_cost.links * layers * heads),
+            full_links=round(long_cost.base_links * layers * heads),
+            backend=long_cost.backend,
+            seconds=long_cost.plan_seconds * num_plans + long_cost.seconds * layers,
+            full_seconds=long_cost.full_seconds * layers,
+            peak_bytes=long_cost.peak_bytes,
+            peak_method=long_cost.peak_method,
+            why_not=long_cost.why_not,
         ),
-        mass_by_head=tuple(tuple(row) for row in found.mass.tolist()),
-        best_by_head=tuple(tuple(row) for row in found.best.tolist()),
-        lost=found.lost,
+        mass_by_head=tuple(tuple(row) for row in fidelity.mass.tolist()),
+        best_by_head=tuple(tuple(row) for row in fidelity.best.tolist()),
+        lost=fidelity.lost,
     )

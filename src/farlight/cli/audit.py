@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from farlight.analysis.audit import Audit
     from farlight.analysis.candidates_by_layer import Subject
-    from farlight.analysis.fit.whole_model import ModelFit
+    from farlight.analysis.fit.model_fit import ModelFit
     from farlight.analysis.passages import Passages
     from farlight.analysis.progress import Progress
     from farlight.patterns.expression import Pattern
@@ -159,11 +159,11 @@ def _fit_name(keep: float | None, density: float | None) -> str:
 
 def _check_fit(keep: float | None, density: float | None, candidates: list[str] | None, save: Path | None) -> None:
     """Raise for invalid fit options, before the model is loaded."""
-    from farlight.analysis.fit.candidates import sorted_out
+    from farlight.analysis.fit.candidates import parse_candidates
     from farlight.analysis.fit.fit import read_target
 
     read_target(keep, density, False)
-    sorted_out(candidates, False)
+    parse_candidates(candidates, False)
     if save is not None:
         check_place("--save", save)
 
@@ -177,7 +177,8 @@ def _fit(
     progress: Progress,
 ) -> tuple[ModelFit, Passages]:
     """(fit to the first half of the passages, the second half). Raises ArgumentError for fewer than two passages."""
-    from farlight.analysis.fit.whole_model import fit_reading, read_passages
+    from farlight.analysis.fit.model_profile import profile_model
+    from farlight.analysis.fit.whole_model import fit_profile
     from farlight.analysis.loss.fidelity import BATCH_TOKENS
 
     if passages.count < 2:
@@ -189,8 +190,8 @@ def _fit(
     batch = max(1, BATCH_TOKENS // passages.length)
     read_steps = [f"reading: {min(first + batch, half)} of {half} passages" for first in range(0, half, batch)]
     progress.start([*read_steps, "frontiers of all heads", "judged on what it was fitted to", "judged on other text"])
-    reading = read_passages(model, passages.ids[:half], candidates, step=progress.step)
-    fitted = fit_reading(reading, passages.ids[half:], keep=keep, density=density, step=progress.step)
+    profile = profile_model(model, passages.ids[:half], candidates, step=progress.step)
+    fitted = fit_profile(profile, passages.ids[half:], keep=keep, density=density, step=progress.step)
     return fitted, replace(passages, ids=passages.ids[half:], starts=passages.starts[half:])
 
 

@@ -117,8 +117,10 @@ def embed_command(
 def _query_vector(embedder: Embedder, text: str) -> Tensor:
     """The embedding of a query. Raises ArgumentError where it is longer than one pass."""
     ids = embedder.tokens(text).ids
-    if len(ids) > embedder.room:
-        raise ArgumentError(f"a --query has {len(ids)} tokens, more than the {embedder.room} that one pass reads; shorten it.")
+    if len(ids) > embedder.max_tokens:
+        raise ArgumentError(
+            f"a --query has {len(ids)} tokens, more than the {embedder.max_tokens} that one pass reads; shorten it."
+        )
     return embedder.read(ids).vector
 
 
@@ -131,7 +133,7 @@ def _answer(
     for place in matches.passages:
         part = library.parts[place.part]
         progress.step(_TRACE_STEP)
-        attended = library.looked_at(embedder, place, query, words) if words else []
+        attended = library.attended_words(embedder, place, query, words) if words else []
         passages.append(
             {
                 "score": place.score,

@@ -1,1 +1,1 @@
-"""Books as vectors: chapters read in one pass each, passages ranked for a question, and the words that were looked at."""
+"""Book embeddings: chapters encoded in one pass each under a sparse pattern, passage search, and the words attended to."""

@@ -1,4 +1,9 @@
-"""Books, read chapter by chapter, and what is found in them: the road from files and a question to ranked passages."""
+"""Libraries of books: chapters split into passes and passages, encoded once, and searched by a question's vector.
+
+A *chapter part* is the token range that one forward pass encodes: a whole chapter, or a piece of one that is longer than the
+model's positions. A *passage* is a token range within a part, made of whole sentences. Every part and every passage has a unit
+vector; search is a matrix-vector product and a top-k.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +15,21 @@ import torch
 from torch import Tensor
 
 from farlight.embedding.chapters import Chapter, sentences, split_chapters
-from farlight.embedding.reading import Embedder, Looked, Tokens
+from farlight.embedding.reading import AttendedWord, Embedder, Tokens
 from farlight.errors import ArgumentError
 
-__all__ = ["Found", "Library", "Part", "Place", "parts_of", "read_books"]
+__all__ = ["ChapterPart", "Library", "PassageHit", "SearchResult", "read_books", "split_parts"]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stretch of a chapter that one pass reads; mostly a whole chapter.
+class ChapterPart:
+    """The tokens of one forward pass and the passages in it.
 
-    `tokens` are those of `text[chapter.start : chapter.stop]` that the pass reads, their spans counted in the whole book;
-    `passages` are stretches of these tokens.
+    Attributes:
+        book: index of the book.
+        title: the chapter's title, with "(1/2)" where a chapter takes several passes.
+        tokens: the tokens of the pass; their spans count characters of the whole book.
+        passages: ranges of these tokens [first, last + 1).
     """
 
     book: int
@@ -30,14 +38,14 @@ class Part:
     passages: list[tuple[int, int]]
 
     def span(self, passage: int) -> tuple[int, int]:
-        """The characters of a passage."""
+        """The characters (start, stop) of a passage in the book."""
         first, last = self.passages[passage]
         return self.tokens.spans[first][0], self.tokens.spans[last - 1][1]
 
 
 @dataclass(frozen=True)
-class Place:
-    """A passage: which part it is in, which of its passages, how near the question is (cosine), and its characters."""
+class PassageHit:
+    """A passage that a search returned: indices of its part and of the passage in it, cosine, characters in the book."""
 
     part: int
     passage: int
@@ -47,85 +55,99 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a question found: passages and chapters, best first (chapters as (part, cosine))."""
+class SearchResult:
+    """Passages and chapter parts in falling order of cosine; parts as (index, cosine)."""
 
-    passages: list[Place]
+    passages: list[PassageHit]
     chapters: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Library:
-    """Books that have been read: a unit vector for every part and every passage."""
+    """Encoded books.
+
+    Attributes:
+        names, texts: of the books.
+        parts: all chapter parts.
+        chapter_vectors: `(parts, features)` float32 unit vectors.
+        passage_vectors: `(passages, features)` float32 unit vectors.
+        owners: for each passage vector (part, passage within the part).
+        seconds: wall time of encoding.
+    """
 
     names: list[str]
     texts: list[str]
-    parts: list[Part]
+    parts: list[ChapterPart]
     chapter_vectors: Tensor
     passage_vectors: Tensor
     owners: list[tuple[int, int]]
     seconds: float
 
-    def find(self, query: Tensor, count: int) -> Found:
-        """The `count` passages and chapters nearest to a unit vector."""
-        near = self.passage_vectors @ query
-        best = near.topk(min(count, near.numel()))
-        places = [
-            Place(part, passage, score, *self.parts[part].span(passage))
-            for score, (part, passage) in zip(
-                best.values.tolist(), (self.owners[i] for i in best.indices.tolist()), strict=True
-            )
-        ]
-        whole = self.chapter_vectors @ query
-        top = whole.topk(min(count, whole.numel()))
-        return Found(places, list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+    def find(self, query: Tensor, count: int) -> SearchResult:
+        """The `count` passages and chapter parts with the largest cosine to the unit vector `query` `(features,)`."""
+        similarity = self.passage_vectors @ query
+        top = similarity.topk(min(count, similarity.numel()))
+        hits = []
+        for score, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            part, passage = self.owners[index]
+            hits.append(PassageHit(part, passage, score, *self.parts[part].span(passage)))
+        similarity = self.chapter_vectors @ query
+        top = similarity.topk(min(count, similarity.numel()))
+        return SearchResult(hits, list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
-    def looked_at(self, embedder: Embedder, place: Place, query: Tensor, count: int) -> list[Looked]:
-        """The words that a passage looked at while it was read; the chapter is read once more."""
-        part = self.parts[place.part]
-        text = self.texts[part.book]
-        return embedder.looked_at(text, part.tokens, part.passages[place.passage], query, count)
+    def attended_words(self, embedder: Embedder, hit: PassageHit, query: Tensor, count: int) -> list[AttendedWord]:
+        """`Embedder.attended_words` of a passage. Encodes its chapter part again: attention is not stored."""
+        part = self.parts[hit.part]
+        return embedder.attended_words(self.texts[part.book], part.tokens, part.passages[hit.passage], query, count)
 
 
-def parts_of(embedder: Embedder, text: str, chapter: Chapter, title: str, book: int, passage: int) -> list[Part]:
-    """A chapter as the passes that read it: one, or several where it is longer than the model's positions.
+def split_parts(
+    embedder: Embedder, text: str, chapter: Chapter, title: str, book: int, passage_tokens: int
+) -> list[ChapterPart]:
+    """The parts of a chapter: one, or several where it has more tokens than the model's positions; none without tokens.
 
-    Passages are whole sentences, up to `passage` tokens together (a longer sentence is cut); passes hold whole passages.
+    Passages hold whole sentences of at most `passage_tokens` tokens together; a longer sentence is cut. Parts hold whole
+    passages.
     """
-    found = embedder.tokens(text[chapter.start : chapter.stop])
-    spans = [(a + chapter.start, b + chapter.start) for a, b in found.spans]
+    encoded = embedder.tokens(text[chapter.start : chapter.stop])
+    spans = [(start + chapter.start, stop + chapter.start) for start, stop in encoded.spans]
     if not spans:
         return []
-    longest = min(passage, embedder.room)
-    ends = _ends(spans, sentences(text, chapter.start, chapter.stop))
+    sentence_ends = _sentence_ends(spans, sentences(text, chapter.start, chapter.stop))
+    passages = _pack_sentences(sentence_ends, min(passage_tokens, embedder.max_tokens))
+    groups: list[list[tuple[int, int]]] = [[]]  # the passages of each part
+    for passage in passages:
+        if groups[-1] and passage[1] - groups[-1][0][0] > embedder.max_tokens:
+            groups.append([])
+        groups[-1].append(passage)
+    parts = []
+    for number, group in enumerate(groups, 1):
+        first, last = group[0][0], group[-1][1]
+        part_title = title if len(groups) == 1 else f"{title} ({number}/{len(groups)})".strip()
+        tokens = Tokens(encoded.ids[first:last], spans[first:last])
+        parts.append(ChapterPart(book, part_title, tokens, [(start - first, stop - first) for start, stop in group]))
+    return parts
+
+
+def _pack_sentences(ends: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
+    """Consecutive token ranges of at most `max_tokens` that end at sentence ends where possible. `ends`: rising token
+    indices."""
     passages: list[tuple[int, int]] = []
     begin = 0
-    for end, after in zip(ends, [*ends[1:], None], strict=True):
-        while end - begin > longest:
-            passages.append((begin, begin + longest))
-            begin += longest
-        if after is None or after - begin > longest:
+    for end, following in zip(ends, [*ends[1:], None], strict=True):
+        while end - begin > max_tokens:
+            passages.append((begin, begin + max_tokens))
+            begin += max_tokens
+        if following is None or following - begin > max_tokens:
             passages.append((begin, end))
             begin = end
-    passages = [stretch for stretch in passages if stretch[1] > stretch[0]]
-    passes: list[list[tuple[int, int]]] = [[]]
-    for stretch in passages:
-        if passes[-1] and stretch[1] - passes[-1][0][0] > embedder.room:
-            passes.append([])
-        passes[-1].append(stretch)
-    out = []
-    for number, mine in enumerate(passes, 1):
-        first, last = mine[0][0], mine[-1][1]
-        shown = title if len(passes) == 1 else f"{title} ({number}/{len(passes)})".strip()
-        tokens = Tokens(found.ids[first:last], spans[first:last])
-        out.append(Part(book, shown, tokens, [(a - first, b - first) for a, b in mine]))
-    return out
+    return [passage for passage in passages if passage[1] > passage[0]]
 
 
-def _ends(spans: Sequence[tuple[int, int]], ranges: Sequence[tuple[int, int]]) -> list[int]:
-    """For each sentence one more than its last token; the last one takes what is left."""
+def _sentence_ends(spans: Sequence[tuple[int, int]], sentence_spans: Sequence[tuple[int, int]]) -> list[int]:
+    """For each sentence, last token + 1; tokens after the last sentence belong to it."""
     ends, token = [], 0
-    for _, stop in ranges:
+    for _, stop in sentence_spans:
         while token < len(spans) and spans[token][0] < stop:
             token += 1
         ends.append(token)
@@ -139,33 +161,37 @@ def read_books(
     passage: int = 128,
     heading: str | None = None,
     start: Callable[[int], None] = lambda parts: None,
-    step: Callable[[str], None] = lambda what: None,
+    step: Callable[[str], None] = lambda title: None,
 ) -> Library:
-    """Read `(name, text)` books, a pass for each chapter.
+    """Encode books, given as (name, text), one forward pass for each chapter part.
 
-    `start` is called once with the number of passes, `step` before each with a few words. Raises ArgumentError where nothing
-    is to be read.
+    Args:
+        passage: most tokens of a passage.
+        heading: regular expression of headings (see `split_chapters`).
+        start: called once with the number of passes; `step`: called with the part's title before each pass.
+
+    Raises ArgumentError for a book without words, or without books.
     """
     if passage < 1:
         raise ArgumentError(f"passages of {passage} tokens cannot be; use at least 1.")
-    parts: list[Part] = []
+    parts: list[ChapterPart] = []
     for number, (name, text) in enumerate(books):
-        before = len(parts)
+        num_parts = len(parts)
         for chapter in split_chapters(text, heading):
-            parts += parts_of(embedder, text, chapter, chapter.title or name, number, passage)
-        if len(parts) == before:
+            parts += split_parts(embedder, text, chapter, chapter.title or name, number, passage)
+        if len(parts) == num_parts:
             raise ArgumentError(f"text {name!r} holds no chapter with words in it; give a text, or another --heading.")
     if not parts:
         raise ArgumentError("no text was given; give at least one.")
     start(len(parts))
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     chapters, passages, owners = [], [], []
     for number, part in enumerate(parts):
         step(part.title)
-        reading = embedder.read(part.tokens.ids)
-        chapters.append(reading.vector)
-        passages.append(reading.passages(part.passages))
+        encoding = embedder.read(part.tokens.ids)
+        chapters.append(encoding.vector)
+        passages.append(encoding.passages(part.passages))
         owners += [(number, i) for i in range(len(part.passages))]
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start_time
     names, texts = [name for name, _ in books], [text for _, text in books]
     return Library(names, texts, parts, torch.stack(chapters), torch.cat(passages), owners, seconds)

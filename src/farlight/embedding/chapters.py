@@ -1,7 +1,7 @@
-"""Cutting a book where its author did: into chapters, and into passages of whole sentences.
+"""Chapters and sentences of a plain text, as character spans, by regular expressions.
 
-Everything here is about characters; tokens come later. A passage ends where a sentence does, so that what a search
-shows can be read.
+Headings are lines of their own that look like one ("CHAPTER IV", "# Title") and follow an empty line; sentences end at . ! ? …
+or an empty line, except after abbreviations. No tokenizer is involved: `book.split_parts` maps the spans to tokens.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ _WORDS = (
     "|twenty|thirty|forty|fifty|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last"
 )
 _NUMBER = rf"(?:[ivxlcdm]+|\d+|(?:the[ \t]+)?(?:{_WORDS})(?:[ -](?:{_WORDS}))?)"
-# A line of its own: "CHAPTER IV", "Book Two: 1806", "SECOND EPILOGUE", or a heading of Markdown.
+# A whole line: "CHAPTER IV", "Book Two: 1806", "SECOND EPILOGUE", or a Markdown heading.
 HEADING = (
     rf"(?im)^[ \t]*(?:(?:chapter|book|part|volume|canto|letter|act|scene)[ \t]+{_NUMBER}(?:[ \t]*[.:—–-][^\n]{{0,70}})?"
     rf"|(?:(?:{_WORDS})[ \t]+)?(?:prologue|epilogue|preface|foreword|introduction|afterword)(?:[ \t]*[.:—–-][^\n]{{0,70}})?"
     r"|\#{1,3}[ \t]+\S[^\n]*?)[ \t\r]*$"
 )
-# What stands before a heading: an empty line, so that a line of prose that happens to begin so is none.
+# Required before a heading: excludes lines of prose that begin with a heading's words.
 _EMPTY_LINE = re.compile(r"\n[ \t\r]*\n[ \t\r]*\Z")
-# A sentence ends at . ! ? … and the quotation marks or brackets that follow, before white space; or at an empty line.
-_ENDS = re.compile(r"(?:[.!?…]+[\"”’»)\]]*(?=\s))|\n[ \t]*\n")
-# Not ends of sentences, though a point stands there.
-_SHORT = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|Messrs|No|Vol|vs|etc|e\.g|i\.e)|\b[A-Z])\.$")
+# . ! ? … with the quotation marks or brackets that follow, before white space; or an empty line.
+_SENTENCE_END = re.compile(r"(?:[.!?…]+[\"”’»)\]]*(?=\s))|\n[ \t]*\n")
+# Abbreviations and initials, whose full stop does not end a sentence.
+_ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|Messrs|No|Vol|vs|etc|e\.g|i\.e)|\b[A-Z])\.$")
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """`text[start:stop]` of a book, its heading left out."""
+    """A chapter: its title and its text, `text[start:stop]` of the book, without the heading."""
 
     title: str
     start: int
@@ -44,56 +44,57 @@ class Chapter:
 
 
 def split_chapters(text: str, heading: str | None = None) -> list[Chapter]:
-    """The chapters of a text, in order; one without a title where there is no heading.
+    """The chapters of a text, in order; a text before the first heading, or without headings, is a chapter without a title.
 
-    `heading` is a regular expression that finds headings; None means lines such as "CHAPTER IV" or "# A Markdown title". A
-    heading that only another kind of heading follows ("BOOK TWO", then "CHAPTER I") becomes part of the titles after it.
-    Headings with nothing under them (a table of contents) are no chapters. Raises ArgumentError for a bad expression.
+    `heading`: a regular expression of headings; None means `HEADING`. A heading without text directly before one of another
+    kind ("BOOK TWO", then "CHAPTER I") prefixes the titles after it. Other headings without text (a table of contents) are
+    dropped. Raises ArgumentError for an expression that does not compile or matches the empty text.
 
     >>> [chapter.title for chapter in split_chapters("BOOK ONE\\n\\nCHAPTER I\\n\\nIt began.\\n\\nCHAPTER II\\n\\nIt ended.")]
     ['BOOK ONE, CHAPTER I', 'BOOK ONE, CHAPTER II']
     """
     try:
-        found = list(re.finditer(HEADING if heading is None else heading, text))
+        matches = list(re.finditer(HEADING if heading is None else heading, text))
     except (re.error, OverflowError, RecursionError) as error:
         raise ArgumentError(f"heading {heading!r} is not a regular expression: {error}; e.g. '(?m)^CHAPTER .*$'.") from None
-    if any(match.start() == match.end() for match in found):
+    if any(match.start() == match.end() for match in matches):
         raise ArgumentError(
             f"heading {heading!r} matches the empty text, so that everything would be a heading; make it longer."
         )
     if heading is None:
-        found = list(_apart(text, found))
-    titles = [" ".join(match[0].strip().lstrip("#").split()) for match in found]
-    bodies = [(match.end(), after.start()) for match, after in itertools.pairwise(found)]
-    if found:
-        bodies.append((found[-1].end(), len(text)))
-    chapters, above = [], ""
-    if text[: found[0].start() if found else None].strip():
-        chapters.append(Chapter("", 0, found[0].start() if found else len(text)))
-    for place, (title, (start, stop)) in enumerate(zip(titles, bodies, strict=True)):
+        matches = list(_after_empty_lines(text, matches))
+    titles = [" ".join(match[0].strip().lstrip("#").split()) for match in matches]
+    bodies = [(match.end(), following.start()) for match, following in itertools.pairwise(matches)]
+    if matches:
+        bodies.append((matches[-1].end(), len(text)))
+    first_heading = matches[0].start() if matches else len(text)
+    chapters = [Chapter("", 0, first_heading)] if text[:first_heading].strip() else []
+    enclosing = ""
+    for index, (title, (start, stop)) in enumerate(zip(titles, bodies, strict=True)):
         if text[start:stop].strip():
-            chapters.append(Chapter(f"{above}, {title}" if above else title, start, stop))
-        elif place + 1 < len(titles) and _kind(titles[place + 1]) != _kind(title):
-            above = title
+            chapters.append(Chapter(f"{enclosing}, {title}" if enclosing else title, start, stop))
+        elif index + 1 < len(titles) and _heading_word(titles[index + 1]) != _heading_word(title):
+            enclosing = title
     return chapters
 
 
-def _apart(text: str, found: list[re.Match[str]]) -> Iterator[re.Match[str]]:
-    """Those headings that follow an empty line, another heading or nothing."""
+def _after_empty_lines(text: str, matches: list[re.Match[str]]) -> Iterator[re.Match[str]]:
+    """The headings preceded by an empty line, by another heading, or by nothing."""
     end = 0
-    for match in found:
+    for match in matches:
         between = text[end : match.start()]
         if not between.strip() or _EMPTY_LINE.search(between):
             yield match
             end = match.end()
 
 
-def _kind(title: str) -> str:
+def _heading_word(title: str) -> str:
+    """The first word of a title ("chapter", "book"), which tells headings of different kinds apart."""
     return title.split()[0].casefold()
 
 
 def sentences(text: str, start: int = 0, stop: int | None = None) -> Sequence[tuple[int, int]]:
-    """The character spans of the sentences of `text[start:stop]`, without the white space between them.
+    """Character spans (start, stop) of the sentences of `text[start:stop]`, surrounding white space removed.
 
     >>> text = "Mr. Smith left. “Why?” she asked."
     >>> [text[a:b] for a, b in sentences(text)]
@@ -101,12 +102,12 @@ def sentences(text: str, start: int = 0, stop: int | None = None) -> Sequence[tu
     """
     stop = len(text) if stop is None else stop
     spans, begin = [], start
-    for match in _ENDS.finditer(text, start, stop):
+    for match in _SENTENCE_END.finditer(text, start, stop):
         end = match.end()
-        if _SHORT.search(text, max(begin, end - 12), end):
+        if _ABBREVIATION.search(text, max(begin, end - 12), end):
             continue
-        after = text[end : end + 2].lstrip()
-        if after[:1].islower():  # “Why?” she asked.
+        following = text[end : end + 2].lstrip()
+        if following[:1].islower():  # “Why?” she asked.
             continue
         spans.append((begin, end))
         begin = end

@@ -1,7 +1,9 @@
-"""A book as vectors: each chapter is read in one pass, and passages are means of tokens that have seen the whole chapter.
+"""Encoding long texts: a lengthened encoder under a sparse pattern, passage vectors by late chunking, attended words.
 
-The usual way cuts a text first and embeds each piece blind to the others. Here the model is lengthened and run under a
-sparse pattern, so that a chapter fits, and it is cut afterwards ("late chunking"; Günther et al. 2024, arXiv:2409.04701).
+The usual way cuts a text first and embeds each piece without its context. Here a whole chapter goes through the model in one
+pass, which `fl.hf.lengthen` and a sparse pattern make possible, and is cut afterwards: a passage vector is the mean of its
+tokens' last hidden states ("late chunking"; Günther et al. 2024, arXiv:2409.04701). All tensors leave this module as float32 on
+the CPU.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from farlight.hf.lengthen import lengthen, positions_of
 from farlight.patterns.expression import Pattern
 from farlight.patterns.positional import full
 
-__all__ = ["Embedder", "Looked", "Reading", "Tokens"]
+__all__ = ["AttendedWord", "Embedder", "Encoding", "Tokens"]
 
 _WORD = re.compile(r"[^\W_]+(?:[’'-][^\W_]+)*")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a text without special ones: `ids[t]` stands for the characters `spans[t]` of it."""
+    """The tokens of a text without special tokens: `ids[t]` encodes the characters `spans[t]` = (start, stop)."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
@@ -36,32 +38,35 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def covering(self, start: int, stop: int) -> tuple[int, int]:
-        """First token and last + 1 of those that begin in `start … stop - 1`."""
+    def token_range(self, start: int, stop: int) -> tuple[int, int]:
+        """(first, last + 1) of the tokens that begin in characters `start … stop - 1`; (0, 0) for none."""
         inside = [t for t, (a, b) in enumerate(self.spans) if start <= a < stop and b > a]
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What one pass over a stretch of tokens gave: `states` `(n, D)` without special tokens, and `vector` `(D,)`, the unit
-    mean over all tokens, special ones included, as the model's own pooling has it.
+class Encoding:
+    """The result of one pass over a text of n tokens.
+
+    Attributes:
+        states: `(n, features)` float32, last hidden states without those of special tokens.
+        vector: `(features,)` float32, unit mean over all tokens, special ones included (the model's own mean pooling).
     """
 
     states: Tensor
     vector: Tensor
 
     def passages(self, bounds: Iterable[tuple[int, int]]) -> Tensor:
-        """`(P, D)`: the unit mean of the states of each stretch of tokens."""
-        sums = torch.cat([torch.zeros_like(self.states[:1], dtype=torch.float64), self.states.double().cumsum(0)])
+        """`(passages, features)` float32: the unit mean of the states of each token range [first, last + 1)."""
+        prefix = torch.cat([torch.zeros_like(self.states[:1], dtype=torch.float64), self.states.double().cumsum(0)])
         starts, stops = torch.tensor(list(bounds), dtype=torch.int64).reshape(-1, 2).unbind(1)
-        means = (sums[stops] - sums[starts]) / (stops - starts).clamp(min=1)[:, None]
+        means = (prefix[stops] - prefix[starts]) / (stops - starts).clamp(min=1)[:, None]
         return torch.nn.functional.normalize(means, dim=-1).float()
 
 
 @dataclass(frozen=True)
-class Looked:
-    """A word that attention fell on: the characters `start … stop - 1`, and its share of what fell on words."""
+class AttendedWord:
+    """A word at characters `start … stop - 1`, and its share of the attention on all words."""
 
     word: str
     start: int
@@ -70,10 +75,11 @@ class Looked:
 
 
 class Embedder:
-    """An encoder that reads long texts under a pattern. The model is lengthened in place where it must be.
+    """An encoder model under a pattern, for texts of up to `positions` tokens, special tokens included.
 
-    `positions` is the longest stretch, in tokens, special ones included. Raises UnsupportedError for a tokenizer that does not
-    tell where its tokens stand, and what `fl.hf.lengthen` and `fl.hf.use_pattern` raise.
+    The model is put in evaluation mode, and lengthened in place when it has fewer positions. `max_tokens`: tokens of one pass
+    without special ones. Raises UnsupportedError for a tokenizer without character offsets, ArgumentError for too few
+    positions, and what `fl.hf.lengthen` and `fl.hf.use_pattern` raise.
     """
 
     def __init__(self, model: Any, tokenizer: Any, pattern: Pattern, *, positions: int, backend: str = "auto") -> None:
@@ -83,85 +89,104 @@ class Embedder:
             raise UnsupportedError(
                 f"{type(tokenizer).__name__} does not tell which characters a token stands for; use a fast tokenizer."
             )
-        reach = positions_of(model)
-        if reach is not None and reach < positions:
+        model_positions = positions_of(model)
+        if model_positions is not None and model_positions < positions:
             lengthen(model, positions, tokenizer=tokenizer)
         self.model, self.tokenizer, self.pattern, self.backend = model.eval(), tokenizer, pattern, backend
-        self.before, self.after = frame(tokenizer)
-        self.room = positions - len(self.before) - len(self.after)
-        if self.room < 1:
+        self.prefix_ids, self.suffix_ids = frame(tokenizer)
+        self.max_tokens = positions - len(self.prefix_ids) - len(self.suffix_ids)
+        if self.max_tokens < 1:
             raise ArgumentError(f"{positions} positions leave no room beside the special tokens; use more.")
 
     def tokens(self, text: str) -> Tokens:
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
-        return Tokens(found["input_ids"], [tuple(span) for span in found["offset_mapping"]])
+        """The tokens of `text`, of any length."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
+        return Tokens(encoded["input_ids"], [tuple(span) for span in encoded["offset_mapping"]])
 
     @torch.no_grad()
-    def read(self, ids: Sequence[int]) -> Reading:
-        """One pass over at most `room` tokens."""
+    def read(self, ids: Sequence[int]) -> Encoding:
+        """Encode 1 to `max_tokens` token ids in one pass. Raises ArgumentError for another number of them."""
         with use_pattern(self.model, self.pattern, backend=self.backend):
-            states = self._pass(ids)
+            states = self._hidden_states(ids)
         vector = torch.nn.functional.normalize(states.mean(0), dim=0)
-        return Reading(states[len(self.before) : states.shape[0] - len(self.after)], vector)
+        return Encoding(states[len(self.prefix_ids) : states.shape[0] - len(self.suffix_ids)], vector)
 
-    def looked_at(self, text: str, tokens: Tokens, passage: tuple[int, int], query: Tensor, count: int) -> list[Looked]:
-        """The `count` words on which most attention fell: that of the passage's tokens in the last layer, all heads.
+    def attended_words(
+        self, text: str, tokens: Tokens, passage: tuple[int, int], query: Tensor, count: int
+    ) -> list[AttendedWord]:
+        """The `count` words with the most attention from a passage, in the last layer, mean over heads.
 
             a_j = Σ_i w_i · mean_h P_h[i, j],   w_i ∝ max(0, cos(query, state_i)),   i in the passage
 
-        so tokens that answer the query speak most. Attention on special tokens and punctuation is left out; shares are of
-        what fell on words. A word that occurs several times is shown where most fell on it.
+        so passage tokens similar to the query weigh most. A word's attention is the sum over its occurrences, reported at the
+        occurrence with the most. Special tokens and punctuation are left out; shares are of the attention on words.
+
+        Args:
+            text, tokens: the text and the tokens of the pass, their spans in `text`.
+            passage: range of tokens [first, last + 1).
+            query: `(features,)` vector of the question.
         """
-        seen: list[Observation] = []
+        calls: list[Observation] = []
 
-        def keep(found: Observation) -> None:
-            seen[:] = [found]
+        def keep_last(call: Observation) -> None:
+            calls[:] = [call]
 
-        with torch.no_grad(), use_pattern(self.model, self.pattern, backend=self.backend, observer=keep):
-            states = self._pass(tokens.ids)
-        (last,) = seen
-        start, stop = (t + len(self.before) for t in passage)
+        with torch.no_grad(), use_pattern(self.model, self.pattern, backend=self.backend, observer=keep_last):
+            states = self._hidden_states(tokens.ids)
+        (last_call,) = calls
+        start, stop = (t + len(self.prefix_ids) for t in passage)
         weights = torch.nn.functional.cosine_similarity(states[start:stop], query[None]).clamp(min=0)
         weights = weights / weights.sum().clamp(min=1e-12)
-        received = _received(last, self.pattern, start, stop, weights)[len(self.before) :]
-        fallen: dict[str, tuple[float, float, re.Match[str]]] = {}
-        at = 0
-        for match in _WORD.finditer(text, tokens.spans[0][0], tokens.spans[-1][1]):
-            while at < len(tokens) and tokens.spans[at][1] <= match.start():
-                at += 1
-            mine, t = 0.0, at
-            while t < len(tokens) and tokens.spans[t][0] < match.end():
-                mine += float(received[t])
-                t += 1
-            total, most, where = fallen.get(match[0].casefold(), (0.0, -1.0, match))
-            fallen[match[0].casefold()] = (total + mine, max(most, mine), match if mine > most else where)
-        whole = sum(total for total, _, _ in fallen.values()) or 1.0
-        ranked = sorted(fallen.values(), key=lambda entry: -entry[0])[:count]
-        return [Looked(where[0], where.start(), where.end(), total / whole) for total, _, where in ranked]
+        received = _column_sums(last_call, self.pattern, start, stop, weights)[len(self.prefix_ids) :]
+        return _rank_words(text, tokens, received, count)
 
-    def _pass(self, ids: Sequence[int]) -> Tensor:
-        """`(n, D)` last hidden states, special tokens included."""
-        if not 0 < len(ids) <= self.room:
-            raise ArgumentError(f"a stretch of {len(ids)} tokens cannot be read in one pass; between 1 and {self.room} can.")
+    def _hidden_states(self, ids: Sequence[int]) -> Tensor:
+        """`(n, features)` float32 last hidden states, special tokens included."""
+        if not 0 < len(ids) <= self.max_tokens:
+            raise ArgumentError(
+                f"a stretch of {len(ids)} tokens cannot be read in one pass; between 1 and {self.max_tokens} can."
+            )
         device = next(self.model.parameters()).device
-        framed = torch.tensor([[*self.before, *ids, *self.after]], device=device)
+        framed = torch.tensor([[*self.prefix_ids, *ids, *self.suffix_ids]], device=device)
         states: Tensor = self.model(input_ids=framed)[0][0]
         return states.float().cpu()
 
 
-def _received(last: Observation, pattern: Pattern, start: int, stop: int, weights: Tensor) -> Tensor:
-    """`(n,)` attention from rows `start … stop - 1`, weighted, mean over heads.
+def _column_sums(call: Observation, pattern: Pattern, start: int, stop: int, weights: Tensor) -> Tensor:
+    """`(n,)`: Σ_i weights[i] · mean_h P_h[start + i, j] for every key j, the attention that rows start … stop - 1 pay to it.
 
-    The gradient of a weighted sum of outputs with respect to values is the weighted sum of probabilities, so one backward
-    pass gives every column without forming a row.
+    The gradient of Σ_i weights[i] · out[i] with respect to v is Pᵀ · weights, so one backward pass of sparse attention gives
+    all column sums without forming a row of P.
     """
-    allowed = pattern if last.own == full() else last.own & pattern
-    q, k = last.q[:, :, start:stop].detach(), last.k.detach()
+    allowed = pattern if call.own == full() else call.own & pattern
+    q, k = call.q[:, :, start:stop].detach(), call.k.detach()
     v = torch.zeros_like(k).requires_grad_()
     with torch.enable_grad():
-        out = attention(q, k, v, allowed, scale=last.scale, q_offset=last.q_offset + start)
+        out = attention(q, k, v, allowed, scale=call.scale, q_offset=call.q_offset + start)
         assert isinstance(out, Tensor)
         out.backward(weights.to(out)[None, None, :, None].expand_as(out).contiguous() / q.shape[1])
     assert v.grad is not None
-    received: Tensor = v.grad[0, :, :, 0].sum(0).float().cpu()
-    return received
+    sums: Tensor = v.grad[0, :, :, 0].sum(0).float().cpu()
+    return sums
+
+
+def _rank_words(text: str, tokens: Tokens, received: Tensor, count: int) -> list[AttendedWord]:
+    """The `count` words with the largest sums of `received` `(n,)` over their tokens; occurrences are merged by case-folded
+    form."""
+    totals: dict[str, tuple[float, float, re.Match[str]]] = {}  # by form: (sum, largest occurrence, its match)
+    first = 0
+    for match in _WORD.finditer(text, tokens.spans[0][0], tokens.spans[-1][1]):
+        while first < len(tokens) and tokens.spans[first][1] <= match.start():
+            first += 1
+        attention_on_word, t = 0.0, first
+        while t < len(tokens) and tokens.spans[t][0] < match.end():
+            attention_on_word += float(received[t])
+            t += 1
+        form = match[0].casefold()
+        total, largest, occurrence = totals.get(form, (0.0, -1.0, match))
+        if attention_on_word > largest:
+            largest, occurrence = attention_on_word, match
+        totals[form] = (total + attention_on_word, largest, occurrence)
+    all_words = sum(total for total, _, _ in totals.values()) or 1.0
+    ranked = sorted(totals.values(), key=lambda entry: -entry[0])[:count]
+    return [AttendedWord(match[0], match.start(), match.end(), total / all_words) for total, _, match in ranked]

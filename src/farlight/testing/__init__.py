@@ -1,11 +1,12 @@
-"""What farlight's own tests stand on, shipped so that a backend written elsewhere can be held to the same standard.
+"""farlight's test oracle, shipped so that a backend written elsewhere can be held to the same specification.
 
-`cases` is the shared list of problems, `oracle` the answer by the book in float64, `tolerance` the one rule of how close is
-close enough. Needs torch only; `strategies` (random patterns for hypothesis) is imported apart.
+`cases` and `case_list` are the shared attention problems, `oracle` the float64 truth and a same-dtype baseline, `tolerance` the
+one rule for comparing with them. Needs torch only; `strategies` (random patterns for hypothesis) is imported separately.
 """
 
-from farlight.testing.cases import CASES, Case, Inputs, case, inputs
-from farlight.testing.oracle import Answer, Solution, attend, kept_links, solve
+from farlight.testing.case_list import CASES, case
+from farlight.testing.cases import Case, Inputs, inputs
+from farlight.testing.oracle import Answer, Solution, attend, dropout_mask, solve
 from farlight.testing.tolerance import assert_answer, assert_matches
 
 __all__ = [
@@ -18,7 +19,7 @@ __all__ = [
     "assert_matches",
     "attend",
     "case",
+    "dropout_mask",
     "inputs",
-    "kept_links",
     "solve",
 ]

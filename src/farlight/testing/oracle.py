@@ -1,7 +1,8 @@
-"""The answer by the book: dense softmax attention in plain torch, differentiated by plain autograd.
+"""The oracle: dense softmax attention in plain torch, differentiated by autograd.
 
-Shares nothing with any backend: not the plan, not the reference backend, not its backward formulas. In float64 it is the
-truth; at a lower dtype, the same lines are the yardstick by which errors are measured. Costs n_q · n_k.
+Independent of every backend: no plan, no reference backend, no backward formulas. `solve` evaluates it twice, in float64 (the
+truth) and at the inputs' dtype (the baseline, whose error is the rounding that the dtype makes unavoidable), and computes for
+each element the magnitude of the terms summed there. Time and memory are O(n_q · n_k).
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from farlight.patterns import Sizes
 from farlight.patterns.hashing import dropout_keep
 from farlight.testing.cases import Case, Inputs
 
-__all__ = ["Answer", "Solution", "attend", "kept_links", "magnitudes", "solve"]
+__all__ = ["Answer", "Solution", "attend", "dropout_mask", "magnitudes", "solve"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What attention gives: the output, the log-sum-exp, and the gradients of q, k and v."""
+    """The results of attention: output `(B, H, n_q, D)`, log-sum-exp `(B, H, n_q)`, gradients of q, k and v."""
 
     out: Tensor
     lse: Tensor
@@ -31,15 +32,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Solution:
-    """The exact answer, the same maths at the dtype asked for, and the size of what is added up in each element."""
+    """The float64 truth, the baseline (the same formula at the inputs' dtype), and the magnitude of each element's terms."""
 
     truth: Answer
-    yardstick: Answer
+    baseline: Answer
     magnitude: Answer
 
 
-def kept_links(sizes: Sizes, seed: int, dropout: float) -> Tensor | None:
-    """The links that survive dropout as `(batch, heads, n_q, n_k)`, or None without dropout."""
+def dropout_mask(sizes: Sizes, seed: int, dropout: float) -> Tensor | None:
+    """`(batch, heads, n_q, n_k)` bool, True where a link survives dropout; None without dropout."""
     if dropout == 0.0:
         return None
     b = torch.arange(sizes.batch).view(-1, 1, 1, 1)
@@ -52,63 +53,64 @@ def kept_links(sizes: Sizes, seed: int, dropout: float) -> Tensor | None:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, *, scale: float, keep: Tensor | None = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of softmax(scale · q kᵀ) v over the allowed links; 0 and -inf for a row that sees nothing.
+    """(output, lse) of softmax(scale · q·kᵀ) · v over the `allowed` links; 0 and -inf for a row without allowed links.
 
-    With dropout the surviving probabilities (`keep`) are divided by 1 - dropout; the log-sum-exp knows nothing of it.
+    With dropout, probabilities where `keep` is True are divided by 1 - dropout and the others are 0; the lse is before dropout.
     """
     group = q.shape[1] // max(1, k.shape[1])
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     score = (q @ k.transpose(2, 3)) * scale
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    score = score.to(wide).masked_fill(~allowed, -torch.inf)
+    accumulation = torch.float64 if q.dtype == torch.float64 else torch.float32
+    score = score.to(accumulation).masked_fill(~allowed, -torch.inf)
     top = score.detach().amax(3, keepdim=True) if score.shape[3] else score.new_zeros((*score.shape[:3], 1))
     top = torch.where(top == -torch.inf, 0.0, top)
     weight = torch.exp(score - top)
     total = weight.sum(3, keepdim=True)
-    seen = total > 0
-    total = torch.where(seen, total, 1.0)
+    nonempty = total > 0
+    total = torch.where(nonempty, total, 1.0)
     probability = weight / total
     if keep is not None:
         probability = torch.where(keep, probability / (1 - dropout or 1.0), 0.0)
-    lse = torch.where(seen, top + torch.log(total), -torch.inf).squeeze(3)
+    lse = torch.where(nonempty, top + torch.log(total), -torch.inf).squeeze(3)
     return probability.to(q.dtype) @ v, lse
 
 
 def solve(
     case: Case,
-    given: Inputs,
+    tensors: Inputs,
     *,
     dropout_seed: int = 0,
     with_grad_lse: bool = False,
     allowed: Tensor | None = None,
 ) -> Solution:
-    """Truth, yardstick and magnitudes for a case and its inputs.
+    """Truth, baseline and magnitudes of a case for the given inputs.
 
-    The gradients are those of `(out · grad_out).sum()`, with `with_grad_lse` also of `(lse · grad_lse).sum()` over the rows
-    that see something. `allowed` replaces the pattern's own dense mask.
+    Gradients are those of Σ out · grad_out, with `with_grad_lse` plus Σ lse · grad_lse over the rows with a finite lse.
+    `allowed` replaces the pattern's dense mask.
     """
     sizes = case.sizes
     if allowed is None:
         allowed = case.pattern.dense(sizes.n_q, sizes.n_k, batch=sizes.batch, heads=sizes.heads, q_offset=sizes.q_offset)
-    keep = kept_links(sizes, dropout_seed, case.dropout)
-    dtype = given.q.dtype
-    cpu = [x.detach().cpu() for x in (given.q, given.k, given.v, given.grad_out, given.grad_lse)]
+    keep = dropout_mask(sizes, dropout_seed, case.dropout)
+    dtype = tensors.q.dtype
+    cpu = [x.detach().cpu() for x in (tensors.q, tensors.k, tensors.v, tensors.grad_out, tensors.grad_lse)]
 
-    def answer(at: torch.dtype, flip: bool) -> Answer:
-        q, k, v, grad_out, grad_lse = (x.to(at) for x in cpu)
-        # The yardstick adds up in the opposite order: at float64 too it is a sample of what rounding does.
-        turn = (lambda x, dim: x.flip(dim)) if flip else (lambda x, dim: x)
-        q, k, v = (x.clone().requires_grad_() for x in (q, turn(k, 2), turn(v, 2)))
-        mask, kept = turn(allowed, 3), None if keep is None else turn(keep, 3)
+    def answer(dtype: torch.dtype, reverse_keys: bool) -> Answer:
+        q, k, v, grad_out, grad_lse = (x.to(dtype) for x in cpu)
+        # The baseline sums over keys in reverse order, so that in float64 too it differs from the truth by a sample of
+        # rounding.
+        order = (lambda x, dim: x.flip(dim)) if reverse_keys else (lambda x, dim: x)
+        q, k, v = (x.clone().requires_grad_() for x in (q, order(k, 2), order(v, 2)))
+        mask, kept = order(allowed, 3), None if keep is None else order(keep, 3)
         out, lse = attend(q, k, v, mask, scale=case.scale_value, keep=kept, dropout=case.dropout)
         loss = (out * grad_out).sum()
         if with_grad_lse:
             loss = loss + torch.where(lse == -torch.inf, 0.0, lse * grad_lse.to(lse.dtype)).sum()
         dq, dk, dv = torch.autograd.grad(loss, (q, k, v), materialize_grads=True)
-        return Answer(out.detach(), lse.detach(), dq, turn(dk, 2), turn(dv, 2))
+        return Answer(out.detach(), lse.detach(), dq, order(dk, 2), order(dv, 2))
 
     q, k, v, grad_out, grad_lse = (x.double() for x in cpu)
-    lse_unit = torch.finfo(given.grad_lse.dtype).eps / torch.finfo(dtype).eps
+    lse_unit = torch.finfo(tensors.grad_lse.dtype).eps / torch.finfo(dtype).eps
     size = magnitudes(case, q, k, v, grad_out, grad_lse, allowed, keep=keep, with_grad_lse=with_grad_lse, lse_unit=lse_unit)
     return Solution(answer(torch.float64, False), answer(dtype, True), size)
 
@@ -126,13 +128,13 @@ def magnitudes(
     with_grad_lse: bool = False,
     lse_unit: float = 1.0,
 ) -> Answer:
-    """For each element of the answer the root of the sum of squares of the terms that make it up.
+    """For each element of the answer, the root of the sum of squares of the terms that are summed to it, in float64.
 
-    A sum of terms that are each rounded on their own is off by about this times the unit of rounding, also where the terms
-    cancel: the gradient of q of a row with a single link is exactly 0, yet it is the difference of two like numbers.
+    A sum of independently rounded terms has an error of about this times the machine epsilon, also where the terms cancel: dq
+    of a row with a single link is exactly 0, as the difference of two equal numbers.
 
-    Probabilities computed as exp(score - lse) share the rounding of the lse, `lse_unit` times that of the inputs: what it
-    does to all terms alike is added to the root.
+    Probabilities computed as exp(score - lse) share the rounding of the lse, which is `lse_unit` times that of the inputs. Its
+    effect is common to all terms of a sum and is added to the root.
     """
     scale, dropout, group = case.scale_value, case.dropout, case.heads // case.kv_heads
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -143,12 +145,12 @@ def magnitudes(
     count = allowed.expand(score.shape).sum(3).clamp(min=1).double()
     finite = torch.where(allowed, score, 0.0).abs()
     lse = (finite.amax(3) if score.shape[3] else score.sum(3)) + (score_size.square() * probability).sum(3).sqrt()
-    # The sum of exponentials: its logarithm, and what is lost when its terms are added one after another.
+    # log of the sum of exponentials, and the rounding of adding its terms one after another.
     lse = lse + count.log() + count.sqrt() / 8
     common = 1 + lse_unit * lse[..., None]
     out = (dropped.square() @ v.square()).sqrt() + common * (dropped @ v).abs()
 
-    # dP and delta, whose difference times P is the gradient of the scores.
+    # ds = P · (dp - delta), with dp = dO · vᵀ and delta = Σ_d dO · O.
     dp = (grad_out.square() @ v.square().transpose(2, 3)).sqrt()
     if keep is not None:
         dp = torch.where(keep, dp / (1 - dropout or 1.0), 0.0)

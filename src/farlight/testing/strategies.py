@@ -1,6 +1,6 @@
-"""Random patterns for hypothesis: recursive expressions over every primitive, together with sizes that they fit.
+"""Hypothesis strategies: recursive pattern expressions over every primitive, drawn together with sizes that they fit.
 
-Imported on its own (`import farlight.testing.strategies`), because only this file of farlight needs hypothesis.
+Not imported by `farlight.testing`: the only module of farlight that needs hypothesis.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ PRIMITIVES = (
 
 
 @st.composite
-def sizes(draw: st.DrawFn, most: int = 40) -> Sizes:
-    """Sizes of a small problem: any numbers of queries and keys, queries anywhere."""
-    n_k = draw(st.integers(0, most))
-    n_q = draw(st.integers(0, most))
-    q_offset = draw(st.none() | st.integers(-most, 2 * most))
+def sizes(draw: st.DrawFn, max_length: int = 40) -> Sizes:
+    """Sizes with up to `max_length` queries and keys, and any q_offset."""
+    n_k = draw(st.integers(0, max_length))
+    n_q = draw(st.integers(0, max_length))
+    q_offset = draw(st.none() | st.integers(-max_length, 2 * max_length))
     return Sizes.of(n_q, n_k, batch=draw(st.integers(1, 2)), heads=draw(st.integers(1, 3)), q_offset=q_offset)
 
 
 def _leading(draw: st.DrawFn, at: Sizes, heads: bool = True) -> tuple[int, ...]:
+    """Leading dimensions of a table: batch and heads, each full or 1."""
     batch = draw(st.sampled_from([1, at.batch]))
     return (batch, draw(st.sampled_from([1, at.heads]))) if heads else (batch,)
 
 
 def _rows(draw: st.DrawFn, at: Sizes, unit: int = 1) -> int:
-    """Rows of a table of queries: one for each position, or one for each query."""
+    """Rows of a table over queries: one per key position or one per query, divided by the block size `unit`."""
     return -(-draw(st.sampled_from([at.n_k, at.n_q])) // unit)
 
 
@@ -48,7 +49,7 @@ def atoms(draw: st.DrawFn, at: Sizes) -> Pattern:
     """A primitive that fits these sizes."""
     near, seed = st.integers(0, 12), draw(st.integers(0, 2**20))
     n = at.n_k
-    positions = st.lists(st.integers(-n - 3, n + 9), max_size=5)  # some that are not in the text
+    positions = st.lists(st.integers(-n - 3, n + 9), max_size=5)  # some outside the text
     mask = bits(seed, _leading(draw, at, heads=False)[0], n, share=draw(st.sampled_from([0.1, 0.5, 0.9])))
     block = draw(st.integers(1, 9))
     causal = draw(st.booleans())
@@ -123,33 +124,33 @@ def _preset(draw: st.DrawFn, at: Sizes) -> Pattern:
     return draw(st.sampled_from(fits))
 
 
-def patterns(at: Sizes, most_atoms: int = 6) -> Strategy[Pattern]:
-    """An expression over primitives and presets that fits these sizes."""
+def patterns(at: Sizes, max_atoms: int = 6) -> Strategy[Pattern]:
+    """An expression of up to `max_atoms` primitives and presets that fits the sizes `at`."""
 
     def combine(inner: Strategy[Pattern]) -> Strategy[Pattern]:
-        two = st.tuples(inner, inner)
+        operands = st.tuples(inner, inner)
         return st.one_of(
-            two.map(lambda ab: ab[0] | ab[1]),
-            two.map(lambda ab: ab[0] & ab[1]),
-            two.map(lambda ab: ab[0] - ab[1]),
+            operands.map(lambda ab: ab[0] | ab[1]),
+            operands.map(lambda ab: ab[0] & ab[1]),
+            operands.map(lambda ab: ab[0] - ab[1]),
             inner.map(lambda a: ~a),
             st.lists(inner, min_size=at.heads, max_size=at.heads).map(fl.per_head),
         )
 
-    return st.recursive(st.one_of(atoms(at), atoms(at), atoms(at), _preset(at)), combine, max_leaves=most_atoms)
+    return st.recursive(st.one_of(atoms(at), atoms(at), atoms(at), _preset(at)), combine, max_leaves=max_atoms)
 
 
 @st.composite
-def problems(draw: st.DrawFn, most: int = 40) -> tuple[Pattern, Sizes]:
-    """A random expression and the sizes it fits."""
-    at = draw(sizes(most))
+def problems(draw: st.DrawFn, max_length: int = 40) -> tuple[Pattern, Sizes]:
+    """A random expression and sizes that it fits."""
+    at = draw(sizes(max_length))
     return draw(patterns(at)), at
 
 
 @st.composite
-def cases(draw: st.DrawFn, most: int = 40) -> Case:
-    """A random expression as a whole case: heads, head dimension, strides, dropout, scale."""
-    pattern, at = draw(problems(most))
+def cases(draw: st.DrawFn, max_length: int = 40) -> Case:
+    """A random expression as a `Case`, with random heads, head dimension, strides, dropout and scale."""
+    pattern, at = draw(problems(max_length))
     kv_heads = draw(st.sampled_from([h for h in range(1, at.heads + 1) if at.heads % h == 0]))
     return Case(
         "random expression",
@@ -169,5 +170,5 @@ def cases(draw: st.DrawFn, most: int = 40) -> Case:
 
 
 def seeds() -> Strategy[int]:
-    """Seeds of dropout: whole numbers below 2^63, the large ones too."""
+    """Dropout seeds: integers in [0, 2^63)."""
     return st.integers(0, 2**63 - 1) | st.just(0) | st.just(torch.iinfo(torch.int64).max)

@@ -1,4 +1,4 @@
-"""Fitting: the cheapest pattern for each head that keeps enough of full attention, found among candidates."""
+"""Fitting: for each head the pattern with the fewest links that keeps enough attention, chosen among candidate families."""
 
 from farlight.analysis.fit.fit import Fit, fit
 from farlight.analysis.fit.frontier import Option, allocate, concave

@@ -1,43 +1,47 @@
-"""The families of patterns among which a head may choose, each as a list of options from cheap to complete.
+"""Candidate families: for each head a list of options from few links to many, from which `frontier.allocate` chooses.
 
-Fixed families are grown from a head's profile. Where content decides there is nothing to grow: routers are given as
-expressions, each is one option, and what it costs and keeps is measured (`measured.py`).
+Fixed families are derived from a head's profile:
+  * window, dilated, strided, offsets: states of greedy growth (`greedy.grow`), each family with its own queues of distances,
+    each joined with lighthouse keys where those have the better price;
+  * blocks, pairs: cells of a grid. Cells are disjoint, so sorting them by price is optimal and no growth is needed.
+Routers choose pairs by content: each is given as an expression, is one option, and is measured (`measurements.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 
 import numpy as np
 import torch
 
 from farlight.analysis.fit.frontier import Option, concave
-from farlight.analysis.fit.greedy import Grown, Units, grow, row_shares
+from farlight.analysis.fit.greedy import GrowthState, LinkUnits, grow, row_shares
 from farlight.analysis.fit.profile import HeadProfile
 from farlight.errors import ArgumentError, show
 from farlight.patterns import blocks, full, offsets, pairs, seen_by_all, strided, window
 from farlight.patterns.expression import Pattern
 from farlight.routing.notation import read_router
 
-__all__ = ["CONTENT", "DEFAULT", "FIXED", "fixed_options", "row_value", "sorted_out", "topblocks"]
+__all__ = ["CONTENT", "DEFAULT", "FIXED", "fixed_options", "parse_candidates", "row_value", "topblocks_expressions"]
 
-# Budgets at which a sorted list of cells is offered.
-_POINTS = 256
+# Options of a sorted list of cells, spaced geometrically in the number of cells.
+_CELL_OPTIONS = 256
 _DILATIONS = (2, 4, 8, 16, 32, 64)
 _STRIDES = (2, 4, 8, 16, 32, 64, 128)
 
 
 def row_value(kept: torch.Tensor, even: bool) -> torch.Tensor:
-    """What a row's share is worth: itself, or with `even` 1 - (1 - kept)², so that rows that keep little count more."""
+    """The value of a row's kept share: `kept`, or with `even` 1 - (1 - kept)², which favours rows that keep little."""
     return 1 - (1 - kept.clamp(max=1.0)).square() if even else kept
 
 
 def fixed_options(profile: HeadProfile, families: Sequence[str], even: bool) -> list[Option]:
-    """The options of one head in these families, and `full()` where there is one; of no families, none."""
+    """The options of one head in `families` (keys of `FIXED`), and `full()`; no families, no options."""
     if not families:
         return []
-    units = Units(profile)
+    units = LinkUnits(profile)
     kept = float(profile.distance.sum()) / max(1, profile.n_q)
     options = [Option(float(profile.distance_links.sum()), kept, kept, full, "full")]
     for family in families:
@@ -45,150 +49,171 @@ def fixed_options(profile: HeadProfile, families: Sequence[str], even: bool) -> 
     return options
 
 
-def _options(
-    states: Iterable[Grown], make: Callable[[Grown], Pattern], profile: HeadProfile, even: bool, family: str
+# ---- families grown from distances and lighthouses -------------------------------------------------------------------
+def _grown_options(
+    states: Iterable[GrowthState], make: Callable[[GrowthState], Pattern], profile: HeadProfile, even: bool, family: str
 ) -> list[Option]:
-    """Greedy states as options; only those on the hull, whose value is then taken row by row."""
-    rough = concave([Option(state.links, state.kept, state.kept, partial(make, state), family) for state in states])
+    """The growth states on the concave hull as options.
+
+    With `even`, a state's value is the mean of `row_value` over rows. It is computed for the hull by plain shares alone, since
+    each takes O(n_q · n_k); and from the mean share where the profile does not know single pairs.
+    """
+    hull = concave([Option(state.links, state.kept, state.kept, partial(make, state), family) for state in states])
     if not even:
-        return rough
-    out = []
-    for option in rough:
-        state: Grown = option.make.args[-1]  # type: ignore[attr-defined]
+        return hull
+    options = []
+    for option in hull:
+        state: GrowthState = option.make.args[-1]  # type: ignore[attr-defined]
         shares = row_shares(profile, state) if profile.block == 1 else torch.tensor([state.kept], device="cpu")
-        out.append(Option(option.links, option.kept, row_value(shares, True).mean().item(), option.make, family))
-    return out
+        value = row_value(shares, True).mean().item()
+        options.append(Option(option.links, option.kept, value, option.make, family))
+    return options
 
 
-def _joined(parts: Sequence[Pattern]) -> Pattern:
-    if not parts:
-        return offsets([])
-    out = parts[0]
-    for part in parts[1:]:
-        out = out | part
-    return out
+def _union(parts: Sequence[Pattern]) -> Pattern:
+    return reduce(or_, parts) if parts else offsets([])
 
 
-def _lighthouses(state: Grown) -> list[Pattern]:
+def _lighthouses(state: GrowthState) -> list[Pattern]:
     return [seen_by_all(sorted(state.keys))] if state.keys else []
 
 
-def _window(state: Grown) -> Pattern:
-    near = [window(-min(a for a, _ in state.runs), max(b for _, b in state.runs) - 1)] if state.runs else []
-    return _joined(near + _lighthouses(state))
-
-
-def _offsets(state: Grown) -> Pattern:
-    """Distances as a window where they hang together around 0, and a list for the rest."""
-    distances = sorted({d for a, b in state.runs for d in range(a, b)})
-    left = right = 0
-    held = set(distances)
-    if 0 in held:
-        while -left - 1 in held:
-            left += 1
-        while right + 1 in held:
-            right += 1
-        distances = [d for d in distances if not -left <= d <= right]
-        near: list[Pattern] = [window(left, right)]
-    else:
-        near = []
-    return _joined(near + ([offsets(distances)] if distances else []) + _lighthouses(state))
-
-
-def _sides(units: Units, step: int = 1) -> list[list[int]]:
-    """Units to the left (distance 0 first) and to the right, every `step`-th distance."""
-    low, high = int(units.edges[0]), int(units.edges[-1])
-    zero = units.at(0) if low <= 0 < high else None
-    if step == 1:
-        last = units.edges.size - 1
-        middle = zero if zero is not None else (0 if low > 0 else last)
-        return [list(range(middle, -1, -1)), list(range(middle + 1, last))]
-    left = [units.at(d) for d in range(0, low - 1, -step)] if high > 0 else []
-    return [left, [units.at(d) for d in range(step, high, step)]]
-
-
-def _window_family(profile: HeadProfile, units: Units, even: bool) -> list[Option]:
-    return _options(grow(units, _sides(units), unlock=True), _window, profile, even, "window")
-
-
-def _dilated(step: int, state: Grown) -> Pattern:
+def _window(state: GrowthState) -> Pattern:
     near = []
     if state.runs:
-        distances = [a for a, _ in state.runs]
-        near = [window(-min(distances) // step, max(distances) // step, dilation=step)]
-    return _joined(near + _lighthouses(state))
+        near = [_clipped_window(min(start for start, _ in state.runs), max(stop for _, stop in state.runs) - 1)]
+    return _union(near + _lighthouses(state))
 
 
-def _dilated_family(profile: HeadProfile, units: Units, even: bool) -> list[Option]:
-    if np.diff(units.edges).max(initial=1) > 1:  # in long texts far distances come in runs
-        return []
-    out: list[Option] = []
-    for step in _DILATIONS:
-        if 2 * step < profile.n_k:
-            out += _options(grow(units, _sides(units, step), unlock=True), partial(_dilated, step), profile, even, "dilated")
-    return out
+def _clipped_window(lowest: int, highest: int, dilation: int = 1) -> Pattern:
+    """The window over the distances lowest … highest, extended to 0: where 0 lies outside, the text has no distance between."""
+    return window(max(0, -lowest // dilation), max(0, highest // dilation), dilation=dilation)
 
 
-def _strided(step: int, state: Grown) -> Pattern:
-    # The stride's own distances stand first; what follows is the window, whose multiples of the stride cost nothing.
-    rest = [run for run in state.runs if run[0] % step]
+def _offsets(state: GrowthState) -> Pattern:
+    """The distances that are contiguous around 0 as a window, the others as a list."""
+    distances = {d for start, stop in state.runs for d in range(start, stop)}
+    parts: list[Pattern] = []
+    if 0 in distances:
+        left = right = 0
+        while -left - 1 in distances:
+            left += 1
+        while right + 1 in distances:
+            right += 1
+        parts.append(window(left, right))
+        distances -= set(range(-left, right + 1))
+    if distances:
+        parts.append(offsets(sorted(distances)))
+    return _union(parts + _lighthouses(state))
+
+
+def _sides(units: LinkUnits, step: int = 1) -> list[list[int]]:
+    """Two queues of units: distances 0, -step, -2·step, … and step, 2·step, …, as far as the text reaches."""
+    low, high = int(units.edges[0]), int(units.edges[-1])
+    if step == 1:
+        runs = range(units.edges.size - 1)
+        if not low <= 0 < high:  # all distances are on one side of 0: a single queue, nearest first
+            return [list(runs if low > 0 else reversed(runs)), []]
+        zero = units.index_of(0)
+        return [list(reversed(runs[: zero + 1])), list(runs[zero + 1 :])]
+    left, right = range(0, low - 1, -step), range(step, high, step)
+    return [[units.index_of(d) for d in side if low <= d < high] for side in (left, right)]
+
+
+def _has_single_distances(units: LinkUnits) -> bool:
+    """False for long texts, where a unit is a run of distances and cannot be one multiple of a dilation or stride."""
+    return int(np.diff(units.edges).max(initial=1)) == 1
+
+
+def _window_family(profile: HeadProfile, units: LinkUnits, even: bool) -> list[Option]:
+    return _grown_options(grow(units, _sides(units), unlock=True), _window, profile, even, "window")
+
+
+def _dilated(dilation: int, state: GrowthState) -> Pattern:
     near = []
-    if rest:
-        lowest, highest = min(a for a, _ in rest), max(a for a, _ in rest)
-        near = [window(max(0, -lowest), max(0, highest))]
-    return _joined([strided(step), *near, *_lighthouses(state)])
+    if state.runs:
+        distances = [distance for distance, _ in state.runs]
+        near = [_clipped_window(min(distances), max(distances), dilation)]
+    return _union(near + _lighthouses(state))
 
 
-def _strided_family(profile: HeadProfile, units: Units, even: bool) -> list[Option]:
-    if np.diff(units.edges).max(initial=1) > 1:
+def _dilated_family(profile: HeadProfile, units: LinkUnits, even: bool) -> list[Option]:
+    if not _has_single_distances(units):
+        return []
+    options: list[Option] = []
+    for dilation in _DILATIONS:
+        if 2 * dilation < profile.n_k:
+            states = grow(units, _sides(units, dilation), unlock=True)
+            options += _grown_options(states, partial(_dilated, dilation), profile, even, "dilated")
+    return options
+
+
+def _strided(stride: int, state: GrowthState) -> Pattern:
+    # Multiples of the stride are in every state; the other distances are the window's.
+    others = [distance for distance, _ in state.runs if distance % stride]
+    near = [_clipped_window(min(others), max(others))] if others else []
+    return _union([strided(stride), *near, *_lighthouses(state)])
+
+
+def _strided_family(profile: HeadProfile, units: LinkUnits, even: bool) -> list[Option]:
+    if not _has_single_distances(units):
         return []
     low, high = int(units.edges[0]), int(units.edges[-1])
-    out: list[Option] = []
-    for step in _STRIDES:
-        if 2 * step < profile.n_k:
-            multiples = [units.at(d) for d in range(low + (-low) % step, high, step)]
+    options: list[Option] = []
+    for stride in _STRIDES:
+        if 2 * stride < profile.n_k:
+            multiples = [units.index_of(d) for d in range(low + (-low) % stride, high, stride)]
             states = grow(units, _sides(units), start=multiples)
-            out += _options(states, partial(_strided, step), profile, even, "strided")
-    return out
+            options += _grown_options(states, partial(_strided, stride), profile, even, "strided")
+    return options
 
 
-def _offsets_family(profile: HeadProfile, units: Units, even: bool) -> list[Option]:
-    return _options(grow(units, [[unit] for unit in range(units.edges.size - 1)]), _offsets, profile, even, "offsets")
+def _offsets_family(profile: HeadProfile, units: LinkUnits, even: bool) -> list[Option]:
+    single_runs = [[unit] for unit in range(units.edges.size - 1)]
+    return _grown_options(grow(units, single_runs), _offsets, profile, even, "offsets")
 
 
-def _cells(profile: HeadProfile, block: int, even: bool, family: str) -> list[Option]:
-    """Every cell of a grid on its own: the dearest ones are taken first, each row of cells valued by what it already has."""
+# ---- families of disjoint cells --------------------------------------------------------------------------------------
+def _cell_options(profile: HeadProfile, block: int, even: bool, family: str) -> list[Option]:
+    """Options of the best cells of `block` x `block` pairs: geometric counts of cells in falling order of price.
+
+    Within a row of cells, cells are sorted by kept share per link. Each one's value is the increase of `row_value` from the
+    share that the cells before it keep, taken from the mean share of the cell's rows. Then all cells are sorted by value per
+    link; as `row_value` is concave, the order within a row is preserved.
+    """
     if block % profile.block:
         return []
-    gain, cost = _coarse(profile.cells, block // profile.block), _coarse(profile.cell_links, block // profile.block)
-    rows_in = torch.full((gain.shape[0], 1), float(block), device="cpu")
-    rows_in[-1] = profile.n_q - (gain.shape[0] - 1) * block
-    share = gain / rows_in  # what a cell adds to the mean share of its rows
-    order = (share / cost.clamp(min=1e-12)).sort(dim=1, descending=True, stable=True).indices
-    ordered = share.gather(1, order)
-    after = ordered.cumsum(1)
-    worth = (row_value(after, even) - row_value(after - ordered, even)) * rows_in
-    price = (worth / cost.gather(1, order).clamp(min=1e-12)).flatten()
-    rank = price.sort(descending=True, stable=True).indices
-    links = cost.gather(1, order).flatten()[rank].cumsum(0)
-    kept = (ordered * rows_in).flatten()[rank].cumsum(0) / max(1, profile.n_q)
-    value = worth.flatten()[rank].cumsum(0) / max(1, profile.n_q)
-    flat = torch.arange(order.shape[0], device="cpu")[:, None] * order.shape[1] + order
-    flat = flat.flatten()[rank]
-    points = np.geomspace(1, rank.numel(), min(_POINTS, rank.numel())) if rank.numel() else np.zeros(0)
+    gain, cost = (_sum_blocks(x, block // profile.block) for x in (profile.cells, profile.cell_links))
+    rows = torch.full((gain.shape[0], 1), float(block), device="cpu")  # query rows of each row of cells
+    rows[-1] = profile.n_q - (gain.shape[0] - 1) * block
+    share = gain / rows
+    by_row = (share / cost.clamp(min=1e-12)).sort(dim=1, descending=True, stable=True).indices
+    share = share.gather(1, by_row)
+    cost = cost.gather(1, by_row)
+    after = share.cumsum(1)
+    value = (row_value(after, even) - row_value(after - share, even)) * rows
+    order = (value / cost.clamp(min=1e-12)).flatten().sort(descending=True, stable=True).indices
+
+    links = cost.flatten()[order].cumsum(0)
+    kept_total = (share * rows).flatten()[order].cumsum(0) / max(1, profile.n_q)
+    value_total = value.flatten()[order].cumsum(0) / max(1, profile.n_q)
+    cells = (torch.arange(by_row.shape[0], device="cpu")[:, None] * by_row.shape[1] + by_row).flatten()[order]
+    points = np.geomspace(1, order.numel(), min(_CELL_OPTIONS, order.numel())) if order.numel() else np.zeros(0)
     counts = np.unique(points.round().astype(int))
 
     def make(count: int) -> Pattern:
         layout = torch.zeros(gain.numel(), dtype=torch.bool, device="cpu")
-        layout[flat[:count]] = True
+        layout[cells[:count]] = True
         return pairs(layout.view(gain.shape)) if block == 1 else blocks(layout.view(gain.shape), block)
 
     return [Option(0.0, 0.0, 0.0, partial(offsets, []), family)] + [
-        Option(links[n - 1].item(), kept[n - 1].item(), value[n - 1].item(), partial(make, int(n)), family) for n in counts
+        Option(links[n - 1].item(), kept_total[n - 1].item(), value_total[n - 1].item(), partial(make, int(n)), family)
+        for n in counts
     ]
 
 
-def _coarse(x: torch.Tensor, factor: int) -> torch.Tensor:
+def _sum_blocks(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """Sums over `factor` x `factor` elements of a matrix; zeros beyond its edges."""
     if factor == 1:
         return x
     rows, columns = x.shape
@@ -197,15 +222,15 @@ def _coarse(x: torch.Tensor, factor: int) -> torch.Tensor:
     return summed
 
 
-def _blocks_family(profile: HeadProfile, units: Units, even: bool) -> list[Option]:
-    return _cells(profile, max(8, profile.block), even, "blocks")
+def _blocks_family(profile: HeadProfile, units: LinkUnits, even: bool) -> list[Option]:
+    return _cell_options(profile, max(8, profile.block), even, "blocks")
 
 
-def _pairs_family(profile: HeadProfile, units: Units, even: bool) -> list[Option]:
-    return _cells(profile, 1, even, "pairs")
+def _pairs_family(profile: HeadProfile, units: LinkUnits, even: bool) -> list[Option]:
+    return _cell_options(profile, 1, even, "pairs")
 
 
-FIXED: dict[str, Callable[[HeadProfile, Units, bool], list[Option]]] = {
+FIXED: dict[str, Callable[[HeadProfile, LinkUnits, bool], list[Option]]] = {
     "window": _window_family,
     "dilated": _dilated_family,
     "strided": _strided_family,
@@ -214,15 +239,20 @@ FIXED: dict[str, Callable[[HeadProfile, Units, bool], list[Option]]] = {
     "pairs": _pairs_family,
 }
 
-# What a head may choose from when nothing is said. "pairs" and "blocks" hold for one length only, and "pairs" follows chance
-# where few texts were seen, so they are asked for by name.
+# Families when `candidates` is None. "pairs" and "blocks" hold for one text length, and "pairs" overfits few texts, so both
+# must be named.
 DEFAULT = ("window", "dilated", "strided", "offsets")
 
 CONTENT = ("topblocks",)
 
 
-def sorted_out(candidates: Sequence[str | Pattern] | None, causal: bool) -> tuple[list[str], list[str]]:
-    """(fixed families, expressions of patterns and routers) of what a user gave. Raises ArgumentError and PatternError."""
+# ---- what a user passes as candidates --------------------------------------------------------------------------------
+def parse_candidates(candidates: Sequence[str | Pattern] | None, causal: bool) -> tuple[list[str], list[str]]:
+    """(names of fixed families, expressions of patterns and routers) of the argument `candidates` of `farlight.fit`.
+
+    `causal`: the base is causal, so content families choose among past keys. Raises ArgumentError for what is no candidate and
+    PatternError for an expression that cannot be read.
+    """
     if candidates is None:
         return list(DEFAULT), []
     if isinstance(candidates, str | Pattern):
@@ -240,7 +270,7 @@ def sorted_out(candidates: Sequence[str | Pattern] | None, causal: bool) -> tupl
         elif candidate in FIXED:
             families.append(candidate)
         elif candidate in CONTENT:
-            expressions += topblocks(causal)
+            expressions += topblocks_expressions(causal)
         else:
             if candidate.isidentifier():
                 raise ArgumentError(
@@ -253,10 +283,11 @@ def sorted_out(candidates: Sequence[str | Pattern] | None, causal: bool) -> tupl
     return families, expressions
 
 
-def topblocks(causal: bool) -> list[str]:
-    """The family "topblocks": small blocks of keys that each query chooses, beside its neighbours and the ends of the text."""
+def topblocks_expressions(causal: bool) -> list[str]:
+    """Expressions of the family "topblocks": blocks of 4 keys chosen per query by share or mass, joined with near and end
+    keys."""
     flag = ", causal=True" if causal else ""
-    beside = "window(2, 0) | seen_by_all([0])" if causal else "window(2) | seen_by_all([0, -1])"
-    amounts = [f"share={share}" for share in (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.36)]
-    amounts += [f"mass={mass}" for mass in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)]
-    return [beside] + [f"topblocks({amount}, block=4, query_block=1{flag}) | {beside}" for amount in amounts]
+    fixed = "window(2, 0) | seen_by_all([0])" if causal else "window(2) | seen_by_all([0, -1])"
+    budgets = [f"share={share}" for share in (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.36)]
+    budgets += [f"mass={mass}" for mass in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)]
+    return [fixed] + [f"topblocks({budget}, block=4, query_block=1{flag}) | {fixed}" for budget in budgets]

@@ -1,4 +1,8 @@
-"""`farlight.fit`: for each head the cheapest pattern that keeps enough of its attention, or the best one within a budget."""
+"""`farlight.fit`: for each head of one layer the cheapest pattern that keeps enough attention, or the best within a budget.
+
+The stages: profile the full attention of q and k (`profile`), derive each head's options (`candidates`, `greedy`,
+`measurements`), allocate one budget of links over the heads (`frontier`), and build the chosen patterns.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farlight.analysis.fit.candidates import fixed_options, sorted_out
+from farlight.analysis.fit.candidates import fixed_options, parse_candidates
 from farlight.analysis.fit.frontier import Option, allocate, concave
-from farlight.analysis.fit.measurements import Measured
-from farlight.analysis.fit.profile import Profile
+from farlight.analysis.fit.measurements import CandidateMeasurements
+from farlight.analysis.fit.profile import LayerProfile
 from farlight.errors import ArgumentError
 from farlight.patterns import parse, per_head
 from farlight.patterns.algebra import looks_back
@@ -19,7 +23,7 @@ from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 from farlight.routing.notation import is_router, read_router
 
-__all__ = ["Fit", "fit", "gathered", "head_options", "read_target"]
+__all__ = ["Fit", "fit", "head_options", "layer_fit", "read_target"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,11 @@ class Fit:
     """A pattern for each head of one layer. Returned by `farlight.fit`.
 
     Attributes:
-        heads: for each head a pattern, or, where content decides, the expression of a router (see `read_router`).
-        families: for each head the family of candidates that its pattern comes from.
+        heads: for each head a pattern, or the expression of a router (see `farlight.routing.read_router`).
+        families: for each head the candidate family of its pattern.
         kept: `(H,)` float64, the share of full attention probability kept, mean over texts and rows.
-        links, base_links: `(H,)` float64, pairs in one text, allowed by the pattern and looked at by full attention.
-        frontiers: for each head `(points, 2)` float64: (links, kept) of the candidates that are best at some price.
+        links, base_links: `(H,)` float64, pairs in one text, of the pattern and of full attention.
+        frontiers: for each head `(points, 2)` float64, (links, kept) of the candidates on its concave hull.
     """
 
     heads: tuple[Pattern | str, ...]
@@ -43,35 +47,35 @@ class Fit:
 
     @property
     def pattern(self) -> Pattern | Router:
-        """All heads as one: `per_head([…])`, or a router where content decides in some head."""
+        """All heads as one pattern, `per_head([…])`; a router where some head has one."""
         if all(isinstance(head, Pattern) for head in self.heads):
-            return joined_heads([head for head in self.heads if isinstance(head, Pattern)])
+            return combine_heads([head for head in self.heads if isinstance(head, Pattern)])
         return read_router(self.expression)
 
     @property
     def expression(self) -> str:
-        """All heads as text that `farlight.routing.read_router` reads."""
+        """All heads as one expression for `farlight.routing.read_router`."""
         texts = [head if isinstance(head, str) else repr(head) for head in self.heads]
         return texts[0] if len(set(texts)) == 1 else f"per_head([{', '.join(texts)}])"
 
     def on(self, q: Tensor, k: Tensor) -> Pattern:
-        """The pattern for these queries and keys: where content decides, the choice is made here."""
+        """The pattern for q `(B, H, n_q, D)` and k `(B, H_kv, n_k, D)`; routers choose here."""
         pattern = self.pattern
         return pattern(q, k) if isinstance(pattern, Router) else pattern
 
     @property
     def lost(self) -> Tensor:
-        """`(H,)`: the share of full attention that is lost."""
+        """`(H,)` float64: 1 - kept."""
         return 1 - self.kept
 
     @property
     def density(self) -> float:
-        """Links over all heads, as a share of those of full attention."""
+        """Σ links / Σ base_links over heads."""
         return float(self.links.sum() / self.base_links.sum().clamp(min=1))
 
     @property
     def mass(self) -> float:
-        """`kept`, mean over heads."""
+        """Mean of `kept` over heads."""
         return float(self.kept.mean())
 
     def __str__(self) -> str:
@@ -98,46 +102,46 @@ def fit(
 ) -> Fit:
     """For each head the cheapest candidate such that `keep` of full attention is kept, or the most within `density`.
 
-    With kept_h(c) and links_h(c) the share and the pairs of candidate c in head h, it minimises Σ_h links_h(c_h) subject to
-    mean_h kept_h(c_h) >= keep, or maximises Σ_h kept_h(c_h) subject to Σ_h links_h(c_h) <= density · Σ_h all links. Heads share
-    the budget: flat heads get more of it, local heads less, up to the same price of a link (water-filling over concave
-    frontiers; no further from the optimum than one step of one head).
+    With kept_h(c) and links_h(c) the share and the pairs of candidate c in head h, minimises Σ_h links_h(c_h) subject to
+    mean_h kept_h(c_h) >= keep, or maximises Σ_h kept_h(c_h) subject to Σ_h links_h(c_h) <= density · Σ_h base_links_h. The
+    budget is allocated over heads by water-filling on their concave hulls (`frontier.allocate`), within one step of one head of
+    the optimum.
 
     Args:
         q: `(B, H, n_q, D)`; k: `(B, H_kv, n_k, D)`. The B texts are fitted together.
-        keep: share of full attention to keep, mean over heads and rows; the default, 0.95, when neither is given.
-        density: links as a share of what full attention looks at. One of keep and density.
+        keep: share of full attention to keep, mean over heads and rows; 0.95 when neither target is given.
+        density: links as a share of those of full attention. One of keep and density.
         candidates: names of families, patterns, expressions of patterns or routers (see `read_router`). Families:
-            "window", "dilated", "strided", "offsets": windows of any width, dilated, with a stride, any distances; each joined
-            by the lighthouses (`seen_by_all`) that earn their links. These four are the default.
-            "blocks", "pairs": any cells of 8 x 8, any pairs ("pairs" up to 1024 tokens): for this length only.
-            "topblocks": blocks of 4 keys chosen by content. Where a fixed family is named, a head may also see everything.
-        base: what full attention looks at; None = everything. The patterns are meant to be intersected with it.
+            "window", "dilated", "strided", "offsets" (the default): windows of any width, dilated, with a stride, any
+            distances; each joined with the lighthouses (`seen_by_all`) that pay for their links.
+            "blocks", "pairs": any cells of 8 x 8, any pairs ("pairs" up to 1024 tokens); for this text length only.
+            "topblocks": blocks of 4 keys chosen by content. With a fixed family, `full()` is a candidate too.
+        base: the pairs of full attention; None means every pair. Run the result intersected with it.
         scale, q_offset: as in `fl.attention`.
-        even: count a row's share as 1 - (1 - share)², so that rows that keep little come first. With `density` only.
+        even: value a row's share as 1 - (1 - share)², so that rows that keep little come first. With `density` only.
 
     Raises:
         ArgumentError: tensors that do not fit, a target outside (0, 1], unknown candidates, or none that reaches it.
 
     >>> import torch, farlight as fl
     >>> q = torch.eye(32).view(1, 1, 32, 32) * 60
-    >>> k = q.roll(-3, 2)                                   # key i - 3 answers to query i
+    >>> k = q.roll(-3, 2)                                   # query i attends to key i - 3
     >>> fl.fit(q, k, keep=0.9).heads[0]
     offsets([-3])
     """
     keep, density = read_target(keep, density, even)
-    families, expressions = sorted_out(candidates, causal=base is not None and looks_back(base))
-    profile, measured = Profile(), Measured(expressions)
+    families, expressions = parse_candidates(candidates, causal=base is not None and looks_back(base))
+    profile, measurements = LayerProfile(), CandidateMeasurements(expressions)
     profile.add(q, k, base=base, scale=scale, q_offset=q_offset)
     if expressions:
-        measured.add(q, k, base=base, scale=scale, q_offset=q_offset)
-    options, base_links = head_options(profile, measured, families, even)
+        measurements.add(q, k, base=base, scale=scale, q_offset=q_offset)
+    options, base_links = head_options(profile, measurements, families, even)
     budget = None if density is None else density * float(base_links.sum())
-    return gathered(options, allocate(options, keep=keep, links=budget), base_links)
+    return layer_fit(options, allocate(options, keep=keep, links=budget), base_links)
 
 
 def read_target(keep: float | None, density: float | None, even: bool) -> tuple[float | None, float | None]:
-    """(keep, density), of which exactly one is a number."""
+    """The validated target (keep, density), exactly one of them a number. Raises ArgumentError."""
     if keep is not None and density is not None:
         raise ArgumentError(f"keep = {keep} and density = {density}: give one of them; the other follows.")
     if keep is None and density is None:
@@ -151,26 +155,25 @@ def read_target(keep: float | None, density: float | None, even: bool) -> tuple[
 
 
 def head_options(
-    profile: Profile, measured: Measured, families: Sequence[str], even: bool
+    profile: LayerProfile, measurements: CandidateMeasurements, families: Sequence[str], even: bool
 ) -> tuple[list[list[Option]], Tensor]:
-    """The options of each head of a layer, and the links that its full attention has."""
+    """The options of each head of a layer, and the links of each head's full attention, `(H,)` float64."""
     assert profile.shape is not None
-    heads, rows = profile.shape[:2]
+    num_heads, num_rows = profile.shape[:2]
     options: list[list[Option]] = []
-    links = []
-    for head in range(heads):
-        one = profile.head(head)
-        options.append(fixed_options(one, families, even) + measured.options(head, rows, even))
-        links.append(float(one.distance_links.sum()))
-    return options, torch.tensor(links, dtype=torch.float64, device="cpu")
+    base_links = []
+    for head in range(num_heads):
+        head_profile = profile.head(head)
+        options.append(fixed_options(head_profile, families, even) + measurements.options(head, num_rows, even))
+        base_links.append(float(head_profile.distance_links.sum()))
+    return options, torch.tensor(base_links, dtype=torch.float64, device="cpu")
 
 
-def gathered(options: Sequence[Sequence[Option]], chosen: Sequence[Option], base_links: Tensor) -> Fit:
-    """The chosen options of one layer as a `Fit`."""
-    heads = [_made(option) for option in chosen]
+def layer_fit(options: Sequence[Sequence[Option]], chosen: Sequence[Option], base_links: Tensor) -> Fit:
+    """The `Fit` of one layer from its heads' options and the chosen one of each."""
     hulls = [concave([Option(o.links, o.kept, o.kept, o.make) for o in head]) for head in options]
     return Fit(
-        tuple(heads),
+        tuple(_build(option) for option in chosen),
         tuple(option.family for option in chosen),
         torch.tensor([option.kept for option in chosen], dtype=torch.float64, device="cpu"),
         torch.tensor([option.links for option in chosen], dtype=torch.float64, device="cpu"),
@@ -179,13 +182,13 @@ def gathered(options: Sequence[Sequence[Option]], chosen: Sequence[Option], base
     )
 
 
-def _made(option: Option) -> Pattern | str:
-    made = option.make()
-    assert isinstance(made, Pattern | str)
-    # An expression without a router is a pattern.
-    return parse(made) if isinstance(made, str) and not is_router(made) else made
+def _build(option: Option) -> Pattern | str:
+    """The option's pattern, or its expression where that contains a router."""
+    head = option.make()
+    assert isinstance(head, Pattern | str)
+    return parse(head) if isinstance(head, str) and not is_router(head) else head
 
 
-def joined_heads(patterns: Sequence[Pattern]) -> Pattern:
-    """One pattern where all heads agree, `per_head` otherwise."""
+def combine_heads(patterns: Sequence[Pattern]) -> Pattern:
+    """`per_head(patterns)`, or the pattern itself where all heads have the same."""
     return patterns[0] if len(set(patterns)) == 1 else per_head(patterns)

@@ -1,195 +1,251 @@
-"""Growing a pattern of distances and lighthouses, one unit at a time, always the one that keeps most per new link.
+"""Greedy growth of a pattern of distances and lighthouses: at each step the unit with the most kept mass per new link.
 
-A unit is a run of distances (one distance in short texts) or a single key that everybody sees. Units overlap where a
-distance meets a key, so what a unit would add is kept up to date: the overlaps of all runs with all candidate keys are
-prefix sums over rows, computed once.
+A *unit* is a run of distances j - i (a diagonal band of the attention matrix; one distance in short texts) or one key that
+every query sees (a column, "lighthouse"). Unit u has a gain, the attention probability on its pairs, and a cost, the number of
+its pairs that the base allows. A band and a column cross, so the pairs of a union must not be counted twice.
+
+Data structures, all numpy float64, built once per head from its `HeadProfile`:
+  * gain, cost `(U,)` of the bands: differences of prefix sums over distances;
+  * key_gain, key_cost `(K,)` of the candidate keys: column sums;
+  * shared_gain, shared_cost `(U, K)`, the pairs on which band u crosses column c: key c meets distance d in the row at position
+    c - d, so a band meets a column in a range of rows, and its sum is a difference of prefix sums over rows.
+
+One step: the marginal price gain / cost of every open unit is compared, the best unit is taken, and what it shares with each
+unit of the other kind is subtracted from that unit's gain and cost. Bands do not cross bands, nor columns columns. So every
+state's `links` and `kept` are those of the exact union. A step is O(U + K) with at most U + K steps; U is the number of
+distances up to 2 * `_SINGLE_DISTANCES` and O(log n) beyond, K at most `profile.NUM_COLUMNS`.
+
+Families restrict the order of growth by *queues*: of each queue only a prefix may be taken, and the length of the prefix with
+the best price is taken at once (for a window: distances 0, -1, -2, …, where a cheap far distance may pay for near ones).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from farlight.analysis.fit.profile import HeadProfile
 
-__all__ = ["Grown", "Units", "grow"]
+__all__ = ["GrowthState", "LinkUnits", "grow", "row_shares"]
 
 Array = np.ndarray[Any, Any]
 
-# Runs of distances: single up to this many units, then wider the farther away, so that their number grows with log n.
-_SINGLE = 1024
+# Up to twice this many distances, each is a unit; beyond, runs widen with distance and their number grows with log n.
+_SINGLE_DISTANCES = 1024
+# With more queues than this, every queue is one unit and prices are compared as one vector.
+_MAX_QUEUES = 8
 
 
 @dataclass(frozen=True)
-class Grown:
-    """A state on the way: distances (as ranges [from, to)), keys, and what they cost and keep together.
+class GrowthState:
+    """One state of a growth: the chosen units and their union's `links` and `kept` (mean share of a row).
 
-    States of one growth share its lists, which only become longer; a state is the beginning of them.
+    The states of one growth share its append-only lists of units; a state is a prefix of them.
     """
 
     links: float
     kept: float
-    _units: Units
-    _runs: Sequence[int]
-    _keys: Sequence[int]
-    _taken: tuple[int, int]
+    _units: LinkUnits
+    _run_units: Sequence[int]
+    _key_units: Sequence[int]
+    _lengths: tuple[int, int]
 
     @property
     def runs(self) -> tuple[tuple[int, int], ...]:
+        """Runs of distances as ranges [start, stop), in the order taken."""
         edges = self._units.edges
-        return tuple((int(edges[unit]), int(edges[unit + 1])) for unit in self._runs[: self._taken[0]])
+        return tuple((int(edges[unit]), int(edges[unit + 1])) for unit in self._run_units[: self._lengths[0]])
 
     @property
     def keys(self) -> tuple[int, ...]:
-        return tuple(int(self._units.keys[key]) for key in self._keys[: self._taken[1]])
+        """Positions of the lighthouses, in the order taken."""
+        return tuple(int(self._units.keys[key]) for key in self._key_units[: self._lengths[1]])
 
 
-class Units:
-    """The units of one head: runs of distances and candidate keys, their gains, costs and overlaps (numpy, float64)."""
+class LinkUnits:
+    """The units of one head: edges of the runs of distances, candidate keys, their gains, costs and overlaps (float64).
+
+    Run u covers the distances `edges[u] … edges[u + 1] - 1`; together the runs cover every distance of the text once.
+    """
 
     def __init__(self, profile: HeadProfile) -> None:
         self.profile = profile
-        low = 1 - profile.n_q - profile.q_offset  # the smallest distance j - i
-        self.edges = _edges(low, profile.n_k - profile.q_offset)
-        start, stop = self.edges[:-1] - low, self.edges[1:] - low
+        lowest = 1 - profile.n_q - profile.q_offset  # the smallest distance j - i
+        self.edges = _edges(lowest, profile.n_k - profile.q_offset)
+        start, stop = self.edges[:-1] - lowest, self.edges[1:] - lowest
         self.gain, self.cost = (
-            _between(np.concatenate(([0.0], np.cumsum(x.numpy()))), start, stop)
+            _range_sums(np.concatenate(([0.0], np.cumsum(x.numpy()))), start, stop)
             for x in (profile.distance, profile.distance_links)
         )
         self.keys = profile.columns.numpy()
         self.key_gain, self.key_cost = profile.column.sum(0).numpy(), profile.column_links.sum(0).numpy()
-        # Key c meets distance d in the row at position c - d: a run of distances is a run of rows.
         rows_from = np.clip(self.keys[None] - self.edges[1:, None] + 1 - profile.q_offset, 0, profile.n_q)
         rows_to = np.clip(self.keys[None] - self.edges[:-1, None] + 1 - profile.q_offset, 0, profile.n_q)
         self.shared_gain, self.shared_cost = (
             _overlap(x.numpy(), rows_from, rows_to) for x in (profile.column, profile.column_links)
         )
 
-    def at(self, distance: int) -> int:
-        """The unit that holds this distance."""
+    def index_of(self, distance: int) -> int:
+        """The run that contains this distance."""
         return int(np.searchsorted(self.edges, distance, side="right")) - 1
 
 
 def _edges(low: int, high: int) -> Array:
-    """Edges of the runs that cover the distances low … high - 1."""
-    if high - low <= 2 * _SINGLE:
+    """Rising edges of the runs that cover the distances low … high - 1.
+
+    Single distances while there are at most 2 * `_SINGLE_DISTANCES`; otherwise the run at distance ±d is max(1, d // 16) wide.
+    """
+    if high - low <= 2 * _SINGLE_DISTANCES:
         return np.arange(low, max(high, low) + 1)
-    out = [0]
-    while out[-1] < max(high, -low):
-        out.append(out[-1] + max(1, out[-1] // 16))
-    right = np.array([edge for edge in out if 0 <= edge < high] + [max(high, 0)])
-    left = np.array([1 - edge for edge in out if 0 < edge and 1 - edge > low and 1 - edge <= 0])
+    magnitudes = [0]
+    while magnitudes[-1] < max(high, -low):
+        magnitudes.append(magnitudes[-1] + max(1, magnitudes[-1] // 16))
+    right = np.array([d for d in magnitudes if 0 <= d < high] + [max(high, 0)])
+    left = np.array([1 - d for d in magnitudes if 0 < d and 1 - d > low and 1 - d <= 0])
     edges = np.concatenate((left[::-1], right, [low]))
-    kept: Array = np.unique(edges[(edges >= low) & (edges <= high)])
-    return kept
-
-
-def _between(total: Array, start: Array, stop: Array) -> Array:
-    inside: Array = total[stop] - total[start]
+    inside: Array = np.unique(edges[(edges >= low) & (edges <= high)])
     return inside
 
 
+def _range_sums(prefix: Array, start: Array, stop: Array) -> Array:
+    """Sums over the ranges start … stop - 1, from exclusive prefix sums."""
+    sums: Array = prefix[stop] - prefix[start]
+    return sums
+
+
 def _overlap(column: Array, rows_from: Array, rows_to: Array) -> Array:
-    total = np.concatenate((np.zeros((1, column.shape[1])), np.cumsum(column, 0)))
-    which = np.arange(column.shape[1])[None]
-    return np.asarray(total[rows_to, which] - total[rows_from, which])
+    """`(U, K)`: the sum of column c `(n_q, K)` over the rows rows_from[u, c] … rows_to[u, c] - 1."""
+    prefix = np.concatenate((np.zeros((1, column.shape[1])), np.cumsum(column, 0)))
+    columns = np.arange(column.shape[1])[None]
+    return np.asarray(prefix[rows_to, columns] - prefix[rows_from, columns])
 
 
 def grow(
-    units: Units, queues: Sequence[Sequence[int]], *, start: Sequence[int] = (), unlock: bool = False, most: float = 1.0
-) -> Iterator[Grown]:
-    """The states of greedy growth, cheapest first, the empty one (or `start`, units taken for granted) included.
+    units: LinkUnits, queues: Sequence[Sequence[int]], *, start: Sequence[int] = (), unlock: bool = False, target: float = 1.0
+) -> Iterator[GrowthState]:
+    """The states of greedy growth in rising order of links, beginning with the units `start` (none: the empty pattern).
 
-    `queues` are lists of units; of each the next ones may be taken, in order, the best number of them at once. With
-    `unlock`, the other queues open when the first one has been touched. Growth ends when `most` of all rows' probability is
-    kept, or nothing adds anything.
+    Args:
+        units: the units of one head.
+        queues: lists of runs; of each, prefixes may be taken. Candidate keys may be taken at any step.
+        start: runs that every state contains, whatever they cost.
+        unlock: the other queues open once a unit of the first one has been taken (a window grows from distance 0).
+        target: growth ends when this mean share of a row is kept, or when no unit adds anything.
     """
-    rows = max(1, units.profile.n_q)
-    gain, cost = units.gain.copy(), units.cost.copy()
-    key_gain, key_cost = units.key_gain.copy(), units.key_cost.copy()
-    waiting = [np.asarray(list(queue), dtype=np.int64) for queue in queues]
-    singles = len(waiting) > 8
-    free = np.zeros(gain.size, dtype=bool)
-    if singles:
-        free[np.concatenate(waiting)] = True
-    taken_runs: list[int] = []
-    taken: set[int] = set()
-    taken_keys: list[int] = []
-    links = kept = 0.0
-
-    def take_run(unit: int) -> None:
-        nonlocal links, kept, key_gain, key_cost
-        if unit in taken:  # a queue may run over what was taken for granted
-            return
-        taken.add(unit)
-        links, kept = links + cost[unit], kept + gain[unit]
-        key_gain -= units.shared_gain[unit]
-        key_cost -= units.shared_cost[unit]
-        gain[unit] = cost[unit] = 0.0
-        free[unit] = False
-        taken_runs.append(unit)
-
+    growth = _Growth(units, queues, unlock)
     for unit in start:
-        take_run(unit)
-    yield _state(units, links, kept / rows, taken_runs, taken_keys)
-    key_free = key_cost > 0
-    while kept < most * rows - 1e-9:
-        best, choice = 0.0, ("", 0, 0)
-        open_keys = key_free & (key_cost > 0.5 / max(1, rows))
+        growth.take_run(unit)
+    yield growth.state()
+    while growth.kept < target * growth.rows - 1e-9 and growth.step():
+        yield growth.state()
+
+
+class _Step(NamedTuple):
+    """A possible step: its price (gain / cost), and the key, the single run, or the first `length` runs of queue `number`."""
+
+    price: float
+    source: Literal["key", "run", "queue"]
+    number: int
+    length: int = 1
+
+
+class _Growth:
+    """Mutable state of `grow`: marginal gains and costs of all units beside the units taken, and the totals of the latter."""
+
+    def __init__(self, units: LinkUnits, queues: Sequence[Sequence[int]], unlock: bool) -> None:
+        self.units, self.unlock = units, unlock
+        self.rows = max(1, units.profile.n_q)
+        self.gain, self.cost = units.gain.copy(), units.cost.copy()
+        self.key_gain, self.key_cost = units.key_gain.copy(), units.key_cost.copy()
+        self.queues = [np.asarray(list(queue), dtype=np.int64) for queue in queues]
+        self.first_queue_size = self.queues[0].size if self.queues else 0
+        self.single_runs = len(self.queues) > _MAX_QUEUES
+        self.open_runs = np.zeros(self.gain.size, dtype=bool)
+        if self.single_runs:
+            self.open_runs[np.concatenate(self.queues)] = True
+        self.open_keys = self.key_cost > 0
+        self.run_units: list[int] = []
+        self.key_units: list[int] = []
+        self.taken_runs: set[int] = set()
+        self.links = self.kept = 0.0
+
+    def state(self) -> GrowthState:
+        lengths = (len(self.run_units), len(self.key_units))
+        kept = float(self.kept / self.rows)
+        return GrowthState(float(self.links), kept, self.units, self.run_units, self.key_units, lengths)
+
+    def step(self) -> bool:
+        """Take the best open step; False when none adds anything."""
+        steps = [*self._key_step(), *(self._run_step() if self.single_runs else self._queue_steps())]
+        best = max(steps, key=lambda step: step.price, default=None)
+        if best is None or best.price <= 1e-12:
+            return False
+        if best.source == "key":
+            self._take_key(best.number)
+        elif best.source == "run":
+            self.take_run(best.number)
+        else:
+            for unit in self.queues[best.number][: best.length]:
+                self.take_run(int(unit))
+            self.queues[best.number] = self.queues[best.number][best.length :]
+        return True
+
+    def _key_step(self) -> Iterator[_Step]:
+        # A key all of whose pairs are covered has cost 0 up to rounding.
+        open_keys = self.open_keys & (self.key_cost > 0.5 / self.rows)
         if open_keys.any():
-            price = np.where(open_keys, key_gain / np.maximum(key_cost, 1e-300), -1.0)
-            place = int(price.argmax())
-            best, choice = float(price[place]), ("key", place, 0)
-        if singles:
-            price = np.where(free & (cost > 0), gain / np.maximum(cost, 1e-300), -1.0)
-            place = int(price.argmax())
-            if price[place] > best:
-                best, choice = float(price[place]), ("single", place, 0)
-        else:
-            for number, queue in enumerate(waiting):
-                if not queue.size or (unlock and number and waiting[0].size == len(queues[0])):
-                    continue
-                total_cost = np.cumsum(cost[queue])
-                price = np.cumsum(gain[queue]) / np.maximum(total_cost, 1e-300)
-                price[total_cost <= 0] = 0.0
-                place = int(price.argmax())
-                if price[place] > best:
-                    best, choice = float(price[place]), ("queue", number, place + 1)
-        what, place, count = choice
-        if best <= 1e-12:
+            price = np.where(open_keys, self.key_gain / np.maximum(self.key_cost, 1e-300), -1.0)
+            key = int(price.argmax())
+            yield _Step(float(price[key]), "key", key)
+
+    def _run_step(self) -> Iterator[_Step]:
+        price = np.where(self.open_runs & (self.cost > 0), self.gain / np.maximum(self.cost, 1e-300), -1.0)
+        run = int(price.argmax())
+        yield _Step(float(price[run]), "run", run)
+
+    def _queue_steps(self) -> Iterator[_Step]:
+        for index, queue in enumerate(self.queues):
+            locked = self.unlock and index and self.queues[0].size == self.first_queue_size
+            if not queue.size or locked:
+                continue
+            cost = np.cumsum(self.cost[queue])
+            price = np.cumsum(self.gain[queue]) / np.maximum(cost, 1e-300)
+            price[cost <= 0] = 0.0
+            last = int(price.argmax())
+            yield _Step(float(price[last]), "queue", index, last + 1)
+
+    def take_run(self, unit: int) -> None:
+        if unit in self.taken_runs:  # a queue may contain a unit of `start`
             return
-        if what == "key":
-            links, kept = links + key_cost[place], kept + key_gain[place]
-            gain -= units.shared_gain[:, place]
-            cost -= units.shared_cost[:, place]
-            gain[taken_runs] = cost[taken_runs] = 0.0
-            key_free[place] = False
-            taken_keys.append(place)
-        elif what == "single":
-            take_run(place)
-        else:
-            for unit in waiting[place][:count]:
-                take_run(int(unit))
-            waiting[place] = waiting[place][count:]
-        yield _state(units, links, kept / rows, taken_runs, taken_keys)
+        self.taken_runs.add(unit)
+        self.run_units.append(unit)
+        self.links, self.kept = self.links + self.cost[unit], self.kept + self.gain[unit]
+        self.key_gain -= self.units.shared_gain[unit]
+        self.key_cost -= self.units.shared_cost[unit]
+        self.gain[unit] = self.cost[unit] = 0.0
+        self.open_runs[unit] = False
+
+    def _take_key(self, key: int) -> None:
+        self.key_units.append(key)
+        self.links, self.kept = self.links + self.key_cost[key], self.kept + self.key_gain[key]
+        self.gain -= self.units.shared_gain[:, key]
+        self.cost -= self.units.shared_cost[:, key]
+        self.gain[self.run_units] = self.cost[self.run_units] = 0.0
+        self.open_keys[key] = False
 
 
-def _state(units: Units, links: float, kept: float, runs: list[int], keys: list[int]) -> Grown:
-    return Grown(float(links), float(kept), units, runs, keys, (len(runs), len(keys)))
-
-
-def row_shares(profile: HeadProfile, grown: Grown) -> torch.Tensor:
-    """`(n_q,)`: what each row keeps, where the profile knows every pair."""
+def row_shares(profile: HeadProfile, state: GrowthState) -> torch.Tensor:
+    """`(n_q,)` float64: the share that each row keeps. Needs a profile by single pairs (`profile.block == 1`)."""
     assert profile.block == 1
-    low = 1 - profile.n_q - profile.q_offset
+    lowest = 1 - profile.n_q - profile.q_offset
     by_distance = torch.zeros(profile.n_q + profile.n_k - 1, dtype=torch.bool, device="cpu")
-    for start, stop in grown.runs:
-        by_distance[start - low : stop - low] = True
-    # Row r sees the distances from n_q - 1 - r on: one row back is one place on.
+    for start, stop in state.runs:
+        by_distance[start - lowest : stop - lowest] = True
+    # Row r covers the n_k distances from index n_q - 1 - r on: the windows of `unfold`, in reverse order.
     mask = by_distance.unfold(0, profile.n_k, 1).flip(0)
-    mask[:, list(grown.keys)] = True
+    mask[:, list(state.keys)] = True
     return (profile.cells * mask).sum(1)

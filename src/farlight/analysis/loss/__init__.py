@@ -1,1 +1,1 @@
-"""What is lost by not looking: retained attention, top losses, and hidden states of a real model."""
+"""What a pattern loses: retained attention probability, the heaviest lost links, fidelity of a model's hidden states."""

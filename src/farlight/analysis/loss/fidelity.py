@@ -1,8 +1,8 @@
-"""What a pattern loses on a real model: attention mass, hidden states and embeddings, sparse against full.
+"""Fidelity of a model under a pattern: attention mass kept, hidden states and pooled embeddings against full attention.
 
-The model reads each batch of passages once with its own attention, while every layer's queries and keys are judged as
-they pass; then once under each pattern. Mass is taken on the queries and keys of the full run, so that it speaks of the
-pattern alone; the cosines compare the last hidden states and so include what errors do to later layers.
+For each batch of passages the model runs once with its own attention, with an observer that measures the retention of every
+candidate in every layer on that run's q and k; then once under each candidate. So mass depends on the pattern alone, and the
+cosines of last hidden states include how errors of early layers propagate.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from farlight.analysis.candidates_by_layer import Judged, Subject, pattern_for, subjects
 from farlight.analysis.loss.probabilities import sizes_of
 from farlight.analysis.loss.retention import Retention, retentions
-from farlight.analysis.loss.top_losses import KEPT, LostLink, of_each_head, told
+from farlight.analysis.loss.top_losses import LINKS_PER_HEAD, LostLink, heaviest_per_head, top_losses
 from farlight.errors import UnsupportedError
 from farlight.hf.interface import Observation, use_pattern
 from farlight.hf.layers import attention_layers
@@ -27,26 +27,30 @@ from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 from farlight.routing.gist_router import Gist, count_summaries
 
-__all__ = ["BATCH_TOKENS", "Fidelity", "FidelityRun", "hidden", "measure_fidelity", "token_cosine"]
+__all__ = ["BATCH_TOKENS", "Fidelity", "FidelityRun", "last_hidden_states", "measure_fidelity", "token_cosine"]
 
-# Tokens that go through the model at once: enough to keep two cores busy, few enough for a laptop's memory.
+# Tokens per forward pass of the model: enough to keep two cores busy, few enough for a laptop's memory.
 BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What one pattern keeps.
+    """Fidelity of one candidate.
 
-    `mass` and `best` are `(layers, heads)` float64, means over passages and rows; `best` is what the best pattern with
-    as many links in that head and passage would keep. `links` and `own_links` count pairs per passage, averaged over
-    layers, heads and passages: allowed by the pattern and the model, and by the model alone. `lost` are the heaviest links
-    that full attention looks along and the pattern does not, over all layers, heads and passages, as `told` tells them.
+    Attributes:
+        mass: `(layers, heads)` float64, attention probability kept, mean over passages and rows.
+        best: `(layers, heads)` float64, what the best pattern with as many links in that head and passage keeps.
+        links: pairs in one passage that pattern and model both allow, mean over layers, heads and passages; summaries count.
+        base_links: the same for the pairs of full attention under the model's own mask.
+        token_cosine: cosine of last hidden states, sparse against full, mean over tokens and passages.
+        pooled_cosine: cosine of their means over a passage, mean over passages.
+        lost: the heaviest links outside the pattern over all layers, heads and passages, reduced by `top_losses`.
     """
 
     mass: Tensor
     best: Tensor
     links: float
-    own_links: float
+    base_links: float
     token_cosine: float
     pooled_cosine: float
     lost: tuple[LostLink, ...] = ()
@@ -54,10 +58,10 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class FidelityRun:
-    """The result for each pattern, and the first layer's attention on the first batch, for timing."""
+    """`Fidelity` of each candidate; the first layer's attention call on the first batch, for timing; the number of layers."""
 
     patterns: tuple[Fidelity, ...]
-    first: Observation
+    first_call: Observation
     layers: int
 
 
@@ -69,127 +73,147 @@ def measure_fidelity(
     backend: str = "auto",
     lost: int = 0,
     words: Sequence[Sequence[str]] | None = None,
-    step: Callable[[str], None] = lambda what: None,
+    step: Callable[[str], None] = lambda label: None,
 ) -> FidelityRun:
-    """Run `model` over passages `ids` `(passages, length)` with full attention and under each of `patterns`.
+    """Run `model` over passages `ids` with full attention and under each of `patterns`.
 
-    `model` is a Hugging Face model whose output has `last_hidden_state`; it is run in the mode it is in, so call
-    `.eval()` first. Patterns may be routers, or mappings {layer number: pattern or router}. `lost` is how many of the heaviest
-    lost links to list for each, `words[passage][position]` the words at their ends. `step` is called with a few words
-    before each pass of the model. Raises UnsupportedError for a model whose attention cannot be replaced.
+    Args:
+        model: a Hugging Face model whose first output is the last hidden states; call `.eval()` first.
+        ids: `(passages, length)` int64.
+        patterns: patterns, routers, or mappings {layer number: pattern or router}.
+        backend: as in `farlight.attention`.
+        lost: number of heaviest lost links to list for each pattern.
+        words: `words[passage][position]`, the words at the ends of those links.
+        step: called with a label before each pass of the model.
+
+    Raises UnsupportedError for a model whose attention cannot be replaced.
     """
-    judged = subjects(patterns)
-    sums = [_Sums(lost) for _ in judged]
-    kept = KEPT if lost else 0
-    first: Observation | None = None
-    layers = passages = 0
-    numbers: dict[int, int] = {}
+    candidates = subjects(patterns)
+    sums = [_FidelitySums(lost) for _ in candidates]
+    lost_per_head = LINKS_PER_HEAD if lost else 0
+    first_call: Observation | None = None
+    num_layers = num_passages = 0
     for batch in ids.split(max(1, BATCH_TOKENS // ids.shape[1])):
-        seen: list[list[_Layer]] = []
-        spoken = None if words is None else words[passages : passages + batch.shape[0]]
-
-        def observe(
-            call: Observation,
-            seen: list[list[_Layer]] = seen,
-            before: int = passages,
-            spoken: Sequence[Sequence[str]] | None = spoken,
-        ) -> None:
-            nonlocal first
-            if first is None:
-                first = call
-            base = None if call.own == full() else call.own
-            number = numbers.get(id(call.module), len(seen))
-            chosen = [pattern_for(one.at(number), call.q, call.k, call.key_real) for one in judged]
-            asked = [full() if pattern is None else pattern for pattern in chosen]
-            found = retentions(
-                call.q, call.k, asked, base=base, scale=call.scale, q_offset=call.q_offset, lost=kept, by_head=True
-            )
-            # Summaries that are heard are links too.
-            more = [heard_for(one.at(number), pattern, call) for one, pattern in zip(judged, asked, strict=True)]
-            seen.append([_shed(one, len(seen), before, spoken, extra) for one, extra in zip(found, more, strict=True)])
-
+        batch_words = None if words is None else words[num_passages : num_passages + batch.shape[0]]
+        observer = _RetentionObserver(candidates, lost_per_head, num_passages, batch_words)
         step("full attention")
-        with use_pattern(model, None, observer=observe):
-            numbers.update((id(module), number) for number, module in attention_layers(model).items())
-            reference = hidden(model, batch)
-        if not seen:
+        with use_pattern(model, None, observer=observer):
+            observer.numbers = {id(module): number for number, module in attention_layers(model).items()}
+            reference = last_hidden_states(model, batch)
+        if not observer.records:
             raise UnsupportedError(
                 f"{type(model).__name__} accepted another attention implementation but never called it; its attention "
                 "cannot be replaced. Use a model whose layers call transformers' AttentionInterface."
             )
-        layers, passages = len(seen), passages + batch.shape[0]
-        for index, (one, total) in enumerate(zip(judged, sums, strict=True)):
-            step(one.name)
-            with use_pattern(model, one.chosen, backend=backend):
-                total.add([layer[index] for layer in seen], reference, hidden(model, batch))
-    assert first is not None
-    return FidelityRun(tuple(total.finish() for total in sums), first, layers)
+        if first_call is None:
+            first_call = observer.first_call
+        num_layers, num_passages = len(observer.records), num_passages + batch.shape[0]
+        for index, (candidate, candidate_sums) in enumerate(zip(candidates, sums, strict=True)):
+            step(candidate.name)
+            with use_pattern(model, candidate.chosen, backend=backend):
+                records = [layer[index] for layer in observer.records]
+                candidate_sums.add(records, reference, last_hidden_states(model, batch))
+    assert first_call is not None
+    return FidelityRun(tuple(candidate_sums.finish() for candidate_sums in sums), first_call, num_layers)
 
 
-def hidden(model: Any, ids: Tensor) -> Tensor:
-    """The last hidden states, `(B, N, features)` in float32 at least."""
-    # No cache: a causal model would otherwise keep keys and values that nobody reads.
-    extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+def last_hidden_states(model: Any, ids: Tensor) -> Tensor:
+    """The last hidden states of `ids` `(B, N)`, `(B, N, features)` in float32, or float64 where the model gives float64."""
+    # Without this a causal model would fill a key/value cache that is never read.
+    options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     with torch.no_grad():
-        hidden: Tensor = model(input_ids=ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device), **extra)[0]
+        mask = torch.ones_like(ids).to(model.device)
+        hidden: Tensor = model(input_ids=ids.to(model.device), attention_mask=mask, **options)[0]
     return hidden if hidden.dtype == torch.float64 else hidden.float()
 
 
-def token_cosine(one: Tensor, other: Tensor) -> float:
-    """Mean cosine of hidden states `(B, N, features)`, token by token."""
-    return float(torch.cosine_similarity(one, other, dim=-1).mean())
+def token_cosine(a: Tensor, b: Tensor) -> float:
+    """Mean cosine similarity of two `(B, N, features)` tensors over tokens."""
+    return float(torch.cosine_similarity(a, b, dim=-1).mean())
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """What is needed of a `Retention` once its layer has passed: `(B, H)` each."""
+class _LayerRecord:
+    """The part of a layer's `Retention` that outlives the layer, `(B, H)` tensors; its rows and histogram are dropped."""
 
     mass: Tensor
     best: Tensor
     links: Tensor
-    own_links: Tensor
+    base_links: Tensor
     lost: tuple[LostLink, ...]
 
 
-def heard_for(chosen: Pattern | Router | None, pattern: Pattern, call: Observation) -> Tensor | int:
-    """How many summaries are heard beside the pattern, `(B or 1, H or 1)`; 0 where none are."""
-    if not isinstance(chosen, Gist):
+class _RetentionObserver:
+    """Observer of one full-attention pass: `records[layer][candidate]`, from every layer's q and k.
+
+    `numbers` maps id(module) to the layer number; set once `use_pattern` has found the model's attention layers.
+    `first_passage`: the number of passages in earlier batches.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Subject],
+        lost_per_head: int,
+        first_passage: int,
+        words: Sequence[Sequence[str]] | None,
+    ) -> None:
+        self.candidates, self.lost_per_head = candidates, lost_per_head
+        self.first_passage, self.words = first_passage, words
+        self.numbers: dict[int, int] = {}
+        self.records: list[list[_LayerRecord]] = []
+        self.first_call: Observation | None = None
+
+    def __call__(self, call: Observation) -> None:
+        if self.first_call is None:
+            self.first_call = call
+        base = None if call.own == full() else call.own
+        number = self.numbers.get(id(call.module), len(self.records))
+        choices = [candidate.at(number) for candidate in self.candidates]
+        chosen = [pattern_for(choice, call.q, call.k, call.key_real) for choice in choices]
+        patterns = [full() if pattern is None else pattern for pattern in chosen]
+        options: dict[str, Any] = {"base": base, "scale": call.scale, "q_offset": call.q_offset}
+        results = retentions(call.q, call.k, patterns, lost=self.lost_per_head, by_head=True, **options)
+        extra = [summary_links(choice, pattern, call) for choice, pattern in zip(choices, patterns, strict=True)]
+        self.records.append([self._record(result, links) for result, links in zip(results, extra, strict=True)])
+
+    def _record(self, result: Retention, extra_links: Tensor | int) -> _LayerRecord:
+        lost = () if result.lost is None else result.lost.links(layer=len(self.records), words=self.words)
+        lost = tuple(replace(link, text=link.text + self.first_passage) for link in lost)
+        return _LayerRecord(result.mass.double(), result.best, result.links + extra_links, result.base_links, lost)
+
+
+def summary_links(choice: Pattern | Router | None, pattern: Pattern, call: Observation) -> Tensor | int:
+    """Number of block summaries attended beside `pattern`, `(B or 1, H or 1)` int64; 0 unless `choice` is a `Gist`."""
+    if not isinstance(choice, Gist):
         return 0
-    back = looks_back(call.own)
-    seen = pattern if call.own == full() else call.own & pattern
-    return count_summaries(seen, chosen.block, sizes_of(call.q, call.k, call.q_offset), back)
+    allowed = pattern if call.own == full() else call.own & pattern
+    return count_summaries(allowed, choice.block, sizes_of(call.q, call.k, call.q_offset), looks_back(call.own))
 
 
-def _shed(found: Retention, layer: int, before: int, words: Sequence[Sequence[str]] | None, extra: Tensor | int) -> _Layer:
-    """`before` passages were read in earlier batches."""
-    lost = () if found.lost is None else found.lost.links(layer=layer, words=words)
-    lost = tuple(replace(link, text=link.text + before) for link in lost)
-    return _Layer(found.mass.double(), found.best, found.links + extra, found.base_links, lost)
+class _FidelitySums:
+    """Running sums of one candidate over passages. `max_lost`: the number of lost links to report."""
 
-
-class _Sums:
-    """Sums over passages for one pattern."""
-
-    def __init__(self, lost: int) -> None:
+    def __init__(self, max_lost: int) -> None:
         self.passages = 0
-        self.most, self.lost = lost, list[LostLink]()
+        self.max_lost, self.lost = max_lost, list[LostLink]()
         self.mass: Tensor | float = 0.0
         self.best: Tensor | float = 0.0
-        self.links = self.own_links = self.token = self.pooled = 0.0
+        self.links = self.base_links = self.token_cosine = self.pooled_cosine = 0.0
 
-    def add(self, layers: Sequence[_Layer], full_run: Tensor, sparse_run: Tensor) -> None:
-        self.passages += full_run.shape[0]
+    def add(self, layers: Sequence[_LayerRecord], full_states: Tensor, sparse_states: Tensor) -> None:
+        """Add a batch: a record per layer, and last hidden states `(B, N, features)` of the full and the sparse run."""
+        self.passages += full_states.shape[0]
         self.mass = self.mass + torch.stack([layer.mass.sum(0) for layer in layers])
         self.best = self.best + torch.stack([layer.best.sum(0) for layer in layers])
         self.links += sum(layer.links.double().mean(1).sum().item() for layer in layers) / len(layers)
-        self.own_links += sum(layer.own_links.double().mean(1).sum().item() for layer in layers) / len(layers)
-        self.lost = of_each_head([*self.lost, *(link for layer in layers for link in layer.lost)], KEPT)
-        self.token += torch.cosine_similarity(full_run, sparse_run, dim=-1).mean(1).sum().item()
-        self.pooled += torch.cosine_similarity(full_run.mean(1), sparse_run.mean(1), dim=-1).sum().item()
+        self.base_links += sum(layer.base_links.double().mean(1).sum().item() for layer in layers) / len(layers)
+        self.lost = heaviest_per_head([*self.lost, *(link for layer in layers for link in layer.lost)], LINKS_PER_HEAD)
+        self.token_cosine += torch.cosine_similarity(full_states, sparse_states, dim=-1).mean(1).sum().item()
+        self.pooled_cosine += torch.cosine_similarity(full_states.mean(1), sparse_states.mean(1), dim=-1).sum().item()
 
     def finish(self) -> Fidelity:
         assert isinstance(self.mass, Tensor)
         assert isinstance(self.best, Tensor)
         n = self.passages
-        means = (self.links / n, self.own_links / n, self.token / n, self.pooled / n)
-        return Fidelity(self.mass / n, self.best / n, *means, told(self.lost, self.most))
+        means = (self.links / n, self.base_links / n, self.token_cosine / n, self.pooled_cosine / n)
+        return Fidelity(self.mass / n, self.best / n, *means, top_losses(self.lost, self.max_lost))

@@ -1,7 +1,8 @@
-"""The full attention probabilities of a text, one tile of rows at a time: what every measure of loss is made from.
+"""Full attention probabilities, tile by tile: the input of every measure of loss.
 
-Forming them costs n² products whatever is asked of them, so they are formed once, in tiles of a fixed size, and whoever
-asks (retention, lost links, profiles for fitting) reads each tile as it passes. Memory stays linear in the number of tokens.
+Retention, top losses and the profiles for fitting all need softmax(scale · q·kᵀ), which costs n_q · n_k products. `tiles`
+forms them once and yields `Tile`s of at most `_TILE_SCORES` elements; each consumer accumulates what it needs and drops the
+tile, so memory is O(n_q + n_k). Scores and probabilities are float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -14,120 +15,125 @@ from torch import Tensor
 
 from farlight.errors import ArgumentError
 from farlight.patterns.expression import Pattern, Sizes
+from farlight.ragged import expand_counts
 
-__all__ = ["Tile", "check_problem", "mix", "part_of", "sizes_of", "softmax", "tiles", "wide_type"]
+__all__ = ["Tile", "accumulation_dtype", "check_problem", "sizes_of", "slice_mask", "softmax", "tiles", "weighted_values"]
 
-# Scores of one tile, in elements: 8 MiB in float32. Some eight tensors of that size live at once.
-_TILE = 1 << 21
-# A pattern with fewer than one pair in so many is read pair by pair rather than by a mask.
-_FEW = 8
+# Scores of one tile, in elements: 8 MiB in float32. About eight tensors of that size are alive at once.
+_TILE_SCORES = 1 << 21
+# Below one pair in this many, a pattern's pairs are gathered from the tile; above, the tile is masked.
+_GATHER_RATIO = 8
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows `rows` of batch items `items` and query heads `heads` (key heads `group`).
+    """Query rows `rows` of batch items `items` and query heads `heads`, which share the key heads `kv_heads`.
 
-    `full` is `(B', H', rows, n_k)`: softmax of `scores` (-inf where `base` does not allow) in float32 at least; `allowed` is
-    what `base` allows, `(B' or 1, H' or 1, rows, n_k)`, None where that is everything.
+    `scores` and `probability` are `(B', H', rows, n_k)`: scale · q·kᵀ with -inf where `base` does not allow, and its softmax.
+    `allowed` is the mask of `base`, `(B' or 1, H' or 1, rows, n_k)` bool; None when `base` allows every pair.
     """
 
     rows: slice
     items: slice
     heads: slice
-    group: slice
+    kv_heads: slice
     scores: Tensor
-    full: Tensor
+    probability: Tensor
     allowed: Tensor | None
 
-    def seen(self, pattern: Pattern, sizes: Sizes) -> Tensor:
-        """What `pattern` and `base` allow in this tile, `(B' or 1, H' or 1, rows, n_k)`."""
-        mask = part_of(
-            pattern.dense_rows(self.rows.start, self.rows.stop, sizes, device=self.full.device), self.items, self.heads
-        )
+    def mask(self, pattern: Pattern, sizes: Sizes) -> Tensor:
+        """The mask of `pattern` & `base` in this tile, `(B' or 1, H' or 1, rows, n_k)` bool."""
+        rows = pattern.dense_rows(self.rows.start, self.rows.stop, sizes, device=self.probability.device)
+        mask = slice_mask(rows, self.items, self.heads)
         return mask if self.allowed is None else mask & self.allowed
 
-    def kept(self, pattern: Pattern, base: Pattern | None, sizes: Sizes) -> tuple[Tensor, Tensor] | None:
-        """(share of each row on what both allow, how many pairs), `(B', H', rows)` and `(B' or 1, H' or 1)`, read at those
-        pairs alone; None where they are not few, or not easily listed.
+    def gather_kept(self, pattern: Pattern, base: Pattern | None, sizes: Sizes) -> tuple[Tensor, Tensor] | None:
+        """(kept probability per row `(B', H', rows)`, number of pairs `(1, 1)`) of `pattern` & `base`, without a dense mask.
+
+        The pattern's spans are expanded to (row, key) pairs, whose probabilities are gathered and summed by row. None where
+        that
+        does not pay or cannot be done: more than one pair in `_GATHER_RATIO`, a pattern that differs between batch items or
+        heads, or an atom without cheap spans.
         """
         both = pattern if base is None else base & pattern
         if both.varies_over_batch or both.varies_over_heads or not all(a._spans_are_cheap(sizes) for a in both.atoms()):
             return None
         both.check(sizes)
-        device, keys = self.full.device, self.full.shape[3]
-        i = torch.arange(self.rows.start, self.rows.stop, device=device) + sizes.q_offset
-        row, lo, hi = both._spans(sizes, torch.zeros_like(i), torch.zeros_like(i), i).listed()
-        length = hi - lo
-        pairs = int(length.sum())
-        if pairs * _FEW > i.numel() * keys:
+        device, n_k = self.probability.device, self.probability.shape[3]
+        position = torch.arange(self.rows.start, self.rows.stop, device=device) + sizes.q_offset
+        zeros = torch.zeros_like(position)
+        span_row, lo, hi = both._spans(sizes, zeros, zeros, position).listed()
+        num_pairs = int((hi - lo).sum())
+        if num_pairs * _GATHER_RATIO > position.numel() * n_k:
             return None
-        within = torch.arange(pairs, device=device) - (length.cumsum(0) - length).repeat_interleave(length)
-        row = row.repeat_interleave(length)
-        found = self.full.flatten(2)[..., row * keys + lo.repeat_interleave(length) + within]
-        out = torch.zeros(self.full.shape[:3], dtype=torch.float64, device=device).index_add_(2, row, found.double())
-        return out.to(self.full.dtype), torch.full((1, 1), pairs, device=device)
+        span, step = expand_counts(hi - lo, num_pairs)
+        row, key = span_row[span], lo[span] + step
+        gathered = self.probability.flatten(2)[..., row * n_k + key]
+        kept = torch.zeros(self.probability.shape[:3], dtype=torch.float64, device=device).index_add_(2, row, gathered.double())
+        return kept.to(self.probability.dtype), torch.full((1, 1), num_pairs, device=device)
 
 
-def wide_type(q: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
+def accumulation_dtype(q: Tensor) -> torch.dtype:
+    """float64 for float64 inputs, float32 for all others."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def sizes_of(q: Tensor, k: Tensor, q_offset: int | None) -> Sizes:
+    """`Sizes` of q `(B, H, n_q, D)` and k `(B, H_kv, n_k, D)`; empty batch and head dimensions count as 1."""
     return Sizes.of(q.shape[2], k.shape[2], batch=max(1, q.shape[0]), heads=max(1, q.shape[1]), q_offset=q_offset)
 
 
 def tiles(q: Tensor, k: Tensor, base: Pattern | None, scale: float | None, sizes: Sizes) -> Iterator[Tile]:
-    """Every row of every head once. `base` is what full attention looks at (None = everything)."""
-    factor, wide = q.shape[3] ** -0.5 if scale is None else scale, wide_type(q)
-    for rows, items, group in _tiles(q, k):
-        # Patterns and base answer for all heads; `part_of` cuts out those here.
-        here = slice(group.start * q.shape[1] // k.shape[1], group.stop * q.shape[1] // k.shape[1])
-        scores = _scores(q[items, here, rows], k[items, group], factor, wide)
+    """Tiles that cover every row of every head exactly once. `base`: the pairs of full attention; None = all pairs."""
+    factor, dtype = q.shape[3] ** -0.5 if scale is None else scale, accumulation_dtype(q)
+    for rows, items, kv_heads in _tile_slices(q, k):
+        heads = slice(kv_heads.start * q.shape[1] // k.shape[1], kv_heads.stop * q.shape[1] // k.shape[1])
+        scores = _scores(q[items, heads, rows], k[items, kv_heads], factor, dtype)
         allowed = None
         if base is not None:
-            allowed = part_of(base.dense_rows(rows.start, rows.stop, sizes, device=q.device), items, here)
+            # Patterns are evaluated for all heads at once.
+            allowed = slice_mask(base.dense_rows(rows.start, rows.stop, sizes, device=q.device), items, heads)
             scores = scores.masked_fill_(~allowed, -torch.inf)
-        yield Tile(rows, items, here, group, scores, softmax(scores), allowed)
+        yield Tile(rows, items, heads, kv_heads, scores, softmax(scores), allowed)
 
 
-def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """(rows, batch items, key heads) such that a tile's scores stay within the budget.
+def _tile_slices(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """(rows, batch items, key heads) of each tile.
 
-    All heads go together while at least 32 rows fit, since a pattern shared by the heads is then evaluated once; a long
-    text is taken one key head at a time.
+    A tile holds all batch items and heads while at least 32 rows (or all rows) fit `_TILE_SCORES`: a pattern shared by the
+    heads is then evaluated once per row. For longer texts a tile holds one batch item and one key head.
     """
     batch, heads, n_q, _ = q.shape
     kv_heads, n_k = k.shape[1], max(1, k.shape[2])
-    together = batch * heads * n_k * min(32, n_q) <= _TILE
-    per_row = n_k * (batch * heads if together else heads // max(1, kv_heads))
-    step = max(1, _TILE // max(1, per_row))
+    all_heads = batch * heads * n_k * min(32, n_q) <= _TILE_SCORES
+    scores_per_row = n_k * (batch * heads if all_heads else heads // max(1, kv_heads))
+    step = max(1, _TILE_SCORES // max(1, scores_per_row))
     for start in range(0, n_q, step):
         rows = slice(start, min(n_q, start + step))
-        if together:
+        if all_heads:
             if batch and heads:
                 yield rows, slice(0, batch), slice(0, kv_heads)
             continue
         for item in range(batch):
-            for group in range(kv_heads):
-                yield rows, slice(item, item + 1), slice(group, group + 1)
+            for kv_head in range(kv_heads):
+                yield rows, slice(item, item + 1), slice(kv_head, kv_head + 1)
 
 
-def part_of(mask: Tensor, items: slice, heads: slice) -> Tensor:
-    """The part of a `(B or 1, H or 1, rows, n_k)` mask that belongs to these batch items and heads; 1 stays 1."""
+def slice_mask(mask: Tensor, items: slice, heads: slice) -> Tensor:
+    """`mask[items, heads]` of a `(B or 1, H or 1, rows, n_k)` mask; broadcast dimensions of size 1 stay."""
     mask = mask[items] if mask.shape[0] > 1 else mask
     return mask[:, heads] if mask.shape[1] > 1 else mask
 
 
-def _scores(q: Tensor, k: Tensor, factor: float, wide: torch.dtype) -> Tensor:
-    """`(B, H, rows, n_k)`: factor · q·kᵀ; query heads that share a key head are stacked: k is never repeated."""
+def _scores(q: Tensor, k: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """`(B, H, rows, n_k)`: factor · q·kᵀ. Query heads of one key head are stacked along rows, so k is never repeated."""
     batch, heads, rows, dim = q.shape
-    stacked = (q.to(wide) * factor).reshape(batch, k.shape[1], heads // k.shape[1] * rows, dim)
-    return (stacked @ k.to(wide).transpose(-1, -2)).view(batch, heads, rows, -1)
+    stacked = (q.to(dtype) * factor).reshape(batch, k.shape[1], heads // k.shape[1] * rows, dim)
+    return (stacked @ k.to(dtype).transpose(-1, -2)).view(batch, heads, rows, -1)
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """softmax over keys, in which a row that sees nothing is all zeros."""
+    """softmax over the last dimension; a row without finite scores gives zeros."""
     top = (
         scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
         if scores.shape[-1]
@@ -137,15 +143,15 @@ def softmax(scores: Tensor) -> Tensor:
     return weight.div_(weight.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny))
 
 
-def mix(probability: Tensor, values: Tensor) -> Tensor:
-    """probability · v with shared value heads, `(B, H, rows, D_v)`."""
+def weighted_values(probability: Tensor, values: Tensor) -> Tensor:
+    """probability `(B, H, rows, n_k)` · v `(B, H_kv, n_k, D_v)`: `(B, H, rows, D_v)`; v is never repeated."""
     batch, heads, rows, keys = probability.shape
     stacked = probability.reshape(batch, values.shape[1], heads // values.shape[1] * rows, keys)
     return (stacked @ values).view(batch, heads, rows, -1)
 
 
 def check_problem(q: Tensor, k: Tensor, v: Tensor | None, scale: float | None) -> None:
-    """Raise ArgumentError when these tensors cannot be one attention problem."""
+    """Raise ArgumentError unless q, k and v (shapes, dtypes, devices) and `scale` form one attention problem."""
     tensors = [("q", q), ("k", k)] + ([] if v is None else [("v", v)])
     for name, tensor in tensors:
         if tensor.dim() != 4:
