@@ -305,5 +305,5 @@ def refuse_gradients(what: str, *tensors: Tensor) -> None:
             f"{what}: called inside a forward-mode derivative (jvp, jacfwd, linearize, dual numbers), but decoding records no "
             "derivatives. Use fl.attention(…, backend='reference')."
         )
-    if torch._C._is_tracing():
+    if torch._C._get_tracing_state() is not None:
         refuse_tracing(what)

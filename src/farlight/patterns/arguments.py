@@ -107,7 +107,7 @@ def numbers(what: str, values: Any, of: str) -> list[Any]:
     """The entries of a list, or of a 1-D array of integers that cannot be taken for a mask."""
     if not _is_array(values):
         return listed(what, values, of)
-    if torch._C._is_tracing():
+    if torch._C._get_tracing_state() is not None:
         refuse_tracing(what)
     if isinstance(values, Tensor):
         is_whole = not (values.is_floating_point() or values.is_complex())

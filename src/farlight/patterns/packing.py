@@ -42,7 +42,7 @@ class documents(Atom):
             self._set(lengths=None, text="documents($0)", tables=(table,), varies_over_batch=table.shape[0] > 1)
             return
         if isinstance(lengths, Tensor):
-            if torch._C._is_tracing():
+            if torch._C._get_tracing_state() is not None:
                 refuse_tracing("documents")
             lengths = lengths.tolist()
         lengths = listed("documents", lengths, "lengths")
