@@ -84,7 +84,7 @@ def attention_forward(
     """
     if torch.compiler.is_compiling() and isinstance(attention_mask, LazyMask):
         return _left_graph(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-    refuse_jit_trace()
+    refuse_jit_trace(module)
     refuse_unknown(module, kwargs)
     setting: Setting = module.__dict__.get(SETTING) or Setting()
     sinks = kwargs.get("s_aux")

@@ -211,7 +211,7 @@ class BigBirdAttention(Replacement):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """`(B, N, E)` to `(B, N, E)`, N any number; `attention_mask` `(B, 1, 1, N)` is not 0 where tokens are real."""
-        refuse_jit_trace()
+        refuse_jit_trace(self)
         refuse_attentions(self, kwargs.get("output_attentions"))
         if encoder_hidden_states is not None or past_key_values is not None:
             raise UnsupportedError(

@@ -129,7 +129,7 @@ class LongformerAttention(Replacement):
         output_attentions: bool = False,
     ) -> tuple[Tensor]:
         """`(B, N, E)` to `(B, N, E)`; the masks are those that the encoder prepares (the sign of `attention_mask` counts)."""
-        refuse_jit_trace()
+        refuse_jit_trace(self)
         refuse_attentions(self, output_attentions)
         for mask in (attention_mask, is_index_masked, is_index_global_attn):
             if mask is not None and mask.shape != hidden_states.shape[:2]:
