@@ -1,10 +1,10 @@
-"""Every text architecture of the installed transformers, tiny and random, under farlight and under its own attention.
+"""Comparison of farlight with the own attention of every text architecture of the installed transformers.
 
     python scripts/compare_architectures.py [model_type …]
 
-Prints a line for each: `same` (relative difference below 2e-5, left padding included), `refused` with the reason,
-`DIFFERENT`, or why it could not be tried (its configuration does not shrink, or none of its attention is pluggable).
-Exits with 1 when one differs. Some minutes for all of them.
+Models are tiny, with random weights; the batch is padded on the left. Prints one line for each: `same` (relative difference of
+the outputs below 2e-5), `refused` with the reason, `DIFFERENT`, or why it was not compared (its configuration does not shrink,
+or none of its attention uses AttentionInterface). Exits with 1 when one differs. Takes some minutes for all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import farlight as fl
 from farlight.hf.layers import attention_modules
 
-# What configurations call their sizes; each takes the names that it knows.
+# Small values for the size settings of configurations; each configuration takes the names it has.
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "embedding_size": 32, "word_embed_proj_dim": 32,
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "encoder_layers": 2, "decoder_layers": 2,
@@ -41,22 +41,22 @@ REAL = torch.ones(2, 24, dtype=torch.long)
 REAL[1, :7] = 0
 
 
-def build(kind: Any, config: type) -> Any:
-    """A small random model, or an exception that says why not."""
-    known = {name: size for name, size in SMALL.items() if getattr(config(), name, None) is not None}
+def build(model_class: Any, config_class: type) -> Any:
+    """A small random model. Raises where the configuration rejects the small sizes or the model stays large."""
+    sizes = {name: size for name, size in SMALL.items() if getattr(config_class(), name, None) is not None}
     for left_out in ("", "head_dim", "num_key_value_heads"):
         try:
-            made = config(**{name: size for name, size in known.items() if name != left_out})
+            config = config_class(**{name: size for name, size in sizes.items() if name != left_out})
             break
         except Exception as error:
-            failed = error
+            last_error = error
     else:
-        raise failed
+        raise last_error
     with torch.device("meta"):
-        if sum(weights.numel() for weights in kind(made).parameters()) > 30_000_000:
+        if sum(weights.numel() for weights in model_class(config).parameters()) > 30_000_000:
             raise ValueError("does not shrink")
     torch.manual_seed(0)
-    model = kind(made).eval()
+    model = model_class(config).eval()
     for name, weights in model.named_parameters():
         if "sink" in name:
             torch.nn.init.normal_(weights)
@@ -64,23 +64,24 @@ def build(kind: Any, config: type) -> Any:
 
 
 def run(model: Any) -> Tensor:
+    """The first output in float32, rows of real tokens only where it has one row for each token."""
     with torch.no_grad():
         out: Tensor = model(input_ids=TOKENS, attention_mask=REAL)[0].float()
     return out[REAL.bool()] if out.shape[:2] == REAL.shape else out
 
 
-def compared(name: str) -> tuple[str, str]:
-    """The verdict on one architecture, and what it rests on."""
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(name) or MODEL_MAPPING_NAMES[name]
+def compare(name: str) -> tuple[str, str]:
+    """(verdict, detail) for one architecture."""
+    class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(name) or MODEL_MAPPING_NAMES[name]
     try:
-        model = build(getattr(transformers, found if isinstance(found, str) else found[0]), CONFIG_MAPPING[name])
+        model = build(getattr(transformers, class_name if isinstance(class_name, str) else class_name[0]), CONFIG_MAPPING[name])
         if not attention_modules(model):
             return "not pluggable", ""
         try:
             model.set_attn_implementation("sdpa")
         except ValueError:
             model.set_attn_implementation("eager")
-        witness, expected = model.config._attn_implementation, run(model)
+        reference, expected = model.config._attn_implementation, run(model)
     except Exception as error:
         return "not tried", f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
     calls: list[Any] = []
@@ -90,17 +91,18 @@ def compared(name: str) -> tuple[str, str]:
     except fl.UnsupportedError as error:
         return "refused", str(error)[:100]
     verdict = "same" if difference < 2e-5 and calls else "DIFFERENT"
-    return verdict, f"{difference:.1e} from {witness}, {len(calls)} layers"
+    return verdict, f"{difference:.1e} from {reference}, {len(calls)} layers"
 
 
 def main() -> int:
+    """The exit status: 1 when an architecture differs."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     verdicts: Counter[str] = Counter()
     for name in sys.argv[1:] or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_MAPPING_NAMES}):
-        verdict, why = compared(name)
+        verdict, detail = compare(name)
         verdicts[verdict] += 1
-        print(f"{name:28} {verdict:14} {why}", flush=True)
+        print(f"{name:28} {verdict:14} {detail}", flush=True)
     print(f"transformers {transformers.__version__}: {', '.join(f'{n} {v}' for v, n in verdicts.most_common())}")
     return int(verdicts["DIFFERENT"] > 0)
 

@@ -145,11 +145,11 @@ def _bigbird(n: int) -> _Layer:
     """Blocks of 64, three random ones. In evaluation mode it draws nothing and reads block 0 three times more."""
     from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
 
-    from farlight.hf.bigbird import BigBirdAttention, Text
+    from farlight.hf.bigbird import BigBirdAttention, PaddedText
 
     config = _bigbird_config(n, 1)
     layer = BigBirdBlockSparseAttention(config, seed=0).eval()
-    inside, text = BigBirdAttention(layer, config, backend=_backend(n)), Text(n, None)
+    inside, text = BigBirdAttention(layer, config, backend=_backend(n)), PaddedText(n, None)
     hidden = torch.randn(1, n, config.hidden_size)
     blocked, band, rows, keys = BigBirdModel.create_masks_for_block_sparse_attn(torch.ones(1, n), config.block_size)
 

@@ -1,4 +1,4 @@
-"""A Hugging Face model against itself with farlight's attention inside: outputs and the gradient of every parameter."""
+"""Comparison of a Hugging Face model with itself under farlight: outputs and the gradient of every parameter."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
-# What the argument and the output for a cache are called: the second name is deprecated from transformers 5.24 on.
+# Name of the argument and the output for a cache; transformers 5.24 deprecates the second.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 OUTPUT, GRADIENT = 1e-5, 1e-4
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative to the largest number of the tensor compared, for a gradient to at least a hundredth of the model's largest;
-    `gradient` is the worst parameter's."""
+    """Largest absolute errors, relative to the largest entry of the tensor; for a gradient at least 1% of the model's largest.
+
+    `gradient` is that of the worst parameter, `where` its name.
+    """
 
     output: float
     gradient: float
@@ -37,8 +39,8 @@ Answer = tuple[dict[str, Tensor], dict[str, Tensor | None]]
 def answer(model: nn.Module, inputs: dict[str, Any]) -> Answer:
     """The floating-point outputs, and the gradients of a fixed random sum of them."""
     torch.manual_seed(5)
-    found = model(**inputs)
-    outputs = {name: x for name, x in found.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    result = model(**inputs)
+    outputs = {name: x for name, x in result.items() if isinstance(x, Tensor) and x.is_floating_point()}
     if "loss" in outputs:
         total = outputs["loss"]
     else:
@@ -51,35 +53,37 @@ def answer(model: nn.Module, inputs: dict[str, Any]) -> Answer:
 
 
 def errors(theirs: Answer, ours: Answer) -> Errors:
+    """The errors of `ours`, both with the same outputs and parameters."""
     assert theirs[0].keys() == ours[0].keys()
     output = max(_relative(x, ours[0][name], float(x.abs().max())) for name, x in theirs[0].items())
     worst, where = 0.0, ""
     largest = max(float(g.abs().max()) for g in theirs[1].values() if g is not None)
     for name, g in theirs[1].items():
-        mine = ours[1][name]
-        if g is None or mine is None:
-            assert g is mine, f"only one of the two gives {name} a gradient"
+        actual = ours[1][name]
+        if g is None or actual is None:
+            assert g is actual, f"only one of the two gives {name} a gradient"
             continue
         # Some gradients are 0 by symmetry (a key's bias shifts all scores of a row alike) and hold rounding only.
         size = max(float(g.abs().max()), 1e-2 * largest)
-        error = _relative(g, mine, size)
+        error = _relative(g, actual, size)
         worst, where = max((worst, where), (error, name))
     return Errors(output, worst, where)
 
 
-def _relative(expected: Tensor, found: Tensor, size: float) -> float:
-    assert expected.shape == found.shape
-    assert bool(found.isfinite().all())
-    return float((expected - found).abs().max()) / size if size else float(found.abs().max())
+def _relative(expected: Tensor, actual: Tensor, size: float) -> float:
+    assert expected.shape == actual.shape
+    assert bool(actual.isfinite().all())
+    return float((expected - actual).abs().max()) / size if size else float(actual.abs().max())
 
 
 def compare(model: nn.Module, inputs: dict[str, Any], sparsify: Callable[[Any], Any]) -> Errors:
+    """The errors of a model after `sparsify`, against the model before."""
     theirs = answer(model, inputs)
     return errors(theirs, answer(sparsify(model), inputs))
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation made."""
+    """Counts the elements of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -87,6 +91,6 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(x, Tensor):
-                # An expanded tensor takes no memory.
+                # The storage counts, not the shape: an expanded tensor takes no memory.
                 self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
         return out

@@ -246,7 +246,7 @@ def test_dropout_is_refused() -> None:
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     model.train()
-    with torch.no_grad(), pytest.raises(fl.UnsupportedError, match=r"asks for dropout = 0.5 .* call model.eval\(\) first"):
+    with torch.no_grad(), pytest.raises(fl.UnsupportedError, match=r"has dropout = 0.5 .* call model.eval\(\) first"):
         model(**prompt(), past_key_values=fl.hf.SparseCache(model, fl.window(3)))
 
 

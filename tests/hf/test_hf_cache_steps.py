@@ -86,7 +86,7 @@ def test_an_interrupted_pass_is_taken_back(monkeypatch: pytest.MonkeyPatch, name
         expected = through(*piece)
         torch.testing.assert_close(stopped(*piece), expected, atol=2e-4, rtol=1e-4)
         assert stopped.cache.kept == through.cache.kept
-        assert {kept.seen for kept in stopped.cache.layers} == {piece[1]}
+        assert {layer.num_seen for layer in stopped.cache.layers} == {piece[1]}
 
 
 def test_an_interrupted_choice_of_beams_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import farlight as fl
 from farlight.hf import attention_function
-from farlight.hf.attention_function import SETTING, Setting, attention_forward
+from farlight.hf.attention_function import attention_forward
 from farlight.hf.lazy_mask import LazyMask, ModelMask
 from farlight.hf.masks import model_mask
+from farlight.hf.setting import SETTING, Setting
 from farlight.routing.gist_router import Gist
 
 Module = nn.Identity
@@ -206,10 +207,10 @@ def test_a_mask_looks_like_the_dense_one() -> None:
     assert mask.contiguous() is mask
     for same in (mask.detach(), mask.clone(), mask[:], mask[:, :, :, :], mask[:, :, :, :9], copy.copy(mask)):
         assert isinstance(same, LazyMask)
-        assert same.own is mask.own
+        assert same.model_mask is mask.model_mask
     elsewhere = mask.to("meta")
     assert isinstance(elsewhere, LazyMask)
-    assert (elsewhere.own, elsewhere.device.type, elsewhere.shape) == (mask.own, "meta", mask.shape)
+    assert (elsewhere.model_mask, elsewhere.device.type, elsewhere.shape) == (mask.model_mask, "meta", mask.shape)
     assert repr(mask) == "LazyMask(causal(), shape=(2, 1, 4, 9))"
     assert torch.equal(mask[:, 0], (torch.arange(9) <= torch.arange(3, 7)[:, None]).expand(2, 4, 9))
     assert torch.equal(mask[:, 0, :, :], mask[:, 0])

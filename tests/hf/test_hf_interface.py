@@ -31,11 +31,11 @@ from transformers import (
 )
 
 import farlight as fl
-from farlight.hf import Observation, register, use_pattern
-from farlight.hf.attention_function import SETTING, Setting, attention_forward
-from farlight.hf.interface import KEY
+from farlight.hf import Observation, attention_function, register, use_pattern
+from farlight.hf.attention_function import attention_forward
 from farlight.hf.lazy_mask import ModelMask
 from farlight.hf.masks import model_mask, tensor_mask
+from farlight.hf.setting import ATTN_IMPLEMENTATION, SETTING, Setting
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -279,7 +279,7 @@ def test_masks_with_a_cache(name: str, n_q: int, n_k: int, q_offset: int, kv_off
 
 def test_the_common_masks_cost_nothing() -> None:
     def pattern(function: Callable[..., Any], real: Tensor | None = None) -> fl.Pattern:
-        return model_mask(2, 17, 17, mask_function=function, attention_mask=real).own.pattern
+        return model_mask(2, 17, 17, mask_function=function, attention_mask=real).model_mask.pattern
 
     functions = mask_functions(17)
     assert pattern(functions["causal"], torch.ones(2, 17)) == fl.causal()
@@ -323,15 +323,15 @@ def test_tensor_masks() -> None:
 def test_both_functions_are_registered_or_neither() -> None:
     register()
     register()
-    assert KEY in AttentionInterface._global_mapping
-    assert KEY in AttentionMaskInterface._global_mapping
+    assert ATTN_IMPLEMENTATION in AttentionInterface._global_mapping
+    assert ATTN_IMPLEMENTATION in AttentionMaskInterface._global_mapping
 
 
 def test_from_pretrained_spelling() -> None:
     register()
     torch.manual_seed(0)
     model = BertModel._from_config(BertConfig(**SMALL), attn_implementation="farlight").eval()
-    assert model.config._attn_implementation == KEY
+    assert model.config._attn_implementation == ATTN_IMPLEMENTATION
     close(hidden(model, ids()), hidden(bert(max_position_embeddings=512), ids()))
 
 
@@ -392,7 +392,7 @@ def test_a_named_backend_reaches_attention(monkeypatch: pytest.MonkeyPatch) -> N
         seen.append(options | {"pattern": pattern})
         return torch.zeros_like(q)
 
-    monkeypatch.setattr(fl, "attention", attention)
+    monkeypatch.setattr(attention_function, "attention", attention)
     model = bert(attention_probs_dropout_prob=0.25).train()
     with use_pattern(model, fl.window(2), backend="torch"):
         hidden(model, ids())
@@ -411,7 +411,9 @@ def without_mask(**flags: Any) -> Any:
 
 def test_no_mask_means_what_it_means_for_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[fl.Pattern] = []
-    monkeypatch.setattr(fl, "attention", lambda q, k, v, pattern, **options: seen.append(pattern) or torch.zeros_like(q))
+    monkeypatch.setattr(
+        attention_function, "attention", lambda q, k, v, pattern, **options: seen.append(pattern) or torch.zeros_like(q)
+    )
     q, one = torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 1, 4)
     cases = [
         (q, {"is_causal": False}, None),
@@ -463,21 +465,21 @@ def test_arguments_without_effect_pass() -> None:
 
 def test_a_missing_mask_that_matters_is_refused() -> None:
     q, k = torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 5, 4)
-    with pytest.raises(fl.UnsupportedError, match="asks for causality for 3 queries and 5 keys but passes no mask"):
+    with pytest.raises(fl.UnsupportedError, match="needs causality for 3 queries and 5 keys but passes no mask"):
         attention_forward(torch.nn.Identity(), q, k, k, None)
-    with pytest.raises(fl.UnsupportedError, match="asks for a sliding window of 4 but passes no mask"):
+    with pytest.raises(fl.UnsupportedError, match="needs a sliding window of 4 but passes no mask"):
         attention_forward(torch.nn.Identity(), q, q, q, None, is_causal=False, sliding_window=4)
 
 
 def test_a_cache_that_dropped_keys_is_refused_under_a_pattern() -> None:
     model, q = torch.nn.Identity(), torch.zeros(1, 1, 1, 4)
-    attention_forward(model, q, q, q, ModelMask(fl.causal(), 0, dropped=3))
+    attention_forward(model, q, q, q, ModelMask(fl.causal(), 0, num_dropped=3))
     register()
     with pytest.raises(fl.UnsupportedError, match="dropped the first 3 keys"):
-        attention_forward(model, q, q, q, ModelMask(fl.causal(), 0, dropped=3), indices=torch.zeros(1, 1, 1))
+        attention_forward(model, q, q, q, ModelMask(fl.causal(), 0, num_dropped=3), indices=torch.zeros(1, 1, 1))
     model.__dict__[SETTING] = Setting(fl.global_tokens([0]))
     with pytest.raises(fl.UnsupportedError, match="dropped the first 3 keys"):
-        attention_forward(model, q, q, q, ModelMask(fl.causal(), 0, dropped=3))
+        attention_forward(model, q, q, q, ModelMask(fl.causal(), 0, num_dropped=3))
 
 
 def test_models_without_pluggable_attention_are_refused() -> None:

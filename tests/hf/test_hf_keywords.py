@@ -13,10 +13,11 @@ from torch import Tensor
 
 import farlight as fl
 from farlight.hf import lengthen, register, sparsify, use_pattern
-from farlight.hf.attention_function import SETTING, Setting, attention_forward
+from farlight.hf.attention_function import attention_forward
 from farlight.hf.layers import other_mixers
 from farlight.hf.masks import model_mask, tensor_mask
-from farlight.hf.probabilities import LONGEST
+from farlight.hf.probabilities import MAX_TOKENS
+from farlight.hf.setting import SETTING, Setting
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 50,
@@ -95,9 +96,9 @@ def test_probabilities_under_a_pattern_and_with_caches() -> None:
 
 
 def test_probabilities_of_a_long_text_are_refused() -> None:
-    model = sparsify(lengthen(bert(), LONGEST + 1), fl.window(2))
-    with pytest.raises(fl.UnsupportedError, match=rf"of {LONGEST + 1} queries .* up to {LONGEST} tokens only"):
-        model(input_ids=torch.ones(1, LONGEST + 1, dtype=torch.long), output_attentions=True)
+    model = sparsify(lengthen(bert(), MAX_TOKENS + 1), fl.window(2))
+    with pytest.raises(fl.UnsupportedError, match=rf"for {MAX_TOKENS + 1} queries .* up to {MAX_TOKENS} tokens only"):
+        model(input_ids=torch.ones(1, MAX_TOKENS + 1, dtype=torch.long), output_attentions=True)
 
 
 # ---- one row for a batch -----------------------------------------------------------------------------------------------

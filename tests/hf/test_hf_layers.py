@@ -28,7 +28,7 @@ from farlight.hf import use_pattern
 from farlight.hf.attention_function import attention_forward
 from farlight.hf.layers import attention_layers
 from farlight.hf.lazy_mask import ModelMask
-from farlight.hf.positions import in_each_text
+from farlight.hf.positions import resolve_named_positions
 from farlight.routing import Router, TopBlocks, TopKeys
 
 SMALL: dict[str, Any] = {
@@ -258,20 +258,20 @@ def test_named_positions_count_the_tokens_of_each_text() -> None:
     ):
         table = torch.tensor([[j in row for j in range(6)] for row in named])
         for kind in (fl.global_tokens, fl.sees_all, fl.seen_by_all):
-            assert in_each_text(kind(positions), real, 6) == kind(table)
+            assert resolve_named_positions(kind(positions), real, 6) == kind(table)
             whole = ~(fl.window(1) & (fl.causal() - fl.per_head([kind(positions), fl.full()]))) | fl.strided(2)
             expected = ~(fl.window(1) & (fl.causal() - fl.per_head([kind(table), fl.full()]))) | fl.strided(2)
-            assert in_each_text(whole, real, 6) == expected
+            assert resolve_named_positions(whole, real, 6) == expected
 
 
 def test_what_names_no_position_is_left_alone() -> None:
     real = torch.tensor([[False, True, True]])
     mask = fl.global_tokens(torch.tensor([[True, False, True]]))
     for pattern in (fl.window(2), fl.random_keys(2) | fl.causal(), mask, fl.per_head([mask, fl.full()])):
-        assert in_each_text(pattern, real, 3) is pattern
+        assert resolve_named_positions(pattern, real, 3) is pattern
     pattern = fl.global_tokens([0, -3]) | fl.window(1)
-    assert in_each_text(pattern, None, 3) is pattern
-    assert in_each_text(pattern, None, 2) == fl.global_tokens([0]) | fl.window(1)
+    assert resolve_named_positions(pattern, None, 3) is pattern
+    assert resolve_named_positions(pattern, None, 2) == fl.global_tokens([0]) | fl.window(1)
 
 
 @pytest.mark.parametrize("make", [bert, llama])

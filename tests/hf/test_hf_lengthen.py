@@ -229,7 +229,7 @@ def refuse(kind: str, **options: Any) -> Any:
 REFUSED = [
     (lambda: fl.hf.lengthen(torch.nn.Linear(2, 2), 9), fl.UnsupportedError, "Linear is not a transformers model"),
     (lambda: fl.hf.lengthen(rotary_model("Llama"), 96, rope="ntk"), fl.ArgumentError, "rope = 'ntk' is unknown; use one of"),
-    (lambda: fl.hf.lengthen(rotary_model("Llama"), 9), fl.ArgumentError, "reads 24 positions already, more than the 9"),
+    (lambda: fl.hf.lengthen(rotary_model("Llama"), 9), fl.ArgumentError, "24 positions already, more than max_positions = 9"),
     (lambda: fl.hf.lengthen(rotary_model("Llama"), 0), fl.PatternError, "max_positions = 0: it must be a whole number >= 1"),
     (
         refuse("T5", d_model=32, d_kv=8, num_heads=4, num_layers=1, d_ff=40, vocab_size=60),

@@ -123,9 +123,9 @@ def test_leds_encoder_is_hugging_faces(seed: int) -> None:
 def _twice(self: LongformerAttention, q: Tensor, k: Tensor, v: Tensor, pattern: fl.Pattern) -> Tensor:
     """Global tokens inside the window counted a second time."""
     roles = self._roles._last[2]  # type: ignore[index]
-    if pattern != roles.local(self.near, False):
+    if pattern != roles.local(self.window_pattern, False):
         return fl.attention(q, k, v, pattern)
-    again = self.near & fl.seen_by_all(roles.is_global) - fl.sees_all(roles.is_global)
+    again = self.window_pattern & fl.seen_by_all(roles.is_global) - fl.sees_all(roles.is_global)
     pieces = [fl.attention(q, k, v, p, return_lse=True) for p in (pattern, again)]
     return fl.merge(pieces)[0]
 
@@ -147,10 +147,10 @@ def _wider(modules: Any, dilation: Any) -> list[fl.Pattern]:
     ("owner", "name", "wrong"),
     [
         (LongformerAttention, "_attend", _twice),
-        (longformer._Roles, "local", _not_blanked),
+        (longformer._TokenRoles, "local", _not_blanked),
         (longformer, "_windows", _narrower),
         (longformer, "_windows", _wider),
-        (longformer._Roles, "real", lambda self: fl.window(30)),
+        (longformer._TokenRoles, "real", lambda self: fl.window(30)),
     ],
     ids=["globals twice", "not overwritten", "narrower", "wider", "globals see less"],
 )
@@ -267,7 +267,7 @@ def test_autoregressive_models_do_not_see_the_future() -> None:
 
 def test_one_dilation_for_each_layer() -> None:
     model = sparsify(LongformerModel(config()), dilation=[2, (1, 3)])
-    near = [layer.attention.self.near for layer in model.encoder.layer]
+    near = [layer.attention.self.window_pattern for layer in model.encoder.layer]
     assert near == [fl.window(4, dilation=2), fl.per_head([fl.window(4), fl.window(4, dilation=3)])]
 
 
@@ -377,8 +377,8 @@ def test_gradient_checkpointing() -> None:
 
 def test_masks_are_read_once_and_plans_are_found_again(cold_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    read = longformer._Roles.__init__
-    monkeypatch.setattr(longformer._Roles, "__init__", lambda self, *args: (made.append(1), read(self, *args))[1])
+    read = longformer._TokenRoles.__init__
+    monkeypatch.setattr(longformer._TokenRoles, "__init__", lambda self, *args: (made.append(1), read(self, *args))[1])
     model = sparsify(LongformerModel(config(num_hidden_layers=3)).eval(), backend="torch")
     ids, real, chosen = torch.randint(3, 40, (2, 30)), torch.ones(2, 30), torch.zeros(2, 30, dtype=torch.long)
     real[1, 25:], chosen[:, 0] = 0, 1
@@ -458,7 +458,7 @@ def test_what_cannot_be() -> None:
         sparsify(model, dilation=[1, (1, 2, 3)])
     assert not any(isinstance(m, LongformerAttention) for m in model.modules())
     sparsify(model)
-    with pytest.raises(fl.UnsupportedError, match=r"output_attentions=True asks LongformerAttention .* call restore\(model\)"):
+    with pytest.raises(fl.UnsupportedError, match=r"True needs .* of LongformerAttention, .* call restore\(model\)"):
         model(torch.ones(1, 8, dtype=torch.long), output_attentions=True)
 
 

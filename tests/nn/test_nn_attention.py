@@ -410,7 +410,7 @@ REFUSED = [
     (build(24, 4, SKIM, kv_heads=3), fl.ArgumentError, r"kv_heads = 3: each must be"),
     (build(0, 4, SKIM), fl.PatternError, r"embed_dim = 0: it must be a whole number >= 1"),
     (build(24, 4, "window(3)"), fl.ArgumentError, r"the pattern is str; pass a pattern such as fl.window\(256\), or a router"),
-    (build(24, 4, SKIM, dropout=1.0), fl.ArgumentError, r"dropout = 1.0: it is a share of links"),
+    (build(24, 4, SKIM, dropout=1.5), fl.ArgumentError, r"dropout = 1.5: it is a share of links"),
     (build(24, 4, SKIM, backend="best"), fl.ArgumentError, r"best"),
     (build(24, 8, SKIM, rotary=True), fl.ArgumentError, r"head_dim = 3 is odd"),
     (build(24, 4, SKIM, rotary=RotaryPositions(8)), fl.ArgumentError, r"heads have 6 dimensions, .* made for 8; pass Rotary"),

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from farlight.hf.fit_file import read_layers, write_layers
-from farlight.hf.interface import Observation, register, use_pattern
+from farlight.hf.interface import register, use_pattern
 from farlight.hf.lengthen import lengthen
+from farlight.hf.setting import Observation
 from farlight.hf.sparsify import restore, sparsify
 
 if TYPE_CHECKING:

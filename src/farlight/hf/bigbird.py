@@ -1,4 +1,4 @@
-"""BigBird and the encoder of BigBird-Pegasus: Hugging Face's numbers without its n² tensor, or the paper's pattern.
+"""BigBird and the encoder of BigBird-Pegasus: farlight's attention with Hugging Face's outputs, or with the paper's pattern.
 
 With blocks of b tokens numbered 0 … n - 1, r random ones, and m(u, v) how often a query in block u counts the keys of block v:
 
@@ -7,7 +7,10 @@ With blocks of b tokens numbered 0 … n - 1, r random ones, and m(u, v) how oft
     u = 0 and u = n - 1:  m = 1 for every v                                        (global blocks see all)
     else:                 m = 1 for |u - v| <= 1, v = 0, v = n - 1, plus one for each time that v is drawn
 
-"hf_eval" draws as Hugging Face's model does: in evaluation block 0, r times over, so that m(u, 0) = 1 + r; in training from the
+A block that counts m times is a weighted union: the attention over each part with its weight, merged by the log-sum-exp
+(`farlight.merge`).
+
+"hf_eval" draws as Hugging Face's model does: in evaluation block 0, r times, so that m(u, 0) = 1 + r; in training from the
 first blocks of the text, the same at every step. "paper" draws from the whole text and counts a block once. Zaheer et al.
 2020, "Big Bird: Transformers for Longer Sequences", arXiv:2007.14062.
 """
@@ -16,29 +19,29 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-import farlight
+from farlight.attention import attention
 from farlight.errors import ArgumentError, UnsupportedError
+from farlight.hf.bigbird_training import training_blocks
 from farlight.hf.swap import (
-    Reference,
     Replacement,
-    assign,
-    class_of,
-    common,
-    heads_apart,
-    heads_joined,
-    in_use,
-    refuse_attentions,
+    TensorVersion,
+    collapse_batch,
+    contains,
+    loaded_class,
+    merge_heads,
+    refuse_probabilities,
     restore,
+    set_attribute,
+    split_heads,
 )
 from farlight.hf.tracing import refuse_jit_trace
+from farlight.merge import merge
 from farlight.patterns import blocked_window, chosen_blocks, full, padding, seen_by_all, sees_all
 from farlight.patterns.expression import Pattern
 from farlight.patterns.presets import bigbird
@@ -46,8 +49,8 @@ from farlight.patterns.presets import bigbird
 __all__ = ["BigBirdAttention", "replaces", "restore", "sparsify"]
 
 _SEMANTICS = ("hf_eval", "paper")
-# file, class of the model or encoder that holds the layers, class of one layer's attention, its block-sparse child
-_KINDS = (
+# (file, class of the model or encoder, class of a layer's attention, class of its block-sparse child)
+_CLASSES = (
     ("big_bird.modeling_big_bird", "BigBirdModel", "BigBirdAttention", "BigBirdBlockSparseAttention"),
     (
         "bigbird_pegasus.modeling_bigbird_pegasus",
@@ -56,12 +59,15 @@ _KINDS = (
         "BigBirdPegasusBlockSparseAttention",
     ),
 )
+# Numbers of blocks for which a layer caches its random blocks.
+_MAX_CACHED_LENGTHS = 8
+# A pattern and how often its pairs count in the softmax.
 Weighted = tuple[Pattern, float]
 
 
 def replaces(model: nn.Module) -> bool:
-    """Whether the model holds block-sparse attention of BigBird or of BigBird-Pegasus' encoder (or farlight's in its place)."""
-    return in_use(model, BigBirdAttention) or next(_wrappers(model), None) is not None
+    """Whether the model contains block-sparse attention of BigBird or of BigBird-Pegasus' encoder, or farlight's already."""
+    return contains(model, BigBirdAttention) or next(_wrappers(model), None) is not None
 
 
 def sparsify(model: Any, *, semantics: str = "hf_eval", seed: int = 0, backend: str = "auto") -> Any:
@@ -104,45 +110,45 @@ def sparsify(model: Any, *, semantics: str = "hf_eval", seed: int = 0, backend: 
             f"{type(model).__name__} holds no block-sparse attention of BigBird or BigBird-Pegasus (its configuration must say "
             'attention_type="block_sparse"); for other models use fl.hf.sparsify.'
         )
-    for owner, kind in wrappers:
+    for owner, attention_class in wrappers:
         if getattr(owner.config, "is_decoder", False):
             raise UnsupportedError(
                 f"{type(owner).__name__} is a decoder, but block-sparse BigBird attention sees the future (Hugging Face's "
                 'too); load it with attention_type="original_full" or with is_decoder=False.'
             )
-        texts = _Memo()
-        # A short text may have switched the model to full attention for good: this is the way back.
+        texts = _TextCache()
+        # A short text switches Hugging Face's model to full attention for good; this switches it back.
         owner.set_attention_type("block_sparse")
-        for layer, module in enumerate(m for m in owner.modules() if isinstance(m, kind)):
+        for layer, module in enumerate(m for m in owner.modules() if isinstance(m, attention_class)):
             module.self = BigBirdAttention(module.self, owner.config, semantics, seed + layer, backend, texts)
-        _take_over(owner, kind)
+        _install_forward(owner, attention_class)
     return model
 
 
 def _wrappers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """(model or encoder, class of its attention) of what can be replaced."""
-    for file, owner, attention, _ in _KINDS:
-        kind = class_of(file, owner)
+    """(model or encoder, class of its layers' attention) for each with block-sparse attention."""
+    for file, owner, attention_class, _ in _CLASSES:
+        cls = loaded_class(file, owner)
         for module in model.modules():
-            if kind is not None and isinstance(module, kind) and module.config.attention_type == "block_sparse":
-                yield module, class_of(file, attention)
+            if cls is not None and isinstance(module, cls) and module.config.attention_type == "block_sparse":
+                yield module, loaded_class(file, attention_class)
 
 
-def _take_over(owner: Any, kind: Any) -> None:
-    """Let the model hand its padding mask to every layer as it is, and neither pad nor switch.
+def _install_forward(owner: Any, attention_class: Any) -> None:
+    """Make the model pass its padding mask to every layer, without padding the text or switching the attention type.
 
-    With attention_type "original_full" it does neither, and passes a mask of four dimensions on. The configuration, which
-    the caller or another model may hold too, stays as it is.
+    With attention_type "original_full" it does neither, and passes a four-dimensional mask unchanged. The configuration, which
+    other models may share, is not written to.
     """
-    assign(owner, owner, "forward", _Forward(owner))
-    assign(owner, owner, "set_attention_type", functools.partial(_fixed, type(owner).__name__))
+    set_attribute(owner, owner, "forward", _PaddingForward(owner))
+    set_attribute(owner, owner, "set_attention_type", functools.partial(_refuse_attention_type, type(owner).__name__))
     for module in owner.modules():
-        if module is owner or isinstance(module, kind):
-            assign(module, module, "attention_type", "original_full")
+        if module is owner or isinstance(module, attention_class):
+            set_attribute(module, module, "attention_type", "original_full")
 
 
-class _Forward:
-    """The `forward` of a model or encoder, with the padding mask `(B, N)` handed on as `(B, 1, 1, N)`."""
+class _PaddingForward:
+    """The `forward` of a model or encoder, with the padding mask `(B, N)` passed as `(B, 1, 1, N)` bool."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
@@ -166,17 +172,14 @@ class _Forward:
         return type(self.owner).forward(self.owner, input_ids, attention_mask, *args, **options)
 
 
-def _fixed(name: str, value: str) -> None:
+def _refuse_attention_type(name: str, value: str) -> None:
     raise UnsupportedError(
         f"{name}: the attention type cannot be set to {value!r} while the model is sparsified; call restore(model) first."
     )
 
 
 class BigBirdAttention(Replacement):
-    """In the place of one `BigBirdBlockSparseAttention` or `BigBirdPegasusBlockSparseAttention`.
-
-    See the head of this file for what is computed.
-    """
+    """Replaces one `BigBirdBlockSparseAttention` or `BigBirdPegasusBlockSparseAttention`; see the module docstring."""
 
     query: nn.Module
     key: nn.Module
@@ -195,11 +198,11 @@ class BigBirdAttention(Replacement):
         self.heads: int = config.num_attention_heads
         self.block: int = config.block_size
         self.random: int = config.num_random_blocks
-        # BigBird-Pegasus names it otherwise.
+        # BigBird-Pegasus calls it attention_dropout.
         self.dropout: float = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
         self.semantics, self.seed, self.backend = semantics, seed, backend
         self._drawn: dict[int, Tensor] = {}
-        self._texts: _Memo = _Memo() if texts is None else texts
+        self._texts: _TextCache = _TextCache() if texts is None else texts
 
     def forward(
         self,
@@ -210,38 +213,39 @@ class BigBirdAttention(Replacement):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """`(B, N, E)` to `(B, N, E)`, N any number; `attention_mask` `(B, 1, 1, N)` is not 0 where tokens are real."""
-        refuse_jit_trace()
-        refuse_attentions(self, kwargs.get("output_attentions"))
+        """`(B, N, E)` to `(B, N, E)`, N any number; `attention_mask` `(B, 1, 1, N)`, 0 = padding."""
+        refuse_jit_trace(self)
+        refuse_probabilities(self, kwargs.get("output_attentions"))
         if encoder_hidden_states is not None or past_key_values is not None:
             raise UnsupportedError(
                 f"{type(self).__name__} was given encoder_hidden_states or past_key_values, but block-sparse attention has "
                 "neither cross-attention nor a cache; call restore(model) for that."
             )
         text = self._texts(attention_mask)
-        q, k, v = (heads_apart(f(hidden_states), self.heads) for f in (self.query, self.key, self.value))
+        q, k, v = (split_heads(f(hidden_states), self.heads) for f in (self.query, self.key, self.value))
         short = self.semantics == "hf_eval" and hidden_states.shape[1] <= (5 + 2 * self.random) * self.block
         dropout = self.dropout if self.training and short else 0.0
         if short:
-            pieces = text.pieces("short", lambda: [(full(), 1.0)], blank=False)
+            pieces = text.pieces("short", lambda: [(full(), 1.0)], zero_padding_rows=False)
         elif self.semantics == "paper":
             pieces = text.pieces(("paper", self.seed), lambda: self._paper(text.tokens))
         elif not self.training:
             pieces = text.pieces("evaluation", lambda: self._evaluation(text.tokens))
         else:
             pieces = text.pieces(("training", id(self)), lambda: self._training(text.tokens))
-        seen = [
-            farlight.attention(q, k, v, pattern, dropout=dropout, return_lse=len(pieces) > 1, backend=self.backend)
+        partials = [
+            attention(q, k, v, pattern, dropout=dropout, return_lse=len(pieces) > 1, backend=self.backend)
             for pattern, _ in pieces
         ]
-        out: Any = farlight.merge(seen, [w for _, w in pieces])[0] if len(pieces) > 1 else seen[0]  # type: ignore[arg-type]
-        return heads_joined(out), None
+        out: Any = merge(partials, [w for _, w in pieces])[0] if len(pieces) > 1 else partials[0]  # type: ignore[arg-type]
+        return merge_heads(out), None
 
     def _paper(self, tokens: int) -> list[Weighted]:
+        """The preset of the published pattern; texts of up to two blocks, all global, have full attention."""
         return [(full() if tokens <= 2 * self.block else bigbird(self.block, self.random, self.seed), 1.0)]
 
     def _fixed_links(self, tokens: int) -> tuple[Pattern, Pattern, Pattern]:
-        """(links of the inner rows without block 0, links to block 0, rows that see all)."""
+        """(inner rows without block 0, pairs with a key in block 0, rows that see every key)."""
         last = range((tokens - 1) // self.block * self.block, tokens)
         first = range(self.block)
         outer = sees_all([*first, *last])
@@ -249,97 +253,67 @@ class BigBirdAttention(Replacement):
         return near - seen_by_all(first), seen_by_all(first), outer
 
     def _evaluation(self, tokens: int) -> list[Weighted]:
-        """Block 0 is named once as a global block and r times as a random one."""
+        """Block 0 counts once as a global block and r times as a random one."""
         near, first, outer = self._fixed_links(tokens)
         return [(near | outer, 1.0), (first - outer, 1.0 + self.random)]
 
     def _training(self, tokens: int) -> list[Weighted]:
-        """Blocks drawn for each head; one that is drawn although it is seen anyway counts twice."""
+        """Random blocks of each head; a block that is a neighbour or global too counts twice."""
         near, first, outer = self._fixed_links(tokens)
         n = -(-tokens // self.block)
         if n not in self._drawn:
-            while len(self._drawn) >= _MOST_DRAWN:
+            while len(self._drawn) >= _MAX_CACHED_LENGTHS:
                 del self._drawn[next(iter(self._drawn))]
-            self._drawn[n] = _draw(self.original, n)
+            self._drawn[n] = training_blocks(self.original, n)
         drawn = self._drawn[n]
-        u = torch.arange(n)[:, None]
-        known = ((drawn - u).abs() <= 1) | (drawn == 0) | (drawn == n - 1)
-        links = near | first | outer | chosen_blocks(torch.where(known, -1, drawn), block=self.block)
-        if not bool((known & (drawn >= 0)).any()):
+        query_block = torch.arange(n)[:, None]
+        is_fixed = ((drawn - query_block).abs() <= 1) | (drawn == 0) | (drawn == n - 1)
+        links = near | first | outer | chosen_blocks(torch.where(is_fixed, -1, drawn), block=self.block)
+        if not bool((is_fixed & (drawn >= 0)).any()):
             return [(links, 1.0)]
-        again = chosen_blocks(torch.where(known, drawn, -1), block=self.block)
-        return [(links - again, 1.0), (again, 2.0)]
+        doubled = chosen_blocks(torch.where(is_fixed, drawn, -1), block=self.block)
+        return [(links - doubled, 1.0), (doubled, 2.0)]
 
 
-class Text:
-    """The lengths and the padding of one batch; `pieces` of patterns are shared by all layers that ask for the same."""
+class PaddedText:
+    """The length and padding of one batch, and the weighted patterns made for it, which layers share.
+
+    `real`: `(B, N)` bool, False for padding; None where no token is.
+    """
 
     def __init__(self, tokens: int, real: Tensor | None) -> None:
         self.tokens = tokens
-        seen = real is not None and (torch.compiler.is_compiling() or not bool(real.all()))
-        self.real = common(real) if real is not None and seen else None
+        has_padding = real is not None and (torch.compiler.is_compiling() or not bool(real.all()))
+        self.real = collapse_batch(real) if real is not None and has_padding else None
         self._pieces: dict[Any, list[Weighted]] = {}
 
-    def pieces(self, name: Any, make: Any, blank: bool = True) -> list[Weighted]:
-        """The patterns of `make` without padding keys and, with `blank`, without padding rows."""
+    def pieces(self, name: Any, make: Any, zero_padding_rows: bool = True) -> list[Weighted]:
+        """The patterns of `make()` without padding keys (and rows, with `zero_padding_rows`), cached by `name`."""
         if name not in self._pieces:
-            self._pieces[name] = [(self._real(pattern, blank), weight) for pattern, weight in make()]
+            self._pieces[name] = [(self._real(pattern, zero_padding_rows), weight) for pattern, weight in make()]
         return self._pieces[name]
 
-    def _real(self, pattern: Pattern, blank: bool) -> Pattern:
+    def _real(self, pattern: Pattern, zero_padding_rows: bool) -> Pattern:
         if self.real is None:
             return pattern
         pattern = padding(self.real) if pattern == full() else pattern & padding(self.real)
-        return pattern - sees_all(~self.real) if blank else pattern
+        return pattern - sees_all(~self.real) if zero_padding_rows else pattern
 
 
-class _Memo:
-    """The text of the batch at hand: every layer of a model is given the same mask."""
+class _TextCache:
+    """The `PaddedText` of the latest mask: every layer of a model receives the same one. Copies start empty."""
 
     def __init__(self) -> None:
-        self._last: tuple[Reference, Text] | None = None
+        self._last: tuple[TensorVersion, PaddedText] | None = None
 
-    def __reduce__(self) -> tuple[type[_Memo], tuple[()]]:
-        return _Memo, ()
+    def __reduce__(self) -> tuple[type[_TextCache], tuple[()]]:
+        return _TextCache, ()
 
-    def __call__(self, mask: Tensor) -> Text:
+    def __call__(self, mask: Tensor) -> PaddedText:
         last = self._last
-        if torch.compiler.is_compiling() or last is None or not last[0].is_still(mask):
-            text = Text(mask.shape[3], mask[:, 0, 0, :].bool())
+        if torch.compiler.is_compiling() or last is None or not last[0].is_unchanged(mask):
+            text = PaddedText(mask.shape[3], mask[:, 0, 0, :].bool())
             if torch.compiler.is_compiling():
                 return text
-            self._last = last = Reference(mask), text
+            self._last = last = TensorVersion(mask), text
         return last[1]
-
-
-_DRAWING = threading.Lock()
-# Lengths of which a layer keeps the drawn blocks.
-_MOST_DRAWN = 8
-
-
-def _draw(original: Any, n: int) -> Tensor:
-    """The random blocks of Hugging Face's module in training, `(1, H, n, r)`, -1 in the outer rows.
-
-    It draws from numpy's global state, seeded with the layer's number, so that they never change; that state is put back.
-    """
-    block, count, heads = original.block_size, original.num_random_blocks, original.num_attention_heads
-    tokens, longest = n * block, original.max_seqlen
-    with _DRAWING:
-        state, training = np.random.get_state(), original.training
-        try:
-            original.training = True
-            np.random.seed(original.seed)
-            if tokens in (1024, 3072, 4096):
-                rows = [
-                    original._bigbird_block_rand_mask(longest, longest, block, block, count, last_idx=1024)[: n - 2]
-                    for _ in range(heads)
-                ]
-            else:
-                lengths, counts = original._get_rand_attn_plan(tokens, block, count)
-                rows = original._bigbird_block_rand_mask_with_head(tokens, tokens, block, block, heads, lengths, counts)
-        finally:
-            original.training = training
-            np.random.set_state(state)
-    drawn = torch.full((1, heads, n, count), -1, dtype=torch.int64)
-    drawn[0, :, 1:-1] = torch.from_numpy(np.stack(rows).astype(np.int64))
-    return drawn

@@ -1,14 +1,15 @@
-"""Hugging Face's `generate` with a cache that forgets only what can be forgotten.
+"""`SparseCache`: a cache for Hugging Face's `generate` that drops only keys no later token can see.
 
-transformers hands a layer's new keys to the cache, and whatever the cache returns to the attention function. Here that is the
-new keys again, as tensors that know the layer of the cache that took them in (`HandedOut`); farlight's attention function asks
-that layer. Any other attention function would see too few keys, so the cache refuses to work under one, and for models that
-compute with the keys on the way.
+transformers passes a layer's new keys and values to the cache and whatever the cache returns to the attention function. Here
+`update` returns the new ones as tensors that name their cache layer (`CachedTensor`); farlight's attention function calls that
+layer, which attends over the keys it keeps. Another attention function would see too few keys, so the cache refuses to work
+under one, and for models that compute with the returned keys.
 
-A forward pass is one step, all or nothing. The layers take its tokens in one after the other; where it ended early (Ctrl-C),
-the next one finds layers of unequal length, and those ahead give the tokens back.
+A forward pass is one step: it is appended to every layer or to none. The layers append its tokens one after the other. After a
+pass that was interrupted (Ctrl-C), the next pass finds layers of unequal length and rolls the longer ones back.
 
-This file and `cache_layer.py` import transformers at their heads, since they inherit from it; they are loaded when asked for.
+This file and `cache_layer.py` import transformers at module level, since they inherit from its classes; `farlight.hf` imports
+them on first use.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache
 
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.hf.attention_function import SETTING, Chosen
-from farlight.hf.cache_layer import SparseLayer, rule_of
+from farlight.hf.cache_layer import SparseLayer, model_rule_of
 from farlight.hf.cached_tensors import REMEDY
 from farlight.hf.layers import attention_layers
+from farlight.hf.setting import SETTING, LayerPattern
 from farlight.patterns.expression import Pattern
 from farlight.routing import Router
 
@@ -32,13 +33,13 @@ __all__ = ["SparseCache", "SparseLayer"]
 
 
 class SparseCache(Cache):
-    """A transformers cache that keeps, layer by layer, only the keys that some later token may still see.
+    """A transformers cache that keeps, layer by layer, only the keys that a later token may still see.
 
         model.generate(ids, past_key_values=fl.hf.SparseCache(model, pattern))
 
-    gives, token for token, what the model generates under `fl.hf.use_pattern(model, pattern)` without a cache. A pair is seen
-    when the model itself allows it (causality, sliding windows, padding) and `pattern` does. Keys keep the rotary positions
-    they had. Works under attn_implementation="farlight" only.
+    generates the same tokens as `fl.hf.use_pattern(model, pattern)` without a cache. A pair is allowed when the model's own
+    mask (causality, sliding windows, padding) and `pattern` both allow it. Keys keep their rotary positions. Works under
+    attn_implementation="farlight" only.
 
     Args:
         model_or_config: the model, or its configuration.
@@ -47,8 +48,8 @@ class SparseCache(Cache):
         max_length: the greatest length of prompt and answer together, for patterns that need to know it: see `fl.KVCache`.
 
     In a batch that is padded on the left, named positions count the tokens of each text, as in the model without a cache.
-    `cache.nbytes`, `cache.kept` say what is held. Beam search works; taking tokens back (`crop`, assisted generation) cannot,
-    since what was dropped is gone.
+    `cache.nbytes` is the memory in use, `cache.kept` the number of keys. Beam search works; removing tokens (`crop`, assisted
+    generation) raises, since the keys dropped meanwhile are gone.
 
     Raises:
         ArgumentError: the pattern is no pattern, or names a layer that the model does not have.
@@ -69,7 +70,7 @@ class SparseCache(Cache):
     def __init__(
         self,
         model_or_config: Any,
-        pattern: Chosen | Mapping[int, Chosen] = None,
+        pattern: LayerPattern | Mapping[int, LayerPattern] = None,
         *,
         max_length: int | None = None,
     ) -> None:
@@ -79,143 +80,146 @@ class SparseCache(Cache):
                 f"SparseCache: {type(model_or_config).__name__} is neither a transformers model nor a configuration; pass one."
             )
         config = config.get_text_config(decoder=True)
-        own = [rule_of(layer) for layer in DynamicCache(config=config).layers]
+        rules = [model_rule_of(layer) for layer in DynamicCache(config=config).layers]
         if pattern is None and isinstance(model_or_config, nn.Module):
-            pattern = _chosen_for(model_or_config)
-        chosen = dict(pattern) if isinstance(pattern, Mapping) else dict.fromkeys(range(len(own)), pattern)
-        for number, part in chosen.items():
-            if part is not None and not isinstance(part, Pattern | Router):
-                raise ArgumentError(
-                    f"SparseCache: the pattern{f' of layer {number}' if isinstance(pattern, Mapping) else ''} is "
-                    f"{type(part).__name__}; pass a pattern such as fl.presets.streaming(4, 1024)."
-                )
-            if isinstance(number, bool) or number not in range(len(own)):
-                raise ArgumentError(
-                    f"SparseCache: a pattern for layer {number!r}, but the model has layers 0 … {len(own) - 1}."
-                )
-            if own[number] is None and part is not None and isinstance(pattern, Mapping):
-                raise ArgumentError(f"SparseCache: a pattern for layer {number}, which keeps no keys of its own.")
+            pattern = _patterns_of(model_or_config)
+        patterns = dict(pattern) if isinstance(pattern, Mapping) else dict.fromkeys(range(len(rules)), pattern)
+        _check_patterns(patterns, rules, by_layer=isinstance(pattern, Mapping))
         heads = config.num_attention_heads
         layers = [
-            cache_utils.DummyLayer() if rule is None else SparseLayer(config, rule, chosen.get(n), max_length, heads, n)
-            for n, rule in enumerate(own)
+            cache_utils.DummyLayer() if rule is None else SparseLayer(config, rule, patterns.get(n), max_length, heads, n)
+            for n, rule in enumerate(rules)
         ]
         super().__init__(layers=layers)
-        self._kept_by = [layer for layer in layers if isinstance(layer, SparseLayer)]
-        if not self._kept_by:
+        self._sparse_layers = [layer for layer in layers if isinstance(layer, SparseLayer)]
+        if not self._sparse_layers:
             raise UnsupportedError("SparseCache: no layer of this model keeps keys; use the cache that transformers makes.")
         # Layers without keys may attend over those of others, at any time before the step ends.
-        self._shares = len(self._kept_by) < len(layers)
-        self._before = 0  # columns in each layer before the step
-        self._latest: SparseLayer | None = None  # the layer that took keys last in this step
-        self._moving = False
+        self._has_keyless_layers = len(self._sparse_layers) < len(layers)
+        self._step_start = 0  # columns in each layer before the current step
+        self._last_updated: SparseLayer | None = None  # the layer updated last in the current step
+        self._is_reordering = False  # set while batch items are selected, and left set by an interruption
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all layers now."""
-        self._end()
-        return sum(layer.cache.nbytes for layer in self._kept_by)
+        """Bytes of the keys and values in all layers."""
+        self._end_step()
+        return sum(layer.cache.nbytes for layer in self._sparse_layers)
 
     @property
     def kept(self) -> int:
-        """Keys kept, in the layer that keeps most."""
-        self._end()
-        return max(layer.cache.kept for layer in self._kept_by)
+        """Number of keys in the layer that keeps most."""
+        self._end_step()
+        return max(layer.cache.kept for layer in self._sparse_layers)
 
     # ---- steps -----------------------------------------------------------------------------------------------------------
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hand the new keys and values of a layer on to its attention, which must be farlight's."""
+        """The new keys and values of a layer, tagged with their cache layer for farlight's attention function."""
         layer = self.layers[layer_idx]
         if isinstance(layer, SparseLayer):
-            self._begin(layer)
-        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return found
+            self._begin_update(layer)
+        tensors: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return tensors
 
-    def _is_whole(self) -> bool:
-        """Whether every layer has taken in the same tokens."""
-        return len({layer.seen for layer in self._kept_by}) == 1
+    def _has_equal_lengths(self) -> bool:
+        """Whether every layer has appended the same tokens."""
+        return len({layer.num_seen for layer in self._sparse_layers}) == 1
 
-    def _begin(self, layer: SparseLayer) -> None:
-        """`layer` is about to take in new tokens: of this step, or, where it has those, of the next one."""
-        self._refuse_half_moved()
-        latest = self._latest
-        if layer.seen == self._before:
-            if latest is not None and latest is not layer and latest.waiting:
-                latest.waiting = False
+    def _begin_update(self, layer: SparseLayer) -> None:
+        """Before `layer` receives new tokens: those of the current step, or of the next one where it has the current ones."""
+        self._refuse_half_reordered()
+        last = self._last_updated
+        if layer.num_seen == self._step_start:
+            if last is not None and last is not layer and last.awaits_attention:
+                last.awaits_attention = False
                 raise UnsupportedError(
-                    f"SparseCache: layer {latest.number} took new keys, and the model went on to layer {layer.number} without "
-                    f"asking what is left of them. {REMEDY}"
+                    f"SparseCache: layer {last.number} took new keys, and the model went on to layer {layer.number} without "
+                    f"attending over them. {REMEDY}"
                 )
-            # A prompt gives its memory back layer by layer; tokens before it are needed until the step is whole.
-            if latest is not None and latest is not layer and not self._before and not self._shares:
-                latest.cache.forget()
-        elif self._is_whole():
-            self._before = layer.seen
+            # The memory of a first prompt is freed layer by layer. In later steps `_roll_back` may need the dropped keys.
+            if last is not None and last is not layer and not self._step_start and not self._has_keyless_layers:
+                last.cache.forget()
+        elif self._has_equal_lengths():
+            self._step_start = layer.num_seen
         else:
-            self._take_back()
-        self._latest = layer
+            self._roll_back()
+        self._last_updated = layer
 
-    def _take_back(self) -> None:
-        """The last step ended early: the layers that had taken in its tokens give them back."""
-        ahead = [layer.number for layer in self._kept_by if layer.seen > self._before]
-        for layer in self._kept_by:
-            layer.take_back(self._before)
-        self._latest = None
-        if not self._before:
+    def _roll_back(self) -> None:
+        """Remove the tokens of an interrupted step from the layers that have appended them."""
+        longer = [layer.number for layer in self._sparse_layers if layer.num_seen > self._step_start]
+        for layer in self._sparse_layers:
+            layer.roll_back(self._step_start)
+        self._last_updated = None
+        if not self._step_start:
             raise UnsupportedError(
-                f"SparseCache: of {len(self._kept_by)} layers, {len(ahead)} took in the first text (the last is {ahead[-1]}): "
-                "either that pass was interrupted, or this model does not use every layer of the cache. The cache is empty "
-                "again; repeat the pass. Where this comes back, use the cache that transformers makes."
+                f"SparseCache: of {len(self._sparse_layers)} layers, {len(longer)} took in the first text (the last is "
+                f"{longer[-1]}): either that pass was interrupted, or this model does not use every layer of the cache. The "
+                "cache is empty again; repeat the pass. Where this comes back, use the cache that transformers makes."
             )
 
-    def _end(self) -> None:
-        """Between two steps: what only the queries of the last one could see is dropped."""
-        if self._before != self._kept_by[0].seen and self._is_whole():
-            for layer in self._kept_by:
+    def _end_step(self) -> None:
+        """Between two steps: drop the keys that only queries of the last one could see."""
+        if self._step_start != self._sparse_layers[0].num_seen and self._has_equal_lengths():
+            for layer in self._sparse_layers:
                 if layer.cache._last_width > 1:
                     layer.cache.forget()
-            self._before, self._latest = self._kept_by[0].seen, None
+            self._step_start, self._last_updated = self._sparse_layers[0].num_seen, None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of every whole step."""
-        self._refuse_half_moved()
-        self._end()
-        return self._before
+        """Tokens of all complete steps."""
+        self._refuse_half_reordered()
+        self._end_step()
+        return self._step_start
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
     def reset(self) -> None:
         super().reset()
-        self._before, self._latest, self._moving = 0, None, False
+        self._step_start, self._last_updated, self._is_reordering = 0, None, False
 
     # ---- batch items -----------------------------------------------------------------------------------------------------
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._move(super().reorder_cache, beam_idx)
+        self._reorder(super().reorder_cache, beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._move(super().batch_select_indices, indices)
+        self._reorder(super().batch_select_indices, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._move(super().batch_repeat_interleave, repeats)
+        self._reorder(super().batch_repeat_interleave, repeats)
 
-    def _move(self, move: Callable[[Any], None], items: Any) -> None:
-        self._refuse_half_moved()
-        self._moving = True
-        move(items)
-        self._moving = False
+    def _reorder(self, select: Callable[[Any], None], items: Any) -> None:
+        self._refuse_half_reordered()
+        self._is_reordering = True
+        select(items)
+        self._is_reordering = False
 
-    def _refuse_half_moved(self) -> None:
-        if self._moving:
+    def _refuse_half_reordered(self) -> None:
+        if self._is_reordering:
             raise UnsupportedError(
                 "SparseCache: the choice of batch items was interrupted, so that layers hold different texts; call "
                 "cache.reset() and begin again."
             )
 
 
-def _chosen_for(model: nn.Module) -> dict[int, Chosen]:
-    """What the model's layers run under now, by number."""
-    found = {number: module.__dict__.get(SETTING) for number, module in attention_layers(model).items()}
-    return {number: setting.chosen for number, setting in found.items() if setting is not None}
+def _check_patterns(patterns: Mapping[int, LayerPattern], rules: list[Pattern | None], by_layer: bool) -> None:
+    """Raise ArgumentError for an entry that is no pattern or router, or for a layer that does not exist or keeps no keys."""
+    for number, pattern in patterns.items():
+        if pattern is not None and not isinstance(pattern, Pattern | Router):
+            raise ArgumentError(
+                f"SparseCache: the pattern{f' of layer {number}' if by_layer else ''} is {type(pattern).__name__}; pass a "
+                "pattern such as fl.presets.streaming(4, 1024)."
+            )
+        if isinstance(number, bool) or number not in range(len(rules)):
+            raise ArgumentError(f"SparseCache: a pattern for layer {number!r}, but the model has layers 0 … {len(rules) - 1}.")
+        if rules[number] is None and pattern is not None and by_layer:
+            raise ArgumentError(f"SparseCache: a pattern for layer {number}, which keeps no keys of its own.")
+
+
+def _patterns_of(model: nn.Module) -> dict[int, LayerPattern]:
+    """The pattern of each layer that has a setting, by layer number."""
+    settings = {number: module.__dict__.get(SETTING) for number, module in attention_layers(model).items()}
+    return {number: setting.pattern for number, setting in settings.items() if setting is not None}

@@ -1,4 +1,9 @@
-"""One layer of a `SparseCache`: what it takes in, and how it answers the attention function."""
+"""One layer of a `SparseCache`: a `farlight.KVCache` behind the interface of transformers' cache layers.
+
+transformers calls `update` with a layer's new keys and values, then the attention function with what `update` returned. The
+keys are appended to the `KVCache` only in `attend`, when the model's mask is known: padding columns are then left out, and the
+mask is compared with the rule by which the cache drops keys. `update` itself only tags the tensors (`CachedTensor`).
+"""
 
 from __future__ import annotations
 
@@ -14,29 +19,29 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from farlight.decoding.cache import KVCache
 from farlight.decoding.decode import masked_decode
 from farlight.errors import UnsupportedError
-from farlight.hf.attention_function import Chosen
-from farlight.hf.cached_tensors import HandedOut
-from farlight.hf.interface import KEY
-from farlight.hf.keyword_arguments import sinks_merged
-from farlight.hf.lazy_mask import ModelMask
+from farlight.hf.cached_tensors import CachedTensor
+from farlight.hf.keyword_arguments import merge_sinks
+from farlight.hf.lazy_mask import LazyMask, ModelMask
 from farlight.hf.masks import tensor_mask
+from farlight.hf.setting import ATTN_IMPLEMENTATION, LayerPattern
 from farlight.patterns import causal, full, global_tokens, offsets, padding, seen_by_all, sees_all, strided, window
 from farlight.patterns.algebra import Intersection, looks_back
 from farlight.patterns.expression import Pattern
 from farlight.routing import Router
 
-__all__ = ["SparseLayer", "rule_of"]
+__all__ = ["SparseLayer", "model_rule_of"]
 
 
 def conjuncts(pattern: Pattern) -> list[Pattern]:
-    """The patterns that must all allow a pair."""
+    """The patterns of a nested intersection: a pair is allowed when all of them allow it."""
     return [part for both in pattern.parts for part in conjuncts(both)] if isinstance(pattern, Intersection) else [pattern]
 
 
-def rule_of(layer: Any) -> Pattern | None:
-    """What the model itself allows, as far as its configuration says it, from the layer of the cache that transformers makes.
+def model_rule_of(layer: Any) -> Pattern | None:
+    """The mask of a layer as far as the configuration says it, from the cache layer that transformers makes for it.
 
-    None for a layer that keeps no keys.
+    Causality or a causal sliding window; None for a layer that keeps no keys. Raises UnsupportedError for a layer that keeps
+    something else than keys and values.
     """
     if type(layer) is getattr(cache_utils, "DummyLayer", None):
         return None
@@ -51,40 +56,58 @@ def rule_of(layer: Any) -> Pattern | None:
 
 
 class SparseLayer(CacheLayerMixin):
-    """One layer's part of a `SparseCache`: new keys wait between `update` and the attention function that asks about them."""
+    """The keys and values of one layer, without those that no later token can see.
+
+    Args:
+        config: the model's configuration; its attention implementation is checked at each update.
+        model_rule: the layer's own mask, see `model_rule_of`.
+        pattern: what the layer runs under beside it; None for nothing.
+        max_length: as in `fl.KVCache`.
+        heads: number of query heads.
+        number: the layer's number.
+
+    Attributes:
+        cache: the `KVCache` under `pattern & model_rule`.
+        num_updates: how often `update` was called; identifies the tensors of the latest one.
+        appended_update: number of the update whose keys were appended last; -1 before the first.
+        awaits_attention: whether `update` was called and the attention function not yet.
+    """
 
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, config: Any, own: Pattern, pattern: Chosen, max_length: int | None, heads: int, number: int) -> None:
+    def __init__(
+        self, config: Any, model_rule: Pattern, pattern: LayerPattern, max_length: int | None, heads: int, number: int
+    ) -> None:
         super().__init__()
         self.config, self.pattern, self.max_length, self.heads = config, pattern, max_length, heads
-        self.own, self.number, self.updates = own, number, 0
+        self.model_rule, self.number, self.num_updates = model_rule, number, 0
         self.reset()
 
     def reset(self) -> None:
-        rule = self.own if self.pattern is None else self.pattern & self.own
+        rule = self.model_rule if self.pattern is None else self.pattern & self.model_rule
         self.cache = KVCache(rule, max_length=self.max_length, heads=self.heads)
-        self.waiting, self.taken, self.is_initialized = False, -1, False
+        self.awaits_attention, self.appended_update, self.is_initialized = False, -1, False
 
     @property
-    def seen(self) -> int:
-        """Columns taken in so far, padding included."""
+    def num_seen(self) -> int:
+        """Columns appended so far, padding included."""
         return self.cache._num_columns
 
-    def take_back(self, before: int) -> None:
-        """Go back to the length before the last step."""
-        self.waiting = False
-        if not before:
+    def roll_back(self, length: int) -> None:
+        """Remove the tokens of the last step, before which the layer held `length` columns."""
+        self.awaits_attention = False
+        if not length:
             self.reset()
-        elif self.seen > before:
+        elif self.num_seen > length:
             self.cache._rollback_last()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.config._attn_implementation != KEY:
+        """The new keys and values as `CachedTensor`s; `attend` appends them. Raises for another attention implementation."""
+        if self.config._attn_implementation != ATTN_IMPLEMENTATION:
             raise UnsupportedError(
                 "SparseCache drops keys, and the attention of this model (attn_implementation="
                 f"{self.config._attn_implementation!r}) does not ask which are left; call fl.hf.register() and "
@@ -92,125 +115,131 @@ class SparseLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.updates += 1
-        self.waiting = True
-        return HandedOut.of(key_states, self, self.updates), HandedOut.of(value_states, self, self.updates)
+        self.num_updates += 1
+        self.awaits_attention = True
+        return CachedTensor.of(key_states, self, self.num_updates), CachedTensor.of(value_states, self, self.num_updates)
 
+    # ---- attention -------------------------------------------------------------------------------------------------------
     def attend(
         self,
         module: nn.Module,
         query: Tensor,
-        key: HandedOut,
-        value: HandedOut,
+        key: CachedTensor,
+        value: CachedTensor,
         attention_mask: ModelMask | Tensor | None,
-        chosen: Chosen,
+        pattern: LayerPattern,
         scaling: float | None,
         dropout: float,
         *,
         sinks: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> Tensor:
-        """What the attention function of transformers returns, `(B, N, H, D)`, for the newest tokens."""
+        """Append the new keys and values, and attend over what the cache keeps: `(B, n_q, H, D)`.
+
+        `query` `(B, H, n_q, D)` are the last tokens; `pattern` is what the module runs under, which must be the cache's.
+        Raises UnsupportedError for masks, patterns and options under which keys already dropped would be needed.
+        """
         name = type(module).__name__
-        self.waiting = False
-        if chosen is not None and chosen != self.pattern:
+        self.awaits_attention = False
+        self._check_call(name, pattern, dropout, indices)
+        is_new = self.appended_update != self.num_updates
+        num_before = self.num_seen - (0 if is_new else key.shape[2])
+        total = num_before + key.shape[2]
+        mask = self._model_mask(name, query, total, attention_mask, getattr(module, "is_causal", True))
+        residual = self._residual_mask(name, mask, query, total)
+        real = None  # (B, total) where the cache counts the real tokens of each text
+        if mask.key_real is not None and self._counts_real_tokens(name, mask.key_real):
+            real = mask.key_real.expand(query.shape[0], -1)
+        if real is not None and residual == padding(mask.key_real):
+            residual = None  # padding is not appended, so it needs no mask
+        elif residual is not None and (real is not None or isinstance(self.pattern, Router)):
             raise UnsupportedError(
-                f"{name} runs under {chosen!r}, but its cache was made for {self.pattern!r}, and has dropped what that does "
+                f"{name} masks keys by {mask.pattern!r} beside {self.pattern!r}, which counts the tokens of each text or reads "
+                "their content; generate from texts of one length, or with the cache that transformers makes."
+            )
+        # A layer that attends twice over the same keys, or over those of another layer, finds them appended.
+        if is_new:
+            self._check_padding(name, num_before, real, query.shape[0])
+            self.cache.append(key.data_tensor, value.data_tensor, real=None if real is None else real[:, num_before:])
+            self.appended_update = self.num_updates
+        out, lse = masked_decode(query, self.cache, scaling, sinks is not None, residual)
+        if sinks is not None and lse is not None:
+            out = merge_sinks(module, out, lse, sinks)
+        return out.transpose(1, 2).contiguous()
+
+    def _check_call(self, name: str, pattern: LayerPattern, dropout: float, indices: Tensor | None) -> None:
+        if pattern is not None and pattern != self.pattern:
+            raise UnsupportedError(
+                f"{name} runs under {pattern!r}, but its cache was made for {self.pattern!r}, and has dropped what that does "
                 "not need; make the cache with the model's own pattern."
             )
         if dropout:
-            raise UnsupportedError(
-                f"{name} asks for dropout = {dropout} while it reads a SparseCache; call model.eval() first."
-            )
+            raise UnsupportedError(f"{name} has dropout = {dropout} while it reads a SparseCache; call model.eval() first.")
         if indices is not None:
             raise UnsupportedError(f"{name} chooses keys by itself, among all of them; use the cache that transformers makes.")
-        total = self.seen + (0 if self.taken == self.updates else key.shape[2])
-        own = self._mask(name, query, total, attention_mask, getattr(module, "is_causal", True))
-        also = self._beside_the_rule(name, own, query, total)
-        new = None
-        if own.key_real is not None and self._counts_by_text(name, own.key_real):
-            new = own.key_real.expand(query.shape[0], -1)[:, total - key.shape[2] :]
-        # What the rule of the cache says already need not be asked again.
-        if new is not None and also == padding(own.key_real):
-            also = None
-        elif also is not None and (new is not None or isinstance(self.pattern, Router)):
-            raise UnsupportedError(
-                f"{name} masks keys by {own.pattern!r} beside {self.pattern!r}, which counts the tokens of each text or reads "
-                "their content; generate from texts of one length, or with the cache that transformers makes."
-            )
-        self._check_padding(name, total - key.shape[2], own.key_real if new is not None else None, query.shape[0])
-        # A layer that attends twice over the same keys, or over those of another layer, finds them taken in.
-        if self.taken != self.updates:
-            self.cache.append(key.plain, value.plain, real=new)
-            self.taken = self.updates
-        out, lse = masked_decode(query, self.cache, scaling, sinks is not None, also)
-        if sinks is not None and lse is not None:
-            out = sinks_merged(module, out, lse, sinks)
-        return out.transpose(1, 2).contiguous()
 
-    def _check_padding(self, name: str, before: int, real: Tensor | None, batch: int) -> None:
-        """Raise where a mask takes other columns for padding than it did when their tokens came: those were not kept."""
-        if self.taken == self.updates:
-            return
-        taken = [before] * batch if real is None else real[:, :before].sum(1).expand(batch).tolist()
-        held = self.cache.lengths
-        if taken != (held * batch if len(held) == 1 else held):
+    def _check_padding(self, name: str, num_before: int, real: Tensor | None, batch: int) -> None:
+        """Raise where the mask marks other earlier columns as padding than when these were appended: padding was not kept."""
+        lengths = [num_before] * batch if real is None else real[:, :num_before].sum(1).tolist()
+        appended = self.cache.lengths
+        if lengths != (appended * batch if len(appended) == 1 else appended):
             raise UnsupportedError(
-                f"{name}: the attention_mask takes other tokens for padding than in the passes before, which kept {held} "
+                f"{name}: the attention_mask takes other tokens for padding than in the passes before, which kept {appended} "
                 "tokens of the texts; pass the same mask, made longer, at every pass."
             )
 
-    def _beside_the_rule(self, name: str, own: ModelMask, query: Tensor, total: int) -> Pattern | None:
-        """What the model's mask says beside the rule of the cache: None where that says it all.
+    def _residual_mask(self, name: str, mask: ModelMask, query: Tensor, total: int) -> Pattern | None:
+        """The part of the model's mask that the cache's rule does not imply; None where the rule implies all of it.
 
-        The rule may not say more: pairs that the mask allows would be lost. Before the first token is taken in, a sliding
-        window that the configuration names and the mask does not is given up.
+        The rule must not forbid a pair that the mask allows, since its key may be gone. A sliding window that the configuration
+        names and the mask does not is given up before the first token is appended.
         """
-        parts, n_q = conjuncts(own.pattern), query.shape[2]
-        if parts == [full()] and n_q == 1 and self.own == causal():
+        parts, n_q = conjuncts(mask.pattern), query.shape[2]
+        if parts == [full()] and n_q == 1 and self.model_rule == causal():
             return None
-        if self.own not in parts and causal() in parts and not self.seen:
-            self.own = causal()
+        if self.model_rule not in parts and causal() in parts and not self.num_seen:
+            self.model_rule = causal()
             self.reset()
-        if self.own in parts or (self.own == causal() and isinstance(self.pattern, Pattern) and looks_back(self.pattern)):
-            rest = [part for part in parts if part not in (self.own, full())]
+        implied_causality = self.model_rule == causal() and isinstance(self.pattern, Pattern) and looks_back(self.pattern)
+        if self.model_rule in parts or implied_causality:
+            rest = [part for part in parts if part not in (self.model_rule, full())]
             return functools.reduce(operator.and_, rest) if rest else None
-        held = self.own.dense(n_q, total, q_offset=total - n_q, device=query.device)
-        mask = own.pattern.dense(n_q, total, batch=query.shape[0], q_offset=own.q_offset, device=query.device)
-        if bool((mask & ~held).any()):
+        rule_mask = self.model_rule.dense(n_q, total, q_offset=total - n_q, device=query.device)
+        dense_mask = mask.pattern.dense(n_q, total, batch=query.shape[0], q_offset=mask.q_offset, device=query.device)
+        if bool((dense_mask & ~rule_mask).any()):
             raise UnsupportedError(
-                f"{name}: the model's mask lets queries see keys that {self.own!r}, by which this cache drops keys, does not; "
-                "use the cache that transformers makes."
+                f"{name}: the model's mask lets queries see keys that {self.model_rule!r}, by which this cache drops keys, "
+                "does not; use the cache that transformers makes."
             )
-        return own.pattern
+        return mask.pattern
 
-    def _mask(self, name: str, query: Tensor, total: int, mask: Any, is_causal: bool) -> ModelMask:
-        """What the model itself allows, of the `total` tokens so far, the last of which are the queries."""
+    def _model_mask(self, name: str, query: Tensor, total: int, attention_mask: Any, is_causal: bool) -> ModelMask:
+        """The model's own mask over `total` columns, the last of which are the queries."""
         offset = total - query.shape[2]
-        found = getattr(mask, "own", mask)
-        if isinstance(found, Tensor):
-            found = tensor_mask(found, query.shape[2], total)
-        elif found is None:
+        mask = attention_mask.model_mask if isinstance(attention_mask, LazyMask) else attention_mask
+        if isinstance(mask, Tensor):
+            mask = tensor_mask(mask, query.shape[2], total)
+        elif mask is None:
             if not is_causal:
                 raise UnsupportedError(f"{name} is not causal; a SparseCache serves generation only.")
-            found = ModelMask(causal(), offset)
-        # Where a mask is the same for all queries, models do not say where those stand.
-        moves = any(not isinstance(part, full | padding) for part in conjuncts(found.pattern))
-        if (moves and found.q_offset != offset) or found.n_k not in (None, total):
+            mask = ModelMask(causal(), offset)
+        # Where a mask is the same for all queries, models do not say where the queries stand.
+        varies_by_query = any(not isinstance(part, full | padding) for part in conjuncts(mask.pattern))
+        if (varies_by_query and mask.q_offset != offset) or mask.n_k not in (None, total):
             raise UnsupportedError(
-                f"{name}: the model's mask is that of queries from position {found.q_offset} among {found.n_k} keys, but this "
+                f"{name}: the model's mask is that of queries from position {mask.q_offset} among {mask.n_k} keys, but this "
                 f"cache holds {total} with {query.shape[2]} queries at their end. Pass the attention_mask of the whole text."
             )
-        assert isinstance(found, ModelMask)
-        return found
+        assert isinstance(mask, ModelMask)
+        return mask
 
-    def _counts_by_text(self, name: str, real: Tensor) -> bool:
-        """Whether positions are those in each text of a padded batch: so it is where the pattern names positions."""
-        named, distant = global_tokens | sees_all | seen_by_all, full | causal | window | offsets
+    def _counts_real_tokens(self, name: str, real: Tensor) -> bool:
+        """Whether positions count the real tokens of each text of a padded batch: where the pattern names positions."""
+        named, distance = global_tokens | sees_all | seen_by_all, full | causal | window | offsets
         atoms = list(self.pattern.atoms()) if isinstance(self.pattern, Pattern) else []
         if not any(isinstance(atom, named) for atom in atoms):
             return False
-        others = [a for a in atoms if not isinstance(a, named | distant) and not (isinstance(a, strided) and a.phase is None)]
+        others = [a for a in atoms if not isinstance(a, named | distance) and not (isinstance(a, strided) and a.phase is None)]
         if others or bool((real[:, :-1] & ~real[:, 1:]).any()):
             what = f"{others[0]!r} counts places in the rows" if others else "the padding does not stand before the texts"
             raise UnsupportedError(
@@ -219,11 +248,12 @@ class SparseLayer(CacheLayerMixin):
             )
         return True
 
+    # ---- the interface of transformers' cache layers ---------------------------------------------------------------------
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.num_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        return self.num_seen + query_length, 0
 
     def get_max_length(self) -> int:
         return -1 if self.max_length is None else self.max_length

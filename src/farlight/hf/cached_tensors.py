@@ -1,8 +1,9 @@
-"""The keys and values that a cache layer hands to a model, which must reach the attention function as they are.
+"""Keys and values that a cache layer returns from `update`, tracked until they reach the attention function.
 
-A `SparseCache` answers from what it kept, not from the tensors that the attention function is called with. That is right only
-where those are the ones that its `update` returned. A `HandedOut` is such a tensor: it can be asked for its shape and passed
-on, but not computed with. A model that expands latent keys, or takes values apart, is told so where it does it.
+A `SparseCache` attends over the keys it keeps, not over the tensors the attention function receives. That is exact only when
+these tensors are the ones its `update` returned. A `CachedTensor` is a tensor subclass that checks it: shape queries and
+identity operations pass, any other operation raises. A model that expands latent keys or slices values is refused at the
+operation that does it.
 """
 
 from __future__ import annotations
@@ -15,48 +16,48 @@ from torch import Tensor, nn
 
 from farlight.errors import UnsupportedError
 
-__all__ = ["REMEDY", "HandedOut", "cache_layer_of"]
+__all__ = ["REMEDY", "CachedTensor", "cache_layer_of"]
 
 
-class HandedOut(Tensor):
-    """New keys or values `(B, H_kv, n, D)` of one `update` of one cache layer; `plain` is the tensor itself."""
+class CachedTensor(Tensor):
+    """New keys or values `(B, H_kv, n, D)` of update number `update_id` of one cache layer; `data_tensor` has no subclass."""
 
     layer: Any
-    update: int
-    plain: Tensor
+    update_id: int
+    data_tensor: Tensor
 
     @staticmethod
-    def of(plain: Tensor, layer: Any, update: int) -> HandedOut:
-        new = plain.as_subclass(HandedOut)
-        new.layer, new.update, new.plain = layer, update, plain
-        return new
+    def of(tensor: Tensor, layer: Any, update_id: int) -> CachedTensor:
+        cached = tensor.as_subclass(CachedTensor)
+        cached.layer, cached.update_id, cached.data_tensor = layer, update_id, tensor
+        return cached
 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
+        keywords = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            mine = next(x for x in _flat((*args, *given.values())) if isinstance(x, HandedOut))
+            cached = next(x for x in _flatten((*args, *keywords.values())) if isinstance(x, CachedTensor))
             name = getattr(func, "__name__", repr(func))
             if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i"):
-                raise _computed_with(mine, name)
-            found = func(*args, **given)
-            if not any(isinstance(x, Tensor) for x in _flat((found,))):
-                return found
-            if isinstance(found, Tensor) and _is_the_same(found, mine.plain):
-                return mine
-        raise _computed_with(mine, name)
+                raise _modified(cached, name)
+            result = func(*args, **keywords)
+            if not any(isinstance(x, Tensor) for x in _flatten((result,))):
+                return result
+            if isinstance(result, Tensor) and _is_same_view(result, cached.data_tensor):
+                return cached
+        raise _modified(cached, name)
 
 
 def cache_layer_of(module: nn.Module, key: Tensor, value: Tensor) -> Any:
-    """The cache layer that must answer, since it handed out this key and value; None where no such layer did.
+    """The cache layer whose latest update returned this key and value; None where neither came from a `SparseCache`.
 
-    Raises UnsupportedError where only one of them came from there, or both from different updates.
+    Raises UnsupportedError where only one of them did, or both from different updates.
     """
-    if not isinstance(key, HandedOut) and not isinstance(value, HandedOut):
+    if not isinstance(key, CachedTensor) and not isinstance(value, CachedTensor):
         return None
-    if isinstance(key, HandedOut) and isinstance(value, HandedOut):
+    if isinstance(key, CachedTensor) and isinstance(value, CachedTensor):
         layer = key.layer
-        if layer is value.layer and key.update == value.update == layer.updates:
+        if layer is value.layer and key.update_id == value.update_id == layer.num_updates:
             return layer
     raise UnsupportedError(
         f"{type(module).__name__} attends over keys and values of which a SparseCache did not hand out both in its last "
@@ -70,23 +71,24 @@ REMEDY = (
 )
 
 
-def _computed_with(tensor: HandedOut, name: str) -> UnsupportedError:
+def _modified(tensor: CachedTensor, operation: str) -> UnsupportedError:
     return UnsupportedError(
-        f"SparseCache: this model computes with the keys or values of layer {tensor.layer.number} ({name}) after the cache "
-        "took them, as models with latent attention do, so the cache does not keep what is attended over. " + REMEDY
+        f"SparseCache: this model computes with the keys or values of layer {tensor.layer.number} ({operation}) after the "
+        "cache took them, as models with latent attention do, so the cache does not keep what is attended over. " + REMEDY
     )
 
 
-def _flat(values: Iterable[Any]) -> Iterable[Any]:
+def _flatten(values: Iterable[Any]) -> Iterable[Any]:
+    """The entries of nested tuples and lists."""
     for value in values:
         if isinstance(value, tuple | list):
-            yield from _flat(value)
+            yield from _flatten(value)
         else:
             yield value
 
 
-def _is_the_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one: the same memory, read in the same way."""
+def _is_same_view(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors read the same memory with the same shape, strides and dtype."""
     return (
         a.shape == b.shape
         and a.dtype == b.dtype

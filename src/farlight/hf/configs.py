@@ -1,7 +1,7 @@
-"""A model's configuration, apart from the one that the caller and other models hold.
+"""A model's configuration objects, copied before farlight changes them.
 
-transformers' models keep the configuration object that they were built from, and one object may serve several models. What
-farlight writes into it would reach all of them, so a model is given a copy of its own first.
+transformers' models keep the configuration object they were built from, and several models may share one. A value written
+into it would reach all of them, so a model is given its own copy first.
 """
 
 from __future__ import annotations
@@ -11,50 +11,50 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Held", "configs_of", "own_configs", "put_back"]
+__all__ = ["SavedConfigs", "configs_of", "copy_configs", "restore_configs"]
 
-# A module, and the configuration that it came with.
-Held = list[tuple[nn.Module, Any]]
+# (module, its configuration object before the copy)
+SavedConfigs = list[tuple[nn.Module, Any]]
 _IMPLEMENTATION = "_attn_implementation_internal"
 
 
 def configs_of(model: nn.Module) -> list[Any]:
-    """Every configuration in the model, those inside others included."""
+    """Every configuration object of the model's modules, nested ones included, each once."""
     pending = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "sub_configs")]
-    found: dict[int, Any] = {}
+    configs: dict[int, Any] = {}
     while pending:
         config = pending.pop()
-        if id(config) not in found:
-            found[id(config)] = config
-            pending += _inside(config).values()
-    return list(found.values())
+        if id(config) not in configs:
+            configs[id(config)] = config
+            pending += _sub_configs(config).values()
+    return list(configs.values())
 
 
-def own_configs(model: nn.Module) -> Held:
-    """Give the model copies of its configurations. Returns what `put_back` needs."""
-    held = [(m, m.__dict__["config"]) for m in model.modules() if hasattr(m.__dict__.get("config"), "sub_configs")]
-    memo: dict[int, Any] = {}  # what several modules share, they go on sharing
-    for module, config in held:
+def copy_configs(model: nn.Module) -> SavedConfigs:
+    """Give the model deep copies of its configurations. Returns the originals, for `restore_configs`."""
+    saved = [(m, m.__dict__["config"]) for m in model.modules() if hasattr(m.__dict__.get("config"), "sub_configs")]
+    memo: dict[int, Any] = {}  # modules that share a configuration share its copy
+    for module, config in saved:
         module.__dict__["config"] = copy.deepcopy(config, memo)
-    return held
+    return saved
 
 
-def put_back(held: Held) -> None:
-    """Undo `own_configs`. A copy that was changed meanwhile stays, with the attention implementation that there was."""
-    for module, before in held:
+def restore_configs(saved: SavedConfigs) -> None:
+    """Undo `copy_configs`. A copy that was changed meanwhile stays, with the original's attention implementation."""
+    for module, original in saved:
         config = module.__dict__["config"]
-        _reset(config, before)
-        if config == before:
-            module.__dict__["config"] = before
+        _reset_implementation(config, original)
+        if config == original:
+            module.__dict__["config"] = original
 
 
-def _reset(config: Any, before: Any) -> None:
-    vars(config)[_IMPLEMENTATION] = vars(before)[_IMPLEMENTATION]
-    inner = _inside(before)
-    for name, sub in _inside(config).items():
-        if name in inner:
-            _reset(sub, inner[name])
+def _reset_implementation(config: Any, original: Any) -> None:
+    vars(config)[_IMPLEMENTATION] = vars(original)[_IMPLEMENTATION]
+    originals = _sub_configs(original)
+    for name, sub_config in _sub_configs(config).items():
+        if name in originals:
+            _reset_implementation(sub_config, originals[name])
 
 
-def _inside(config: Any) -> dict[str, Any]:
+def _sub_configs(config: Any) -> dict[str, Any]:
     return {name: sub for name in config.sub_configs if (sub := getattr(config, name, None)) is not None}

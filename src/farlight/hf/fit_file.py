@@ -1,10 +1,10 @@
-"""A pattern or router for each layer of a model, as a JSON file.
+"""The JSON file of a model's per-layer patterns and routers.
 
     {"format": "farlight.fit", "version": 1, "model": {…},
      "layers": [{"pattern": "<Pattern.to_json() text>"}, {"router": "<expression of read_router>"}, null, …]}
 
-The place in `layers` is the layer's number; null leaves a layer as the model has it. What `model` says is for people.
-Reading evaluates nothing: patterns and routers have readers of their own.
+The index in `layers` is the layer's number; null leaves the layer's own attention. `model` is free-form metadata. Patterns and
+routers are parsed, never evaluated.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ def read_layers(source: str | os.PathLike[str]) -> dict[int, Pattern | Router]:
     else:
         where, text = str(source), _text(source)
     try:
-        found = json.loads(text)
+        document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PatternError(f"{where} is not JSON ({error}); pass a file that fl.fit or write_layers wrote.") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        kind = found.get("format") if isinstance(found, dict) else type(found).__name__
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        file_format = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise PatternError(
-            f"{where} is of format {_short(kind)}, not {FORMAT!r}; pass a file that fl.fit or write_layers wrote."
+            f"{where} is of format {_short(file_format)}, not {FORMAT!r}; pass a file that fl.fit or write_layers wrote."
         )
-    if found.get("version") != VERSION:
+    if document.get("version") != VERSION:
         raise PatternError(
-            f"{where} is of version {_short(found.get('version'))}; this farlight reads version {VERSION}. "
-            "Write the file anew, or use the farlight that wrote it."
+            f"{where} is of version {_short(document.get('version'))}; this farlight reads version {VERSION}. "
+            "Write the file again, or use the farlight that wrote it."
         )
-    entries = found.get("layers")
+    entries = document.get("layers")
     if not isinstance(entries, list):
         raise PatternError(f"{where}: 'layers' is {type(entries).__name__}; it must be a list with one entry for each layer.")
     return {number: _read(entry, f"{where}: layer {number}") for number, entry in enumerate(entries) if entry is not None}
@@ -70,19 +70,19 @@ def _text(path: str | os.PathLike[str]) -> str:
 
 
 def _read(entry: Any, where: str) -> Pattern | Router:
-    """One layer's entry."""
+    """The pattern or router of one layer's entry. Raises PatternError."""
     match entry:
         case {"pattern": str(text), **others} if "router" not in others:
-            read: Any = Pattern.from_json
+            parse: Any = Pattern.from_json
         case {"router": str(text), **others} if "pattern" not in others:
-            read = read_router
+            parse = read_router
         case _:
             raise PatternError(f'{where} is {_short(entry)}; it must be {{"pattern": text}}, {{"router": text}} or null.')
     try:
-        chosen: Pattern | Router = read(text)
+        pattern: Pattern | Router = parse(text)
     except PatternError as error:
         raise PatternError(f"{where}: {error}") from None
-    return chosen
+    return pattern
 
 
 def write_layers(
@@ -91,18 +91,18 @@ def write_layers(
     *,
     model: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write a pattern or router for each layer as JSON; `read_layers` gives them back. Returns the text.
+    """Write a pattern or router for each layer as JSON, to be read by `read_layers`. Returns the text.
 
     A router is given by its expression, such as `"topblocks(8) | window(16)"`, or is one that `read_router` made, which
-    remembers it: a router built by hand may hold learned weights, which have no place here. `model` is kept as it is.
+    stores it: a router built by hand may hold learned weights, which the file cannot. `model` is stored as it is.
     Raises ArgumentError for anything else.
     """
     entries: list[dict[str, str] | None] = [None] * (max((_number(n) for n in layers), default=-1) + 1)
-    for number, chosen in layers.items():
-        entries[number] = _entry(number, chosen)
-    found = {"format": FORMAT, "version": VERSION, "model": dict(model or {}), "layers": entries}
+    for number, pattern in layers.items():
+        entries[number] = _entry(number, pattern)
+    document = {"format": FORMAT, "version": VERSION, "model": dict(model or {}), "layers": entries}
     try:
-        text = json.dumps(found, indent=1)
+        text = json.dumps(document, indent=1)
     except (TypeError, ValueError) as error:
         raise ArgumentError(
             f"write_layers: model cannot be written as JSON ({error}); give names, numbers and lists."
@@ -118,21 +118,21 @@ def _number(number: Any) -> int:
     return number
 
 
-def _entry(number: int, chosen: Pattern | Router | str | None) -> dict[str, str] | None:
-    if chosen is None:
+def _entry(number: int, pattern: Pattern | Router | str | None) -> dict[str, str] | None:
+    if pattern is None:
         return None
-    if isinstance(chosen, Pattern):
-        return {"pattern": chosen.to_json()}
-    expression = chosen if isinstance(chosen, str) else getattr(chosen, "expression", None)
+    if isinstance(pattern, Pattern):
+        return {"pattern": pattern.to_json()}
+    expression = pattern if isinstance(pattern, str) else getattr(pattern, "expression", None)
     if not isinstance(expression, str):
         raise ArgumentError(
-            f"write_layers: layer {number} has a {type(chosen).__name__}, which does not say how it was written; give a "
+            f"write_layers: layer {number} has a {type(pattern).__name__}, which does not say how it was written; give a "
             "pattern, or the router's expression, such as 'topblocks(8) | window(16)'."
         )
-    read_router(expression)  # so that what cannot be read is not written
+    read_router(expression)  # raises where the file could not be read back
     return {"router": expression}
 
 
 def _short(entry: Any) -> str:
-    """Part of a value of any depth and length, for a message."""
+    """A value abbreviated for an error message."""
     return reprlib.repr(entry)

@@ -1,12 +1,15 @@
-"""farlight as an attention implementation of Hugging Face transformers.
+"""farlight as an attention implementation of Hugging Face transformers, and the setting of a pattern on a model.
 
-transformers looks up two functions under one name: one that computes attention and one that builds the mask.
-Registering the first without the second makes models drop causality and padding without a word, so here they are only
-ever registered together.
+transformers looks up two functions under one name: the attention function and the mask function. With the first alone, models
+drop causality and padding silently, so `register` always registers both.
+
+`install_pattern` writes a `Setting` on every module of a model, which the attention function reads, and switches the model's
+configuration to attn_implementation="farlight". `Undo` holds what was there before.
 """
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,19 +18,22 @@ from typing import Any
 from torch import nn
 
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.hf import attention_function as attend
-from farlight.hf import masks
-from farlight.hf.attention_function import SETTING, Chosen, Observation, Setting, attention_forward
-from farlight.hf.configs import Held, configs_of, own_configs, put_back
-from farlight.hf.layers import attention_layers, attention_modules, crosses, for_layers, foreign_attention, other_mixers
-from farlight.hf.masks import model_mask
+from farlight.hf import attention_function, masks
+from farlight.hf.configs import SavedConfigs, configs_of, copy_configs, restore_configs
+from farlight.hf.layers import (
+    attention_layers,
+    attention_modules,
+    foreign_attention,
+    has_cross_attention,
+    other_mixers,
+    patterns_by_module,
+)
+from farlight.hf.setting import ATTN_IMPLEMENTATION, SETTING, LayerPattern, Observation, Setting
 from farlight.kernels import registry
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 
-__all__ = ["KEY", "Observation", "register", "settle", "use_pattern"]
-
-KEY = "farlight"
+__all__ = ["Observation", "install_pattern", "register", "use_pattern"]
 
 
 def register() -> None:
@@ -41,26 +47,26 @@ def register() -> None:
     except ImportError as error:
         raise ImportError("farlight.hf needs transformers, which cannot be imported; pip install 'farlight[hf]'.") from error
     masks.mark_for_compilers()
-    attend.mark_for_compilers()
-    AttentionMaskInterface.register(KEY, model_mask)
-    AttentionInterface.register(KEY, attention_forward)
+    attention_function.mark_for_compilers()
+    AttentionMaskInterface.register(ATTN_IMPLEMENTATION, masks.model_mask)
+    AttentionInterface.register(ATTN_IMPLEMENTATION, attention_function.attention_forward)
 
 
 @contextmanager
 def use_pattern(
     model: Any,
-    pattern: Chosen | Mapping[int, Chosen],
+    pattern: LayerPattern | Mapping[int, LayerPattern],
     *,
     backend: str = "auto",
     observer: Callable[[Observation], None] | None = None,
 ) -> Iterator[Any]:
-    """Run a Hugging Face model under `pattern` for the length of a `with` block, then put everything back.
+    """Run a Hugging Face model under `pattern` inside a `with` block; the model's attention is restored at its end.
 
-    A pair is seen when the model itself allows it and `pattern` does; None leaves the model's own attention. Positions that
-    a pattern names count the real tokens of each text, so that padding changes nothing. A router is called in every layer
-    with that layer's queries and keys, padding left out. A mapping {layer number: pattern, router or None} gives layers
-    their own; those it does not name keep the model's attention. `observer` is called with an `Observation` for each layer
-    before it runs.
+    A pair is allowed when the model's own mask and `pattern` both allow it; None leaves the model's own attention. Positions
+    that a pattern names count the real tokens of each text, so padding changes nothing. A router is called in every layer with
+    that layer's queries and keys, padding left out. A mapping {layer number: pattern, router or None} sets the layers one by
+    one; layers it does not name keep the model's attention. `observer` is called with an `Observation` for each layer before
+    it runs.
 
     The setting belongs to the model: two threads may use two models at once, not one model under two patterns.
 
@@ -77,7 +83,7 @@ def use_pattern(
     ...     model(torch.arange(6)[None]).last_hidden_state.shape
     torch.Size([1, 6, 8])
     """
-    undo = settle(model, pattern, backend=backend, observer=observer)
+    undo = install_pattern(model, pattern, backend=backend, observer=observer)
     try:
         yield model
     finally:
@@ -86,64 +92,60 @@ def use_pattern(
 
 @dataclass(frozen=True)
 class Undo:
-    """How a model computed its attention before `settle`; called, it puts that back. Copied and pickled with the model."""
+    """The settings and configurations of a model before `install_pattern`; calling it restores them.
+
+    Copied and pickled with the model.
+    """
 
     settings: list[tuple[nn.Module, Setting | None]]
-    configs: Held
+    configs: SavedConfigs
 
     def __call__(self) -> None:
-        for module, before in self.settings:
-            if before is None:
+        for module, setting in self.settings:
+            if setting is None:
                 module.__dict__.pop(SETTING, None)
             else:
-                module.__dict__[SETTING] = before
-        put_back(self.configs)
+                module.__dict__[SETTING] = setting
+        restore_configs(self.configs)
 
 
-def settle(
+def install_pattern(
     model: Any,
-    pattern: Chosen | Mapping[int, Chosen],
+    pattern: LayerPattern | Mapping[int, LayerPattern],
     *,
     backend: str = "auto",
     observer: Callable[[Observation], None] | None = None,
 ) -> Undo:
-    """Let the model compute its attention with farlight under `pattern`, as `use_pattern` says. Returns how to undo it."""
+    """Set `pattern` on the model as `use_pattern` says, until the returned `Undo` is called. On errors nothing changes."""
     register()
     registry.check_name(backend)
-    _check_chosen(pattern)
+    _check_pattern(pattern)
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "set_attn_implementation"):
         raise UnsupportedError(f"{name} is not a transformers model; a PreTrainedModel is needed.")
-    if pattern is not None and crosses(model):
+    if pattern is not None and has_cross_attention(model):
         raise UnsupportedError(
             f"{name} has cross-attention, in which a query and a key are positions of two different texts; a pattern "
             "speaks of one text. Use its encoder alone (model.get_encoder())."
         )
-    settled = all(each._attn_implementation == KEY for each in configs_of(model))
-    undo = Undo([(module, module.__dict__.get(SETTING)) for module in model.modules()], [] if settled else own_configs(model))
+    already_registered = all(each._attn_implementation == ATTN_IMPLEMENTATION for each in configs_of(model))
+    settings = [(module, module.__dict__.get(SETTING)) for module in model.modules()]
+    undo = Undo(settings, [] if already_registered else copy_configs(model))
     try:
-        model.set_attn_implementation(KEY)
-        if model.config._attn_implementation != KEY or not attention_modules(model):
+        model.set_attn_implementation(ATTN_IMPLEMENTATION)
+        if model.config._attn_implementation != ATTN_IMPLEMENTATION or not attention_modules(model):
             raise UnsupportedError(
                 f"{name} does not take its attention from transformers' AttentionInterface, so no other attention can "
                 "be plugged in. Use a model of the same family whose modeling file calls ALL_ATTENTION_FUNCTIONS."
             )
-        mixers = other_mixers(model) if isinstance(pattern, Pattern | Router) else {}
-        if mixers:
-            raise UnsupportedError(_hybrid(model, mixers))
-        own = foreign_attention(model) if isinstance(pattern, Pattern | Router) else []
-        if own:
-            raise UnsupportedError(
-                f"{name} holds {type(own[0]).__name__}, which computes attention by itself, so that a pattern for the whole "
-                "model would not reach it; give a mapping {layer number: pattern} for the layers that take one, of "
-                f"{', '.join(map(str, attention_layers(model)))}."
-            )
         if isinstance(pattern, Mapping):
-            by_layer, numbered = for_layers(model, pattern), set(attention_layers(model).values())
+            by_module, numbered = patterns_by_module(model, pattern), set(attention_layers(model).values())
             for module, _ in undo.settings:
-                module.__dict__[SETTING] = Setting(by_layer.get(module), backend, observer, module in numbered)
+                module.__dict__[SETTING] = Setting(by_module.get(module), backend, observer, module in numbered)
         else:
+            if pattern is not None:
+                _refuse_unreached_attention(model)
             for module, _ in undo.settings:
                 module.__dict__[SETTING] = Setting(pattern, backend, observer)
     except BaseException:
@@ -152,32 +154,47 @@ def settle(
     return undo
 
 
-def _hybrid(model: Any, mixers: dict[str, str]) -> str:
-    """Why one pattern for a whole hybrid is refused, and what to pass instead."""
-    numbers = [place.rpartition(".")[2] for place in mixers]
-    shown = ", ".join(numbers[:12]) + (", …" if len(numbers) > 12 else "")
-    layers = list(attention_layers(model))
-    return (
-        f"{type(model).__name__} is a hybrid: in layers {shown} tokens also meet otherwise than in attention "
-        f"({', '.join(sorted(set(mixers.values())))}), where a pattern for the whole model would not reach. Give a mapping "
-        f"{{layer number: pattern}} for the layers that attend: {{n: pattern for n in {layers}}}."
-    )
+def _refuse_unreached_attention(model: Any) -> None:
+    """Raise where one pattern for the whole model would not reach every place in which tokens are mixed."""
+    name, mixers = type(model).__name__, other_mixers(model)
+    if mixers:
+        numbers = [path.rpartition(".")[2] for path in mixers]
+        shown = ", ".join(numbers[:12]) + (", …" if len(numbers) > 12 else "")
+        raise UnsupportedError(
+            f"{name} is a hybrid: in layers {shown} tokens also meet otherwise than in attention "
+            f"({', '.join(sorted(set(mixers.values())))}), where a pattern for the whole model would not reach. Give a mapping "
+            f"{{layer number: pattern}} for the layers that attend: {{n: pattern for n in {list(attention_layers(model))}}}."
+        )
+    foreign = foreign_attention(model)
+    if foreign:
+        raise UnsupportedError(
+            f"{name} holds {type(foreign[0]).__name__}, which computes attention by itself, so that a pattern for the whole "
+            "model would not reach it; give a mapping {layer number: pattern} for the layers that take one, of "
+            f"{', '.join(map(str, attention_layers(model)))}."
+        )
 
 
-def settled_again(*values: Any) -> Setting:
-    """A setting as it comes out of a pickle: what its model asks transformers for must be known there."""
+def unpickle_setting(*values: Any) -> Setting:
+    """A pickled setting. The process that loads a sparse model must know farlight's functions, so they are registered."""
     register()
     return Setting(*values)
 
 
-def _check_chosen(pattern: Any) -> None:
-    """Raise ArgumentError for what cannot stand for a pattern."""
+def _reduce_setting(setting: Setting) -> tuple[Any, ...]:
+    return unpickle_setting, (setting.pattern, setting.backend, setting.observer, setting.has_layer_number)
+
+
+copyreg.pickle(Setting, _reduce_setting)
+
+
+def _check_pattern(pattern: Any) -> None:
+    """Raise ArgumentError unless `pattern` is a pattern, a router, None, or a mapping to these."""
     if isinstance(pattern, Mapping):
-        for number, inner in pattern.items():
-            if not isinstance(inner, Pattern | Router | None):
+        for number, layer_pattern in pattern.items():
+            if not isinstance(layer_pattern, Pattern | Router | None):
                 raise ArgumentError(
-                    f"the pattern of layer {number!r} is {type(inner).__name__}; pass a pattern such as fl.window(256), a "
-                    "router such as fl.routing.TopBlocks(8), or None for the model's own attention."
+                    f"the pattern of layer {number!r} is {type(layer_pattern).__name__}; pass a pattern such as "
+                    "fl.window(256), a router such as fl.routing.TopBlocks(8), or None for the model's own attention."
                 )
     elif not isinstance(pattern, Pattern | Router | None):
         raise ArgumentError(

@@ -1,8 +1,9 @@
-"""Which modules of a Hugging Face model compute attention, and under which number each is known.
+"""The attention modules of a Hugging Face model and their layer numbers.
 
-A pattern per layer needs one number per attention module. transformers' decoders and most encoders carry it as
-`layer_idx`, the number that also names a layer's place in the cache; where a model has none, its attention modules are
-counted in the order in which they are built. Nothing here changes a model.
+A mapping {layer number: pattern} needs one number per attention module. transformers' decoders and most encoders store it as
+`layer_idx`, which also indexes the cache; where a model has none, its attention modules are counted in the order of
+`model.modules()`. An attention module is one whose class looks its attention up in AttentionInterface. Nothing here changes
+a model.
 """
 
 from __future__ import annotations
@@ -17,24 +18,31 @@ from torch import nn
 
 from farlight.errors import ArgumentError, UnsupportedError
 
-__all__ = ["attention_layers", "attention_modules", "crosses", "for_layers", "foreign_attention", "other_mixers"]
+__all__ = [
+    "attention_layers",
+    "attention_modules",
+    "foreign_attention",
+    "has_cross_attention",
+    "other_mixers",
+    "patterns_by_module",
+]
 
-Chosen = TypeVar("Chosen")
+T = TypeVar("T")
 
-# What `config.layer_types` calls layers whose tokens meet in attention only, and layers in which they do not meet.
-_ATTENDS = {
+# Entries of `config.layer_types`: layers that mix tokens by attention only, and layers that do not mix tokens.
+_ATTENTION_TYPES = {
     "attention", "full_attention", "sliding_attention", "chunked_attention", "window_attention", "indexed_attention",
     "compressed_sparse_attention", "heavily_compressed_attention", "minimax_m3_sparse", "reference_sliding_attention",
     "deepseek_sparse_attention", "qwen_sparse_attention",
 }  # fmt: skip
-_TOKEN_BY_TOKEN = {"moe", "mlp", "sparse", "dense"}
-# Classes of transformers that mix tokens in the place of attention, or beside it in one layer.
-_MIXES = re.compile(r"Mamba|SSM|ShortConv|DeltaNet|LinearAttention|LightningAttention|Recurrent|R[gG][lL][rR][uU]|Mixer\b")
-_NO_MIXER = re.compile(r"Norm|Rotary|Layer$|Model$|Experts|M[lL][pP]|Cache|For[A-Z]")
+_POINTWISE_TYPES = {"moe", "mlp", "sparse", "dense"}
+# Class names of modules that mix tokens without attention, and of modules that match by accident.
+_MIXER = re.compile(r"Mamba|SSM|ShortConv|DeltaNet|LinearAttention|LightningAttention|Recurrent|R[gG][lL][rR][uU]|Mixer\b")
+_NOT_A_MIXER = re.compile(r"Norm|Rotary|Layer$|Model$|Experts|M[lL][pP]|Cache|For[A-Z]")
 
 
 def attention_layers(model: Any) -> dict[int, nn.Module]:
-    """The modules that take their attention from AttentionInterface, by layer number, in rising order.
+    """The modules that take their attention from AttentionInterface, by layer number, in ascending order.
 
     A module used several times in one pass, as in ALBERT, is one layer. Raises UnsupportedError when two modules carry
     one number (two stacks in one model), so that a number would not say which is meant.
@@ -43,26 +51,26 @@ def attention_layers(model: Any) -> dict[int, nn.Module]:
     numbers = [getattr(module, "layer_idx", None) for module in modules]
     if not all(isinstance(number, int) for number in numbers):
         return dict(enumerate(modules))
-    found: dict[int, nn.Module] = {}
+    layers: dict[int, nn.Module] = {}
     for number, module in zip(numbers, modules, strict=True):
         assert isinstance(number, int)
-        if number in found:
+        if number in layers:
             raise UnsupportedError(
-                f"{type(model).__name__} has two attention layers with the number {number} ({type(found[number]).__name__} "
+                f"{type(model).__name__} has two attention layers with the number {number} ({type(layers[number]).__name__} "
                 f"and {type(module).__name__}), so that {{{number}: pattern}} could mean either. Give the mapping for the "
                 "part of the model that is meant, such as model.language_model or model.text_model."
             )
-        found[number] = module
-    return dict(sorted(found.items()))
+        layers[number] = module
+    return dict(sorted(layers.items()))
 
 
 def attention_modules(model: Any) -> dict[str, nn.Module]:
-    """The modules that take their attention from AttentionInterface, by their place in the model."""
-    return {name: module for name, module in model.named_modules() if _calls_the_interface(type(module))}  # type: ignore[arg-type]
+    """The modules that take their attention from AttentionInterface, by their path in the model."""
+    return {name: module for name, module in model.named_modules() if _calls_attention_interface(type(module))}  # type: ignore[arg-type]
 
 
 def foreign_attention(model: Any) -> list[nn.Module]:
-    """The modules named for attention that compute it by themselves, so that no pattern would reach them."""
+    """The modules named for attention that do not use AttentionInterface, which no pattern reaches."""
     reached: set[nn.Module] = set()
     for name, module in attention_modules(model).items():
         reached.update(module.modules())
@@ -72,70 +80,71 @@ def foreign_attention(model: Any) -> list[nn.Module]:
 
 
 def other_mixers(model: Any) -> dict[str, str]:
-    """The layers of a hybrid in which tokens meet otherwise than in attention: place in the model, and what they hold.
+    """The layers of a hybrid model that mix tokens otherwise than by attention: {path: class name or layer type}.
 
     Linear attention, state-space and recurrent layers, short convolutions, and layers with one of these beside attention.
-    They are known by `config.layer_types` and by the classes in the stacks of layers that hold the attention modules.
+    Recognised by `config.layer_types` and by class names in the module lists that hold the attention modules.
     """
     attending = attention_modules(model)
     stacks = {name.rsplit(".", depth)[0] for name in attending for depth in range(1, name.count(".") + 1)}
     stacks = {name for name in stacks if isinstance(model.get_submodule(name), nn.ModuleList)}
-    found: dict[str, str] = {}
+    mixers_by_path: dict[str, str] = {}
     for name in sorted(stacks):
         stack = model.get_submodule(name)
         owner = model.get_submodule(name.rpartition(".")[0])
-        kinds = _layer_types(getattr(owner, "config", None), len(stack))
+        types = _layer_types(getattr(owner, "config", None), len(stack))
         for number, layer in enumerate(stack):
-            place = f"{name}.{number}"
-            reached = {id(m) for at, each in attending.items() if f"{at}.".startswith(f"{place}.") for m in each.modules()}
+            path = f"{name}.{number}"
+            reached = {id(m) for at, each in attending.items() if f"{at}.".startswith(f"{path}.") for m in each.modules()}
             mixers = [type(m).__name__ for m in layer.modules() if id(m) not in reached and _is_mixer(type(m).__name__)]
             if mixers:
-                found[place] = mixers[0]
-            elif kinds is not None and kinds[number] not in _ATTENDS | _TOKEN_BY_TOKEN:
-                found[place] = kinds[number]
-    return found
+                mixers_by_path[path] = mixers[0]
+            elif types is not None and types[number] not in _ATTENTION_TYPES | _POINTWISE_TYPES:
+                mixers_by_path[path] = types[number]
+    return mixers_by_path
 
 
 def _layer_types(config: Any, count: int) -> list[str] | None:
+    """The configuration's type of each of `count` layers; None where it does not list them."""
     for name in ("layer_types", "layers_block_type"):
-        kinds = getattr(config, name, None)
-        if isinstance(kinds, list | tuple) and len(kinds) == count and all(isinstance(kind, str) for kind in kinds):
-            return list(kinds)
+        types = getattr(config, name, None)
+        if isinstance(types, list | tuple) and len(types) == count and all(isinstance(item, str) for item in types):
+            return list(types)
     return None
 
 
 def _is_mixer(name: str) -> bool:
-    return bool(_MIXES.search(name)) and not _NO_MIXER.search(name)
+    return bool(_MIXER.search(name)) and not _NOT_A_MIXER.search(name)
 
 
-def crosses(model: Any) -> bool:
-    """Whether a query and a key may be positions of two texts. transformers has no flag that says so of every model."""
-    places = [f"{name}.{type(module).__name__}".lower() for name, module in attention_modules(model).items()]
-    decodes = getattr(model.config, "is_encoder_decoder", False) and any("decoder" in place for place in places)
-    return decodes or any(word in place for place in places for word in ("cross", "encoder_attn", "encdec"))
+def has_cross_attention(model: Any) -> bool:
+    """Whether a query and a key may be positions of two texts, by class and module names: transformers has no flag for it."""
+    paths = [f"{name}.{type(module).__name__}".lower() for name, module in attention_modules(model).items()]
+    decodes = getattr(model.config, "is_encoder_decoder", False) and any("decoder" in path for path in paths)
+    return decodes or any(word in path for path in paths for word in ("cross", "encoder_attn", "encdec"))
 
 
-def for_layers(model: Any, chosen: Mapping[int, Chosen]) -> dict[nn.Module, Chosen]:
-    """What is chosen for each attention module that `chosen` names by number. Raises ArgumentError for other numbers."""
+def patterns_by_module(model: Any, patterns: Mapping[int, T]) -> dict[nn.Module, T]:
+    """`patterns` by attention module instead of layer number. Raises ArgumentError for numbers that no layer has."""
     layers = attention_layers(model)
-    unknown = [number for number in chosen if isinstance(number, bool) or number not in layers]
+    unknown = [number for number in patterns if isinstance(number, bool) or number not in layers]
     if unknown:
         known = f"{', '.join(map(str, layers))}" if layers else "none"
         raise ArgumentError(
             f"a pattern is given for layer {unknown[0]!r}, but the attention layers of {type(model).__name__} are {known}; "
             "use these numbers as keys."
         )
-    return {layers[number]: what for number, what in chosen.items()}
+    return {layers[number]: pattern for number, pattern in patterns.items()}
 
 
 @functools.cache
-def _calls_the_interface(kind: type[nn.Module]) -> bool:
-    """Whether a module class looks its attention up: transformers itself decides by this text, per file."""
+def _calls_attention_interface(cls: type[nn.Module]) -> bool:
+    """Whether the source of a module class looks its attention up; transformers itself searches the file for this text."""
     from transformers import PreTrainedModel
 
-    if issubclass(kind, PreTrainedModel):  # holds attention modules; is none
+    if issubclass(cls, PreTrainedModel):  # holds attention modules; is none
         return False
-    for base in kind.__mro__:
+    for base in cls.__mro__:
         if base is nn.Module:
             return False
         try:

@@ -1,9 +1,9 @@
-"""A mask that travels through a model as a tensor, and is written out only where a model reads it.
+"""The model's own mask: as a pattern (`ModelMask`), and as a tensor that is not materialised (`LazyMask`).
 
-transformers hands masks on as tensors: `generate` with a static cache asks for their dimensions, models ask for type and
-shape, DeepSeek's indexers read them. A `LazyMask` has the shape, type and device of the dense bool mask, and holds what it
-stands for. A model may take its only head, `mask[:, 0]`, which writes it out; other arithmetic is refused, since a model
-that was made for additive masks would compute something else with a bool one.
+transformers passes masks through a model as tensors: `generate` with a static cache reads their dimensions, models read
+their dtype and shape, DeepSeek's indexers read their entries. A `LazyMask` has the shape, dtype and device of the dense bool
+mask and carries a `ModelMask`. `mask[:, 0]` materialises the single head. All other arithmetic is refused: a model made for
+additive masks (0 = allowed) would compute the opposite with a bool mask (True = allowed).
 """
 
 from __future__ import annotations
@@ -23,69 +23,75 @@ __all__ = ["LazyMask", "ModelMask"]
 
 @dataclass(frozen=True)
 class ModelMask:
-    """The model's own mask for one forward pass: a pattern, and where the queries stand among the keys.
+    """The model's own mask of one forward pass: a pattern, and the position of the queries among the keys.
 
-    `pattern` counts keys from 0 even when a sliding cache has dropped the first `dropped` of them; `whole()` is the same
-    mask with those counted in, and seen by nobody. It speaks of the first `n_k` keys (None = all): those after the last
-    query, empty slots of a static cache, are seen by nobody and left away. `key_real` `(B, n_k)` and `query_real`
-    `(B, n_q)` are False for padding, None where nothing is padded; a pattern that reads content must not choose from what
-    is not there. `text` `(B, n_k)` is the same with dropped keys counted as the tokens they were (None = `key_real`).
+    Args:
+        pattern: the allowed pairs. Keys are counted from 0, also where a sliding cache has dropped the first `num_dropped`.
+        q_offset: position of the first query in that count.
+        num_dropped: keys at the front that a sliding cache no longer holds.
+        n_k: number of keys the pattern covers; None means all. The slots after the last query (empty slots of a static
+            cache) are visible to no query and left out.
+        key_real: `(B, n_k)` bool, False where a key is padding; None where none is. A router must not choose padding.
+        query_real: `(B, n_q)` bool, False where a query is padding; None where none is, or as `key_real` says.
+        text_real: `(B, n_k)` bool: `key_real` with the dropped keys counted as the tokens they were; None = `key_real`.
+        with_dropped_keys: makes the same mask with the dropped keys counted in and visible to no query; None where no key
+            was dropped.
     """
 
     pattern: Pattern
     q_offset: int
-    dropped: int = 0
+    num_dropped: int = 0
     n_k: int | None = None
     key_real: Tensor | None = None
     query_real: Tensor | None = None
-    text: Tensor | None = None
-    whole: Callable[[], ModelMask] | None = None
+    text_real: Tensor | None = None
+    with_dropped_keys: Callable[[], ModelMask] | None = None
 
     def dense(self, batch: int, n_q: int, n_k: int, device: torch.device) -> Tensor:
-        """`(batch, 1, n_q, n_k)` bool."""
-        seen = n_k if self.n_k is None else self.n_k
-        mask = self.pattern.dense(n_q, seen, batch=batch, q_offset=self.q_offset, device=device)
-        return torch.nn.functional.pad(mask.expand(batch, 1, -1, -1), (0, n_k - seen))
+        """`(batch, 1, n_q, n_k)` bool; keys beyond `self.n_k` are False."""
+        num_covered = n_k if self.n_k is None else self.n_k
+        mask = self.pattern.dense(n_q, num_covered, batch=batch, q_offset=self.q_offset, device=device)
+        return torch.nn.functional.pad(mask.expand(batch, 1, -1, -1), (0, n_k - num_covered))
 
 
 class LazyMask(Tensor):
-    """`own` as a bool tensor `(batch, 1, n_q, n_k)` that has not been written out."""
+    """`model_mask` as a bool tensor `(batch, 1, n_q, n_k)` without storage."""
 
-    own: ModelMask
+    model_mask: ModelMask
 
     @staticmethod
-    def __new__(cls, own: ModelMask, batch: int, n_q: int, n_k: int, device: torch.device | str) -> LazyMask:
+    def __new__(cls, model_mask: ModelMask, batch: int, n_q: int, n_k: int, device: torch.device | str) -> LazyMask:
         shape = (batch, 1, n_q, n_k)
         mask: LazyMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
-        mask.own = own
+        mask.model_mask = model_mask
         return mask
 
     def __init__(self, *args: Any) -> None:
         super().__init__()
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        return f"LazyMask({self.own.pattern!r}, shape={tuple(self.shape)})"
+        return f"LazyMask({self.model_mask.pattern!r}, shape={tuple(self.shape)})"
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        aten, given = torch.ops.aten, kwargs or {}
+        aten, keywords = torch.ops.aten, kwargs or {}
         mask = args[0] if args else None
         if isinstance(mask, LazyMask):
             batch, _, n_q, n_k = mask.shape
-            moved = func is aten._to_copy.default and given.get("dtype") in (None, torch.bool)
-            same = func in (aten.detach.default, aten.alias.default, aten.clone.default)
-            if moved or same or (func is aten.slice.Tensor and _everything(mask, *args[1:])):
-                return cls(mask.own, batch, n_q, n_k, given.get("device") or mask.device)
+            device_copy = func is aten._to_copy.default and keywords.get("dtype") in (None, torch.bool)
+            identity = func in (aten.detach.default, aten.alias.default, aten.clone.default)
+            if device_copy or identity or (func is aten.slice.Tensor and _is_full_slice(mask, *args[1:])):
+                return cls(mask.model_mask, batch, n_q, n_k, keywords.get("device") or mask.device)
             if func is aten.select.int and args[1:] == (1, 0):
-                return mask.own.dense(batch, n_q, n_k, mask.device)[:, 0]
+                return mask.model_mask.dense(batch, n_q, n_k, mask.device)[:, 0]
         raise UnsupportedError(
             f"this model computes with its own attention mask ({func}), which attn_implementation='farlight' does not write "
             "out, because it cannot know whether a bool or an additive mask is meant. Use 'eager' or 'sdpa' for this model."
         )
 
 
-def _everything(mask: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
-    """Whether a slice takes all of a dimension."""
+def _is_full_slice(mask: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
+    """Whether `mask[start:end:step]` along `dim` is the whole dimension."""
     return not start and (end is None or end >= mask.shape[dim]) and step == 1

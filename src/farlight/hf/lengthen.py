@@ -1,8 +1,8 @@
-"""Give a pretrained model more positions than it was trained on.
+"""`lengthen`: more positions for a pretrained model than it was trained on.
 
-A learned table of positions is copied end to end until it is long enough (Longformer's recipe): near tokens, which is
-what a window shows, then keep the relative places that the model knows. Rotary positions have no table; models that use
-them have scaling rules of their own, and one of these is set. What a model knows about short texts does not change.
+A table of learned positions is tiled until it is long enough (Longformer's recipe): tokens within a window then keep the
+relative positions the model was trained on, except across a seam. Rotary positions have no table; one of transformers' scaling
+rules is set instead. Short texts compute what they did before, except under "yarn" and "linear".
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.hf.configs import own_configs, put_back
+from farlight.hf.configs import copy_configs, restore_configs
 from farlight.patterns.arguments import whole
 
 __all__ = ["lengthen", "positions_of"]
 
-# What the tables of learned positions are called in transformers, and the settings that say how long they are.
-_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe", "pos_emb")
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_encoder_position_embeddings")
+# Names of position tables in transformers' modules, and of the settings that hold their length.
+_TABLE_NAMES = ("position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe", "pos_emb")
+_LENGTH_SETTINGS = ("max_position_embeddings", "n_positions", "max_encoder_position_embeddings")
 _ROPE = ("dynamic", "yarn", "linear")
-# Layers that never look far: there distances stay those of training however long the text is.
-_NEAR = ("sliding_attention", "chunked_attention")
+# Layer types with a bounded distance between query and key, whatever the length of the text.
+_LOCAL_LAYER_TYPES = ("sliding_attention", "chunked_attention")
 
 
 @dataclass(frozen=True)
-class _Table:
-    """A table of learned positions: `weight[special + i]` for the token at i, and rows before that with other meanings."""
+class _PositionTable:
+    """A table of learned positions: row `special + i` of its weight for position i; the rows before have other meanings."""
 
     owner: nn.Module
     name: str
@@ -40,9 +40,9 @@ class _Table:
 
     @property
     def module(self) -> nn.Embedding:
-        found = getattr(self.owner, self.name)
-        assert isinstance(found, nn.Embedding)
-        return found
+        table = getattr(self.owner, self.name)
+        assert isinstance(table, nn.Embedding)
+        return table
 
     @property
     def positions(self) -> int:
@@ -89,81 +89,83 @@ def lengthen(model: Any, max_positions: int, *, rope: str = "dynamic", tokenizer
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or config is None or not hasattr(config, "get_text_config"):
         raise UnsupportedError(f"lengthen: {name} is not a transformers model; pass a PreTrainedModel.")
-    wanted = whole("lengthen: max_positions", max_positions, 1)
+    max_positions = whole("lengthen: max_positions", max_positions, 1)
     if rope not in _ROPE:
         raise ArgumentError(f"lengthen: rope = {rope!r} is unknown; use one of {', '.join(map(repr, _ROPE))}.")
     _refuse_formulas(model, config)
-    tables = list(_tables(model, config))
-    rotary = list(_rotary(model))
+    tables = list(_position_tables(model, config))
+    rotary = list(_rotary_modules(model))
     if not tables and not rotary:
         raise UnsupportedError(
             f"lengthen: {name} ({config.model_type}) has no table of learned positions and no rotary positions that "
             "farlight knows. If its positions are relative (T5, DeBERTa, XLNet, ALiBi), it reads longer texts as it is."
         )
-    known = min(table.positions for table in tables) if tables else _rope_positions(rotary[0].config)
-    if wanted < known:
+    positions = min(table.positions for table in tables) if tables else _rope_positions(rotary[0].config)
+    if max_positions < positions:
         raise ArgumentError(
-            f"lengthen: {name} reads {known} positions already, more than the {wanted} asked for; cut the texts instead."
+            f"lengthen: {name} reads {positions} positions already, more than max_positions = {max_positions}; cut the "
+            "texts instead."
         )
-    if wanted > known:
-        held = own_configs(model)
+    if max_positions > positions:
+        saved = copy_configs(model)
         try:
             if tables:
-                _lengthen_tables(model, model.config, list(_tables(model, model.config)), wanted)
+                _lengthen_position_tables(model, model.config, list(_position_tables(model, model.config)), max_positions)
             else:
-                _scale_rotary(model, list(_rotary(model)), wanted, rope)
+                _scale_rotary(model, list(_rotary_modules(model)), max_positions, rope)
         except BaseException:
-            put_back(held)
+            restore_configs(saved)
             raise
     if tokenizer is not None:
-        tokenizer.model_max_length = wanted
+        tokenizer.model_max_length = max_positions
     return model
 
 
 def positions_of(model: Any) -> int | None:
     """The longest text that a model's positions are made for, or None where nothing says so."""
     config = model.config
-    tables = list(_tables(model, config))
+    tables = list(_position_tables(model, config))
     if tables:
         return min(table.positions for table in tables)
-    rotary = list(_rotary(model))
+    rotary = list(_rotary_modules(model))
     if rotary:
-        return _rope_reach(rotary[0].config)
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+        return _scaled_rope_positions(rotary[0].config)
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------------
-def _tables(model: nn.Module, config: Any) -> Iterator[_Table]:
+def _position_tables(model: nn.Module, config: Any) -> Iterator[_PositionTable]:
     """Each table of learned positions whose length the configuration names."""
-    lengths = {getattr(config.get_text_config(), name, None) for name in _LENGTHS}
-    # LED reads long texts and writes short ones: only what it reads with is lengthened.
-    apart = hasattr(config, "max_encoder_position_embeddings")
+    lengths = {getattr(config.get_text_config(), name, None) for name in _LENGTH_SETTINGS}
+    # LED has long inputs and short outputs: only the encoder is lengthened.
+    encoder_only = hasattr(config, "max_encoder_position_embeddings")
     for path, module in model.named_modules():
-        if apart and "decoder" in path.split("."):
+        if encoder_only and "decoder" in path.split("."):
             continue
         for name, child in module.named_children():
-            if name not in _TABLES or not isinstance(child, nn.Embedding):
+            if name not in _TABLE_NAMES or not isinstance(child, nn.Embedding):
                 continue
             # BART and OPT shift by `offset`; RoBERTa counts from its padding index on; Nyströmformer shifts its ids.
-            first = getattr(module, "position_ids", None)
+            position_ids = getattr(module, "position_ids", None)
             special = getattr(child, "offset", None)
             if special is None and child.padding_idx is not None:
                 special = child.padding_idx + 1
             if special is None:
-                special = int(first.flatten()[0]) if isinstance(first, Tensor) and first.numel() else 0
+                special = int(position_ids.flatten()[0]) if isinstance(position_ids, Tensor) and position_ids.numel() else 0
             if {child.num_embeddings, child.num_embeddings - special} & lengths:
-                yield _Table(module, name, f"{path}.{name}".lstrip("."), special)
+                yield _PositionTable(module, name, f"{path}.{name}".lstrip("."), special)
 
 
 def _refuse_formulas(model: nn.Module, config: Any) -> None:
+    """Raise UnsupportedError for sinusoidal and axial positions."""
     name = type(model).__name__
     for path, module in model.named_modules():
-        kind = type(module).__name__
-        if "Sinusoidal" in kind or (path.endswith(_TABLES) and getattr(config, "sinusoidal_pos_embds", False)):
+        class_name = type(module).__name__
+        if "Sinusoidal" in class_name or (path.endswith(_TABLE_NAMES) and getattr(config, "sinusoidal_pos_embds", False)):
             raise UnsupportedError(
-                f"lengthen: {name} computes its positions by a formula ({path}: {kind}), so there is nothing to copy; load "
-                "it with from_pretrained(…, max_position_embeddings=N) instead."
+                f"lengthen: {name} computes its positions by a formula ({path}: {class_name}), so there is nothing to copy; "
+                "load it with from_pretrained(…, max_position_embeddings=N) instead."
             )
     if getattr(config, "axial_pos_embds", False):
         raise UnsupportedError(
@@ -172,8 +174,9 @@ def _refuse_formulas(model: nn.Module, config: Any) -> None:
         )
 
 
-def _lengthen_tables(model: nn.Module, config: Any, tables: list[_Table], wanted: int) -> None:
-    stale = _other_buffers(model, tables)
+def _lengthen_position_tables(model: nn.Module, config: Any, tables: list[_PositionTable], max_positions: int) -> None:
+    """Tile every table and its buffers to `max_positions`, and set the configuration's length."""
+    stale = _stale_buffers(model, tables)
     if stale:
         raise UnsupportedError(
             f"lengthen: {type(model).__name__} also keeps {', '.join(stale)}, made for its old length, which farlight does "
@@ -181,41 +184,41 @@ def _lengthen_tables(model: nn.Module, config: Any, tables: list[_Table], wanted
             "ignore_mismatched_sizes=True) and copy the position table yourself."
         )
     text = config.get_text_config()
-    added = wanted - tables[0].positions
+    added = max_positions - tables[0].positions
     for table in tables:
-        if table.positions + added != wanted:
+        if table.positions + added != max_positions:
             raise UnsupportedError(
                 f"lengthen: {type(model).__name__} has position tables of {tables[0].positions} and {table.positions} "
-                f"places ({tables[0].path}, {table.path}); lengthen takes models in which they are equal."
+                f"positions ({tables[0].path}, {table.path}); lengthen takes models in which they are equal."
             )
     for table in tables:
-        old = table.module
-        weight = old.weight.detach()
-        rows = torch.arange(wanted, device=weight.device) % table.positions + table.special
-        # The same module with a longer weight, so that subclasses with a forward of their own stay what they are.
-        old.weight = nn.Parameter(torch.cat([weight[: table.special], weight[rows]]), old.weight.requires_grad)
-        old.num_embeddings = old.weight.shape[0]
+        module = table.module
+        weight = module.weight.detach()
+        rows = torch.arange(max_positions, device=weight.device) % table.positions + table.special
+        # The same module with a longer weight: subclasses may override `forward`.
+        module.weight = nn.Parameter(torch.cat([weight[: table.special], weight[rows]]), module.weight.requires_grad)
+        module.num_embeddings = module.weight.shape[0]
         for name, ids in list(table.owner.named_buffers(recurse=False)):
             if name in ("position_ids", "token_type_ids"):
                 _lengthen_buffer(table.owner, name, ids, added)
     # DeBERTa's table of distances is as long as the text it was made for, unless the configuration says how long it is.
     if getattr(text, "relative_attention", False) and getattr(text, "max_relative_positions", 1) < 1:
         text.max_relative_positions = text.max_position_embeddings
-    name = next(name for name in _LENGTHS if isinstance(getattr(text, name, None), int))
+    name = next(name for name in _LENGTH_SETTINGS if isinstance(getattr(text, name, None), int))
     setattr(text, name, getattr(text, name) + added)
 
 
 def _lengthen_buffer(owner: nn.Module, name: str, ids: Tensor, added: int) -> None:
-    """Positions count on; token types repeat the last one."""
-    more = ids[..., -1:].expand(*ids.shape[:-1], added)
+    """`added` more entries at the end of a buffer: position ids continue, token types repeat the last one."""
+    tail = ids[..., -1:].expand(*ids.shape[:-1], added)
     if name == "position_ids":
-        more = more + torch.arange(1, added + 1, device=ids.device)
-    kept = name not in owner._non_persistent_buffers_set
-    owner.register_buffer(name, torch.cat([ids, more], -1).contiguous(), persistent=kept)
+        tail = tail + torch.arange(1, added + 1, device=ids.device)
+    persistent = name not in owner._non_persistent_buffers_set
+    owner.register_buffer(name, torch.cat([ids, tail], -1).contiguous(), persistent=persistent)
 
 
-def _other_buffers(model: nn.Module, tables: list[_Table]) -> list[str]:
-    """Masks and indices elsewhere that are as long as the old table: they would cut the text short, or fail."""
+def _stale_buffers(model: nn.Module, tables: list[_PositionTable]) -> list[str]:
+    """Integer and bool buffers of other modules with the old table's length: they would truncate the text, or fail."""
     owned = {id(buffer) for table in tables for buffer in table.owner.buffers(recurse=False)}
     lengths = {table.positions for table in tables} | {table.module.num_embeddings for table in tables}
     return [
@@ -227,73 +230,74 @@ def _other_buffers(model: nn.Module, tables: list[_Table]) -> list[str]:
 
 # ---- rotary positions ---------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class _Rotary:
-    """A module that computes the angles of a model's rotary positions, from its configuration."""
+class _RotaryModule:
+    """`owner.name`: a module that computes rotary angles from its configuration."""
 
     owner: nn.Module
     name: str
     config: Any
 
 
-def _rotary(model: nn.Module) -> Iterator[_Rotary]:
+def _rotary_modules(model: nn.Module) -> Iterator[_RotaryModule]:
     for module in model.modules():
         for name, child in module.named_children():
             config = getattr(child, "config", None)
             if hasattr(child, "rope_type") and getattr(config, "rope_parameters", None):
-                yield _Rotary(module, name, config)
+                yield _RotaryModule(module, name, config)
 
 
-def _scaled(config: Any) -> list[dict[str, Any]]:
-    """The rope parameters that a longer text concerns."""
+def _scaled_parameters(config: Any) -> list[dict[str, Any]]:
+    """The rope parameter dictionaries to scale: one for the model, or one for each layer type without a window."""
     parameters = config.rope_parameters
     if "rope_type" in parameters:
         return [parameters]
-    return [each for kind, each in parameters.items() if isinstance(each, dict) and kind not in _NEAR]
+    return [rope for layer_type, rope in parameters.items() if isinstance(rope, dict) and layer_type not in _LOCAL_LAYER_TYPES]
 
 
 def _rope_positions(config: Any) -> int:
-    """How many positions the unscaled model reads."""
+    """Number of positions of the unscaled model."""
     length: int = config.max_position_embeddings
     return length
 
 
-def _rope_reach(config: Any) -> int:
-    """How many positions the model reads, its scaling included."""
-    factors = [each["factor"] for each in _scaled(config) if each.get("rope_type") == "dynamic"]
+def _scaled_rope_positions(config: Any) -> int:
+    """Number of positions of the model, its scaling included."""
+    factors = [each["factor"] for each in _scaled_parameters(config) if each.get("rope_type") == "dynamic"]
     return int(config.max_position_embeddings * max(factors, default=1.0))
 
 
-def _scale_rotary(model: nn.Module, rotary: list[_Rotary], wanted: int, rope: str) -> None:
+def _scale_rotary(model: nn.Module, rotary: list[_RotaryModule], max_positions: int, rope: str) -> None:
+    """Set the scaling rule in the configuration and rebuild the rotary modules. Where it raises, nothing changed."""
     config = rotary[0].config
-    known = _rope_positions(config)
-    scaled = _scaled(config)
+    positions = _rope_positions(config)
+    scaled = _scaled_parameters(config)
     for each in scaled:
-        kind = each.get("rope_type", "default")
-        if kind != "default":
+        rope_type = each.get("rope_type", "default")
+        if rope_type != "default":
             raise UnsupportedError(
-                f"lengthen: {type(model).__name__} already has rotary positions scaled by {kind!r} ({each}), and one "
+                f"lengthen: {type(model).__name__} already has rotary positions scaled by {rope_type!r} ({each}), and one "
                 "scaling on top of another is not defined; set config.rope_parameters yourself, or start from the "
                 "unscaled model."
             )
-    before = copy.deepcopy((config.rope_parameters, known))
-    made = []
+    before = copy.deepcopy((config.rope_parameters, positions))
+    replacements = []
     try:
         for each in scaled:
-            each.update(rope_type=rope, factor=wanted / known)
+            each.update(rope_type=rope, factor=max_positions / positions)
             if rope == "yarn":
-                each["original_max_position_embeddings"] = known
+                each["original_max_position_embeddings"] = positions
         if rope != "dynamic":
-            # The dynamic rule measures a text against the length of training, which it reads from here.
-            config.max_position_embeddings = wanted
+            # The dynamic rule compares a text with the training length, which it reads from here.
+            config.max_position_embeddings = max_positions
         config.validate_rope()
-        made = [type(getattr(place.owner, place.name))(place.config) for place in rotary]
+        replacements = [type(getattr(item.owner, item.name))(item.config) for item in rotary]
     except (ValueError, ZeroDivisionError) as error:
         config.rope_parameters, config.max_position_embeddings = before
         raise UnsupportedError(
             f"lengthen: {type(model).__name__} does not take rope={rope!r} ({error}); try another of "
             f"{', '.join(map(repr, _ROPE))}, or set config.rope_parameters as its documentation says."
         ) from error
-    for place, new in zip(rotary, made, strict=True):
-        old = getattr(place.owner, place.name)
+    for item, new in zip(rotary, replacements, strict=True):
+        old = getattr(item.owner, item.name)
         device = next((buffer.device for buffer in old.buffers()), None)
-        setattr(place.owner, place.name, new.to(device).train(old.training))
+        setattr(item.owner, item.name, new.to(device).train(old.training))

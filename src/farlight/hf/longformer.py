@@ -1,10 +1,13 @@
-"""Longformer and the encoder of LED: the same parameters and numbers as Hugging Face's modules, without their chunks.
+"""Longformer and the encoder of LED: farlight's attention with the parameters and outputs of Hugging Face's modules.
 
 With roles *local*, *global* and *padding* of the tokens, w = attention_window / 2 and q, k, v the layer's projections:
 
     out[i] = Σ_j softmax_j(q[i]·k[j] / √D) v[j]    over j real and (|i - j| <= w or j global)       i local
     out[i] = the same with the separate q_global, k_global, v_global, over all real j               i global
     out[i] = 0                                                                                      i padding
+
+Local rows and global rows are two attention calls; the global rows are gathered first, and scattered into the output.
+Hugging Face's modules chunk and pad the text instead.
 
 Beltagy, Peters & Cohan 2020, "Longformer: The Long-Document Transformer", arXiv:2004.05150. The dilated and the
 autoregressive mode of that paper, which Hugging Face's modules do not have, are options here.
@@ -18,20 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import farlight
+from farlight.attention import attention
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.swap import (
-    Reference,
     Replacement,
-    assign,
+    TensorVersion,
     children,
-    class_of,
-    common,
-    heads_apart,
-    heads_joined,
-    in_use,
-    refuse_attentions,
+    collapse_batch,
+    contains,
+    loaded_class,
+    merge_heads,
+    refuse_probabilities,
     restore,
+    set_attribute,
+    split_heads,
 )
 from farlight.hf.tracing import refuse_jit_trace
 from farlight.patterns import causal, full, padding, per_head, seen_by_all, sees_all, window
@@ -39,18 +42,20 @@ from farlight.patterns.expression import Pattern
 
 __all__ = ["LongformerAttention", "replaces", "restore", "sparsify"]
 
-_KINDS = (
+# (file, class of the attention module, class of the model or encoder around it)
+_CLASSES = (
     ("longformer.modeling_longformer", "LongformerSelfAttention", "LongformerModel"),
     ("led.modeling_led", "LEDEncoderSelfAttention", "LEDEncoder"),
 )
 
+# One number, one for each layer, or for each layer one for each head.
 Dilation = int | Sequence[int] | Sequence[Sequence[int]]
 
 
 def replaces(model: nn.Module) -> bool:
-    """Whether the model holds self-attention of Longformer or of LED's encoder (Hugging Face's or, already, farlight's)."""
-    own = (class_of(file, attention) for file, attention, _ in _KINDS)
-    return in_use(model, LongformerAttention) or any(next(children(model, kind), None) for kind in own)
+    """Whether the model contains self-attention of Longformer or of LED's encoder (Hugging Face's, or farlight's already)."""
+    classes = (loaded_class(file, cls) for file, cls, _ in _CLASSES)
+    return contains(model, LongformerAttention) or any(next(children(model, cls), None) for cls in classes)
 
 
 def sparsify(model: Any, *, autoregressive: bool = False, dilation: Dilation = 1, backend: str = "auto") -> Any:
@@ -80,27 +85,34 @@ def sparsify(model: Any, *, autoregressive: bool = False, dilation: Dilation = 1
     True
     """
     restore(model)
-    found = [place for file, attention, _ in _KINDS for place in children(model, class_of(file, attention))]
-    if not found:
+    sites = [site for file, cls, _ in _CLASSES for site in children(model, loaded_class(file, cls))]
+    if not sites:
         raise UnsupportedError(
             f"{type(model).__name__} holds no self-attention of Longformer or of LED's encoder; for other models use "
             "fl.hf.sparsify."
         )
-    roles = _Memo()
-    windows = _windows([child for _, _, child in found], dilation)
-    for (parent, name, child), near in zip(found, windows, strict=True):
-        setattr(parent, name, LongformerAttention(child, near, autoregressive, backend, roles))
-    for file, _, wrapper in _KINDS:
-        kind = class_of(file, wrapper)
-        for owner in [module for module in model.modules() if kind is not None and isinstance(module, kind)]:
-            assign(owner, owner, "_pad_to_window_size", _unpadded if wrapper == "LongformerModel" else _unpadded_led)
+    roles = _RolesCache()
+    windows = _windows([child for _, _, child in sites], dilation)
+    for (parent, name, child), window_pattern in zip(sites, windows, strict=True):
+        setattr(parent, name, LongformerAttention(child, window_pattern, autoregressive, backend, roles))
+    for file, _, wrapper in _CLASSES:
+        cls = loaded_class(file, wrapper)
+        for owner in [module for module in model.modules() if cls is not None and isinstance(module, cls)]:
+            set_attribute(
+                owner, owner, "_pad_to_window_size", _keep_length if wrapper == "LongformerModel" else _keep_length_led
+            )
     return model
 
 
 class LongformerAttention(Replacement):
-    """In the place of one `LongformerSelfAttention` or `LEDEncoderSelfAttention`; called as they are.
+    """Replaces one `LongformerSelfAttention` or `LEDEncoderSelfAttention`, with the same call; see the module docstring.
 
-    `near` is the window without globals and padding; see the head of this file for what is computed.
+    Args:
+        original: the replaced module.
+        window_pattern: the window alone, without global tokens and padding.
+        autoregressive: global and local tokens see only j <= i.
+        backend: as in `fl.attention`.
+        roles: shared by the layers of a model, so that masks are read once.
     """
 
     query: nn.Module
@@ -111,13 +123,18 @@ class LongformerAttention(Replacement):
     value_global: nn.Module
 
     def __init__(
-        self, original: nn.Module, near: Pattern, autoregressive: bool = False, backend: str = "auto", roles: Any = None
+        self,
+        original: nn.Module,
+        window_pattern: Pattern,
+        autoregressive: bool = False,
+        backend: str = "auto",
+        roles: Any = None,
     ) -> None:
         super().__init__(original)
         self.num_heads: int = original.num_heads  # type: ignore[assignment]
         self.dropout: float = original.dropout  # type: ignore[assignment]
-        self.near, self.autoregressive, self.backend = near, autoregressive, backend
-        self._roles: _Memo = _Memo() if roles is None else roles
+        self.window_pattern, self.autoregressive, self.backend = window_pattern, autoregressive, backend
+        self._roles: _RolesCache = _RolesCache() if roles is None else roles
 
     def forward(
         self,
@@ -128,9 +145,12 @@ class LongformerAttention(Replacement):
         is_global_attn: bool | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor]:
-        """`(B, N, E)` to `(B, N, E)`; the masks are those that the encoder prepares (the sign of `attention_mask` counts)."""
-        refuse_jit_trace()
-        refuse_attentions(self, output_attentions)
+        """`(B, N, E)` to `(B, N, E)`; masks `(B, N)` as the encoder prepares them.
+
+        `attention_mask`: negative = padding, 0 = local, positive = global. Raises UnsupportedError for other shapes.
+        """
+        refuse_jit_trace(self)
+        refuse_probabilities(self, output_attentions)
         for mask in (attention_mask, is_index_masked, is_index_global_attn):
             if mask is not None and mask.shape != hidden_states.shape[:2]:
                 raise UnsupportedError(
@@ -139,137 +159,146 @@ class LongformerAttention(Replacement):
                     "for each text."
                 )
         roles = self._roles(attention_mask, is_index_masked, is_index_global_attn, is_global_attn)
-        q, k, v = (heads_apart(f(hidden_states), self.num_heads) for f in (self.query, self.key, self.value))
-        out = heads_joined(self._attend(q, k, v, roles.local(self.near, self.autoregressive)))
+        q, k, v = (split_heads(f(hidden_states), self.num_heads) for f in (self.query, self.key, self.value))
+        out = merge_heads(self._attend(q, k, v, roles.local(self.window_pattern, self.autoregressive)))
         if roles.index is None:
             return (out,)
-        # Rows of global tokens are 0 so far, so that adding is overwriting.
+        # The rows of global tokens are 0, so scatter_add writes them.
         index = roles.index[:, :, None].expand(-1, -1, hidden_states.shape[2])
         q = self.query_global(hidden_states.gather(1, index))
-        k, v = (heads_apart(f(hidden_states), self.num_heads) for f in (self.key_global, self.value_global))
+        k, v = (split_heads(f(hidden_states), self.num_heads) for f in (self.key_global, self.value_global))
         if self.autoregressive:
-            # Where a query stands matters: each goes back to its place.
-            q = torch.zeros_like(hidden_states, dtype=q.dtype).scatter_add(1, index, roles.blanked(q))
-            return (out + heads_joined(self._attend(heads_apart(q, self.num_heads), k, v, roles.backward_looking())),)
-        seen = heads_joined(self._attend(heads_apart(q, self.num_heads), k, v, roles.real()))
-        return (out.scatter_add(1, index, roles.blanked(seen)),)
+            # Causality needs the positions of the queries, so they are scattered back to their rows.
+            q = torch.zeros_like(hidden_states, dtype=q.dtype).scatter_add(1, index, roles.zero_fill(q))
+            return (out + merge_heads(self._attend(split_heads(q, self.num_heads), k, v, roles.global_rows())),)
+        global_out = merge_heads(self._attend(split_heads(q, self.num_heads), k, v, roles.real()))
+        return (out.scatter_add(1, index, roles.zero_fill(global_out)),)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        out = farlight.attention(q, k, v, pattern, dropout=dropout, backend=self.backend)
+        out = attention(q, k, v, pattern, dropout=dropout, backend=self.backend)
         assert isinstance(out, Tensor)
         return out
 
 
-class _Roles:
-    """Which tokens are padding and which are global, in one batch; the patterns are shared by all layers."""
+class _TokenRoles:
+    """The roles of the tokens of one batch, and the patterns made from them; shared by all layers.
+
+    Attributes:
+        masked, is_global: `(B|1, N)` bool; None where no token is padding, or global.
+        index: `(B, G)` int64, positions of the global tokens, G the largest number of them in a text; shorter rows are filled
+            up with other positions.
+        used: `(B, G)` bool, False for the fill; None where there is none.
+    """
 
     def __init__(self, masked: Tensor | None, is_global: Tensor | None) -> None:
-        self.masked = None if masked is None or not bool(masked.any()) else common(masked)
+        self.masked = None if masked is None or not bool(masked.any()) else collapse_batch(masked)
         self.index: Tensor | None = None
         self.used: Tensor | None = None
-        self.is_global = None if is_global is None or not bool(is_global.any()) else common(is_global)
+        self.is_global = None if is_global is None or not bool(is_global.any()) else collapse_batch(is_global)
         self._local: dict[tuple[Pattern, bool], Pattern] = {}
         if is_global is not None and self.is_global is not None:
             count = is_global.sum(1)
-            most = int(count.max())
-            # Positions of the global tokens, those with fewer filled up by others, which `blanked` leaves out.
-            self.index = is_global.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-            used = torch.arange(most, device=count.device) < count[:, None]
+            max_count = int(count.max())
+            self.index = is_global.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :max_count]
+            used = torch.arange(max_count, device=count.device) < count[:, None]
             self.used = None if bool(used.all()) else used
 
-    def local(self, near: Pattern, autoregressive: bool) -> Pattern:
-        """Links of the local tokens. A set: a global token inside the window counts once."""
-        key = (near, autoregressive)
+    def local(self, window_pattern: Pattern, autoregressive: bool) -> Pattern:
+        """The allowed pairs of the local rows. A set: a global token inside the window counts once."""
+        key = (window_pattern, autoregressive)
         if key not in self._local:
-            pattern = near if self.masked is None else near & padding(~self.masked)
+            pattern = window_pattern if self.masked is None else window_pattern & padding(~self.masked)
             if self.is_global is not None:
                 pattern = pattern | seen_by_all(self.is_global)
             if autoregressive:
                 pattern = causal() & pattern
-            for others in (self.masked, self.is_global):
-                if others is not None:
-                    pattern = pattern - sees_all(others)
+            for rows in (self.masked, self.is_global):
+                if rows is not None:
+                    pattern = pattern - sees_all(rows)
             self._local[key] = pattern
         return self._local[key]
 
     def real(self) -> Pattern:
+        """All pairs with a real key."""
         return full() if self.masked is None else padding(~self.masked)
 
-    def backward_looking(self) -> Pattern:
-        """Links of the global tokens that lie in the past."""
+    def global_rows(self) -> Pattern:
+        """The causal pairs of the global rows."""
         assert self.is_global is not None
         return causal() & self.real() & sees_all(self.is_global)
 
-    def blanked(self, rows: Tensor) -> Tensor:
-        """`(B, G, …)` rows of global tokens, 0 where an item has fewer."""
+    def zero_fill(self, rows: Tensor) -> Tensor:
+        """`(B, G, …)` rows of global tokens, with 0 in the fill of texts that have fewer."""
         return rows if self.used is None else torch.where(self.used[:, :, None], rows, 0.0)
 
 
-class _Memo:
-    """The roles of the batch at hand: every layer of a model is given the same two masks."""
+class _RolesCache:
+    """The roles of the latest batch: every layer of a model receives the same two masks. Copies start empty."""
 
     def __init__(self) -> None:
-        self._last: tuple[Reference, Reference, _Roles] | None = None
+        self._last: tuple[TensorVersion, TensorVersion, _TokenRoles] | None = None
 
-    def __reduce__(self) -> tuple[type[_Memo], tuple[()]]:
-        return _Memo, ()
+    def __reduce__(self) -> tuple[type[_RolesCache], tuple[()]]:
+        return _RolesCache, ()
 
-    def __call__(self, mask: Tensor | None, masked: Tensor | None, is_global: Tensor | None, any_global: bool | None) -> _Roles:
+    def __call__(
+        self, mask: Tensor | None, masked: Tensor | None, is_global: Tensor | None, any_global: bool | None
+    ) -> _TokenRoles:
         if mask is not None:
             masked = mask < 0 if masked is None else masked
             is_global = mask > 0 if is_global is None else is_global
         if any_global is False:
             is_global = None
         last = self._last
-        if last is not None and last[0].is_still(masked) and last[1].is_still(is_global):
+        if last is not None and last[0].is_unchanged(masked) and last[1].is_unchanged(is_global):
             return last[2]
-        roles = _Roles(masked, is_global)
-        self._last = (Reference(masked), Reference(is_global), roles)
+        roles = _TokenRoles(masked, is_global)
+        self._last = (TensorVersion(masked), TensorVersion(is_global), roles)
         return roles
 
 
 def _windows(modules: Sequence[Any], dilation: Dilation) -> list[Pattern]:
-    """The window of each layer, with its gaps."""
-    gaps: list[int | Sequence[int]] = [dilation] * len(modules) if isinstance(dilation, int) else list(dilation)
-    if len(gaps) != len(modules):
+    """The dilated window of each layer. Raises ArgumentError where `dilation` does not fit the layers or heads."""
+    by_layer: list[int | Sequence[int]] = [dilation] * len(modules) if isinstance(dilation, int) else list(dilation)
+    if len(by_layer) != len(modules):
         raise ArgumentError(
-            f"dilation has {len(gaps)} entries, but the model has {len(modules)} layers with Longformer attention; give one "
-            "number for all, or one entry for each layer."
+            f"dilation has {len(by_layer)} entries, but the model has {len(modules)} layers with Longformer attention; give "
+            "one number for all, or one entry for each layer."
         )
-    out: list[Pattern] = []
-    for layer, (module, gap) in enumerate(zip(modules, gaps, strict=True)):
+    windows: list[Pattern] = []
+    for layer, (module, layer_dilation) in enumerate(zip(modules, by_layer, strict=True)):
         width = module.one_sided_attn_window_size
-        if isinstance(gap, int):
-            out.append(window(width, dilation=gap))
+        if isinstance(layer_dilation, int):
+            windows.append(window(width, dilation=layer_dilation))
             continue
-        each = list(gap)
-        if len(each) != module.num_heads:
+        by_head = list(layer_dilation)
+        if len(by_head) != module.num_heads:
             raise ArgumentError(
-                f"dilation: layer {layer} has {len(each)} entries for {module.num_heads} heads; give one number for the "
+                f"dilation: layer {layer} has {len(by_head)} entries for {module.num_heads} heads; give one number for the "
                 "layer, or one for each head."
             )
-        out.append(per_head([window(width, dilation=d) for d in each]))
-    return out
+        windows.append(per_head([window(width, dilation=d) for d in by_head]))
+    return windows
 
 
-def _unpadded(
+def _keep_length(
     input_ids: Any, attention_mask: Any, token_type_ids: Any, position_ids: Any, inputs_embeds: Any, pad_token_id: int
 ) -> tuple[Any, ...]:
-    """In the place of `LongformerModel._pad_to_window_size`: no padding is needed."""
-    return 0, input_ids, attention_mask.as_subclass(_OneRow), token_type_ids, position_ids, inputs_embeds
+    """Replaces `LongformerModel._pad_to_window_size`: no padding is needed."""
+    return 0, input_ids, attention_mask.as_subclass(_OneRowMask), token_type_ids, position_ids, inputs_embeds
 
 
-def _unpadded_led(input_ids: Any, attention_mask: Any, inputs_embeds: Any, pad_token_id: int) -> tuple[Any, ...]:
-    """In the place of `LEDEncoder._pad_to_window_size`."""
-    return 0, input_ids, attention_mask.as_subclass(_OneRow), inputs_embeds
+def _keep_length_led(input_ids: Any, attention_mask: Any, inputs_embeds: Any, pad_token_id: int) -> tuple[Any, ...]:
+    """Replaces `LEDEncoder._pad_to_window_size`."""
+    return 0, input_ids, attention_mask.as_subclass(_OneRowMask), inputs_embeds
 
 
-class _OneRow(Tensor):
-    """A mask `(B, N)` that stays one row. Both models build an additive mask of N equal rows, and read the first.
+class _OneRowMask(Tensor):
+    """A mask `(B, N)` that is not expanded to N rows. Both models build an additive mask of N equal rows, and read the first.
 
-    LED's encoder repeats the mask N times. LongformerModel clamps it to 0 and 1 and asks transformers for a mask of four
-    dimensions, which is passed on where it has them already.
+    LED's encoder expands the mask. LongformerModel clamps it to 0 and 1 and passes it to transformers' mask function, which
+    returns a mask that has four dimensions already.
     """
 
     @classmethod

@@ -1,6 +1,6 @@
-"""Attention probabilities for `output_attentions=True`: formed densely, for analysis of short texts.
+"""Attention probabilities for `output_attentions=True`: a dense matrix, for the analysis of short texts.
 
-The attention itself never forms them. They are computed beside it, from the same pattern, scale and sinks.
+Farlight's attention never materialises it. It is computed separately, from the same pattern, scale and sinks.
 """
 
 from __future__ import annotations
@@ -13,40 +13,45 @@ from torch import Tensor, nn
 from farlight.errors import UnsupportedError
 from farlight.patterns.expression import Pattern
 
-__all__ = ["LONGEST", "check_length", "probabilities", "wants_probabilities"]
+__all__ = ["MAX_TOKENS", "check_length", "probabilities", "wants_probabilities"]
 
-# Queries or keys up to which the matrix is formed: 64 MiB for each head in float32.
-LONGEST = 4096
+# Queries or keys up to which the matrix is materialised: 64 MiB for each head in float32.
+MAX_TOKENS = 4096
 
 
-def wants_probabilities(module: nn.Module, given: Any) -> bool:
-    """Whether `output_attentions` asks for them: the argument, or where it is missing the configuration."""
-    wanted = getattr(getattr(module, "config", None), "output_attentions", False) if given is None else given
-    return bool(wanted)
+def wants_probabilities(module: nn.Module, output_attentions: Any) -> bool:
+    """Whether probabilities are to be returned: the argument, or where it is None the configuration's value."""
+    if output_attentions is None:
+        output_attentions = getattr(getattr(module, "config", None), "output_attentions", False)
+    return bool(output_attentions)
 
 
 def check_length(module: nn.Module, n_q: int, n_k: int) -> None:
     """Raise UnsupportedError where the matrix would be too large to form."""
-    if max(n_q, n_k) > LONGEST:
+    if max(n_q, n_k) > MAX_TOKENS:
         raise UnsupportedError(
-            f"output_attentions=True asks {type(module).__name__} for the attention probabilities of {n_q} queries and {n_k} "
-            f"keys, which farlight forms up to {LONGEST} tokens only; pass a shorter text, or leave the option out."
+            f"output_attentions=True needs the attention probabilities of {type(module).__name__} for {n_q} queries and "
+            f"{n_k} keys, which farlight forms up to {MAX_TOKENS} tokens only; pass a shorter text, or leave the option out."
         )
 
 
 def probabilities(
     q: Tensor, k: Tensor, pattern: Pattern, scale: float | None, q_offset: int | None = None, sinks: Tensor | None = None
 ) -> Tensor:
-    """`(B, H, n_q, n_k)` in q's dtype, dropout left out; a row that sees nothing is 0. Sinks take their share of each row."""
-    (batch, heads, n_q, width), n_k = q.shape, k.shape[2]
+    """softmax(scale · q kᵀ) over the allowed pairs, `(B, H, n_q, n_k)` in q's dtype, dropout left out.
+
+    `q` `(B, H, n_q, D)`, `k` `(B, H_kv, n_k, D)`, `sinks` `(H,)` logits that join each row's softmax. A row that sees nothing
+    is 0.
+    """
+    (batch, heads, n_q, head_dim), n_k = q.shape, k.shape[2]
     k = k.repeat_interleave(heads // k.shape[1], 1)
-    kind = torch.promote_types(q.dtype, torch.float32)
-    scores = q.to(kind) @ k.to(kind).mT * (width**-0.5 if scale is None else scale)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(dtype) @ k.to(dtype).mT * (head_dim**-0.5 if scale is None else scale)
     allowed = pattern.dense(n_q, n_k, batch=batch, heads=heads, q_offset=q_offset, device=q.device)
     scores = scores.masked_fill(~allowed, -torch.inf)
     if sinks is not None:
-        scores = torch.cat((scores, sinks.to(kind).reshape(1, -1, 1, 1).expand(batch, -1, n_q, 1)), 3)
-    # A row of nothing but -inf would be NaN, and its gradient too.
-    seen = (scores > -torch.inf).any(3, keepdim=True)
-    share = scores.masked_fill(~seen, 0.0).softmax(3)[..., :n_k]
-    return share.masked_fill(~allowed, 0.0).to(q.dtype)
+        scores = torch.cat((scores, sinks.to(dtype).reshape(1, -1, 1, 1).expand(batch, -1, n_q, 1)), 3)
+    # softmax of a row of -inf is NaN, and its gradient too.
+    has_keys = (scores > -torch.inf).any(3, keepdim=True)
+    weights = scores.masked_fill(~has_keys, 0.0).softmax(3)[..., :n_k]
+    return weights.masked_fill(~allowed, 0.0).to(q.dtype)

@@ -1,8 +1,8 @@
-"""A Hugging Face model made sparse for good, and made dense again.
+"""`sparsify` and `restore`: farlight's attention inside a Hugging Face model until it is undone.
 
-`use_pattern` is for the length of a block; here the same setting stays on the model. It lives on the modules beside their
-weights, not in them: parameters, state dict and configuration file are those of the dense model, so a checkpoint saved
-from one loads into the other.
+`use_pattern` lasts for a `with` block; here the same setting stays on the model. It is an attribute of the modules, not a
+weight: parameters, state dict and configuration file are those of the dense model, so a checkpoint of one loads into the
+other.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from farlight.errors import ArgumentError
 from farlight.hf import bigbird, longformer, swap
-from farlight.hf.attention_function import Chosen
 from farlight.hf.fit_file import read_layers
-from farlight.hf.interface import settle
+from farlight.hf.interface import install_pattern
+from farlight.hf.setting import LayerPattern
 
 __all__ = ["restore", "sparsify"]
 
@@ -24,17 +24,17 @@ _UNDO = "_farlight_undo"
 
 def sparsify(
     model: Any,
-    pattern: Chosen | Mapping[int, Chosen] | str | os.PathLike[str] = None,
+    pattern: LayerPattern | Mapping[int, LayerPattern] | str | os.PathLike[str] = None,
     *,
     backend: str = "auto",
     **options: Any,
 ) -> Any:
     """Make a Hugging Face model compute its attention with farlight, under `pattern`; the model is changed and returned.
 
-    A pair (query i, key j) of a layer is seen when the model itself allows it, padding, causality and sliding windows
-    included, and `pattern` does. Parameters stay what they are; `restore(model)` undoes it.
+    A pair (query i, key j) of a layer is allowed when the model's own mask (padding, causality, sliding windows) and `pattern`
+    both allow it. Parameters stay what they are; `restore(model)` undoes it.
 
-    Longformer, LED, BigBird and BigBird-Pegasus bring a sparse attention of their own, which is replaced by farlight's
+    Longformer, LED, BigBird and BigBird-Pegasus have a sparse attention of their own, which is replaced by farlight's
     (`farlight.hf.longformer`, `farlight.hf.bigbird`); `pattern` must be None for them, and `options` are theirs.
 
     Args:
@@ -61,21 +61,21 @@ def sparsify(
     ...     model(torch.arange(6)[None]).last_hidden_state.shape
     torch.Size([1, 6, 8])
     """
-    for kind in (longformer, bigbird):
-        if kind.replaces(model):
+    for family in (longformer, bigbird):
+        if family.replaces(model):
             if pattern is not None:
                 raise ArgumentError(
                     f"{type(model).__name__} brings a sparse attention of its own, which farlight computes as it is; leave "
-                    f"the pattern out (see farlight.hf.{kind.__name__.split('.')[-1]}.sparsify for its options)."
+                    f"the pattern out (see farlight.hf.{family.__name__.split('.')[-1]}.sparsify for its options)."
                 )
-            return kind.sparsify(model, backend=backend, **options)
+            return family.sparsify(model, backend=backend, **options)
     if options:
         raise ArgumentError(
             f"sparsify: {next(iter(options))!r} is not an option for {type(model).__name__}; it takes a pattern and backend."
         )
-    chosen: Any = read_layers(pattern) if isinstance(pattern, str | os.PathLike) else pattern
-    undo = settle(model, chosen, backend=backend)
-    # What was there before the first call is what `restore` goes back to.
+    layer_patterns: Any = read_layers(pattern) if isinstance(pattern, str | os.PathLike) else pattern
+    undo = install_pattern(model, layer_patterns, backend=backend)
+    # `restore` goes back to the state before the first call.
     model.__dict__.setdefault(_UNDO, undo)
     return model
 
@@ -86,7 +86,7 @@ def restore(model: Any) -> Any:
     Raises ArgumentError when the model is not sparse, or when only the model around it or a part of it was made so.
     """
     undo = model.__dict__.pop(_UNDO, None)
-    if undo is None and swap.in_use(model, swap.Replacement):
+    if undo is None and swap.contains(model, swap.Replacement):
         return swap.restore(model)
     if undo is None:
         raise ArgumentError(

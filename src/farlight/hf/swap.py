@@ -1,8 +1,8 @@
-"""Modules of a Hugging Face model replaced by others that hold the same parameters, and everything put back.
+"""Replacement of attention modules in a Hugging Face model, with shared parameters, and its reversal.
 
-Some models bring their own sparse attention and leave no place where another could be plugged in. Their attention modules
-are replaced one by one. A replacement shares the containers of the original: parameters, buffers, submodules and hooks. The
-state dict, optimisers and forward hooks do not notice, and what is registered meanwhile stays after `restore`.
+Longformer and BigBird compute a sparse attention of their own and do not use AttentionInterface, so their attention modules are
+replaced one by one. A `Replacement` shares the dictionaries of the original (parameters, buffers, submodules, hooks): the state
+dict, optimisers and forward hooks are the same objects, and what is registered meanwhile stays after `restore`.
 """
 
 from __future__ import annotations
@@ -17,70 +17,82 @@ from torch import Tensor, nn
 
 from farlight.errors import UnsupportedError
 
-__all__ = ["Reference", "Replacement", "assign", "class_of", "common", "heads_apart", "heads_joined", "in_use", "restore"]
+__all__ = [
+    "Replacement",
+    "TensorVersion",
+    "children",
+    "collapse_batch",
+    "contains",
+    "loaded_class",
+    "merge_heads",
+    "refuse_probabilities",
+    "restore",
+    "set_attribute",
+    "split_heads",
+]
 
-_BEFORE = "_farlight_before"
-# What torch keeps about a module beside its containers: the mode, and what kind of backward hooks it has.
-_STATES = ("training", "_is_full_backward_hook")
+_SAVED_ATTRIBUTES = "_farlight_saved_attributes"
+# State of a module outside its dictionaries: the training mode, and the type of its backward hooks.
+_MODULE_STATE = ("training", "_is_full_backward_hook")
 
 
 class Replacement(nn.Module):
-    """An attention module in the place of `original`, whose parameters, buffers, submodules and hooks it shares."""
+    """A module that replaces `original` and shares its parameters, buffers, submodules and hooks."""
 
     original: nn.Module
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        # Not registered as a submodule: its parameters are counted once, here.
+        # Not registered as a submodule: the parameters would be counted twice.
         self.__dict__["original"] = original
         for name, value in vars(original).items():
-            if name in _STATES or (name in self.__dict__ and isinstance(value, dict | set)):
+            if name in _MODULE_STATE or (name in self.__dict__ and isinstance(value, dict | set)):
                 self.__dict__[name] = value
 
-    def handed_back(self) -> nn.Module:
-        """The original in the mode that the replacement is in now."""
-        for name in _STATES:
+    def restore_original(self) -> nn.Module:
+        """The original, in the training mode of the replacement."""
+        for name in _MODULE_STATE:
             self.original.__dict__[name] = self.__dict__[name]
         return self.original
 
 
-def class_of(module: str, name: str) -> Any:
-    """A class of transformers if that file has been imported, else None: no model can then hold an object of it."""
+def loaded_class(module: str, name: str) -> Any:
+    """A class of transformers if its file has been imported, else None: no model can then contain an instance of it."""
     return getattr(sys.modules.get(f"transformers.models.{module}"), name, None)
 
 
-def assign(owner: nn.Module, target: Any, name: str, value: Any) -> None:
-    """Set an attribute of a module or configuration of `owner`; `restore` undoes it."""
-    held = vars(target)
-    owner.__dict__.setdefault(_BEFORE, []).append((target, name, name in held, held.get(name)))
-    held[name] = value
+def set_attribute(owner: nn.Module, target: Any, name: str, value: Any) -> None:
+    """Set `target.name`, `target` a module or configuration of `owner`; `restore(owner)` undoes it."""
+    attributes = vars(target)
+    owner.__dict__.setdefault(_SAVED_ATTRIBUTES, []).append((target, name, name in attributes, attributes.get(name)))
+    attributes[name] = value
 
 
-def in_use(model: nn.Module, kind: type[Replacement]) -> bool:
-    """Whether the model holds a replacement of this kind."""
-    return any(isinstance(module, kind) for module in model.modules())
+def contains(model: nn.Module, cls: type[Replacement]) -> bool:
+    """Whether the model contains a replacement of this class."""
+    return any(isinstance(module, cls) for module in model.modules())
 
 
 def restore(model: Any) -> Any:
     """Undo `sparsify`: the model's own attention modules and methods, with the parameters as they are now."""
-    changed: list[tuple[Any, str, bool, Any]] = []
+    saved: list[tuple[Any, str, bool, Any]] = []
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Replacement):
-                setattr(module, name, child.handed_back())
-        changed += module.__dict__.pop(_BEFORE, [])
-    if changed:
-        _forget_capturing(model)
-    for target, name, held, before in reversed(changed):
-        if held:
-            vars(target)[name] = before
+                setattr(module, name, child.restore_original())
+        saved += module.__dict__.pop(_SAVED_ATTRIBUTES, [])
+    if saved:
+        _reset_output_capturing(model)
+    for target, name, was_set, value in reversed(saved):
+        if was_set:
+            vars(target)[name] = value
         else:
             vars(target).pop(name, None)
     return model
 
 
-def _forget_capturing(model: nn.Module) -> None:
-    """Let transformers hook up `output_attentions` again: it does so once, by class, and replaced modules it did not know."""
+def _reset_output_capturing(model: nn.Module) -> None:
+    """Remove transformers' hooks for `output_attentions`: installed once, by class, they miss restored modules."""
     for module in model.modules():
         module.__dict__.pop("_output_capturing_hooks_installed", None)
         for number, hook in list(module._forward_hooks.items()):
@@ -88,54 +100,55 @@ def _forget_capturing(model: nn.Module) -> None:
                 del module._forward_hooks[number]
 
 
-def children(model: nn.Module, kind: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """(parent, name, child) of every submodule that is of this class and computes as it does."""
+def children(model: nn.Module, cls: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, child) of every submodule of this class that does not override its `forward`; none where cls is None."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if kind is not None and isinstance(child, kind) and type(child).forward is kind.forward:
+            if cls is not None and isinstance(child, cls) and type(child).forward is cls.forward:
                 yield parent, name, child
 
 
-def heads_apart(x: Tensor, heads: int) -> Tensor:
-    """`(B, N, H·D)` as `(B, H, N, D)`, nothing copied."""
-    apart: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
-    return apart
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`(B, N, H·D)` as a view `(B, H, N, D)`."""
+    view: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return view
 
 
-def heads_joined(x: Tensor) -> Tensor:
+def merge_heads(x: Tensor) -> Tensor:
     """`(B, H, N, D)` as `(B, N, H·D)`."""
     return x.transpose(1, 2).flatten(2)
 
 
-def common(mask: Tensor) -> Tensor:
-    """A mask `(B, N)` as `(1, N)` where all items agree, so that one plan serves the batch."""
+def collapse_batch(mask: Tensor) -> Tensor:
+    """A mask `(B, N)` as `(1, N)` where all batch items agree, so that one plan serves the batch."""
     if torch.compiler.is_compiling():  # the values are unknown
         return mask
     return mask[:1] if mask.shape[0] > 1 and torch.equal(mask, mask[:1].expand_as(mask)) else mask
 
 
-def refuse_attentions(module: nn.Module, wanted: Any) -> None:
-    """Raise where a model is asked for the matrix of probabilities."""
-    if wanted:
+def refuse_probabilities(module: nn.Module, output_attentions: Any) -> None:
+    """Raise UnsupportedError under `output_attentions=True`."""
+    if output_attentions:
         raise UnsupportedError(
-            f"output_attentions=True asks {type(module).__name__} for the attention probabilities, which are never formed "
-            "here; call restore(model) to get them from Hugging Face's own modules, or leave the option out."
+            f"output_attentions=True needs the attention probabilities of {type(module).__name__}, which farlight never "
+            "forms here; call restore(model) to get them from Hugging Face's own modules, or leave the option out."
         )
 
 
-class Reference:
-    """Remembers a tensor without keeping it alive, and whether it was written to since."""
+class TensorVersion:
+    """A weak reference to a tensor with its version counter, to recognise the same tensor with the same content."""
 
     def __init__(self, x: Tensor | None) -> None:
-        self._of = None if x is None else weakref.ref(x)
+        self._tensor = None if x is None else weakref.ref(x)
         self._version = _version(x)
 
-    def is_still(self, x: Tensor | None) -> bool:
-        if self._of is None or x is None:
-            return self._of is None and x is None
-        return self._of() is x and self._version is not None and self._version == _version(x)
+    def is_unchanged(self, x: Tensor | None) -> bool:
+        """Whether `x` is the referenced tensor and was not written to since; None matches None."""
+        if self._tensor is None or x is None:
+            return self._tensor is None and x is None
+        return self._tensor() is x and self._version is not None and self._version == _version(x)
 
 
 def _version(x: Tensor | None) -> int | None:
-    """How often a tensor was written to; None when torch does not count."""
+    """torch's count of in-place writes; None for inference tensors, whose writes are not counted."""
     return None if x is None or x.is_inference() else x._version

@@ -1,18 +1,16 @@
-"""What may be read while a program is being traced: shapes, never the values of a mask."""
+"""The refusal of torch.jit.trace: it runs a model once on an example and freezes every value read from a tensor."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from farlight.errors import UnsupportedError
+from farlight.errors import refuse_tracing
 
 __all__ = ["refuse_jit_trace"]
 
 
-def refuse_jit_trace() -> None:
-    """Raise under torch.jit.trace: the values of the example's mask would become constants of the traced program."""
-    if torch._C._get_tracing_state() is not None:
-        raise UnsupportedError(
-            "torch.jit.trace would record this model's attention mask, and the plan made from it, as constants, so that the "
-            "traced program ignored other padding; use torch.export.export, or restore(model) before tracing."
-        )
+def refuse_jit_trace(module: nn.Module | None = None) -> None:
+    """Raise UnsupportedError under torch.jit.trace: the example's mask would become a constant of the traced program."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        refuse_tracing("attn_implementation='farlight'" if module is None else type(module).__name__)

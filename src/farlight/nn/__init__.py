@@ -1,4 +1,4 @@
-"""Layers to build models with."""
+"""Layers with sparse attention: `nn.MultiheadAttention`, encoders, decoders, native sparse attention, positions."""
 
 from farlight.nn.attention import SparseAttention
 from farlight.nn.decoder import SparseDecoder, SparseDecoderLayer

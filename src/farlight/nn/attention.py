@@ -1,4 +1,4 @@
-"""`fl.nn.SparseAttention`: `nn.MultiheadAttention` whose tokens look only where a pattern, or a router, lets them."""
+"""`SparseAttention`: `nn.MultiheadAttention` over the pairs that a pattern or a router allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from farlight.attention import attention
 from farlight.errors import ArgumentError, UnsupportedError, show
 from farlight.inputs import without_autocast
 from farlight.kernels import registry
-from farlight.nn.masks import both, padded, real_tokens, restricted
+from farlight.nn.masks import intersect, mask_pattern, real_keys, without_padding
 from farlight.nn.positions import RotaryPositions, Rotation, read_rotary
 from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern
@@ -21,8 +21,8 @@ from farlight.routing.base import Router
 
 __all__ = ["SparseAttention"]
 
-# Attention weights that may be formed when they are asked for, in elements: 1 GiB of float32.
-_MOST_WEIGHTS = 1 << 28
+# Elements up to which `need_weights=True` materialises the weights: 1 GiB of float32.
+_MAX_WEIGHTS = 1 << 28
 
 
 class SparseAttention(nn.Module):
@@ -31,18 +31,18 @@ class SparseAttention(nn.Module):
         out = concat_h(softmax_{j allowed}(scale · q_h k_hᵀ) v_h) W_oᵀ + b_o,    q, k, v = x W_inᵀ + b_in
 
     The call, the result and the names in the state dict are those of nn.MultiheadAttention, so weights of one load into the
-    other. What differs: `need_weights` is False unless asked for (weights are an n² matrix), and a query that sees nothing
-    gives the bias of the output projection, not NaN.
+    other. Differences: `need_weights` is False by default (weights are an n² matrix), and a query that sees nothing gives the
+    bias of the output projection, not NaN.
 
     Args:
         embed_dim, num_heads: as in torch; heads have `embed_dim // num_heads` dimensions.
-        pattern: who may look at whom, or a `fl.routing.Router`, which decides in each call from its queries and keys.
+        pattern: the allowed pairs, or a `fl.routing.Router`, which chooses them in each call from queries and keys.
         kv_heads: fewer heads of keys and values (grouped-query attention), a divisor of num_heads.
-        bias, dropout, kdim, vdim, device, dtype: as in torch. Dropout falls on links, in training mode.
+        bias, dropout, kdim, vdim, device, dtype: as in torch. Dropout removes links, in training mode.
         rotary: True, a `RotaryPositions` (which layers may share) or any function of (tensor `(B, H, N, D)`, positions
             `(N,)`), applied to queries and keys.
-        route_before_rotary: show a router the queries and keys before positions are turned in: rooms by content alone.
-            By default it sees what attention compares.
+        route_before_rotary: pass a router the queries and keys before the rotation, so that it clusters by content alone.
+            By default it receives what attention compares.
         backend: as in `fl.attention`.
 
     Masks as in torch: `key_padding_mask` `(B, n_k)`, True (or -inf) = ignore this key; `attn_mask` `(n_q, n_k)` or
@@ -63,8 +63,8 @@ class SparseAttention(nn.Module):
     """
 
     batch_first = True
-    # torch's own encoder layers read this. Were it True, in evaluation they would take the weights and compute full attention
-    # by themselves, past this module.
+    # Read by torch's own encoder layers: were it True, they would take the weights in evaluation and compute full attention
+    # without calling this module.
     _qkv_same_embed_dim = False
     pattern: Pattern | Router
     in_proj_weight: nn.Parameter | None
@@ -89,7 +89,7 @@ class SparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         name = "SparseAttention"
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embed_dim, self.num_heads = whole(f"{name}: embed_dim", embed_dim, 1), whole(f"{name}: num_heads", num_heads, 1)
         self.kv_heads = self.num_heads if kv_heads is None else whole(f"{name}: kv_heads", kv_heads, 1)
         if self.embed_dim % self.num_heads or self.num_heads % self.kv_heads:
@@ -110,22 +110,22 @@ class SparseAttention(nn.Module):
         self.rotary = read_rotary(name, rotary, self.head_dim)
         self.route_before_rotary, self.pattern = bool(route_before_rotary), pattern
         kv_width = self.kv_heads * self.head_dim
-        apart = {"q": (self.embed_dim, self.embed_dim), "k": (kv_width, self.kdim), "v": (kv_width, self.vdim)}
+        shapes = {"q": (self.embed_dim, self.embed_dim), "k": (kv_width, self.kdim), "v": (kv_width, self.vdim)}
         if self.kdim == self.vdim == self.embed_dim:
-            self.in_proj_weight = nn.Parameter(torch.empty(self.embed_dim + 2 * kv_width, self.embed_dim, **made))
+            self.in_proj_weight = nn.Parameter(torch.empty(self.embed_dim + 2 * kv_width, self.embed_dim, **factory_kwargs))
         else:
             self.register_parameter("in_proj_weight", None)
-        for part, shape in apart.items():
-            weight = None if self.in_proj_weight is not None else nn.Parameter(torch.empty(shape, **made))
+        for part, shape in shapes.items():
+            weight = None if self.in_proj_weight is not None else nn.Parameter(torch.empty(shape, **factory_kwargs))
             self.register_parameter(f"{part}_proj_weight", weight)
-        in_bias = nn.Parameter(torch.empty(self.embed_dim + 2 * kv_width, **made)) if bias else None
+        in_bias = nn.Parameter(torch.empty(self.embed_dim + 2 * kv_width, **factory_kwargs)) if bias else None
         self.register_parameter("in_proj_bias", in_bias)
-        self.out_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=bias, **made)
+        self.out_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=bias, **factory_kwargs)
         self.reset_parameters()
 
     @classmethod
     def from_dense(cls, module: nn.MultiheadAttention, pattern: Pattern | Router, **options: Any) -> SparseAttention:
-        """The sparse layer that takes a dense one's place; both then hold the same parameters.
+        """A sparse layer that shares the parameters of a dense one.
 
         `options` are those of SparseAttention. Raises UnsupportedError for `batch_first=False`, `add_bias_kv` and
         `add_zero_attn`.
@@ -138,7 +138,7 @@ class SparseAttention(nn.Module):
         """
         if not isinstance(module, nn.MultiheadAttention):
             raise ArgumentError(f"from_dense: {type(module).__name__} is not an nn.MultiheadAttention; pass one.")
-        for wrong, what in (
+        for present, what in (
             (
                 not module.batch_first,
                 "batch_first=False: its inputs are (tokens, batch, embed_dim); build it with batch_first=True",
@@ -146,19 +146,24 @@ class SparseAttention(nn.Module):
             (module.bias_k is not None, "add_bias_kv: a learned key that stands in no text; build it without"),
             (module.add_zero_attn, "add_zero_attn: a zero key that stands in no text; build it without"),
         ):
-            if wrong:
+            if present:
                 raise UnsupportedError(f"from_dense: the layer has {what}.")
-        given = {"bias": module.in_proj_bias is not None, "dropout": module.dropout, "kdim": module.kdim, "vdim": module.vdim}
-        made = cls(module.embed_dim, module.num_heads, pattern, device="meta", **(given | options))
-        if made.kv_heads != made.num_heads:
-            raise UnsupportedError(f"from_dense: kv_heads = {made.kv_heads} needs other weights than the dense layer has.")
+        options = {
+            "bias": module.in_proj_bias is not None,
+            "dropout": module.dropout,
+            "kdim": module.kdim,
+            "vdim": module.vdim,
+        } | options
+        layer = cls(module.embed_dim, module.num_heads, pattern, device="meta", **options)
+        if layer.kv_heads != layer.num_heads:
+            raise UnsupportedError(f"from_dense: kv_heads = {layer.kv_heads} needs other weights than the dense layer has.")
         for name, parameter in module.named_parameters():
             owner, _, leaf = name.rpartition(".")
-            setattr(made.get_submodule(owner), leaf, parameter)
-        return made.train(module.training)
+            setattr(layer.get_submodule(owner), leaf, parameter)
+        return layer.train(module.training)
 
     def reset_parameters(self) -> None:
-        """As nn.MultiheadAttention begins: Xavier for the projections in, zeros for the biases."""
+        """The initialisation of nn.MultiheadAttention: Xavier for the input projections, zeros for the biases."""
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             if getattr(self, name) is not None:
                 nn.init.xavier_uniform_(getattr(self, name))
@@ -185,11 +190,11 @@ class SparseAttention(nn.Module):
         q_offset: int | None = None,
         chosen: list[Pattern] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`(out, weights)`; out `(B, n_q, embed_dim)`, weights None or, if needed, `(B, n_q, n_k)` (`(B, H, n_q, n_k)` when
-        not averaged), those before dropout. Inputs `(B, n, dim)`, or `(n, dim)` for a single text.
+        """`(out, weights)`: out `(B, n_q, embed_dim)`; weights None or, with `need_weights`, `(B, n_q, n_k)` before dropout
+        (`(B, H, n_q, n_k)` when not averaged). Inputs `(B, n, dim)`, or `(n, dim)` for a single text.
 
-        `chosen` remembers what a router answered: an empty list is filled, a filled one is used and the router is not asked,
-        so that a recomputed forward pass sees the same links.
+        `chosen` stores a router's pattern: an empty list is filled; the pattern of a filled one is used without calling the
+        router, so that a recomputed forward pass attends over the same links.
         """
         if query.dim() == 2 and key.dim() == value.dim() == 2:
             out, weights = self.forward(
@@ -205,38 +210,35 @@ class SparseAttention(nn.Module):
                 chosen=chosen,
             )
             return out[0], None if weights is None else weights[0]
-        self._check(query, key, value)
+        self._check_inputs(query, key, value)
         batch, n_q, n_k = query.shape[0], query.shape[1], key.shape[1]
         offset = n_k - n_q if q_offset is None else q_offset
-        real = real_tokens("SparseAttention", key_padding_mask, batch, n_k)
-        narrowed = restricted("SparseAttention", attn_mask, is_causal, batch, self.num_heads, n_q, n_k, offset)
+        real = real_keys("SparseAttention", key_padding_mask, batch, n_k)
+        allowed = mask_pattern("SparseAttention", attn_mask, is_causal, batch, self.num_heads, n_q, n_k, offset)
         q, k, v = self._project(query, key, value)
-        plain_q, plain_k = q, k
+        content_q, content_k = q, k
         if self.rotary is not None:
-            at = torch.arange(n_k, device=k.device)
-            q = self.rotary(q, at if n_q == n_k and offset == 0 else torch.arange(n_q, device=q.device) + offset)
-            k = self.rotary(k, at)
+            q, k = self._rotate(self.rotary, q, k, offset)
         if isinstance(self.pattern, Router):
-            scored = (plain_q, plain_k) if self.route_before_rotary else (q, k)
-            pattern = self._route(*scored, real, query is key, offset, chosen)
+            routed = (content_q, content_k) if self.route_before_rotary else (q, k)
+            pattern = self._route(*routed, real, query is key, offset, chosen)
         else:
-            pattern = padded(self.pattern, real)
-        pattern = both(pattern, narrowed)
+            pattern = without_padding(self.pattern, real)
+        pattern = intersect(pattern, allowed)
         dropout = self.dropout if self.training else 0.0
         options: dict[str, Any] = {"q_offset": offset, "dropout": dropout, "backend": self.backend}
         if not need_weights:
-            found = attention(q, k, v, pattern, **options)
-            return self._joined(found), None  # type: ignore[arg-type]
-        if batch * self.num_heads * n_q * n_k > _MOST_WEIGHTS:
+            return self._project_out(attention(q, k, v, pattern, **options)), None  # type: ignore[arg-type]
+        if batch * self.num_heads * n_q * n_k > _MAX_WEIGHTS:
             raise UnsupportedError(
                 f"SparseAttention: need_weights=True for {batch} x {self.num_heads} x {n_q} x {n_k} pairs would form "
-                f"{batch * self.num_heads * n_q * n_k / 2**28:.1f} GiB; ask for a shorter text, or see fl.retention."
+                f"{batch * self.num_heads * n_q * n_k / 2**28:.1f} GiB; pass a shorter text, or see fl.retention."
             )
         out, lse = attention(q, k, v, pattern, return_lse=True, **options)
         weights = self._weights(q, k, lse, pattern, offset)
-        return self._joined(out), weights.mean(1) if average_attn_weights else weights
+        return self._project_out(out), weights.mean(1) if average_attn_weights else weights
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         for name, x, dim in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
             if x.is_nested:
                 raise UnsupportedError(
@@ -251,8 +253,15 @@ class SparseAttention(nn.Module):
                 "batch must be the same in all, and the number of tokens in key and value."
             )
 
+    def _rotate(self, rotary: Rotation, q: Tensor, k: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """q and k rotated by their positions, the first query at `offset` and the first key at 0."""
+        key_positions = torch.arange(k.shape[2], device=k.device)
+        one_range = q.shape[2] == k.shape[2] and offset == 0
+        query_positions = key_positions if one_range else torch.arange(q.shape[2], device=q.device) + offset
+        return rotary(q, query_positions), rotary(k, key_positions)
+
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v as `(B, H, N, D)` views of what the projections gave."""
+        """q, k and v `(B, H|H_kv, N, D)`, views of the projections' outputs."""
         widths = [self.embed_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
         if self.in_proj_weight is not None and query is key and key is value:
             parts = functional.linear(query, self.in_proj_weight, self.in_proj_bias).split(widths, -1)
@@ -262,31 +271,33 @@ class SparseAttention(nn.Module):
             else:
                 weights = tuple(getattr(self, f"{part}_proj_weight") for part in "qkv")
             biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.split(widths)
-            given = zip((query, key, value), weights, biases, strict=True)
-            parts = tuple(functional.linear(x, weight, bias) for x, weight, bias in given)
+            projections = zip((query, key, value), weights, biases, strict=True)
+            parts = tuple(functional.linear(x, weight, bias) for x, weight, bias in projections)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in parts)
         return q, k, v
 
     def _route(
         self, q: Tensor, k: Tensor, real: Tensor | None, one_text: bool, offset: int, chosen: list[Pattern] | None
     ) -> Pattern:
+        """The router's pattern without padding, from a call or from `chosen`. Raises where queries are not the last tokens."""
         if offset != k.shape[2] - q.shape[2]:
             raise UnsupportedError(
                 f"SparseAttention: a router takes the queries as the last tokens of the keys' text, but q_offset = {offset} "
                 f"for {q.shape[2]} queries and {k.shape[2]} keys; leave q_offset out."
             )
         if chosen:
-            return padded(chosen[0], real)
-        # Queries of another text are all real as far as this mask can say; padded queries of this one choose nothing.
-        of_queries = None if one_text or real is None else real.new_ones(q.shape[0], q.shape[2])
-        pattern: Pattern = self.pattern(q, k, key_mask=real, query_mask=of_queries)  # type: ignore[operator]
+            return without_padding(chosen[0], real)
+        # Padded queries of the same text choose nothing; the mask says nothing of the queries of another text.
+        query_real = None if one_text or real is None else real.new_ones(q.shape[0], q.shape[2])
+        pattern: Pattern = self.pattern(q, k, key_mask=real, query_mask=query_real)  # type: ignore[operator]
         if chosen is not None:
             chosen.append(pattern)
-        return padded(pattern, real)
+        return without_padding(pattern, real)
 
-    def _joined(self, out: Tensor) -> Tensor:
-        joined: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return joined
+    def _project_out(self, out: Tensor) -> Tensor:
+        """`(B, H, N, D)` to `(B, N, embed_dim)`."""
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return projected
 
     def _weights(self, q: Tensor, k: Tensor, lse: Tensor, pattern: Pattern, offset: int) -> Tensor:
         """`(B, H, n_q, n_k)` exp(score - lse) over the allowed pairs; 0 elsewhere, and in rows that see nothing."""

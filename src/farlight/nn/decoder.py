@@ -1,4 +1,4 @@
-"""Decoder layers and decoders: no token looks ahead, and the rest is as patterns, or routers, let it."""
+"""Decoders with causal sparse self-attention: `SparseDecoderLayer` and `SparseDecoder`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from farlight.errors import ArgumentError
 from farlight.nn.attention import SparseAttention
 from farlight.nn.block import Block
-from farlight.nn.masks import both
+from farlight.nn.masks import intersect
 from farlight.nn.positions import RotaryPositions, Rotation
 from farlight.nn.stack import Stack
 from farlight.patterns.expression import Pattern
@@ -21,10 +21,10 @@ __all__ = ["SparseDecoder", "SparseDecoderLayer"]
 
 
 class SparseDecoderLayer(Block):
-    """One layer of a decoder: causal sparse self-attention, cross-attention if wanted, and an MLP.
+    """One layer of a decoder: causal sparse self-attention, optional cross-attention, and an MLP.
 
-    Self-attention sees `pattern & causal()` whatever the pattern. A router must choose without looking ahead; those of
-    fl.routing that would (`causal=False`) are refused. Without `cross_pattern` this is a layer of a language model; with it,
+    Self-attention sees `pattern & causal()` whatever the pattern. A router must choose from past tokens only; those of
+    fl.routing with `causal=False` are refused. Without `cross_pattern` this is a layer of a language model; with it,
     the call and the names in the state dict are those of `nn.TransformerDecoderLayer(batch_first=True)`.
 
     Args:
@@ -71,12 +71,12 @@ class SparseDecoderLayer(Block):
                     )
             pattern = pattern & causal()
         elif isinstance(pattern, Pattern):
-            pattern = both(pattern, causal())
-        given: dict[str, Any] = {"kv_heads": kv_heads, "bias": bias, "dropout": dropout, "backend": backend}
-        given |= {"device": device, "dtype": dtype}
+            pattern = intersect(pattern, causal())
+        options: dict[str, Any] = {"kv_heads": kv_heads, "bias": bias, "dropout": dropout, "backend": backend}
+        options |= {"device": device, "dtype": dtype}
         branches: dict[str, nn.Module] = {
             "self_attn": SparseAttention(
-                embed_dim, num_heads, pattern, rotary=rotary, route_before_rotary=route_before_rotary, **given
+                embed_dim, num_heads, pattern, rotary=rotary, route_before_rotary=route_before_rotary, **options
             )
         }
         if cross_pattern is not None:
@@ -84,14 +84,14 @@ class SparseDecoderLayer(Block):
                 raise ArgumentError(
                     f"{name}: cross_pattern is {type(cross_pattern).__name__}; pass a pattern such as fl.full(), or None."
                 )
-            branches["multihead_attn"] = SparseAttention(embed_dim, num_heads, cross_pattern, **given)
+            branches["multihead_attn"] = SparseAttention(embed_dim, num_heads, cross_pattern, **options)
         super().__init__(
             name, embed_dim, branches=branches, mlp_dim=mlp_dim, dropout=dropout, activation=activation,
             norm_first=norm_first, norm=norm, norm_eps=norm_eps, bias=bias, device=device, dtype=dtype,
         )  # fmt: skip
 
     @property
-    def _across(self) -> nn.Module | None:
+    def _cross_attn(self) -> nn.Module | None:
         return self._modules.get("multihead_attn")
 
     def forward(
@@ -109,29 +109,29 @@ class SparseDecoderLayer(Block):
     ) -> Tensor:
         """`(B, N, embed_dim)` to the same; `memory` `(B, M, embed_dim)` where there is cross-attention.
 
-        `tgt_is_causal` is there for torch's sake and changes nothing: a decoder is causal.
+        `tgt_is_causal` exists for torch's call and changes nothing: a decoder is always causal.
         """
         name = type(self).__name__
-        if memory is not None and self._across is None:
+        if memory is not None and self._cross_attn is None:
             raise ArgumentError(f"{name}: a memory was given, but there is no cross-attention; build it with cross_pattern.")
-        if memory is None and self._across is not None:
+        if memory is None and self._cross_attn is not None:
             raise ArgumentError(f"{name}: there is cross-attention, but no memory was given; pass the encoder's states.")
 
-        def look_back(x: Tensor) -> Tensor:
+        def attend_self(x: Tensor) -> Tensor:
             out: Tensor = self.self_attn(x, x, x, tgt_key_padding_mask, attn_mask=tgt_mask, chosen=chosen)[0]
             return out
 
-        def look_across(x: Tensor) -> Tensor:
-            out: Tensor = self._across(  # type: ignore[misc]
+        def attend_memory(x: Tensor) -> Tensor:
+            out: Tensor = self._cross_attn(  # type: ignore[misc]
                 x, memory, memory, memory_key_padding_mask, attn_mask=memory_mask, is_causal=memory_is_causal, q_offset=0
             )[0]
             return out
 
-        return self.through(tgt, look_back) if memory is None else self.through(tgt, look_back, look_across)
+        return self.apply_branches(tgt, attend_self, *([] if memory is None else [attend_memory]))
 
 
 class SparseDecoder(Stack):
-    """A stack of `SparseDecoderLayer`: embeddings `(B, N, embed_dim)` in, states of the same shape out, no look ahead.
+    """A stack of `SparseDecoderLayer`: embeddings `(B, N, embed_dim)` in, states of the same shape out; causal.
 
     The arguments are those of SparseEncoder, `options` those of SparseDecoderLayer; the call and the names in the state dict
     are those of `nn.TransformerDecoder`.
@@ -155,8 +155,8 @@ class SparseDecoder(Stack):
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        """The states after the last layer; masks as in SparseAttention, for every layer."""
-        allowed = self.restricted(tgt, tgt_mask, False)
+        """`(B, N, embed_dim)` to the same; masks as in SparseAttention, for every layer."""
+        allowed = self.self_attention_mask(tgt, tgt_mask, False)
 
         def step(layer: SparseDecoderLayer, x: Tensor, chosen: list[Pattern] | None) -> Tensor:
             out: Tensor = layer(

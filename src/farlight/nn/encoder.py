@@ -1,4 +1,4 @@
-"""Encoder layers and encoders whose tokens look where patterns, or routers, let them."""
+"""Encoders with sparse self-attention: `SparseEncoderLayer` and `SparseEncoder`."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class SparseEncoderLayer(Block):
         dtype: torch.dtype | None = None,
     ) -> None:
         name = type(self).__name__
-        look = SparseAttention(
+        self_attn = SparseAttention(
             embed_dim, num_heads, pattern, kv_heads=kv_heads, bias=bias, dropout=dropout, rotary=rotary,
             route_before_rotary=route_before_rotary, backend=backend, device=device, dtype=dtype,
         )  # fmt: skip
         super().__init__(
-            name, embed_dim, branches={"self_attn": look}, mlp_dim=mlp_dim, dropout=dropout, activation=activation,
+            name, embed_dim, branches={"self_attn": self_attn}, mlp_dim=mlp_dim, dropout=dropout, activation=activation,
             norm_first=norm_first, norm=norm, norm_eps=norm_eps, bias=bias, device=device, dtype=dtype,
         )  # fmt: skip
 
@@ -81,28 +81,27 @@ class SparseEncoderLayer(Block):
         """`(B, N, embed_dim)` to the same; masks and `chosen` as in SparseAttention."""
 
         def attend(x: Tensor) -> Tensor:
-            out: Tensor = self.self_attn(x, x, x, src_key_padding_mask, attn_mask=src_mask, is_causal=is_causal, chosen=chosen)[
-                0
-            ]
+            masks = {"attn_mask": src_mask, "is_causal": is_causal, "chosen": chosen}
+            out: Tensor = self.self_attn(x, x, x, src_key_padding_mask, **masks)[0]
             return out
 
-        return self.through(src, attend)
+        return self.apply_branches(src, attend)
 
 
 class SparseEncoder(Stack):
     """A stack of `SparseEncoderLayer`: embeddings `(B, N, embed_dim)` in, states of the same shape out.
 
-    The call and the names in the state dict are those of `nn.TransformerEncoder`, with a last norm (`norm`) where norms come
+    The call and the names in the state dict are those of `nn.TransformerEncoder`, with a final norm (`norm`) where norms come
     first.
 
     Args:
-        num_layers: how many.
+        num_layers: the number of layers.
         pattern: one for all layers, or a list with one for each. A router that is given once is copied for each layer, so
-            that each has centroids of its own.
+            that each has its own centroids.
         positions: "rotary" (in every layer), "learned" (added to the embeddings; needs `max_positions`), a RotaryPositions or
-            LearnedPositions of your own, or None: what the embeddings carry already.
-        checkpoint: in training keep only what enters each layer and compute the rest again in the backward pass. A router's
-            choice is remembered, not made again.
+            LearnedPositions, or None where the embeddings contain positions already.
+        checkpoint: in training store only each layer's input and recompute the rest in the backward pass. A router's
+            choice is stored, not recomputed.
         options: those of SparseEncoderLayer.
 
     >>> import torch, farlight as fl
@@ -122,6 +121,6 @@ class SparseEncoder(Stack):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        """The states after the last layer; masks as in SparseAttention, for every layer."""
-        allowed = self.restricted(src, mask, bool(is_causal))
+        """`(B, N, embed_dim)` to the same; masks as in SparseAttention, for every layer."""
+        allowed = self.self_attention_mask(src, mask, bool(is_causal))
         return self.run(src, lambda layer, x, chosen: layer(x, allowed, src_key_padding_mask, chosen=chosen))

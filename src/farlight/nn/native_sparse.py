@@ -1,4 +1,4 @@
-"""Native sparse attention: a summary of everything past, a closer look at the best of it, and the neighbours."""
+"""Native sparse attention: a compressed, a block-selected and a sliding-window branch with learned gates."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class NativeSparseAttention(nn.Module):
         out_i = Σ over branches b of  sigmoid(w_b · x_i) · softmax-attention_b(q_i)
 
     * compressed: every `stride` tokens the next `compress` ones are pooled into one key and one value by a learned map
-      (their place inside the stretch is known to it); query i sees the stretches that end at or before i.
-    * chosen: the `count` blocks of `block` tokens whose stretches got the most probability in the compressed branch, summed
+      (a segment; the map knows the places inside it); query i sees the segments that end at or before i.
+    * chosen: the `count` blocks of `block` tokens whose segments got the most probability in the compressed branch, summed
       over the query heads of a group, so that a group reads the same blocks. The first block and the last two, counted
       from the query's own, are always among them and count as chosen. Query i sees the keys <= i of these blocks.
     * window: the query and the `window` tokens before it.
 
-    The importance of block u is `Σ_c p_c · |stretch c ∩ block u| / stride` (equation 9 of the paper, its offsets read as the
-    overlap that they stand for). The choice has no gradient; the scorer learns through the compressed branch, which is made
-    of the same probabilities. Each branch has keys and values of its own, so that none is bent to serve another.
+    The importance of block u is `Σ_c p_c · |segment c ∩ block u| / stride` (equation 9 of the paper, its offsets read as
+    overlaps). The choice has no gradient; the scorer learns through the compressed branch, which uses the same probabilities.
+    Each branch has its own keys and values.
 
-    Positions are not encoded here: pass what you add or rotate through `rotate`, a function of (tensor `(B, H, N, D)`,
-    positions `(N,)`) that is applied to queries and to the keys of the chosen and window branches.
+    Positions are not encoded here: add them to x, or pass `rotate`, a function of (tensor `(B, H, N, D)`,
+    positions `(N,)`) applied to queries and to the keys of the chosen and window branches.
 
     Yuan et al. 2025, "Native Sparse Attention", arXiv:2502.11089.
 
@@ -73,7 +73,7 @@ class NativeSparseAttention(nn.Module):
         if self.compress % self.stride or self.block % self.stride:
             raise ArgumentError(
                 f"{name}: stride = {stride} must divide compress = {compress} and block = {block}, "
-                "so that stretches and blocks line up."
+                "so that segments and blocks line up."
             )
         if rotate is not None and not callable(rotate):
             raise ArgumentError(f"{name}: rotate is {type(rotate).__name__}; pass a function of (tensor, positions), or None.")
@@ -96,6 +96,7 @@ class NativeSparseAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, embed_dim)` to the same. Raises ArgumentError for another shape."""
         if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
             raise ArgumentError(
                 f"NativeSparseAttention: x is {tuple(x.shape)}; (batch, tokens, {self.q_proj.in_features}) is needed."
@@ -103,56 +104,60 @@ class NativeSparseAttention(nn.Module):
         batch, n, _ = x.shape
         q = self.q_proj(x).unflatten(2, (self.heads, self.head_dim)).transpose(1, 2)
         kv = self.kv_proj(x).unflatten(2, (3, 2, self.kv_heads, self.head_dim)).permute(2, 3, 0, 4, 1, 5)
-        (k_all, v_all), (k_near, v_near), (k_win, v_win) = kv.unbind(0)
-        k_all, v_all = self.pooled(k_all, 0, self.pool_k), self.pooled(v_all, 1, self.pool_v)
-        wide, lse = attention(q, k_all, v_all, self.past(n), q_offset=0, return_lse=True)
-        chosen = self.chosen(q, k_all, lse, n)
+        (k_all, v_all), (k_blocks, v_blocks), (k_window, v_window) = kv.unbind(0)
+        k_segments, v_segments = self._pool_segments(k_all, 0, self.pool_k), self._pool_segments(v_all, 1, self.pool_v)
+        compressed, lse = attention(q, k_segments, v_segments, self._compressed_pattern(n), q_offset=0, return_lse=True)
+        selected = self._selected_blocks(q, k_segments, lse, n)
         if callable(self.rotate):
-            at = torch.arange(n, device=x.device)
-            q, k_near, k_win = (self.rotate(part, at) for part in (q, k_near, k_win))
-        branches = [wide, attention(q, k_near, v_near, chosen), attention(q, k_win, v_win, window(self.window, 0))]
+            positions = torch.arange(n, device=x.device)
+            q, k_blocks, k_window = (self.rotate(part, positions) for part in (q, k_blocks, k_window))
+        branches = [
+            compressed,
+            attention(q, k_blocks, v_blocks, selected),
+            attention(q, k_window, v_window, window(self.window, 0)),
+        ]
         gates = self.gate_proj(x).sigmoid().unflatten(2, (3, self.heads)).permute(2, 0, 3, 1)
         out = sum(gate.unsqueeze(-1) * branch for gate, branch in zip(gates, branches, strict=True))
-        mixed: Tensor = self.out_proj(out.transpose(1, 2).reshape(batch, n, -1))
-        return mixed
+        projected: Tensor = self.out_proj(out.transpose(1, 2).reshape(batch, n, -1))
+        return projected
 
-    def pooled(self, x: Tensor, which: int, pool: nn.Module) -> Tensor:
-        """`(B, H_kv, stretches, D)`: each whole stretch of `compress` tokens as one."""
+    def _pool_segments(self, x: Tensor, which: int, pool: nn.Module) -> Tensor:
+        """`(B, H_kv, segments, D)`: each complete segment of `compress` tokens as one; `which`: 0 = keys, 1 = values."""
         if x.shape[2] < self.compress:
             return x[:, :, :0]
-        stretched = x.unfold(2, self.compress, self.stride).transpose(-1, -2) + self.place[which]
-        out: Tensor = pool(stretched.flatten(-2))
+        segments = x.unfold(2, self.compress, self.stride).transpose(-1, -2) + self.place[which]
+        out: Tensor = pool(segments.flatten(-2))
         return out
 
-    def past(self, n: int) -> Pattern:
-        """Query i sees the stretches that end at or before i."""
-        stops = torch.div(torch.arange(n) + 1 - self.compress + self.stride, self.stride, rounding_mode="floor").clamp(min=0)
+    def _compressed_pattern(self, n: int) -> Pattern:
+        """Query i sees the segments that end at or before i."""
+        stops = ((torch.arange(n) + 1 - self.compress + self.stride) // self.stride).clamp(min=0)
         return between(torch.zeros(n, dtype=torch.int64), stops)
 
     @torch.no_grad()
-    def chosen(self, q: Tensor, k: Tensor, lse: Tensor, n: int) -> Pattern:
-        """The blocks that each query reads closely, one choice for a group of query heads."""
+    def _selected_blocks(self, q: Tensor, k: Tensor, lse: Tensor, n: int) -> Pattern:
+        """The blocks of the chosen branch for each query, one choice for a group of query heads; `k` are the segments' keys."""
         batch, heads, _, dim = q.shape
         group, device = heads // self.kv_heads, q.device
-        # Each stretch gives its probability to the blocks it overlaps, in shares of stride-sized pieces.
+        # A segment adds its probability to the blocks it overlaps, in proportion to the overlap, counted in strides.
         pieces = torch.arange(k.shape[2], device=device)[:, None] + torch.arange(self.compress // self.stride, device=device)
-        of_block = torch.div(pieces, self.block // self.stride, rounding_mode="floor")
+        block_of_piece = pieces // (self.block // self.stride)
         blocks = torch.arange(-(-n // self.block), device=device)
-        overlap = (of_block[:, :, None] == blocks).sum(1).to(q.dtype)
+        overlap = (block_of_piece[:, :, None] == blocks).sum(1).to(q.dtype)
         ends = torch.arange(k.shape[2], device=device) * self.stride + self.compress - 1
-        budget, found = Budget(count=self.count), []
-        for part in row_chunks(n, batch * heads * max(1, k.shape[2])):
-            at = torch.arange(part.start, part.stop, device=device)[:, None]
-            scores = (q[:, :, part].unflatten(1, (self.kv_heads, group)) @ k.transpose(-1, -2).unsqueeze(2)) * dim**-0.5
-            row_lse = lse[:, :, part].unflatten(1, (self.kv_heads, group)).unsqueeze(-1).to(scores.dtype)
-            p = torch.where(ends <= at, (scores - row_lse).exp(), 0.0).sum(2)
-            own = torch.div(at, self.block, rounding_mode="floor")
-            forced = ((blocks == 0) | (blocks >= own - 1)) & (blocks <= own)
-            importance = (p @ overlap).masked_fill(forced | (blocks > own), float("-inf"))
-            found.append(budget.select(importance, forced.expand(importance.shape)))
-        most = max((part.shape[-1] for part in found), default=0)
-        parts = [torch.nn.functional.pad(part, (0, most - part.shape[-1]), value=-1) for part in found]
-        if not parts:
+        budget, selections = Budget(count=self.count), []
+        for rows in row_chunks(n, batch * heads * max(1, k.shape[2])):
+            positions = torch.arange(rows.start, rows.stop, device=device)[:, None]
+            scores = (q[:, :, rows].unflatten(1, (self.kv_heads, group)) @ k.transpose(-1, -2).unsqueeze(2)) * dim**-0.5
+            row_lse = lse[:, :, rows].unflatten(1, (self.kv_heads, group)).unsqueeze(-1).to(scores.dtype)
+            p = torch.where(ends <= positions, (scores - row_lse).exp(), 0.0).sum(2)
+            query_block = positions // self.block
+            forced = ((blocks == 0) | (blocks >= query_block - 1)) & (blocks <= query_block)
+            importance = (p @ overlap).masked_fill(forced | (blocks > query_block), float("-inf"))
+            selections.append(budget.select(importance, forced.expand(importance.shape)))
+        if not selections:
             return causal()
-        indices = torch.cat(parts, 2).repeat_interleave(group, 1)
+        width = max(selection.shape[-1] for selection in selections)
+        padded = [torch.nn.functional.pad(selection, (0, width - selection.shape[-1]), value=-1) for selection in selections]
+        indices = torch.cat(padded, 2).repeat_interleave(group, 1)
         return chosen_blocks(indices, block=self.block, query_block=1) & causal()

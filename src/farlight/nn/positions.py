@@ -1,4 +1,4 @@
-"""Where a token stands, told to a layer: rotary positions for attention, learned ones for embeddings."""
+"""Position encodings: rotary for queries and keys, learned vectors for embeddings."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from farlight.patterns.arguments import whole
 
 __all__ = ["LearnedPositions", "RotaryPositions", "Rotation", "read_rotary"]
 
-# What turns queries and keys: (tensor (B, H, N, D), positions (N,)) to the same shape.
+# Rotates queries or keys: (tensor (B, H, N, D), positions (N,)) to the same shape.
 Rotation = Callable[[Tensor, Tensor], Tensor]
 
 
 class RotaryPositions(nn.Module):
-    """Rotary positions: a query at i and a key at j meet as if only i - j were known.
+    """Rotary positions: the score of a query at i and a key at j depends on i - j alone.
 
     With x = (a, b), its first and its second half, and angle_d = position / scale · base^(-2d / D):
 
         x ↦ (a cos - b sin, b cos + a sin)
 
-    `scale` > 1 presses a longer text into the positions that a model was trained on (position interpolation, Chen et al.
-    2023, arXiv:2306.15595). There are no weights; angles are taken in float64, so that they stay exact at a million tokens.
+    `scale` > 1 maps a longer text to the positions that a model was trained on (position interpolation, Chen et al. 2023,
+    arXiv:2306.15595). There are no weights; angles are computed in float64, exact enough for a million tokens.
     Su et al. 2021, arXiv:2104.09864; the halves as in Llama.
 
     Call it as `rotary(x, positions)` with x `(B, H, N, D)` and positions `(N,)`; it also serves as `rotate=` of
@@ -41,7 +41,7 @@ class RotaryPositions(nn.Module):
         super().__init__()
         self.head_dim = whole("RotaryPositions: head_dim", head_dim, 2)
         if self.head_dim % 2:
-            raise ArgumentError(f"RotaryPositions: head_dim = {head_dim} is odd; it turns pairs, so make it even.")
+            raise ArgumentError(f"RotaryPositions: head_dim = {head_dim} is odd; it rotates pairs, so make it even.")
         for name, value in (("base", base), ("scale", scale)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ArgumentError(f"RotaryPositions: {name} = {show(value)}; a positive number is needed.")
@@ -51,24 +51,26 @@ class RotaryPositions(nn.Module):
         return f"{self.head_dim}, base={self.base:g}" + (f", scale={self.scale:g}" if self.scale != 1 else "")
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x` `(B, H, N, D)` rotated by the angles of `positions` `(N,)`; same shape and dtype."""
         if x.shape[-1] != self.head_dim:
             raise ArgumentError(
                 f"RotaryPositions({self.head_dim}): the tensor has head_dim {x.shape[-1]}; make one for that size."
             )
         half = self.head_dim // 2
-        # Devices without float64 exist; there positions below some ten thousand are still told apart.
-        exact = torch.float32 if x.device.type == "mps" else torch.float64
-        steps = torch.arange(half, device=x.device, dtype=exact) * (-math.log(self.base) / half)
-        angle = positions.to(device=x.device, dtype=exact)[:, None] / self.scale * steps.exp()
-        kind = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = angle.cos().to(kind), angle.sin().to(kind)
+        # MPS has no float64; float32 distinguishes positions up to some ten thousand.
+        angle_dtype = torch.float32 if x.device.type == "mps" else torch.float64
+        steps = torch.arange(half, device=x.device, dtype=angle_dtype) * (-math.log(self.base) / half)
+        angle = positions.to(device=x.device, dtype=angle_dtype)[:, None] / self.scale * steps.exp()
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
         a, b = x[..., :half], x[..., half:]
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
 def read_rotary(owner: str, rotary: RotaryPositions | Rotation | bool | None, head_dim: int) -> Rotation | None:
-    """None and False turn nothing, True means `RotaryPositions(head_dim)`, and any function of the same kind is taken as
-    it is. Raises ArgumentError.
+    """The rotation that a `rotary` argument means: None and False none, True `RotaryPositions(head_dim)`, else the function.
+
+    Raises ArgumentError for anything else, and for a RotaryPositions of another head_dim.
     """
     if rotary is None or rotary is False:
         return None
@@ -88,7 +90,7 @@ def read_rotary(owner: str, rotary: RotaryPositions | Rotation | bool | None, he
 
 
 class LearnedPositions(nn.Module):
-    """A learned vector for each of `max_positions` places: token i gets row `offset + i` of `weight`.
+    """A learned vector for each of `max_positions` positions: token i gets row `offset + i` of `weight`.
 
     >>> import torch, farlight.nn
     >>> farlight.nn.LearnedPositions(512, 16)(torch.zeros(2, 100, 16)).shape
@@ -107,7 +109,7 @@ class LearnedPositions(nn.Module):
         return f"{self.max_positions}, {self.weight.shape[1]}"
 
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
-        """`x` `(B, N, embed_dim)` plus the vectors of its places. Raises ArgumentError for a text that is too long."""
+        """`x` `(B, N, embed_dim)` plus the vectors of its positions. Raises ArgumentError for a text that is too long."""
         n = x.shape[1]
         if offset < 0 or offset + n > self.max_positions:
             raise ArgumentError(

@@ -1,0 +1,72 @@
+"""The setting of a model's attention: the pattern, router, backend and observer stored on each of its modules.
+
+transformers calls one attention function for every module of every model, so what a module runs under is read from the module
+itself: `module.__dict__[SETTING]`. Recomputation in the backward pass and other threads read the same entry.
+`farlight.hf.interface` writes it and makes it picklable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from farlight.patterns.expression import Pattern
+from farlight.routing.base import Router
+
+__all__ = ["ATTN_IMPLEMENTATION", "SETTING", "LayerPattern", "Observation", "Setting", "setting_of"]
+
+# The name under which transformers knows farlight: `attn_implementation="farlight"`.
+ATTN_IMPLEMENTATION = "farlight"
+SETTING = "_farlight_setting"
+
+# What a layer runs under: a pattern, a router that chooses one in each call, or None for the model's own attention.
+LayerPattern = Pattern | Router | None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One call of a layer's attention, passed to `use_pattern`'s observer before the attention is computed.
+
+    Args:
+        module: the attention module.
+        q: `(B, H, n_q, D)`.
+        k, v: `(B, H_kv, n_k, D)`.
+        scale: factor on the scores q·kᵀ; None means D^-½.
+        own: the model's own mask (causality, sliding window, padding) as a pattern.
+        q_offset: position of the first query.
+        key_real: `(B, n_k)` bool, False where a key is padding; None where none is.
+    """
+
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | None
+    own: Pattern
+    q_offset: int
+    key_real: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one module's attention runs under.
+
+    Args:
+        pattern: a pattern, a router, or None for the model's own attention.
+        backend: as in `fl.attention`.
+        observer: called with an `Observation` before each call; None for none.
+        has_layer_number: False where patterns are given by layer number and this module has none; its attention raises.
+    """
+
+    pattern: LayerPattern = None
+    backend: str = "auto"
+    observer: Callable[[Observation], None] | None = None
+    has_layer_number: bool = True
+
+
+def setting_of(module: nn.Module) -> Setting:
+    """The setting stored on the module; without one the default: the model's own attention, backend "auto"."""
+    setting: Setting = module.__dict__.get(SETTING) or Setting()
+    return setting
