@@ -129,12 +129,12 @@ void run_handlers() {
   if (PyErr_CheckSignals() != 0) throw nb::python_error();
 }
 
-Watch watch_for_signals() { return Watch(PyThread_get_thread_ident() == main_thread ? run_handlers : nullptr); }
+InterruptCheck watch_for_signals() { return InterruptCheck(PyThread_get_thread_ident() == main_thread ? run_handlers : nullptr); }
 
 // (address, batch stride, head stride, row stride); strides count elements.
 using Address = std::vector<int64_t>;
 
-Rows rows(const Address& from) {
+TensorView rows(const Address& from) {
   if (from.size() != 4) throw std::invalid_argument("a tensor is (address, batch stride, head stride, row stride)");
   return {reinterpret_cast<const void*>(from[0]), from[1], from[2], from[3]};
 }
@@ -158,8 +158,8 @@ Call prepare(NativePlan& plan, int type, const std::vector<int64_t>& shape, doub
                   static_cast<uint32_t>(links[1]),
                   static_cast<uint32_t>(links[2]),
                   static_cast<float>(inverse)};
-  call.joins = plan.overlapping();
-  call.leaves = !plan.covers_all_rows();
+  call.merges = plan.overlapping();
+  call.keep_masked_rows = !plan.covers_all_rows();
   return call;
 }
 
@@ -173,10 +173,10 @@ int64_t forward(NativePlan& plan, int type, int out_type, const std::vector<int6
   call.result = reinterpret_cast<void*>(out);
   call.lse = reinterpret_cast<float*>(lse);
   const Kernels& set = kernels();
-  Watch watch = watch_for_signals();
+  InterruptCheck interrupt = watch_for_signals();
   const nb::gil_scoped_release release;
   const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads);
-  run_forward(set, call, *schedule, threads, watch);
+  run_forward(set, call, *schedule, threads, interrupt);
   return plan.grown();
 }
 
@@ -190,10 +190,10 @@ int64_t backward(NativePlan& plan, int type, int out_type, const std::vector<int
   call.dlse = reinterpret_cast<const float*>(dlse);
   call.result = reinterpret_cast<void*>(dq);
   const Kernels& set = kernels();
-  Watch watch = watch_for_signals();
+  InterruptCheck interrupt = watch_for_signals();
   const nb::gil_scoped_release release;
   const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads);
-  run_backward(set, call, *schedule, reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), threads, watch);
+  run_backward(set, call, *schedule, reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), threads, interrupt);
   return plan.grown();
 }
 
@@ -204,10 +204,10 @@ double fma_gflops(int threads) {
   const Kernels& set = kernels();
   std::vector<float> sums(threads);
   const auto start = std::chrono::steady_clock::now();
-  Watch nobody(nullptr);
-  for_each(threads, threads, nobody, [&](int64_t i) { sums[i] = set.spin(kTurns); });
+  InterruptCheck nobody(nullptr);
+  parallel_for(threads, threads, nobody, [&](int64_t i) { sums[i] = set.peak_fma(kTurns); });
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  return 1e-9 * static_cast<double>(kTurns * set.spin_operations * threads) / seconds;
+  return 1e-9 * static_cast<double>(kTurns * set.peak_fma_flops * threads) / seconds;
 }
 
 }  // namespace
@@ -223,6 +223,6 @@ NB_MODULE(_cpu, m) {
   m.def("backward", &backward);
   m.def("fma_gflops", &fma_gflops, "threads"_a);
   m.def("isa", [] { return std::string(farlight::kernels().name); });
-  m.def("available", &available_sets);
-  m.def("use", &use_set);
+  m.def("available", &available_isas);
+  m.def("use", &use_isa);
 }

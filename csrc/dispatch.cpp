@@ -20,7 +20,7 @@ namespace amx {
 extern const Kernels kernels;
 }
 #endif
-#if defined(FARLIGHT_HAS_X86_SETS)
+#if defined(FARLIGHT_HAS_X86_ISAS)
 namespace avx512bf16 {
 extern const Kernels kernels;
 }
@@ -37,7 +37,7 @@ extern const Kernels kernels;
 
 namespace {
 
-#if defined(FARLIGHT_HAS_X86_SETS)
+#if defined(FARLIGHT_HAS_X86_ISAS)
 struct Machine {
   bool avx2 = false, avx512 = false, bf16 = false;
   bool slow_pairs = false;  // vdpbf16ps takes as long as four FMA: widened operands are faster
@@ -87,7 +87,7 @@ bool tiles_granted() {
 
 std::vector<const Kernels*> usable() {
   std::vector<const Kernels*> sets;
-#if defined(FARLIGHT_HAS_X86_SETS)
+#if defined(FARLIGHT_HAS_X86_ISAS)
   const Machine m = machine();
 #if defined(FARLIGHT_HAS_AMX)
   if (m.bf16 && tiles_granted()) sets.push_back(&amx::kernels);
@@ -105,7 +105,7 @@ std::atomic<const Kernels*> chosen{nullptr};
 
 }  // namespace
 
-std::vector<std::string> available_sets() {
+std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const Kernels* set : usable()) names.emplace_back(set->name);
   return names;
@@ -120,7 +120,7 @@ const Kernels& kernels() {
   return *set;
 }
 
-void use_set(const std::string& name) {
+void use_isa(const std::string& name) {
   std::string names;
   for (const Kernels* set : usable()) {
     if (name == set->name) {

@@ -8,9 +8,9 @@
 
 namespace farlight {
 
-std::vector<std::string> available_sets();  // best first
+std::vector<std::string> available_isas();  // best first
 const Kernels& kernels();
 // By name; throws std::invalid_argument with the names that would do.
-void use_set(const std::string& name);
+void use_isa(const std::string& name);
 
 }  // namespace farlight

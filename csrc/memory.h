@@ -13,7 +13,7 @@ namespace farlight {
 
 // Asks the system to back a large stretch by large pages: the first touch of a fresh page costs more than filling it, and
 // this makes it some hundred times rarer. A hint; nothing depends on it.
-inline void expect_writes(void* at, int64_t bytes) {
+inline void advise_huge_pages(void* at, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t page = int64_t{1} << 21;
   const int64_t first = (reinterpret_cast<int64_t>(at) + page - 1) / page * page;
@@ -25,21 +25,21 @@ inline void expect_writes(void* at, int64_t bytes) {
 }
 
 // An uninitialised, aligned stretch of memory.
-class Room {
+class Buffer {
  public:
-  Room() = default;
-  explicit Room(int64_t bytes) : bytes_(bytes) {
+  Buffer() = default;
+  explicit Buffer(int64_t bytes) : bytes_(bytes) {
     if (bytes == 0) return;
     at_ = ::operator new(static_cast<size_t>(bytes), std::align_val_t{64});
-    expect_writes(at_, bytes);
+    advise_huge_pages(at_, bytes);
   }
-  Room(Room&& other) noexcept : at_(std::exchange(other.at_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
-  Room& operator=(Room&& other) noexcept {
+  Buffer(Buffer&& other) noexcept : at_(std::exchange(other.at_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
     std::swap(at_, other.at_);
     std::swap(bytes_, other.bytes_);
     return *this;
   }
-  ~Room() { ::operator delete(at_, std::align_val_t{64}); }
+  ~Buffer() { ::operator delete(at_, std::align_val_t{64}); }
 
   int64_t bytes() const { return bytes_; }
   template <class T>

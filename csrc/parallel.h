@@ -18,12 +18,12 @@
 namespace farlight {
 
 // Lets the caller of a long call end it. The calling thread asks between items, at most every `kInterval`; `ask` throws.
-class Watch {
+class InterruptCheck {
  public:
   using Ask = void (*)();
-  explicit Watch(Ask ask) : ask_(ask), last_(ask ? Clock::now() : Clock::time_point{}) {}  // null: never asks
+  explicit InterruptCheck(Ask ask) : ask_(ask), last_(ask ? Clock::now() : Clock::time_point{}) {}  // null: never asks
 
-  void look() {
+  void poll() {
     if (!ask_ || (++items_ & 7) != 0) return;
     const auto now = Clock::now();
     if (now - last_ < kInterval) return;
@@ -44,10 +44,10 @@ constexpr int64_t kBatch = 64;  // neighbours that a thread takes at once, at mo
 // Calls body(i) for every i < count, in order of i as threads become free: a few neighbours at a time, single ones towards the
 // end. The first exception is thrown to the caller, as soon as every thread has finished its item.
 template <class Body>
-void for_each(int64_t count, int threads, Watch& watch, const Body& body) {
+void parallel_for(int64_t count, int threads, InterruptCheck& interrupt, const Body& body) {
   threads = static_cast<int>(threads < count ? threads : count);
   if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i, watch.look()) body(i);
+    for (int64_t i = 0; i < count; ++i, interrupt.poll()) body(i);
     return;
   }
   const std::thread::id caller = std::this_thread::get_id();
@@ -65,7 +65,7 @@ void for_each(int64_t count, int threads, Watch& watch, const Body& body) {
         if (!next.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
         for (int64_t i = first; i < last && !failed.load(std::memory_order_relaxed); ++i) {
           body(i);
-          if (asks) watch.look();
+          if (asks) interrupt.poll();
         }
         first = next.load(std::memory_order_relaxed);
       }

@@ -10,7 +10,7 @@
 
 #include "memory.h"
 #include "parallel.h"
-#include "sums.h"
+#include "dkdv_reduction.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -24,10 +24,10 @@ constexpr int64_t kWorthThreads = 50'000;  // keys visited times head dimension,
 
 // A thread's working memory; kept from call to call, but for its beginning, which is cleared for each.
 char* scratch(int64_t bytes, int64_t cleared, uint64_t call) {
-  thread_local Room room;
+  thread_local Buffer room;
   thread_local uint64_t served = 0;
   if (room.bytes() < bytes) {
-    room = Room(bytes);
+    room = Buffer(bytes);
     served = 0;
   }
   if (served != call) {
@@ -59,7 +59,7 @@ class Partials {
   }
 
  private:
-  Room values_;
+  Buffer values_;
   std::unique_ptr<std::atomic<int32_t>[]> pending_;
 };
 
@@ -68,17 +68,17 @@ int64_t rows_bytes(const Call& call, Type type, int64_t heads, int64_t rows) {
 }
 
 // Rows that see nothing have zeros, and an lse of minus infinity. All of the result is about to be written, here or by tiles.
-void begin_result(const Call& call, const Schedule& schedule, bool with_lse, int threads, Watch& watch) {
-  expect_writes(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q));
+void begin_result(const Call& call, const Schedule& schedule, bool with_lse, int threads, InterruptCheck& interrupt) {
+  advise_huge_pages(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q));
   constexpr int64_t stretch = 4096;  // rows that a thread takes at once
   struct Stretch {
     int64_t first, last;
   };
   std::vector<Stretch> all;
-  for (const auto& [first, last] : schedule.unsure_rows())
+  for (const auto& [first, last] : schedule.unwritten_rows())
     for (int64_t i = first; i < last; i += stretch) all.push_back({i, std::min(i + stretch, last)});
   const int64_t width = call.dim * (call.out_type == Type::f32 ? 4 : 2), many = static_cast<int64_t>(all.size());
-  for_each(call.batch * call.heads * many, threads, watch, [&](int64_t i) {
+  parallel_for(call.batch * call.heads * many, threads, interrupt, [&](int64_t i) {
     const Stretch& rows = all[i % many];
     const int64_t at = i / many * call.plan->n_q + rows.first, count = rows.last - rows.first;
     std::memset(static_cast<char*>(call.result) + at * width, 0, static_cast<size_t>(count * width));
@@ -87,13 +87,13 @@ void begin_result(const Call& call, const Schedule& schedule, bool with_lse, int
 }
 
 // The item after item i of those before `end`, if there is one.
-const Item* after(const std::vector<Item>& items, int64_t i, int64_t end) { return i + 1 < end ? &items[i + 1] : nullptr; }
+const WorkItem* after(const std::vector<WorkItem>& items, int64_t i, int64_t end) { return i + 1 < end ? &items[i + 1] : nullptr; }
 
 int64_t rows_of(const Call& call) { return call.batch * call.heads * call.plan->n_q; }
 
-Room row_sums_of(const Call& call) {
-  const int64_t bytes = rows_of(call) * static_cast<int64_t>(sizeof(RowSum));
-  Room room(bytes);
+Buffer row_sums_of(const Call& call) {
+  const int64_t bytes = rows_of(call) * static_cast<int64_t>(sizeof(RowStats));
+  Buffer room(bytes);
   std::memset(room.as<char>(), 0, static_cast<size_t>(bytes));
   return room;
 }
@@ -101,12 +101,12 @@ Room row_sums_of(const Call& call) {
 // The lse beyond which weights computed from it are off by more than 2^-14 in float32, 2^-10 in bfloat16.
 float largest_lse(Type type) { return type == Type::f32 ? 1024.0f : 16384.0f; }
 
-bool any_large(const Call& call, int threads, Watch& watch) {
+bool any_large(const Call& call, int threads, InterruptCheck& interrupt) {
   constexpr int64_t stretch = 1 << 16;
   const float limit = largest_lse(call.type);
   const int64_t rows = rows_of(call);
   std::atomic<bool> found{false};
-  for_each((rows + stretch - 1) / stretch, threads, watch, [&](int64_t i) {
+  parallel_for((rows + stretch - 1) / stretch, threads, interrupt, [&](int64_t i) {
     bool large = false;
     for (int64_t at = i * stretch; at < std::min(rows, (i + 1) * stretch); ++at)
       large |= std::abs(call.lse[at]) > limit && std::isfinite(call.lse[at]);
@@ -117,66 +117,66 @@ bool any_large(const Call& call, int threads, Watch& watch) {
 
 // The sums of rows for the backward pass of scores so large that their lse in float32 has too few digits: computed once more.
 // Where the lse at hand is another one than that of these keys, as far as it can be told, the weights are relative to it.
-Room exact_row_sums(const Kernels& kernels, const Call& call, const Schedule& schedule, int threads, Watch& watch) {
-  Room sums = row_sums_of(call);
+Buffer exact_row_sums(const Kernels& kernels, const Call& call, const Schedule& schedule, int threads, InterruptCheck& interrupt) {
+  Buffer sums = row_sums_of(call);
   const int64_t rows = rows_of(call);
-  const Room out(rows_bytes(call, call.type, call.heads, call.plan->n_q)), lse(rows * static_cast<int64_t>(sizeof(float)));
+  const Buffer out(rows_bytes(call, call.type, call.heads, call.plan->n_q)), lse(rows * static_cast<int64_t>(sizeof(float)));
   Call again = call;
   again.out_type = call.type;
   again.dropout.on = false;
   again.result = out.as<void>();
   again.lse = lse.as<float>();
-  again.row_sums = sums.as<RowSum>();
-  run_forward(kernels, again, schedule, threads, watch);
+  again.row_stats = sums.as<RowStats>();
+  run_forward(kernels, again, schedule, threads, interrupt);
   for (int64_t at = 0; at < rows; ++at) {
-    RowSum& row = again.row_sums[at];
-    if (row.total == 0.0f) continue;
+    RowStats& row = again.row_stats[at];
+    if (row.row_sum == 0.0f) continue;
     const float apart = call.lse[at] - again.lse[at];
-    row.total = std::log(row.total) + (std::abs(apart) <= 0x1p-21f * std::abs(again.lse[at]) ? 0.0f : apart);
+    row.row_sum = std::log(row.row_sum) + (std::abs(apart) <= 0x1p-21f * std::abs(again.lse[at]) ? 0.0f : apart);
   }
   return sums;
 }
 
 }  // namespace
 
-void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads, Watch& watch) {
+void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads, InterruptCheck& interrupt) {
   const Partials partials(call, schedule);
-  const Room row_sums = call.joins && !call.row_sums ? row_sums_of(call) : Room();
-  if (row_sums.bytes()) call.row_sums = row_sums.as<RowSum>();
+  const Buffer row_stats = call.merges && !call.row_stats ? row_sums_of(call) : Buffer();
+  if (row_stats.bytes()) call.row_stats = row_stats.as<RowStats>();
   const int64_t bytes = kernels.scratch_bytes(call);
   const uint64_t number = next_call();
   if (schedule.cost * call.dim < kWorthThreads) threads = 1;
-  begin_result(call, schedule, true, threads, watch);
+  begin_result(call, schedule, true, threads, interrupt);
   for (const Phase& phase : schedule.phases) {
     const int64_t count = static_cast<int64_t>(phase.forward.size());
-    for_each(count, threads, watch, [&](int64_t i) {
-      kernels.forward(call, phase.forward[i], after(phase.forward, i, count), scratch(bytes, kernels.cleared_bytes, number));
+    parallel_for(count, threads, interrupt, [&](int64_t i) {
+      kernels.forward(call, phase.forward[i], after(phase.forward, i, count), scratch(bytes, kernels.zeroed_bytes, number));
     });
   }
 }
 
 void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads,
-                  Watch& watch) {
-  const Room row_sums = any_large(call, threads, watch) ? exact_row_sums(kernels, call, schedule, threads, watch) : Room();
-  if (row_sums.bytes()) call.row_sums = row_sums.as<RowSum>();
+                  InterruptCheck& interrupt) {
+  const Buffer row_stats = any_large(call, threads, interrupt) ? exact_row_sums(kernels, call, schedule, threads, interrupt) : Buffer();
+  if (row_stats.bytes()) call.row_stats = row_stats.as<RowStats>();
   const Partials partials(call, schedule);
   const int64_t bytes = kernels.scratch_bytes(call);
   const uint64_t number = next_call();
   if (schedule.cost * call.dim < kWorthThreads) threads = 1;
-  begin_result(call, schedule, false, threads, watch);
-  for (void* grad : {dk, dv}) expect_writes(grad, rows_bytes(call, call.type, call.kv_heads, call.plan->n_k));
+  begin_result(call, schedule, false, threads, interrupt);
+  for (void* grad : {dk, dv}) advise_huge_pages(grad, rows_bytes(call, call.type, call.kv_heads, call.plan->n_k));
   const int64_t units = schedule.groups() * schedule.slab_count;
   // With one phase and a group for every thread, a group is added up by whoever finishes its last slab, and its memory
   // serves the next group. Otherwise all is added up at the end, by all threads.
   const bool at_once = schedule.phases.size() == 1 && schedule.groups() >= threads;
-  GroupSums sums(kernels, call, schedule, dk, dv);
+  DkDvReduction sums(kernels, call, schedule, dk, dv);
   for (size_t p = 0; p < schedule.phases.size(); ++p) {
     const Phase& phase = schedule.phases[p];
-    for_each(units, threads, watch, [&](int64_t unit) {
+    parallel_for(units, threads, interrupt, [&](int64_t unit) {
       if (p == 0) sums.open(unit);
       const Slab& slab = phase.slabs[unit];
       for (int64_t i = slab.first; i < slab.last; ++i) {
-        char* room = scratch(bytes, kernels.cleared_bytes, number);
+        char* room = scratch(bytes, kernels.zeroed_bytes, number);
         kernels.backward(call, phase.backward[i], after(phase.backward, i, slab.last), sums.of(unit), room);
       }
       if (at_once && sums.finished(unit)) {
@@ -187,7 +187,7 @@ void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, v
     });
   }
   if (!at_once)
-    for_each(schedule.groups() * schedule.blocks, threads, watch,
+    parallel_for(schedule.groups() * schedule.blocks, threads, interrupt,
              [&](int64_t i) { sums.add_up(i / schedule.blocks, i % schedule.blocks); });
 }
 

@@ -16,7 +16,7 @@ struct Where {
   int64_t first_run, last_run, first_point, last_point;
 };
 
-Where where(const PieceView& piece, const LayerView& layer, const Item& item) {
+Where where(const PieceView& piece, const LayerView& layer, const WorkItem& item) {
   const int32_t v = variant_of(piece.variant, piece.variant_batch, piece.variant_heads, item.batch, item.head);
   const int32_t w = variant_of(layer.variant, layer.variant_batch, layer.variant_heads, item.batch, item.head);
   const int64_t t = layer.entry_base[w] + item.entry - piece.first[v];
@@ -59,7 +59,7 @@ int64_t Schedule::bytes() const {
   return sum;
 }
 
-int64_t Schedule::cost_of(const Item& item) const {
+int64_t Schedule::cost_of(const WorkItem& item) const {
   const PieceView& piece = tables_.view().pieces[item.piece];
   int64_t keys = 0, points = 0;
   for (int32_t i = 0; i < piece.layer_count; ++i) {
@@ -76,20 +76,20 @@ int64_t Schedule::cost_of(const Item& item) const {
 void Schedule::order_forward() {
   const PlanView& view = tables_.view();
   struct Priced {
-    Item item;
+    WorkItem item;
     int32_t dear;
   };
   for (int32_t p = 0; p < view.piece_count; ++p) {
     Phase& phase = phases[phases.size() > 1 ? p : 0];
     const PieceView& piece = view.pieces[p];
-    std::vector<Item> here;
+    std::vector<WorkItem> here;
     std::vector<int64_t> costs;
     int64_t total = 0;
     for (int32_t b = 0; b < batch; ++b)
       for (int32_t h = 0; h < heads; ++h) {
         const int32_t v = variant_of(piece.variant, piece.variant_batch, piece.variant_heads, b, h);
         for (int64_t e = piece.first[v]; e < piece.first[v + 1]; ++e) {
-          const Item item{p, b, h, static_cast<int32_t>(e)};
+          const WorkItem item{p, b, h, static_cast<int32_t>(e)};
           const int64_t price = cost_of(item);
           if (price == 0 && piece.group[e] < 0 && !tables_.covers_all_rows()) continue;
           if (piece.group[e] >= 0) parts[pending_base[p] + (b * heads + h) * piece.groups + piece.group[e]] = piece.parts[e];
@@ -118,8 +118,8 @@ void Schedule::order_backward() {
   for (Phase& phase : phases) {
     phase.backward = phase.forward;
     const int64_t shared = heads / kv_heads;
-    auto group = [&](const Item& x) { return x.batch * kv_heads + x.head / shared; };
-    std::stable_sort(phase.backward.begin(), phase.backward.end(), [&](const Item& x, const Item& y) {
+    auto group = [&](const WorkItem& x) { return x.batch * kv_heads + x.head / shared; };
+    std::stable_sort(phase.backward.begin(), phase.backward.end(), [&](const WorkItem& x, const WorkItem& y) {
       if (group(x) != group(y)) return group(x) < group(y);
       if (x.head != y.head) return x.head < y.head;
       return x.piece != y.piece ? x.piece < y.piece : x.entry < y.entry;
@@ -145,7 +145,7 @@ void Schedule::cut(int64_t slabs) {
       const int64_t begin = at;
       int64_t total = 0;
       for (; at < end; ++at) {
-        const Item& x = phase.backward[at];
+        const WorkItem& x = phase.backward[at];
         if (x.batch * kv_heads + x.head / shared != g) break;
         total += cost_of(x) + kTileCost;
       }
@@ -186,7 +186,7 @@ int64_t Schedule::find_covers() {
   return most;
 }
 
-void Schedule::mark(const Item& item, std::vector<uint8_t>& seen) const {
+void Schedule::mark(const WorkItem& item, std::vector<uint8_t>& seen) const {
   const PieceView& piece = tables_.view().pieces[item.piece];
   for (int32_t i = 0; i < piece.layer_count; ++i) {
     const LayerView& layer = piece.layers[i];

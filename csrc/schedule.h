@@ -16,8 +16,8 @@ struct Slab {
 
 // Items that may run at the same time. Pieces that serve the same rows come one after the other.
 struct Phase {
-  std::vector<Item> forward;    // dear ones first, the rest as they lie in memory
-  std::vector<Item> backward;   // group by group
+  std::vector<WorkItem> forward;    // dear ones first, the rest as they lie in memory
+  std::vector<WorkItem> backward;   // group by group
   std::vector<Slab> slabs;      // (group, slab), group by group
 };
 
@@ -38,7 +38,7 @@ class Schedule {
   int64_t cost = 0;            // keys visited, times turns of kRows rows
 
   int64_t bytes() const;  // held in memory
-  const std::vector<std::pair<int64_t, int64_t>>& unsure_rows() const { return tables_.unsure_rows(); }
+  const std::vector<std::pair<int64_t, int64_t>>& unwritten_rows() const { return tables_.unwritten_rows(); }
   int64_t groups() const { return batch * kv_heads; }
   int64_t slab_count = 1;  // slabs of a group, in every phase
   int64_t blocks = 0;      // of keys
@@ -46,12 +46,12 @@ class Schedule {
 
  private:
   int64_t cell(int64_t group) const { return (by_batch_ ? group / kv_heads : 0) * (by_head_ ? kv_heads : 1) + (by_head_ ? group % kv_heads : 0); }
-  int64_t cost_of(const Item& item) const;
+  int64_t cost_of(const WorkItem& item) const;
   void order_forward();
   void order_backward();
   void cut(int64_t slabs);
   int64_t find_covers();
-  void mark(const Item& item, std::vector<uint8_t>& seen) const;
+  void mark(const WorkItem& item, std::vector<uint8_t>& seen) const;
 
   const Tables& tables_;
   bool by_batch_ = false, by_head_ = false;

@@ -52,7 +52,7 @@ void Tables::finish() {
     const Piece& p = pieces[i];
     piece_views_.push_back({p.has_rows ? p.rows.data() : nullptr, p.first.data(), p.start.data(), p.count.data(), p.part.data(),
                             p.parts.data(), p.slot.data(), p.variant.of.data(), p.variant.batch, p.variant.heads, p.slots, p.groups,
-                            p.group.data(), p.sure.data(), layer_views_[i].data(), static_cast<int32_t>(layer_views_[i].size())});
+                            p.group.data(), p.every_row_visible.data(), layer_views_[i].data(), static_cast<int32_t>(layer_views_[i].size())});
   }
   covers_all_ = pieces.size() == 1;
   if (covers_all_) {
@@ -64,7 +64,7 @@ void Tables::finish() {
       covers_all_ = covers_all_ && rows == n_q;
     }
   }
-  if (covers_all_ && !overlapping) unsure_.clear();
+  if (covers_all_ && !overlapping) unwritten_rows_.clear();
   view_ = {piece_views_.data(),
            {masks.kind.data(), masks.start.data(), masks.core_lo.data(), masks.core_hi.data(), masks.data.data()},
            static_cast<int32_t>(pieces.size()),
@@ -79,36 +79,36 @@ void Tables::find_sure() {
   std::vector<bool> served(n_q, false);
   for (Piece& p : pieces) {
     const int64_t entries = size(p.start);
-    p.sure.assign(entries, 0);
+    p.every_row_visible.assign(entries, 0);
     bool one = p.first.size() == 2;
     for (const Layer& layer : p.layers) one = one && layer.entry_base.size() == 1;
     if (!one) continue;
     for (int64_t e = 0; e < entries; e += p.parts[e]) {
-      bool sure = false;
+      bool every_row_visible = false;
       for (const Layer& l : p.layers)
-        for (int64_t t = e; t < e + p.parts[e] && !sure; ++t)
-          for (int64_t r = l.indptr[l.entry_base[0] + t]; r < l.indptr[l.entry_base[0] + t + 1] && !sure; ++r)
-            sure = l.mask[r] < 0 && l.lo[r] < l.hi[r];
-      if (!sure) continue;
-      for (int64_t t = e; t < e + p.parts[e]; ++t) p.sure[t] = 1;
+        for (int64_t t = e; t < e + p.parts[e] && !every_row_visible; ++t)
+          for (int64_t r = l.indptr[l.entry_base[0] + t]; r < l.indptr[l.entry_base[0] + t + 1] && !every_row_visible; ++r)
+            every_row_visible = l.mask[r] < 0 && l.lo[r] < l.hi[r];
+      if (!every_row_visible) continue;
+      for (int64_t t = e; t < e + p.parts[e]; ++t) p.every_row_visible[t] = 1;
       for (int64_t i = p.start[e]; i < int64_t{p.start[e]} + p.count[e]; ++i) served[p.has_rows ? p.rows[i] : i] = true;
     }
   }
-  unsure_.clear();
+  unwritten_rows_.clear();
   for (int64_t i = 0; i < n_q; ++i) {
     if (served[i] && !overlapping) continue;
-    if (unsure_.empty() || unsure_.back().second < i) unsure_.push_back({i, i});
-    unsure_.back().second = i + 1;
+    if (unwritten_rows_.empty() || unwritten_rows_.back().second < i) unwritten_rows_.push_back({i, i});
+    unwritten_rows_.back().second = i + 1;
   }
 }
 
 int64_t Tables::bytes() const {
   const auto all = [](const auto&... v) { return (bytes_of(v) + ...); };
   int64_t sum = static_cast<int64_t>(sizeof(*this)) +
-                all(masks.kind, masks.start, masks.core_lo, masks.core_hi, masks.data, pieces, unsure_, piece_views_, layer_views_);
+                all(masks.kind, masks.start, masks.core_lo, masks.core_hi, masks.data, pieces, unwritten_rows_, piece_views_, layer_views_);
   for (const auto& views : layer_views_) sum += bytes_of(views);
   for (const Piece& p : pieces) {
-    sum += all(p.variant.of, p.rows, p.row_first, p.first, p.start, p.count, p.part, p.parts, p.layers, p.sure, p.slot, p.group);
+    sum += all(p.variant.of, p.rows, p.row_first, p.first, p.start, p.count, p.part, p.parts, p.layers, p.every_row_visible, p.slot, p.group);
     for (const Layer& l : p.layers)
       sum += all(l.variant.of, l.entry_base, l.place_base, l.indptr, l.lo, l.hi, l.mask, l.keys, l.point_indptr, l.point_keys);
   }

@@ -48,7 +48,7 @@ struct Piece {
   bool has_rows = false;
   // Derived: which tiles have a run of keys that all of their rows see; where split tiles put their partial results, numbered
   // inside a variant.
-  std::vector<uint8_t> sure;
+  std::vector<uint8_t> every_row_visible;
   std::vector<int64_t> slot;
   std::vector<int32_t> group;
   int64_t slots = 0, groups = 0;
@@ -67,7 +67,7 @@ class Tables {
   // Whether every row stands in exactly one tile, whatever the batch item and head: then tiles write what rows see nothing, too.
   bool covers_all_rows() const { return covers_all_; }
   // The rows that might be written by no tile and must hold the result of a row that sees nothing before: [first, last) each.
-  const std::vector<std::pair<int64_t, int64_t>>& unsure_rows() const { return unsure_; }
+  const std::vector<std::pair<int64_t, int64_t>>& unwritten_rows() const { return unwritten_rows_; }
   // Throws MalformedPlan unless the variants fit this many batch items and heads.
   void check_heads(int64_t batch, int64_t heads) const;
   // What is held in memory.
@@ -81,7 +81,7 @@ class Tables {
   void find_sure();
 
   bool covers_all_ = false;
-  std::vector<std::pair<int64_t, int64_t>> unsure_;
+  std::vector<std::pair<int64_t, int64_t>> unwritten_rows_;
   PlanView view_{};
   std::vector<PieceView> piece_views_;
   std::vector<std::vector<LayerView>> layer_views_;

@@ -41,7 +41,7 @@ struct PieceView {
   int64_t slots;   // partial results of the piece, for one (batch, head)
   int64_t groups;  // split tiles of the piece, for one (batch, head)
   const int32_t* group;  // which split tile an entry belongs to, -1 when not split
-  const uint8_t* sure;   // all rows of the tile see something here
+  const uint8_t* every_row_visible;   // all rows of the tile see something here
   const LayerView* layers;
   int32_t layer_count;
 };
@@ -54,7 +54,7 @@ struct PlanView {
 };
 
 // A (B, H, N, D) tensor whose last dimension is contiguous; strides count elements.
-struct Rows {
+struct TensorView {
   const void* data;
   int64_t batch, head, row;
 };
@@ -68,8 +68,8 @@ struct Dropout {
 };
 
 // What a row's scores, times log2 e, add up to: total · 2^top. Kept where an lse in float32 would lose too much of it.
-struct RowSum {
-  float top, total;
+struct RowStats {
+  float row_max, row_sum;
 };
 
 // One call: the problem, the same for every item of work.
@@ -79,14 +79,14 @@ struct Call {
   int64_t batch, heads, kv_heads, dim;
   float scale;
   Dropout dropout;
-  Rows q, k, v, out, dout;
+  TensorView q, k, v, out, dout;
   float* lse;         // (B, H, Nq)
   const float* dlse;  // (B, H, Nq) or null
   // (B, H, Nq) or null. Forward: written, and joined to; zeros at the start. Backward: `total` is the natural logarithm there.
-  RowSum* row_sums;
+  RowStats* row_stats;
   void* result;       // forward: out; backward: dq; contiguous (B, H, Nq, D)
-  bool joins;         // rows may already hold a result, to be merged or added to
-  bool leaves;        // rows that see nothing here are left as they are, where a tile might have such
+  bool merges;         // rows may already hold a result, to be merged or added to
+  bool keep_masked_rows;        // rows that see nothing here are left as they are, where a tile might have such
   // Split tiles: partial results and how many parts are still to come. Indexed by base of the (piece, batch, head).
   float* partial;
   std::atomic<int32_t>* pending;
@@ -94,28 +94,28 @@ struct Call {
 };
 
 // Where the sums for dk and dv of one (batch, kv head) go: a pointer for each block of keys, rows `stride` floats apart.
-struct Sums {
+struct DkDvBlocks {
   float* const* dk;
   float* const* dv;
   int64_t stride;
 };
 
-struct Item {
+struct WorkItem {
   int32_t piece, batch, head, entry;
 };
 
 // The functions of one instruction set.
 struct Kernels {
   const char* name;
-  int64_t cleared_bytes;  // of the working memory's beginning, zero when a thread first serves a call
+  int64_t zeroed_bytes;  // of the working memory's beginning, zero when a thread first serves a call
   int64_t (*scratch_bytes)(const Call&);
   // `next` is what the thread will do afterwards, as far as is known; may be null.
-  void (*forward)(const Call&, const Item&, const Item* next, char* scratch);
-  void (*backward)(const Call&, const Item&, const Item* next, const Sums&, char* scratch);
+  void (*forward)(const Call&, const WorkItem&, const WorkItem* next, char* scratch);
+  void (*backward)(const Call&, const WorkItem&, const WorkItem* next, const DkDvBlocks&, char* scratch);
   // Adds `count` blocks of sums to the first of them and writes `rows` rows of `dim` numbers, as `type`; out may be the first.
-  void (*fold)(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out);
-  float (*spin)(int64_t turns);  // `spin_operations` operations a turn, in registers
-  int64_t spin_operations;
+  void (*reduce)(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out);
+  float (*peak_fma)(int64_t turns);  // `spin_operations` operations a turn, in registers
+  int64_t peak_fma_flops;
 };
 
 inline int32_t variant_of(const int32_t* variant, int32_t batch_extent, int32_t head_extent, int64_t b, int64_t h) {

@@ -36,6 +36,6 @@ class Arena {
   int64_t used_ = 0;
 };
 
-FARLIGHT_INLINE int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+FARLIGHT_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 }  // namespace farlight::FARLIGHT_NS

@@ -9,19 +9,19 @@ namespace farlight::FARLIGHT_NS {
 // below -126 becomes 0; NaN stays NaN. The coefficients are minimax with p(0) = 1, those of degree 3 also with p(1) = 2: what should
 // be zero and is rounded to just below has the weight of zero.
 template <int Degree>
-FARLIGHT_INLINE F power2(F x) {
-  const F f = fraction(x);
+FARLIGHT_INLINE F exp2_poly(F x) {
+  const F f = split_floor(x);
   F p;
   if constexpr (Degree == 3) {
-    p = fma(all(0.07826796919107437f), f, all(0.226307675242424f));
-    p = fma(p, f, all(0.6954243183135986f));
+    p = fma(broadcast(0.07826796919107437f), f, broadcast(0.226307675242424f));
+    p = fma(p, f, broadcast(0.6954243183135986f));
   } else {
-    p = fma(all(0.0018671301659196615f), f, all(0.009017029777169228f));
-    p = fma(p, f, all(0.05579991266131401f));
-    p = fma(p, f, all(0.24016444385051727f));
-    p = fma(p, f, all(0.6931512951850891f));
+    p = fma(broadcast(0.0018671301659196615f), f, broadcast(0.009017029777169228f));
+    p = fma(p, f, broadcast(0.05579991266131401f));
+    p = fma(p, f, broadcast(0.24016444385051727f));
+    p = fma(p, f, broadcast(0.6931512951850891f));
   }
-  return scaled(fma(p, f, all(1.0f)), x);
+  return mul_pow2_floor(fma(p, f, broadcast(1.0f)), x);
 }
 
 // The finalizer of MurmurHash3, as in farlight/patterns/hashing.py.
@@ -34,11 +34,11 @@ FARLIGHT_INLINE uint32_t mix32(uint32_t x) {
 }
 
 FARLIGHT_INLINE I mix32(I x) {
-  x = exclusive(x, right<16>(x));
-  x = times(x, all_i(0x85EBCA6Bu));
-  x = exclusive(x, right<13>(x));
-  x = times(x, all_i(0xC2B2AE35u));
-  return exclusive(x, right<16>(x));
+  x = bit_xor(x, shr<16>(x));
+  x = mul(x, broadcast_i(0x85EBCA6Bu));
+  x = bit_xor(x, shr<13>(x));
+  x = mul(x, broadcast_i(0xC2B2AE35u));
+  return bit_xor(x, shr<16>(x));
 }
 
 FARLIGHT_INLINE uint32_t hash_word(uint32_t h, uint32_t word) { return mix32(h ^ word) * 5u + 0xE6546B64u; }

@@ -7,8 +7,8 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define FARLIGHT_INLINE inline __attribute__((always_inline))
-#define FARLIGHT_APART __attribute__((noinline))
-#if defined(FARLIGHT_ROLLED)
+#define FARLIGHT_NOINLINE __attribute__((noinline))
+#if defined(FARLIGHT_NO_UNROLL)
 #define FARLIGHT_UNROLL
 #define FARLIGHT_UNROLL_2
 #define FARLIGHT_UNROLL_4
@@ -21,7 +21,7 @@
 #define FARLIGHT_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
 #else
 #define FARLIGHT_INLINE __forceinline
-#define FARLIGHT_APART __declspec(noinline)
+#define FARLIGHT_NOINLINE __declspec(noinline)
 #define FARLIGHT_UNROLL
 #define FARLIGHT_UNROLL_2
 #define FARLIGHT_UNROLL_4
@@ -31,10 +31,10 @@
 
 #if defined(FARLIGHT_ISA_AMX)
 #define FARLIGHT_NS amx
-#define FARLIGHT_PAIRS
+#define FARLIGHT_BF16_PAIRS
 #elif defined(FARLIGHT_ISA_AVX512BF16)
 #define FARLIGHT_NS avx512bf16
-#define FARLIGHT_PAIRS
+#define FARLIGHT_BF16_PAIRS
 #elif defined(FARLIGHT_ISA_AVX512)
 #define FARLIGHT_NS avx512
 #elif defined(FARLIGHT_ISA_AVX2)
@@ -43,7 +43,7 @@
 #define FARLIGHT_NS portable
 #endif
 
-#if defined(FARLIGHT_PAIRS) || defined(FARLIGHT_ISA_AVX512)
+#if defined(FARLIGHT_BF16_PAIRS) || defined(FARLIGHT_ISA_AVX512)
 #include "simd_avx512.h"
 #elif defined(FARLIGHT_ISA_AVX2)
 #include "simd_avx2.h"
@@ -54,11 +54,11 @@
 namespace farlight::FARLIGHT_NS {
 
 template <class T>
-FARLIGHT_INLINE T least(T a, T b) {
+FARLIGHT_INLINE T min(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-FARLIGHT_INLINE T most(T a, T b) {
+FARLIGHT_INLINE T max(T a, T b) {
   return a < b ? b : a;
 }
 

@@ -3,58 +3,58 @@
 
 #include <math.h>
 
-#include "ahead.h"
+#include "prefetch.h"
 #include "elementary.h"
 #include "operands.h"
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr float kNothing = -3.402823466e38f;  // running maximum before the first key: finite, and no finite score is below it
-constexpr float kUnseen = -INFINITY;          // score of a pair that is not allowed: exp2(kUnseen - kNothing) is 0
+constexpr float kInitialMax = -3.402823466e38f;  // running maximum before the first key: finite, and no finite score is below it
+constexpr float kMaskedScore = -INFINITY;          // score of a pair that is not allowed: exp2(kUnseen - kNothing) is 0
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-template <int N, class Pick>
-FARLIGHT_INLINE F picked(const F (&x)[N], Pick pick) {
+template <int N, class Combine>
+FARLIGHT_INLINE F tree_reduce(const F (&x)[N], Combine combine) {
   if constexpr (N == 1) {
     return x[0];
   } else {
     constexpr int half = (N + 1) / 2;
     F pairs[half];
     FARLIGHT_UNROLL
-    for (int i = 0; i < half; ++i) pairs[i] = i + half < N ? pick(x[i], x[i + half]) : x[i];
-    return picked(pairs, pick);
+    for (int i = 0; i < half; ++i) pairs[i] = i + half < N ? combine(x[i], x[i + half]) : x[i];
+    return tree_reduce(pairs, combine);
   }
 }
 template <int N>
 FARLIGHT_INLINE F largest(const F (&x)[N]) {
-  return picked(x, [](F a, F b) { return max(a, b); });
+  return tree_reduce(x, [](F a, F b) { return max(a, b); });
 }
 
 // What Q is multiplied by before the products, and scores after them, so that they are logarithms of base 2.
 struct Scale {
   float before, after;
 };
-template <class Mode>
+template <class Traits>
 FARLIGHT_INLINE Scale scale_of(float scale) {
   const float whole = scale * kLog2E, size = whole < 0.0f ? -whole : whole;
-  if (scaled_first<Mode>) return {whole, 1.0f};
-  if (in_tiles<Mode>) return {1.0f, whole};
+  if (q_prescaled<Traits>) return {whole, 1.0f};
+  if (uses_amx<Traits>) return {1.0f, whole};
   // The largest score must stay the largest, and what is unseen unseen: no sign, and no zero.
-  return {whole < 0.0f ? -1.0f : 1.0f, most(size, 1e-37f)};
+  return {whole < 0.0f ? -1.0f : 1.0f, max(size, 1e-37f)};
 }
 
 #if defined(FARLIGHT_ISA_AMX)
 // The scores of 32 keys by products of vectors.
-template <class Mode>
-FARLIGHT_APART void score_whole(const Chunk& c, int first, const Operand<Mode>& keys, const Turned<Mode>& queries, float* scores) {
-  if constexpr (parts_of<Mode> > 1) {
-    for (int block = 0; block < kDeep; block += kM)
+template <class Traits>
+FARLIGHT_NOINLINE void score_group_f32(const Chunk& c, int first, const Operand<Traits>& keys, const Transposed<Traits>& queries, float* scores) {
+  if constexpr (num_parts<Traits> > 1) {
+    for (int block = 0; block < kDepth; block += kM)
       for (int g = 0; g < kRows; g += kV * W) {
         const float* rows[kM];
         for (int m = 0; m < kM; ++m) rows[m] = keys.source().row(c.key[first + block + m]);
         F acc[kM][kV];
         clear(acc);
-        along_rows<FloatWord, kM, kV>(acc, rows, queries.whole + g, kRows, queries.dim());
+        gemm_row_major<F32Word, kM, kV>(acc, rows, queries.whole + g, kRows, queries.dim());
         for (int m = 0; m < kM; ++m)
           for (int v = 0; v < kV; ++v) store(scores + (block + m) * kRows + g + v * W, acc[m][v]);
       }
@@ -63,50 +63,50 @@ FARLIGHT_APART void score_whole(const Chunk& c, int first, const Operand<Mode>& 
 
 // Scores of a chunk as products of tiles give them, neither scaled nor masked.
 // Of rows that are split, `which` are meant of those that are kept with the columns.
-template <class Mode>
-inline void score_tiles(const Chunk& c, const Operand<Mode>& keys, const Columns<Mode>& kept, int which, const Turned<Mode>& queries,
-                        float* scores, Ahead<Mode>& ahead) {
-  const int64_t steps = (queries.words + kTile - 1) / kTile;
-  for (int first = 0; first < c.n; first += kDeep) {
-    if (parts_of<Mode> > 1 && which == 0 && (queries.any_infinite || kept.any_infinite(first / kDeep))) {
-      score_whole(c, first, keys, queries, scores + first * kRows);
+template <class Traits>
+inline void score_amx(const Chunk& c, const Operand<Traits>& keys, const PackedCache<Traits>& kept, int which, const Transposed<Traits>& queries,
+                        float* scores, KeyPrefetcher<Traits>& prefetcher) {
+  const int64_t steps = (queries.words + kTileDim - 1) / kTileDim;
+  for (int first = 0; first < c.n; first += kDepth) {
+    if (num_parts<Traits> > 1 && which == 0 && (queries.any_infinite || kept.any_infinite(first / kDepth))) {
+      score_group_f32(c, first, keys, queries, scores + first * kRows);
       continue;
     }
-    const auto strip = [&](int half) {
-      if constexpr (parts_of<Mode> == 1) return keys.strip(c, first + half * kTile, half);
-      else return kept.strip(first / kDeep, which, half);
+    const auto panel = [&](int half) {
+      if constexpr (num_parts<Traits> == 1) return keys.panel(c, first + half * kTileDim, half);
+      else return kept.panel(first / kDepth, which, half);
     };
-    score_group<parts_of<Mode>>(strip(0), strip(1), queries.turned, queries.part(), steps, scores + first * kRows, [&] { ahead.some(); });
+    score_key_group<num_parts<Traits>>(panel(0), panel(1), queries.transposed, queries.part(), steps, scores + first * kRows, [&] { prefetcher.issue_some(); });
   }
 }
 
 // The largest of them for each row, scaled and masked. Scaled last, so a negative scale asks for the smallest.
-inline void largest_of(const Chunk& c, const float* scores, float scale, int lanes, float* top) {
-  const auto look = [&](float unseen, auto pick) {
+inline void row_max_of(const Chunk& c, const float* scores, float scale, int lanes, float* row_max) {
+  const auto poll = [&](float unseen, auto combine) {
     for (int g = 0; g < lanes; g += W) {
-      F most = all(unseen);
+      F running_max = broadcast(unseen);
       for (int block = 0; block < c.blocks; ++block) {
         F x[kM];
         FARLIGHT_UNROLL
         for (int m = 0; m < kM; ++m) x[m] = load(scores + (block * kM + m) * kRows + g);
         if (c.masked[block])
-          for (int m = 0; m < kM; ++m) x[m] = choose(c.seen[block * kM + m] >> g, x[m], all(unseen));
-        most = pick(picked(x, pick), most);
+          for (int m = 0; m < kM; ++m) x[m] = select(c.row_mask[block * kM + m] >> g, x[m], broadcast(unseen));
+        running_max = combine(tree_reduce(x, combine), running_max);
       }
-      store(top + g, mul(most, all(scale)));
+      store(row_max + g, mul(running_max, broadcast(scale)));
     }
   };
-  if (scale < 0.0f) look(-kUnseen, [](F a, F b) { return min(a, b); });
-  else look(kUnseen, [](F a, F b) { return max(a, b); });
+  if (scale < 0.0f) poll(-kMaskedScore, [](F a, F b) { return min(a, b); });
+  else poll(kMaskedScore, [](F a, F b) { return max(a, b); });
 }
 #endif
 
 // The scores of kM keys and V vectors of rows. A function of its own, so that the pointers to the keys' rows have the registers
 // to themselves. `seen` is null where every row sees every key.
-template <class Mode, bool Masking, int V>
-FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, const typename Mode::Op::Word* queries, int64_t words,
-                                const uint32_t* seen, int g, float* to, float* top, const Lines* lines) {
-  using Op = typename Mode::Op;
+template <class Traits, bool Masking, int V>
+FARLIGHT_NOINLINE void score_block(const typename Traits::Op::Word* const* rows, const typename Traits::Op::Word* queries, int64_t words,
+                                const uint32_t* row_mask, int g, float* to, float* row_max, const PrefetchLines* lines) {
+  using Op = typename Traits::Op;
   F acc[kM][V];
   clear(acc);
   const typename Op::Word* row[kM];
@@ -116,12 +116,12 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
   // There are at least as many words as lines. These come to the second cache: the first is the tile's own. Loops of a known
   // length cost a third of others.
   const auto ask = [&]<int Known>() {
-    for (int r = 0; r < Lines::kStretches; ++r) {
+    for (int r = 0; r < PrefetchLines::kRanges; ++r) {
       const char* line = lines->first[r];
       FARLIGHT_UNROLL_4
       for (int64_t n = Known ? Known : lines->many; n > 0; --n, ++i, line += 64) {
         FARLIGHT_PREFETCH_L2(line);
-        along_word<Op, kM, V>(acc, row, i, queries + i * kRows);
+        mac_row_major<Op, kM, V>(acc, row, i, queries + i * kRows);
       }
     }
   };
@@ -132,13 +132,13 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
     else ask.template operator()<0>();
   }
   FARLIGHT_UNROLL_4
-  for (; i < words; ++i) along_word<Op, kM, V>(acc, row, i, queries + i * kRows);
+  for (; i < words; ++i) mac_row_major<Op, kM, V>(acc, row, i, queries + i * kRows);
   if constexpr (Masking) {
-    if (seen) {
+    if (row_mask) {
       FARLIGHT_UNROLL
       for (int m = 0; m < kM; ++m) {
         FARLIGHT_UNROLL
-        for (int v = 0; v < V; ++v) acc[m][v] = choose(seen[m] >> (g + v * W), acc[m][v], all(kUnseen));
+        for (int v = 0; v < V; ++v) acc[m][v] = select(row_mask[m] >> (g + v * W), acc[m][v], broadcast(kMaskedScore));
       }
     }
     FARLIGHT_UNROLL
@@ -146,7 +146,7 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
       F column[kM];
       FARLIGHT_UNROLL
       for (int m = 0; m < kM; ++m) column[m] = acc[m][v];
-      store(top + v * W, max(largest(column), load(top + v * W)));
+      store(row_max + v * W, max(largest(column), load(row_max + v * W)));
     }
   }
   FARLIGHT_UNROLL
@@ -159,19 +159,19 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
 // scores[key][row] of the chunk, as the products give them; `top[row]` is the largest.
 // Without `Masking` pairs that are not allowed keep their scores; a half that sees nothing of a block has none. `ask(block)` says
 // what to ask for meanwhile.
-template <class Mode, bool Masking, class Ask>
-inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, int lanes, float* scores, float* top,
+template <class Traits, bool Masking, class Ask>
+inline void score(const Chunk& c, const Operand<Traits>& keys, const Transposed<Traits>& queries, int lanes, float* scores, float* row_max,
                   const Ask& ask) {
   if constexpr (Masking) {
-    for (int g = 0; g < lanes; g += W) store(top + g, all(kUnseen));
+    for (int g = 0; g < lanes; g += W) store(row_max + g, broadcast(kMaskedScore));
   }
   for (const Span* span = c.spans.span; span < c.spans.span + c.spans.count; ++span)
     for (int at = span->first; at < span->last; at += kM) {
-      const Lines* lines = ask(at / kM);
-      const uint32_t* seen = c.masked[at / kM] ? c.seen + at : nullptr;
+      const PrefetchLines* lines = ask(at / kM);
+      const uint32_t* row_mask = c.masked[at / kM] ? c.row_mask + at : nullptr;
       for_lanes(span->halves, lanes, [&]<int V>(int g) {
-        score_block<Mode, Masking, V>(keys.along + at, queries.turned + g, queries.words, seen, g, scores + at * kRows + g,
-                                      Masking ? top + g : nullptr, lines);
+        score_block<Traits, Masking, V>(keys.row_major + at, queries.transposed + g, queries.words, row_mask, g, scores + at * kRows + g,
+                                      Masking ? row_max + g : nullptr, lines);
       });
     }
 }
@@ -181,10 +181,10 @@ inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>&
 constexpr float kLargeReference = 4096.0f;
 
 // Functions of their own: contracted with what follows, the product would not be rounded.
-FARLIGHT_APART inline void scale_scores(float* scores, int keys, float factor) {
-  for (int i = 0; i < keys * kRows; i += W) store(scores + i, mul(load(scores + i), all(factor)));
+FARLIGHT_NOINLINE inline void scale_scores(float* scores, int keys, float factor) {
+  for (int i = 0; i < keys * kRows; i += W) store(scores + i, mul(load(scores + i), broadcast(factor)));
 }
-FARLIGHT_APART inline void subtract_references(float* scores, int keys, const float* reference) {
+FARLIGHT_NOINLINE inline void subtract_references(float* scores, int keys, const float* reference) {
   for (int g = 0; g < kRows; g += W) {
     const F r = load(reference + g);
     for (int i = g; i < keys * kRows; i += kRows) store(scores + i, sub(load(scores + i), r));
@@ -192,22 +192,22 @@ FARLIGHT_APART inline void subtract_references(float* scores, int keys, const fl
 }
 
 // Which links of a tile survive dropout.
-class Dropped {
+class DropoutMask {
  public:
-  Dropped(const Dropout& dropout, const PlanView& plan, const Tile& tile) : dropout_(dropout) {
+  DropoutMask(const Dropout& dropout, const PlanView& plan, const RowBlock& row_block) : dropout_(dropout) {
     if (!dropout.on) return;
     for (int s = 0; s < kRows; ++s)
-      rows_[s] = s < tile.count ? row_hash(dropout.low, dropout.high, tile.item.batch, tile.item.head, plan.q_offset + tile.row[s]) : 0;
+      rows_[s] = s < row_block.count ? row_hash(dropout.low, dropout.high, row_block.item.batch, row_block.item.head, plan.q_offset + row_block.row[s]) : 0;
   }
   bool on() const { return dropout_.on; }
   float inverse() const { return dropout_.on ? dropout_.inverse : 1.0f; }
   // Bit i: the link of lane g + i to the key stays.
   uint32_t kept(int32_t key, int g) const {
     if (dropout_.all) return 0;
-    const I hash = mix32(exclusive(load_i(rows_ + g), all_i(key_word(key))));
-    return ~below(hash, all_i(dropout_.threshold));
+    const I hash = mix32(bit_xor(load_i(rows_ + g), broadcast_i(key_word(key))));
+    return ~less_u32(hash, broadcast_i(dropout_.threshold));
   }
-  bool kept_one(int32_t key, int s) const { return !dropout_.all && mix32(rows_[s] ^ key_word(key)) >= dropout_.threshold; }
+  bool keeps_pair(int32_t key, int s) const { return !dropout_.all && mix32(rows_[s] ^ key_word(key)) >= dropout_.threshold; }
 
  private:
   const Dropout& dropout_;

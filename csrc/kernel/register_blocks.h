@@ -7,43 +7,43 @@
 #include <cstring>
 
 #include "../views.h"
-#include "chunk.h"
+#include "key_chunks.h"
 
 namespace farlight::FARLIGHT_NS {
 
-struct FloatWord {
+struct F32Word {
   using Word = float;
   using Vector = F;
   static constexpr int per = 1;  // numbers in a word
-  static FARLIGHT_INLINE Vector broadcast(const Word* p) { return all(*p); }
+  static FARLIGHT_INLINE Vector splat(const Word* p) { return broadcast(*p); }
   static FARLIGHT_INLINE Vector read(const Word* p) { return load(p); }
   static FARLIGHT_INLINE F mac(F acc, Vector a, Vector b) { return fma(a, b, acc); }
 };
 
-#if defined(FARLIGHT_PAIRS)
-struct PairWord {
+#if defined(FARLIGHT_BF16_PAIRS)
+struct Bf16PairWord {
   using Word = uint32_t;
   using Vector = I;
   static constexpr int per = 2;
-  static FARLIGHT_INLINE Vector broadcast(const Word* p) {
+  static FARLIGHT_INLINE Vector splat(const Word* p) {
     uint32_t x;
     std::memcpy(&x, p, sizeof x);  // rows of bfloat16 may start at any even address
-    return all_i(x);
+    return broadcast_i(x);
   }
   static FARLIGHT_INLINE Vector read(const Word* p) { return load_i(p); }
-  static FARLIGHT_INLINE F mac(F acc, Vector a, Vector b) { return dot_pairs(acc, a, b); }
+  static FARLIGHT_INLINE F mac(F acc, Vector a, Vector b) { return dot_bf16_pairs(acc, a, b); }
 };
 #endif
 
 // acc[m][v] += row[m][i] * b[v]
 template <class Op, int M, int V>
-FARLIGHT_INLINE void along_word(F (&acc)[M][V], const typename Op::Word* const (&row)[M], int64_t i, const typename Op::Word* b) {
+FARLIGHT_INLINE void mac_row_major(F (&acc)[M][V], const typename Op::Word* const (&row)[M], int64_t i, const typename Op::Word* b) {
   typename Op::Vector x[V];
   FARLIGHT_UNROLL
   for (int v = 0; v < V; ++v) x[v] = Op::read(b + v * W);
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) {
-    const auto a = Op::broadcast(row[m] + i);
+    const auto a = Op::splat(row[m] + i);
     FARLIGHT_UNROLL
     for (int v = 0; v < V; ++v) acc[m][v] = Op::mac(acc[m][v], a, x[v]);
   }
@@ -51,24 +51,24 @@ FARLIGHT_INLINE void along_word(F (&acc)[M][V], const typename Op::Word* const (
 
 // acc[m][v] += sum over i < n of rows[m][i] * b[i][v]
 template <class Op, int M, int V>
-FARLIGHT_INLINE void along_rows(F (&acc)[M][V], const typename Op::Word* const* rows, const typename Op::Word* b, int64_t ld,
+FARLIGHT_INLINE void gemm_row_major(F (&acc)[M][V], const typename Op::Word* const* rows, const typename Op::Word* b, int64_t ld,
                                 int64_t n) {
   const typename Op::Word* row[M];
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) row[m] = rows[m];
   FARLIGHT_UNROLL_4
-  for (int64_t i = 0; i < n; ++i, b += ld) along_word<Op, M, V>(acc, row, i, b);
+  for (int64_t i = 0; i < n; ++i, b += ld) mac_row_major<Op, M, V>(acc, row, i, b);
 }
 
 // acc[m][v] += row[m] * b[v]
 template <class Op, int M, int V>
-FARLIGHT_INLINE void across_word(F (&acc)[M][V], const typename Op::Word* row, const typename Op::Word* b) {
+FARLIGHT_INLINE void mac_col_major(F (&acc)[M][V], const typename Op::Word* row, const typename Op::Word* b) {
   typename Op::Vector x[V];
   FARLIGHT_UNROLL
   for (int v = 0; v < V; ++v) x[v] = Op::read(b + v * W);
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) {
-    const auto a = Op::broadcast(row + m);
+    const auto a = Op::splat(row + m);
     FARLIGHT_UNROLL
     for (int v = 0; v < V; ++v) acc[m][v] = Op::mac(acc[m][v], a, x[v]);
   }
@@ -79,7 +79,7 @@ FARLIGHT_INLINE void clear(F (&acc)[M][V]) {
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) {
     FARLIGHT_UNROLL
-    for (int v = 0; v < V; ++v) acc[m][v] = all(0.0f);
+    for (int v = 0; v < V; ++v) acc[m][v] = broadcast(0.0f);
   }
 }
 
@@ -88,60 +88,60 @@ FARLIGHT_INLINE void clear(F (&acc)[M][V]) {
 // Keys are summed apart, into kApart sums, and then added: rounding grows with such a sum's length and the number of chunks, not
 // with their product.
 template <class Op, int M, int V>
-FARLIGHT_INLINE void across_block(float* to, const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b, int64_t n,
-                                  bool fresh, const float* shrink) {
-  F sums[kApart][M][V];
+FARLIGHT_INLINE void gemm_col_major_block(float* to, const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b, int64_t n,
+                                  bool fresh, const float* rescale) {
+  F sums[kAccumulators][M][V];
   FARLIGHT_UNROLL
-  for (int j = 0; j < kApart; ++j) clear(sums[j]);
+  for (int j = 0; j < kAccumulators; ++j) clear(sums[j]);
   int64_t i = 0;
   FARLIGHT_UNROLL_2
-  for (; i + kApart <= n; i += kApart) {
+  for (; i + kAccumulators <= n; i += kAccumulators) {
     FARLIGHT_UNROLL
-    for (int j = 0; j < kApart; ++j) across_word<Op, M, V>(sums[j], rows[i + j] + at, b + (i + j) * kRows);
+    for (int j = 0; j < kAccumulators; ++j) mac_col_major<Op, M, V>(sums[j], rows[i + j] + at, b + (i + j) * kRows);
   }
-  for (; i < n; ++i) across_word<Op, M, V>(sums[0], rows[i] + at, b + i * kRows);
+  for (; i < n; ++i) mac_col_major<Op, M, V>(sums[0], rows[i] + at, b + i * kRows);
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) {
     FARLIGHT_UNROLL
     for (int v = 0; v < V; ++v) {
       F sum = sums[0][m][v];
       FARLIGHT_UNROLL
-      for (int j = 1; j < kApart; ++j) sum = add(sum, sums[j][m][v]);
+      for (int j = 1; j < kAccumulators; ++j) sum = add(sum, sums[j][m][v]);
       float* place = to + m * kRows + v * W;
-      store(place, fresh ? sum : shrink ? fma(load(place), load(shrink + v * W), sum) : add(load(place), sum));
+      store(place, fresh ? sum : rescale ? fma(load(place), load(rescale + v * W), sum) : add(load(place), sum));
     }
   }
 }
 
 // The same for d < dim.
 template <class Op, int V>
-FARLIGHT_APART void across_keys(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t n, int64_t dim,
-                                bool fresh, const float* shrink) {
-  constexpr int many = kM * kV / (V * kApart);
+FARLIGHT_NOINLINE void gemm_col_major(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t n, int64_t dim,
+                                bool fresh, const float* rescale) {
+  constexpr int many = kM * kV / (V * kAccumulators);
   for (int64_t d = 0; d < dim;) {
     const int64_t left = dim - d;
     const int64_t step = left >= many ? many : left >= 4 ? 4 : left >= 2 ? 2 : 1;
     float* at = to + d * kRows;
-    if (step == many) across_block<Op, many, V>(at, rows, d, b, n, fresh, shrink);
-    else if (step == 4) across_block<Op, 4, V>(at, rows, d, b, n, fresh, shrink);
-    else if (step == 2) across_block<Op, 2, V>(at, rows, d, b, n, fresh, shrink);
-    else across_block<Op, 1, V>(at, rows, d, b, n, fresh, shrink);
+    if (step == many) gemm_col_major_block<Op, many, V>(at, rows, d, b, n, fresh, rescale);
+    else if (step == 4) gemm_col_major_block<Op, 4, V>(at, rows, d, b, n, fresh, rescale);
+    else if (step == 2) gemm_col_major_block<Op, 2, V>(at, rows, d, b, n, fresh, rescale);
+    else gemm_col_major_block<Op, 1, V>(at, rows, d, b, n, fresh, rescale);
     d += step;
   }
 }
 
 // The same over keys that the lanes' halves see: O^T += V^T P^T, and dQ^T += K^T dS^T.
 template <class Op>
-inline void add_across(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, const Spans& spans, int64_t dim,
-                       int lanes, bool fresh, const float* shrink = nullptr) {
-  if (fresh && (spans.count == 0 || spans.span[0].halves != kBoth)) {
-    for (int64_t i = 0; i < dim * kRows; i += W) store(to + i, all(0.0f));
+inline void accumulate_col_major(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, const Spans& spans, int64_t dim,
+                       int lanes, bool fresh, const float* rescale = nullptr) {
+  if (fresh && (spans.count == 0 || spans.span[0].halves != kBothHalves)) {
+    for (int64_t i = 0; i < dim * kRows; i += W) store(to + i, broadcast(0.0f));
     fresh = false;
   }
   for (const Span* span = spans.span; span < spans.span + spans.count; ++span, fresh = false) {
     const int64_t first = span->first / Op::per, last = (span->last + Op::per - 1) / Op::per;
     for_lanes(span->halves, lanes, [&]<int V>(int g) {
-      across_keys<Op, V>(to + g, rows + first, b + first * kRows + g, last - first, dim, fresh, shrink ? shrink + g : nullptr);
+      gemm_col_major<Op, V>(to + g, rows + first, b + first * kRows + g, last - first, dim, fresh, rescale ? rescale + g : nullptr);
     });
   }
 }
@@ -149,7 +149,7 @@ inline void add_across(float* to, const typename Op::Word* const* rows, const ty
 // sums[m][d] += sum over i < n of rows[m][i] * b[i][d]: dV += P dO and dK += dS Q, for one block of kM keys. `ld` floats
 // between rows of b; a multiple of 16, as is the room behind each row of sums.
 template <class Op, int M, int V>
-FARLIGHT_INLINE void along_block(float* const* sums, int64_t at, const typename Op::Word* const* rows, const typename Op::Word* b,
+FARLIGHT_INLINE void gemm_row_major_block(float* const* sums, int64_t at, const typename Op::Word* const* rows, const typename Op::Word* b,
                                  int64_t ld, int64_t n) {
   float* to[M];
   FARLIGHT_UNROLL
@@ -160,7 +160,7 @@ FARLIGHT_INLINE void along_block(float* const* sums, int64_t at, const typename 
   }
   F acc[M][V];
   clear(acc);
-  along_rows<Op, M, V>(acc, rows, b + at, ld, n);
+  gemm_row_major<Op, M, V>(acc, rows, b + at, ld, n);
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) {
     FARLIGHT_UNROLL
@@ -169,16 +169,16 @@ FARLIGHT_INLINE void along_block(float* const* sums, int64_t at, const typename 
 }
 
 template <class Op>
-inline void add_along(float* const* sums, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t ld, int64_t n,
+inline void accumulate_row_major(float* const* sums, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t ld, int64_t n,
                       int64_t dim) {
   constexpr int narrow = kM / 2, wide = 2 * kV;
   int64_t d = 0;
   for (; d + (wide - 1) * W < dim; d += wide * W) {  // whole rows of few keys lie together; few columns of many do not
-    along_block<Op, narrow, wide>(sums, d, rows, b, ld, n);
-    along_block<Op, narrow, wide>(sums + narrow, d, rows + narrow, b, ld, n);
+    gemm_row_major_block<Op, narrow, wide>(sums, d, rows, b, ld, n);
+    gemm_row_major_block<Op, narrow, wide>(sums + narrow, d, rows + narrow, b, ld, n);
   }
-  for (; d + (kV - 1) * W < dim; d += kV * W) along_block<Op, kM, kV>(sums, d, rows, b, ld, n);
-  for (; d < dim; d += W) along_block<Op, kM, 1>(sums, d, rows, b, ld, n);
+  for (; d + (kV - 1) * W < dim; d += kV * W) gemm_row_major_block<Op, kM, kV>(sums, d, rows, b, ld, n);
+  for (; d < dim; d += W) gemm_row_major_block<Op, kM, 1>(sums, d, rows, b, ld, n);
 }
 
 }  // namespace farlight::FARLIGHT_NS

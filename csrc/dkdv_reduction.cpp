@@ -1,11 +1,11 @@
-#include "sums.h"
+#include "dkdv_reduction.h"
 
 #include <algorithm>
 #include <cstring>
 
 namespace farlight {
 
-GroupSums::GroupSums(const Kernels& kernels, const Call& call, const Schedule& schedule, void* dk, void* dv)
+DkDvReduction::DkDvReduction(const Kernels& kernels, const Call& call, const Schedule& schedule, void* dk, void* dv)
     : kernels_(kernels),
       call_(call),
       schedule_(schedule),
@@ -18,26 +18,26 @@ GroupSums::GroupSums(const Kernels& kernels, const Call& call, const Schedule& s
   for (int64_t g = 0; g < schedule.groups(); ++g) left_[g].store(static_cast<int32_t>(schedule.slab_count), std::memory_order_relaxed);
 }
 
-GroupSums::~GroupSums() {
-  for (Unit& unit : units_) kept_rooms().give(std::move(unit.room));
-  for (Room& room : spare_) kept_rooms().give(std::move(room));
+DkDvReduction::~DkDvReduction() {
+  for (Unit& unit : units_) buffer_pool().give(std::move(unit.room));
+  for (Buffer& room : spare_) buffer_pool().give(std::move(room));
 }
 
-Room GroupSums::borrow(int64_t bytes) {
+Buffer DkDvReduction::borrow(int64_t bytes) {
   {
     const std::lock_guard<std::mutex> lock(guard_);
-    for (Room& room : spare_)
+    for (Buffer& room : spare_)
       if (room.bytes() >= bytes) {
-        Room found = std::move(room);
+        Buffer found = std::move(room);
         room = std::move(spare_.back());
         spare_.pop_back();
         return found;
       }
   }
-  return kept_rooms().take(bytes);
+  return buffer_pool().take(bytes);
 }
 
-void GroupSums::open(int64_t unit) {
+void DkDvReduction::open(int64_t unit) {
   const int64_t group = unit / schedule_.slab_count, slab = unit % schedule_.slab_count;
   const Cover& cover = schedule_.cover(group, slab);
   Unit& u = units_[unit];
@@ -75,16 +75,16 @@ void GroupSums::open(int64_t unit) {
   }
 }
 
-Sums GroupSums::of(int64_t unit) const { return {units_[unit].dk.data(), units_[unit].dv.data(), stride_}; }
+DkDvBlocks DkDvReduction::of(int64_t unit) const { return {units_[unit].dk.data(), units_[unit].dv.data(), stride_}; }
 
-bool GroupSums::finished(int64_t unit) { return left_[unit / schedule_.slab_count].fetch_sub(1, std::memory_order_acq_rel) == 1; }
+bool DkDvReduction::finished(int64_t unit) { return left_[unit / schedule_.slab_count].fetch_sub(1, std::memory_order_acq_rel) == 1; }
 
-void GroupSums::add_up(int64_t group, int64_t block) {
+void DkDvReduction::add_up(int64_t group, int64_t block) {
   add_up_one(dk_, group, block, &Unit::dk);
   add_up_one(dv_, group, block, &Unit::dv);
 }
 
-void GroupSums::add_up_one(void* out, int64_t group, int64_t block, std::vector<float*> Unit::*side) {
+void DkDvReduction::add_up_one(void* out, int64_t group, int64_t block, std::vector<float*> Unit::*side) {
   const int64_t dim = call_.dim, first = group * call_.plan->n_k + block * kBlock;
   const int64_t rows = std::min<int64_t>(kBlock, call_.plan->n_k - block * kBlock);
   const int64_t width = call_.type == Type::f32 ? 4 : 2;
@@ -93,10 +93,10 @@ void GroupSums::add_up_one(void* out, int64_t group, int64_t block, std::vector<
   for (int64_t s = 0; s < schedule_.slab_count; ++s)
     if (float* mine = (units_[group * schedule_.slab_count + s].*side)[block]) found.push_back(mine);
   if (found.empty()) std::memset(to, 0, rows * dim * width);
-  else kernels_.fold(found.data(), static_cast<int64_t>(found.size()), rows, stride_, dim, call_.type, to);
+  else kernels_.reduce(found.data(), static_cast<int64_t>(found.size()), rows, stride_, dim, call_.type, to);
 }
 
-void GroupSums::close(int64_t group) {
+void DkDvReduction::close(int64_t group) {
   const std::lock_guard<std::mutex> lock(guard_);
   for (int64_t s = 0; s < schedule_.slab_count; ++s) {
     Unit& u = units_[group * schedule_.slab_count + s];

@@ -13,31 +13,31 @@
 
 #include <immintrin.h>
 
-#include "chunk.h"
+#include "key_chunks.h"
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr int kTile = 16;  // rows of a tile, sums in a row of it; in one step it sums kDeep numbers
+constexpr int kTileDim = 16;  // rows of a tile, sums in a row of it; in one step it sums kDeep numbers
 
-struct TileShapes {
+struct AmxTileShapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-static_assert(sizeof(TileShapes) == 64);
-alignas(64) constexpr TileShapes kTileShapes{};
+static_assert(sizeof(AmxTileShapes) == 64);
+alignas(64) constexpr AmxTileShapes kAmxTileShapes{};
 
 // The tile registers are a thread's own and must be told their shapes; given back, they cost nothing when threads change.
-class TileSession {
+class AmxTileConfig {
  public:
   static constexpr bool tiles = true;
-  TileSession() {
-    _tile_loadconfig(&kTileShapes);
+  AmxTileConfig() {
+    _tile_loadconfig(&kAmxTileShapes);
     fence();
   }
-  ~TileSession() { _tile_release(); }
-  TileSession(const TileSession&) = delete;
-  TileSession& operator=(const TileSession&) = delete;
+  ~AmxTileConfig() { _tile_release(); }
+  AmxTileConfig(const AmxTileConfig&) = delete;
+  AmxTileConfig& operator=(const AmxTileConfig&) = delete;
 
   // To the compiler a tile load reads no memory: what was written before must be told to be there.
   static FARLIGHT_INLINE void fence() { __asm__ volatile("" ::: "memory"); }
@@ -45,7 +45,7 @@ class TileSession {
 
 // 16 rows of bfloat16, and what lies beside them: `line` bytes between rows, `step` between a row's tiles, `part` between the
 // parts of its numbers.
-struct Strip {
+struct Panel {
   const char* at;
   int64_t line, step, part;
 };
@@ -53,8 +53,8 @@ struct Strip {
 // The tiles 0 ... 3 grow by (low, high) x (b, b + 16 lanes): without `high` only 0 and 1, without `right` only 0 and 2. In b a line
 // has `line` bytes and a part `part` words. Numbers of three parts take six products, those of more than 24 bits: what is left out
 // is below the rounding of a float. `between` is called after every four products, which leave much else idle.
-template <int Parts, class Between>
-FARLIGHT_INLINE void multiply(const Strip& low, const Strip& high, bool has_high, const uint32_t* b, int64_t line, int64_t part,
+template <int NumParts, class Between>
+FARLIGHT_INLINE void multiply(const Panel& low, const Panel& high, bool has_high, const uint32_t* b, int64_t line, int64_t part,
                               bool right, Between&& between) {
   const auto left_of = [&](int p) {
     _tile_loadd(4, low.at + p * low.part, low.line);
@@ -62,7 +62,7 @@ FARLIGHT_INLINE void multiply(const Strip& low, const Strip& high, bool has_high
   };
   const auto right_of = [&](int p) {
     _tile_loadd(6, b + p * part, line);
-    if (right) _tile_loadd(7, b + p * part + kTile, line);
+    if (right) _tile_loadd(7, b + p * part + kTileDim, line);
   };
   const auto products = [&] {
     _tile_dpbf16ps(0, 4, 6);
@@ -72,7 +72,7 @@ FARLIGHT_INLINE void multiply(const Strip& low, const Strip& high, bool has_high
     between();
   };
   left_of(0);
-  if constexpr (Parts == 3) {
+  if constexpr (NumParts == 3) {
     right_of(2);
     products();
     right_of(1);
@@ -92,7 +92,7 @@ FARLIGHT_INLINE void multiply(const Strip& low, const Strip& high, bool has_high
 }
 
 // The tiles 0 ... 3 as two lines of two, `stride` bytes between rows.
-struct Quad {
+struct AccTiles {
   float *low, *high;
   int64_t stride;
   bool has_high, right;
@@ -105,45 +105,45 @@ struct Quad {
   }
   FARLIGHT_INLINE void load() const {
     _tile_loadd(0, low, stride);
-    if (right) _tile_loadd(1, low + kTile, stride);
+    if (right) _tile_loadd(1, low + kTileDim, stride);
     if (has_high) _tile_loadd(2, high, stride);
-    if (has_high && right) _tile_loadd(3, high + kTile, stride);
+    if (has_high && right) _tile_loadd(3, high + kTileDim, stride);
   }
   FARLIGHT_INLINE void store() const {
     _tile_stored(0, low, stride);
-    if (right) _tile_stored(1, low + kTile, stride);
+    if (right) _tile_stored(1, low + kTileDim, stride);
     if (has_high) _tile_stored(2, high, stride);
-    if (has_high && right) _tile_stored(3, high + kTile, stride);
+    if (has_high && right) _tile_stored(3, high + kTileDim, stride);
   }
 };
 
 // to[i][lane] = sum over d of (low, then high)[i][d] * b[d][lane]: 32 keys x 32 rows of scores. `part` words between the parts of b.
-template <int Parts, class Between>
-inline void score_group(Strip low, Strip high, const uint32_t* b, int64_t part, int64_t steps, float* to, Between&& between) {
+template <int NumParts, class Between>
+inline void score_key_group(Panel low, Panel high, const uint32_t* b, int64_t part, int64_t steps, float* to, Between&& between) {
   constexpr int64_t line = kRows * 4;
-  TileSession::fence();
-  const Quad sums{to, to + kTile * kRows, line, true, true};
+  AmxTileConfig::fence();
+  const AccTiles sums{to, to + kTileDim * kRows, line, true, true};
   sums.clear();
-  for (int64_t s = 0; s < steps; ++s, low.at += low.step, high.at += high.step, b += kTile * kRows)
-    multiply<Parts>(low, high, true, b, line, part, true, between);
+  for (int64_t s = 0; s < steps; ++s, low.at += low.step, high.at += high.step, b += kTileDim * kRows)
+    multiply<NumParts>(low, high, true, b, line, part, true, between);
   sums.store();
 }
 
 // to[d][lane] (+)= sum over groups and their keys of columns[group][d][key] * b[key][lane], for d < dim rounded up to 16. Between
 // parts lie `column_part` numbers of the columns and `part` words of b.
-template <int Parts, class Between>
-inline void add_across_groups(float* to, const uint16_t* const* columns, int64_t column_part, const uint32_t* b, int64_t part,
+template <int NumParts, class Between>
+inline void accumulate_key_groups(float* to, const uint16_t* const* columns, int64_t column_part, const uint32_t* b, int64_t part,
                               int groups, int64_t dim, bool fresh, Between&& between) {
   constexpr int64_t line = kRows * 4;
-  TileSession::fence();
-  for (int64_t d = 0; d < dim; d += 2 * kTile, to += 2 * kTile * kRows) {
-    const Quad sums{to, to + kTile * kRows, line, d + kTile < dim, true};
+  AmxTileConfig::fence();
+  for (int64_t d = 0; d < dim; d += 2 * kTileDim, to += 2 * kTileDim * kRows) {
+    const AccTiles sums{to, to + kTileDim * kRows, line, d + kTileDim < dim, true};
     if (fresh) sums.clear();
     else sums.load();
     for (int g = 0; g < groups; ++g) {
-      const Strip low{reinterpret_cast<const char*>(columns[g] + d * kDeep), kDeep * 2, 0, column_part * 2};
-      const Strip high{low.at + kTile * kDeep * 2, low.line, 0, low.part};
-      multiply<Parts>(low, high, sums.has_high, b + g * (kDeep / 2) * kRows, line, part, true, between);
+      const Panel low{reinterpret_cast<const char*>(columns[g] + d * kDepth), kDepth * 2, 0, column_part * 2};
+      const Panel high{low.at + kTileDim * kDepth * 2, low.line, 0, low.part};
+      multiply<NumParts>(low, high, sums.has_high, b + g * (kDepth / 2) * kRows, line, part, true, between);
     }
     sums.store();
   }
@@ -151,25 +151,25 @@ inline void add_across_groups(float* to, const uint16_t* const* columns, int64_t
 
 // sums[i][d] (+)= sum over 32 rows of a[i][row] * b[row][d], for `strips` strips of 16 keys whose 16 x 32 numbers follow one
 // another in `a`. The sums of a strip lie from to[strip], `stride` floats between keys; b has `ld` words between pairs of rows.
-inline void add_strips(float* const* to, int64_t stride, const uint16_t* a, const uint32_t* b, int64_t ld, int strips, int64_t dim,
+inline void accumulate_panels(float* const* to, int64_t stride, const uint16_t* a, const uint32_t* b, int64_t ld, int panels, int64_t dim,
                        bool fresh) {
   const int64_t line = stride * 4;
-  TileSession::fence();
-  for (int64_t d = 0; d < dim; d += 4 * kTile) {
-    const int columns = static_cast<int>((least<int64_t>(dim - d, 4 * kTile) + kTile - 1) / kTile);
+  AmxTileConfig::fence();
+  for (int64_t d = 0; d < dim; d += 4 * kTileDim) {
+    const int columns = static_cast<int>((min<int64_t>(dim - d, 4 * kTileDim) + kTileDim - 1) / kTileDim);
     _tile_loadd(4, b + d, ld * 4);
-    if (columns > 1) _tile_loadd(5, b + d + kTile, ld * 4);
-    if (columns > 2) _tile_loadd(6, b + d + 2 * kTile, ld * 4);
-    if (columns > 3) _tile_loadd(7, b + d + 3 * kTile, ld * 4);
-    for (int s = 0; s < strips; ++s) {
+    if (columns > 1) _tile_loadd(5, b + d + kTileDim, ld * 4);
+    if (columns > 2) _tile_loadd(6, b + d + 2 * kTileDim, ld * 4);
+    if (columns > 3) _tile_loadd(7, b + d + 3 * kTileDim, ld * 4);
+    for (int s = 0; s < panels; ++s) {
       float* at = to[s] + d;
-      _tile_loadd(0, a + s * kTile * kRows, kRows * 2);
+      _tile_loadd(0, a + s * kTileDim * kRows, kRows * 2);
 #define FARLIGHT_COLUMN(SUM, RIGHT, NUMBER)                    \
   if (columns > NUMBER) {                                      \
     if (fresh) _tile_zero(SUM);                                \
-    else _tile_loadd(SUM, at + NUMBER * kTile, line);          \
+    else _tile_loadd(SUM, at + NUMBER * kTileDim, line);          \
     _tile_dpbf16ps(SUM, 0, RIGHT);                             \
-    _tile_stored(SUM, at + NUMBER * kTile, line);              \
+    _tile_stored(SUM, at + NUMBER * kTileDim, line);              \
   }
       FARLIGHT_COLUMN(1, 4, 0)
       FARLIGHT_COLUMN(2, 5, 1)
@@ -181,19 +181,19 @@ inline void add_strips(float* const* to, int64_t stride, const uint16_t* a, cons
 }
 
 // The same of numbers that have parts: `a_part` numbers and `b_part` words lie between these.
-inline void add_strips_of_parts(float* const* to, int64_t stride, const uint16_t* a, int64_t a_part, const uint32_t* b, int64_t ld,
-                                int64_t b_part, int strips, int64_t dim, bool fresh) {
-  TileSession::fence();
-  for (int s = 0, taken = 0; s < strips; s += taken) {
+inline void accumulate_split_panels(float* const* to, int64_t stride, const uint16_t* a, int64_t a_part, const uint32_t* b, int64_t ld,
+                                int64_t b_part, int panels, int64_t dim, bool fresh) {
+  AmxTileConfig::fence();
+  for (int s = 0, step = 0; s < panels; s += step) {
     // Two at once, unless a key stands in both: its sums must not be read before the first are written.
     const auto place = [&](int i) { return reinterpret_cast<intptr_t>(to[i]); };
-    const int64_t apart = s + 1 < strips ? place(s + 1) - place(s) : 0, extent = kTile * stride * 4;
+    const int64_t apart = s + 1 < panels ? place(s + 1) - place(s) : 0, extent = kTileDim * stride * 4;
     const bool two = apart >= extent || apart <= -extent;
-    taken = two ? 2 : 1;
-    const Strip low{reinterpret_cast<const char*>(a + s * kTile * kRows), kRows * 2, 0, a_part * 2};
-    const Strip high{low.at + kTile * kRows * 2, low.line, 0, low.part};
-    for (int64_t d = 0; d < dim; d += 2 * kTile) {
-      const Quad sums{to[s] + d, two ? to[s + 1] + d : nullptr, stride * 4, two, d + kTile < dim};
+    step = two ? 2 : 1;
+    const Panel low{reinterpret_cast<const char*>(a + s * kTileDim * kRows), kRows * 2, 0, a_part * 2};
+    const Panel high{low.at + kTileDim * kRows * 2, low.line, 0, low.part};
+    for (int64_t d = 0; d < dim; d += 2 * kTileDim) {
+      const AccTiles sums{to[s] + d, two ? to[s + 1] + d : nullptr, stride * 4, two, d + kTileDim < dim};
       if (fresh) sums.clear();
       else sums.load();
       multiply<kParts>(low, high, two, b + d, ld * 4, b_part, sums.right, [] {});

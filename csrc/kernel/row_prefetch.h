@@ -1,43 +1,43 @@
 // Rows of tensors that a thread will need soon: those that its next tile reads first, and those that this one writes at its end.
 #pragma once
 
-#include "points_ahead.h"
+#include "gathered_prefetch.h"
 
 namespace farlight::FARLIGHT_NS {
 
 // The rows of one turn: `first_row` and those after it, at most kRows, of an item. Null: none.
-struct Turn {
-  const Item* item;
+struct RowBlockId {
+  const WorkItem* item;
   int first_row;
 
   // The turn after this one, if the item has another or there is a `next` one.
-  Turn after(const PlanView& plan, const Item* next) const {
+  RowBlockId after(const PlanView& plan, const WorkItem* next) const {
     const bool more = first_row + kRows < plan.pieces[item->piece].count[item->entry];
     return {more ? item : next, more ? first_row + kRows : 0};
   }
 };
 
 // Asks for them bit by bit: what is asked for all at once stands in the way of what is needed now.
-class RowsAhead {
+class RowPrefetcher {
  public:
-  RowsAhead(const PlanView& plan, int64_t lines) : plan_(plan) { lines_.many = lines; }
+  RowPrefetcher(const PlanView& plan, int64_t lines) : plan_(plan) { lines_.many = lines; }
 
   // A turn's rows of a tensor whose numbers have `width` bytes.
-  void add(const Turn& turn, const Rows& tensor, int64_t width) {
-    if (!turn.item) return;
-    const PieceView& piece = plan_.pieces[turn.item->piece];
-    const int32_t first = piece.start[turn.item->entry] + turn.first_row;
-    const int32_t count = least(piece.count[turn.item->entry] - turn.first_row, kRows);
+  void add(const RowBlockId& current, const TensorView& tensor, int64_t width) {
+    if (!current.item) return;
+    const PieceView& piece = plan_.pieces[current.item->piece];
+    const int32_t first = piece.start[current.item->entry] + current.first_row;
+    const int32_t count = min(piece.count[current.item->entry] - current.first_row, kRows);
     if (count <= 0) return;
-    const int64_t begin = turn.item->batch * tensor.batch + turn.item->head * tensor.head;
+    const int64_t begin = current.item->batch * tensor.batch + current.item->head * tensor.head;
     parts_[count_++] = {static_cast<const char*>(tensor.data) + begin * width, tensor.row * width, piece.rows, first, first + count};
   }
 
   // Some of the rows; null where there are none left.
-  FARLIGHT_INLINE const Lines* lines() { return at_ == count_ ? nullptr : fill(); }
+  FARLIGHT_INLINE const PrefetchLines* lines() { return at_ == count_ ? nullptr : fill(); }
 
   // Where products are made of tiles: so many rows at once.
-  void some(int rows) {
+  void issue_some(int rows) {
     for (; rows > 0 && at_ < count_; --rows) {
       const char* row = next();
       for (int64_t line = 0; line < lines_.many; ++line) FARLIGHT_PREFETCH_L2(row + line * 64);
@@ -53,9 +53,9 @@ class RowsAhead {
     int32_t place, end;
   };
 
-  FARLIGHT_APART const Lines* fill() {
+  FARLIGHT_NOINLINE const PrefetchLines* fill() {
     const char* row = nullptr;
-    for (int i = 0; i < Lines::kStretches; ++i) {
+    for (int i = 0; i < PrefetchLines::kRanges; ++i) {
       if (at_ < count_) row = next();
       lines_.first[i] = row;
     }
@@ -72,7 +72,7 @@ class RowsAhead {
   const PlanView& plan_;
   Part parts_[kParts];
   int at_ = 0, count_ = 0;
-  Lines lines_;
+  PrefetchLines lines_;
 };
 
 }  // namespace farlight::FARLIGHT_NS

@@ -8,11 +8,11 @@ namespace farlight::FARLIGHT_NS {
 constexpr int kChains = 12;  // independent, so that latencies overlap
 
 // One by one, and each from a number of its own: compilers make one of equal chains, and turn loops over them inside out.
-FARLIGHT_APART float spin(int64_t turns) {
-  const F x = all(0.999f), y = all(0.001f);
-  F a = all(0.01f), b = all(0.02f), c = all(0.03f), d = all(0.04f), e = all(0.05f), f = all(0.06f);
-  F g = all(0.07f), h = all(0.08f), i = all(0.09f), j = all(0.11f), k = all(0.12f), l = all(0.13f);
-  for (int64_t turn = 0; turn < turns; ++turn) {
+FARLIGHT_NOINLINE float peak_fma(int64_t iterations) {
+  const F x = broadcast(0.999f), y = broadcast(0.001f);
+  F a = broadcast(0.01f), b = broadcast(0.02f), c = broadcast(0.03f), d = broadcast(0.04f), e = broadcast(0.05f), f = broadcast(0.06f);
+  F g = broadcast(0.07f), h = broadcast(0.08f), i = broadcast(0.09f), j = broadcast(0.11f), k = broadcast(0.12f), l = broadcast(0.13f);
+  for (int64_t current = 0; current < iterations; ++current) {
     a = fma(a, x, y);
     b = fma(b, x, y);
     c = fma(c, x, y);

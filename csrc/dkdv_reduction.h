@@ -9,19 +9,19 @@
 #include <mutex>
 #include <vector>
 
-#include "rooms.h"
+#include "buffer_pool.h"
 #include "schedule.h"
 #include "views.h"
 
 namespace farlight {
 
-class GroupSums {
+class DkDvReduction {
  public:
-  GroupSums(const Kernels& kernels, const Call& call, const Schedule& schedule, void* dk, void* dv);
-  ~GroupSums();
+  DkDvReduction(const Kernels& kernels, const Call& call, const Schedule& schedule, void* dk, void* dv);
+  ~DkDvReduction();
 
   void open(int64_t unit);  // clears the unit's blocks
-  Sums of(int64_t unit) const;
+  DkDvBlocks of(int64_t unit) const;
   bool finished(int64_t unit);  // whether this was the last unit of its group
   void add_up(int64_t group, int64_t block);
   void close(int64_t group);  // gives the group's memory back
@@ -29,10 +29,10 @@ class GroupSums {
  private:
   struct Unit {
     std::vector<float*> dk, dv;  // by block; null where not touched
-    Room room;
+    Buffer room;
   };
   void add_up_one(void* out, int64_t group, int64_t block, std::vector<float*> Unit::*side);
-  Room borrow(int64_t bytes);
+  Buffer borrow(int64_t bytes);
 
   const Kernels& kernels_;
   const Call& call_;
@@ -43,7 +43,7 @@ class GroupSums {
   std::vector<Unit> units_;
   std::unique_ptr<std::atomic<int32_t>[]> left_;
   std::mutex guard_;
-  std::vector<Room> spare_;
+  std::vector<Buffer> spare_;
 };
 
 }  // namespace farlight

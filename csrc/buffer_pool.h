@@ -11,27 +11,27 @@
 
 namespace farlight {
 
-class Rooms {
+class BufferPool {
  public:
   static constexpr int64_t kMost = int64_t{64} << 20;  // bytes that are kept
 
   // A room of at least so many bytes, with what was left in it.
-  Room take(int64_t bytes) {
+  Buffer take(int64_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(guard_);
       for (auto room = kept_.begin(); room != kept_.end(); ++room)
         if (room->bytes() >= bytes && room->bytes() / 2 <= bytes) {
-          Room found = std::move(*room);
+          Buffer found = std::move(*room);
           kept_.erase(room);
           total_ -= found.bytes();
           return found;
         }
     }
-    return Room(bytes);
+    return Buffer(bytes);
   }
 
   // Keeps a room for later calls; those that were kept longest make place for it.
-  void give(Room room) {
+  void give(Buffer room) {
     if (room.bytes() == 0 || room.bytes() > kMost) return;
     const std::lock_guard<std::mutex> lock(guard_);
     total_ += room.bytes();
@@ -41,12 +41,12 @@ class Rooms {
 
  private:
   std::mutex guard_;
-  std::deque<Room> kept_;
+  std::deque<Buffer> kept_;
   int64_t total_ = 0;
 };
 
-inline Rooms& kept_rooms() {
-  static Rooms rooms;
+inline BufferPool& buffer_pool() {
+  static BufferPool rooms;
   return rooms;
 }
 

@@ -1,18 +1,18 @@
 // What a tile's points will read and add to, asked for early: it lies anywhere in memory, which answers late.
 #pragma once
 
-#include "modes.h"
+#include "kernel_traits.h"
 
 namespace farlight::FARLIGHT_NS {
 
 // Stretches of memory to be asked for, a line at a time, between the products of a block of keys, where that costs nothing.
-struct Lines {
-  static constexpr int kStretches = 2 * kM;
-  const char* first[kStretches];
+struct PrefetchLines {
+  static constexpr int kRanges = 2 * kM;
+  const char* first[kRanges];
   int64_t many;  // whole lines of a stretch: those of a row of K
 
   template <class T>
-  static int64_t of_row(int64_t dim) {
+  static int64_t lines_per_row(int64_t dim) {
     return dim * static_cast<int64_t>(sizeof(T)) / 64;
   }
   FARLIGHT_INLINE void set(int pair, const void* x, const void* y) {
@@ -22,9 +22,9 @@ struct Lines {
 };
 
 // The points of a tile, layer by layer.
-class PointQueue {
+class GatherQueue {
  public:
-  explicit PointQueue(const Tile& tile) : tile_(tile) { advance(); }
+  explicit GatherQueue(const RowBlock& row_block) : row_block_(row_block) { advance(); }
 
   bool empty() const { return !at_; }
   int32_t front() const { return at_->point_keys[x_]; }
@@ -32,9 +32,9 @@ class PointQueue {
     if (++x_ == last_) advance();
   }
   // At most so many that lie together.
-  int take(int most, const int32_t*& keys) {
+  int take(int max_keys, const int32_t*& keys) {
     keys = at_->point_keys + x_;
-    const int n = static_cast<int>(least<int64_t>(most, last_ - x_));
+    const int n = static_cast<int>(min<int64_t>(max_keys, last_ - x_));
     if ((x_ += n) == last_) advance();
     return n;
   }
@@ -44,18 +44,18 @@ class PointQueue {
 
   // To the next layer that has points.
   void advance() {
-    while (layer_ < tile_.piece->layer_count) {
-      at_ = &tile_.piece->layers[layer_++];
-      if (!tile_.has_points(*at_)) continue;
+    while (layer_ < row_block_.piece->layer_count) {
+      at_ = &row_block_.piece->layers[layer_++];
+      if (!row_block_.has_gathered(*at_)) continue;
       int64_t ignored;
-      tile_.points(*at_, 0, x_, ignored);
-      tile_.points(*at_, tile_.count - 1, ignored, last_);
+      row_block_.gathered_range(*at_, 0, x_, ignored);
+      row_block_.gathered_range(*at_, row_block_.count - 1, ignored, last_);
       if (x_ < last_ && last_ - x_ <= kMost) return;
     }
     at_ = nullptr;
   }
 
-  const Tile& tile_;
+  const RowBlock& row_block_;
   const LayerView* at_ = nullptr;
   int layer_ = 0;
   int64_t x_ = 0, last_ = 0;
@@ -63,21 +63,21 @@ class PointQueue {
 
 // The rows of K and V.
 template <class T>
-class PointsAhead {
+class GatherPrefetcher {
  public:
-  PointsAhead(const Tile& tile, const Source<T>& keys, const Source<T>& values, int64_t dim)
-      : queue_(tile), keys_(keys), values_(values), dim_(dim) {}
+  GatherPrefetcher(const RowBlock& row_block, const Source<T>& keys, const Source<T>& values, int64_t dim)
+      : queue_(row_block), keys_(keys), values_(values), dim_(dim) {}
 
-  bool wanted() const { return !queue_.empty(); }
+  bool pending() const { return !queue_.empty(); }
   // Those of the next points.
-  FARLIGHT_APART void fill(Lines& lines) {
+  FARLIGHT_NOINLINE void fill(PrefetchLines& lines) {
     const int32_t* key;
     const int n = queue_.take(kM, key);
-    for (int i = 0; i < kM; ++i) lines.set(i, keys_.row(key[least(i, n - 1)]), values_.row(key[least(i, n - 1)]));
+    for (int i = 0; i < kM; ++i) lines.set(i, keys_.row(key[min(i, n - 1)]), values_.row(key[min(i, n - 1)]));
   }
   // `count` lines of K and as many of V.
-  FARLIGHT_APART void ask_lines(int count) {
-    for (; count > 0 && wanted(); --count) {
+  FARLIGHT_NOINLINE void issue_lines(int count) {
+    for (; count > 0 && pending(); --count) {
       const int64_t key = queue_.front();
       FARLIGHT_PREFETCH_L2(reinterpret_cast<const char*>(keys_.row(key)) + byte_);
       FARLIGHT_PREFETCH_L2(reinterpret_cast<const char*>(values_.row(key)) + byte_);
@@ -88,38 +88,38 @@ class PointsAhead {
   }
 
  private:
-  PointQueue queue_;
+  GatherQueue queue_;
   const Source<T>&keys_, &values_;
   int64_t dim_, byte_ = 0;
 };
 
 // The rows of dk and dv, which may be two stretches long.
-class SumsAhead {
+class DkDvPrefetcher {
  public:
-  SumsAhead(const Tile& tile, const Sums& sums, int64_t lines_of_key, int64_t dim)
-      : queue_(tile), sums_(sums), stretches_(Lines::of_row<float>(dim) > lines_of_key ? 2 : 1) {
+  DkDvPrefetcher(const RowBlock& row_block, const DkDvBlocks& sums, int64_t lines_of_key, int64_t dim)
+      : queue_(row_block), sums_(sums), ranges_per_row_(PrefetchLines::lines_per_row<float>(dim) > lines_of_key ? 2 : 1) {
     lines_.many = lines_of_key;
   }
 
   // Those of the next points; null where there are none.
-  FARLIGHT_INLINE const Lines* lines() { return queue_.empty() ? nullptr : fill(); }
+  FARLIGHT_INLINE const PrefetchLines* lines() { return queue_.empty() ? nullptr : fill(); }
 
  private:
-  FARLIGHT_APART const Lines* fill() {
+  FARLIGHT_NOINLINE const PrefetchLines* fill() {
     const int32_t* key;
-    const int n = queue_.take(kM / stretches_, key);
+    const int n = queue_.take(kM / ranges_per_row_, key);
     for (int i = 0; i < kM; ++i) {
-      const int32_t at = key[least(i / stretches_, n - 1)];
-      const int64_t from = at % kBlock * sums_.stride + i % stretches_ * lines_.many * 16;
+      const int32_t at = key[min(i / ranges_per_row_, n - 1)];
+      const int64_t from = at % kBlock * sums_.stride + i % ranges_per_row_ * lines_.many * 16;
       lines_.set(i, sums_.dk[at / kBlock] + from, sums_.dv[at / kBlock] + from);
     }
     return &lines_;
   }
 
-  PointQueue queue_;
-  const Sums& sums_;
-  int stretches_;
-  Lines lines_;
+  GatherQueue queue_;
+  const DkDvBlocks& sums_;
+  int ranges_per_row_;
+  PrefetchLines lines_;
 };
 
 }  // namespace farlight::FARLIGHT_NS

@@ -1,0 +1,131 @@
+// Where dk and dv of a chunk's keys are summed: rows of a slab's accumulators, which lie in blocks of 64 keys.
+#pragma once
+
+#include "register_blocks.h"
+#include "key_chunks.h"
+#include "operands.h"
+
+namespace farlight::FARLIGHT_NS {
+
+template <class Traits>
+class DkDvAccumulator {
+  using Op = typename Traits::Op;
+  using Word = typename Op::Word;
+
+ public:
+  explicit DkDvAccumulator(int64_t dim) : dim_(dim), ld_(round_up(dim, 32)) {}
+
+  void reserve(Arena& arena) {
+    dk_ = arena.take<float*>(kChunkKeys);
+    dv_ = arena.take<float*>(kChunkKeys);
+    rows_ = arena.take<const Word*>(kM);
+    discard_ = arena.take<float>(ld_);
+    if (uses_amx<Traits>) staging_ = arena.take<float>(kPanelKeys * ld_);
+  }
+
+  void begin() { std::memset(discard_, 0, ld_ * sizeof(float)); }
+
+  // Where the chunk's sums lie: those of keys that only fill up its last block, nowhere.
+  void find(const Chunk& c, const DkDvBlocks& sums) {
+    const int n = c.blocks * kM;
+    for (int i = 0; i < n; ++i) {
+      const int64_t block = c.key[i] / kBlock, within = c.key[i] % kBlock * sums.stride;
+      dk_[i] = i < c.n ? sums.dk[block] + within : discard_;
+      dv_[i] = i < c.n ? sums.dv[block] + within : discard_;
+    }
+  }
+
+  // dV += P dO and dK += dS Q: `weights` and `slopes` are [key][row], `terms` words of rows; the others [row][d].
+  void add(const Chunk& c, const Word* weights, const Word* dout, const Word* ds, const Word* queries, int terms) {
+    if constexpr (uses_amx<Traits>) {
+      add_amx(c, dv_, weights, dout);
+      add_amx(c, dk_, ds, queries);
+      return;
+    }
+    for (const Span* span = c.spans.span; span < c.spans.span + c.spans.count; ++span) {
+      const int first = span->halves == 2 ? kHalfLine : 0, count = min(terms, span->halves == 1 ? kHalfLine : kLine) - first;
+      const auto sum = [&](int at, float* const* sums, const Word* of, const Word* rows) {
+        if (c.maybe_duplicate[at / kM] && has_duplicates(at)) add_serially(c, at, sums, of + first, rows + first * ld_, count);
+        else accumulate_row_major<Op>(sums + at, rows_of(of + first, at), rows + first * ld_, ld_, count, dim_);
+      };
+      for (int at = span->first; at < span->last; at += kM) {
+        sum(at, dv_, weights, dout);
+        sum(at, dk_, ds, queries);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kPanelKeys = 16;  // keys, where products are made of tiles
+  static constexpr int kLine = kRows / Op::per, kHalfLine = kLine / 2;
+
+ public:
+  static constexpr int64_t kWeights = kChunkKeys * kLine;  // words from one part of all weights to the next
+
+ private:
+
+  const Word* const* rows_of(const Word* weights, int at) {
+    for (int m = 0; m < kM; ++m) rows_[m] = weights + (at + m) * kLine;
+    return rows_;
+  }
+
+  bool has_duplicates(int at) const {
+    for (int i = 1; i < kM; ++i)
+      for (int j = 0; j < i; ++j)
+        if (dk_[at + i] == dk_[at + j] && dk_[at + i] != discard_) return true;
+    return false;
+  }
+
+  // A block in which a key stands twice: its sums must not be read before the first one is written.
+  void add_serially(const Chunk& c, int at, float* const* sums, const Word* weights, const Word* rows, int terms) {
+    float* to[kM];
+    for (int i = 0; i < kM && at + i < c.n; ++i) {
+      for (int j = 0; j < kM; ++j) to[j] = j == i ? sums[at + i] : discard_;
+      accumulate_row_major<Op>(to, rows_of(weights, at), rows, ld_, terms, dim_);
+    }
+  }
+
+  // Strips whose sums lie at equal distances are added to where they are, others by way of `loose_`, one key after the other.
+  void add_amx(const Chunk& c, float* const* sums, const Word* weights, const Word* rows) {
+#if defined(FARLIGHT_ISA_AMX)
+    const int n = c.blocks * kM;
+    float* to[kChunkKeys / kPanelKeys];
+    for (int first = 0; first < n;) {
+      const int64_t stride = sums[first + 1] - sums[first];
+      int panels = 0;
+      for (; first < n && evenly_spaced(sums + first, stride); first += kPanelKeys) to[panels++] = sums[first];
+      if (panels) {
+        accumulate_panels_at(to, stride, weights + (first - panels * kPanelKeys) * kLine, rows, panels, false);
+        continue;
+      }
+      accumulate_panels_at(&staging_, ld_, weights + first * kLine, rows, 1, true);
+      for (int i = 0; i < kPanelKeys && first + i < c.n; ++i)
+        for (int64_t d = 0; d < dim_; d += W) store(sums[first + i] + d, FARLIGHT_NS::add(load(sums[first + i] + d), load(staging_ + i * ld_ + d)));
+      first += kPanelKeys;
+    }
+#else
+    (void)c, (void)sums, (void)weights, (void)rows;
+#endif
+  }
+
+#if defined(FARLIGHT_ISA_AMX)
+  void accumulate_panels_at(float* const* to, int64_t stride, const Word* weights, const Word* rows, int panels, bool fresh) const {
+    const Bf16* a = reinterpret_cast<const Bf16*>(weights);
+    if constexpr (num_parts<Traits> == 1) accumulate_panels(to, stride, a, rows, ld_, panels, dim_, fresh);
+    else accumulate_split_panels(to, stride, a, kWeights * 2, rows, ld_, kRows / 2 * ld_, panels, dim_, fresh);
+  }
+
+  static bool evenly_spaced(float* const* sums, int64_t stride) {
+    if (stride <= 0) return false;
+    for (int i = 1; i < kPanelKeys; ++i)
+      if (sums[i] != sums[0] + i * stride) return false;
+    return true;
+  }
+#endif
+
+  int64_t dim_, ld_;
+  float **dk_ = nullptr, **dv_ = nullptr, *discard_ = nullptr, *staging_ = nullptr;
+  const Word** rows_ = nullptr;
+};
+
+}  // namespace farlight::FARLIGHT_NS
