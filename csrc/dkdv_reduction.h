@@ -1,6 +1,9 @@
-// Where dk and dv come together. Every slab adds into blocks of its own; a group's blocks are added up in the order of its
-// slabs, so that the result does not depend on who was faster. In float32 the first slab to touch a block adds straight into
-// the output.
+// Deterministic reduction of dk and dv over slabs.
+//
+// A group (batch item, key head) is cut into slabs that run in parallel. Every slab accumulates dk and dv in float32 blocks of
+// kBlock keys of its own; a block's sums are then added in the order of the slabs. So no atomics are needed and the result is
+// the same bit for bit for any number of threads. In float32, with a head dimension that is a multiple of 16, the first slab
+// that touches a block accumulates directly in the output, which saves that block's buffer and copy.
 #pragma once
 
 #include <atomic>
@@ -15,35 +18,39 @@
 
 namespace farlight {
 
+// Accumulators and their reduction for one call of the backward pass. A slab index is group * slab_count + slab. Calls on
+// different slabs and different blocks may run concurrently.
 class DkDvReduction {
  public:
   DkDvReduction(const Kernels& kernels, const Call& call, const Schedule& schedule, void* dk, void* dv);
   ~DkDvReduction();
 
-  void open(int64_t unit);  // clears the unit's blocks
-  DkDvBlocks of(int64_t unit) const;
-  bool finished(int64_t unit);  // whether this was the last unit of its group
-  void add_up(int64_t group, int64_t block);
-  void close(int64_t group);  // gives the group's memory back
+  void open_slab(int64_t unit);  // allocates and zeroes the slab's blocks
+  DkDvBlocks blocks_of(int64_t unit) const;  // the accumulators for the kernels
+  bool finish_slab(int64_t unit);  // true for the last slab of its group to finish
+  void reduce_block(int64_t group, int64_t block);  // sums one block of keys over the group's slabs into dk and dv
+  void release_group(int64_t group);  // recycles the group's buffers for later slabs
 
  private:
-  struct Unit {
-    std::vector<float*> dk, dv;  // by block; null where not touched
-    Buffer room;
+  // The accumulators of a slab: a pointer per block of keys, null where the slab does not touch the block.
+  struct SlabSums {
+    std::vector<float*> dk, dv;  
+    Buffer buffer;
   };
-  void add_up_one(void* out, int64_t group, int64_t block, std::vector<float*> Unit::*side);
-  Buffer borrow(int64_t bytes);
+  void reduce_tensor(void* out, int64_t group, int64_t block, std::vector<float*> SlabSums::*side);
+  // A buffer from this call's free list, else from the process's pool.
+  Buffer take_buffer(int64_t bytes);
 
   const Kernels& kernels_;
   const Call& call_;
   const Schedule& schedule_;
   void *dk_, *dv_;
   int64_t stride_;
-  bool direct_;
-  std::vector<Unit> units_;
-  std::unique_ptr<std::atomic<int32_t>[]> left_;
-  std::mutex guard_;
-  std::vector<Buffer> spare_;
+  bool sums_in_output_;
+  std::vector<SlabSums> slabs_;
+  std::unique_ptr<std::atomic<int32_t>[]> slabs_left_;
+  std::mutex mutex_;
+  std::vector<Buffer> free_buffers_;
 };
 
 }  // namespace farlight

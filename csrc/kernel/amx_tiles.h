@@ -55,39 +55,39 @@ struct Panel {
 // is below the rounding of a float. `between` is called after every four products, which leave much else idle.
 template <int NumParts, class Between>
 FARLIGHT_INLINE void multiply(const Panel& low, const Panel& high, bool has_high, const uint32_t* b, int64_t line, int64_t part,
-                              bool right, Between&& between) {
-  const auto left_of = [&](int p) {
+                              bool has_right, Between&& between) {
+  const auto load_left = [&](int p) {
     _tile_loadd(4, low.at + p * low.part, low.line);
     if (has_high) _tile_loadd(5, high.at + p * high.part, high.line);
   };
-  const auto right_of = [&](int p) {
+  const auto load_right = [&](int p) {
     _tile_loadd(6, b + p * part, line);
-    if (right) _tile_loadd(7, b + p * part + kTileDim, line);
+    if (has_right) _tile_loadd(7, b + p * part + kTileDim, line);
   };
-  const auto products = [&] {
+  const auto multiply_tiles = [&] {
     _tile_dpbf16ps(0, 4, 6);
-    if (right) _tile_dpbf16ps(1, 4, 7);
+    if (has_right) _tile_dpbf16ps(1, 4, 7);
     if (has_high) _tile_dpbf16ps(2, 5, 6);
-    if (has_high && right) _tile_dpbf16ps(3, 5, 7);
+    if (has_high && has_right) _tile_dpbf16ps(3, 5, 7);
     between();
   };
-  left_of(0);
+  load_left(0);
   if constexpr (NumParts == 3) {
-    right_of(2);
-    products();
-    right_of(1);
-    products();
-    left_of(1);
-    products();
-    right_of(0);
-    products();
-    left_of(2);
-    products();
-    left_of(0);
-    products();
+    load_right(2);
+    multiply_tiles();
+    load_right(1);
+    multiply_tiles();
+    load_left(1);
+    multiply_tiles();
+    load_right(0);
+    multiply_tiles();
+    load_left(2);
+    multiply_tiles();
+    load_left(0);
+    multiply_tiles();
   } else {
-    right_of(0);
-    products();
+    load_right(0);
+    multiply_tiles();
   }
 }
 
@@ -95,7 +95,7 @@ FARLIGHT_INLINE void multiply(const Panel& low, const Panel& high, bool has_high
 struct AccTiles {
   float *low, *high;
   int64_t stride;
-  bool has_high, right;
+  bool has_high, has_right;
 
   FARLIGHT_INLINE void clear() const {
     _tile_zero(0);
@@ -105,15 +105,15 @@ struct AccTiles {
   }
   FARLIGHT_INLINE void load() const {
     _tile_loadd(0, low, stride);
-    if (right) _tile_loadd(1, low + kTileDim, stride);
+    if (has_right) _tile_loadd(1, low + kTileDim, stride);
     if (has_high) _tile_loadd(2, high, stride);
-    if (has_high && right) _tile_loadd(3, high + kTileDim, stride);
+    if (has_high && has_right) _tile_loadd(3, high + kTileDim, stride);
   }
   FARLIGHT_INLINE void store() const {
     _tile_stored(0, low, stride);
-    if (right) _tile_stored(1, low + kTileDim, stride);
+    if (has_right) _tile_stored(1, low + kTileDim, stride);
     if (has_high) _tile_stored(2, high, stride);
-    if (has_high && right) _tile_stored(3, high + kTileDim, stride);
+    if (has_high && has_right) _tile_stored(3, high + kTileDim, stride);
   }
 };
 
@@ -133,12 +133,12 @@ inline void score_key_group(Panel low, Panel high, const uint32_t* b, int64_t pa
 // parts lie `column_part` numbers of the columns and `part` words of b.
 template <int NumParts, class Between>
 inline void accumulate_key_groups(float* to, const uint16_t* const* columns, int64_t column_part, const uint32_t* b, int64_t part,
-                              int groups, int64_t dim, bool fresh, Between&& between) {
+                              int groups, int64_t dim, bool overwrite, Between&& between) {
   constexpr int64_t line = kRows * 4;
   AmxTileConfig::fence();
   for (int64_t d = 0; d < dim; d += 2 * kTileDim, to += 2 * kTileDim * kRows) {
     const AccTiles sums{to, to + kTileDim * kRows, line, d + kTileDim < dim, true};
-    if (fresh) sums.clear();
+    if (overwrite) sums.clear();
     else sums.load();
     for (int g = 0; g < groups; ++g) {
       const Panel low{reinterpret_cast<const char*>(columns[g] + d * kDepth), kDepth * 2, 0, column_part * 2};
@@ -152,7 +152,7 @@ inline void accumulate_key_groups(float* to, const uint16_t* const* columns, int
 // sums[i][d] (+)= sum over 32 rows of a[i][row] * b[row][d], for `strips` strips of 16 keys whose 16 x 32 numbers follow one
 // another in `a`. The sums of a strip lie from to[strip], `stride` floats between keys; b has `ld` words between pairs of rows.
 inline void accumulate_panels(float* const* to, int64_t stride, const uint16_t* a, const uint32_t* b, int64_t ld, int panels, int64_t dim,
-                       bool fresh) {
+                       bool overwrite) {
   const int64_t line = stride * 4;
   AmxTileConfig::fence();
   for (int64_t d = 0; d < dim; d += 4 * kTileDim) {
@@ -166,7 +166,7 @@ inline void accumulate_panels(float* const* to, int64_t stride, const uint16_t* 
       _tile_loadd(0, a + s * kTileDim * kRows, kRows * 2);
 #define FARLIGHT_COLUMN(SUM, RIGHT, NUMBER)                    \
   if (columns > NUMBER) {                                      \
-    if (fresh) _tile_zero(SUM);                                \
+    if (overwrite) _tile_zero(SUM);                                \
     else _tile_loadd(SUM, at + NUMBER * kTileDim, line);          \
     _tile_dpbf16ps(SUM, 0, RIGHT);                             \
     _tile_stored(SUM, at + NUMBER * kTileDim, line);              \
@@ -182,21 +182,21 @@ inline void accumulate_panels(float* const* to, int64_t stride, const uint16_t* 
 
 // The same of numbers that have parts: `a_part` numbers and `b_part` words lie between these.
 inline void accumulate_split_panels(float* const* to, int64_t stride, const uint16_t* a, int64_t a_part, const uint32_t* b, int64_t ld,
-                                int64_t b_part, int panels, int64_t dim, bool fresh) {
+                                int64_t b_part, int panels, int64_t dim, bool overwrite) {
   AmxTileConfig::fence();
   for (int s = 0, step = 0; s < panels; s += step) {
     // Two at once, unless a key stands in both: its sums must not be read before the first are written.
-    const auto place = [&](int i) { return reinterpret_cast<intptr_t>(to[i]); };
-    const int64_t apart = s + 1 < panels ? place(s + 1) - place(s) : 0, extent = kTileDim * stride * 4;
-    const bool two = apart >= extent || apart <= -extent;
-    step = two ? 2 : 1;
+    const auto address = [&](int i) { return reinterpret_cast<intptr_t>(to[i]); };
+    const int64_t distance = s + 1 < panels ? address(s + 1) - address(s) : 0, extent = kTileDim * stride * 4;
+    const bool both = distance >= extent || distance <= -extent;
+    step = both ? 2 : 1;
     const Panel low{reinterpret_cast<const char*>(a + s * kTileDim * kRows), kRows * 2, 0, a_part * 2};
     const Panel high{low.at + kTileDim * kRows * 2, low.line, 0, low.part};
     for (int64_t d = 0; d < dim; d += 2 * kTileDim) {
-      const AccTiles sums{to[s] + d, two ? to[s + 1] + d : nullptr, stride * 4, two, d + kTileDim < dim};
-      if (fresh) sums.clear();
+      const AccTiles sums{to[s] + d, both ? to[s + 1] + d : nullptr, stride * 4, both, d + kTileDim < dim};
+      if (overwrite) sums.clear();
       else sums.load();
-      multiply<kParts>(low, high, two, b + d, ld * 4, b_part, sums.right, [] {});
+      multiply<kParts>(low, high, both, b + d, ld * 4, b_part, sums.has_right, [] {});
       sums.store();
     }
   }

@@ -13,14 +13,14 @@ class Arena {
  public:
   explicit Arena(char* base) : base_(base) {}  // null: only count
   template <class T>
-  T* take(int64_t count) {
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(T)), room = (bytes + 63) / 64 * 64 + kGap;
+  T* allocate(int64_t count) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T)), padded = (bytes + 63) / 64 * 64 + kGap;
     char* at = base_ ? base_ + used_ : nullptr;
-    used_ += room;
+    used_ += padded;
     if (!at) return nullptr;
 #if defined(__SANITIZE_ADDRESS__)
     ASAN_UNPOISON_MEMORY_REGION(at, bytes);
-    ASAN_POISON_MEMORY_REGION(at + bytes, room - bytes);
+    ASAN_POISON_MEMORY_REGION(at + bytes, padded - bytes);
 #endif
     return reinterpret_cast<T*>(at);
   }

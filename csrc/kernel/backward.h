@@ -30,65 +30,65 @@ class Backward {
         values_({call.v, item.batch, kv_head()}, dim_, call.plan->n_k),
         sources_{keys_.source(), values_.source()},
         packed_(keys_.source(), sources_, kCachedRowOperands, dim_, item.batch * call.kv_heads + kv_head()),
-        sums_(dim_),
+        dkdv_(dim_),
         queries_(dim_),
         dout_(dim_) {
     packed_.reserve(arena);
-    recent_ = arena.take<RecentBlocks>(1);
-    chunks_ = arena.take<Chunk>(2);
+    recent_ = arena.allocate<RecentBlocks>(1);
+    chunks_ = arena.allocate<Chunk>(2);
     keys_.reserve(arena, true, !uses_amx<Traits>);
     values_.reserve(arena, true, false);
     queries_.reserve(arena);
     dout_.reserve(arena);
-    query_rows_ = arena.take<Word>(num_parts<Traits> * kRows * ld_ / Op::per);
-    dout_rows_ = arena.take<Word>(num_parts<Traits> * kRows * ld_ / Op::per);
-    scores_ = arena.take<float>(kChunkKeys * kRows);
-    ds_ = arena.take<float>(kChunkKeys * kRows);
+    query_rows_ = arena.allocate<Word>(num_parts<Traits> * kRows * ld_ / Op::per);
+    dout_rows_ = arena.allocate<Word>(num_parts<Traits> * kRows * ld_ / Op::per);
+    scores_ = arena.allocate<float>(kChunkKeys * kRows);
+    ds_ = arena.allocate<float>(kChunkKeys * kRows);
     if (uses_pairs<Traits>) {
-      weight_rows_ = arena.take<Word>(num_parts<Traits> * kWeights);
-      ds_rows_ = arena.take<Word>(num_parts<Traits> * kWeights);
-      ds_columns_ = arena.take<Word>(num_parts<Traits> * kWeights);
+      weight_rows_ = arena.allocate<Word>(num_parts<Traits> * kWeights);
+      ds_rows_ = arena.allocate<Word>(num_parts<Traits> * kWeights);
+      ds_columns_ = arena.allocate<Word>(num_parts<Traits> * kWeights);
     }
-    sums_.reserve(arena);
-    dq_ = arena.take<float>(round_up(dim_, 16) * kRows);
-    dq_total_ = arena.take<float>(round_up(dim_, 16) * kRows);
-    rows_ = arena.take<float>(kRows * ld_);
-    query_ = arena.take<float>(ld_);
+    dkdv_.reserve(arena);
+    dq_ = arena.allocate<float>(round_up(dim_, 16) * kRows);
+    dq_total_ = arena.allocate<float>(round_up(dim_, 16) * kRows);
+    dq_rows_ = arena.allocate<float>(kRows * ld_);
+    row_buffer_ = arena.allocate<float>(ld_);
   }
 
-  void run(int first_row, const DkDvBlocks& sums, const WorkItem* next) {
+  void run(int first_row, const DkDvBlocks& dkdv_blocks, const WorkItem* next) {
     const RowBlock row_block(*call_.plan, item_, first_row);
     const DropoutMask dropout(call_.dropout, *call_.plan, row_block);
     const Source<T> q(call_.q, item_.batch, item_.head), dout(call_.dout, item_.batch, item_.head);
-    const float base2 = call_.scale * kLog2E, factor = q_prescaled<Traits> ? 1.0f : base2;
+    const float scale_log2 = call_.scale * kLog2E, factor = q_prescaled<Traits> ? 1.0f : scale_log2;
     GatherPrefetcher<T> gather_prefetcher(row_block, keys_.source(), values_.source(), dim_);
-    [[maybe_unused]] DkDvPrefetcher dkdv_prefetcher(row_block, sums, PrefetchLines::lines_per_row<T>(dim_), dim_);
+    [[maybe_unused]] DkDvPrefetcher dkdv_prefetcher(row_block, dkdv_blocks, PrefetchLines::lines_per_row<T>(dim_), dim_);
     [[maybe_unused]] RowPrefetcher row_prefetcher(*call_.plan, PrefetchLines::lines_per_row<T>(dim_));
-    const RowBlockId after = RowBlockId{&item_, first_row}.after(*call_.plan, next);
+    const RowBlockId next_block = RowBlockId{&item_, first_row}.next(*call_.plan, next);
     if constexpr (!uses_amx<Traits>) {
-      row_prefetcher.add(after, call_.q, sizeof(T));
-      row_prefetcher.add(after, call_.dout, sizeof(T));
-      row_prefetcher.add(after, call_.out, sizeof(T));
+      row_prefetcher.add(next_block, call_.q, sizeof(T));
+      row_prefetcher.add(next_block, call_.dout, sizeof(T));
+      row_prefetcher.add(next_block, call_.out, sizeof(T));
     }
-    queries_.fetch(q, row_block, q_prescaled<Traits> ? base2 : 1.0f);
+    queries_.fetch(q, row_block, q_prescaled<Traits> ? scale_log2 : 1.0f);
     dout_.fetch(dout, row_block, 1.0f);
     pack_rows(q, row_block, query_rows_);
     pack_rows(dout, row_block, dout_rows_);
     prepare(row_block, dout);
-    sums_.begin();
+    dkdv_.clear_discard();
     const int lanes = static_cast<int>(round_up(row_block.count, kV * W));
     const int terms = (row_block.count + Op::per - 1) / Op::per;
     uint32_t touched = 0;
-    int done = 0;
+    int num_chunks = 0;
     KeyWalk walk(row_block, chunk_keys<Traits>, key_group<Traits>);
-    bool more = walk.next(chunks_[0]);
-    for (int which = 0; more; which ^= 1) {
-      chunk_ = chunks_ + which;
-      more = walk.next(chunks_[which ^ 1]);
+    bool has_next = walk.next(chunks_[0]);
+    for (int slot = 0; has_next; slot ^= 1) {
+      chunk_ = chunks_ + slot;
+      has_next = walk.next(chunks_[slot ^ 1]);
       const Chunk& c = *chunk_;
-      KeyPrefetcher<Traits> prefetcher(more ? chunks_ + (which ^ 1) : nullptr, keys_, values_, packed_, gather_prefetcher, recent_, dim_);
+      KeyPrefetcher<Traits> prefetcher(has_next ? chunks_ + (slot ^ 1) : nullptr, keys_, values_, packed_, gather_prefetcher, recent_, dim_);
       for (int i = 0; i < c.n; ++i) touched |= c.row_mask[i];
-      sums_.find(c, sums);
+      dkdv_.locate(c, dkdv_blocks);
       if constexpr (uses_amx<Traits>) {
 #if defined(FARLIGHT_ISA_AMX)
         packed_.fetch(c);
@@ -105,23 +105,23 @@ class Backward {
         });
       }
       softmax_backward(dropout, factor, lanes);
-      sums_.add(c, weights(), dout_rows_, ds(), query_rows_, terms);
-      if (done && done % kTogether == 0) flush_dq(done == kTogether);
-      add_dq(lanes, done % kTogether == 0, prefetcher);
-      ++done;
+      dkdv_.add(c, weights(), dout_rows_, ds(), query_rows_, terms);
+      if (num_chunks && num_chunks % kChunksPerSum == 0) flush_dq(num_chunks == kChunksPerSum);
+      add_dq(lanes, num_chunks % kChunksPerSum == 0, prefetcher);
+      ++num_chunks;
     }
-    if (!done) {
-      for (int s = 0; s < row_block.count; ++s) std::memset(rows_ + s * ld_, 0, ld_ * sizeof(float));
+    if (!num_chunks) {
+      for (int s = 0; s < row_block.count; ++s) std::memset(dq_rows_ + s * ld_, 0, ld_ * sizeof(float));
     } else {
-      if (done > kTogether) {
+      if (num_chunks > kChunksPerSum) {
         flush_dq(false);
-        float* const before = dq_total_;
+        float* const total = dq_total_;
         dq_total_ = dq_;
-        dq_ = before;
+        dq_ = total;
       }
-      transpose_from_lanes(dq_, dim_, rows_, ld_);
+      transpose_from_lanes(dq_, dim_, dq_rows_, ld_);
     }
-    if (row_block.any_gathered()) touched |= add_gathered(row_block, q, dout, dropout, sums);
+    if (row_block.any_gathered()) touched |= add_gathered(row_block, q, dout, dropout, dkdv_blocks);
     finish(row_block, touched);
   }
 
@@ -132,7 +132,7 @@ class Backward {
     for (int first_row = 0; first_row < piece.count[item_.entry]; first_row += kRows) {
       const RowBlock row_block(*call_.plan, item_, first_row);
       for (int s = 0; s < row_block.count; ++s) {
-        float* row = rows_ + s * ld_;
+        float* row = dq_rows_ + s * ld_;
         const int parts = piece.parts[item_.entry];
         bool touched = false;
         for (int part = 0; part < parts; ++part) touched |= partial(first + part)[(first_row + s) * (dim_ + 2)] != 0.0f;
@@ -151,7 +151,7 @@ class Backward {
 
   // Chunks that are added up in one place. Their sum then joins what came before: a row that sees thousands of chunks is
   // rounded as often as their number divided by this, and no oftener.
-  static constexpr int kTogether = 16;
+  static constexpr int kChunksPerSum = 16;
 
   void flush_dq(bool first) {
     for (int64_t i = 0; i < dim_ * kRows; i += W) {
@@ -200,12 +200,12 @@ class Backward {
       subtract_references(scores_, c.n, reference_);
       factor = 1.0f;
     }
-    const F scale = broadcast(call_.scale * dropout.inverse()), inverse = broadcast(dropout.inverse()), to_base2 = broadcast(-kLog2E);
+    const F scale = broadcast(call_.scale * dropout.keep_scale()), keep_scale = broadcast(dropout.keep_scale()), minus_log2e = broadcast(-kLog2E);
     for (int g = 0; g < lanes; g += kV * W) {
-      F lse[kV], rest[kV];  // dS / P without dP
+      F lse[kV], minus_delta[kV];  // dS / P without dP
       for (int v = 0; v < kV; ++v) {
-        lse[v] = q_prescaled<Traits> ? load(lse_ + g + v * W) : mul(load(lse_ + g + v * W), to_base2);
-        rest[v] = mul(load(delta_ + g + v * W), broadcast(-call_.scale));
+        lse[v] = q_prescaled<Traits> ? load(lse_ + g + v * W) : mul(load(lse_ + g + v * W), minus_log2e);
+        minus_delta[v] = mul(load(delta_ + g + v * W), broadcast(-call_.scale));
       }
       for (int i = 0; i < c.n; ++i) {
         const bool masked = c.masked[i / kM];
@@ -215,16 +215,16 @@ class Backward {
           const int at = i * kRows + g + v * W;
           const F score = load(scores_ + at);
           // The lse's error is that of all weights of its row: in float32 it is not rounded on the way.
-          p[v] = exp2_poly<Traits::degree>(q_prescaled<Traits> ? fma(lse[v], to_base2, score) : fma(score, broadcast(factor), lse[v]));
+          p[v] = exp2_poly<Traits::degree>(q_prescaled<Traits> ? fma(lse[v], minus_log2e, score) : fma(score, broadcast(factor), lse[v]));
           if (masked) p[v] = select(c.row_mask[i] >> (g + v * W), p[v], broadcast(0.0f));
-          F slope = fma(load(ds_ + at), scale, rest[v]);
+          F dp = fma(load(ds_ + at), scale, minus_delta[v]);
           if (dropout.on()) {
-            const uint32_t kept = dropout.kept(c.key[i], g + v * W);
-            slope = select(kept, slope, rest[v]);
-            ds[v] = mul(p[v], slope);
-            p[v] = select(kept, mul(p[v], inverse), broadcast(0.0f));
+            const uint32_t keep_mask = dropout.keep_mask(c.key[i], g + v * W);
+            dp = select(keep_mask, dp, minus_delta[v]);
+            ds[v] = mul(p[v], dp);
+            p[v] = select(keep_mask, mul(p[v], keep_scale), broadcast(0.0f));
           } else {
-            ds[v] = mul(p[v], slope);
+            ds[v] = mul(p[v], dp);
           }
           if (masked) ds[v] = select(c.row_mask[i] >> (g + v * W), ds[v], broadcast(0.0f));
         }
@@ -254,9 +254,9 @@ class Backward {
 
   // Keys that only fill up the last group have no weight.
   void clear_padding() {
-    const int64_t rest = chunk_->blocks * kM - chunk_->n;
-    for (int p = 0; rest && p < num_parts<Traits>; ++p) {
-      const int64_t at = p * kWeights + chunk_->n * kRows / 2, bytes = rest * kRows / 2 * static_cast<int64_t>(sizeof(Word));
+    const int64_t minus_delta = chunk_->blocks * kM - chunk_->n;
+    for (int p = 0; minus_delta && p < num_parts<Traits>; ++p) {
+      const int64_t at = p * kWeights + chunk_->n * kRows / 2, bytes = minus_delta * kRows / 2 * static_cast<int64_t>(sizeof(Word));
       std::memset(weight_rows_ + at, 0, bytes);
       std::memset(ds_rows_ + at, 0, bytes);
     }
@@ -291,12 +291,12 @@ class Backward {
   }
 
   // dQ^T += K^T dS^T.
-  void add_dq(int lanes, bool fresh, KeyPrefetcher<Traits>& prefetcher) {
+  void add_dq(int lanes, bool overwrite, KeyPrefetcher<Traits>& prefetcher) {
     const Chunk& c = *chunk_;
     if constexpr (uses_amx<Traits>) {
 #if defined(FARLIGHT_ISA_AMX)
       const int groups = (c.n + kDepth - 1) / kDepth;
-      accumulate_key_groups<num_parts<Traits>>(dq_, packed_.groups, packed_.part(), ds_columns_, kWeights, groups, dim_, fresh,
+      accumulate_key_groups<num_parts<Traits>>(dq_, packed_.groups, packed_.part(), ds_columns_, kWeights, groups, dim_, overwrite,
                                         [&] { prefetcher.issue_some(); });
 #endif
     } else {
@@ -304,18 +304,18 @@ class Backward {
       const Word* ds;
       if constexpr (uses_pairs<Traits>) ds = ds_columns_;
       else ds = ds_;
-      accumulate_col_major<Op>(dq_, keys_.col_major, ds, c.spans, dim_, lanes, fresh);
+      accumulate_col_major<Op>(dq_, keys_.col_major, ds, c.spans, dim_, lanes, overwrite);
       (void)prefetcher;
     }
   }
 
   // The rows that have points.
-  uint32_t add_gathered(const RowBlock& row_block, const Source<T>& q, const Source<T>& dout, const DropoutMask& dropout, const DkDvBlocks& sums) {
-    GatheredGradients<T> gather_prefetcher(row_block, q, dout, keys_.source(), values_.source(), dim_, call_.scale, dropout, sums, reference_, lse_, delta_,
-                             rows_, ld_);
+  uint32_t add_gathered(const RowBlock& row_block, const Source<T>& q, const Source<T>& dout, const DropoutMask& dropout, const DkDvBlocks& dkdv_blocks) {
+    GatheredGradients<T> gradients(row_block, q, dout, keys_.source(), values_.source(), dim_, call_.scale, dropout, dkdv_blocks, reference_, lse_, delta_,
+                             dq_rows_, ld_);
     uint32_t touched = 0;
     for (int i = 0; i < row_block.piece->layer_count; ++i)
-      if (row_block.has_gathered(row_block.piece->layers[i])) touched |= gather_prefetcher.take(row_block.piece->layers[i]);
+      if (row_block.has_gathered(row_block.piece->layers[i])) touched |= gradients.process_layer(row_block.piece->layers[i]);
     return touched;
   }
 
@@ -327,13 +327,13 @@ class Backward {
 
   void finish(const RowBlock& row_block, uint32_t touched) {
     if (row_block.piece->slot[item_.entry] < 0) {
-      for (int s = 0; s < row_block.count; ++s) write(row_block.row[s], rows_ + s * ld_, (touched >> s) & 1);
+      for (int s = 0; s < row_block.count; ++s) write(row_block.row[s], dq_rows_ + s * ld_, (touched >> s) & 1);
       return;
     }
     float* at = partial(item_.entry) + row_block.first_row * (dim_ + 2);
     for (int s = 0; s < row_block.count; ++s, at += dim_ + 2) {
       at[0] = (touched >> s) & 1 ? 1.0f : 0.0f;
-      std::memcpy(at + 2, rows_ + s * ld_, dim_ * sizeof(float));
+      std::memcpy(at + 2, dq_rows_ + s * ld_, dim_ * sizeof(float));
     }
   }
 
@@ -344,8 +344,8 @@ class Backward {
       std::memset(sum, 0, dim_ * sizeof(float));
     }
     if (call_.merges) {
-      read_row(call_.out_type, call_.result, at, query_, dim_);
-      for (int64_t d = 0; d < dim_; ++d) sum[d] += query_[d];
+      read_row(call_.out_type, call_.result, at, row_buffer_, dim_);
+      for (int64_t d = 0; d < dim_; ++d) sum[d] += row_buffer_[d];
     }
     write_row(call_.out_type, call_.result, at, sum, dim_);
   }
@@ -359,11 +359,11 @@ class Backward {
   Source<T> sources_[2];
   PackedCacheOf<Traits> packed_;
   RecentBlocks* recent_ = nullptr;
-  DkDvAccumulator<Traits> sums_;
+  DkDvAccumulator<Traits> dkdv_;
   Transposed<Traits> queries_, dout_;
   Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
   Word *query_rows_, *dout_rows_, *weight_rows_ = nullptr, *ds_rows_ = nullptr, *ds_columns_ = nullptr;
-  float *scores_, *ds_, *dq_, *dq_total_, *rows_, *query_;
+  float *scores_, *ds_, *dq_, *dq_total_, *dq_rows_, *row_buffer_;
   float reference_[kRows], lse_[kRows], delta_[kRows];  // lse above the reference, which is 0 unless the call has exact sums of rows
 };
 

@@ -16,22 +16,22 @@ class DkDvAccumulator {
   explicit DkDvAccumulator(int64_t dim) : dim_(dim), ld_(round_up(dim, 32)) {}
 
   void reserve(Arena& arena) {
-    dk_ = arena.take<float*>(kChunkKeys);
-    dv_ = arena.take<float*>(kChunkKeys);
-    rows_ = arena.take<const Word*>(kM);
-    discard_ = arena.take<float>(ld_);
-    if (uses_amx<Traits>) staging_ = arena.take<float>(kPanelKeys * ld_);
+    dk_ = arena.allocate<float*>(kChunkKeys);
+    dv_ = arena.allocate<float*>(kChunkKeys);
+    weight_rows_ = arena.allocate<const Word*>(kM);
+    discard_ = arena.allocate<float>(ld_);
+    if (uses_amx<Traits>) staging_ = arena.allocate<float>(kPanelKeys * ld_);
   }
 
-  void begin() { std::memset(discard_, 0, ld_ * sizeof(float)); }
+  void clear_discard() { std::memset(discard_, 0, ld_ * sizeof(float)); }
 
   // Where the chunk's sums lie: those of keys that only fill up its last block, nowhere.
-  void find(const Chunk& c, const DkDvBlocks& sums) {
+  void locate(const Chunk& c, const DkDvBlocks& sums) {
     const int n = c.blocks * kM;
     for (int i = 0; i < n; ++i) {
-      const int64_t block = c.key[i] / kBlock, within = c.key[i] % kBlock * sums.stride;
-      dk_[i] = i < c.n ? sums.dk[block] + within : discard_;
-      dv_[i] = i < c.n ? sums.dv[block] + within : discard_;
+      const int64_t block = c.key[i] / kBlock, offset = c.key[i] % kBlock * sums.stride;
+      dk_[i] = i < c.n ? sums.dk[block] + offset : discard_;
+      dv_[i] = i < c.n ? sums.dv[block] + offset : discard_;
     }
   }
 
@@ -44,13 +44,13 @@ class DkDvAccumulator {
     }
     for (const Span* span = c.spans.span; span < c.spans.span + c.spans.count; ++span) {
       const int first = span->halves == 2 ? kHalfLine : 0, count = min(terms, span->halves == 1 ? kHalfLine : kLine) - first;
-      const auto sum = [&](int at, float* const* sums, const Word* of, const Word* rows) {
+      const auto accumulate = [&](int at, float* const* sums, const Word* of, const Word* rows) {
         if (c.maybe_duplicate[at / kM] && has_duplicates(at)) add_serially(c, at, sums, of + first, rows + first * ld_, count);
         else accumulate_row_major<Op>(sums + at, rows_of(of + first, at), rows + first * ld_, ld_, count, dim_);
       };
       for (int at = span->first; at < span->last; at += kM) {
-        sum(at, dv_, weights, dout);
-        sum(at, dk_, ds, queries);
+        accumulate(at, dv_, weights, dout);
+        accumulate(at, dk_, ds, queries);
       }
     }
   }
@@ -65,8 +65,8 @@ class DkDvAccumulator {
  private:
 
   const Word* const* rows_of(const Word* weights, int at) {
-    for (int m = 0; m < kM; ++m) rows_[m] = weights + (at + m) * kLine;
-    return rows_;
+    for (int m = 0; m < kM; ++m) weight_rows_[m] = weights + (at + m) * kLine;
+    return weight_rows_;
   }
 
   bool has_duplicates(int at) const {
@@ -109,10 +109,10 @@ class DkDvAccumulator {
   }
 
 #if defined(FARLIGHT_ISA_AMX)
-  void accumulate_panels_at(float* const* to, int64_t stride, const Word* weights, const Word* rows, int panels, bool fresh) const {
+  void accumulate_panels_at(float* const* to, int64_t stride, const Word* weights, const Word* rows, int panels, bool overwrite) const {
     const Bf16* a = reinterpret_cast<const Bf16*>(weights);
-    if constexpr (num_parts<Traits> == 1) accumulate_panels(to, stride, a, rows, ld_, panels, dim_, fresh);
-    else accumulate_split_panels(to, stride, a, kWeights * 2, rows, ld_, kRows / 2 * ld_, panels, dim_, fresh);
+    if constexpr (num_parts<Traits> == 1) accumulate_panels(to, stride, a, rows, ld_, panels, dim_, overwrite);
+    else accumulate_split_panels(to, stride, a, kWeights * 2, rows, ld_, kRows / 2 * ld_, panels, dim_, overwrite);
   }
 
   static bool evenly_spaced(float* const* sums, int64_t stride) {
@@ -125,7 +125,7 @@ class DkDvAccumulator {
 
   int64_t dim_, ld_;
   float **dk_ = nullptr, **dv_ = nullptr, *discard_ = nullptr, *staging_ = nullptr;
-  const Word** rows_ = nullptr;
+  const Word** weight_rows_ = nullptr;
 };
 
 }  // namespace farlight::FARLIGHT_NS

@@ -29,16 +29,16 @@ class Forward {
         packed_(values_.source(), &keys_.source(), kCachedRowOperands, dim_, item.batch * call.kv_heads + kv_head()),
         queries_(dim_) {
     packed_.reserve(arena);
-    recent_ = arena.take<RecentBlocks>(1);
-    chunks_ = arena.take<Chunk>(2);
+    recent_ = arena.allocate<RecentBlocks>(1);
+    chunks_ = arena.allocate<Chunk>(2);
     keys_.reserve(arena, true, false);
     values_.reserve(arena, false, !uses_amx<Traits>);
     queries_.reserve(arena);
-    scores_ = arena.take<float>(kChunkKeys * kRows);
-    weights_ = num_parts<Traits> > 1 ? arena.take<Word>(num_parts<Traits> * kWeights) : reinterpret_cast<Word*>(scores_);
-    sum_ = arena.take<float>(round_up(dim_, 16) * kRows);
-    rows_ = arena.take<float>(kRows * ld_);
-    query_ = arena.take<float>(ld_);
+    scores_ = arena.allocate<float>(kChunkKeys * kRows);
+    weights_ = num_parts<Traits> > 1 ? arena.allocate<Word>(num_parts<Traits> * kWeights) : reinterpret_cast<Word*>(scores_);
+    acc_ = arena.allocate<float>(round_up(dim_, 16) * kRows);
+    out_rows_ = arena.allocate<float>(kRows * ld_);
+    row_buffer_ = arena.allocate<float>(ld_);
   }
 
   void run(int first_row, const WorkItem* next) {
@@ -50,7 +50,7 @@ class Forward {
     const RowBlockId current{&item_, first_row};
     row_prefetcher.add(current, results(), call_.out_type == Type::f32 ? 4 : 2);
     if (uses_amx<Traits>) row_prefetcher.issue_some(kRows);
-    row_prefetcher.add(current.after(*call_.plan, next), call_.q, sizeof(T));
+    row_prefetcher.add(current.next(*call_.plan, next), call_.q, sizeof(T));
     GatherPrefetcher<T> gather_prefetcher(row_block, keys_.source(), values_.source(), dim_);
     queries_.fetch(q, row_block, before);
     const int lanes = static_cast<int>(round_up(row_block.count, kV * W));
@@ -59,28 +59,28 @@ class Forward {
       store(row_sum_ + g, broadcast(0.0f));
       store(rescale_ + g, broadcast(1.0f));
     }
-    bool fresh = true;
+    bool first_chunk = true;
     KeyWalk walk(row_block, chunk_keys<Traits>, key_group<Traits>);
-    bool more = walk.next(chunks_[0]);
-    for (int which = 0; more; which ^= 1) {
-      chunk_ = chunks_ + which;
-      more = walk.next(chunks_[which ^ 1]);
-      KeyPrefetcher<Traits> prefetcher(more ? chunks_ + (which ^ 1) : nullptr, keys_, values_, packed_, gather_prefetcher, recent_, dim_);
+    bool has_next = walk.next(chunks_[0]);
+    for (int slot = 0; has_next; slot ^= 1) {
+      chunk_ = chunks_ + slot;
+      has_next = walk.next(chunks_[slot ^ 1]);
+      KeyPrefetcher<Traits> prefetcher(has_next ? chunks_ + (slot ^ 1) : nullptr, keys_, values_, packed_, gather_prefetcher, recent_, dim_);
       if constexpr (uses_amx<Traits>) {
-        process_chunk_amx(prefetcher, dropout, factor, lanes, fresh);
+        process_chunk_amx(prefetcher, dropout, factor, lanes, first_chunk);
         row_prefetcher.issue_some(kRows / 4);
       } else {
-        take(prefetcher, row_prefetcher, dropout, factor, lanes, fresh);
+        process_chunk(prefetcher, row_prefetcher, dropout, factor, lanes, first_chunk);
       }
-      fresh = false;
+      first_chunk = false;
     }
-    if (fresh) {
-      for (int s = 0; s < row_block.count; ++s) std::memset(rows_ + s * ld_, 0, ld_ * sizeof(float));
+    if (first_chunk) {
+      for (int s = 0; s < row_block.count; ++s) std::memset(out_rows_ + s * ld_, 0, ld_ * sizeof(float));
     } else {
-      transpose_from_lanes(sum_, dim_, rows_, ld_);
+      transpose_from_lanes(acc_, dim_, out_rows_, ld_);
     }
     if (row_block.any_gathered()) add_gathered(row_block, q, dropout);
-    finish(row_block, dropout.inverse());
+    finish(row_block, dropout.keep_scale());
   }
 
  private:
@@ -89,7 +89,7 @@ class Forward {
   TensorView results() const { return {call_.result, call_.heads * call_.plan->n_q * dim_, call_.plan->n_q * dim_, dim_}; }
 
   // One chunk: its scores, their weights, and the values with these.
-  FARLIGHT_INLINE void take(KeyPrefetcher<Traits>& prefetcher, RowPrefetcher& row_prefetcher, const DropoutMask& dropout, float factor, int lanes, bool fresh) {
+  FARLIGHT_INLINE void process_chunk(KeyPrefetcher<Traits>& prefetcher, RowPrefetcher& row_prefetcher, const DropoutMask& dropout, float factor, int lanes, bool first_chunk) {
     float row_max[kRows];
     keys_.fetch_row_major(*chunk_);
     score<Traits, true>(*chunk_, keys_, queries_, lanes, scores_, row_max, [&](int block) {
@@ -97,27 +97,27 @@ class Forward {
       return lines ? lines : row_prefetcher.lines();
     });
     for (int g = 0; !q_prescaled<Traits> && g < lanes; g += W) store(row_max + g, mul(load(row_max + g), broadcast(factor)));
-    const bool rescales = raise_max(row_max, lanes, fresh);
+    const bool rescales = raise_max(row_max, lanes, first_chunk);
     compute_weights(dropout, broadcast(scale_large(factor, lanes)), lanes);
-    add_values(lanes, fresh, rescales);
+    add_pv(lanes, first_chunk, rescales);
   }
 
   // The same where products are made of tiles.
-  FARLIGHT_INLINE void process_chunk_amx(KeyPrefetcher<Traits>& prefetcher, const DropoutMask& dropout, float factor, int lanes, bool fresh) {
+  FARLIGHT_INLINE void process_chunk_amx(KeyPrefetcher<Traits>& prefetcher, const DropoutMask& dropout, float factor, int lanes, bool first_chunk) {
 #if defined(FARLIGHT_ISA_AMX)
     const int groups = packed_.fetch(*chunk_);
     score_amx(*chunk_, keys_, packed_, 0, queries_, scores_, prefetcher);
     F sums[kRows / W];
-    if (kMaxSlack == 0.0f || fresh || compute_weights_amx(dropout, factor, lanes, sums)) {
+    if (kMaxSlack == 0.0f || first_chunk || compute_weights_amx(dropout, factor, lanes, sums)) {
       float row_max[kRows];
       row_max_of(*chunk_, scores_, factor, lanes, row_max);
-      if (raise_max(row_max, lanes, fresh)) rescale_sums();
+      if (raise_max(row_max, lanes, first_chunk)) rescale_sums();
       compute_weights_amx(dropout, scale_large(factor, lanes), lanes, sums);
     }
     for (int g = 0; g < lanes; g += W) store(row_sum_ + g, add(load(row_sum_ + g), sums[g / W]));
-    accumulate_key_groups<num_parts<Traits>>(sum_, packed_.groups, packed_.part(), weights_, kWeights, groups, dim_, fresh, [&] { prefetcher.issue_some(); });
+    accumulate_key_groups<num_parts<Traits>>(acc_, packed_.groups, packed_.part(), weights_, kWeights, groups, dim_, first_chunk, [&] { prefetcher.issue_some(); });
 #else
-    (void)prefetcher, (void)dropout, (void)factor, (void)lanes, (void)fresh;
+    (void)prefetcher, (void)dropout, (void)factor, (void)lanes, (void)first_chunk;
 #endif
   }
 
@@ -127,17 +127,17 @@ class Forward {
   static constexpr float kMaxSlack = uses_pairs<Traits> && num_parts<Traits> == 1 ? 0.0f : 8.0f;
 
   // Whether sums must shrink for that, by shrink_; totals have.
-  bool raise_max(const float* row_max, int lanes, bool fresh) {
+  bool raise_max(const float* row_max, int lanes, bool first_chunk) {
     bool rescales = false;
     for (int g = 0; g < lanes; g += W) {
-      const F old = load(row_max_ + g), now = load(row_max + g);
-      const uint32_t raised = greater(now, add(old, broadcast(kMaxSlack)));
+      const F previous = load(row_max_ + g), chunk_max = load(row_max + g);
+      const uint32_t raised = greater(chunk_max, add(previous, broadcast(kMaxSlack)));
       store(rescale_ + g, broadcast(1.0f));
       if (!raised) continue;
-      const F reference = select(raised, now, old);
+      const F reference = select(raised, chunk_max, previous);
       store(row_max_ + g, reference);
-      if (fresh) continue;
-      const F rescale = exp2_poly<5>(sub(old, reference));
+      if (first_chunk) continue;
+      const F rescale = exp2_poly<5>(sub(previous, reference));
       store(rescale_ + g, rescale);
       store(row_sum_ + g, mul(load(row_sum_ + g), rescale));
       rescales = true;
@@ -160,7 +160,7 @@ class Forward {
 
   void rescale_sums() {
     for (int64_t d = 0; d < dim_; ++d)
-      for (int g = 0; g < kRows; g += W) store(sum_ + d * kRows + g, mul(load(sum_ + d * kRows + g), load(rescale_ + g)));
+      for (int g = 0; g < kRows; g += W) store(acc_ + d * kRows + g, mul(load(acc_ + d * kRows + g), load(rescale_ + g)));
   }
 
 #if defined(FARLIGHT_ISA_AMX)
@@ -182,7 +182,7 @@ class Forward {
     for (int i = 0; i < kM; ++i) w[i] = exp2_poly<Traits::degree>(w[i]);
     const F sum = add(add(add(w[0], w[1]), add(w[2], w[3])), add(add(w[4], w[5]), add(w[6], w[7])));
     if (dropout.on())
-      for (int i = 0; i < kM; ++i) w[i] = select(dropout.kept(c.key[first + i], g), w[i], broadcast(0.0f));
+      for (int i = 0; i < kM; ++i) w[i] = select(dropout.keep_mask(c.key[first + i], g), w[i], broadcast(0.0f));
     FARLIGHT_UNROLL
     for (int i = 0; i < kM; i += 2) store_interleaved<num_parts<Traits>>(w[i], w[i + 1], weights_ + (first + i) / 2 * kRows + g, kWeights);
     return sum;
@@ -223,7 +223,7 @@ class Forward {
       const F x = load(scores_ + i * kRows + g + v * W);
       const F w = exp2_poly<Traits::degree>(q_prescaled<Traits> ? sub(x, reference[v]) : fma(x, factor, sub(broadcast(0.0f), reference[v])));
       row_sum[v] = add(row_sum[v], w);
-      return dropout.on() ? select(dropout.kept(chunk_->key[i], g + v * W), w, broadcast(0.0f)) : w;
+      return dropout.on() ? select(dropout.keep_mask(chunk_->key[i], g + v * W), w, broadcast(0.0f)) : w;
     };
     for (int i = span.first; i < span.last; i += Traits::Op::per) {
       FARLIGHT_UNROLL
@@ -243,32 +243,32 @@ class Forward {
   }
 
   // O^T += V^T P^T. Sums shrink on the way, if all rows see all that the chunk has.
-  void add_values(int lanes, bool fresh, bool rescales) {
+  void add_pv(int lanes, bool first_chunk, bool rescales) {
     values_.fetch_col_major(*chunk_, packed_);
     const Spans& spans = chunk_->spans;
-    const bool on_the_way = spans.count == 1 && spans.span[0].halves == kBothHalves;
-    if (rescales && !on_the_way) rescale_sums();
-    accumulate_col_major<typename Traits::Op>(sum_, values_.col_major, weights_, spans, dim_, lanes, fresh, rescales && on_the_way ? rescale_ : nullptr);
+    const bool fused = spans.count == 1 && spans.span[0].halves == kBothHalves;
+    if (rescales && !fused) rescale_sums();
+    accumulate_col_major<typename Traits::Op>(acc_, values_.col_major, weights_, spans, dim_, lanes, first_chunk, rescales && fused ? rescale_ : nullptr);
   }
 
   void add_gathered(const RowBlock& row_block, const Source<T>& q, const DropoutMask& dropout) {
     GatheredSoftmax<T> softmax(row_block, q, keys_.source(), values_.source(), dim_, call_.scale * kLog2E, dropout,
-                            {row_max_, row_sum_, rows_, ld_, query_});
+                            {row_max_, row_sum_, out_rows_, ld_, row_buffer_});
     for (int i = 0; i < row_block.piece->layer_count; ++i)
-      if (row_block.has_gathered(row_block.piece->layers[i])) softmax.take(row_block.piece->layers[i]);
+      if (row_block.has_gathered(row_block.piece->layers[i])) softmax.process_layer(row_block.piece->layers[i]);
   }
 
-  void finish(const RowBlock& row_block, float inverse) {
+  void finish(const RowBlock& row_block, float keep_scale) {
     const PieceView& piece = *row_block.piece;
     if (piece.slot[item_.entry] < 0) {
-      for (int s = 0; s < row_block.count; ++s) write(row_block.row[s], row_max_[s], row_sum_[s], rows_ + s * ld_, inverse);
+      for (int s = 0; s < row_block.count; ++s) write(row_block.row[s], row_max_[s], row_sum_[s], out_rows_ + s * ld_, keep_scale);
       return;
     }
     float* at = partial(item_.entry) + row_block.first_row * (dim_ + 2);
     for (int s = 0; s < row_block.count; ++s, at += dim_ + 2) {
       at[0] = row_max_[s];
       at[1] = row_sum_[s];
-      std::memcpy(at + 2, rows_ + s * ld_, dim_ * sizeof(float));
+      std::memcpy(at + 2, out_rows_ + s * ld_, dim_ * sizeof(float));
     }
   }
 
@@ -284,29 +284,29 @@ class Forward {
     const PieceView& piece = call_.plan->pieces[item_.piece];
     const int64_t first = item_.entry - piece.part[item_.entry];
     const int parts = piece.parts[item_.entry];
-    const float inverse = call_.dropout.on ? call_.dropout.inverse : 1.0f;
+    const float keep_scale = call_.dropout.on ? call_.dropout.keep_scale : 1.0f;
     for (int first_row = 0; first_row < piece.count[item_.entry]; first_row += kRows) {
       const RowBlock row_block(*call_.plan, item_, first_row);
       for (int s = 0; s < row_block.count; ++s) {
         float row_max = kInitialMax, row_sum = 0.0f;
-        float* row = rows_ + s * ld_;
+        float* row = out_rows_ + s * ld_;
         std::memset(row, 0, ld_ * sizeof(float));
         for (int part = 0; part < parts; ++part) {
           const float* at = partial(first + part) + (first_row + s) * (dim_ + 2);
           if (at[1] == 0.0f) continue;
           const float reference = at[0] > row_max ? at[0] : row_max;
-          const float mine = exp2f(row_max - reference), its = exp2f(at[0] - reference);
-          row_sum = row_sum * mine + at[1] * its;
-          for (int64_t d = 0; d < dim_; ++d) row[d] = row[d] * mine + at[2 + d] * its;
+          const float acc_weight = exp2f(row_max - reference), part_weight = exp2f(at[0] - reference);
+          row_sum = row_sum * acc_weight + at[1] * part_weight;
+          for (int64_t d = 0; d < dim_; ++d) row[d] = row[d] * acc_weight + at[2 + d] * part_weight;
           row_max = reference;
         }
-        write(row_block.row[s], row_max, row_sum, row, inverse);
+        write(row_block.row[s], row_max, row_sum, row, keep_scale);
       }
     }
   }
 
  private:
-  void write(int64_t row, float row_max, float row_sum, float* sum, float inverse) {
+  void write(int64_t row, float row_max, float row_sum, float* sum, float keep_scale) {
     const int64_t at = (item_.batch * call_.heads + item_.head) * call_.plan->n_q + row;
     if (row_sum == 0.0f) {
       if (keep_masked_rows(call_, item_)) return;
@@ -315,17 +315,17 @@ class Forward {
       call_.lse[at] = -INFINITY;
       return;
     }
-    float factor = inverse / row_sum;
+    float factor = keep_scale / row_sum;
     RowStats* const before = call_.row_stats ? call_.row_stats + at : nullptr;
     if (call_.merges && before->row_sum != 0.0f) {
-      const float larger = before->row_max > row_max ? before->row_max : row_max;
-      const float its = before->row_sum * exp2f(before->row_max - larger), mine = row_sum * exp2f(row_max - larger), both = its + mine;
-      factor *= mine / both;
-      read_row(call_.out_type, call_.result, at * dim_, query_, dim_);
-      for (int64_t d = 0; d < dim_; ++d) sum[d] = sum[d] * factor + query_[d] * (its / both);
+      const float merged_max = before->row_max > row_max ? before->row_max : row_max;
+      const float part_weight = before->row_sum * exp2f(before->row_max - merged_max), acc_weight = row_sum * exp2f(row_max - merged_max), merged_sum = part_weight + acc_weight;
+      factor *= acc_weight / merged_sum;
+      read_row(call_.out_type, call_.result, at * dim_, row_buffer_, dim_);
+      for (int64_t d = 0; d < dim_; ++d) sum[d] = sum[d] * factor + row_buffer_[d] * (part_weight / merged_sum);
       factor = 1.0f;
-      row_max = larger;
-      row_sum = both;
+      row_max = merged_max;
+      row_sum = merged_sum;
     }
     if (before) *before = {row_max, row_sum};
     call_.lse[at] = row_max * kLn2 + logf(row_sum);
@@ -344,7 +344,7 @@ class Forward {
   Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
   // Weights lie where their scores did, if there is room for them: the first cache has room for little else.
   Word* weights_ = nullptr;
-  float *scores_, *sum_, *rows_, *query_;
+  float *scores_, *acc_, *out_rows_, *row_buffer_;
   alignas(64) float row_max_[kRows];
   alignas(64) float row_sum_[kRows];
   alignas(64) float rescale_[kRows];

@@ -45,7 +45,7 @@ class GatheredSoftmax {
                const DropoutMask& dropout, const SoftmaxRows& state)
       : row_block_(row_block), queries_(queries), keys_(keys), values_(values), dim_(dim), scale_(scale), dropout_(dropout), state_(state) {}
 
-  void take(const LayerView& layer) {
+  void process_layer(const LayerView& layer) {
     int64_t first, last, ignored;
     row_block_.gathered_range(layer, 0, first, ignored);
     row_block_.gathered_range(layer, row_block_.count - 1, ignored, last);

@@ -12,19 +12,19 @@ class GatheredGradients {
  public:
   // By row of the tile: `reference` and `lse` above it, `delta`, and dq, `ld` floats between two rows.
   GatheredGradients(const RowBlock& row_block, const Source<T>& queries, const Source<T>& dout, const Source<T>& keys, const Source<T>& values,
-                 int64_t dim, float scale, const DropoutMask& dropout, const DkDvBlocks& sums, const float* reference, const float* lse,
+                 int64_t dim, float scale, const DropoutMask& dropout, const DkDvBlocks& dkdv_blocks, const float* reference, const float* lse,
                  const float* delta, float* dq, int64_t ld)
       : row_block_(row_block), queries_(queries), dout_(dout), keys_(keys), values_(values), dim_(dim), scale_(scale),
-        dropout_(dropout), sums_(sums), reference_(reference), lse_(lse), delta_(delta), dq_(dq), ld_(ld) {}
+        dropout_(dropout), dkdv_blocks_(dkdv_blocks), reference_(reference), lse_(lse), delta_(delta), dq_(dq), ld_(ld) {}
 
   // The rows that have points in the layer.
-  uint32_t take(const LayerView& layer) {
+  uint32_t process_layer(const LayerView& layer) {
     int64_t x, last, end;
     row_block_.gathered_range(layer, 0, x, end);
     row_block_.gathered_range(layer, row_block_.count - 1, end, last);
     uint32_t touched = 0;
-    for (int s = 0; x < last; x += kTogether) {
-      const int n = static_cast<int>(min<int64_t>(last - x, kTogether));
+    for (int s = 0; x < last; x += kBatch) {
+      const int n = static_cast<int>(min<int64_t>(last - x, kBatch));
       for (int i = 0; i < n; ++i) {
         for (row_block_.gathered_range(layer, s, end, end); end <= x + i; row_block_.gathered_range(layer, s, end, end)) ++s;
         row_[i] = s;
@@ -39,7 +39,7 @@ class GatheredGradients {
   }
 
  private:
-  static constexpr int kTogether = 32;
+  static constexpr int kBatch = 32;
 
   void multiply(const int32_t* keys, int n) {
     for (int i = 0; i < n; ++i) {
@@ -48,20 +48,20 @@ class GatheredGradients {
       prefetch_row_for_write(dv(keys[i]), dim_);
       weight_[i] = dot(queries_.row(row), keys_.row(keys[i]), dim_) * (scale_ * kLog2E);
       ds_[i] = dot(dout_.row(row), values_.row(keys[i]), dim_);
-      row_max_[i] = reference_[row_[i]];
-      base_[i] = lse_[row_[i]];
+      row_reference_[i] = reference_[row_[i]];
+      row_lse_[i] = lse_[row_[i]];
     }
-    for (int i = n; i % W; ++i) weight_[i] = row_max_[i] = base_[i] = 0.0f;
+    for (int i = n; i % W; ++i) weight_[i] = row_reference_[i] = row_lse_[i] = 0.0f;
   }
 
   // From S and dP to P (with dropout) and dS.
   void softmax_backward(const int32_t* keys, int n) {
     for (int i = 0; i < n; i += W)
-      store(weight_ + i, exp2_poly<5>(fma(load(base_ + i), broadcast(-kLog2E), sub(load(weight_ + i), load(row_max_ + i)))));
+      store(weight_ + i, exp2_poly<5>(fma(load(row_lse_ + i), broadcast(-kLog2E), sub(load(weight_ + i), load(row_reference_ + i)))));
     for (int i = 0; i < n; ++i) {
-      const float kept = !dropout_.on() ? 1.0f : dropout_.keeps_pair(keys[i], row_[i]) ? dropout_.inverse() : 0.0f;
-      ds_[i] = weight_[i] * scale_ * (ds_[i] * kept - delta_[row_[i]]);
-      weight_[i] *= kept;
+      const float keep = !dropout_.on() ? 1.0f : dropout_.keeps_pair(keys[i], row_[i]) ? dropout_.keep_scale() : 0.0f;
+      ds_[i] = weight_[i] * scale_ * (ds_[i] * keep - delta_[row_[i]]);
+      weight_[i] *= keep;
     }
   }
 
@@ -77,20 +77,20 @@ class GatheredGradients {
     }
   }
 
-  float* dk(int32_t key) const { return sums_.dk[key / kBlock] + key % kBlock * sums_.stride; }
-  float* dv(int32_t key) const { return sums_.dv[key / kBlock] + key % kBlock * sums_.stride; }
+  float* dk(int32_t key) const { return dkdv_blocks_.dk[key / kBlock] + key % kBlock * dkdv_blocks_.stride; }
+  float* dv(int32_t key) const { return dkdv_blocks_.dv[key / kBlock] + key % kBlock * dkdv_blocks_.stride; }
 
   const RowBlock& row_block_;
   const Source<T>&queries_, &dout_, &keys_, &values_;
   int64_t dim_;
   float scale_;
   const DropoutMask& dropout_;
-  const DkDvBlocks& sums_;
+  const DkDvBlocks& dkdv_blocks_;
   const float *reference_, *lse_, *delta_;
   float* dq_;
   int64_t ld_;
-  int row_[kTogether];
-  float weight_[kTogether], ds_[kTogether], row_max_[kTogether], base_[kTogether];
+  int row_[kBatch];
+  float weight_[kBatch], ds_[kBatch], row_reference_[kBatch], row_lse_[kBatch];
 };
 
 }  // namespace farlight::FARLIGHT_NS

@@ -8,16 +8,16 @@ namespace farlight::FARLIGHT_NS {
 // Stretches of memory to be asked for, a line at a time, between the products of a block of keys, where that costs nothing.
 struct PrefetchLines {
   static constexpr int kRanges = 2 * kM;
-  const char* first[kRanges];
-  int64_t many;  // whole lines of a stretch: those of a row of K
+  const char* start[kRanges];
+  int64_t count;  // whole lines of a stretch: those of a row of K
 
   template <class T>
   static int64_t lines_per_row(int64_t dim) {
     return dim * static_cast<int64_t>(sizeof(T)) / 64;
   }
-  FARLIGHT_INLINE void set(int pair, const void* x, const void* y) {
-    first[2 * pair] = static_cast<const char*>(x);
-    first[2 * pair + 1] = static_cast<const char*>(y);
+  FARLIGHT_INLINE void set_pair(int pair, const void* x, const void* y) {
+    start[2 * pair] = static_cast<const char*>(x);
+    start[2 * pair + 1] = static_cast<const char*>(y);
   }
 };
 
@@ -26,39 +26,39 @@ class GatherQueue {
  public:
   explicit GatherQueue(const RowBlock& row_block) : row_block_(row_block) { advance(); }
 
-  bool empty() const { return !at_; }
-  int32_t front() const { return at_->point_keys[x_]; }
+  bool empty() const { return !layer_view_; }
+  int32_t front() const { return layer_view_->point_keys[position_]; }
   void pop() {
-    if (++x_ == last_) advance();
+    if (++position_ == last_) advance();
   }
   // At most so many that lie together.
   int take(int max_keys, const int32_t*& keys) {
-    keys = at_->point_keys + x_;
-    const int n = static_cast<int>(min<int64_t>(max_keys, last_ - x_));
-    if ((x_ += n) == last_) advance();
+    keys = layer_view_->point_keys + position_;
+    const int n = static_cast<int>(min<int64_t>(max_keys, last_ - position_));
+    if ((position_ += n) == last_) advance();
     return n;
   }
 
  private:
-  static constexpr int64_t kMost = 16 * kRows;  // more would be gone again before they are used
+  static constexpr int64_t kMaxPairs = 16 * kRows;  // more would be gone again before they are used
 
   // To the next layer that has points.
   void advance() {
     while (layer_ < row_block_.piece->layer_count) {
-      at_ = &row_block_.piece->layers[layer_++];
-      if (!row_block_.has_gathered(*at_)) continue;
+      layer_view_ = &row_block_.piece->layers[layer_++];
+      if (!row_block_.has_gathered(*layer_view_)) continue;
       int64_t ignored;
-      row_block_.gathered_range(*at_, 0, x_, ignored);
-      row_block_.gathered_range(*at_, row_block_.count - 1, ignored, last_);
-      if (x_ < last_ && last_ - x_ <= kMost) return;
+      row_block_.gathered_range(*layer_view_, 0, position_, ignored);
+      row_block_.gathered_range(*layer_view_, row_block_.count - 1, ignored, last_);
+      if (position_ < last_ && last_ - position_ <= kMaxPairs) return;
     }
-    at_ = nullptr;
+    layer_view_ = nullptr;
   }
 
   const RowBlock& row_block_;
-  const LayerView* at_ = nullptr;
+  const LayerView* layer_view_ = nullptr;
   int layer_ = 0;
-  int64_t x_ = 0, last_ = 0;
+  int64_t position_ = 0, last_ = 0;
 };
 
 // The rows of K and V.
@@ -73,7 +73,7 @@ class GatherPrefetcher {
   FARLIGHT_NOINLINE void fill(PrefetchLines& lines) {
     const int32_t* key;
     const int n = queue_.take(kM, key);
-    for (int i = 0; i < kM; ++i) lines.set(i, keys_.row(key[min(i, n - 1)]), values_.row(key[min(i, n - 1)]));
+    for (int i = 0; i < kM; ++i) lines.set_pair(i, keys_.row(key[min(i, n - 1)]), values_.row(key[min(i, n - 1)]));
   }
   // `count` lines of K and as many of V.
   FARLIGHT_NOINLINE void issue_lines(int count) {
@@ -98,7 +98,7 @@ class DkDvPrefetcher {
  public:
   DkDvPrefetcher(const RowBlock& row_block, const DkDvBlocks& sums, int64_t lines_of_key, int64_t dim)
       : queue_(row_block), sums_(sums), ranges_per_row_(PrefetchLines::lines_per_row<float>(dim) > lines_of_key ? 2 : 1) {
-    lines_.many = lines_of_key;
+    lines_.count = lines_of_key;
   }
 
   // Those of the next points; null where there are none.
@@ -110,8 +110,8 @@ class DkDvPrefetcher {
     const int n = queue_.take(kM / ranges_per_row_, key);
     for (int i = 0; i < kM; ++i) {
       const int32_t at = key[min(i / ranges_per_row_, n - 1)];
-      const int64_t from = at % kBlock * sums_.stride + i % ranges_per_row_ * lines_.many * 16;
-      lines_.set(i, sums_.dk[at / kBlock] + from, sums_.dv[at / kBlock] + from);
+      const int64_t from = at % kBlock * sums_.stride + i % ranges_per_row_ * lines_.count * 16;
+      lines_.set_pair(i, sums_.dk[at / kBlock] + from, sums_.dv[at / kBlock] + from);
     }
     return &lines_;
   }

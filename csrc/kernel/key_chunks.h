@@ -80,13 +80,13 @@ struct Spans {
 
 // Takes the register blocks of lanes that belong to these halves: take.operator()<V>(g) for V vectors from lane g on.
 template <class Body>
-FARLIGHT_INLINE void for_lanes(uint32_t halves, int lanes, Body&& take) {
+FARLIGHT_INLINE void for_lanes(uint32_t halves, int lanes, Body&& count) {
   if constexpr (kV * W > kHalfRows) {
-    if (halves == kBothHalves) take.template operator()<kV>(0);
-    else take.template operator()<kV / 2>(halves == 1 ? 0 : kHalfRows);
+    if (halves == kBothHalves) count.template operator()<kV>(0);
+    else count.template operator()<kV / 2>(halves == 1 ? 0 : kHalfRows);
   } else {
     for (int g = 0; g < lanes; g += kV * W)
-      if (halves >> (g / kHalfRows) & 1) take.template operator()<kV>(g);
+      if (halves >> (g / kHalfRows) & 1) count.template operator()<kV>(g);
   }
 }
 
@@ -103,24 +103,24 @@ struct Chunk {
 class KeyWalk {
  public:
   // Chunks hold at most `most` keys, and are filled up to a multiple of `group`.
-  KeyWalk(const RowBlock& row_block, int max_keys, int group) : row_block_(row_block), max_keys_(max_keys), group_(group), layer_(-1), run_(0), stop_(0), slot_(0), hi_(0) { advance(); }
+  KeyWalk(const RowBlock& row_block, int max_keys, int group) : row_block_(row_block), max_keys_(max_keys), group_(group), layer_(-1), run_(0), run_end_(0), slot_(0), hi_(0) { advance(); }
 
   // The next keys; false when there are none.
   bool next(Chunk& c) {
     c.n = 0;
     for (int i = 0; i < kChunkKeys / kM; ++i) c.maybe_duplicate[i] = c.masked[i] = false;
     while (c.n < max_keys_ && has_run_) {
-      const int take = min(max_keys_ - c.n, hi_ - slot_);
+      const int count = min(max_keys_ - c.n, hi_ - slot_);
       if (c.n % kM) c.maybe_duplicate[c.n / kM] = true;
-      if (at_->keys) {
-        for (int i = 0; i < take; ++i) c.key[c.n + i] = at_->keys[slot_ + i];
-        for (int i = c.n / kM; i * kM < c.n + take; ++i) c.maybe_duplicate[i] = true;
+      if (layer_view_->keys) {
+        for (int i = 0; i < count; ++i) c.key[c.n + i] = layer_view_->keys[slot_ + i];
+        for (int i = c.n / kM; i * kM < c.n + count; ++i) c.maybe_duplicate[i] = true;
       } else {
-        for (int i = 0; i < take; ++i) c.key[c.n + i] = slot_ + i;
+        for (int i = 0; i < count; ++i) c.key[c.n + i] = slot_ + i;
       }
-      mark_visibility(c, take);
-      c.n += take;
-      slot_ += take;
+      mark_visibility(c, count);
+      c.n += count;
+      slot_ += count;
       if (slot_ == hi_) advance();
     }
     if (c.n == 0) return false;
@@ -138,24 +138,24 @@ class KeyWalk {
   // To the next run that is not empty.
   void advance() {
     for (++run_;; ++run_) {
-      while (layer_ < 0 || run_ >= stop_) {
+      while (layer_ < 0 || run_ >= run_end_) {
         if (++layer_ >= row_block_.piece->layer_count) {
           has_run_ = false;
           return;
         }
-        at_ = &row_block_.piece->layers[layer_];
+        layer_view_ = &row_block_.piece->layers[layer_];
         const PieceView& piece = *row_block_.piece;
         const int32_t v = variant_of(piece.variant, piece.variant_batch, piece.variant_heads, row_block_.item.batch, row_block_.item.head);
-        const int64_t t = at_->entry_base[row_block_.variant(*at_)] + row_block_.item.entry - piece.first[v];
-        run_ = at_->indptr[t];
-        stop_ = at_->indptr[t + 1];
+        const int64_t t = layer_view_->entry_base[row_block_.variant(*layer_view_)] + row_block_.item.entry - piece.first[v];
+        run_ = layer_view_->indptr[t];
+        run_end_ = layer_view_->indptr[t + 1];
       }
-      slot_ = lo_ = at_->lo[run_];
-      hi_ = at_->hi[run_];
+      slot_ = lo_ = layer_view_->lo[run_];
+      hi_ = layer_view_->hi[run_];
       if (lo_ < hi_) break;
     }
     has_run_ = true;
-    open_mask(at_->mask[run_]);
+    open_mask(layer_view_->mask[run_]);
   }
 
   void open_mask(int32_t m) {
@@ -167,12 +167,12 @@ class KeyWalk {
     core_hi_ = static_cast<int64_t>(hi_) + masks.core_hi[m];
     const int32_t* data = masks.data + masks.start[m];
     for (int s = 0; s < kRows; ++s) {
-      const bool real = s < row_block_.count;
+      const bool in_block = s < row_block_.count;
       if (kind_ == kBounds) {
-        first_[s] = real ? data[2 * (row_block_.first_row + s)] : 0x7fffffff;
-        last_[s] = real ? data[2 * (row_block_.first_row + s) + 1] : 0;
+        first_[s] = in_block ? data[2 * (row_block_.first_row + s)] : 0x7fffffff;
+        last_[s] = in_block ? data[2 * (row_block_.first_row + s) + 1] : 0;
       } else {
-        for (int w = 0; w < kBitsWords; ++w) word_[w][s] = real ? data[(row_block_.first_row + s) * kBitsWords + w] : 0;
+        for (int w = 0; w < kBitsWords; ++w) word_[w][s] = in_block ? data[(row_block_.first_row + s) * kBitsWords + w] : 0;
       }
     }
   }
@@ -193,20 +193,20 @@ class KeyWalk {
     return bits;
   }
 
-  void mark_visibility(Chunk& c, int take) const {
+  void mark_visibility(Chunk& c, int count) const {
     uint32_t* row_mask = c.row_mask + c.n;
-    int from = 0, to = take;  // seen by every row
+    int from = 0, to = count;  // seen by every row
     if (mask_ >= 0) {
-      from = static_cast<int>(max<int64_t>(0, min<int64_t>(core_lo_ - slot_, take)));
-      to = static_cast<int>(max<int64_t>(from, min<int64_t>(core_hi_ - slot_, take)));
+      from = static_cast<int>(max<int64_t>(0, min<int64_t>(core_lo_ - slot_, count)));
+      to = static_cast<int>(max<int64_t>(from, min<int64_t>(core_hi_ - slot_, count)));
     }
-    const auto ask = [&](int i) {
+    const auto test = [&](int i) {
       row_mask[i] = visible_rows(slot_ + i);
       if (row_mask[i] != kAllRows) c.masked[(c.n + i) / kM] = true;
     };
-    for (int i = 0; i < from; ++i) ask(i);
+    for (int i = 0; i < from; ++i) test(i);
     for (int i = from; i < to; ++i) row_mask[i] = kAllRows;
-    for (int i = to; i < take; ++i) ask(i);
+    for (int i = to; i < count; ++i) test(i);
   }
 
   void find_spans(Chunk& c) const {
@@ -220,18 +220,18 @@ class KeyWalk {
     for (int first = 0; first < c.n; first += kM) {
       uint32_t rows = c.masked[first / kM] ? 0 : kAllRows;
       for (int i = 0; rows != kAllRows && i < kM; ++i) rows |= c.row_mask[first + i];
-      const uint32_t here = halves & ((rows << kHalfRows ? 1 : 0) | (rows >> kHalfRows ? 2 : 0));
-      if (here == 0) continue;
+      const uint32_t visible_halves = halves & ((rows << kHalfRows ? 1 : 0) | (rows >> kHalfRows ? 2 : 0));
+      if (visible_halves == 0) continue;
       const int last = min(first + kM, c.n);
-      if (to.count && to.span[to.count - 1].last == first && to.span[to.count - 1].halves == here) to.span[to.count - 1].last = last;
-      else to.span[to.count++] = {first, last, here};
+      if (to.count && to.span[to.count - 1].last == first && to.span[to.count - 1].halves == visible_halves) to.span[to.count - 1].last = last;
+      else to.span[to.count++] = {first, last, visible_halves};
     }
   }
 
   const RowBlock& row_block_;
-  const LayerView* at_ = nullptr;
+  const LayerView* layer_view_ = nullptr;
   int max_keys_, group_, layer_;
-  int64_t run_, stop_;
+  int64_t run_, run_end_;
   int32_t slot_, lo_ = 0, hi_;
   bool has_run_ = false;
   int32_t mask_ = -1, kind_ = kBounds;

@@ -9,9 +9,9 @@ namespace farlight::FARLIGHT_NS {
 #if defined(FARLIGHT_ISA_AMX)
 // The distance between neighbours among so many keys (2 to 16), or 0 where it is not one and the same.
 FARLIGHT_INLINE int32_t common_step(const int32_t* key, int count) {
-  const __m512i places = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i indices = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const int32_t step = key[1] - key[0];
-  const __m512i expected = _mm512_add_epi32(_mm512_set1_epi32(key[0]), _mm512_mullo_epi32(places, _mm512_set1_epi32(step)));
+  const __m512i expected = _mm512_add_epi32(_mm512_set1_epi32(key[0]), _mm512_mullo_epi32(indices, _mm512_set1_epi32(step)));
   return (_mm512_cmpneq_epi32_mask(_mm512_loadu_si512(key), expected) & ((1u << count) - 1)) == 0 ? step : 0;
 }
 #endif
@@ -25,18 +25,18 @@ class Operand {
 
   Operand(const Source<T>& source, int64_t dim, int64_t keys) : source_(source), dim_(dim), keys_(keys), ld_(round_up(dim, 32)) {}
 
-  void reserve(Arena& arena, bool for_rows, bool for_columns) {
+  void reserve(Arena& arena, bool for_row_major, bool for_col_major) {
     if (uses_amx<Traits>) {
-      if (num_parts<Traits> == 1) copies_ = arena.take<Word>(32 * ld_ / 2);
+      if (num_parts<Traits> == 1) copies_ = arena.allocate<Word>(32 * ld_ / 2);
       return;
     }
     if (uses_pairs<Traits>) {
-      if (for_rows && dim_ % 2) copies_ = arena.take<Word>(kChunkKeys * ld_ / 2);
+      if (for_row_major && dim_ % 2) copies_ = arena.allocate<Word>(kChunkKeys * ld_ / 2);
     } else {
-      copies_ = arena.take<Word>(kChunkKeys * ld_);
+      copies_ = arena.allocate<Word>(kChunkKeys * ld_);
     }
-    row_major = arena.take<const Word*>(kChunkKeys);
-    col_major = uses_pairs<Traits> && for_columns ? arena.take<const Word*>(kChunkKeys / 2) : row_major;
+    row_major = arena.allocate<const Word*>(kChunkKeys);
+    col_major = uses_pairs<Traits> && for_col_major ? arena.allocate<const Word*>(kChunkKeys / 2) : row_major;
   }
 
   // Words along the head dimension: along[key][d].
@@ -58,17 +58,17 @@ class Operand {
         for (int i = 0; i < n; ++i) row_major[i] = source_.row(c.key[i]);
         return;
       }
-      copy(c, n);
+      widen_or_compact(c, n);
     } else {
-      copy(c, n);
+      widen_or_compact(c, n);
     }
   }
 
   // Words along the keys: across[i][d], i over keys or pairs of them, which are kept in `columns`.
-  void fetch_col_major(const Chunk& c, [[maybe_unused]] PackedCacheOf<Traits>& columns) {
+  void fetch_col_major(const Chunk& c, [[maybe_unused]] PackedCacheOf<Traits>& packed) {
     if constexpr (uses_pairs<Traits>) {
-      columns.fetch(c);
-      columns.find_pairs(c.n, col_major);
+      packed.fetch(c);
+      packed.find_pairs(c.n, col_major);
     } else {
       fetch_row_major(c, true);
     }
@@ -77,18 +77,18 @@ class Operand {
 #if defined(FARLIGHT_ISA_AMX)
   // Keys first ... first + 15 of the chunk as a strip of tiles: where they lie if that is at equal distances, or copied to the
   // `place`th room (of two).
-  Panel panel(const Chunk& c, int first, int place) const {
-    const int real = min(c.n - first, kTileDim);
-    const int32_t step = real > 1 && dim_ % kDepth == 0 ? common_step(c.key + first, real) : 0;
-    if (step > 0 && (real == kTileDim || c.key[first] + int64_t{kTileDim - 1} * step < keys_))
+  Panel panel(const Chunk& c, int first, int buffer) const {
+    const int count = min(c.n - first, kTileDim);
+    const int32_t step = count > 1 && dim_ % kDepth == 0 ? common_step(c.key + first, count) : 0;
+    if (step > 0 && (count == kTileDim || c.key[first] + int64_t{kTileDim - 1} * step < keys_))
       return {reinterpret_cast<const char*>(source_.row(c.key[first])), source_.stride * step * static_cast<int64_t>(sizeof(T)),
               kDepth * 2, 0};
-    Bf16* room = reinterpret_cast<Bf16*>(copies_) + place * kTileDim * ld_;
-    for (int i = 0; i < real; ++i) {
+    Bf16* copy_to = reinterpret_cast<Bf16*>(copies_) + buffer * kTileDim * ld_;
+    for (int i = 0; i < count; ++i) {
       const T* from = source_.row(c.key[first + i]);
-      for (int64_t d = 0; d < ld_; d += kDepth) store_i(reinterpret_cast<uint32_t*>(room + i * ld_ + d), load_bf16(from + d, dim_ - d));
+      for (int64_t d = 0; d < ld_; d += kDepth) store_i(reinterpret_cast<uint32_t*>(copy_to + i * ld_ + d), load_bf16(from + d, dim_ - d));
     }
-    return {reinterpret_cast<const char*>(room), ld_ * static_cast<int64_t>(sizeof(T)), kDepth * 2, 0};
+    return {reinterpret_cast<const char*>(copy_to), ld_ * static_cast<int64_t>(sizeof(T)), kDepth * 2, 0};
   }
 #endif
 
@@ -98,7 +98,7 @@ class Operand {
   const Word** col_major = nullptr;
 
  private:
-  void copy(const Chunk& c, int n) {
+  void widen_or_compact(const Chunk& c, int n) {
     if constexpr (!uses_pairs<Traits>) {
       for (int i = 0; i < n; ++i) {
         copy_as_float(source_.row(c.key[i]), copies_ + i * ld_, dim_);
@@ -122,9 +122,9 @@ class Transposed {
   explicit Transposed(int64_t dim) : dim_(dim), words((dim + Traits::Op::per - 1) / Traits::Op::per) {}
 
   void reserve(Arena& arena) {
-    transposed = arena.take<Word>(num_parts<Traits> * part());
-    room_ = arena.take<Word>(kRows * round_up(dim_, 16));
-    if (num_parts<Traits> > 1) whole = arena.take<float>(kRows * dim_);
+    transposed = arena.allocate<Word>(num_parts<Traits> * part());
+    padded_rows_ = arena.allocate<Word>(kRows * round_up(dim_, 16));
+    if (num_parts<Traits> > 1) f32 = arena.allocate<float>(kRows * dim_);
   }
 
   int64_t dim() const { return dim_; }
@@ -136,7 +136,7 @@ class Transposed {
     const bool in_place = sizeof(T) == sizeof(Word) || (uses_pairs<Traits> && dim_ % 2 == 0);
     const char* rows[kRows];
     for (int s = 0; s < kRows; ++s) {
-      Word* row_copy = room_ + s * ld;
+      Word* row_copy = padded_rows_ + s * ld;
       rows[s] = reinterpret_cast<const char*>(row_copy);
       if (s >= row_block.count) {
         std::memset(row_copy, 0, round_up(dim_, 16) * sizeof(Word));
@@ -151,17 +151,17 @@ class Transposed {
     }
     if constexpr (num_parts<Traits> > 1) {
 #if defined(FARLIGHT_BF16_PAIRS)
-      transpose_to_lanes(rows, dim_, whole);
-      uint32_t found = 0;
+      transpose_to_lanes(rows, dim_, f32);
+      uint32_t inf_bits = 0;
       for (int64_t i = 0; i < dim_ * kRows; i += W) {
-        const F x = mul(load(whole + i), broadcast(factor));
-        found |= inf_mask(x);
-        store(whole + i, x);
+        const F x = mul(load(f32 + i), broadcast(factor));
+        inf_bits |= inf_mask(x);
+        store(f32 + i, x);
       }
-      any_infinite = found != 0;
+      has_inf = inf_bits != 0;
       for (int64_t i = 0; i < words; ++i)
         for (int s = 0; s < kRows; s += W) {
-          const float* at = whole + 2 * i * kRows + s;
+          const float* at = f32 + 2 * i * kRows + s;
           store_interleaved<num_parts<Traits>>(load(at), 2 * i + 1 < dim_ ? load(at + kRows) : broadcast(0.0f), transposed + i * kRows + s, part());
         }
 #endif
@@ -182,12 +182,12 @@ class Transposed {
   }
 
   Word* transposed = nullptr;
-  float* whole = nullptr;  // of numbers that have parts: themselves, [d][row]
-  bool any_infinite = false;
+  float* f32 = nullptr;  // of numbers that have parts: themselves, [d][row]
+  bool has_inf = false;
 
  private:
   int64_t dim_;
-  Word* room_ = nullptr;
+  Word* padded_rows_ = nullptr;
 
  public:
   int64_t words;

@@ -39,62 +39,62 @@ class PackedCache {
 
   // Keeps the columns of `source`, and the rows of `count` others.
   PackedCache(const Source<T>& source, const Source<T>* rows, int count, int64_t dim, int64_t head)
-      : source_(source), rows_{rows[0], rows[count > 1 ? 1 : 0]}, count_(count), dim_(dim), head_(static_cast<uint64_t>(head) + 1) {}
+      : col_source_(source), row_sources_{rows[0], rows[count > 1 ? 1 : 0]}, num_row_operands_(count), dim_(dim), head_(static_cast<uint64_t>(head) + 1) {}
 
   // The first thing taken from the arena: the names of the blocks that are kept must lie where the caller cleared them.
   void reserve(Arena& arena) {
-    const int64_t block = (1 + count_) * size();
-    slots_ = capacity(dim_, count_);
-    tags_ = arena.take<CacheTags>(1);
-    keys_ = arena.take<int32_t>(kMaxBlocks * kDepth);
-    kept_ = arena.take<Bf16>(slots_ * block);
-    uncached_ = arena.take<Bf16>(kGroups * block);
-    if (uses_amx<Traits>) room_ = arena.take<uint32_t>(kDepth * ld());
-    groups = arena.take<const Bf16*>(kGroups);
-    cached_has_inf_ = arena.take<bool>(slots_);
+    const int64_t block = (1 + num_row_operands_) * operand_size();
+    slots_ = capacity(dim_, num_row_operands_);
+    tags_ = arena.allocate<CacheTags>(1);
+    keys_ = arena.allocate<int32_t>(kMaxBlocks * kDepth);
+    blocks_ = arena.allocate<Bf16>(slots_ * block);
+    uncached_ = arena.allocate<Bf16>(kGroups * block);
+    if (uses_amx<Traits>) scratch_ = arena.allocate<uint32_t>(kDepth * ld());
+    groups = arena.allocate<const Bf16*>(kGroups);
+    cached_has_inf_ = arena.allocate<bool>(slots_);
   }
 
   // Whether so many keys are kept at the same time, with their columns and `count` kinds of rows.
   static bool fits(int64_t dim, int count, int64_t keys) { return keys <= capacity(dim, count) * kDepth; }
 
   // Whether the block of the chunk's keys from `first` is among those kept.
-  bool keeps(const Chunk& c, int first) const { return first + kDepth <= c.n && find(c.key + first) >= 0; }
+  bool contains(const Chunk& c, int first) const { return first + kDepth <= c.n && find(c.key + first) >= 0; }
 
   // groups[i]: the block of the chunk's keys from 32 i; keys past the chunk's end are zero. The number of blocks.
   int fetch(const Chunk& c) {
-    const int64_t block = (1 + count_) * size();
-    const int number = (c.n + kDepth - 1) / kDepth;
-    const uint64_t now = ++tags_->fetch_count;
-    for (int i = 0; i < number; ++i) {
+    const int64_t block = (1 + num_row_operands_) * operand_size();
+    const int num_groups = (c.n + kDepth - 1) / kDepth;
+    const uint64_t tick = ++tags_->fetch_count;
+    for (int i = 0; i < num_groups; ++i) {
       const int first = i * kDepth;
       int64_t slot = first + kDepth <= c.n ? find(c.key + first) : -1;
       if (slot < 0) {
         slot = first + kDepth <= c.n ? least_recent(c.key + first) : -1;
         Bf16* to = uncached_ + i * block;
-        if (slot >= 0 && tags_->last_use[slot] < now) {
-          to = kept_ + slot * block;
+        if (slot >= 0 && tags_->last_use[slot] < tick) {
+          to = blocks_ + slot * block;
           tags_->head[slot] = head_;
           std::memcpy(keys_ + slot * kDepth, c.key + first, kDepth * sizeof(int32_t));
         } else {
           slot = -1;
         }
-        const bool found = make(c, first, to);
+        const bool has_inf = pack_block(c, first, to);
         groups[i] = to;
-        has_inf_[i] = found;
-        if (slot >= 0) cached_has_inf_[slot] = found;
+        group_has_inf_[i] = has_inf;
+        if (slot >= 0) cached_has_inf_[slot] = has_inf;
       } else {
-        groups[i] = kept_ + slot * block;
-        has_inf_[i] = cached_has_inf_[slot];
+        groups[i] = blocks_ + slot * block;
+        group_has_inf_[i] = cached_has_inf_[slot];
       }
-      if (slot >= 0) tags_->last_use[slot] = now;
+      if (slot >= 0) tags_->last_use[slot] = tick;
     }
-    return number;
+    return num_groups;
   }
 
   // Numbers from one part to the next, of columns and of rows.
   int64_t part() const { return ld() * kDepth; }
   // Whether a number in the rows named first is infinite: its parts say no more than that, and times zero are not a number.
-  bool any_infinite(int g) const { return has_inf_[g]; }
+  bool has_inf(int g) const { return group_has_inf_[g]; }
   // Where products are made of vectors: the words of the chunk's keys 2 i and 2 i + 1, for i < (c.n + 1) / 2.
   void find_pairs(int n, const uint32_t** pairs) const {
     const uint32_t* at = nullptr;
@@ -106,7 +106,7 @@ class PackedCache {
 #if defined(FARLIGHT_ISA_AMX)
   // 16 keys of group g of the rows that were named `which`th: tiles lie in one piece, those of 32 keys one after the other.
   Panel panel(int g, int which, int half) const {
-    const Bf16* at = groups[g] + (1 + which) * size() + half * kTileDim * kDepth;
+    const Bf16* at = groups[g] + (1 + which) * operand_size() + half * kTileDim * kDepth;
     return {reinterpret_cast<const char*>(at), kDepth * 2, kDepth * kDepth * 2, part() * 2};
   }
 #endif
@@ -126,7 +126,7 @@ class PackedCache {
   }
 
   int64_t ld() const { return round_up(dim_, 32); }
-  int64_t size() const { return kParts * part(); }
+  int64_t operand_size() const { return kParts * part(); }
 
   // A block has two places. The first depends on its first key and on how far it reaches: the tiles of a pattern step by 32 rows,
   // and the keys that their blocks begin with by 32 times their distance.
@@ -134,7 +134,7 @@ class PackedCache {
     const int64_t reach = max<int64_t>(1, (key[kDepth - 1] - key[0]) / (kDepth - 1)) * kDepth;
     return static_cast<uint32_t>(key[0]) / static_cast<uint32_t>(reach) % static_cast<uint32_t>(slots_);  // quicker than of int64_t
   }
-  int64_t second_way(int64_t place) const { return (place + slots_ / 2) % slots_; }
+  int64_t second_way(int64_t way) const { return (way + slots_ / 2) % slots_; }
 
   // Where these 32 keys are kept, or -1.
   int64_t find(const int32_t* key) const {
@@ -142,8 +142,8 @@ class PackedCache {
     return matches(first, key) ? first : matches(second, key) ? second : -1;
   }
   bool matches(int64_t slot, const int32_t* key) const {
-    const int32_t* kept = keys_ + slot * kDepth;
-    return tags_->head[slot] == head_ && equal(load_i(kept), load_i(key)) && equal(load_i(kept + W), load_i(key + W));
+    const int32_t* cached = keys_ + slot * kDepth;
+    return tags_->head[slot] == head_ && equal(load_i(cached), load_i(key)) && equal(load_i(cached + W), load_i(key + W));
   }
   // The place that was used longer ago.
   int64_t least_recent(const int32_t* key) const {
@@ -152,50 +152,50 @@ class PackedCache {
   }
 
   // Whether there is an infinite number in the rows named first.
-  bool make(const Chunk& c, int first, Bf16* to) {
-    bool found = false;
+  bool pack_block(const Chunk& c, int first, Bf16* to) {
+    bool has_inf = false;
     if constexpr (!uses_amx<Traits>) {
       interleave(c, first, reinterpret_cast<uint32_t*>(to));
     } else if constexpr (kParts == 1) {
       interleave_and_transpose(c, first, to);
     } else {
       const T* rows[kDepth];
-      gather_rows(c, first, source_, rows);
+      gather_rows(c, first, col_source_, rows);
       transpose_and_split(rows, to);
-      for (int r = 0; r < count_; ++r) {
-        gather_rows(c, first, rows_[r], rows);
-        const bool here = split_rows(rows, to + (1 + r) * size());
-        found |= r == 0 && here;
+      for (int r = 0; r < num_row_operands_; ++r) {
+        gather_rows(c, first, row_sources_[r], rows);
+        const bool operand_has_inf = split_rows(rows, to + (1 + r) * operand_size());
+        has_inf |= r == 0 && operand_has_inf;
       }
     }
-    return found;
+    return has_inf;
   }
 
   // to[pair][d] of bfloat16; keys past the chunk's end are zeros.
   void interleave(const Chunk& c, int first, uint32_t* to) const {
     for (int at = first; at < first + kDepth; at += 2, to += ld())
-      interleave_rows(at < c.n ? source_.row(c.key[at]) : nullptr, at + 1 < c.n ? source_.row(c.key[at + 1]) : nullptr, dim_, to, 0);
+      interleave_rows(at < c.n ? col_source_.row(c.key[at]) : nullptr, at + 1 < c.n ? col_source_.row(c.key[at + 1]) : nullptr, dim_, to, 0);
   }
 
   // to[d][key] of bfloat16: pairs of keys are interleaved, then turned as words.
   void interleave_and_transpose(const Chunk& c, int first, Bf16* to) {
-    interleave(c, first, room_);
+    interleave(c, first, scratch_);
     const char* rows[kDepth / 2];
-    for (int i = 0; i < kDepth / 2; ++i) rows[i] = reinterpret_cast<const char*>(room_ + i * ld());
+    for (int i = 0; i < kDepth / 2; ++i) rows[i] = reinterpret_cast<const char*>(scratch_ + i * ld());
     for (int64_t d = 0; d < ld(); d += 8)
       transpose_block(rows, kDepth / 2, d * 4, reinterpret_cast<char*>(to + d * kDepth), kDepth * sizeof(Bf16));
   }
 
   // Rows of floats where they lie, or copied where they end before a tile does. Keys past the chunk's end are zeros.
   void gather_rows(const Chunk& c, int first, const Source<T>& source, const T** rows) {
-    T* room = reinterpret_cast<T*>(room_);
-    for (int i = 0; i < kDepth; ++i, room += ld()) {
-      const bool real = first + i < c.n;
-      rows[i] = real ? source.row(c.key[first + i]) : room;
-      if (real && dim_ == ld()) continue;
-      std::memset(room, 0, ld() * sizeof(T));
-      if (real) std::memcpy(room, rows[i], dim_ * sizeof(T));
-      rows[i] = room;
+    T* padded = reinterpret_cast<T*>(scratch_);
+    for (int i = 0; i < kDepth; ++i, padded += ld()) {
+      const bool valid = first + i < c.n;
+      rows[i] = valid ? source.row(c.key[first + i]) : padded;
+      if (valid && dim_ == ld()) continue;
+      std::memset(padded, 0, ld() * sizeof(T));
+      if (valid) std::memcpy(padded, rows[i], dim_ * sizeof(T));
+      rows[i] = padded;
     }
   }
 
@@ -214,25 +214,25 @@ class PackedCache {
 
   // to[part][step][key][d of the step]
   bool split_rows(const T* const* rows, Bf16* to) const {
-    uint32_t found = 0;
+    uint32_t has_inf = 0;
     for (int64_t d = 0; d < ld(); d += kDepth)
       for (int i = 0; i < kDepth; ++i) {
         const F low = load(rows[i] + d), high = load(rows[i] + d + W);
-        found |= inf_mask(low) | inf_mask(high);
+        has_inf |= inf_mask(low) | inf_mask(high);
         store_narrow<kParts>(low, high, reinterpret_cast<uint32_t*>(to + (d + i) * kDepth), part() / 2);
       }
-    return found != 0;
+    return has_inf != 0;
   }
 
-  Source<T> source_, rows_[kMaxRowOperands];
-  int count_;
+  Source<T> col_source_, row_sources_[kMaxRowOperands];
+  int num_row_operands_;
   int64_t dim_, slots_ = 0;
   uint64_t head_;
   CacheTags* tags_ = nullptr;
   int32_t* keys_ = nullptr;
-  Bf16 *kept_ = nullptr, *uncached_ = nullptr;
-  uint32_t* room_ = nullptr;
-  bool has_inf_[kGroups] = {}, *cached_has_inf_ = nullptr;
+  Bf16 *blocks_ = nullptr, *uncached_ = nullptr;
+  uint32_t* scratch_ = nullptr;
+  bool group_has_inf_[kGroups] = {}, *cached_has_inf_ = nullptr;
 };
 
 #endif

@@ -14,16 +14,16 @@ class RecentBlocks {
  public:
   // Whether the block whose first row of K lies there was seen; it is from now on.
   FARLIGHT_INLINE bool contains_and_update(const void* row, int32_t key) {
-    const void*& place = first_[static_cast<uint32_t>(key) / kM % kBlocks];
-    const bool here = place == row;
-    place = row;
-    return here;
+    const void*& entry = rows_[static_cast<uint32_t>(key) / kM % kEntries];
+    const bool hit = entry == row;
+    entry = row;
+    return hit;
   }
 
  private:
   // Half a second cache full of them, of 64 floats. A prime, so that blocks at any equal distance have places of their own.
-  static constexpr uint32_t kBlocks = 127;
-  const void* first_[kBlocks];
+  static constexpr uint32_t kEntries = 127;
+  const void* rows_[kEntries];
 };
 
 template <class Traits>
@@ -33,7 +33,7 @@ class KeyPrefetcher {
   KeyPrefetcher(const Chunk* next, const Operand<Traits>& keys, const Operand<Traits>& values, const PackedCacheOf<Traits>& columns,
         GatherPrefetcher<typename Traits::T>& gather_prefetcher, RecentBlocks* recent, int64_t dim)
       : next_(next), keys_(keys), values_(values), packed_(columns), gather_prefetcher_(gather_prefetcher), recent_(recent), dim_(dim) {
-    lines_.many = PrefetchLines::lines_per_row<typename Traits::T>(dim);
+    lines_.count = PrefetchLines::lines_per_row<typename Traits::T>(dim);
 #if defined(FARLIGHT_ISA_AMX)
     if constexpr (uses_amx<Traits>) {
       if (next_) seek_uncached(0);
@@ -47,7 +47,7 @@ class KeyPrefetcher {
     if (next_ && block < next_->blocks) {
       const int32_t* key = next_->key + block * kM;
       if (!recent_->contains_and_update(keys_.source().row(*key), *key)) {
-        for (int i = 0; i < kM; ++i) lines_.set(i, keys_.source().row(key[i]), values_.source().row(key[i]));
+        for (int i = 0; i < kM; ++i) lines_.set_pair(i, keys_.source().row(key[i]), values_.source().row(key[i]));
         return &lines_;
       }
     }
@@ -69,7 +69,7 @@ class KeyPrefetcher {
 #if defined(FARLIGHT_ISA_AMX)
   // From `first` on, the first group of the next chunk that is not kept.
   void seek_uncached(int first) {
-    while (first < next_->n && packed_.keeps(*next_, first)) first += kDepth;
+    while (first < next_->n && packed_.contains(*next_, first)) first += kDepth;
     key_ = first;
     pending_ = first < next_->n;
   }

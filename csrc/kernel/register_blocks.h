@@ -89,7 +89,7 @@ FARLIGHT_INLINE void clear(F (&acc)[M][V]) {
 // with their product.
 template <class Op, int M, int V>
 FARLIGHT_INLINE void gemm_col_major_block(float* to, const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b, int64_t n,
-                                  bool fresh, const float* rescale) {
+                                  bool overwrite, const float* rescale) {
   F sums[kAccumulators][M][V];
   FARLIGHT_UNROLL
   for (int j = 0; j < kAccumulators; ++j) clear(sums[j]);
@@ -107,8 +107,8 @@ FARLIGHT_INLINE void gemm_col_major_block(float* to, const typename Op::Word* co
       F sum = sums[0][m][v];
       FARLIGHT_UNROLL
       for (int j = 1; j < kAccumulators; ++j) sum = add(sum, sums[j][m][v]);
-      float* place = to + m * kRows + v * W;
-      store(place, fresh ? sum : rescale ? fma(load(place), load(rescale + v * W), sum) : add(load(place), sum));
+      float* dst = to + m * kRows + v * W;
+      store(dst, overwrite ? sum : rescale ? fma(load(dst), load(rescale + v * W), sum) : add(load(dst), sum));
     }
   }
 }
@@ -116,16 +116,16 @@ FARLIGHT_INLINE void gemm_col_major_block(float* to, const typename Op::Word* co
 // The same for d < dim.
 template <class Op, int V>
 FARLIGHT_NOINLINE void gemm_col_major(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t n, int64_t dim,
-                                bool fresh, const float* rescale) {
-  constexpr int many = kM * kV / (V * kAccumulators);
+                                bool overwrite, const float* rescale) {
+  constexpr int block_dims = kM * kV / (V * kAccumulators);
   for (int64_t d = 0; d < dim;) {
     const int64_t left = dim - d;
-    const int64_t step = left >= many ? many : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    const int64_t step = left >= block_dims ? block_dims : left >= 4 ? 4 : left >= 2 ? 2 : 1;
     float* at = to + d * kRows;
-    if (step == many) gemm_col_major_block<Op, many, V>(at, rows, d, b, n, fresh, rescale);
-    else if (step == 4) gemm_col_major_block<Op, 4, V>(at, rows, d, b, n, fresh, rescale);
-    else if (step == 2) gemm_col_major_block<Op, 2, V>(at, rows, d, b, n, fresh, rescale);
-    else gemm_col_major_block<Op, 1, V>(at, rows, d, b, n, fresh, rescale);
+    if (step == block_dims) gemm_col_major_block<Op, block_dims, V>(at, rows, d, b, n, overwrite, rescale);
+    else if (step == 4) gemm_col_major_block<Op, 4, V>(at, rows, d, b, n, overwrite, rescale);
+    else if (step == 2) gemm_col_major_block<Op, 2, V>(at, rows, d, b, n, overwrite, rescale);
+    else gemm_col_major_block<Op, 1, V>(at, rows, d, b, n, overwrite, rescale);
     d += step;
   }
 }
@@ -133,15 +133,15 @@ FARLIGHT_NOINLINE void gemm_col_major(float* to, const typename Op::Word* const*
 // The same over keys that the lanes' halves see: O^T += V^T P^T, and dQ^T += K^T dS^T.
 template <class Op>
 inline void accumulate_col_major(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, const Spans& spans, int64_t dim,
-                       int lanes, bool fresh, const float* rescale = nullptr) {
-  if (fresh && (spans.count == 0 || spans.span[0].halves != kBothHalves)) {
+                       int lanes, bool overwrite, const float* rescale = nullptr) {
+  if (overwrite && (spans.count == 0 || spans.span[0].halves != kBothHalves)) {
     for (int64_t i = 0; i < dim * kRows; i += W) store(to + i, broadcast(0.0f));
-    fresh = false;
+    overwrite = false;
   }
-  for (const Span* span = spans.span; span < spans.span + spans.count; ++span, fresh = false) {
+  for (const Span* span = spans.span; span < spans.span + spans.count; ++span, overwrite = false) {
     const int64_t first = span->first / Op::per, last = (span->last + Op::per - 1) / Op::per;
     for_lanes(span->halves, lanes, [&]<int V>(int g) {
-      gemm_col_major<Op, V>(to + g, rows + first, b + first * kRows + g, last - first, dim, fresh, rescale ? rescale + g : nullptr);
+      gemm_col_major<Op, V>(to + g, rows + first, b + first * kRows + g, last - first, dim, overwrite, rescale ? rescale + g : nullptr);
     });
   }
 }

@@ -11,16 +11,16 @@ struct RowBlockId {
   int first_row;
 
   // The turn after this one, if the item has another or there is a `next` one.
-  RowBlockId after(const PlanView& plan, const WorkItem* next) const {
-    const bool more = first_row + kRows < plan.pieces[item->piece].count[item->entry];
-    return {more ? item : next, more ? first_row + kRows : 0};
+  RowBlockId next(const PlanView& plan, const WorkItem* next_item) const {
+    const bool same_item = first_row + kRows < plan.pieces[item->piece].count[item->entry];
+    return {same_item ? item : next_item, same_item ? first_row + kRows : 0};
   }
 };
 
 // Asks for them bit by bit: what is asked for all at once stands in the way of what is needed now.
 class RowPrefetcher {
  public:
-  RowPrefetcher(const PlanView& plan, int64_t lines) : plan_(plan) { lines_.many = lines; }
+  RowPrefetcher(const PlanView& plan, int64_t lines) : plan_(plan) { lines_.count = lines; }
 
   // A turn's rows of a tensor whose numbers have `width` bytes.
   void add(const RowBlockId& current, const TensorView& tensor, int64_t width) {
@@ -30,48 +30,48 @@ class RowPrefetcher {
     const int32_t count = min(piece.count[current.item->entry] - current.first_row, kRows);
     if (count <= 0) return;
     const int64_t begin = current.item->batch * tensor.batch + current.item->head * tensor.head;
-    parts_[count_++] = {static_cast<const char*>(tensor.data) + begin * width, tensor.row * width, piece.rows, first, first + count};
+    ranges_[count_++] = {static_cast<const char*>(tensor.data) + begin * width, tensor.row * width, piece.rows, first, first + count};
   }
 
   // Some of the rows; null where there are none left.
-  FARLIGHT_INLINE const PrefetchLines* lines() { return at_ == count_ ? nullptr : fill(); }
+  FARLIGHT_INLINE const PrefetchLines* lines() { return current_ == count_ ? nullptr : fill(); }
 
   // Where products are made of tiles: so many rows at once.
   void issue_some(int rows) {
-    for (; rows > 0 && at_ < count_; --rows) {
+    for (; rows > 0 && current_ < count_; --rows) {
       const char* row = next();
-      for (int64_t line = 0; line < lines_.many; ++line) FARLIGHT_PREFETCH_L2(row + line * 64);
+      for (int64_t line = 0; line < lines_.count; ++line) FARLIGHT_PREFETCH_L2(row + line * 64);
     }
   }
 
  private:
-  static constexpr int kParts = 3;
-  struct Part {
+  static constexpr int kMaxRanges = 3;
+  struct RowRange {
     const char* base;
     int64_t stride;
     const int32_t* rows;
-    int32_t place, end;
+    int32_t position, end;
   };
 
   FARLIGHT_NOINLINE const PrefetchLines* fill() {
     const char* row = nullptr;
     for (int i = 0; i < PrefetchLines::kRanges; ++i) {
-      if (at_ < count_) row = next();
-      lines_.first[i] = row;
+      if (current_ < count_) row = next();
+      lines_.start[i] = row;
     }
     return &lines_;
   }
 
   const char* next() {
-    Part& part = parts_[at_];
-    const int64_t row = part.rows ? part.rows[part.place] : part.place;
-    if (++part.place == part.end) ++at_;
-    return part.base + row * part.stride;
+    RowRange& range = ranges_[current_];
+    const int64_t row = range.rows ? range.rows[range.position] : range.position;
+    if (++range.position == range.end) ++current_;
+    return range.base + row * range.stride;
   }
 
   const PlanView& plan_;
-  Part parts_[kParts];
-  int at_ = 0, count_ = 0;
+  RowRange ranges_[kMaxRanges];
+  int current_ = 0, count_ = 0;
   PrefetchLines lines_;
 };
 

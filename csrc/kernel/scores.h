@@ -36,11 +36,11 @@ struct Scale {
 };
 template <class Traits>
 FARLIGHT_INLINE Scale scale_of(float scale) {
-  const float whole = scale * kLog2E, size = whole < 0.0f ? -whole : whole;
-  if (q_prescaled<Traits>) return {whole, 1.0f};
-  if (uses_amx<Traits>) return {1.0f, whole};
+  const float scale_log2 = scale * kLog2E, magnitude = scale_log2 < 0.0f ? -scale_log2 : scale_log2;
+  if (q_prescaled<Traits>) return {scale_log2, 1.0f};
+  if (uses_amx<Traits>) return {1.0f, scale_log2};
   // The largest score must stay the largest, and what is unseen unseen: no sign, and no zero.
-  return {whole < 0.0f ? -1.0f : 1.0f, max(size, 1e-37f)};
+  return {scale_log2 < 0.0f ? -1.0f : 1.0f, max(magnitude, 1e-37f)};
 }
 
 #if defined(FARLIGHT_ISA_AMX)
@@ -54,7 +54,7 @@ FARLIGHT_NOINLINE void score_group_f32(const Chunk& c, int first, const Operand<
         for (int m = 0; m < kM; ++m) rows[m] = keys.source().row(c.key[first + block + m]);
         F acc[kM][kV];
         clear(acc);
-        gemm_row_major<F32Word, kM, kV>(acc, rows, queries.whole + g, kRows, queries.dim());
+        gemm_row_major<F32Word, kM, kV>(acc, rows, queries.f32 + g, kRows, queries.dim());
         for (int m = 0; m < kM; ++m)
           for (int v = 0; v < kV; ++v) store(scores + (block + m) * kRows + g + v * W, acc[m][v]);
       }
@@ -64,17 +64,17 @@ FARLIGHT_NOINLINE void score_group_f32(const Chunk& c, int first, const Operand<
 // Scores of a chunk as products of tiles give them, neither scaled nor masked.
 // Of rows that are split, `which` are meant of those that are kept with the columns.
 template <class Traits>
-inline void score_amx(const Chunk& c, const Operand<Traits>& keys, const PackedCache<Traits>& kept, int which, const Transposed<Traits>& queries,
+inline void score_amx(const Chunk& c, const Operand<Traits>& keys, const PackedCache<Traits>& keep_mask, int operand, const Transposed<Traits>& queries,
                         float* scores, KeyPrefetcher<Traits>& prefetcher) {
   const int64_t steps = (queries.words + kTileDim - 1) / kTileDim;
   for (int first = 0; first < c.n; first += kDepth) {
-    if (num_parts<Traits> > 1 && which == 0 && (queries.any_infinite || kept.any_infinite(first / kDepth))) {
+    if (num_parts<Traits> > 1 && operand == 0 && (queries.has_inf || keep_mask.has_inf(first / kDepth))) {
       score_group_f32(c, first, keys, queries, scores + first * kRows);
       continue;
     }
     const auto panel = [&](int half) {
       if constexpr (num_parts<Traits> == 1) return keys.panel(c, first + half * kTileDim, half);
-      else return kept.panel(first / kDepth, which, half);
+      else return keep_mask.panel(first / kDepth, operand, half);
     };
     score_key_group<num_parts<Traits>>(panel(0), panel(1), queries.transposed, queries.part(), steps, scores + first * kRows, [&] { prefetcher.issue_some(); });
   }
@@ -82,22 +82,22 @@ inline void score_amx(const Chunk& c, const Operand<Traits>& keys, const PackedC
 
 // The largest of them for each row, scaled and masked. Scaled last, so a negative scale asks for the smallest.
 inline void row_max_of(const Chunk& c, const float* scores, float scale, int lanes, float* row_max) {
-  const auto poll = [&](float unseen, auto combine) {
+  const auto scan = [&](float masked_value, auto combine) {
     for (int g = 0; g < lanes; g += W) {
-      F running_max = broadcast(unseen);
+      F running_max = broadcast(masked_value);
       for (int block = 0; block < c.blocks; ++block) {
         F x[kM];
         FARLIGHT_UNROLL
         for (int m = 0; m < kM; ++m) x[m] = load(scores + (block * kM + m) * kRows + g);
         if (c.masked[block])
-          for (int m = 0; m < kM; ++m) x[m] = select(c.row_mask[block * kM + m] >> g, x[m], broadcast(unseen));
+          for (int m = 0; m < kM; ++m) x[m] = select(c.row_mask[block * kM + m] >> g, x[m], broadcast(masked_value));
         running_max = combine(tree_reduce(x, combine), running_max);
       }
       store(row_max + g, mul(running_max, broadcast(scale)));
     }
   };
-  if (scale < 0.0f) poll(-kMaskedScore, [](F a, F b) { return min(a, b); });
-  else poll(kMaskedScore, [](F a, F b) { return max(a, b); });
+  if (scale < 0.0f) scan(-kMaskedScore, [](F a, F b) { return min(a, b); });
+  else scan(kMaskedScore, [](F a, F b) { return max(a, b); });
 }
 #endif
 
@@ -115,21 +115,21 @@ FARLIGHT_NOINLINE void score_block(const typename Traits::Op::Word* const* rows,
   int64_t i = 0;
   // There are at least as many words as lines. These come to the second cache: the first is the tile's own. Loops of a known
   // length cost a third of others.
-  const auto ask = [&]<int Known>() {
+  const auto mac_with_prefetch = [&]<int Count>() {
     for (int r = 0; r < PrefetchLines::kRanges; ++r) {
-      const char* line = lines->first[r];
+      const char* line = lines->start[r];
       FARLIGHT_UNROLL_4
-      for (int64_t n = Known ? Known : lines->many; n > 0; --n, ++i, line += 64) {
+      for (int64_t n = Count ? Count : lines->count; n > 0; --n, ++i, line += 64) {
         FARLIGHT_PREFETCH_L2(line);
         mac_row_major<Op, kM, V>(acc, row, i, queries + i * kRows);
       }
     }
   };
   if (lines) {
-    if (lines->many == 1) ask.template operator()<1>();
-    else if (lines->many == 2) ask.template operator()<2>();
-    else if (lines->many == 4) ask.template operator()<4>();
-    else ask.template operator()<0>();
+    if (lines->count == 1) mac_with_prefetch.template operator()<1>();
+    else if (lines->count == 2) mac_with_prefetch.template operator()<2>();
+    else if (lines->count == 4) mac_with_prefetch.template operator()<4>();
+    else mac_with_prefetch.template operator()<0>();
   }
   FARLIGHT_UNROLL_4
   for (; i < words; ++i) mac_row_major<Op, kM, V>(acc, row, i, queries + i * kRows);
@@ -143,10 +143,10 @@ FARLIGHT_NOINLINE void score_block(const typename Traits::Op::Word* const* rows,
     }
     FARLIGHT_UNROLL
     for (int v = 0; v < V; ++v) {
-      F column[kM];
+      F lane_scores[kM];
       FARLIGHT_UNROLL
-      for (int m = 0; m < kM; ++m) column[m] = acc[m][v];
-      store(row_max + v * W, max(largest(column), load(row_max + v * W)));
+      for (int m = 0; m < kM; ++m) lane_scores[m] = acc[m][v];
+      store(row_max + v * W, max(largest(lane_scores), load(row_max + v * W)));
     }
   }
   FARLIGHT_UNROLL
@@ -159,15 +159,15 @@ FARLIGHT_NOINLINE void score_block(const typename Traits::Op::Word* const* rows,
 // scores[key][row] of the chunk, as the products give them; `top[row]` is the largest.
 // Without `Masking` pairs that are not allowed keep their scores; a half that sees nothing of a block has none. `ask(block)` says
 // what to ask for meanwhile.
-template <class Traits, bool Masking, class Ask>
+template <class Traits, bool Masking, class LinesFor>
 inline void score(const Chunk& c, const Operand<Traits>& keys, const Transposed<Traits>& queries, int lanes, float* scores, float* row_max,
-                  const Ask& ask) {
+                  const LinesFor& mac_with_prefetch) {
   if constexpr (Masking) {
     for (int g = 0; g < lanes; g += W) store(row_max + g, broadcast(kMaskedScore));
   }
   for (const Span* span = c.spans.span; span < c.spans.span + c.spans.count; ++span)
     for (int at = span->first; at < span->last; at += kM) {
-      const PrefetchLines* lines = ask(at / kM);
+      const PrefetchLines* lines = mac_with_prefetch(at / kM);
       const uint32_t* row_mask = c.masked[at / kM] ? c.row_mask + at : nullptr;
       for_lanes(span->halves, lanes, [&]<int V>(int g) {
         score_block<Traits, Masking, V>(keys.row_major + at, queries.transposed + g, queries.words, row_mask, g, scores + at * kRows + g,
@@ -197,17 +197,17 @@ class DropoutMask {
   DropoutMask(const Dropout& dropout, const PlanView& plan, const RowBlock& row_block) : dropout_(dropout) {
     if (!dropout.on) return;
     for (int s = 0; s < kRows; ++s)
-      rows_[s] = s < row_block.count ? row_hash(dropout.low, dropout.high, row_block.item.batch, row_block.item.head, plan.q_offset + row_block.row[s]) : 0;
+      rows_[s] = s < row_block.count ? row_hash(dropout.seed_low, dropout.seed_high, row_block.item.batch, row_block.item.head, plan.q_offset + row_block.row[s]) : 0;
   }
   bool on() const { return dropout_.on; }
-  float inverse() const { return dropout_.on ? dropout_.inverse : 1.0f; }
+  float keep_scale() const { return dropout_.on ? dropout_.keep_scale : 1.0f; }
   // Bit i: the link of lane g + i to the key stays.
-  uint32_t kept(int32_t key, int g) const {
-    if (dropout_.all) return 0;
+  uint32_t keep_mask(int32_t key, int g) const {
+    if (dropout_.drop_all) return 0;
     const I hash = mix32(bit_xor(load_i(rows_ + g), broadcast_i(key_word(key))));
     return ~less_u32(hash, broadcast_i(dropout_.threshold));
   }
-  bool keeps_pair(int32_t key, int s) const { return !dropout_.all && mix32(rows_[s] ^ key_word(key)) >= dropout_.threshold; }
+  bool keeps_pair(int32_t key, int s) const { return !dropout_.drop_all && mix32(rows_[s] ^ key_word(key)) >= dropout_.threshold; }
 
  private:
   const Dropout& dropout_;
