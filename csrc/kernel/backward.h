@@ -59,7 +59,7 @@ class Backward {
   void run(int first_row, const DkDvBlocks& dkdv_blocks, const WorkItem* next) {
     const RowBlock row_block(*call_.plan, item_, first_row);
     const DropoutMask dropout(call_.dropout, *call_.plan, row_block);
-    const Source<T> q(call_.q, item_.batch, item_.head), dout(call_.dout, item_.batch, item_.head);
+    const HeadRows<T> q(call_.q, item_.batch, item_.head), dout(call_.dout, item_.batch, item_.head);
     const float scale_log2 = call_.scale * kLog2E, factor = q_prescaled<Traits> ? 1.0f : scale_log2;
     GatherPrefetcher<T> gather_prefetcher(row_block, keys_.source(), values_.source(), dim_);
     [[maybe_unused]] DkDvPrefetcher dkdv_prefetcher(row_block, dkdv_blocks, PrefetchLines::lines_per_row<T>(dim_), dim_);
@@ -161,7 +161,7 @@ class Backward {
   }
 
   // Rows as the operand of sums over rows: in pairs, word (i, d) holds rows 2i and 2i + 1.
-  void pack_rows(const Source<T>& source, const RowBlock& row_block, Word* to) {
+  void pack_rows(const HeadRows<T>& source, const RowBlock& row_block, Word* to) {
     if constexpr (uses_pairs<Traits>) {
 #if defined(FARLIGHT_BF16_PAIRS)
       const int64_t part = kRows / 2 * ld_;
@@ -180,8 +180,8 @@ class Backward {
   }
 
   // Reference, lse and delta - dlse of every row. A row that saw nothing gets weights of zero.
-  void prepare(const RowBlock& row_block, const Source<T>& dout) {
-    const Source<T> out(call_.out, item_.batch, item_.head);
+  void prepare(const RowBlock& row_block, const HeadRows<T>& dout) {
+    const HeadRows<T> out(call_.out, item_.batch, item_.head);
     for (int s = 0; s < kRows; ++s) {
       reference_[s] = lse_[s] = delta_[s] = 0.0f;
       if (s >= row_block.count) continue;
@@ -310,7 +310,7 @@ class Backward {
   }
 
   // The rows that have points.
-  uint32_t add_gathered(const RowBlock& row_block, const Source<T>& q, const Source<T>& dout, const DropoutMask& dropout, const DkDvBlocks& dkdv_blocks) {
+  uint32_t add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const HeadRows<T>& dout, const DropoutMask& dropout, const DkDvBlocks& dkdv_blocks) {
     GatheredGradients<T> gradients(row_block, q, dout, keys_.source(), values_.source(), dim_, call_.scale, dropout, dkdv_blocks, reference_, lse_, delta_,
                              dq_rows_, ld_);
     uint32_t touched = 0;
@@ -356,7 +356,7 @@ class Backward {
   const WorkItem& item_;
   int64_t dim_, ld_;
   Operand<Traits> keys_, values_;
-  Source<T> sources_[2];
+  HeadRows<T> sources_[2];
   PackedCacheOf<Traits> packed_;
   RecentBlocks* recent_ = nullptr;
   DkDvAccumulator<Traits> dkdv_;

@@ -1,13 +1,14 @@
-// exp2 for softmax, and the hash by which dropout decides.
+// Elementary functions: vectorised exp2 for softmax, and the counter-based hash of dropout.
 #pragma once
 
 #include "isa.h"
 
 namespace farlight::FARLIGHT_NS {
 
-// 2^x for x <= 127, by a polynomial in the fractional part; relative error 8e-8 (Degree 5) or 1e-4 (Degree 3). What is far
-// below -126 becomes 0; NaN stays NaN. The coefficients are minimax with p(0) = 1, those of degree 3 also with p(1) = 2: what should
-// be zero and is rounded to just below has the weight of zero.
+// 2^x for x <= 127: 2^floor(x) times a polynomial in the fractional part. Relative error 8e-8 (Degree 5, float32) or 1e-4
+// (Degree 3, enough for weights that are rounded to bfloat16). Underflow below 2^-126 gives 0; NaN stays NaN. The coefficients
+// are minimax under the constraint p(0) = 1, for degree 3 also p(1) = 2: an x that should be 0 and was rounded to just below it
+// still gives 1.
 template <int Degree>
 FARLIGHT_INLINE F exp2_poly(F x) {
   const F f = split_floor(x);
@@ -24,7 +25,7 @@ FARLIGHT_INLINE F exp2_poly(F x) {
   return mul_pow2_floor(fma(p, f, broadcast(1.0f)), x);
 }
 
-// The finalizer of MurmurHash3, as in farlight/patterns/hashing.py.
+// MurmurHash3's finalizer, bit for bit as in farlight/patterns/hashing.py.
 FARLIGHT_INLINE uint32_t mix32(uint32_t x) {
   x ^= x >> 16;
   x *= 0x85EBCA6Bu;
@@ -41,9 +42,10 @@ FARLIGHT_INLINE I mix32(I x) {
   return bit_xor(x, shr<16>(x));
 }
 
+// One round: mixes a 32-bit word into the hash.
 FARLIGHT_INLINE uint32_t hash_word(uint32_t h, uint32_t word) { return mix32(h ^ word) * 5u + 0xE6546B64u; }
 
-// The hash of (seed, batch, head, query position); a key is joined to it by `link_hash`.
+// Hash of (seed, batch item, head, query position). The hash of a link is mix32(row_hash ^ key_word(key)).
 FARLIGHT_INLINE uint32_t row_hash(uint32_t low, uint32_t high, int64_t b, int64_t h, int64_t position) {
   uint32_t x = 0x9E3779B9u;
   x = hash_word(x, low);

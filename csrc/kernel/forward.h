@@ -44,7 +44,7 @@ class Forward {
   void run(int first_row, const WorkItem* next) {
     const RowBlock row_block(*call_.plan, item_, first_row);
     const DropoutMask dropout(call_.dropout, *call_.plan, row_block);
-    const Source<T> q(call_.q, item_.batch, item_.head);
+    const HeadRows<T> q(call_.q, item_.batch, item_.head);
     const auto [before, factor] = scale_of<Traits>(call_.scale);
     RowPrefetcher row_prefetcher(*call_.plan, PrefetchLines::lines_per_row<T>(dim_));
     const RowBlockId current{&item_, first_row};
@@ -251,7 +251,7 @@ class Forward {
     accumulate_col_major<typename Traits::Op>(acc_, values_.col_major, weights_, spans, dim_, lanes, first_chunk, rescales && fused ? rescale_ : nullptr);
   }
 
-  void add_gathered(const RowBlock& row_block, const Source<T>& q, const DropoutMask& dropout) {
+  void add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const DropoutMask& dropout) {
     GatheredSoftmax<T> softmax(row_block, q, keys_.source(), values_.source(), dim_, call_.scale * kLog2E, dropout,
                             {row_max_, row_sum_, out_rows_, ld_, row_buffer_});
     for (int i = 0; i < row_block.piece->layer_count; ++i)

@@ -11,7 +11,7 @@ constexpr int kGatherBatch = 256;  // taken together
 
 // to += sum over i < n of weight[i] * values[key[i]]
 template <class T>
-inline void accumulate_rows(float* to, const float* weight, const int32_t* key, int n, const Source<T>& values, int64_t dim) {
+inline void accumulate_rows(float* to, const float* weight, const int32_t* key, int n, const HeadRows<T>& values, int64_t dim) {
   constexpr int kRowsTogether = 4;  // whose rows are walked together, so that `to` is read and written once for all
   for (int i = 0; i < n; i += kRowsTogether) {
     const int count = min(n - i, kRowsTogether);
@@ -41,7 +41,7 @@ struct SoftmaxRows {
 template <class T>
 class GatheredSoftmax {
  public:
-  GatheredSoftmax(const RowBlock& row_block, const Source<T>& queries, const Source<T>& keys, const Source<T>& values, int64_t dim, float scale,
+  GatheredSoftmax(const RowBlock& row_block, const HeadRows<T>& queries, const HeadRows<T>& keys, const HeadRows<T>& values, int64_t dim, float scale,
                const DropoutMask& dropout, const SoftmaxRows& state)
       : row_block_(row_block), queries_(queries), keys_(keys), values_(values), dim_(dim), scale_(scale), dropout_(dropout), state_(state) {}
 
@@ -109,7 +109,7 @@ class GatheredSoftmax {
   }
 
   const RowBlock& row_block_;
-  const Source<T>&queries_, &keys_, &values_;
+  const HeadRows<T>&queries_, &keys_, &values_;
   int64_t dim_;
   float scale_;
   const DropoutMask& dropout_;

@@ -11,7 +11,7 @@ template <class T>
 class GatheredGradients {
  public:
   // By row of the tile: `reference` and `lse` above it, `delta`, and dq, `ld` floats between two rows.
-  GatheredGradients(const RowBlock& row_block, const Source<T>& queries, const Source<T>& dout, const Source<T>& keys, const Source<T>& values,
+  GatheredGradients(const RowBlock& row_block, const HeadRows<T>& queries, const HeadRows<T>& dout, const HeadRows<T>& keys, const HeadRows<T>& values,
                  int64_t dim, float scale, const DropoutMask& dropout, const DkDvBlocks& dkdv_blocks, const float* reference, const float* lse,
                  const float* delta, float* dq, int64_t ld)
       : row_block_(row_block), queries_(queries), dout_(dout), keys_(keys), values_(values), dim_(dim), scale_(scale),
@@ -81,7 +81,7 @@ class GatheredGradients {
   float* dv(int32_t key) const { return dkdv_blocks_.dv[key / kBlock] + key % kBlock * dkdv_blocks_.stride; }
 
   const RowBlock& row_block_;
-  const Source<T>&queries_, &dout_, &keys_, &values_;
+  const HeadRows<T>&queries_, &dout_, &keys_, &values_;
   int64_t dim_;
   float scale_;
   const DropoutMask& dropout_;

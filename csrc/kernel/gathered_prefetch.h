@@ -65,7 +65,7 @@ class GatherQueue {
 template <class T>
 class GatherPrefetcher {
  public:
-  GatherPrefetcher(const RowBlock& row_block, const Source<T>& keys, const Source<T>& values, int64_t dim)
+  GatherPrefetcher(const RowBlock& row_block, const HeadRows<T>& keys, const HeadRows<T>& values, int64_t dim)
       : queue_(row_block), keys_(keys), values_(values), dim_(dim) {}
 
   bool pending() const { return !queue_.empty(); }
@@ -89,7 +89,7 @@ class GatherPrefetcher {
 
  private:
   GatherQueue queue_;
-  const Source<T>&keys_, &values_;
+  const HeadRows<T>&keys_, &values_;
   int64_t dim_, byte_ = 0;
 };
 

@@ -1,6 +1,10 @@
-// Which instruction set this translation unit is compiled for. kernel.cpp is compiled once per set, with FARLIGHT_ISA naming
-// it; everything below `kernel/` lives in the namespace of that set, so that the linker can never mix the copies. For the
-// same reason nothing below `kernel/` uses a template or inline function of the standard library.
+// ISA selection. kernel.cpp is compiled once per ISA with FARLIGHT_ISA_<NAME> defined and the matching -m flags. Everything
+// under kernel/ lives in the namespace of that ISA, so the linker cannot merge functions of different ISAs; for the same reason
+// nothing under kernel/ uses a template or inline function of the standard library.
+//
+// This header defines the portability macros (forced inlining, unrolling, software prefetch), includes the SIMD layer of the
+// ISA, and defines min and max. FARLIGHT_BF16_PAIRS: the ISA has dot products of bfloat16 pairs (AVX512-BF16 or AMX-BF16).
+// FARLIGHT_PREFETCH fetches into L1, FARLIGHT_PREFETCH_L2 into L2. FARLIGHT_NO_UNROLL: sanitizer builds keep loops rolled.
 #pragma once
 
 #include <cstdint>

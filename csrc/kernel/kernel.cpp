@@ -1,4 +1,7 @@
-// The kernels of one instruction set; compiled once for each, see isa.h.
+// Entry points of the kernels of one ISA. This file is compiled once per ISA (see isa.h) and exports one `Kernels` table.
+//
+// It chooses the kernel traits of a call: bfloat16 tensors use AMX tiles, dot products of bfloat16 pairs, or float32 products
+// of widened operands, whichever the ISA offers; float32 tensors use AMX with a 3-way bfloat16 split, or FMA.
 #include "backward.h"
 #include "forward.h"
 #include "peak_fma.h"
@@ -18,6 +21,7 @@ using TraitsF32 = F32;
 using TraitsBf16 = Bf16Widened;
 #endif
 
+// Scratch bytes of one pass, found by running its constructor on a counting arena.
 template <class Pass>
 int64_t measure(const Call& call) {
   const WorkItem item{0, 0, 0, 0};
@@ -26,19 +30,22 @@ int64_t measure(const Call& call) {
   return arena.used();
 }
 
-// What floats in parts need for themselves: they keep something for the next item, which products in place must not overwrite.
+// Scratch bytes of the AMX float32 pass, 0 where there is none. The FMA fallback's scratch follows it instead of sharing it,
+// since the packed operands cached in the former must survive for the next work item.
 template <template <class> class PassOf>
 int64_t measure_split(const Call& call) {
   return uses_amx<TraitsF32> ? measure<PassOf<TraitsF32>>(call) : 0;
 }
 
+// Scratch bytes of a pass for the dtype of the call.
 template <template <class> class PassOf>
 int64_t measure(const Call& call) {
   if (call.type != Type::f32) return measure<PassOf<TraitsBf16>>(call);
   return measure_split<PassOf>(call) + measure<PassOf<F32>>(call);
 }
 
-// Runs an item in turns of kRows rows; if it was the last part of a split tile to finish, joins them.
+// Runs a work item, one row block of kRows query rows at a time. The thread that finishes the last part of a split-K tile
+// merges the parts.
 template <class Pass, class... Rest>
 void run_item(const Call& call, const WorkItem& item, char* scratch, const Rest&... rest) {
   Arena arena(scratch);
@@ -52,8 +59,8 @@ void run_item(const Call& call, const WorkItem& item, char* scratch, const Rest&
   if (call.pending[index].fetch_sub(1, std::memory_order_acq_rel) == 1) pass.merge_parts();
 }
 
-// Runs an item in the way that suits it. A tile that sees more keys than are kept would have to split each of them into parts anew;
-// then products of vectors are faster.
+// Selects the traits for an item. AMX on float32 pays only while the item's keys fit the cache of split operands: beyond that
+// every tile would split all its keys again, and FMA is faster.
 template <template <class> class PassOf, class... Rest>
 void run(const Call& call, const WorkItem& item, char* scratch, const Rest&... rest) {
   if (call.type != Type::f32) run_item<PassOf<TraitsBf16>>(call, item, scratch, rest...);
@@ -70,6 +77,7 @@ void backward(const Call& call, const WorkItem& item, const WorkItem* next, cons
   run<Backward>(call, item, scratch, sums, next);
 }
 
+// See Kernels::reduce. Sums in the order of `blocks`, so the result is deterministic.
 void reduce(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out) {
   const int64_t width = type == Type::f32 ? 4 : 2;
   float* sum = blocks[0];

@@ -1,9 +1,11 @@
-// How the numbers of tensors reach the products. Five ways:
-//   InPlace  float32 tensors, float products; rows are read where they lie
-//   Widened  bfloat16 tensors, float products; rows are widened a chunk at a time
-//   Pairs    bfloat16 tensors, products of bfloat16 pairs; what is summed over keys or rows is interleaved, that of keys kept
-//   Tiles    the same operands as Pairs where the machine multiplies whole tiles of them (tiles.h)
-//   Parts    float32 tensors in place of InPlace there: operands as for Tiles, three times, for the parts of each number
+// Kernel traits: the compile-time choices that turn one source into five kernels.
+//
+//   F32          float32 tensors, FMA on float32; rows are read in place
+//   Bf16Widened  bfloat16 tensors, FMA on float32; rows are widened to float32 a chunk at a time
+//   Bf16Pairs    bfloat16 tensors, dot products of bfloat16 pairs (vdpbf16ps). The summed dimension is interleaved in pairs; packed
+//                blocks of keys are cached (packed_cache.h)
+//   AmxBf16      bfloat16 tensors, AMX tile products of the same operands (amx_tiles.h)
+//   AmxF32Split  float32 tensors on AMX: every operand is split into three bfloat16 parts, six tile products per product
 #pragma once
 
 #include "arena.h"
@@ -14,12 +16,14 @@
 
 namespace farlight::FARLIGHT_NS {
 
+// Stands in for AmxTileConfig where no tile registers are used.
 struct NoTileConfig {
   static constexpr bool tiles = false;
-  NoTileConfig() {}  // what must be set up around an item: nothing
+  NoTileConfig() {}  // nontrivial, so that an unused variable gives no warning
 };
 
-// The numbers of the tensors, what is multiplied, the degree of exp2, what stands around an item, how many parts a number has.
+// Element: element type of the tensors; ProductOp: multiply-accumulate of operand words (register_blocks.h); Degree: of the
+// exp2 polynomial; Config: scope that sets up tile registers around a work item; NumParts: bfloat16 parts per operand element.
 template <class Element, class ProductOp, int Degree, class Config = NoTileConfig, int NumParts = 1>
 struct KernelTraits {
   using T = Element;
@@ -39,35 +43,37 @@ using AmxBf16 = KernelTraits<Bf16, Bf16PairWord, 3, AmxTileConfig>;
 using AmxF32Split = KernelTraits<float, Bf16PairWord, 5, AmxTileConfig, kParts>;
 #endif
 
+// Operand words hold a pair of bfloat16.
 template <class Traits>
 constexpr bool uses_pairs = Traits::Op::per == 2;
-// How many parts a number has in products.
+// bfloat16 parts per operand element: 3 for AmxF32Split, else 1.
 template <class Traits>
 constexpr int num_parts = Traits::parts;
-// Whether Q is scaled before it is multiplied: what is bfloat16 would be rounded once more.
+// Whether Q is multiplied by the softmax scale before S = Q K^T. Not for bfloat16 operands, which would be rounded a second
+// time: there the scores are scaled.
 template <class Traits>
 constexpr bool q_prescaled = !uses_pairs<Traits> || num_parts<Traits> > 1;
-// Whether products are made of tiles, and then how many keys are taken together.
+// Whether products run on AMX tiles; and to how many keys a chunk is padded.
 template <class Traits>
 constexpr bool uses_amx = Traits::tiles;
 template <class Traits>
 constexpr int key_group = uses_amx<Traits> ? 32 : kM;
-// Keys in a chunk: many are walked over with less ado; but what tiles are made of has to stay in the first cache.
+// Keys of a chunk. A larger chunk amortises the walk over runs; with AMX the operands of a chunk must stay in L1.
 template <class Traits>
 constexpr int chunk_keys = uses_amx<Traits> ? 64 : kChunkKeys;
 
-// The rows of one (batch, head) of a tensor.
+// The rows of one (batch item, head) of a tensor.
 template <class T>
-struct Source {
+struct HeadRows {
   const T* base;
   int64_t stride;
-  Source(const TensorView& rows, int64_t b, int64_t h)
+  HeadRows(const TensorView& rows, int64_t b, int64_t h)
       : base(static_cast<const T*>(rows.data) + b * rows.batch + h * rows.head), stride(rows.row) {}
   const T* row(int64_t i) const { return base + i * stride; }
 };
 
 #if defined(FARLIGHT_BF16_PAIRS)
-// Two vectors as bfloat16: the pairs of neighbouring lanes. Numbers that have parts: each part, `part` words from the one before.
+// Stores two vectors as interleaved bfloat16 pairs, word i = (x[i], y[i]); split operands: each part, `part` words apart.
 template <int NumParts>
 FARLIGHT_INLINE void store_interleaved(F x, F y, uint32_t* to, int64_t part) {
   if constexpr (NumParts == 1) {
@@ -80,7 +86,7 @@ FARLIGHT_INLINE void store_interleaved(F x, F y, uint32_t* to, int64_t part) {
     for (int p = 0; p < kParts; ++p) store_i(to + p * part, interleave_upper(a[p], b[p]));
   }
 }
-// The same, all lanes of x before those of y.
+// Stores two vectors as bfloat16 in order, all of x before all of y; split operands: each part, `part` words apart.
 template <int NumParts>
 FARLIGHT_INLINE void store_narrow(F x, F y, uint32_t* to, int64_t part) {
   if constexpr (NumParts == 1) {
@@ -94,7 +100,8 @@ FARLIGHT_INLINE void store_narrow(F x, F y, uint32_t* to, int64_t part) {
   }
 }
 
-// to[d] = (x[d], y[d]) for d < dim rounded up to 32; null: zeros. Floats are split into parts, `part` words apart.
+// Interleaves two rows: to[d] = (x[d], y[d]) for d < dim rounded up to 32; a null row is zeros. float32 rows are split into
+// parts, `part` words apart.
 FARLIGHT_INLINE void interleave_rows(const Bf16* x, const Bf16* y, int64_t dim, uint32_t* to, int64_t) {
   for (int64_t d = 0; d < dim; d += 32) {
     I low, high;

@@ -23,7 +23,7 @@ class Operand {
   using T = typename Traits::T;
   using Word = typename Traits::Op::Word;
 
-  Operand(const Source<T>& source, int64_t dim, int64_t keys) : source_(source), dim_(dim), keys_(keys), ld_(round_up(dim, 32)) {}
+  Operand(const HeadRows<T>& source, int64_t dim, int64_t keys) : source_(source), dim_(dim), keys_(keys), ld_(round_up(dim, 32)) {}
 
   void reserve(Arena& arena, bool for_row_major, bool for_col_major) {
     if (uses_amx<Traits>) {
@@ -92,7 +92,7 @@ class Operand {
   }
 #endif
 
-  const Source<T>& source() const { return source_; }
+  const HeadRows<T>& source() const { return source_; }
 
   const Word** row_major = nullptr;
   const Word** col_major = nullptr;
@@ -107,7 +107,7 @@ class Operand {
     }
   }
 
-  Source<T> source_;
+  HeadRows<T> source_;
   int64_t dim_, keys_, ld_;
   Word* copies_ = nullptr;
 };
@@ -131,7 +131,7 @@ class Transposed {
   // Words from one part to the next.
   int64_t part() const { return round_up(words, 16) * kRows; }
 
-  void fetch(const Source<T>& source, const RowBlock& row_block, float factor) {
+  void fetch(const HeadRows<T>& source, const RowBlock& row_block, float factor) {
     const int64_t ld = round_up(dim_, 16);
     const bool in_place = sizeof(T) == sizeof(Word) || (uses_pairs<Traits> && dim_ % 2 == 0);
     const char* rows[kRows];

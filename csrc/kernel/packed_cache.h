@@ -13,7 +13,7 @@ namespace farlight::FARLIGHT_NS {
 // Where floats are multiplied where they lie, nothing is kept.
 struct NoPackedCache {
   template <class T>
-  NoPackedCache(const Source<T>&, const Source<T>*, int, int64_t, int64_t) {}
+  NoPackedCache(const HeadRows<T>&, const HeadRows<T>*, int, int64_t, int64_t) {}
   void reserve(Arena&) {}
   static bool fits(int64_t, int, int64_t) { return true; }
 };
@@ -38,7 +38,7 @@ class PackedCache {
   static constexpr int kMaxRowOperands = 2;  // K and V
 
   // Keeps the columns of `source`, and the rows of `count` others.
-  PackedCache(const Source<T>& source, const Source<T>* rows, int count, int64_t dim, int64_t head)
+  PackedCache(const HeadRows<T>& source, const HeadRows<T>* rows, int count, int64_t dim, int64_t head)
       : col_source_(source), row_sources_{rows[0], rows[count > 1 ? 1 : 0]}, num_row_operands_(count), dim_(dim), head_(static_cast<uint64_t>(head) + 1) {}
 
   // The first thing taken from the arena: the names of the blocks that are kept must lie where the caller cleared them.
@@ -187,7 +187,7 @@ class PackedCache {
   }
 
   // Rows of floats where they lie, or copied where they end before a tile does. Keys past the chunk's end are zeros.
-  void gather_rows(const Chunk& c, int first, const Source<T>& source, const T** rows) {
+  void gather_rows(const Chunk& c, int first, const HeadRows<T>& source, const T** rows) {
     T* padded = reinterpret_cast<T*>(scratch_);
     for (int i = 0; i < kDepth; ++i, padded += ld()) {
       const bool valid = first + i < c.n;
@@ -224,7 +224,7 @@ class PackedCache {
     return has_inf != 0;
   }
 
-  Source<T> col_source_, row_sources_[kMaxRowOperands];
+  HeadRows<T> col_source_, row_sources_[kMaxRowOperands];
   int num_row_operands_;
   int64_t dim_, slots_ = 0;
   uint64_t head_;

@@ -1,13 +1,15 @@
-// Multiplying and adding in registers, and nothing else: the rate that no product of vectors can exceed.
+// The peak rate of multiply-adds: a loop on registers without memory access. Upper bound of what vector products can reach,
+// reported by benchmarks as the roofline.
 #pragma once
 
 #include "isa.h"
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr int kChains = 12;  // independent, so that latencies overlap
+constexpr int kChains = 12;  // independent dependency chains, to hide the latency of FMA
 
-// One by one, and each from a number of its own: compilers make one of equal chains, and turn loops over them inside out.
+// Runs `iterations` multiply-adds on each chain. Chains are written out with distinct starting values: compilers merge equal
+// chains and interchange loops over them.
 FARLIGHT_NOINLINE float peak_fma(int64_t iterations) {
   const F x = broadcast(0.999f), y = broadcast(0.001f);
   F a = broadcast(0.01f), b = broadcast(0.02f), c = broadcast(0.03f), d = broadcast(0.04f), e = broadcast(0.05f), f = broadcast(0.06f);

@@ -1,7 +1,9 @@
-// The register blocks that all products are made of: M broadcast operands x V vectors, M * V sums held in registers.
+// Register-blocked products (micro-kernels): kM broadcast operands x V vectors, whose kM * V sums stay in registers.
 //
-// Words are what is broadcast: a float, or a pair of bfloat16 (neighbours along the summed dimension). A product comes in two
-// forms that differ only in how the broadcast operand lies: along its rows (K in Q K^T) or across them (V in P V).
+// An operand word is what is broadcast to all lanes: a float32, or a pair of bfloat16 that are neighbours along the summed
+// dimension. The left operand comes in two layouts: row-major, A[m][k] (K in S^T = K Q^T, summed over the head dimension), and
+// col-major, A[k][m] (V in O^T += V^T P^T, summed over keys). The right operand is B[k][lane], with query rows or head
+// dimensions in lanes.
 #pragma once
 
 #include <cstring>
@@ -11,23 +13,25 @@
 
 namespace farlight::FARLIGHT_NS {
 
+// float32 operands: FMA.
 struct F32Word {
   using Word = float;
   using Vector = F;
-  static constexpr int per = 1;  // numbers in a word
+  static constexpr int per = 1;  // elements per word
   static FARLIGHT_INLINE Vector splat(const Word* p) { return broadcast(*p); }
   static FARLIGHT_INLINE Vector read(const Word* p) { return load(p); }
   static FARLIGHT_INLINE F mac(F acc, Vector a, Vector b) { return fma(a, b, acc); }
 };
 
 #if defined(FARLIGHT_BF16_PAIRS)
+// bfloat16 operands in pairs: vdpbf16ps.
 struct Bf16PairWord {
   using Word = uint32_t;
   using Vector = I;
   static constexpr int per = 2;
   static FARLIGHT_INLINE Vector splat(const Word* p) {
     uint32_t x;
-    std::memcpy(&x, p, sizeof x);  // rows of bfloat16 may start at any even address
+    std::memcpy(&x, p, sizeof x);  // a bfloat16 row may start at any even address
     return broadcast_i(x);
   }
   static FARLIGHT_INLINE Vector read(const Word* p) { return load_i(p); }
@@ -35,7 +39,7 @@ struct Bf16PairWord {
 };
 #endif
 
-// acc[m][v] += row[m][i] * b[v]
+// One step of the row-major product: acc[m][v] += row[m][i] * b[v].
 template <class Op, int M, int V>
 FARLIGHT_INLINE void mac_row_major(F (&acc)[M][V], const typename Op::Word* const (&row)[M], int64_t i, const typename Op::Word* b) {
   typename Op::Vector x[V];
@@ -49,7 +53,7 @@ FARLIGHT_INLINE void mac_row_major(F (&acc)[M][V], const typename Op::Word* cons
   }
 }
 
-// acc[m][v] += sum over i < n of rows[m][i] * b[i][v]
+// Row-major product: acc[m][v] += sum over i < n of rows[m][i] * b[i][v]; `ld` words between rows of b.
 template <class Op, int M, int V>
 FARLIGHT_INLINE void gemm_row_major(F (&acc)[M][V], const typename Op::Word* const* rows, const typename Op::Word* b, int64_t ld,
                                 int64_t n) {
@@ -60,7 +64,7 @@ FARLIGHT_INLINE void gemm_row_major(F (&acc)[M][V], const typename Op::Word* con
   for (int64_t i = 0; i < n; ++i, b += ld) mac_row_major<Op, M, V>(acc, row, i, b);
 }
 
-// acc[m][v] += row[m] * b[v]
+// One step of the col-major product: acc[m][v] += row[m] * b[v].
 template <class Op, int M, int V>
 FARLIGHT_INLINE void mac_col_major(F (&acc)[M][V], const typename Op::Word* row, const typename Op::Word* b) {
   typename Op::Vector x[V];
@@ -74,6 +78,7 @@ FARLIGHT_INLINE void mac_col_major(F (&acc)[M][V], const typename Op::Word* row,
   }
 }
 
+// acc = 0.
 template <int M, int V>
 FARLIGHT_INLINE void clear(F (&acc)[M][V]) {
   FARLIGHT_UNROLL
@@ -83,10 +88,10 @@ FARLIGHT_INLINE void clear(F (&acc)[M][V]) {
   }
 }
 
-// to[d][lane] (+)= sum over i < n of rows[i][d] * b[i][lane] for M numbers d and V vectors of lanes, after `to` was multiplied
-// by shrink[lane] unless that is null.
-// Keys are summed apart, into kApart sums, and then added: rounding grows with such a sum's length and the number of chunks, not
-// with their product.
+// Col-major product of a block: to[d][lane] (+)= sum over i < n of rows[i][d] * b[i][lane], for M values of d and V vectors of
+// lanes. `overwrite`: ignores what is in `to`. `rescale`, unless null: multiplies `to` by rescale[lane] first (online softmax).
+// Even and odd keys go to separate accumulators (kAccumulators): rounding error then grows with the length of one sum plus the
+// number of chunks, not with their product.
 template <class Op, int M, int V>
 FARLIGHT_INLINE void gemm_col_major_block(float* to, const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b, int64_t n,
                                   bool overwrite, const float* rescale) {
@@ -113,7 +118,7 @@ FARLIGHT_INLINE void gemm_col_major_block(float* to, const typename Op::Word* co
   }
 }
 
-// The same for d < dim.
+// gemm_col_major_block for all d < dim, M as large as the registers allow.
 template <class Op, int V>
 FARLIGHT_NOINLINE void gemm_col_major(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t n, int64_t dim,
                                 bool overwrite, const float* rescale) {
@@ -130,7 +135,8 @@ FARLIGHT_NOINLINE void gemm_col_major(float* to, const typename Op::Word* const*
   }
 }
 
-// The same over keys that the lanes' halves see: O^T += V^T P^T, and dQ^T += K^T dS^T.
+// Col-major product over the spans of a chunk: O^T += V^T P^T and dQ^T += K^T dS^T. A half of the rows that sees nothing of a
+// span is left out.
 template <class Op>
 inline void accumulate_col_major(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, const Spans& spans, int64_t dim,
                        int lanes, bool overwrite, const float* rescale = nullptr) {
@@ -146,8 +152,9 @@ inline void accumulate_col_major(float* to, const typename Op::Word* const* rows
   }
 }
 
-// sums[m][d] += sum over i < n of rows[m][i] * b[i][d]: dV += P dO and dK += dS Q, for one block of kM keys. `ld` floats
-// between rows of b; a multiple of 16, as is the room behind each row of sums.
+// Row-major product of one block of kM keys: sums[m][d] += sum over i < n of rows[m][i] * b[i][d], i.e. dV += P dO and dK += dS
+// Q with head dimensions in lanes. `ld`: words between rows of b, a multiple of 16; rows of `sums` are padded to a multiple of
+// 16 floats.
 template <class Op, int M, int V>
 FARLIGHT_INLINE void gemm_row_major_block(float* const* sums, int64_t at, const typename Op::Word* const* rows, const typename Op::Word* b,
                                  int64_t ld, int64_t n) {
@@ -168,14 +175,15 @@ FARLIGHT_INLINE void gemm_row_major_block(float* const* sums, int64_t at, const 
   }
 }
 
+// gemm_row_major_block for all d < dim, in blocks of kM keys.
 template <class Op>
 inline void accumulate_row_major(float* const* sums, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t ld, int64_t n,
                       int64_t dim) {
-  constexpr int narrow = kM / 2, wide = 2 * kV;
+  constexpr int half = kM / 2, wide = 2 * kV;
   int64_t d = 0;
-  for (; d + (wide - 1) * W < dim; d += wide * W) {  // whole rows of few keys lie together; few columns of many do not
-    gemm_row_major_block<Op, narrow, wide>(sums, d, rows, b, ld, n);
-    gemm_row_major_block<Op, narrow, wide>(sums + narrow, d, rows + narrow, b, ld, n);
+  for (; d + (wide - 1) * W < dim; d += wide * W) {  // whole rows of few keys are contiguous; few columns of many keys are not
+    gemm_row_major_block<Op, half, wide>(sums, d, rows, b, ld, n);
+    gemm_row_major_block<Op, half, wide>(sums + half, d, rows + half, b, ld, n);
   }
   for (; d + (kV - 1) * W < dim; d += kV * W) gemm_row_major_block<Op, kM, kV>(sums, d, rows, b, ld, n);
   for (; d < dim; d += W) gemm_row_major_block<Op, kM, 1>(sums, d, rows, b, ld, n);

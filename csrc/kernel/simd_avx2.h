@@ -1,4 +1,4 @@
-// Eight lanes: AVX2 and FMA.
+// SIMD layer, 8 float32 lanes: AVX2 and FMA. See simd_avx512.h for what the functions mean.
 #pragma once
 
 #include <immintrin.h>
@@ -12,8 +12,8 @@ namespace farlight::FARLIGHT_NS {
 using F = __m256;
 using I = __m256i;
 constexpr int W = 8;
-constexpr int kM = 6, kV = 2;         // register block: broadcast operands x vectors
-constexpr int kAccumulators = 1;             // sums over keys: into so many, in turn
+constexpr int kM = 6, kV = 2;  // register block: 6 broadcast operands x 2 vectors, 12 of 16 registers hold sums
+constexpr int kAccumulators = 1;  // independent accumulators per sum over keys
 
 FARLIGHT_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
 FARLIGHT_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
@@ -54,7 +54,8 @@ FARLIGHT_INLINE F select(uint32_t bits, F yes, F no) {
   return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(mask));
 }
 
-// The clamps keep NaN (the second operand is returned where either is NaN) and send what is below 2^-126 to zero.
+// min and max return their second operand where either is NaN, so the clamps keep NaN; inputs below -127 become -127, whose
+// power is 0.
 FARLIGHT_INLINE F split_floor(F& x) {
   x = _mm256_max_ps(broadcast(-127.0f), _mm256_min_ps(broadcast(127.0f), x));
   return sub(x, _mm256_floor_ps(x));

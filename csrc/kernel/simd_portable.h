@@ -1,5 +1,5 @@
-// Four lanes of the compiler's own vector types: NEON on arm64, SSE2 on x86-64, whatever else there is elsewhere; and where
-// the compiler has none, arrays with loops.
+// SIMD layer, 4 float32 lanes, for any CPU: GCC/Clang vector types (NEON on arm64, SSE2 on x86-64), or plain arrays and loops
+// for other compilers. See simd_avx512.h for what the functions mean.
 #pragma once
 
 #include <cmath>
@@ -8,6 +8,7 @@
 
 namespace farlight::FARLIGHT_NS {
 
+// Lanes; accumulators per sum over keys; register block of kM broadcast operands x kV vectors (32 or 16 vector registers).
 constexpr int W = 4;
 constexpr int kAccumulators = 1;
 #if defined(__aarch64__)
