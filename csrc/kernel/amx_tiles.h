@@ -1,12 +1,16 @@
-// Products of whole tiles: Intel's AMX, 16 x 32 bfloat16 times 32 x 16 into 16 x 16 sums, in one instruction.
+// Products on Intel AMX tiles: one tdpbf16ps multiplies 16 x 32 by 32 x 16 bfloat16 into 16 x 16 float32 sums.
 //
-// The operands lie as the other kernels have them. A tile of the left factor is 16 rows of 32 neighbours: keys of K or V as
-// they lie in their tensor, or keys of P^T and dS^T with 32 query rows in a row. A tile of the right factor is 16 rows of 16
-// pairs: queries turned, weights paired along the keys, dO and Q interleaved along the rows. All tiles have their full size;
-// what a row lacks is zero.
+// A tile of the left operand is 16 rows of 32 consecutive bfloat16: keys of K or V in place in their tensor, or keys of P^T and
+// dS^T with 32 query rows each. A tile of the right operand is 16 rows of 16 bfloat16 pairs: transposed queries, weights
+// interleaved along keys, or dO and Q interleaved along query rows. Tiles are always full size; padding is zero. The operands
+// are those of the pair kernels (Bf16Pairs), so masks, dropout and the order of sums are shared.
 //
-// A float is the sum of three bfloat16, its parts, and a product of floats is six products of theirs: tiles are so much faster
-// than vectors that this is, too. Everything is then there three times, part after part.
+// float32 (AmxF32Split): x = x0 + x1 + x2 in bfloat16 exactly, and x y is computed as the six products x0y0, x0y1, x1y0, x0y2,
+// x1y1, x2y0. The three omitted ones are below 2^-23 of the product, i.e. below float32 rounding. A tile product does sixteen
+// times the work of an FMA, so six of them still take less than half the time. Split operands hold their three parts one after
+// the other.
+//
+// Register use: tiles 0-3 are sums, 4-5 left operands, 6-7 right operands (accumulate_panels differs).
 #pragma once
 
 #if defined(FARLIGHT_ISA_AMX)
@@ -17,8 +21,9 @@
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr int kTileDim = 16;  // rows of a tile, sums in a row of it; in one step it sums kDeep numbers
+constexpr int kTileDim = 16;  // rows of a tile, and float32 columns of a sum tile; one tile product sums over kDepth elements
 
+// The operand of ldtilecfg: eight tiles of 16 rows of 64 bytes.
 struct AmxTileShapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -27,7 +32,8 @@ struct AmxTileShapes {
 static_assert(sizeof(AmxTileShapes) == 64);
 alignas(64) constexpr AmxTileShapes kAmxTileShapes{};
 
-// The tile registers are a thread's own and must be told their shapes; given back, they cost nothing when threads change.
+// RAII scope of the tile registers of a thread: configures the shapes, and releases the registers so that context switches need
+// not save 8 KiB of tile state.
 class AmxTileConfig {
  public:
   static constexpr bool tiles = true;
@@ -39,20 +45,22 @@ class AmxTileConfig {
   AmxTileConfig(const AmxTileConfig&) = delete;
   AmxTileConfig& operator=(const AmxTileConfig&) = delete;
 
-  // To the compiler a tile load reads no memory: what was written before must be told to be there.
+  // Compiler barrier: the tile load intrinsics do not tell the compiler that they read memory, so pending stores must be forced
+  // out first.
   static FARLIGHT_INLINE void fence() { __asm__ volatile("" ::: "memory"); }
 };
 
-// 16 rows of bfloat16, and what lies beside them: `line` bytes between rows, `step` between a row's tiles, `part` between the
-// parts of its numbers.
+// A panel of 16 operand rows: `line` bytes between rows, `step` bytes to the next 32 elements of the rows, `part` bytes between
+// the parts of split operands.
 struct Panel {
   const char* at;
   int64_t line, step, part;
 };
 
-// The tiles 0 ... 3 grow by (low, high) x (b, b + 16 lanes): without `high` only 0 and 1, without `right` only 0 and 2. In b a line
-// has `line` bytes and a part `part` words. Numbers of three parts take six products, those of more than 24 bits: what is left out
-// is below the rounding of a float. `between` is called after every four products, which leave much else idle.
+// Sum tiles 0-3 += (low, high) x (b, b + 16 lanes); without `has_high` only tiles 0 and 1, without `has_right` only 0 and 2. b
+// has `line` bytes between rows and `part` words between parts. With three parts, the six products of the split are accumulated
+// from the smallest to the largest, ordered so that consecutive ones share a loaded operand. `between` runs after every four
+// tile products, to fill otherwise idle issue slots with prefetches.
 template <int NumParts, class Between>
 FARLIGHT_INLINE void multiply(const Panel& low, const Panel& high, bool has_high, const uint32_t* b, int64_t line, int64_t part,
                               bool has_right, Between&& between) {
@@ -91,7 +99,7 @@ FARLIGHT_INLINE void multiply(const Panel& low, const Panel& high, bool has_high
   }
 }
 
-// The tiles 0 ... 3 as two lines of two, `stride` bytes between rows.
+// The sum tiles 0-3 as a 2 x 2 block in memory: panels `low` and `high`, two tiles of lanes each; `stride` bytes between rows.
 struct AccTiles {
   float *low, *high;
   int64_t stride;
@@ -117,7 +125,8 @@ struct AccTiles {
   }
 };
 
-// to[i][lane] = sum over d of (low, then high)[i][d] * b[d][lane]: 32 keys x 32 rows of scores. `part` words between the parts of b.
+// Scores of 32 keys x 32 query rows: to[i][lane] = sum over d of (low, then high)[i][d] * b[d][lane]. `part`: words between the
+// parts of b; `steps`: blocks of 32 head dimensions.
 template <int NumParts, class Between>
 inline void score_key_group(Panel low, Panel high, const uint32_t* b, int64_t part, int64_t steps, float* to, Between&& between) {
   constexpr int64_t line = kRows * 4;
@@ -129,8 +138,9 @@ inline void score_key_group(Panel low, Panel high, const uint32_t* b, int64_t pa
   sums.store();
 }
 
-// to[d][lane] (+)= sum over groups and their keys of columns[group][d][key] * b[key][lane], for d < dim rounded up to 16. Between
-// parts lie `column_part` numbers of the columns and `part` words of b.
+// O^T += V^T P^T and dQ^T += K^T dS^T: to[d][lane] (+)= sum over groups and their 32 keys of columns[group][d][key] *
+// b[key][lane], for d < dim rounded up to 16. `column_part`: elements between the parts of the columns; `part`: words between
+// the parts of b.
 template <int NumParts, class Between>
 inline void accumulate_key_groups(float* to, const uint16_t* const* columns, int64_t column_part, const uint32_t* b, int64_t part,
                               int groups, int64_t dim, bool overwrite, Between&& between) {
@@ -149,8 +159,9 @@ inline void accumulate_key_groups(float* to, const uint16_t* const* columns, int
   }
 }
 
-// sums[i][d] (+)= sum over 32 rows of a[i][row] * b[row][d], for `strips` strips of 16 keys whose 16 x 32 numbers follow one
-// another in `a`. The sums of a strip lie from to[strip], `stride` floats between keys; b has `ld` words between pairs of rows.
+// dV += P^T dO and dK += dS^T Q: sums[i][d] (+)= sum over 32 query rows of a[i][row] * b[row][d], for `panels` panels of 16
+// keys whose 16 x 32 weights are consecutive in `a`. The sums of a panel start at to[panel], `stride` floats between keys;
+// `ld`: words between row pairs of b. Tiles 4-7 hold 64 columns of b across all panels.
 inline void accumulate_panels(float* const* to, int64_t stride, const uint16_t* a, const uint32_t* b, int64_t ld, int panels, int64_t dim,
                        bool overwrite) {
   const int64_t line = stride * 4;
@@ -180,12 +191,12 @@ inline void accumulate_panels(float* const* to, int64_t stride, const uint16_t* 
   }
 }
 
-// The same of numbers that have parts: `a_part` numbers and `b_part` words lie between these.
+// The same for split operands; `a_part` elements and `b_part` words between parts.
 inline void accumulate_split_panels(float* const* to, int64_t stride, const uint16_t* a, int64_t a_part, const uint32_t* b, int64_t ld,
                                 int64_t b_part, int panels, int64_t dim, bool overwrite) {
   AmxTileConfig::fence();
   for (int s = 0, step = 0; s < panels; s += step) {
-    // Two at once, unless a key stands in both: its sums must not be read before the first are written.
+    // Two panels at once, unless their sums overlap (a key in both): a panel's sums must be stored before the other loads them.
     const auto address = [&](int i) { return reinterpret_cast<intptr_t>(to[i]); };
     const int64_t distance = s + 1 < panels ? address(s + 1) - address(s) : 0, extent = kTileDim * stride * 4;
     const bool both = distance >= extent || distance <= -extent;

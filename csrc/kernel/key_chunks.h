@@ -1,5 +1,8 @@
-// Walking over the keys of a tile: runs of all layers, laid end to end and handed out some dozen keys at a time, each with
-// a word that says which of the tile's rows see it.
+// Iteration over the keys of a row block, in chunks of up to kChunkKeys keys.
+//
+// KeyWalk concatenates the runs of all layers of a tile entry and cuts them into chunks: each chunk lists key indices, a 32-bit
+// row mask per key (bit s: query row s sees the key), and per block of kM keys whether any mask bit is 0. Blocks without a zero
+// bit skip masking entirely. A run may start at any key; chunks are independent of run boundaries.
 #pragma once
 
 #include "../views.h"
@@ -7,19 +10,20 @@
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr int kChunkKeys = 64 * kAccumulators / kM * kM;  // keys in a chunk, at most: 64 that are summed into one number
-constexpr int kDepth = 32;              // keys in a group, of which a thread keeps operands (columns.h)
-constexpr uint32_t kAllRows = 0xffffffffu;
-constexpr int kHalfRows = kRows / 2;       // a half of the rows that sees nothing of a block is left out of its products
-constexpr uint32_t kBothHalves = 3;          // halves
+constexpr int kChunkKeys = 64 * kAccumulators / kM * kM;  // keys in a chunk, at most: 64 per accumulator
+// keys in a group: summed dimension of a tile product, and unit of the packed cache (packed_cache.h)
+constexpr int kDepth = 32;
+constexpr uint32_t kAllRows = 0xffffffffu;  // row mask: every row sees the key
+constexpr int kHalfRows = kRows / 2;  // products skip a half of the rows that sees nothing of a key block
+constexpr uint32_t kBothHalves = 3;  // bit 0: rows 0-15, bit 1: rows 16-31
 
-// The rows of one turn: at most kRows of a tile entry.
+// A row block: up to kRows consecutive query rows of a tile entry, the unit that one pass of a kernel holds in vector lanes.
 struct RowBlock {
   const PlanView* plan;
   const PieceView* piece;
   WorkItem item;
-  int first_row, count;  // which rows of the entry
-  int64_t row[kRows];
+  int first_row, count;  // the rows of the entry: [first_row, first_row + count)
+  int64_t row[kRows];  // their query row indices
 
   RowBlock(const PlanView& of, const WorkItem& at, int first_row)
       : plan(&of), piece(&of.pieces[at.piece]), item(at), first_row(first_row) {
@@ -28,16 +32,19 @@ struct RowBlock {
     for (int s = 0; s < count; ++s) row[s] = piece->rows ? piece->rows[place + s] : place + s;
   }
 
+  // The layer's table variant for this (batch item, head).
   int32_t variant(const LayerView& layer) const {
     return variant_of(layer.variant, layer.variant_batch, layer.variant_heads, item.batch, item.head);
   }
+  // Whether the layer has gathered keys. Of a split-K tile, part 0 handles them.
   bool has_gathered(const LayerView& layer) const { return layer.point_indptr && piece->part[item.entry] == 0; }
-  // The points of row s: from `first` to before `last` in layer.point_keys.
+  // Gathered keys of row s: indices [first, last) into layer.point_keys.
   void gathered_range(const LayerView& layer, int s, int64_t& first, int64_t& last) const {
     const int64_t place = layer.place_base[variant(layer)] + piece->start[item.entry] + first_row + s;
     first = layer.point_indptr[place];
     last = layer.point_indptr[place + 1];
   }
+  // Whether any row of the block has a gathered key.
   bool any_gathered() const {
     for (int i = 0; i < piece->layer_count; ++i) {
       const LayerView& layer = piece->layers[i];
@@ -49,7 +56,7 @@ struct RowBlock {
   }
 };
 
-// How many keys an item visits, points apart.
+// Keys of the runs that an item visits, gathered keys not counted.
 inline int64_t visited_keys(const PlanView& plan, const WorkItem& item) {
   const PieceView& piece = plan.pieces[item.piece];
   const int32_t v = variant_of(piece.variant, piece.variant_batch, piece.variant_heads, item.batch, item.head);
@@ -63,14 +70,14 @@ inline int64_t visited_keys(const PlanView& plan, const WorkItem& item) {
   return keys;
 }
 
-// Whether rows that see nothing in an item's tile keep what they have, rather than to be told so.
+// Whether rows of the item's tile that see no key keep their present result, instead of being written as empty.
 FARLIGHT_INLINE bool keep_masked_rows(const Call& call, const WorkItem& item) {
   return call.keep_masked_rows && (call.merges || !call.plan->pieces[item.piece].every_row_visible[item.entry]);
 }
 
-// Keys of a chunk, in whole blocks, of which the same halves of the rows see something: bit 0 the first, bit 1 the second.
+// Keys [first, last) of a chunk, in whole blocks of kM, of which the same halves of the rows see something.
 struct Span {
-  int first, last;  // to before `last`
+  int first, last;
   uint32_t halves;
 };
 struct Spans {
@@ -78,7 +85,7 @@ struct Spans {
   Span span[kChunkKeys / kM];
 };
 
-// Takes the register blocks of lanes that belong to these halves: take.operator()<V>(g) for V vectors from lane g on.
+// Calls body.operator()<V>(g) for the register blocks of V vectors of lanes, from lane g on, that cover the given halves.
 template <class Body>
 FARLIGHT_INLINE void for_lanes(uint32_t halves, int lanes, Body&& count) {
   if constexpr (kV * W > kHalfRows) {
@@ -90,22 +97,24 @@ FARLIGHT_INLINE void for_lanes(uint32_t halves, int lanes, Body&& count) {
   }
 }
 
+// The next keys of the walk.
 struct Chunk {
-  int n;                             // keys
-  int blocks;                        // of kM keys; the last is filled up with copies of a key that no row sees
+  int n;  // keys
+  int blocks;  // blocks of kM keys; the last is padded with copies of a key that no row sees
   int32_t key[kChunkKeys];
-  uint32_t row_mask[kChunkKeys];              // bit s: row s sees the key
-  bool masked[kChunkKeys / kM];           // some row does not see some key of the block
-  bool maybe_duplicate[kChunkKeys / kM];            // the block's keys might not be distinct
-  Spans spans;                       // of all keys that some row sees
+  uint32_t row_mask[kChunkKeys];  // bit s: row s sees the key
+  bool masked[kChunkKeys / kM];  // some row does not see some key of the block
+  bool maybe_duplicate[kChunkKeys / kM];  // keys of the block may repeat (several runs or a key table)
+  Spans spans;  // the chunk's keys that at least one row sees
 };
 
+// The walk over the runs of all layers of a row block.
 class KeyWalk {
  public:
-  // Chunks hold at most `most` keys, and are filled up to a multiple of `group`.
+  // A chunk has at most `max_keys` keys and is padded to a multiple of `group`.
   KeyWalk(const RowBlock& row_block, int max_keys, int group) : row_block_(row_block), max_keys_(max_keys), group_(group), layer_(-1), run_(0), run_end_(0), slot_(0), hi_(0) { advance(); }
 
-  // The next keys; false when there are none.
+  // Fills the next chunk; false at the end.
   bool next(Chunk& c) {
     c.n = 0;
     for (int i = 0; i < kChunkKeys / kM; ++i) c.maybe_duplicate[i] = c.masked[i] = false;
@@ -135,7 +144,7 @@ class KeyWalk {
   }
 
  private:
-  // To the next run that is not empty.
+  // Advances to the next nonempty run.
   void advance() {
     for (++run_;; ++run_) {
       while (layer_ < 0 || run_ >= run_end_) {
@@ -158,6 +167,7 @@ class KeyWalk {
     open_mask(layer_view_->mask[run_]);
   }
 
+  // Loads the mask of a run, transposed to lanes: per-row bounds, or per-row bit words. Padding rows see nothing.
   void open_mask(int32_t m) {
     mask_ = m;
     if (m < 0) return;
@@ -177,6 +187,7 @@ class KeyWalk {
     }
   }
 
+  // The row mask of one slot of the current run.
   uint32_t visible_rows(int32_t slot) const {
     uint32_t bits = 0;
     if (kind_ == kBounds) {
@@ -193,9 +204,10 @@ class KeyWalk {
     return bits;
   }
 
+  // Row masks of the next `count` slots of the run. Inside the run's core every row sees every key and no test is needed.
   void mark_visibility(Chunk& c, int count) const {
     uint32_t* row_mask = c.row_mask + c.n;
-    int from = 0, to = count;  // seen by every row
+    int from = 0, to = count;  // slots inside the core
     if (mask_ >= 0) {
       from = static_cast<int>(max<int64_t>(0, min<int64_t>(core_lo_ - slot_, count)));
       to = static_cast<int>(max<int64_t>(from, min<int64_t>(core_hi_ - slot_, count)));
@@ -209,6 +221,7 @@ class KeyWalk {
     for (int i = to; i < count; ++i) test(i);
   }
 
+  // Groups consecutive blocks that the same halves of the rows see.
   void find_spans(Chunk& c) const {
     const uint32_t halves = row_block_.count > kHalfRows ? kBothHalves : 1;
     Spans& to = c.spans;

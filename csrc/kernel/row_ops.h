@@ -1,4 +1,5 @@
-// Rows of tensors: reading them as float, rounding to bfloat16, and turning a tile of them so that rows lie in lanes.
+// Operations on single rows of tensors (dtype conversion, dot, axpy, prefetch), and the transpose of a row block between
+// row-major order and rows in lanes.
 #pragma once
 
 #include <cstring>
@@ -8,7 +9,7 @@
 
 namespace farlight::FARLIGHT_NS {
 
-using Bf16 = uint16_t;  // a bfloat16
+using Bf16 = uint16_t;  // the bits of a bfloat16
 
 FARLIGHT_INLINE float to_float(float x) { return x; }
 FARLIGHT_INLINE float to_float(Bf16 x) {
@@ -17,7 +18,7 @@ FARLIGHT_INLINE float to_float(Bf16 x) {
   std::memcpy(&y, &bits, sizeof y);
   return y;
 }
-FARLIGHT_INLINE Bf16 to_bf16(float x) {  // to the nearest, ties to even; NaN stays NaN
+FARLIGHT_INLINE Bf16 to_bf16(float x) {  // round to nearest, ties to even; NaN stays NaN
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   const uint32_t round_up = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -25,6 +26,7 @@ FARLIGHT_INLINE Bf16 to_bf16(float x) {  // to the nearest, ties to even; NaN st
 }
 FARLIGHT_INLINE F widen(const float* p) { return load(p); }
 
+// to[d] = from[d] as float32 for d < n.
 template <class T>
 FARLIGHT_INLINE void copy_as_float(const T* from, float* to, int64_t n) {
   int64_t d = 0;
@@ -32,7 +34,7 @@ FARLIGHT_INLINE void copy_as_float(const T* from, float* to, int64_t n) {
   for (; d < n; ++d) to[d] = to_float(from[d]);
 }
 
-// to[at + d] = factor * from[d], as the type has it.
+// to[at + d] = factor * from[d] for d < n, rounded to the element type.
 FARLIGHT_INLINE void write_row(Type type, void* to, int64_t at, const float* from, int64_t n, float factor = 1.0f) {
   const F f = broadcast(factor);
   int64_t d = 0;
@@ -48,24 +50,25 @@ FARLIGHT_INLINE void write_row(Type type, void* to, int64_t at, const float* fro
     for (; d < n; ++d) out[d] = to_bf16(factor * from[d]);
   }
 }
+// to[d] = from[at + d] as float32 for d < n.
 FARLIGHT_INLINE void read_row(Type type, const void* from, int64_t at, float* to, int64_t n) {
   if (type == Type::f32) copy_as_float(static_cast<const float*>(from) + at, to, n);
   else copy_as_float(static_cast<const Bf16*>(from) + at, to, n);
 }
 
-// Asks for a row to come into the second cache.
+// Software prefetch of a row of n elements into L2.
 template <class T>
 FARLIGHT_INLINE void prefetch_row(const T* row, int64_t n) {
   const char* at = reinterpret_cast<const char*>(row);
   for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(T)); byte += 64) FARLIGHT_PREFETCH_L2(at + byte);
 }
 
-// Asks for a row that will be added to.
+// Software prefetch of an accumulator row of n floats into L1.
 FARLIGHT_INLINE void prefetch_row_for_write(const float* row, int64_t n) {
   for (int64_t d = 0; d < n; d += 16) FARLIGHT_PREFETCH(row + d);
 }
 
-// dot(a, b), and to += weight * b. The tail is summed in a fixed order, as everything else.
+// dot(a, b) in float32. Two accumulators, then the tail, in a fixed order: deterministic.
 template <class S, class T>
 FARLIGHT_INLINE float dot(const S* a, const T* b, int64_t n) {
   F x = broadcast(0.0f), y = broadcast(0.0f);
@@ -79,6 +82,7 @@ FARLIGHT_INLINE float dot(const S* a, const T* b, int64_t n) {
   for (; d < n; ++d) total += to_float(a[d]) * to_float(b[d]);
   return total;
 }
+// to += weight * b.
 template <class T>
 FARLIGHT_INLINE void axpy(float* to, float weight, const T* b, int64_t n) {
   const F w = broadcast(weight);
@@ -87,7 +91,8 @@ FARLIGHT_INLINE void axpy(float* to, float weight, const T* b, int64_t n) {
   for (; d < n; ++d) to[d] += weight * to_float(b[d]);
 }
 
-// to[j][i] = rows[i][j] for `count` rows, a multiple of 8, and 8 words of each.
+// Transposes a block of 32-bit words: to[j][i] = rows[i][j] for `count` rows (a multiple of 8) and 8 words of each, from byte
+// `offset` of the rows on; `stride` bytes between rows of `to`.
 FARLIGHT_INLINE void transpose_block(const char* const* rows, int count, int64_t offset, char* to, int64_t stride) {
   int i = 0;
 #if defined(FARLIGHT_TRANSPOSE16)
@@ -96,7 +101,7 @@ FARLIGHT_INLINE void transpose_block(const char* const* rows, int count, int64_t
   for (; i < count; i += 8) transpose8(rows + i, offset, to + i * 4, stride);
 }
 
-// to[d][s] = rows[s][d]: kRows rows of `words` 32-bit words, turned.
+// Transpose of a row block into lanes: to[d][s] = rows[s][d] for kRows rows of `words` 32-bit words.
 inline void transpose_to_lanes(const char* const* rows, int64_t words, void* to) {
   constexpr int64_t line = kRows * 4;
   char* out = static_cast<char*>(to);
@@ -106,7 +111,8 @@ inline void transpose_to_lanes(const char* const* rows, int64_t words, void* to)
     for (int s = 0; s < kRows; ++s) std::memcpy(out + d * line + s * 4, rows[s] + d * 4, 4);
 }
 
-// to[s][d] = from[d][s], rows `ld` floats apart; both have room for `dim` rounded up to 8.
+// Inverse of transpose_to_lanes: to[s][d] = from[d][s], rows of `to` `ld` floats apart; both arrays are padded to a multiple of
+// 8 in d.
 inline void transpose_from_lanes(const float* from, int64_t dim, float* to, int64_t ld) {
   for (int64_t d = 0; d < dim; d += 16) {
     const int count = dim - d > 8 ? 16 : 8;

@@ -1,4 +1,5 @@
-// S^T = K Q^T for a chunk: masked, with the largest score of every row; and what scores are scaled by.
+// Scores S^T[key][row] = K Q^T of a chunk, with masks, the running maximum and prefetch; the scaling of scores; and the dropout
+// mask.
 #pragma once
 
 #include <math.h>
@@ -9,10 +10,12 @@
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr float kInitialMax = -3.402823466e38f;  // running maximum before the first key: finite, and no finite score is below it
-constexpr float kMaskedScore = -INFINITY;          // score of a pair that is not allowed: exp2(kUnseen - kNothing) is 0
+// running maximum before the first key: finite, and no finite score is below it
+constexpr float kInitialMax = -3.402823466e38f;
+constexpr float kMaskedScore = -INFINITY;  // score of a masked pair: exp2(kMaskedScore - kInitialMax) = 0
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+// Reduces N vectors in a balanced tree, for short dependency chains.
 template <int N, class Combine>
 FARLIGHT_INLINE F tree_reduce(const F (&x)[N], Combine combine) {
   if constexpr (N == 1) {
@@ -30,7 +33,7 @@ FARLIGHT_INLINE F largest(const F (&x)[N]) {
   return tree_reduce(x, [](F a, F b) { return max(a, b); });
 }
 
-// What Q is multiplied by before the products, and scores after them, so that they are logarithms of base 2.
+// Scale factors that make scores base-2 logarithms: Q is multiplied by `before`, scores by `after`.
 struct Scale {
   float before, after;
 };
@@ -39,12 +42,13 @@ FARLIGHT_INLINE Scale scale_of(float scale) {
   const float scale_log2 = scale * kLog2E, magnitude = scale_log2 < 0.0f ? -scale_log2 : scale_log2;
   if (q_prescaled<Traits>) return {scale_log2, 1.0f};
   if (uses_amx<Traits>) return {1.0f, scale_log2};
-  // The largest score must stay the largest, and what is unseen unseen: no sign, and no zero.
+  // Scores are compared before they are scaled: `after` must be positive, so that the maximum stays the maximum and -inf stays
+  // -inf. A negative scale is moved to Q as a factor of -1.
   return {scale_log2 < 0.0f ? -1.0f : 1.0f, max(magnitude, 1e-37f)};
 }
 
 #if defined(FARLIGHT_ISA_AMX)
-// The scores of 32 keys by products of vectors.
+// Scores of a group of 32 keys in float32 FMA, for groups that contain infinities.
 template <class Traits>
 FARLIGHT_NOINLINE void score_group_f32(const Chunk& c, int first, const Operand<Traits>& keys, const Transposed<Traits>& queries, float* scores) {
   if constexpr (num_parts<Traits> > 1) {
@@ -61,8 +65,8 @@ FARLIGHT_NOINLINE void score_group_f32(const Chunk& c, int first, const Operand<
   }
 }
 
-// Scores of a chunk as products of tiles give them, neither scaled nor masked.
-// Of rows that are split, `which` are meant of those that are kept with the columns.
+// Unscaled, unmasked scores of a chunk on AMX. `operand`: which of the cached row operands (0: K, 1: V) of split floats to use.
+// Groups with an infinity are computed by FMA: the parts of an infinity are (inf, NaN, NaN).
 template <class Traits>
 inline void score_amx(const Chunk& c, const Operand<Traits>& keys, const PackedCache<Traits>& keep_mask, int operand, const Transposed<Traits>& queries,
                         float* scores, KeyPrefetcher<Traits>& prefetcher) {
@@ -80,7 +84,7 @@ inline void score_amx(const Chunk& c, const Operand<Traits>& keys, const PackedC
   }
 }
 
-// The largest of them for each row, scaled and masked. Scaled last, so a negative scale asks for the smallest.
+// row_max[row] = maximum of the visible scores, scaled. With a negative scale the minimum of the unscaled scores is taken.
 inline void row_max_of(const Chunk& c, const float* scores, float scale, int lanes, float* row_max) {
   const auto scan = [&](float masked_value, auto combine) {
     for (int g = 0; g < lanes; g += W) {
@@ -101,8 +105,9 @@ inline void row_max_of(const Chunk& c, const float* scores, float scale, int lan
 }
 #endif
 
-// The scores of kM keys and V vectors of rows. A function of its own, so that the pointers to the keys' rows have the registers
-// to themselves. `seen` is null where every row sees every key.
+// Scores of a block of kM keys x V vectors of rows, interleaved with prefetches: one cache line per step of the product. With
+// Masking, masked scores become -inf (`row_mask` is null where every row sees every key) and row_max is updated. Not inlined,
+// so that the kM row pointers get registers of their own.
 template <class Traits, bool Masking, int V>
 FARLIGHT_NOINLINE void score_block(const typename Traits::Op::Word* const* rows, const typename Traits::Op::Word* queries, int64_t words,
                                 const uint32_t* row_mask, int g, float* to, float* row_max, const PrefetchLines* lines) {
@@ -113,8 +118,8 @@ FARLIGHT_NOINLINE void score_block(const typename Traits::Op::Word* const* rows,
   FARLIGHT_UNROLL
   for (int m = 0; m < kM; ++m) row[m] = rows[m];
   int64_t i = 0;
-  // There are at least as many words as lines. These come to the second cache: the first is the tile's own. Loops of a known
-  // length cost a third of others.
+  // A row has at least as many words as cache lines. Lines go to L2, since L1 holds the working set of the row block. Loops of
+  // a compile-time trip count take a third of the time of general ones.
   const auto mac_with_prefetch = [&]<int Count>() {
     for (int r = 0; r < PrefetchLines::kRanges; ++r) {
       const char* line = lines->start[r];
@@ -156,18 +161,18 @@ FARLIGHT_NOINLINE void score_block(const typename Traits::Op::Word* const* rows,
   }
 }
 
-// scores[key][row] of the chunk, as the products give them; `top[row]` is the largest.
-// Without `Masking` pairs that are not allowed keep their scores; a half that sees nothing of a block has none. `ask(block)` says
-// what to ask for meanwhile.
+// scores[key][row] of a chunk, unscaled, and row_max[row], their maximum. Without Masking, masked pairs keep their scores.
+// Halves of rows that see nothing of a block are not computed. lines_for(block) returns the cache lines to prefetch during a
+// block.
 template <class Traits, bool Masking, class LinesFor>
 inline void score(const Chunk& c, const Operand<Traits>& keys, const Transposed<Traits>& queries, int lanes, float* scores, float* row_max,
-                  const LinesFor& mac_with_prefetch) {
+                  const LinesFor& lines_for) {
   if constexpr (Masking) {
     for (int g = 0; g < lanes; g += W) store(row_max + g, broadcast(kMaskedScore));
   }
   for (const Span* span = c.spans.span; span < c.spans.span + c.spans.count; ++span)
     for (int at = span->first; at < span->last; at += kM) {
-      const PrefetchLines* lines = mac_with_prefetch(at / kM);
+      const PrefetchLines* lines = lines_for(at / kM);
       const uint32_t* row_mask = c.masked[at / kM] ? c.row_mask + at : nullptr;
       for_lanes(span->halves, lanes, [&]<int V>(int g) {
         score_block<Traits, Masking, V>(keys.row_major + at, queries.transposed + g, queries.words, row_mask, g, scores + at * kRows + g,
@@ -176,11 +181,11 @@ inline void score(const Chunk& c, const Operand<Traits>& keys, const Transposed<
     }
 }
 
-// Rounding the reference of a row that is larger than this would be seen in weights computed by one multiply-add: scores are
-// scaled, and so rounded, before it is subtracted. Then the largest score has the weight 1 whatever its size.
+// Beyond this |row maximum|, the rounding of the maximum shows in weights computed by one fma(score, scale, -max): scores are
+// then scaled (and rounded) first, so that the largest score has weight exactly 1.
 constexpr float kLargeReference = 4096.0f;
 
-// Functions of their own: contracted with what follows, the product would not be rounded.
+// Not inlined: the compiler could contract the product with the following subtraction, and the product would not be rounded.
 FARLIGHT_NOINLINE inline void scale_scores(float* scores, int keys, float factor) {
   for (int i = 0; i < keys * kRows; i += W) store(scores + i, mul(load(scores + i), broadcast(factor)));
 }
@@ -191,7 +196,8 @@ FARLIGHT_NOINLINE inline void subtract_references(float* scores, int keys, const
   }
 }
 
-// Which links of a tile survive dropout.
+// Dropout of the links of a row block: hashes (seed, batch, head, query position, key), so the mask does not depend on plan or
+// ISA.
 class DropoutMask {
  public:
   DropoutMask(const Dropout& dropout, const PlanView& plan, const RowBlock& row_block) : dropout_(dropout) {
@@ -201,12 +207,13 @@ class DropoutMask {
   }
   bool on() const { return dropout_.on; }
   float keep_scale() const { return dropout_.on ? dropout_.keep_scale : 1.0f; }
-  // Bit i: the link of lane g + i to the key stays.
+  // Bit i: the link between the row in lane g + i and the key is kept.
   uint32_t keep_mask(int32_t key, int g) const {
     if (dropout_.drop_all) return 0;
     const I hash = mix32(bit_xor(load_i(rows_ + g), broadcast_i(key_word(key))));
     return ~less_u32(hash, broadcast_i(dropout_.threshold));
   }
+  // Whether the link between row s and the key is kept.
   bool keeps_pair(int32_t key, int s) const { return !dropout_.drop_all && mix32(rows_[s] ^ key_word(key)) >= dropout_.threshold; }
 
  private:
