@@ -58,9 +58,9 @@ struct Panel {
 };
 
 // Sum tiles 0-3 += (low, high) x (b, b + 16 lanes); without `has_high` only tiles 0 and 1, without `has_right` only 0 and 2. b
-// has `line` bytes between rows and `part` words between parts. With three parts, the six products of the split are accumulated
-// from the smallest to the largest, ordered so that consecutive ones share a loaded operand. `between` runs after every four
-// tile products, to fill otherwise idle issue slots with prefetches.
+// has `line` bytes between rows and `part` words between parts. With three parts, the six products of the split are ordered so
+// that consecutive ones share a loaded operand and the largest comes last. `between` runs after every four tile products, to
+// issue prefetches in slots that would be idle.
 template <int NumParts, class Between>
 FARLIGHT_INLINE void multiply(const Panel& low, const Panel& high, bool has_high, const uint32_t* b, int64_t line, int64_t part,
                               bool has_right, Between&& between) {

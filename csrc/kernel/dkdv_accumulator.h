@@ -1,4 +1,5 @@
-// Where dk and dv of a chunk's keys are summed: rows of a slab's accumulators, which lie in blocks of 64 keys.
+// Accumulation of dV += P^T dO and dK += dS^T Q into the slab's float32 accumulators, which are blocks of 64 keys
+// (dkdv_reduction.h).
 #pragma once
 
 #include "register_blocks.h"
@@ -7,6 +8,7 @@
 
 namespace farlight::FARLIGHT_NS {
 
+// Adds a chunk's products to the accumulator rows of its keys. Each slab has accumulators of its own, so no atomics are needed.
 template <class Traits>
 class DkDvAccumulator {
   using Op = typename Traits::Op;
@@ -23,9 +25,10 @@ class DkDvAccumulator {
     if (uses_amx<Traits>) staging_ = arena.allocate<float>(kPanelKeys * ld_);
   }
 
+  // Clears the row that receives the sums of padding keys.
   void clear_discard() { std::memset(discard_, 0, ld_ * sizeof(float)); }
 
-  // Where the chunk's sums lie: those of keys that only fill up its last block, nowhere.
+  // Looks up the accumulator rows of the chunk's keys; padding keys get the discard row.
   void locate(const Chunk& c, const DkDvBlocks& sums) {
     const int n = c.blocks * kM;
     for (int i = 0; i < n; ++i) {
@@ -35,7 +38,7 @@ class DkDvAccumulator {
     }
   }
 
-  // dV += P dO and dK += dS Q: `weights` and `slopes` are [key][row], `terms` words of rows; the others [row][d].
+  // dV += P^T dO and dK += dS^T Q. weights (P) and ds: [key][row]; dout and queries: [row][d]; `terms`: words of query rows.
   void add(const Chunk& c, const Word* weights, const Word* dout, const Word* ds, const Word* queries, int terms) {
     if constexpr (uses_amx<Traits>) {
       add_amx(c, dv_, weights, dout);
@@ -56,11 +59,11 @@ class DkDvAccumulator {
   }
 
  private:
-  static constexpr int kPanelKeys = 16;  // keys, where products are made of tiles
+  static constexpr int kPanelKeys = 16;  // keys in an AMX panel
   static constexpr int kLine = kRows / Op::per, kHalfLine = kLine / 2;
 
  public:
-  static constexpr int64_t kWeights = kChunkKeys * kLine;  // words from one part of all weights to the next
+  static constexpr int64_t kWeights = kChunkKeys * kLine;  // words between the parts of the weights of a chunk
 
  private:
 
@@ -76,7 +79,7 @@ class DkDvAccumulator {
     return false;
   }
 
-  // A block in which a key stands twice: its sums must not be read before the first one is written.
+  // A block with a repeated key: one key at a time, since a register block loads all its sums before it stores them.
   void add_serially(const Chunk& c, int at, float* const* sums, const Word* weights, const Word* rows, int terms) {
     float* to[kM];
     for (int i = 0; i < kM && at + i < c.n; ++i) {
@@ -85,7 +88,8 @@ class DkDvAccumulator {
     }
   }
 
-  // Strips whose sums lie at equal distances are added to where they are, others by way of `loose_`, one key after the other.
+  // AMX: panels whose accumulator rows are equidistant are updated in place; others are computed in `staging_` and added row by
+  // row.
   void add_amx(const Chunk& c, float* const* sums, const Word* weights, const Word* rows) {
 #if defined(FARLIGHT_ISA_AMX)
     const int n = c.blocks * kM;

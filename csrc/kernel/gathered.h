@@ -1,4 +1,5 @@
-// Single pairs: a key gathered for one row, the head dimension in lanes.
+// Gathered keys, forward: single (query row, key) pairs, with the head dimension in lanes. A random key per query thus costs
+// one dot product instead of a key block for all 32 rows.
 #pragma once
 
 #include "packed_cache.h"
@@ -7,12 +8,12 @@
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr int kGatherBatch = 256;  // taken together
+constexpr int kGatherBatch = 256;  // pairs per batch
 
-// to += sum over i < n of weight[i] * values[key[i]]
+// to += sum over i < n of weight[i] * values[key[i]].
 template <class T>
 inline void accumulate_rows(float* to, const float* weight, const int32_t* key, int n, const HeadRows<T>& values, int64_t dim) {
-  constexpr int kRowsTogether = 4;  // whose rows are walked together, so that `to` is read and written once for all
+  constexpr int kRowsTogether = 4;  // rows per sweep, so that `to` is loaded and stored once for four of them
   for (int i = 0; i < n; i += kRowsTogether) {
     const int count = min(n - i, kRowsTogether);
     const T* row[kRowsTogether];
@@ -28,16 +29,16 @@ inline void accumulate_rows(float* to, const float* weight, const int32_t* key, 
   }
 }
 
-// What the rows of a tile have seen so far: by row the reference of their weights, the sum of these, and the values with them, `ld`
-// floats between two rows. `query` has room for one row.
+// Online-softmax state of a row block after its runs: per row the running maximum, the sum of weights, and the weighted sum of
+// values (rows `ld` floats apart). `query`: scratch for one row.
 struct SoftmaxRows {
   float *row_max, *row_sum, *rows;
   int64_t ld;
   float* query;
 };
 
-// The softmax of a tile's rows over their points, going on from what they have seen. Scores of all rows come first, so that one
-// waits for no other.
+// Continues the online softmax of a row block over its gathered keys. Per batch: all scores (dot products), then all weights
+// (one vectorised exp2), then all values, so that the latencies of different pairs overlap.
 template <class T>
 class GatheredSoftmax {
  public:
@@ -45,6 +46,7 @@ class GatheredSoftmax {
                const DropoutMask& dropout, const SoftmaxRows& state)
       : row_block_(row_block), queries_(queries), keys_(keys), values_(values), dim_(dim), scale_(scale), dropout_(dropout), state_(state) {}
 
+  // Processes all gathered keys of a layer.
   void process_layer(const LayerView& layer) {
     int64_t first, last, ignored;
     row_block_.gathered_range(layer, 0, first, ignored);
@@ -69,7 +71,8 @@ class GatheredSoftmax {
     return last;
   }
 
-  // The weights of points x ... x + n - 1, the first of which are row s's.
+  // Weights of pairs x to x + n - 1, the first of which belongs to row s. Raises and rescales a row's state where a score
+  // exceeds its maximum.
   void compute_weights(const LayerView& layer, int s, int64_t x, int n) {
     for (int from = 0; from < n; ++s) {
       const int to = static_cast<int>(min<int64_t>(end(layer, s) - x, n));
@@ -93,7 +96,8 @@ class GatheredSoftmax {
     for (int i = 0; i < n; i += W) store(weight_ + i, exp2_poly<5>(sub(load(weight_ + i), load(reference_ + i))));
   }
 
-  // Adds the values of row s's points; the sum of their weights.
+  // Accumulates the weighted values of pairs [from, to) into row s; returns the sum of their weights. Dropout removes values,
+  // not weights.
   float add(const int32_t* key, int from, int to, int s) {
     float sum = 0.0f, *row = state_.rows + s * state_.ld;
     if (!dropout_.on()) {

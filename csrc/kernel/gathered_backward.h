@@ -1,23 +1,23 @@
-// Single pairs, backward: what a key gathered for one row adds to dq, dk and dv.
+// Gathered keys, backward: the contributions of single (query row, key) pairs to dq, dk and dv.
 #pragma once
 
 #include "gathered.h"
 
 namespace farlight::FARLIGHT_NS {
 
-// Some points at a time: first all their products with K and V, while the sums that they will be added to are on their way
-// from memory; then all weights at once; then the sums.
+// Per batch: all products with K and V while the dk/dv accumulators are being prefetched; then all weights by one vectorised
+// exp2; then the accumulations.
 template <class T>
 class GatheredGradients {
  public:
-  // By row of the tile: `reference` and `lse` above it, `delta`, and dq, `ld` floats between two rows.
+  // reference, lse, delta: per row of the block (lse relative to reference, see Backward); dq: rows `ld` floats apart.
   GatheredGradients(const RowBlock& row_block, const HeadRows<T>& queries, const HeadRows<T>& dout, const HeadRows<T>& keys, const HeadRows<T>& values,
                  int64_t dim, float scale, const DropoutMask& dropout, const DkDvBlocks& dkdv_blocks, const float* reference, const float* lse,
                  const float* delta, float* dq, int64_t ld)
       : row_block_(row_block), queries_(queries), dout_(dout), keys_(keys), values_(values), dim_(dim), scale_(scale),
         dropout_(dropout), dkdv_blocks_(dkdv_blocks), reference_(reference), lse_(lse), delta_(delta), dq_(dq), ld_(ld) {}
 
-  // The rows that have points in the layer.
+  // Processes a layer's gathered keys; returns the mask of rows that have any.
   uint32_t process_layer(const LayerView& layer) {
     int64_t x, last, end;
     row_block_.gathered_range(layer, 0, x, end);
@@ -39,7 +39,7 @@ class GatheredGradients {
   }
 
  private:
-  static constexpr int kBatch = 32;
+  static constexpr int kBatch = 32;  // pairs per batch
 
   void multiply(const int32_t* keys, int n) {
     for (int i = 0; i < n; ++i) {
@@ -54,7 +54,7 @@ class GatheredGradients {
     for (int i = n; i % W; ++i) weight_[i] = row_reference_[i] = row_lse_[i] = 0.0f;
   }
 
-  // From S and dP to P (with dropout) and dS.
+  // From (S, dP) to (P with dropout, dS).
   void softmax_backward(const int32_t* keys, int n) {
     for (int i = 0; i < n; i += W)
       store(weight_ + i, exp2_poly<5>(fma(load(row_lse_ + i), broadcast(-kLog2E), sub(load(weight_ + i), load(row_reference_ + i)))));

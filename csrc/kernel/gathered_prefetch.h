@@ -1,27 +1,31 @@
-// What a tile's points will read and add to, asked for early: it lies anywhere in memory, which answers late.
+// Software prefetch for gathered keys: their K and V rows (forward and backward) and their dk and dv accumulators (backward).
+// Gathered keys are scattered over memory, so without prefetch every one is a cache miss.
 #pragma once
 
 #include "kernel_traits.h"
 
 namespace farlight::FARLIGHT_NS {
 
-// Stretches of memory to be asked for, a line at a time, between the products of a block of keys, where that costs nothing.
+// Cache lines to prefetch during the product of one key block, as ranges of consecutive lines; one line per step of the
+// product.
 struct PrefetchLines {
   static constexpr int kRanges = 2 * kM;
   const char* start[kRanges];
-  int64_t count;  // whole lines of a stretch: those of a row of K
+  int64_t count;  // whole lines per range, those of a row of K
 
+  // Whole cache lines of a row of `dim` elements.
   template <class T>
   static int64_t lines_per_row(int64_t dim) {
     return dim * static_cast<int64_t>(sizeof(T)) / 64;
   }
+  // Sets ranges 2 * pair and 2 * pair + 1.
   FARLIGHT_INLINE void set_pair(int pair, const void* x, const void* y) {
     start[2 * pair] = static_cast<const char*>(x);
     start[2 * pair + 1] = static_cast<const char*>(y);
   }
 };
 
-// The points of a tile, layer by layer.
+// The gathered keys of a row block, layer by layer, as a queue.
 class GatherQueue {
  public:
   explicit GatherQueue(const RowBlock& row_block) : row_block_(row_block) { advance(); }
@@ -31,7 +35,7 @@ class GatherQueue {
   void pop() {
     if (++position_ == last_) advance();
   }
-  // At most so many that lie together.
+  // Takes up to max_keys consecutive keys; returns how many.
   int take(int max_keys, const int32_t*& keys) {
     keys = layer_view_->point_keys + position_;
     const int n = static_cast<int>(min<int64_t>(max_keys, last_ - position_));
@@ -40,9 +44,9 @@ class GatherQueue {
   }
 
  private:
-  static constexpr int64_t kMaxPairs = 16 * kRows;  // more would be gone again before they are used
+  static constexpr int64_t kMaxPairs = 16 * kRows;  // layers with more are skipped: the rows would be evicted before use
 
-  // To the next layer that has points.
+  // Advances to the next layer with gathered keys.
   void advance() {
     while (layer_ < row_block_.piece->layer_count) {
       layer_view_ = &row_block_.piece->layers[layer_++];
@@ -61,7 +65,7 @@ class GatherQueue {
   int64_t position_ = 0, last_ = 0;
 };
 
-// The rows of K and V.
+// Prefetches K and V rows of gathered keys.
 template <class T>
 class GatherPrefetcher {
  public:
@@ -69,13 +73,13 @@ class GatherPrefetcher {
       : queue_(row_block), keys_(keys), values_(values), dim_(dim) {}
 
   bool pending() const { return !queue_.empty(); }
-  // Those of the next points.
+  // Fills `lines` with the rows of the next keys.
   FARLIGHT_NOINLINE void fill(PrefetchLines& lines) {
     const int32_t* key;
     const int n = queue_.take(kM, key);
     for (int i = 0; i < kM; ++i) lines.set_pair(i, keys_.row(key[min(i, n - 1)]), values_.row(key[min(i, n - 1)]));
   }
-  // `count` lines of K and as many of V.
+  // AMX: prefetches `count` lines of K and as many of V.
   FARLIGHT_NOINLINE void issue_lines(int count) {
     for (; count > 0 && pending(); --count) {
       const int64_t key = queue_.front();
@@ -93,7 +97,7 @@ class GatherPrefetcher {
   int64_t dim_, byte_ = 0;
 };
 
-// The rows of dk and dv, which may be two stretches long.
+// Prefetches dk and dv accumulator rows of gathered keys. A float32 accumulator row of a bfloat16 tensor takes two ranges.
 class DkDvPrefetcher {
  public:
   DkDvPrefetcher(const RowBlock& row_block, const DkDvBlocks& sums, int64_t lines_of_key, int64_t dim)
@@ -101,7 +105,7 @@ class DkDvPrefetcher {
     lines_.count = lines_of_key;
   }
 
-  // Those of the next points; null where there are none.
+  // The rows of the next keys, or null when there are none.
   FARLIGHT_INLINE const PrefetchLines* lines() { return queue_.empty() ? nullptr : fill(); }
 
  private:

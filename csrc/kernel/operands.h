@@ -1,4 +1,4 @@
-// K, V, Q and dO as operands of products.
+// Operands of products: the K or V rows of a chunk (Operand) and a row block of Q or dO transposed to lanes (Transposed).
 #pragma once
 
 #include "packed_cache.h"
@@ -7,7 +7,7 @@
 namespace farlight::FARLIGHT_NS {
 
 #if defined(FARLIGHT_ISA_AMX)
-// The distance between neighbours among so many keys (2 to 16), or 0 where it is not one and the same.
+// The common difference of `count` (2 to 16) key indices, or 0 if they are not equidistant.
 FARLIGHT_INLINE int32_t common_step(const int32_t* key, int count) {
   const __m512i indices = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const int32_t step = key[1] - key[0];
@@ -16,7 +16,8 @@ FARLIGHT_INLINE int32_t common_step(const int32_t* key, int count) {
 }
 #endif
 
-// The K or V rows of a chunk as operands.
+// The K or V rows of a chunk as left operands, as pointers to rows of words: in place in the tensor where dtype and alignment
+// allow it, otherwise widened or padded copies.
 template <class Traits>
 class Operand {
  public:
@@ -39,7 +40,8 @@ class Operand {
     col_major = uses_pairs<Traits> && for_col_major ? arena.allocate<const Word*>(kChunkKeys / 2) : row_major;
   }
 
-  // Words along the head dimension: along[key][d].
+  // row_major[key][d]: for products over the head dimension. `compact`: copy rows that lie far apart, to save TLB misses where
+  // each is read several times.
   void fetch_row_major(const Chunk& c, bool compact = false) {
     const int n = c.blocks * kM;
     if constexpr (uses_pairs<Traits>) {
@@ -64,7 +66,7 @@ class Operand {
     }
   }
 
-  // Words along the keys: across[i][d], i over keys or pairs of them, which are kept in `columns`.
+  // col_major[i][d], i over keys or pairs of keys: for products over keys. Pairs come from the packed cache.
   void fetch_col_major(const Chunk& c, [[maybe_unused]] PackedCacheOf<Traits>& packed) {
     if constexpr (uses_pairs<Traits>) {
       packed.fetch(c);
@@ -75,8 +77,8 @@ class Operand {
   }
 
 #if defined(FARLIGHT_ISA_AMX)
-  // Keys first ... first + 15 of the chunk as a strip of tiles: where they lie if that is at equal distances, or copied to the
-  // `place`th room (of two).
+  // Keys [first, first + 16) of the chunk as an AMX panel: in place where they are equidistant, otherwise copied to copy buffer
+  // 0 or 1.
   Panel panel(const Chunk& c, int first, int buffer) const {
     const int count = min(c.n - first, kTileDim);
     const int32_t step = count > 1 && dim_ % kDepth == 0 ? common_step(c.key + first, count) : 0;
@@ -112,7 +114,8 @@ class Operand {
   Word* copies_ = nullptr;
 };
 
-// A tile of Q or dO with rows in lanes: turned[d][row] words, or [part][d][row]; rows past the tile's end are zero.
+// A row block of Q or dO with query rows in lanes: transposed[d][row] in words, or [part][d][row] for split operands; rows past
+// the end of the block are zero.
 template <class Traits>
 class Transposed {
  public:
@@ -128,9 +131,10 @@ class Transposed {
   }
 
   int64_t dim() const { return dim_; }
-  // Words from one part to the next.
+  // Words between the parts of split operands.
   int64_t part() const { return round_up(words, 16) * kRows; }
 
+  // Loads and transposes the row block, multiplied by `factor` (of bfloat16 only the sign is applied).
   void fetch(const HeadRows<T>& source, const RowBlock& row_block, float factor) {
     const int64_t ld = round_up(dim_, 16);
     const bool in_place = sizeof(T) == sizeof(Word) || (uses_pairs<Traits> && dim_ % 2 == 0);
@@ -182,7 +186,7 @@ class Transposed {
   }
 
   Word* transposed = nullptr;
-  float* f32 = nullptr;  // of numbers that have parts: themselves, [d][row]
+  float* f32 = nullptr;  // split operands only: the unsplit float32, [d][row]
   bool has_inf = false;
 
  private:

@@ -1,7 +1,12 @@
-// K and V of a chunk as products of pairs over keys want them: blocks of 32 keys with neighbours side by side; for products of tiles
-// [d][key], and of floats, split into parts, their rows too; for products of vectors [pair of keys][d]. Making a block costs much
-// beside using it, and neighbouring query tiles see mostly the same keys, so a thread keeps the blocks that it made last, for the
-// length of a call.
+// Per-thread cache of packed key blocks, the left operands of products over keys (O^T += V^T P^T, dQ^T += K^T dS^T).
+//
+// Products of bfloat16 pairs sum over neighbouring keys, so 32 keys are packed with pairs interleaved: [pair of keys][d] for
+// vector products, transposed to [d][key] for AMX. Split float32 operands are stored in three parts, and their row-major form
+// (for Q K^T and dO V^T) is packed as well. Packing costs a sixth of the product that uses it, and neighbouring query tiles
+// visit mostly the same keys, so a thread keeps the blocks it packed last, for the length of a call.
+//
+// The cache is two-way set associative. A block is tagged with its head and its 32 key indices, so dilated and clustered keys
+// hit as well. Capacity: 512 KiB (bfloat16) or 768 KiB (split float32) per thread, to stay in L2.
 #pragma once
 
 #include "kernel_traits.h"
@@ -10,7 +15,7 @@
 
 namespace farlight::FARLIGHT_NS {
 
-// Where floats are multiplied where they lie, nothing is kept.
+// Stands in where operands are read in place and nothing is packed.
 struct NoPackedCache {
   template <class T>
   NoPackedCache(const HeadRows<T>&, const HeadRows<T>*, int, int64_t, int64_t) {}
@@ -20,15 +25,16 @@ struct NoPackedCache {
 
 #if defined(FARLIGHT_BF16_PAIRS)
 
-constexpr int64_t kMaxBlocks = 256;  // blocks that a thread keeps, at most
+constexpr int64_t kMaxBlocks = 256;  // blocks per thread, at most
 
-// Which blocks are kept: what must be cleared before a call.
+// The cache's tags; zeroed when a thread begins a call, which invalidates all blocks.
 struct CacheTags {
-  uint64_t fetch_count;
-  uint64_t head[kMaxBlocks];  // whose, from 1 on; 0: none
-  uint64_t last_use[kMaxBlocks];  // in which fetch, last
+  uint64_t fetch_count;  // clock of the LRU rule
+  uint64_t head[kMaxBlocks];  // batch item * kv_heads + kv head + 1; 0: empty
+  uint64_t last_use[kMaxBlocks];  // fetch_count of the latest use
 };
 
+// The packed operands of the keys of one (batch item, kv head), backed by the thread's cache.
 template <class Traits>
 class PackedCache {
   using T = typename Traits::T;
@@ -37,11 +43,11 @@ class PackedCache {
   static constexpr int kParts = num_parts<Traits>;
   static constexpr int kMaxRowOperands = 2;  // K and V
 
-  // Keeps the columns of `source`, and the rows of `count` others.
+  // Packs the col-major form of `col_source`, and the row-major form of `count` further tensors (K, V) for split operands.
   PackedCache(const HeadRows<T>& source, const HeadRows<T>* rows, int count, int64_t dim, int64_t head)
       : col_source_(source), row_sources_{rows[0], rows[count > 1 ? 1 : 0]}, num_row_operands_(count), dim_(dim), head_(static_cast<uint64_t>(head) + 1) {}
 
-  // The first thing taken from the arena: the names of the blocks that are kept must lie where the caller cleared them.
+  // Must be the first allocation of the arena: the tags lie in the prefix that the caller zeroes (Kernels::zeroed_bytes).
   void reserve(Arena& arena) {
     const int64_t block = (1 + num_row_operands_) * operand_size();
     slots_ = capacity(dim_, num_row_operands_);
@@ -54,13 +60,15 @@ class PackedCache {
     cached_has_inf_ = arena.allocate<bool>(slots_);
   }
 
-  // Whether so many keys are kept at the same time, with their columns and `count` kinds of rows.
+  // Whether `keys` keys fit in the cache together, with `count` row operands.
   static bool fits(int64_t dim, int count, int64_t keys) { return keys <= capacity(dim, count) * kDepth; }
 
-  // Whether the block of the chunk's keys from `first` is among those kept.
+  // Whether the block of the chunk's keys [first, first + 32) is cached.
   bool contains(const Chunk& c, int first) const { return first + kDepth <= c.n && find(c.key + first) >= 0; }
 
-  // groups[i]: the block of the chunk's keys from 32 i; keys past the chunk's end are zero. The number of blocks.
+  // Sets groups[i] to the packed block of the chunk's keys from 32 i on, packing it on a miss; padding keys are zero. An
+  // incomplete block, or one whose two ways are already used by this chunk, is packed outside the cache. Returns the number of
+  // blocks.
   int fetch(const Chunk& c) {
     const int64_t block = (1 + num_row_operands_) * operand_size();
     const int num_groups = (c.n + kDepth - 1) / kDepth;
@@ -91,11 +99,11 @@ class PackedCache {
     return num_groups;
   }
 
-  // Numbers from one part to the next, of columns and of rows.
+  // Elements between the parts of split operands.
   int64_t part() const { return ld() * kDepth; }
-  // Whether a number in the rows named first is infinite: its parts say no more than that, and times zero are not a number.
+  // Whether group g has an infinity in the first row operand (K): its lower parts are NaN.
   bool has_inf(int g) const { return group_has_inf_[g]; }
-  // Where products are made of vectors: the words of the chunk's keys 2 i and 2 i + 1, for i < (c.n + 1) / 2.
+  // For vector products: pairs[i] points to the interleaved words of the chunk's keys 2i and 2i + 1, for i < (n + 1) / 2.
   void find_pairs(int n, const uint32_t** pairs) const {
     const uint32_t* at = nullptr;
     for (int i = 0; i < (n + 1) / 2; ++i, at += ld()) {
@@ -104,9 +112,10 @@ class PackedCache {
     }
   }
 #if defined(FARLIGHT_ISA_AMX)
-  // 16 keys of group g of the rows that were named `which`th: tiles lie in one piece, those of 32 keys one after the other.
-  Panel panel(int g, int which, int half) const {
-    const Bf16* at = groups[g] + (1 + which) * operand_size() + half * kTileDim * kDepth;
+  // Half a group (16 keys) of row operand `operand` as an AMX panel. A tile of 32 keys is contiguous, tiles of successive d
+  // follow.
+  Panel panel(int g, int operand, int half) const {
+    const Bf16* at = groups[g] + (1 + operand) * operand_size() + half * kTileDim * kDepth;
     return {reinterpret_cast<const char*>(at), kDepth * 2, kDepth * kDepth * 2, part() * 2};
   }
 #endif
@@ -115,10 +124,10 @@ class PackedCache {
 
  private:
   static constexpr int kGroups = chunk_keys<Traits> / kDepth;
-  // Together; the second cache of the machines that have tiles holds 2 MiB, that of others with products of pairs 1 MiB.
+  // Bytes of all blocks. L2 is 2 MiB on CPUs with AMX, 1 MiB on others with products of pairs.
   static constexpr int64_t kCapacityBytes = (kParts == 1 ? 512 : 768) << 10;
 
-  static constexpr int64_t kMinBlocks = kParts == 1 ? 1 : 20;  // what a window of 512 keys and some named ones need
+  static constexpr int64_t kMinBlocks = kParts == 1 ? 1 : 20;  // a window of 512 keys plus a few global ones need 20 blocks
 
   static int64_t capacity(int64_t dim, int count) {
     const int64_t bytes = (1 + count) * kParts * round_up(dim, 32) * kDepth * static_cast<int64_t>(sizeof(Bf16));
@@ -128,15 +137,16 @@ class PackedCache {
   int64_t ld() const { return round_up(dim_, 32); }
   int64_t operand_size() const { return kParts * part(); }
 
-  // A block has two places. The first depends on its first key and on how far it reaches: the tiles of a pattern step by 32 rows,
-  // and the keys that their blocks begin with by 32 times their distance.
+  // A block's first way is hashed from its first key divided by the extent of its 32 keys: tiles of a window, also of a dilated
+  // one, step by 32 rows, so their blocks start a whole extent apart and fall into successive sets.
   int64_t first_way(const int32_t* key) const {
     const int64_t reach = max<int64_t>(1, (key[kDepth - 1] - key[0]) / (kDepth - 1)) * kDepth;
-    return static_cast<uint32_t>(key[0]) / static_cast<uint32_t>(reach) % static_cast<uint32_t>(slots_);  // quicker than of int64_t
+    // 32-bit division is faster than 64-bit
+    return static_cast<uint32_t>(key[0]) / static_cast<uint32_t>(reach) % static_cast<uint32_t>(slots_);
   }
   int64_t second_way(int64_t way) const { return (way + slots_ / 2) % slots_; }
 
-  // Where these 32 keys are kept, or -1.
+  // The slot that holds these 32 keys of this head, or -1.
   int64_t find(const int32_t* key) const {
     const int64_t first = first_way(key), second = second_way(first);
     return matches(first, key) ? first : matches(second, key) ? second : -1;
@@ -145,13 +155,13 @@ class PackedCache {
     const int32_t* cached = keys_ + slot * kDepth;
     return tags_->head[slot] == head_ && equal(load_i(cached), load_i(key)) && equal(load_i(cached + W), load_i(key + W));
   }
-  // The place that was used longer ago.
+  // The less recently used of the block's two ways.
   int64_t least_recent(const int32_t* key) const {
     const int64_t first = first_way(key), second = second_way(first);
     return tags_->last_use[second] < tags_->last_use[first] ? second : first;
   }
 
-  // Whether there is an infinite number in the rows named first.
+  // Packs a block; returns whether the first row operand has an infinity.
   bool pack_block(const Chunk& c, int first, Bf16* to) {
     bool has_inf = false;
     if constexpr (!uses_amx<Traits>) {
@@ -171,13 +181,13 @@ class PackedCache {
     return has_inf;
   }
 
-  // to[pair][d] of bfloat16; keys past the chunk's end are zeros.
+  // Packs [pair][d] of bfloat16; padding keys are zero.
   void interleave(const Chunk& c, int first, uint32_t* to) const {
     for (int at = first; at < first + kDepth; at += 2, to += ld())
       interleave_rows(at < c.n ? col_source_.row(c.key[at]) : nullptr, at + 1 < c.n ? col_source_.row(c.key[at + 1]) : nullptr, dim_, to, 0);
   }
 
-  // to[d][key] of bfloat16: pairs of keys are interleaved, then turned as words.
+  // Packs [d][key] of bfloat16: interleaves pairs of keys, then transposes them as 32-bit words.
   void interleave_and_transpose(const Chunk& c, int first, Bf16* to) {
     interleave(c, first, scratch_);
     const char* rows[kDepth / 2];
@@ -186,7 +196,8 @@ class PackedCache {
       transpose_block(rows, kDepth / 2, d * 4, reinterpret_cast<char*>(to + d * kDepth), kDepth * sizeof(Bf16));
   }
 
-  // Rows of floats where they lie, or copied where they end before a tile does. Keys past the chunk's end are zeros.
+  // Row pointers of a block of float32 rows: in place, or a zero-padded copy where the head dimension is not a multiple of 32
+  // or the key is padding.
   void gather_rows(const Chunk& c, int first, const HeadRows<T>& source, const T** rows) {
     T* padded = reinterpret_cast<T*>(scratch_);
     for (int i = 0; i < kDepth; ++i, padded += ld()) {
@@ -199,7 +210,7 @@ class PackedCache {
     }
   }
 
-  // to[part][d][key]
+  // Packs [part][d][key].
   void transpose_and_split(const T* const* rows, Bf16* to) const {
     const char* at[kDepth];
     for (int i = 0; i < kDepth; ++i) at[i] = reinterpret_cast<const char*>(rows[i]);
@@ -212,7 +223,7 @@ class PackedCache {
     }
   }
 
-  // to[part][step][key][d of the step]
+  // Packs [part][d / 32][key][d % 32]; returns whether any element is infinite.
   bool split_rows(const T* const* rows, Bf16* to) const {
     uint32_t has_inf = 0;
     for (int64_t d = 0; d < ld(); d += kDepth)

@@ -1,5 +1,8 @@
-// The rows of K and V that the next chunk will read, or the tile's points, asked for while this chunk is scored: memory answers
-// late, and machines do not foresee a walk down the columns of V.
+// Software prefetch of the next chunk's K and V rows while the present chunk is scored.
+//
+// The hardware prefetchers do not follow gathered rows or a walk down the columns of V. The kernels therefore issue one
+// prefetch per step of the score product, where load slots are idle; issued in one burst they stall the loads that are needed
+// now (a tenth of the time).
 #pragma once
 
 #include "packed_cache.h"
@@ -8,11 +11,12 @@
 
 namespace farlight::FARLIGHT_NS {
 
-// The blocks of keys that a thread saw last, which are still in its cache: asking costs as much as loading, and neighbouring tiles
-// see mostly the same keys. A hint: what it remembers of an earlier call is wrong.
+// Direct-mapped table of key blocks that the thread read recently and that are still in L2. A prefetch instruction costs as
+// much as a load, and neighbouring tiles read mostly the same keys, so such blocks are skipped. A hint only: stale entries of
+// earlier calls are harmless.
 class RecentBlocks {
  public:
-  // Whether the block whose first row of K lies there was seen; it is from now on.
+  // Whether the block whose first K row is at `row` is in the table; enters it.
   FARLIGHT_INLINE bool contains_and_update(const void* row, int32_t key) {
     const void*& entry = rows_[static_cast<uint32_t>(key) / kM % kEntries];
     const bool hit = entry == row;
@@ -21,15 +25,16 @@ class RecentBlocks {
   }
 
  private:
-  // Half a second cache full of them, of 64 floats. A prime, so that blocks at any equal distance have places of their own.
+  // 127 blocks of 8 keys of 64 floats are half of L2. A prime, so that blocks at any equal distance map to distinct entries.
   static constexpr uint32_t kEntries = 127;
   const void* rows_[kEntries];
 };
 
+// Chooses the cache lines to prefetch during a chunk: the next chunk's rows, else the row block's gathered keys.
 template <class Traits>
 class KeyPrefetcher {
  public:
-  // `next` is null where there is no further chunk.
+  // `next`: the chunk after this one, or null.
   KeyPrefetcher(const Chunk* next, const Operand<Traits>& keys, const Operand<Traits>& values, const PackedCacheOf<Traits>& columns,
         GatherPrefetcher<typename Traits::T>& gather_prefetcher, RecentBlocks* recent, int64_t dim)
       : next_(next), keys_(keys), values_(values), packed_(columns), gather_prefetcher_(gather_prefetcher), recent_(recent), dim_(dim) {
@@ -41,8 +46,7 @@ class KeyPrefetcher {
 #endif
   }
 
-  // What to ask for while a block of this chunk is scored: the rows of the next chunk's, or else some of the tile's points.
-  // Null where there is nothing.
+  // The lines to prefetch while block `block` of this chunk is scored, or null.
   FARLIGHT_INLINE const PrefetchLines* lines(int block) {
     if (next_ && block < next_->blocks) {
       const int32_t* key = next_->key + block * kM;
@@ -57,8 +61,8 @@ class KeyPrefetcher {
   }
 
 #if defined(FARLIGHT_ISA_AMX)
-  // Where products are made of tiles, to be called between them: some lines of the keys that are not kept, and of the
-  // tile's points.
+  // AMX: called between tile products; prefetches a few lines of the next chunk's keys that are not in the packed cache, else
+  // of gathered keys.
   FARLIGHT_INLINE void issue_some() {
     if (pending_) issue();
     else if (gather_prefetcher_.pending()) gather_prefetcher_.issue_lines(num_parts<Traits> == 1 ? 4 : 2);
@@ -67,7 +71,7 @@ class KeyPrefetcher {
 
  private:
 #if defined(FARLIGHT_ISA_AMX)
-  // From `first` on, the first group of the next chunk that is not kept.
+  // Moves to the first group of the next chunk, from key `first` on, that is not cached.
   void seek_uncached(int first) {
     while (first < next_->n && packed_.contains(*next_, first)) first += kDepth;
     key_ = first;

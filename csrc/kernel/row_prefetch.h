@@ -1,28 +1,29 @@
-// Rows of tensors that a thread will need soon: those that its next tile reads first, and those that this one writes at its end.
+// Software prefetch of query-side rows: Q, dO and out of the thread's next row block, and the result rows that this one writes
+// at its end.
 #pragma once
 
 #include "gathered_prefetch.h"
 
 namespace farlight::FARLIGHT_NS {
 
-// The rows of one turn: `first_row` and those after it, at most kRows, of an item. Null: none.
+// Names a row block before it is loaded: rows [first_row, first_row + kRows) of an item's tile. item null: none.
 struct RowBlockId {
   const WorkItem* item;
   int first_row;
 
-  // The turn after this one, if the item has another or there is a `next` one.
+  // The row block after this one: of the same item, or the first of `next_item`.
   RowBlockId next(const PlanView& plan, const WorkItem* next_item) const {
     const bool same_item = first_row + kRows < plan.pieces[item->piece].count[item->entry];
     return {same_item ? item : next_item, same_item ? first_row + kRows : 0};
   }
 };
 
-// Asks for them bit by bit: what is asked for all at once stands in the way of what is needed now.
+// Queue of row ranges, prefetched a few lines at a time: a burst would delay the loads that are needed now.
 class RowPrefetcher {
  public:
   RowPrefetcher(const PlanView& plan, int64_t lines) : plan_(plan) { lines_.count = lines; }
 
-  // A turn's rows of a tensor whose numbers have `width` bytes.
+  // Adds a row block's rows of a tensor whose elements have `width` bytes.
   void add(const RowBlockId& current, const TensorView& tensor, int64_t width) {
     if (!current.item) return;
     const PieceView& piece = plan_.pieces[current.item->piece];
@@ -33,10 +34,10 @@ class RowPrefetcher {
     ranges_[count_++] = {static_cast<const char*>(tensor.data) + begin * width, tensor.row * width, piece.rows, first, first + count};
   }
 
-  // Some of the rows; null where there are none left.
+  // The next rows, or null when the queue is empty.
   FARLIGHT_INLINE const PrefetchLines* lines() { return current_ == count_ ? nullptr : fill(); }
 
-  // Where products are made of tiles: so many rows at once.
+  // AMX: prefetches `rows` rows at once.
   void issue_some(int rows) {
     for (; rows > 0 && current_ < count_; --rows) {
       const char* row = next();
@@ -46,6 +47,7 @@ class RowPrefetcher {
 
  private:
   static constexpr int kMaxRanges = 3;
+  // Rows [position, end) of a tensor, through the row table if there is one.
   struct RowRange {
     const char* base;
     int64_t stride;

@@ -65,8 +65,8 @@ FARLIGHT_NOINLINE void score_group_f32(const Chunk& c, int first, const Operand<
   }
 }
 
-// Unscaled, unmasked scores of a chunk on AMX. `operand`: which of the cached row operands (0: K, 1: V) of split floats to use.
-// Groups with an infinity are computed by FMA: the parts of an infinity are (inf, NaN, NaN).
+// Unscaled, unmasked scores of a chunk on AMX. `operand`: which of the cached row operands of split floats to use (0: K, 1: V).
+// Groups of K with an infinity are computed by FMA, since the lower parts of an infinity are NaN.
 template <class Traits>
 inline void score_amx(const Chunk& c, const Operand<Traits>& keys, const PackedCache<Traits>& keep_mask, int operand, const Transposed<Traits>& queries,
                         float* scores, KeyPrefetcher<Traits>& prefetcher) {

@@ -15,7 +15,7 @@ namespace farlight::FARLIGHT_NS {
 using F = __m512;
 using I = __m512i;
 constexpr int W = 16;  // lanes
-constexpr int kM = 8, kV = 2;  // register block: 8 broadcast operands x 2 vectors; two sets of sums fill the 32 registers
+constexpr int kM = 8, kV = 2;  // register block: 8 broadcast operands x 2 vectors, 16 of 32 registers hold sums
 constexpr int kAccumulators = 2;  // independent accumulators per sum over keys
 
 FARLIGHT_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }

@@ -8,7 +8,8 @@
 
 namespace farlight::FARLIGHT_NS {
 
-// Lanes; accumulators per sum over keys; register block of kM broadcast operands x kV vectors (32 or 16 vector registers).
+// W lanes; kAccumulators independent accumulators per sum over keys; register block of kM broadcast operands x kV vectors,
+// whose sums take half of the vector registers.
 constexpr int W = 4;
 constexpr int kAccumulators = 1;
 #if defined(__aarch64__)
