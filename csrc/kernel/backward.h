@@ -1,5 +1,10 @@
-// Backward: the weights of a tile computed again from its lse, then four more products, chunk by chunk, rows in lanes.
+// Backward pass of one work item: recomputes the weights from the lse, then four more products, chunk by chunk, with query rows
+// in lanes.
+//
 //   P = exp(S - lse)    dS = P (dP - delta + dlse)    dV += P^T dO    dK += dS^T Q    dQ = dS K
+//
+// delta = rowsum(dO * out). dQ^T is accumulated per row block; dK and dV go to the slab's accumulators (dkdv_accumulator.h), so
+// there are no atomics and results are deterministic.
 #pragma once
 
 #include <math.h>
@@ -56,6 +61,7 @@ class Backward {
     row_buffer_ = arena.allocate<float>(ld_);
   }
 
+  // Processes rows [first_row, first_row + kRows) of the item's tile.
   void run(int first_row, const DkDvBlocks& dkdv_blocks, const WorkItem* next) {
     const RowBlock row_block(*call_.plan, item_, first_row);
     const DropoutMask dropout(call_.dropout, *call_.plan, row_block);
@@ -125,7 +131,7 @@ class Backward {
     finish(row_block, touched);
   }
 
-  // Adds up the parts of a tile that was split, in their order.
+  // Sums dq over the parts of a split-K tile, in their order, and writes the rows.
   void merge_parts() {
     const PieceView& piece = call_.plan->pieces[item_.piece];
     const int64_t first = item_.entry - piece.part[item_.entry];
@@ -137,7 +143,7 @@ class Backward {
         bool touched = false;
         for (int part = 0; part < parts; ++part) touched |= partial(first + part)[(first_row + s) * (dim_ + 2)] != 0.0f;
         for (int64_t d = 0; d < dim_; ++d) {
-          double sum = 0.0;  // there may be a thousand parts
+          double sum = 0.0;  // float64: there may be a thousand parts
           for (int part = 0; part < parts; ++part) sum += partial(first + part)[(first_row + s) * (dim_ + 2) + 2 + d];
           row[d] = static_cast<float>(sum);
         }
@@ -149,10 +155,11 @@ class Backward {
  private:
   int64_t kv_head() const { return item_.head / (call_.heads / call_.kv_heads); }
 
-  // Chunks that are added up in one place. Their sum then joins what came before: a row that sees thousands of chunks is
-  // rounded as often as their number divided by this, and no oftener.
+  // Two-level summation of dQ: 16 chunks are summed in one accumulator, which is then added to the total. A row that sees
+  // thousands of chunks thus has a sixteenth of the roundings at full magnitude.
   static constexpr int kChunksPerSum = 16;
 
+  // Adds the accumulator to the total.
   void flush_dq(bool first) {
     for (int64_t i = 0; i < dim_ * kRows; i += W) {
       const F sum = load(dq_ + i);
@@ -160,7 +167,7 @@ class Backward {
     }
   }
 
-  // Rows as the operand of sums over rows: in pairs, word (i, d) holds rows 2i and 2i + 1.
+  // Packs rows as the right operand of products over query rows; of pairs, word (i, d) holds rows 2i and 2i + 1.
   void pack_rows(const HeadRows<T>& source, const RowBlock& row_block, Word* to) {
     if constexpr (uses_pairs<Traits>) {
 #if defined(FARLIGHT_BF16_PAIRS)
@@ -179,7 +186,7 @@ class Backward {
     }
   }
 
-  // Reference, lse and delta - dlse of every row. A row that saw nothing gets weights of zero.
+  // Per row: reference maximum, lse relative to it, and delta - dlse. A row without keys gets an lse that makes all weights 0.
   void prepare(const RowBlock& row_block, const HeadRows<T>& dout) {
     const HeadRows<T> out(call_.out, item_.batch, item_.head);
     for (int s = 0; s < kRows; ++s) {
@@ -192,7 +199,7 @@ class Backward {
     }
   }
 
-  // From S and dP to P (with dropout) and dS, both times what the products need.
+  // From (S, dP) to (P with dropout, dS), both as operands of the next products.
   void softmax_backward(const DropoutMask& dropout, float factor, int lanes) {
     const Chunk& c = *chunk_;
     if (call_.row_stats) {
@@ -202,7 +209,7 @@ class Backward {
     }
     const F scale = broadcast(call_.scale * dropout.keep_scale()), keep_scale = broadcast(dropout.keep_scale()), minus_log2e = broadcast(-kLog2E);
     for (int g = 0; g < lanes; g += kV * W) {
-      F lse[kV], minus_delta[kV];  // dS / P without dP
+      F lse[kV], minus_delta[kV];  // minus_delta: the part of dS / P that does not depend on dP
       for (int v = 0; v < kV; ++v) {
         lse[v] = q_prescaled<Traits> ? load(lse_ + g + v * W) : mul(load(lse_ + g + v * W), minus_log2e);
         minus_delta[v] = mul(load(delta_ + g + v * W), broadcast(-call_.scale));
@@ -214,7 +221,7 @@ class Backward {
         for (int v = 0; v < kV; ++v) {
           const int at = i * kRows + g + v * W;
           const F score = load(scores_ + at);
-          // The lse's error is that of all weights of its row: in float32 it is not rounded on the way.
+          // An error of the lse affects all weights of its row: in float32 it enters the fma unrounded.
           p[v] = exp2_poly<Traits::degree>(q_prescaled<Traits> ? fma(lse[v], minus_log2e, score) : fma(score, broadcast(factor), lse[v]));
           if (masked) p[v] = select(c.row_mask[i] >> (g + v * W), p[v], broadcast(0.0f));
           F dp = fma(load(ds_ + at), scale, minus_delta[v]);
@@ -237,6 +244,7 @@ class Backward {
     }
   }
 
+  // Stores P and dS of one key.
   FARLIGHT_INLINE void store_weights(int i, int g, const F (&p)[kV], const F (&ds)[kV]) {
     if constexpr (uses_pairs<Traits>) {
 #if defined(FARLIGHT_BF16_PAIRS)
@@ -252,7 +260,7 @@ class Backward {
     }
   }
 
-  // Keys that only fill up the last group have no weight.
+  // Zeroes the weights of padding keys.
   void clear_padding() {
     const int64_t minus_delta = chunk_->blocks * kM - chunk_->n;
     for (int p = 0; minus_delta && p < num_parts<Traits>; ++p) {
@@ -262,7 +270,7 @@ class Backward {
     }
   }
 
-  // dS once more with neighbouring keys in one word, for dQ.
+  // Interleaves dS along keys, as the right operand of dQ^T += K^T dS^T.
   void interleave_ds() {
 #if defined(FARLIGHT_BF16_PAIRS)
     const int n = uses_amx<Traits> ? chunk_->blocks * kM : chunk_->n;
@@ -280,7 +288,7 @@ class Backward {
 #endif
   }
 
-  // P and dS, [key][row].
+  // P and dS as operands, [key][row].
   const Word* weights() const {
     if constexpr (uses_pairs<Traits>) return weight_rows_;
     else return scores_;
@@ -309,7 +317,7 @@ class Backward {
     }
   }
 
-  // The rows that have points.
+  // Processes gathered keys; returns the mask of rows that have any.
   uint32_t add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const HeadRows<T>& dout, const DropoutMask& dropout, const DkDvBlocks& dkdv_blocks) {
     GatheredGradients<T> gradients(row_block, q, dout, keys_.source(), values_.source(), dim_, call_.scale, dropout, dkdv_blocks, reference_, lse_, delta_,
                              dq_rows_, ld_);
@@ -319,12 +327,14 @@ class Backward {
     return touched;
   }
 
+  // The partial result of a part of a split-K tile.
   float* partial(int64_t entry) const {
     const PieceView& piece = call_.plan->pieces[item_.piece];
     const int64_t slot = call_.partial_base[item_.piece] + (item_.batch * call_.heads + item_.head) * piece.slots + piece.slot[entry];
     return call_.partial + slot * call_.plan->tile * (dim_ + 2);
   }
 
+  // Writes dq, or stores it as a split-K partial: (touched, unused, dim values) per row.
   void finish(const RowBlock& row_block, uint32_t touched) {
     if (row_block.piece->slot[item_.entry] < 0) {
       for (int s = 0; s < row_block.count; ++s) write(row_block.row[s], dq_rows_ + s * ld_, (touched >> s) & 1);
@@ -337,6 +347,7 @@ class Backward {
     }
   }
 
+  // Writes a row of dq; adds to it where pieces overlap.
   void write(int64_t row, float* sum, bool touched) {
     const int64_t at = ((item_.batch * call_.heads + item_.head) * call_.plan->n_q + row) * dim_;
     if (!touched) {
@@ -361,10 +372,11 @@ class Backward {
   RecentBlocks* recent_ = nullptr;
   DkDvAccumulator<Traits> dkdv_;
   Transposed<Traits> queries_, dout_;
-  Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
+  Chunk *chunks_, *chunk_ = nullptr;  // double buffer; the current chunk
   Word *query_rows_, *dout_rows_, *weight_rows_ = nullptr, *ds_rows_ = nullptr, *ds_columns_ = nullptr;
   float *scores_, *ds_, *dq_, *dq_total_, *dq_rows_, *row_buffer_;
-  float reference_[kRows], lse_[kRows], delta_[kRows];  // lse above the reference, which is 0 unless the call has exact sums of rows
+  // lse_ is relative to reference_, which is 0 unless the call has RowStats
+  float reference_[kRows], lse_[kRows], delta_[kRows];
 };
 
 }  // namespace farlight::FARLIGHT_NS

@@ -1,5 +1,10 @@
-// Forward: softmax over the keys of a tile, chunk by chunk, rows in lanes; then single pairs, and what other parts and pieces
-// have found, row by row.
+// Forward pass of one work item: online softmax over the keys of a row block, chunk by chunk, with query rows in lanes.
+//
+// Per chunk: S^T = K Q^T with masks and row maxima (scores.h); raise the running maximum and rescale the accumulators where
+// needed; weights P = exp2(S - max); O^T += V^T P^T. S^T is [key][row] and O^T is [d][row], so maximum, sum and rescaling are
+// vertical vector operations. After the last chunk O^T is transposed to rows, gathered keys continue the softmax row by row
+// (gathered.h), and the result is normalised and written, or stored as a split-K partial, or merged with that of earlier
+// pieces.
 #pragma once
 
 #include <math.h>
@@ -41,6 +46,7 @@ class Forward {
     row_buffer_ = arena.allocate<float>(ld_);
   }
 
+  // Processes rows [first_row, first_row + kRows) of the item's tile.
   void run(int first_row, const WorkItem* next) {
     const RowBlock row_block(*call_.plan, item_, first_row);
     const DropoutMask dropout(call_.dropout, *call_.plan, row_block);
@@ -88,7 +94,7 @@ class Forward {
 
   TensorView results() const { return {call_.result, call_.heads * call_.plan->n_q * dim_, call_.plan->n_q * dim_, dim_}; }
 
-  // One chunk: its scores, their weights, and the values with these.
+  // One chunk by vector products: scores, running maximum, weights, values.
   FARLIGHT_INLINE void process_chunk(KeyPrefetcher<Traits>& prefetcher, RowPrefetcher& row_prefetcher, const DropoutMask& dropout, float factor, int lanes, bool first_chunk) {
     float row_max[kRows];
     keys_.fetch_row_major(*chunk_);
@@ -102,7 +108,7 @@ class Forward {
     add_pv(lanes, first_chunk, rescales);
   }
 
-  // The same where products are made of tiles.
+  // One chunk by AMX tile products.
   FARLIGHT_INLINE void process_chunk_amx(KeyPrefetcher<Traits>& prefetcher, const DropoutMask& dropout, float factor, int lanes, bool first_chunk) {
 #if defined(FARLIGHT_ISA_AMX)
     const int groups = packed_.fetch(*chunk_);
@@ -121,12 +127,13 @@ class Forward {
 #endif
   }
 
-  // A row whose largest score rose by more than this gets a new reference. Float weights may exceed 1 until then, harmlessly.
-  // Those that are rounded to bfloat16 may not: numbers just below 1 are rounded half as far as those above, so a reference that
-  // is the largest score itself costs a tenth less of the rounding that is seen in the results.
+  // The running maximum of a row is raised only when a score exceeds it by more than kMaxSlack, so rescaling is rare; float32
+  // weights up to 2^8 are harmless. Weights rounded to bfloat16 use the exact maximum: numbers just below 1 are rounded half as
+  // coarsely as those just above, which takes a tenth off the rounding error of the results.
   static constexpr float kMaxSlack = uses_pairs<Traits> && num_parts<Traits> == 1 ? 0.0f : 8.0f;
 
-  // Whether sums must shrink for that, by shrink_; totals have.
+  // Raises the running maximum to the chunk's where it exceeds the slack, and rescales the row sums. Returns whether the
+  // accumulators must be multiplied by rescale_ as well.
   bool raise_max(const float* row_max, int lanes, bool first_chunk) {
     bool rescales = false;
     for (int g = 0; g < lanes; g += W) {
@@ -145,7 +152,8 @@ class Forward {
     return rescales;
   }
 
-  // What the chunk's scores are still to be multiplied by. Where a reference is large they are multiplied here.
+  // The factor still to be applied to the chunk's scores. Where a running maximum is large (kLargeReference) it is applied
+  // here.
   float scale_large(float factor, int lanes) {
     if constexpr (q_prescaled<Traits>) return factor;
     uint32_t large = 0;
@@ -158,14 +166,15 @@ class Forward {
     return 1.0f;
   }
 
+  // O^T *= rescale.
   void rescale_sums() {
     for (int64_t d = 0; d < dim_; ++d)
       for (int g = 0; g < kRows; g += W) store(acc_ + d * kRows + g, mul(load(acc_ + d * kRows + g), load(rescale_ + g)));
   }
 
 #if defined(FARLIGHT_ISA_AMX)
-  // The weights of a block where products are made of tiles: scores come as they are, neither scaled nor masked, and keys that
-  // only fill up the last group are masked as others are. Their sum; `most` grows to the largest power.
+  // Weights of a block of kM keys after AMX products: scales and masks the scores (padding keys included), applies exp2 and
+  // dropout, and stores bfloat16 pairs. Returns the sum of the weights; running_max is raised to the largest exponent.
   FARLIGHT_INLINE F weights_of_block(int block, int g, [[maybe_unused]] F factor, F reference, const DropoutMask& dropout, F& running_max) {
     const Chunk& c = *chunk_;
     const int first = block * kM;
@@ -188,8 +197,8 @@ class Forward {
     return sum;
   }
 
-  // As `weigh`, with the references that there are and into `sums`; true where a row needs a new one, and then all is to be done
-  // again. Where that is rare, looking for the largest score on the way costs less than looking first.
+  // Weights of a chunk with the present running maximum, their sums in `sums`. Returns true where a row must raise its maximum;
+  // then the caller raises it and calls this again. Where that is rare, this is cheaper than a separate pass for the maximum.
   bool compute_weights_amx(const DropoutMask& dropout, float factor, int lanes, F* sums) {
     uint32_t raised = 0;
     for (int g = 0; g < lanes; g += W) {
@@ -203,17 +212,17 @@ class Forward {
   }
 #endif
 
-  // Scores to weights; their sums; what dropout leaves, as operands of the second product.
+  // Scores to weights and their sums; then dropout. Weights are stored as operands of P V.
   void compute_weights(const DropoutMask& dropout, F factor, int lanes) {
     const Spans& spans = chunk_->spans;
     for (const Span* span = spans.span; span < spans.span + spans.count; ++span)
       for_lanes(span->halves, lanes, [&]<int V>(int g) { weights_of_span<V>(*span, g, factor, dropout); });
   }
 
-  // Vectors of neighbouring lanes together: one has to wait for itself.
+  // V vectors of lanes together: one alone would wait for the latency of its own exp2 chain.
   template <int V>
   FARLIGHT_INLINE void weights_of_span(const Span& span, int g, [[maybe_unused]] F factor, const DropoutMask& dropout) {
-    F reference[V], row_sum[V];  // of this span, for the reason given at across_block
+    F reference[V], row_sum[V];  // per span: keeps float sums short, see gemm_col_major_block
     FARLIGHT_UNROLL
     for (int v = 0; v < V; ++v) {
       reference[v] = load(row_max_ + g + v * W);
@@ -242,7 +251,7 @@ class Forward {
     for (int v = 0; v < V; ++v) store(row_sum_ + g + v * W, add(load(row_sum_ + g + v * W), row_sum[v]));
   }
 
-  // O^T += V^T P^T. Sums shrink on the way, if all rows see all that the chunk has.
+  // O^T += V^T P^T. The rescaling is fused into the product when every row block half takes part in the whole chunk.
   void add_pv(int lanes, bool first_chunk, bool rescales) {
     values_.fetch_col_major(*chunk_, packed_);
     const Spans& spans = chunk_->spans;
@@ -251,6 +260,7 @@ class Forward {
     accumulate_col_major<typename Traits::Op>(acc_, values_.col_major, weights_, spans, dim_, lanes, first_chunk, rescales && fused ? rescale_ : nullptr);
   }
 
+  // Continues the softmax over gathered keys.
   void add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const DropoutMask& dropout) {
     GatheredSoftmax<T> softmax(row_block, q, keys_.source(), values_.source(), dim_, call_.scale * kLog2E, dropout,
                             {row_max_, row_sum_, out_rows_, ld_, row_buffer_});
@@ -258,6 +268,7 @@ class Forward {
       if (row_block.has_gathered(row_block.piece->layers[i])) softmax.process_layer(row_block.piece->layers[i]);
   }
 
+  // Writes the rows, or stores them as split-K partials: (maximum, sum, dim values) per row.
   void finish(const RowBlock& row_block, float keep_scale) {
     const PieceView& piece = *row_block.piece;
     if (piece.slot[item_.entry] < 0) {
@@ -272,6 +283,7 @@ class Forward {
     }
   }
 
+  // The partial result of a part of a split-K tile.
   float* partial(int64_t entry) const {
     const PieceView& piece = call_.plan->pieces[item_.piece];
     const int64_t slot = call_.partial_base[item_.piece] + (item_.batch * call_.heads + item_.head) * piece.slots + piece.slot[entry];
@@ -279,7 +291,8 @@ class Forward {
   }
 
  public:
-  // Joins the parts of a tile that was split, in their order. Called by whoever finished last.
+  // Merges the partial results of a split-K tile in the order of its parts (deterministic), and writes the rows. Called by the
+  // thread that finished last.
   void merge_parts() {
     const PieceView& piece = call_.plan->pieces[item_.piece];
     const int64_t first = item_.entry - piece.part[item_.entry];
@@ -306,6 +319,8 @@ class Forward {
   }
 
  private:
+  // Normalises a row and writes out and lse; merges with the result of earlier pieces by maximum and sum rather than by lse
+  // (see RowStats).
   void write(int64_t row, float row_max, float row_sum, float* sum, float keep_scale) {
     const int64_t at = (item_.batch * call_.heads + item_.head) * call_.plan->n_q + row;
     if (row_sum == 0.0f) {
@@ -332,7 +347,7 @@ class Forward {
     write_row(call_.out_type, call_.result, at * dim_, sum, dim_, factor);
   }
 
-  static constexpr int64_t kWeights = kChunkKeys / 2 * kRows;  // words from one part of all weights to the next
+  static constexpr int64_t kWeights = kChunkKeys / 2 * kRows;  // words between the parts of the weights of a chunk
 
   const Call& call_;
   const WorkItem& item_;
@@ -341,8 +356,8 @@ class Forward {
   PackedCacheOf<Traits> packed_;
   RecentBlocks* recent_ = nullptr;
   Transposed<Traits> queries_;
-  Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
-  // Weights lie where their scores did, if there is room for them: the first cache has room for little else.
+  Chunk *chunks_, *chunk_ = nullptr;  // double buffer; the current chunk
+  // Weights overwrite their scores where they have the same size, to keep the working set in L1.
   Word* weights_ = nullptr;
   float *scores_, *acc_, *out_rows_, *row_buffer_;
   alignas(64) float row_max_[kRows];
