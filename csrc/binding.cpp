@@ -159,7 +159,8 @@ Call prepare(NativePlan& plan, int type, const std::vector<int64_t>& shape, doub
   call.type = call.out_type = static_cast<Type>(type);
   call.batch = shape[0], call.heads = shape[1], call.kv_heads = shape[2], call.dim = shape[3];
   if (call.dim < 1 || call.dim > kMaxDim) throw std::invalid_argument("head_dim is outside 1 ... 256");
-  if (call.batch < 1 || call.kv_heads < 1 || call.heads % call.kv_heads) throw std::invalid_argument("heads do not fit kv_heads");
+  if (call.batch < 1 || call.kv_heads < 1 || call.heads % call.kv_heads)
+    throw std::invalid_argument("heads do not fit kv_heads");
   call.scale = static_cast<float>(scale);
   call.dropout = {dropout[0] > 0,
                   dropout[0] > 0xffffffff,
@@ -190,8 +191,9 @@ int64_t forward(NativePlan& plan, int type, int out_type, const std::vector<int6
 }
 
 int64_t backward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const StridedAddress& q,
-                 const StridedAddress& k, const StridedAddress& v, const StridedAddress& out, const StridedAddress& dout, int64_t lse,
-                 int64_t dlse, int64_t dq, int64_t dk, int64_t dv, double scale, const std::vector<int64_t>& dropout, double keep_scale, int threads) {
+                 const StridedAddress& k, const StridedAddress& v, const StridedAddress& out, const StridedAddress& dout,
+                 int64_t lse, int64_t dlse, int64_t dq, int64_t dk, int64_t dv, double scale,
+                 const std::vector<int64_t>& dropout, double keep_scale, int threads) {
   Call call = prepare(plan, type, shape, scale, dropout, keep_scale);
   call.out_type = static_cast<Type>(out_type);
   call.q = tensor_view(q), call.k = tensor_view(k), call.v = tensor_view(v);

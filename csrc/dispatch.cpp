@@ -79,7 +79,8 @@ bool amx_granted() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
   if ((d & (bf16 | tile)) != (bf16 | tile)) return false;
-  constexpr long request = 0x1023 /* ARCH_REQ_XCOMP_PERM */, query = 0x1022 /* ARCH_GET_XCOMP_PERM */, data = 18 /* XTILEDATA */;
+  constexpr long request = 0x1023 /* ARCH_REQ_XCOMP_PERM */, query = 0x1022 /* ARCH_GET_XCOMP_PERM */,
+                 data = 18 /* XTILEDATA */;
   if (syscall(SYS_arch_prctl, request, data) != 0) return false;
   unsigned long granted = 0;
   return syscall(SYS_arch_prctl, query, &granted) == 0 && ((granted >> data) & 1);
@@ -131,7 +132,8 @@ void use_isa(const std::string& name) {
     }
     names += (names.empty() ? "" : ", ") + std::string(isa->name);
   }
-  throw std::invalid_argument("instruction set '" + name + "' was not compiled in or is not on this machine; there are " + names);
+  throw std::invalid_argument("instruction set '" + name + "' was not compiled in or is not on this machine; there are " +
+                              names);
 }
 
 }  // namespace farlight

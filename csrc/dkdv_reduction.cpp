@@ -15,7 +15,8 @@ DkDvReduction::DkDvReduction(const Kernels& kernels, const Call& call, const Sch
       sums_in_output_(call.type == Type::f32 && call.dim % 16 == 0),
       slabs_(schedule.groups() * schedule.slab_count),
       slabs_left_(new std::atomic<int32_t>[schedule.groups()]) {
-  for (int64_t g = 0; g < schedule.groups(); ++g) slabs_left_[g].store(static_cast<int32_t>(schedule.slab_count), std::memory_order_relaxed);
+  for (int64_t g = 0; g < schedule.groups(); ++g)
+    slabs_left_[g].store(static_cast<int32_t>(schedule.slab_count), std::memory_order_relaxed);
 }
 
 DkDvReduction::~DkDvReduction() {
@@ -61,7 +62,8 @@ void DkDvReduction::open_slab(int64_t slab_index) {
       dv = static_cast<float*>(dv_) + at;
     } else {
       if (!next) {
-        sums.buffer = take_buffer(2 * static_cast<int64_t>(key_blocks.blocks.size()) * size * static_cast<int64_t>(sizeof(float)));
+        sums.buffer =
+            take_buffer(2 * static_cast<int64_t>(key_blocks.blocks.size()) * size * static_cast<int64_t>(sizeof(float)));
         next = sums.buffer.as<float>();
       }
       dk = next;
@@ -75,16 +77,20 @@ void DkDvReduction::open_slab(int64_t slab_index) {
   }
 }
 
-DkDvBlocks DkDvReduction::blocks_of(int64_t slab_index) const { return {slabs_[slab_index].dk.data(), slabs_[slab_index].dv.data(), stride_}; }
+DkDvBlocks DkDvReduction::blocks_of(int64_t slab_index) const {
+  return {slabs_[slab_index].dk.data(), slabs_[slab_index].dv.data(), stride_};
+}
 
-bool DkDvReduction::finish_slab(int64_t slab_index) { return slabs_left_[slab_index / schedule_.slab_count].fetch_sub(1, std::memory_order_acq_rel) == 1; }
+bool DkDvReduction::finish_slab(int64_t slab_index) {
+  return slabs_left_[slab_index / schedule_.slab_count].fetch_sub(1, std::memory_order_acq_rel) == 1;
+}
 
 void DkDvReduction::reduce_block(int64_t group, int64_t block) {
   reduce_tensor(dk_, group, block, &SlabSums::dk);
   reduce_tensor(dv_, group, block, &SlabSums::dv);
 }
 
-void DkDvReduction::reduce_tensor(void* out, int64_t group, int64_t block, std::vector<float*> SlabSums::*side) {
+void DkDvReduction::reduce_tensor(void* out, int64_t group, int64_t block, std::vector<float*> SlabSums::* side) {
   const int64_t dim = call_.dim, first = group * call_.plan->n_k + block * kBlock;
   const int64_t rows = std::min<int64_t>(kBlock, call_.plan->n_k - block * kBlock);
   const int64_t width = call_.type == Type::f32 ? 4 : 2;

@@ -25,19 +25,19 @@ class DkDvReduction {
   DkDvReduction(const Kernels& kernels, const Call& call, const Schedule& schedule, void* dk, void* dv);
   ~DkDvReduction();
 
-  void open_slab(int64_t unit);  // allocates and zeroes the slab's blocks
-  DkDvBlocks blocks_of(int64_t unit) const;  // the accumulators for the kernels
-  bool finish_slab(int64_t unit);  // true for the last slab of its group to finish
+  void open_slab(int64_t unit);                     // allocates and zeroes the slab's blocks
+  DkDvBlocks blocks_of(int64_t unit) const;         // the accumulators for the kernels
+  bool finish_slab(int64_t unit);                   // true for the last slab of its group to finish
   void reduce_block(int64_t group, int64_t block);  // sums one block of keys over the group's slabs into dk and dv
-  void release_group(int64_t group);  // recycles the group's buffers for later slabs
+  void release_group(int64_t group);                // recycles the group's buffers for later slabs
 
  private:
   // The accumulators of a slab: a pointer per block of keys, null where the slab does not touch the block.
   struct SlabSums {
-    std::vector<float*> dk, dv;  
+    std::vector<float*> dk, dv;
     Buffer buffer;
   };
-  void reduce_tensor(void* out, int64_t group, int64_t block, std::vector<float*> SlabSums::*side);
+  void reduce_tensor(void* out, int64_t group, int64_t block, std::vector<float*> SlabSums::* side);
   // A buffer from this call's free list, else from the process's pool.
   Buffer take_buffer(int64_t bytes);
 

@@ -89,7 +89,9 @@ void initialise_result(const Call& call, const Schedule& schedule, bool with_lse
 }
 
 // The item after items[i] in the range before `end`, or null.
-const WorkItem* next_item(const std::vector<WorkItem>& items, int64_t i, int64_t end) { return i + 1 < end ? &items[i + 1] : nullptr; }
+const WorkItem* next_item(const std::vector<WorkItem>& items, int64_t i, int64_t end) {
+  return i + 1 < end ? &items[i + 1] : nullptr;
+}
 
 int64_t rows_of(const Call& call) { return call.batch * call.heads * call.plan->n_q; }
 
@@ -122,7 +124,8 @@ bool any_large_lse(const Call& call, int threads, InterruptCheck& interrupt) {
 // Softmax statistics of all rows, recomputed by one more forward pass without dropout, for a backward pass whose lse has too
 // few digits. Where the caller's lse differs from the recomputed one beyond rounding (lse_shift: the call sees only some of a
 // row's keys), the weights are relative to the caller's.
-Buffer exact_row_stats(const Kernels& kernels, const Call& call, const Schedule& schedule, int threads, InterruptCheck& interrupt) {
+Buffer exact_row_stats(const Kernels& kernels, const Call& call, const Schedule& schedule, int threads,
+                       InterruptCheck& interrupt) {
   Buffer row_stats = zeroed_row_stats(call);
   const int64_t rows = rows_of(call);
   const Buffer out(rows_bytes(call, call.type, call.heads, call.plan->n_q)), lse(rows * static_cast<int64_t>(sizeof(float)));
@@ -155,14 +158,16 @@ void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, in
   for (const Phase& phase : schedule.phases) {
     const int64_t count = static_cast<int64_t>(phase.forward.size());
     parallel_for(count, threads, interrupt, [&](int64_t i) {
-      kernels.forward(call, phase.forward[i], next_item(phase.forward, i, count), scratch(bytes, kernels.zeroed_bytes, call_id));
+      kernels.forward(call, phase.forward[i], next_item(phase.forward, i, count),
+                      scratch(bytes, kernels.zeroed_bytes, call_id));
     });
   }
 }
 
 void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads,
                   InterruptCheck& interrupt) {
-  const Buffer row_stats = any_large_lse(call, threads, interrupt) ? exact_row_stats(kernels, call, schedule, threads, interrupt) : Buffer();
+  const Buffer row_stats =
+      any_large_lse(call, threads, interrupt) ? exact_row_stats(kernels, call, schedule, threads, interrupt) : Buffer();
   if (row_stats.bytes()) call.row_stats = row_stats.as<RowStats>();
   const PartialResults partials(call, schedule);
   const int64_t bytes = kernels.scratch_bytes(call);
@@ -193,7 +198,7 @@ void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, v
   }
   if (!reduce_per_group)
     parallel_for(schedule.groups() * schedule.blocks, threads, interrupt,
-             [&](int64_t i) { sums.reduce_block(i / schedule.blocks, i % schedule.blocks); });
+                 [&](int64_t i) { sums.reduce_block(i / schedule.blocks, i % schedule.blocks); });
 }
 
 }  // namespace farlight

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kTargetSlabs = 48;  // slabs over all groups: enough work items for some dozen threads
 // fewer tiles per slab would spend more on zeroing and reducing accumulators than on using them
 constexpr int64_t kMinSlabTiles = 16;
-constexpr int64_t kMaxCopies = 3;  // the slabs of a group together hold at most this many accumulators per key
+constexpr int64_t kMaxCopies = 3;     // the slabs of a group together hold at most this many accumulators per key
 constexpr int64_t kTileOverhead = 8;  // fixed cost of a tile entry, in visited keys
 
 // The runs and gathered keys of an item in one layer: ranges of LayerView::lo and of LayerView::point_keys.
@@ -34,7 +34,10 @@ WorkRange work_range(const PieceView& piece, const LayerView& layer, const WorkI
 }  // namespace
 
 Schedule::Schedule(const Tables& tables, int64_t batch, int64_t heads, int64_t kv_heads)
-    : batch(batch), heads(heads), kv_heads(kv_heads), tables_(tables) {
+    : batch(batch),
+      heads(heads),
+      kv_heads(kv_heads),
+      tables_(tables) {
   tables.check_heads(batch, heads);
   for (const Piece& piece : tables.pieces) {
     partial_base.push_back(partials);
@@ -111,7 +114,8 @@ void Schedule::order_forward() {
       const double ratio = static_cast<double>(costs[i]) / (4.0 * mean);
       costed[i] = {items[i], ratio > 1.0 ? static_cast<int32_t>(std::log2(ratio)) + 1 : 0};
     }
-    std::stable_sort(costed.begin(), costed.end(), [](const CostedItem& x, const CostedItem& y) { return x.cost_class > y.cost_class; });
+    std::stable_sort(costed.begin(), costed.end(),
+                     [](const CostedItem& x, const CostedItem& y) { return x.cost_class > y.cost_class; });
     for (const CostedItem& x : costed) phase.forward.push_back(x.item);
     phase.forward.shrink_to_fit();
   }
@@ -159,7 +163,8 @@ void Schedule::cut_slabs(int64_t slabs) {
       int64_t cost_before = 0, i = begin;
       for (int64_t s = 0; s < slabs; ++s) {
         const int64_t first = i;
-        while (i < range && (s + 1 == slabs || cost_before * slabs < total * (s + 1))) cost_before += cost_of(phase.backward[i++]) + kTileOverhead;
+        while (i < range && (s + 1 == slabs || cost_before * slabs < total * (s + 1)))
+          cost_before += cost_of(phase.backward[i++]) + kTileOverhead;
         phase.slabs.push_back({first, i});
       }
     }

@@ -43,16 +43,17 @@ void Tables::finish() {
     std::vector<LayerView> layers;
     for (const Layer& l : pieces[i].layers)
       layers.push_back({l.entry_base.data(), l.place_base.data(), l.indptr.data(), l.lo.data(), l.hi.data(), l.mask.data(),
-                        l.has_keys ? l.keys.data() : nullptr, l.has_points ? l.point_indptr.data() : nullptr, l.point_keys.data(),
-                        l.variant.of.data(), l.variant.batch, l.variant.heads});
+                        l.has_keys ? l.keys.data() : nullptr, l.has_points ? l.point_indptr.data() : nullptr,
+                        l.point_keys.data(), l.variant.of.data(), l.variant.batch, l.variant.heads});
     layer_views_.push_back(std::move(layers));
   }
   find_visible_rows();
   for (size_t i = 0; i < pieces.size(); ++i) {
     const Piece& p = pieces[i];
     piece_views_.push_back({p.has_rows ? p.rows.data() : nullptr, p.first.data(), p.start.data(), p.count.data(), p.part.data(),
-                            p.parts.data(), p.slot.data(), p.variant.of.data(), p.variant.batch, p.variant.heads, p.slots, p.groups,
-                            p.group.data(), p.every_row_visible.data(), layer_views_[i].data(), static_cast<int32_t>(layer_views_[i].size())});
+                            p.parts.data(), p.slot.data(), p.variant.of.data(), p.variant.batch, p.variant.heads, p.slots,
+                            p.groups, p.group.data(), p.every_row_visible.data(), layer_views_[i].data(),
+                            static_cast<int32_t>(layer_views_[i].size())});
   }
   covers_all_rows_ = pieces.size() == 1;
   if (covers_all_rows_) {
@@ -105,13 +106,16 @@ void Tables::find_visible_rows() {
 
 int64_t Tables::bytes() const {
   const auto sum_bytes = [](const auto&... v) { return (bytes_of(v) + ...); };
-  int64_t sum = static_cast<int64_t>(sizeof(*this)) +
-                sum_bytes(masks.kind, masks.start, masks.core_lo, masks.core_hi, masks.data, pieces, unwritten_rows_, piece_views_, layer_views_);
+  int64_t sum =
+      static_cast<int64_t>(sizeof(*this)) + sum_bytes(masks.kind, masks.start, masks.core_lo, masks.core_hi, masks.data, pieces,
+                                                      unwritten_rows_, piece_views_, layer_views_);
   for (const auto& views : layer_views_) sum += bytes_of(views);
   for (const Piece& p : pieces) {
-    sum += sum_bytes(p.variant.of, p.rows, p.row_first, p.first, p.start, p.count, p.part, p.parts, p.layers, p.every_row_visible, p.slot, p.group);
+    sum += sum_bytes(p.variant.of, p.rows, p.row_first, p.first, p.start, p.count, p.part, p.parts, p.layers,
+                     p.every_row_visible, p.slot, p.group);
     for (const Layer& l : p.layers)
-      sum += sum_bytes(l.variant.of, l.entry_base, l.place_base, l.indptr, l.lo, l.hi, l.mask, l.keys, l.point_indptr, l.point_keys);
+      sum += sum_bytes(l.variant.of, l.entry_base, l.place_base, l.indptr, l.lo, l.hi, l.mask, l.keys, l.point_indptr,
+                       l.point_keys);
   }
   return sum;
 }
@@ -131,7 +135,8 @@ void Tables::check_heads(int64_t batch, int64_t heads) const {
 void Tables::check_masks() const {
   const int64_t count = size(masks.kind);
   const std::string where = "masks";
-  require(size(masks.start) == count && size(masks.core_lo) == count && size(masks.core_hi) == count, where, "tables differ in length");
+  require(size(masks.start) == count && size(masks.core_lo) == count && size(masks.core_hi) == count, where,
+          "tables differ in length");
   for (int64_t m = 0; m < count; ++m) {
     require(masks.kind[m] == kBounds || masks.kind[m] == kBits, where, "a mask is neither of bounds nor of bits");
     const int64_t words = masks.kind[m] == kBounds ? 2 * tile : kBitsWords * tile;
@@ -148,7 +153,8 @@ void Tables::check_piece(Piece& p, const std::string& where) {
   require(p.row_first.size() == p.first.size(), where, "row_first and first differ in length");
   require(p.has_rows || p.first.size() == 2, where, "an order that is not stored has one variant");
   check_variants(p.variant, size(p.first) - 1, where);
-  require(size(p.count) == entries && size(p.part) == entries && size(p.parts) == entries, where, "tables of tiles differ in length");
+  require(size(p.count) == entries && size(p.part) == entries && size(p.parts) == entries, where,
+          "tables of tiles differ in length");
   std::vector<int64_t> last_variant(p.has_rows ? n_q : 0, -1);
   for (size_t v = 0; v + 1 < p.first.size(); ++v) {
     if (p.has_rows)
@@ -167,9 +173,9 @@ void Tables::check_piece(Piece& p, const std::string& where) {
         require(e + p.parts[e] <= p.first[v + 1], where, "the parts of a tile do not stand together");
         place = int64_t{p.start[e]} + p.count[e];
       } else {
-        require(e > p.first[v] && p.part[e] == p.part[e - 1] + 1 && p.parts[e] == p.parts[e - 1] && p.start[e] == p.start[e - 1] &&
-                 p.count[e] == p.count[e - 1],
-             where, "the parts of a tile do not stand together");
+        require(e > p.first[v] && p.part[e] == p.part[e - 1] + 1 && p.parts[e] == p.parts[e - 1] &&
+                    p.start[e] == p.start[e - 1] && p.count[e] == p.count[e - 1],
+                where, "the parts of a tile do not stand together");
       }
     }
   }
@@ -226,11 +232,11 @@ void Tables::check_layer(const Piece& p, const Layer& l, const std::string& wher
       const int32_t v = variant_of(a.of.data(), a.batch, a.heads, i, j), w = variant_of(b.of.data(), b.batch, b.heads, i, j);
       const int64_t base = l.entry_base[w], place = l.place_base[w];
       require(base >= 0 && base < size(l.indptr) && base + (p.first[v + 1] - p.first[v]) < size(l.indptr), where,
-           "the tiles of a variant reach outside indptr");
+              "the tiles of a variant reach outside indptr");
       if (l.has_points && p.first[v] < p.first[v + 1])
         require(place >= -kIndexLimit && place <= (int64_t{1} << 40) && place + p.row_first[v] >= 0 &&
-                 place + p.row_first[v + 1] < size(l.point_indptr),
-             where, "the places of a variant reach outside point_indptr");
+                    place + p.row_first[v + 1] < size(l.point_indptr),
+                where, "the places of a variant reach outside point_indptr");
     }
 }
 

@@ -10,7 +10,8 @@
 
 namespace farlight {
 
-constexpr int kRows = 32;     // query rows of a row block, which a kernel keeps in vector lanes; a longer tile has several row blocks
+constexpr int kRows =
+    32;  // query rows of a row block, which a kernel keeps in vector lanes; a longer tile has several row blocks
 constexpr int kBlock = 64;    // keys in a block of dk/dv accumulators
 constexpr int kMaxDim = 256;  // largest head dimension
 
@@ -30,10 +31,11 @@ struct MaskView {
 // One layer of a piece, in CSR form: runs of slots [lo, hi) per tile entry, and gathered single keys per row. A slot is a key,
 // or an index into `keys`.
 struct LayerView {
-  const int64_t *entry_base, *place_base, *indptr;  // per variant: first row of indptr, offset into point_indptr; (entries + 1,)
-  const int32_t *lo, *hi, *mask;                    // (runs,); mask -1: every row of the tile sees the run
-  const int32_t* keys;                              // null: slot = key
-  const int64_t* point_indptr;                      // gathered keys of each place; null: none
+  const int64_t *entry_base, *place_base,
+      *indptr;                    // per variant: first row of indptr, offset into point_indptr; (entries + 1,)
+  const int32_t *lo, *hi, *mask;  // (runs,); mask -1: every row of the tile sees the run
+  const int32_t* keys;            // null: slot = key
+  const int64_t* point_indptr;    // gathered keys of each place; null: none
   const int32_t* point_keys;
   const int32_t* variant;                // (variant_batch, variant_heads): which tables a (batch item, head) uses
   int32_t variant_batch, variant_heads;  // 1: shared by all batch items / heads
@@ -42,15 +44,15 @@ struct LayerView {
 // One piece of a plan: tile entries over query rows in an order of their own ("place"). A tile that is split over its keys
 // (split-K) has one entry per part.
 struct PieceView {
-  const int32_t* rows;   // (places,) query row of a place; null: place = row
-  const int64_t* first;  // (variants + 1,) first entry of each variant
+  const int32_t* rows;                          // (places,) query row of a place; null: place = row
+  const int64_t* first;                         // (variants + 1,) first entry of each variant
   const int32_t *start, *count, *part, *parts;  // (entries,): first place, rows, index of the part, number of parts
-  const int64_t* slot;   // (entries,) index of the entry's partial result; -1 when the tile is not split
+  const int64_t* slot;                          // (entries,) index of the entry's partial result; -1 when the tile is not split
   const int32_t* variant;
   int32_t variant_batch, variant_heads;
-  int64_t slots;         // partial results of the piece, for one (batch item, head)
-  int64_t groups;        // split tiles of the piece, for one (batch item, head)
-  const int32_t* group;  // (entries,) which split tile an entry belongs to; -1 when not split
+  int64_t slots;                     // partial results of the piece, for one (batch item, head)
+  int64_t groups;                    // split tiles of the piece, for one (batch item, head)
+  const int32_t* group;              // (entries,) which split tile an entry belongs to; -1 when not split
   const uint8_t* every_row_visible;  // (entries,) nonzero: every row of the tile sees at least one key of this piece
   const LayerView* layers;
   int32_t layer_count;
@@ -98,8 +100,8 @@ struct Call {
   // (B, H, n_q) or null. Forward: read and written when pieces merge; zero at the start. Backward: row_sum holds its natural
   // logarithm instead.
   RowStats* row_stats;
-  void* result;           // forward: out; backward: dq; contiguous (B, H, n_q, D)
-  bool merges;            // pieces overlap in rows: a row may already hold a result, to be merged with (forward) or added to (dq)
+  void* result;  // forward: out; backward: dq; contiguous (B, H, n_q, D)
+  bool merges;   // pieces overlap in rows: a row may already hold a result, to be merged with (forward) or added to (dq)
   bool keep_masked_rows;  // a row that sees no key in a tile keeps its present result (initialised before the tiles run)
   // Split-K: partial results (dim + 2 floats per row) and the number of parts still to finish, with base offsets per piece.
   float* partial;
@@ -107,8 +109,8 @@ struct Call {
   const int64_t *partial_base, *pending_base;
 };
 
-// Float32 accumulators of dk and dv for one (batch item, key head): a pointer per block of kBlock keys (null: block not touched by
-// this slab), rows `stride` floats apart.
+// Float32 accumulators of dk and dv for one (batch item, key head): a pointer per block of kBlock keys (null: block not touched
+// by this slab), rows `stride` floats apart.
 struct DkDvBlocks {
   float* const* dk;
   float* const* dv;
@@ -128,7 +130,8 @@ struct Kernels {
   // `next` is the item that this thread will probably run afterwards, for prefetching; may be null.
   void (*forward)(const Call&, const WorkItem&, const WorkItem* next, char* scratch);
   void (*backward)(const Call&, const WorkItem&, const WorkItem* next, const DkDvBlocks&, char* scratch);
-  // Adds `count` accumulator blocks into the first one and writes `rows` rows of `dim` elements of `type`; out may alias blocks[0].
+  // Adds `count` accumulator blocks into the first one and writes `rows` rows of `dim` elements of `type`; out may alias
+  // blocks[0].
   void (*reduce)(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out);
   float (*peak_fma)(int64_t iterations);  // register-only multiply-adds, `peak_fma_flops` operations per iteration
   int64_t peak_fma_flops;

@@ -128,7 +128,8 @@ struct AccTiles {
 // Scores of 32 keys x 32 query rows: to[i][lane] = sum over d of (low, then high)[i][d] * b[d][lane]. `part`: words between the
 // parts of b; `steps`: blocks of 32 head dimensions.
 template <int NumParts, class Between>
-inline void score_key_group(Panel low, Panel high, const uint32_t* b, int64_t part, int64_t steps, float* to, Between&& between) {
+inline void score_key_group(Panel low, Panel high, const uint32_t* b, int64_t part, int64_t steps, float* to,
+                            Between&& between) {
   constexpr int64_t line = kRows * 4;
   AmxTileConfig::fence();
   const AccTiles sums{to, to + kTileDim * kRows, line, true, true};
@@ -142,8 +143,8 @@ inline void score_key_group(Panel low, Panel high, const uint32_t* b, int64_t pa
 // b[key][lane], for d < dim rounded up to 16. `column_part`: elements between the parts of the columns; `part`: words between
 // the parts of b.
 template <int NumParts, class Between>
-inline void accumulate_key_groups(float* to, const uint16_t* const* columns, int64_t column_part, const uint32_t* b, int64_t part,
-                              int groups, int64_t dim, bool overwrite, Between&& between) {
+inline void accumulate_key_groups(float* to, const uint16_t* const* columns, int64_t column_part, const uint32_t* b,
+                                  int64_t part, int groups, int64_t dim, bool overwrite, Between&& between) {
   constexpr int64_t line = kRows * 4;
   AmxTileConfig::fence();
   for (int64_t d = 0; d < dim; d += 2 * kTileDim, to += 2 * kTileDim * kRows) {
@@ -162,8 +163,8 @@ inline void accumulate_key_groups(float* to, const uint16_t* const* columns, int
 // dV += P^T dO and dK += dS^T Q: sums[i][d] (+)= sum over 32 query rows of a[i][row] * b[row][d], for `panels` panels of 16
 // keys whose 16 x 32 weights are consecutive in `a`. The sums of a panel start at to[panel], `stride` floats between keys;
 // `ld`: words between row pairs of b. Tiles 4-7 hold 64 columns of b across all panels.
-inline void accumulate_panels(float* const* to, int64_t stride, const uint16_t* a, const uint32_t* b, int64_t ld, int panels, int64_t dim,
-                       bool overwrite) {
+inline void accumulate_panels(float* const* to, int64_t stride, const uint16_t* a, const uint32_t* b, int64_t ld, int panels,
+                              int64_t dim, bool overwrite) {
   const int64_t line = stride * 4;
   AmxTileConfig::fence();
   for (int64_t d = 0; d < dim; d += 4 * kTileDim) {
@@ -175,12 +176,12 @@ inline void accumulate_panels(float* const* to, int64_t stride, const uint16_t* 
     for (int s = 0; s < panels; ++s) {
       float* at = to[s] + d;
       _tile_loadd(0, a + s * kTileDim * kRows, kRows * 2);
-#define FARLIGHT_COLUMN(SUM, RIGHT, NUMBER)                    \
-  if (columns > NUMBER) {                                      \
-    if (overwrite) _tile_zero(SUM);                                \
-    else _tile_loadd(SUM, at + NUMBER * kTileDim, line);          \
-    _tile_dpbf16ps(SUM, 0, RIGHT);                             \
-    _tile_stored(SUM, at + NUMBER * kTileDim, line);              \
+#define FARLIGHT_COLUMN(SUM, RIGHT, NUMBER)              \
+  if (columns > NUMBER) {                                \
+    if (overwrite) _tile_zero(SUM);                      \
+    else _tile_loadd(SUM, at + NUMBER * kTileDim, line); \
+    _tile_dpbf16ps(SUM, 0, RIGHT);                       \
+    _tile_stored(SUM, at + NUMBER * kTileDim, line);     \
   }
       FARLIGHT_COLUMN(1, 4, 0)
       FARLIGHT_COLUMN(2, 5, 1)
@@ -192,8 +193,8 @@ inline void accumulate_panels(float* const* to, int64_t stride, const uint16_t* 
 }
 
 // The same for split operands; `a_part` elements and `b_part` words between parts.
-inline void accumulate_split_panels(float* const* to, int64_t stride, const uint16_t* a, int64_t a_part, const uint32_t* b, int64_t ld,
-                                int64_t b_part, int panels, int64_t dim, bool overwrite) {
+inline void accumulate_split_panels(float* const* to, int64_t stride, const uint16_t* a, int64_t a_part, const uint32_t* b,
+                                    int64_t ld, int64_t b_part, int panels, int64_t dim, bool overwrite) {
   AmxTileConfig::fence();
   for (int s = 0, step = 0; s < panels; s += step) {
     // Two panels at once, unless their sums overlap (a key in both): a panel's sums must be stored before the other loads them.

@@ -92,7 +92,8 @@ class Backward {
       chunk_ = chunks_ + slot;
       has_next = walk.next(chunks_[slot ^ 1]);
       const Chunk& c = *chunk_;
-      KeyPrefetcher<Traits> prefetcher(has_next ? chunks_ + (slot ^ 1) : nullptr, keys_, values_, packed_, gather_prefetcher, recent_, dim_);
+      KeyPrefetcher<Traits> prefetcher(has_next ? chunks_ + (slot ^ 1) : nullptr, keys_, values_, packed_, gather_prefetcher,
+                                       recent_, dim_);
       for (int i = 0; i < c.n; ++i) touched |= c.row_mask[i];
       dkdv_.locate(c, dkdv_blocks);
       if constexpr (uses_amx<Traits>) {
@@ -173,7 +174,8 @@ class Backward {
 #if defined(FARLIGHT_BF16_PAIRS)
       const int64_t part = kRows / 2 * ld_;
       for (int s = 0; s < row_block.count; s += 2)
-        interleave_rows(source.row(row_block.row[s]), s + 1 < row_block.count ? source.row(row_block.row[s + 1]) : nullptr, dim_, to + s / 2 * ld_, part);
+        interleave_rows(source.row(row_block.row[s]), s + 1 < row_block.count ? source.row(row_block.row[s + 1]) : nullptr,
+                        dim_, to + s / 2 * ld_, part);
       const int pairs = (row_block.count + 1) / 2;
       for (int p = 0; uses_amx<Traits> && p < num_parts<Traits>; ++p)
         std::memset(to + p * part + pairs * ld_, 0, (kRows / 2 - pairs) * ld_ * sizeof(Word));
@@ -207,7 +209,8 @@ class Backward {
       subtract_references(scores_, c.n, reference_);
       factor = 1.0f;
     }
-    const F scale = broadcast(call_.scale * dropout.keep_scale()), keep_scale = broadcast(dropout.keep_scale()), minus_log2e = broadcast(-kLog2E);
+    const F scale = broadcast(call_.scale * dropout.keep_scale()), keep_scale = broadcast(dropout.keep_scale()),
+            minus_log2e = broadcast(-kLog2E);
     for (int g = 0; g < lanes; g += kV * W) {
       F lse[kV], minus_delta[kV];  // minus_delta: the part of dS / P that does not depend on dP
       for (int v = 0; v < kV; ++v) {
@@ -222,7 +225,8 @@ class Backward {
           const int at = i * kRows + g + v * W;
           const F score = load(scores_ + at);
           // An error of the lse affects all weights of its row: in float32 it enters the fma unrounded.
-          p[v] = exp2_poly<Traits::degree>(q_prescaled<Traits> ? fma(lse[v], minus_log2e, score) : fma(score, broadcast(factor), lse[v]));
+          p[v] = exp2_poly<Traits::degree>(q_prescaled<Traits> ? fma(lse[v], minus_log2e, score)
+                                                               : fma(score, broadcast(factor), lse[v]));
           if (masked) p[v] = select(c.row_mask[i] >> (g + v * W), p[v], broadcast(0.0f));
           F dp = fma(load(ds_ + at), scale, minus_delta[v]);
           if (dropout.on()) {
@@ -264,7 +268,8 @@ class Backward {
   void clear_padding() {
     const int64_t minus_delta = chunk_->blocks * kM - chunk_->n;
     for (int p = 0; minus_delta && p < num_parts<Traits>; ++p) {
-      const int64_t at = p * kWeights + chunk_->n * kRows / 2, bytes = minus_delta * kRows / 2 * static_cast<int64_t>(sizeof(Word));
+      const int64_t at = p * kWeights + chunk_->n * kRows / 2,
+                    bytes = minus_delta * kRows / 2 * static_cast<int64_t>(sizeof(Word));
       std::memset(weight_rows_ + at, 0, bytes);
       std::memset(ds_rows_ + at, 0, bytes);
     }
@@ -304,8 +309,8 @@ class Backward {
     if constexpr (uses_amx<Traits>) {
 #if defined(FARLIGHT_ISA_AMX)
       const int groups = (c.n + kDepth - 1) / kDepth;
-      accumulate_key_groups<num_parts<Traits>>(dq_, packed_.groups, packed_.part(), ds_columns_, kWeights, groups, dim_, overwrite,
-                                        [&] { prefetcher.issue_some(); });
+      accumulate_key_groups<num_parts<Traits>>(dq_, packed_.groups, packed_.part(), ds_columns_, kWeights, groups, dim_,
+                                               overwrite, [&] { prefetcher.issue_some(); });
 #endif
     } else {
       if constexpr (uses_pairs<Traits>) keys_.fetch_col_major(c, packed_);
@@ -318,9 +323,10 @@ class Backward {
   }
 
   // Processes gathered keys; returns the mask of rows that have any.
-  uint32_t add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const HeadRows<T>& dout, const DropoutMask& dropout, const DkDvBlocks& dkdv_blocks) {
-    GatheredGradients<T> gradients(row_block, q, dout, keys_.source(), values_.source(), dim_, call_.scale, dropout, dkdv_blocks, reference_, lse_, delta_,
-                             dq_rows_, ld_);
+  uint32_t add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const HeadRows<T>& dout, const DropoutMask& dropout,
+                        const DkDvBlocks& dkdv_blocks) {
+    GatheredGradients<T> gradients(row_block, q, dout, keys_.source(), values_.source(), dim_, call_.scale, dropout,
+                                   dkdv_blocks, reference_, lse_, delta_, dq_rows_, ld_);
     uint32_t touched = 0;
     for (int i = 0; i < row_block.piece->layer_count; ++i)
       if (row_block.has_gathered(row_block.piece->layers[i])) touched |= gradients.process_layer(row_block.piece->layers[i]);
@@ -330,7 +336,8 @@ class Backward {
   // The partial result of a part of a split-K tile.
   float* partial(int64_t entry) const {
     const PieceView& piece = call_.plan->pieces[item_.piece];
-    const int64_t slot = call_.partial_base[item_.piece] + (item_.batch * call_.heads + item_.head) * piece.slots + piece.slot[entry];
+    const int64_t slot =
+        call_.partial_base[item_.piece] + (item_.batch * call_.heads + item_.head) * piece.slots + piece.slot[entry];
     return call_.partial + slot * call_.plan->tile * (dim_ + 2);
   }
 

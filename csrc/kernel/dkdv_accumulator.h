@@ -66,7 +66,6 @@ class DkDvAccumulator {
   static constexpr int64_t kWeights = kChunkKeys * kLine;  // words between the parts of the weights of a chunk
 
  private:
-
   const Word* const* rows_of(const Word* weights, int at) {
     for (int m = 0; m < kM; ++m) weight_rows_[m] = weights + (at + m) * kLine;
     return weight_rows_;
@@ -104,7 +103,8 @@ class DkDvAccumulator {
       }
       accumulate_panels_at(&staging_, ld_, weights + first * kLine, rows, 1, true);
       for (int i = 0; i < kPanelKeys && first + i < c.n; ++i)
-        for (int64_t d = 0; d < dim_; d += W) store(sums[first + i] + d, FARLIGHT_NS::add(load(sums[first + i] + d), load(staging_ + i * ld_ + d)));
+        for (int64_t d = 0; d < dim_; d += W)
+          store(sums[first + i] + d, FARLIGHT_NS::add(load(sums[first + i] + d), load(staging_ + i * ld_ + d)));
       first += kPanelKeys;
     }
 #else
@@ -113,7 +113,8 @@ class DkDvAccumulator {
   }
 
 #if defined(FARLIGHT_ISA_AMX)
-  void accumulate_panels_at(float* const* to, int64_t stride, const Word* weights, const Word* rows, int panels, bool overwrite) const {
+  void accumulate_panels_at(float* const* to, int64_t stride, const Word* weights, const Word* rows, int panels,
+                            bool overwrite) const {
     const Bf16* a = reinterpret_cast<const Bf16*>(weights);
     if constexpr (num_parts<Traits> == 1) accumulate_panels(to, stride, a, rows, ld_, panels, dim_, overwrite);
     else accumulate_split_panels(to, stride, a, kWeights * 2, rows, ld_, kRows / 2 * ld_, panels, dim_, overwrite);

@@ -71,7 +71,8 @@ class Forward {
     for (int slot = 0; has_next; slot ^= 1) {
       chunk_ = chunks_ + slot;
       has_next = walk.next(chunks_[slot ^ 1]);
-      KeyPrefetcher<Traits> prefetcher(has_next ? chunks_ + (slot ^ 1) : nullptr, keys_, values_, packed_, gather_prefetcher, recent_, dim_);
+      KeyPrefetcher<Traits> prefetcher(has_next ? chunks_ + (slot ^ 1) : nullptr, keys_, values_, packed_, gather_prefetcher,
+                                       recent_, dim_);
       if constexpr (uses_amx<Traits>) {
         process_chunk_amx(prefetcher, dropout, factor, lanes, first_chunk);
         row_prefetcher.issue_some(kRows / 4);
@@ -95,7 +96,8 @@ class Forward {
   TensorView results() const { return {call_.result, call_.heads * call_.plan->n_q * dim_, call_.plan->n_q * dim_, dim_}; }
 
   // One chunk by vector products: scores, running maximum, weights, values.
-  FARLIGHT_INLINE void process_chunk(KeyPrefetcher<Traits>& prefetcher, RowPrefetcher& row_prefetcher, const DropoutMask& dropout, float factor, int lanes, bool first_chunk) {
+  FARLIGHT_INLINE void process_chunk(KeyPrefetcher<Traits>& prefetcher, RowPrefetcher& row_prefetcher,
+                                     const DropoutMask& dropout, float factor, int lanes, bool first_chunk) {
     float row_max[kRows];
     keys_.fetch_row_major(*chunk_);
     score<Traits, true>(*chunk_, keys_, queries_, lanes, scores_, row_max, [&](int block) {
@@ -109,7 +111,8 @@ class Forward {
   }
 
   // One chunk by AMX tile products.
-  FARLIGHT_INLINE void process_chunk_amx(KeyPrefetcher<Traits>& prefetcher, const DropoutMask& dropout, float factor, int lanes, bool first_chunk) {
+  FARLIGHT_INLINE void process_chunk_amx(KeyPrefetcher<Traits>& prefetcher, const DropoutMask& dropout, float factor, int lanes,
+                                         bool first_chunk) {
 #if defined(FARLIGHT_ISA_AMX)
     const int groups = packed_.fetch(*chunk_);
     score_amx(*chunk_, keys_, packed_, 0, queries_, scores_, prefetcher);
@@ -121,7 +124,8 @@ class Forward {
       compute_weights_amx(dropout, scale_large(factor, lanes), lanes, sums);
     }
     for (int g = 0; g < lanes; g += W) store(row_sum_ + g, add(load(row_sum_ + g), sums[g / W]));
-    accumulate_key_groups<num_parts<Traits>>(acc_, packed_.groups, packed_.part(), weights_, kWeights, groups, dim_, first_chunk, [&] { prefetcher.issue_some(); });
+    accumulate_key_groups<num_parts<Traits>>(acc_, packed_.groups, packed_.part(), weights_, kWeights, groups, dim_,
+                                             first_chunk, [&] { prefetcher.issue_some(); });
 #else
     (void)prefetcher, (void)dropout, (void)factor, (void)lanes, (void)first_chunk;
 #endif
@@ -159,7 +163,8 @@ class Forward {
     uint32_t large = 0;
     for (int g = 0; g < lanes; g += W) {
       const F row_max = load(row_max_ + g);
-      large |= greater(row_max, broadcast(kLargeReference)) | (greater(broadcast(-kLargeReference), row_max) & greater(row_max, broadcast(kInitialMax)));
+      large |= greater(row_max, broadcast(kLargeReference)) |
+               (greater(broadcast(-kLargeReference), row_max) & greater(row_max, broadcast(kInitialMax)));
     }
     if (!large) return factor;
     scale_scores(scores_, chunk_->blocks * kM, factor);
@@ -175,7 +180,8 @@ class Forward {
 #if defined(FARLIGHT_ISA_AMX)
   // Weights of a block of kM keys after AMX products: scales and masks the scores (padding keys included), applies exp2 and
   // dropout, and stores bfloat16 pairs. Returns the sum of the weights; running_max is raised to the largest exponent.
-  FARLIGHT_INLINE F weights_of_block(int block, int g, [[maybe_unused]] F factor, F reference, const DropoutMask& dropout, F& running_max) {
+  FARLIGHT_INLINE F weights_of_block(int block, int g, [[maybe_unused]] F factor, F reference, const DropoutMask& dropout,
+                                     F& running_max) {
     const Chunk& c = *chunk_;
     const int first = block * kM;
     F w[kM];
@@ -193,7 +199,8 @@ class Forward {
     if (dropout.on())
       for (int i = 0; i < kM; ++i) w[i] = select(dropout.keep_mask(c.key[first + i], g), w[i], broadcast(0.0f));
     FARLIGHT_UNROLL
-    for (int i = 0; i < kM; i += 2) store_interleaved<num_parts<Traits>>(w[i], w[i + 1], weights_ + (first + i) / 2 * kRows + g, kWeights);
+    for (int i = 0; i < kM; i += 2)
+      store_interleaved<num_parts<Traits>>(w[i], w[i + 1], weights_ + (first + i) / 2 * kRows + g, kWeights);
     return sum;
   }
 
@@ -204,7 +211,8 @@ class Forward {
     for (int g = 0; g < lanes; g += W) {
       const F reference = load(row_max_ + g);
       F sum = broadcast(0.0f), running_max = broadcast(kMaskedScore);
-      for (int block = 0; block < chunk_->blocks; ++block) sum = add(sum, weights_of_block(block, g, broadcast(factor), reference, dropout, running_max));
+      for (int block = 0; block < chunk_->blocks; ++block)
+        sum = add(sum, weights_of_block(block, g, broadcast(factor), reference, dropout, running_max));
       sums[g / W] = sum;
       raised |= greater(running_max, broadcast(kMaxSlack));
     }
@@ -230,7 +238,8 @@ class Forward {
     }
     const auto weight = [&](int i, int v) {
       const F x = load(scores_ + i * kRows + g + v * W);
-      const F w = exp2_poly<Traits::degree>(q_prescaled<Traits> ? sub(x, reference[v]) : fma(x, factor, sub(broadcast(0.0f), reference[v])));
+      const F w = exp2_poly<Traits::degree>(q_prescaled<Traits> ? sub(x, reference[v])
+                                                                : fma(x, factor, sub(broadcast(0.0f), reference[v])));
       row_sum[v] = add(row_sum[v], w);
       return dropout.on() ? select(dropout.keep_mask(chunk_->key[i], g + v * W), w, broadcast(0.0f)) : w;
     };
@@ -240,7 +249,8 @@ class Forward {
         const F w = weight(i, v);
         if constexpr (uses_pairs<Traits>) {
 #if defined(FARLIGHT_BF16_PAIRS)
-          store_i(weights_ + i / 2 * kRows + g + v * W, narrow_interleaved(w, i + 1 < span.last ? weight(i + 1, v) : broadcast(0.0f)));
+          store_i(weights_ + i / 2 * kRows + g + v * W,
+                  narrow_interleaved(w, i + 1 < span.last ? weight(i + 1, v) : broadcast(0.0f)));
 #endif
         } else {
           store(scores_ + i * kRows + g + v * W, w);
@@ -257,13 +267,14 @@ class Forward {
     const Spans& spans = chunk_->spans;
     const bool fused = spans.count == 1 && spans.span[0].halves == kBothHalves;
     if (rescales && !fused) rescale_sums();
-    accumulate_col_major<typename Traits::Op>(acc_, values_.col_major, weights_, spans, dim_, lanes, first_chunk, rescales && fused ? rescale_ : nullptr);
+    accumulate_col_major<typename Traits::Op>(acc_, values_.col_major, weights_, spans, dim_, lanes, first_chunk,
+                                              rescales && fused ? rescale_ : nullptr);
   }
 
   // Continues the softmax over gathered keys.
   void add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const DropoutMask& dropout) {
     GatheredSoftmax<T> softmax(row_block, q, keys_.source(), values_.source(), dim_, call_.scale * kLog2E, dropout,
-                            {row_max_, row_sum_, out_rows_, ld_, row_buffer_});
+                               {row_max_, row_sum_, out_rows_, ld_, row_buffer_});
     for (int i = 0; i < row_block.piece->layer_count; ++i)
       if (row_block.has_gathered(row_block.piece->layers[i])) softmax.process_layer(row_block.piece->layers[i]);
   }
@@ -272,7 +283,8 @@ class Forward {
   void finish(const RowBlock& row_block, float keep_scale) {
     const PieceView& piece = *row_block.piece;
     if (piece.slot[item_.entry] < 0) {
-      for (int s = 0; s < row_block.count; ++s) write(row_block.row[s], row_max_[s], row_sum_[s], out_rows_ + s * ld_, keep_scale);
+      for (int s = 0; s < row_block.count; ++s)
+        write(row_block.row[s], row_max_[s], row_sum_[s], out_rows_ + s * ld_, keep_scale);
       return;
     }
     float* at = partial(item_.entry) + row_block.first_row * (dim_ + 2);
@@ -286,7 +298,8 @@ class Forward {
   // The partial result of a part of a split-K tile.
   float* partial(int64_t entry) const {
     const PieceView& piece = call_.plan->pieces[item_.piece];
-    const int64_t slot = call_.partial_base[item_.piece] + (item_.batch * call_.heads + item_.head) * piece.slots + piece.slot[entry];
+    const int64_t slot =
+        call_.partial_base[item_.piece] + (item_.batch * call_.heads + item_.head) * piece.slots + piece.slot[entry];
     return call_.partial + slot * call_.plan->tile * (dim_ + 2);
   }
 
@@ -334,7 +347,8 @@ class Forward {
     RowStats* const before = call_.row_stats ? call_.row_stats + at : nullptr;
     if (call_.merges && before->row_sum != 0.0f) {
       const float merged_max = before->row_max > row_max ? before->row_max : row_max;
-      const float part_weight = before->row_sum * exp2f(before->row_max - merged_max), acc_weight = row_sum * exp2f(row_max - merged_max), merged_sum = part_weight + acc_weight;
+      const float part_weight = before->row_sum * exp2f(before->row_max - merged_max),
+                  acc_weight = row_sum * exp2f(row_max - merged_max), merged_sum = part_weight + acc_weight;
       factor *= acc_weight / merged_sum;
       read_row(call_.out_type, call_.result, at * dim_, row_buffer_, dim_);
       for (int64_t d = 0; d < dim_; ++d) sum[d] = sum[d] * factor + row_buffer_[d] * (part_weight / merged_sum);

@@ -42,9 +42,16 @@ struct SoftmaxRows {
 template <class T>
 class GatheredSoftmax {
  public:
-  GatheredSoftmax(const RowBlock& row_block, const HeadRows<T>& queries, const HeadRows<T>& keys, const HeadRows<T>& values, int64_t dim, float scale,
-               const DropoutMask& dropout, const SoftmaxRows& state)
-      : row_block_(row_block), queries_(queries), keys_(keys), values_(values), dim_(dim), scale_(scale), dropout_(dropout), state_(state) {}
+  GatheredSoftmax(const RowBlock& row_block, const HeadRows<T>& queries, const HeadRows<T>& keys, const HeadRows<T>& values,
+                  int64_t dim, float scale, const DropoutMask& dropout, const SoftmaxRows& state)
+      : row_block_(row_block),
+        queries_(queries),
+        keys_(keys),
+        values_(values),
+        dim_(dim),
+        scale_(scale),
+        dropout_(dropout),
+        state_(state) {}
 
   // Processes all gathered keys of a layer.
   void process_layer(const LayerView& layer) {

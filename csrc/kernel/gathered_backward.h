@@ -11,11 +11,24 @@ template <class T>
 class GatheredGradients {
  public:
   // reference, lse, delta: per row of the block (lse relative to reference, see Backward); dq: rows `ld` floats apart.
-  GatheredGradients(const RowBlock& row_block, const HeadRows<T>& queries, const HeadRows<T>& dout, const HeadRows<T>& keys, const HeadRows<T>& values,
-                 int64_t dim, float scale, const DropoutMask& dropout, const DkDvBlocks& dkdv_blocks, const float* reference, const float* lse,
-                 const float* delta, float* dq, int64_t ld)
-      : row_block_(row_block), queries_(queries), dout_(dout), keys_(keys), values_(values), dim_(dim), scale_(scale),
-        dropout_(dropout), dkdv_blocks_(dkdv_blocks), reference_(reference), lse_(lse), delta_(delta), dq_(dq), ld_(ld) {}
+  GatheredGradients(const RowBlock& row_block, const HeadRows<T>& queries, const HeadRows<T>& dout, const HeadRows<T>& keys,
+                    const HeadRows<T>& values, int64_t dim, float scale, const DropoutMask& dropout,
+                    const DkDvBlocks& dkdv_blocks, const float* reference, const float* lse, const float* delta, float* dq,
+                    int64_t ld)
+      : row_block_(row_block),
+        queries_(queries),
+        dout_(dout),
+        keys_(keys),
+        values_(values),
+        dim_(dim),
+        scale_(scale),
+        dropout_(dropout),
+        dkdv_blocks_(dkdv_blocks),
+        reference_(reference),
+        lse_(lse),
+        delta_(delta),
+        dq_(dq),
+        ld_(ld) {}
 
   // Processes a layer's gathered keys; returns the mask of rows that have any.
   uint32_t process_layer(const LayerView& layer) {
@@ -57,7 +70,8 @@ class GatheredGradients {
   // From (S, dP) to (P with dropout, dS).
   void softmax_backward(const int32_t* keys, int n) {
     for (int i = 0; i < n; i += W)
-      store(weight_ + i, exp2_poly<5>(fma(load(row_lse_ + i), broadcast(-kLog2E), sub(load(weight_ + i), load(row_reference_ + i)))));
+      store(weight_ + i,
+            exp2_poly<5>(fma(load(row_lse_ + i), broadcast(-kLog2E), sub(load(weight_ + i), load(row_reference_ + i)))));
     for (int i = 0; i < n; ++i) {
       const float keep = !dropout_.on() ? 1.0f : dropout_.keeps_pair(keys[i], row_[i]) ? dropout_.keep_scale() : 0.0f;
       ds_[i] = weight_[i] * scale_ * (ds_[i] * keep - delta_[row_[i]]);

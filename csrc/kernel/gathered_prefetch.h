@@ -70,7 +70,10 @@ template <class T>
 class GatherPrefetcher {
  public:
   GatherPrefetcher(const RowBlock& row_block, const HeadRows<T>& keys, const HeadRows<T>& values, int64_t dim)
-      : queue_(row_block), keys_(keys), values_(values), dim_(dim) {}
+      : queue_(row_block),
+        keys_(keys),
+        values_(values),
+        dim_(dim) {}
 
   bool pending() const { return !queue_.empty(); }
   // Fills `lines` with the rows of the next keys.
@@ -101,7 +104,9 @@ class GatherPrefetcher {
 class DkDvPrefetcher {
  public:
   DkDvPrefetcher(const RowBlock& row_block, const DkDvBlocks& sums, int64_t lines_of_key, int64_t dim)
-      : queue_(row_block), sums_(sums), ranges_per_row_(PrefetchLines::lines_per_row<float>(dim) > lines_of_key ? 2 : 1) {
+      : queue_(row_block),
+        sums_(sums),
+        ranges_per_row_(PrefetchLines::lines_per_row<float>(dim) > lines_of_key ? 2 : 1) {
     lines_.count = lines_of_key;
   }
 

@@ -71,7 +71,9 @@ void run(const Call& call, const WorkItem& item, char* scratch, const Rest&... r
 
 int64_t scratch_bytes(const Call& call) { return max(measure<Forward>(call), measure<Backward>(call)); }
 
-void forward(const Call& call, const WorkItem& item, const WorkItem* next, char* scratch) { run<Forward>(call, item, scratch, next); }
+void forward(const Call& call, const WorkItem& item, const WorkItem* next, char* scratch) {
+  run<Forward>(call, item, scratch, next);
+}
 
 void backward(const Call& call, const WorkItem& item, const WorkItem* next, const DkDvBlocks& sums, char* scratch) {
   run<Backward>(call, item, scratch, sums, next);
@@ -101,6 +103,7 @@ constexpr int64_t kZeroedBytes = sizeof(CacheTags);
 constexpr int64_t kZeroedBytes = 0;
 #endif
 extern const Kernels kernels;
-const Kernels kernels{FARLIGHT_STRINGIFY(FARLIGHT_NS), kZeroedBytes, scratch_bytes, forward, backward, reduce, peak_fma, 2 * kChains * W};
+const Kernels kernels{
+    FARLIGHT_STRINGIFY(FARLIGHT_NS), kZeroedBytes, scratch_bytes, forward, backward, reduce, peak_fma, 2 * kChains* W};
 
 }  // namespace farlight::FARLIGHT_NS

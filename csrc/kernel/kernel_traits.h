@@ -2,7 +2,8 @@
 //
 //   F32          float32 tensors, FMA on float32; rows are read in place
 //   Bf16Widened  bfloat16 tensors, FMA on float32; rows are widened to float32 a chunk at a time
-//   Bf16Pairs    bfloat16 tensors, dot products of bfloat16 pairs (vdpbf16ps). The summed dimension is interleaved in pairs; packed
+//   Bf16Pairs    bfloat16 tensors, dot products of bfloat16 pairs (vdpbf16ps). The summed dimension is interleaved in pairs;
+//   packed
 //                blocks of keys are cached (packed_cache.h)
 //   AmxBf16      bfloat16 tensors, AMX tile products of the same operands (amx_tiles.h)
 //   AmxF32Split  float32 tensors on AMX: every operand is split into three bfloat16 parts, six tile products per product
@@ -68,7 +69,8 @@ struct HeadRows {
   const T* base;
   int64_t stride;
   HeadRows(const TensorView& rows, int64_t b, int64_t h)
-      : base(static_cast<const T*>(rows.data) + b * rows.batch + h * rows.head), stride(rows.row) {}
+      : base(static_cast<const T*>(rows.data) + b * rows.batch + h * rows.head),
+        stride(rows.row) {}
   const T* row(int64_t i) const { return base + i * stride; }
 };
 
@@ -112,7 +114,8 @@ FARLIGHT_INLINE void interleave_rows(const Bf16* x, const Bf16* y, int64_t dim, 
 }
 FARLIGHT_INLINE void interleave_rows(const float* x, const float* y, int64_t dim, uint32_t* to, int64_t part) {
   for (int64_t d = 0; d < round_up(dim, 32); d += W)
-    store_interleaved<kParts>(x ? load_f32(x + d, dim - d) : broadcast(0.0f), y ? load_f32(y + d, dim - d) : broadcast(0.0f), to + d, part);
+    store_interleaved<kParts>(x ? load_f32(x + d, dim - d) : broadcast(0.0f), y ? load_f32(y + d, dim - d) : broadcast(0.0f),
+                              to + d, part);
 }
 #endif
 

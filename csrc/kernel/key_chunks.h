@@ -14,8 +14,8 @@ constexpr int kChunkKeys = 64 * kAccumulators / kM * kM;  // keys in a chunk, at
 // keys in a group: summed dimension of a tile product, and unit of the packed cache (packed_cache.h)
 constexpr int kDepth = 32;
 constexpr uint32_t kAllRows = 0xffffffffu;  // row mask: every row sees the key
-constexpr int kHalfRows = kRows / 2;  // products skip a half of the rows that sees nothing of a key block
-constexpr uint32_t kBothHalves = 3;  // bit 0: rows 0-15, bit 1: rows 16-31
+constexpr int kHalfRows = kRows / 2;        // products skip a half of the rows that sees nothing of a key block
+constexpr uint32_t kBothHalves = 3;         // bit 0: rows 0-15, bit 1: rows 16-31
 
 // A row block: up to kRows consecutive query rows of a tile entry, the unit that one pass of a kernel holds in vector lanes.
 struct RowBlock {
@@ -23,10 +23,13 @@ struct RowBlock {
   const PieceView* piece;
   WorkItem item;
   int first_row, count;  // the rows of the entry: [first_row, first_row + count)
-  int64_t row[kRows];  // their query row indices
+  int64_t row[kRows];    // their query row indices
 
   RowBlock(const PlanView& of, const WorkItem& at, int first_row)
-      : plan(&of), piece(&of.pieces[at.piece]), item(at), first_row(first_row) {
+      : plan(&of),
+        piece(&of.pieces[at.piece]),
+        item(at),
+        first_row(first_row) {
     count = min(piece->count[at.entry] - first_row, kRows);
     const int64_t place = piece->start[at.entry] + first_row;
     for (int s = 0; s < count; ++s) row[s] = piece->rows ? piece->rows[place + s] : place + s;
@@ -99,20 +102,30 @@ FARLIGHT_INLINE void for_lanes(uint32_t halves, int lanes, Body&& count) {
 
 // The next keys of the walk.
 struct Chunk {
-  int n;  // keys
+  int n;       // keys
   int blocks;  // blocks of kM keys; the last is padded with copies of a key that no row sees
   int32_t key[kChunkKeys];
-  uint32_t row_mask[kChunkKeys];  // bit s: row s sees the key
-  bool masked[kChunkKeys / kM];  // some row does not see some key of the block
+  uint32_t row_mask[kChunkKeys];          // bit s: row s sees the key
+  bool masked[kChunkKeys / kM];           // some row does not see some key of the block
   bool maybe_duplicate[kChunkKeys / kM];  // keys of the block may repeat (several runs or a key table)
-  Spans spans;  // the chunk's keys that at least one row sees
+  Spans spans;                            // the chunk's keys that at least one row sees
 };
 
 // The walk over the runs of all layers of a row block.
 class KeyWalk {
  public:
   // A chunk has at most `max_keys` keys and is padded to a multiple of `group`.
-  KeyWalk(const RowBlock& row_block, int max_keys, int group) : row_block_(row_block), max_keys_(max_keys), group_(group), layer_(-1), run_(0), run_end_(0), slot_(0), hi_(0) { advance(); }
+  KeyWalk(const RowBlock& row_block, int max_keys, int group)
+      : row_block_(row_block),
+        max_keys_(max_keys),
+        group_(group),
+        layer_(-1),
+        run_(0),
+        run_end_(0),
+        slot_(0),
+        hi_(0) {
+    advance();
+  }
 
   // Fills the next chunk; false at the end.
   bool next(Chunk& c) {
@@ -154,7 +167,8 @@ class KeyWalk {
         }
         layer_view_ = &row_block_.piece->layers[layer_];
         const PieceView& piece = *row_block_.piece;
-        const int32_t v = variant_of(piece.variant, piece.variant_batch, piece.variant_heads, row_block_.item.batch, row_block_.item.head);
+        const int32_t v =
+            variant_of(piece.variant, piece.variant_batch, piece.variant_heads, row_block_.item.batch, row_block_.item.head);
         const int64_t t = layer_view_->entry_base[row_block_.variant(*layer_view_)] + row_block_.item.entry - piece.first[v];
         run_ = layer_view_->indptr[t];
         run_end_ = layer_view_->indptr[t + 1];
@@ -191,7 +205,8 @@ class KeyWalk {
   uint32_t visible_rows(int32_t slot) const {
     uint32_t bits = 0;
     if (kind_ == kBounds) {
-      const I from_lo = broadcast_i(static_cast<uint32_t>(slot - lo_)), from_hi = broadcast_i(static_cast<uint32_t>(slot - hi_));
+      const I from_lo = broadcast_i(static_cast<uint32_t>(slot - lo_)),
+              from_hi = broadcast_i(static_cast<uint32_t>(slot - hi_));
       for (int g = 0; g < kRows; g += W) {
         const uint32_t early = less_i32(from_lo, load_i(first_ + g)), late = ~less_i32(from_hi, load_i(last_ + g));
         bits |= (~(early | late) & ((1u << W) - 1)) << g;
@@ -236,7 +251,8 @@ class KeyWalk {
       const uint32_t visible_halves = halves & ((rows << kHalfRows ? 1 : 0) | (rows >> kHalfRows ? 2 : 0));
       if (visible_halves == 0) continue;
       const int last = min(first + kM, c.n);
-      if (to.count && to.span[to.count - 1].last == first && to.span[to.count - 1].halves == visible_halves) to.span[to.count - 1].last = last;
+      if (to.count && to.span[to.count - 1].last == first && to.span[to.count - 1].halves == visible_halves)
+        to.span[to.count - 1].last = last;
       else to.span[to.count++] = {first, last, visible_halves};
     }
   }

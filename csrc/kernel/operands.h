@@ -24,7 +24,11 @@ class Operand {
   using T = typename Traits::T;
   using Word = typename Traits::Op::Word;
 
-  Operand(const HeadRows<T>& source, int64_t dim, int64_t keys) : source_(source), dim_(dim), keys_(keys), ld_(round_up(dim, 32)) {}
+  Operand(const HeadRows<T>& source, int64_t dim, int64_t keys)
+      : source_(source),
+        dim_(dim),
+        keys_(keys),
+        ld_(round_up(dim, 32)) {}
 
   void reserve(Arena& arena, bool for_row_major, bool for_col_major) {
     if (uses_amx<Traits>) {
@@ -88,7 +92,8 @@ class Operand {
     Bf16* copy_to = reinterpret_cast<Bf16*>(copies_) + buffer * kTileDim * ld_;
     for (int i = 0; i < count; ++i) {
       const T* from = source_.row(c.key[first + i]);
-      for (int64_t d = 0; d < ld_; d += kDepth) store_i(reinterpret_cast<uint32_t*>(copy_to + i * ld_ + d), load_bf16(from + d, dim_ - d));
+      for (int64_t d = 0; d < ld_; d += kDepth)
+        store_i(reinterpret_cast<uint32_t*>(copy_to + i * ld_ + d), load_bf16(from + d, dim_ - d));
     }
     return {reinterpret_cast<const char*>(copy_to), ld_ * static_cast<int64_t>(sizeof(T)), kDepth * 2, 0};
   }
@@ -166,7 +171,8 @@ class Transposed {
       for (int64_t i = 0; i < words; ++i)
         for (int s = 0; s < kRows; s += W) {
           const float* at = f32 + 2 * i * kRows + s;
-          store_interleaved<num_parts<Traits>>(load(at), 2 * i + 1 < dim_ ? load(at + kRows) : broadcast(0.0f), transposed + i * kRows + s, part());
+          store_interleaved<num_parts<Traits>>(load(at), 2 * i + 1 < dim_ ? load(at + kRows) : broadcast(0.0f),
+                                               transposed + i * kRows + s, part());
         }
 #endif
     } else {

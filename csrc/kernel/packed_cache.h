@@ -29,8 +29,8 @@ constexpr int64_t kMaxBlocks = 256;  // blocks per thread, at most
 
 // The cache's tags; zeroed when a thread begins a call, which invalidates all blocks.
 struct CacheTags {
-  uint64_t fetch_count;  // clock of the LRU rule
-  uint64_t head[kMaxBlocks];  // batch item * kv_heads + kv head + 1; 0: empty
+  uint64_t fetch_count;           // clock of the LRU rule
+  uint64_t head[kMaxBlocks];      // batch item * kv_heads + kv head + 1; 0: empty
   uint64_t last_use[kMaxBlocks];  // fetch_count of the latest use
 };
 
@@ -45,7 +45,11 @@ class PackedCache {
 
   // Packs the col-major form of `col_source`, and the row-major form of `count` further tensors (K, V) for split operands.
   PackedCache(const HeadRows<T>& source, const HeadRows<T>* rows, int count, int64_t dim, int64_t head)
-      : col_source_(source), row_sources_{rows[0], rows[count > 1 ? 1 : 0]}, num_row_operands_(count), dim_(dim), head_(static_cast<uint64_t>(head) + 1) {}
+      : col_source_(source),
+        row_sources_{rows[0], rows[count > 1 ? 1 : 0]},
+        num_row_operands_(count),
+        dim_(dim),
+        head_(static_cast<uint64_t>(head) + 1) {}
 
   // Must be the first allocation of the arena: the tags lie in the prefix that the caller zeroes (Kernels::zeroed_bytes).
   void reserve(Arena& arena) {
@@ -184,7 +188,8 @@ class PackedCache {
   // Packs [pair][d] of bfloat16; padding keys are zero.
   void interleave(const Chunk& c, int first, uint32_t* to) const {
     for (int at = first; at < first + kDepth; at += 2, to += ld())
-      interleave_rows(at < c.n ? col_source_.row(c.key[at]) : nullptr, at + 1 < c.n ? col_source_.row(c.key[at + 1]) : nullptr, dim_, to, 0);
+      interleave_rows(at < c.n ? col_source_.row(c.key[at]) : nullptr, at + 1 < c.n ? col_source_.row(c.key[at + 1]) : nullptr,
+                      dim_, to, 0);
   }
 
   // Packs [d][key] of bfloat16: interleaves pairs of keys, then transposes them as 32-bit words.
@@ -219,7 +224,8 @@ class PackedCache {
       transpose_block(at, kDepth, d * 4, reinterpret_cast<char*>(transposed), kDepth * sizeof(float));
       FARLIGHT_UNROLL
       for (int i = 0; i < 8; ++i)
-        store_narrow<kParts>(load(transposed + i * kDepth), load(transposed + i * kDepth + W), reinterpret_cast<uint32_t*>(to + (d + i) * kDepth), part() / 2);
+        store_narrow<kParts>(load(transposed + i * kDepth), load(transposed + i * kDepth + W),
+                             reinterpret_cast<uint32_t*>(to + (d + i) * kDepth), part() / 2);
     }
   }
 

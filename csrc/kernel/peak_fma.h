@@ -12,8 +12,10 @@ constexpr int kChains = 12;  // independent dependency chains, to hide the laten
 // chains and interchange loops over them.
 FARLIGHT_NOINLINE float peak_fma(int64_t iterations) {
   const F x = broadcast(0.999f), y = broadcast(0.001f);
-  F a = broadcast(0.01f), b = broadcast(0.02f), c = broadcast(0.03f), d = broadcast(0.04f), e = broadcast(0.05f), f = broadcast(0.06f);
-  F g = broadcast(0.07f), h = broadcast(0.08f), i = broadcast(0.09f), j = broadcast(0.11f), k = broadcast(0.12f), l = broadcast(0.13f);
+  F a = broadcast(0.01f), b = broadcast(0.02f), c = broadcast(0.03f), d = broadcast(0.04f), e = broadcast(0.05f),
+    f = broadcast(0.06f);
+  F g = broadcast(0.07f), h = broadcast(0.08f), i = broadcast(0.09f), j = broadcast(0.11f), k = broadcast(0.12f),
+    l = broadcast(0.13f);
   for (int64_t current = 0; current < iterations; ++current) {
     a = fma(a, x, y);
     b = fma(b, x, y);

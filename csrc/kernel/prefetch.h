@@ -35,9 +35,16 @@ template <class Traits>
 class KeyPrefetcher {
  public:
   // `next`: the chunk after this one, or null.
-  KeyPrefetcher(const Chunk* next, const Operand<Traits>& keys, const Operand<Traits>& values, const PackedCacheOf<Traits>& columns,
-        GatherPrefetcher<typename Traits::T>& gather_prefetcher, RecentBlocks* recent, int64_t dim)
-      : next_(next), keys_(keys), values_(values), packed_(columns), gather_prefetcher_(gather_prefetcher), recent_(recent), dim_(dim) {
+  KeyPrefetcher(const Chunk* next, const Operand<Traits>& keys, const Operand<Traits>& values,
+                const PackedCacheOf<Traits>& columns, GatherPrefetcher<typename Traits::T>& gather_prefetcher,
+                RecentBlocks* recent, int64_t dim)
+      : next_(next),
+        keys_(keys),
+        values_(values),
+        packed_(columns),
+        gather_prefetcher_(gather_prefetcher),
+        recent_(recent),
+        dim_(dim) {
     lines_.count = PrefetchLines::lines_per_row<typename Traits::T>(dim);
 #if defined(FARLIGHT_ISA_AMX)
     if constexpr (uses_amx<Traits>) {

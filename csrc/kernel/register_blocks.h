@@ -41,7 +41,8 @@ struct Bf16PairWord {
 
 // One step of the row-major product: acc[m][v] += row[m][i] * b[v].
 template <class Op, int M, int V>
-FARLIGHT_INLINE void mac_row_major(F (&acc)[M][V], const typename Op::Word* const (&row)[M], int64_t i, const typename Op::Word* b) {
+FARLIGHT_INLINE void mac_row_major(F (&acc)[M][V], const typename Op::Word* const (&row)[M], int64_t i,
+                                   const typename Op::Word* b) {
   typename Op::Vector x[V];
   FARLIGHT_UNROLL
   for (int v = 0; v < V; ++v) x[v] = Op::read(b + v * W);
@@ -55,8 +56,8 @@ FARLIGHT_INLINE void mac_row_major(F (&acc)[M][V], const typename Op::Word* cons
 
 // Row-major product: acc[m][v] += sum over i < n of rows[m][i] * b[i][v]; `ld` words between rows of b.
 template <class Op, int M, int V>
-FARLIGHT_INLINE void gemm_row_major(F (&acc)[M][V], const typename Op::Word* const* rows, const typename Op::Word* b, int64_t ld,
-                                int64_t n) {
+FARLIGHT_INLINE void gemm_row_major(F (&acc)[M][V], const typename Op::Word* const* rows, const typename Op::Word* b,
+                                    int64_t ld, int64_t n) {
   const typename Op::Word* row[M];
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) row[m] = rows[m];
@@ -93,8 +94,8 @@ FARLIGHT_INLINE void clear(F (&acc)[M][V]) {
 // Even and odd keys go to separate accumulators (kAccumulators): rounding error then grows with the length of one sum plus the
 // number of chunks, not with their product.
 template <class Op, int M, int V>
-FARLIGHT_INLINE void gemm_col_major_block(float* to, const typename Op::Word* const* rows, int64_t at, const typename Op::Word* b, int64_t n,
-                                  bool overwrite, const float* rescale) {
+FARLIGHT_INLINE void gemm_col_major_block(float* to, const typename Op::Word* const* rows, int64_t at,
+                                          const typename Op::Word* b, int64_t n, bool overwrite, const float* rescale) {
   F sums[kAccumulators][M][V];
   FARLIGHT_UNROLL
   for (int j = 0; j < kAccumulators; ++j) clear(sums[j]);
@@ -120,8 +121,8 @@ FARLIGHT_INLINE void gemm_col_major_block(float* to, const typename Op::Word* co
 
 // gemm_col_major_block for all d < dim, M as large as the registers allow.
 template <class Op, int V>
-FARLIGHT_NOINLINE void gemm_col_major(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t n, int64_t dim,
-                                bool overwrite, const float* rescale) {
+FARLIGHT_NOINLINE void gemm_col_major(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t n,
+                                      int64_t dim, bool overwrite, const float* rescale) {
   constexpr int block_dims = kM * kV / (V * kAccumulators);
   for (int64_t d = 0; d < dim;) {
     const int64_t left = dim - d;
@@ -138,8 +139,8 @@ FARLIGHT_NOINLINE void gemm_col_major(float* to, const typename Op::Word* const*
 // Col-major product over the spans of a chunk: O^T += V^T P^T and dQ^T += K^T dS^T. A half of the rows that sees nothing of a
 // span is left out.
 template <class Op>
-inline void accumulate_col_major(float* to, const typename Op::Word* const* rows, const typename Op::Word* b, const Spans& spans, int64_t dim,
-                       int lanes, bool overwrite, const float* rescale = nullptr) {
+inline void accumulate_col_major(float* to, const typename Op::Word* const* rows, const typename Op::Word* b,
+                                 const Spans& spans, int64_t dim, int lanes, bool overwrite, const float* rescale = nullptr) {
   if (overwrite && (spans.count == 0 || spans.span[0].halves != kBothHalves)) {
     for (int64_t i = 0; i < dim * kRows; i += W) store(to + i, broadcast(0.0f));
     overwrite = false;
@@ -147,7 +148,8 @@ inline void accumulate_col_major(float* to, const typename Op::Word* const* rows
   for (const Span* span = spans.span; span < spans.span + spans.count; ++span, overwrite = false) {
     const int64_t first = span->first / Op::per, last = (span->last + Op::per - 1) / Op::per;
     for_lanes(span->halves, lanes, [&]<int V>(int g) {
-      gemm_col_major<Op, V>(to + g, rows + first, b + first * kRows + g, last - first, dim, overwrite, rescale ? rescale + g : nullptr);
+      gemm_col_major<Op, V>(to + g, rows + first, b + first * kRows + g, last - first, dim, overwrite,
+                            rescale ? rescale + g : nullptr);
     });
   }
 }
@@ -156,8 +158,8 @@ inline void accumulate_col_major(float* to, const typename Op::Word* const* rows
 // Q with head dimensions in lanes. `ld`: words between rows of b, a multiple of 16; rows of `sums` are padded to a multiple of
 // 16 floats.
 template <class Op, int M, int V>
-FARLIGHT_INLINE void gemm_row_major_block(float* const* sums, int64_t at, const typename Op::Word* const* rows, const typename Op::Word* b,
-                                 int64_t ld, int64_t n) {
+FARLIGHT_INLINE void gemm_row_major_block(float* const* sums, int64_t at, const typename Op::Word* const* rows,
+                                          const typename Op::Word* b, int64_t ld, int64_t n) {
   float* to[M];
   FARLIGHT_UNROLL
   for (int m = 0; m < M; ++m) {
@@ -177,8 +179,8 @@ FARLIGHT_INLINE void gemm_row_major_block(float* const* sums, int64_t at, const 
 
 // gemm_row_major_block for all d < dim, in blocks of kM keys.
 template <class Op>
-inline void accumulate_row_major(float* const* sums, const typename Op::Word* const* rows, const typename Op::Word* b, int64_t ld, int64_t n,
-                      int64_t dim) {
+inline void accumulate_row_major(float* const* sums, const typename Op::Word* const* rows, const typename Op::Word* b,
+                                 int64_t ld, int64_t n, int64_t dim) {
   constexpr int half = kM / 2, wide = 2 * kV;
   int64_t d = 0;
   for (; d + (wide - 1) * W < dim; d += wide * W) {  // whole rows of few keys are contiguous; few columns of many keys are not

@@ -31,7 +31,8 @@ class RowPrefetcher {
     const int32_t count = min(piece.count[current.item->entry] - current.first_row, kRows);
     if (count <= 0) return;
     const int64_t begin = current.item->batch * tensor.batch + current.item->head * tensor.head;
-    ranges_[count_++] = {static_cast<const char*>(tensor.data) + begin * width, tensor.row * width, piece.rows, first, first + count};
+    ranges_[count_++] = {static_cast<const char*>(tensor.data) + begin * width, tensor.row * width, piece.rows, first,
+                         first + count};
   }
 
   // The next rows, or null when the queue is empty.

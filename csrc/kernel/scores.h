@@ -50,7 +50,8 @@ FARLIGHT_INLINE Scale scale_of(float scale) {
 #if defined(FARLIGHT_ISA_AMX)
 // Scores of a group of 32 keys in float32 FMA, for groups that contain infinities.
 template <class Traits>
-FARLIGHT_NOINLINE void score_group_f32(const Chunk& c, int first, const Operand<Traits>& keys, const Transposed<Traits>& queries, float* scores) {
+FARLIGHT_NOINLINE void score_group_f32(const Chunk& c, int first, const Operand<Traits>& keys,
+                                       const Transposed<Traits>& queries, float* scores) {
   if constexpr (num_parts<Traits> > 1) {
     for (int block = 0; block < kDepth; block += kM)
       for (int g = 0; g < kRows; g += kV * W) {
@@ -68,8 +69,8 @@ FARLIGHT_NOINLINE void score_group_f32(const Chunk& c, int first, const Operand<
 // Unscaled, unmasked scores of a chunk on AMX. `operand`: which of the cached row operands of split floats to use (0: K, 1: V).
 // Groups of K with an infinity are computed by FMA, since the lower parts of an infinity are NaN.
 template <class Traits>
-inline void score_amx(const Chunk& c, const Operand<Traits>& keys, const PackedCache<Traits>& keep_mask, int operand, const Transposed<Traits>& queries,
-                        float* scores, KeyPrefetcher<Traits>& prefetcher) {
+inline void score_amx(const Chunk& c, const Operand<Traits>& keys, const PackedCache<Traits>& keep_mask, int operand,
+                      const Transposed<Traits>& queries, float* scores, KeyPrefetcher<Traits>& prefetcher) {
   const int64_t steps = (queries.words + kTileDim - 1) / kTileDim;
   for (int first = 0; first < c.n; first += kDepth) {
     if (num_parts<Traits> > 1 && operand == 0 && (queries.has_inf || keep_mask.has_inf(first / kDepth))) {
@@ -80,7 +81,8 @@ inline void score_amx(const Chunk& c, const Operand<Traits>& keys, const PackedC
       if constexpr (num_parts<Traits> == 1) return keys.panel(c, first + half * kTileDim, half);
       else return keep_mask.panel(first / kDepth, operand, half);
     };
-    score_key_group<num_parts<Traits>>(panel(0), panel(1), queries.transposed, queries.part(), steps, scores + first * kRows, [&] { prefetcher.issue_some(); });
+    score_key_group<num_parts<Traits>>(panel(0), panel(1), queries.transposed, queries.part(), steps, scores + first * kRows,
+                                       [&] { prefetcher.issue_some(); });
   }
 }
 
@@ -109,8 +111,9 @@ inline void row_max_of(const Chunk& c, const float* scores, float scale, int lan
 // Masking, masked scores become -inf (`row_mask` is null where every row sees every key) and row_max is updated. Not inlined,
 // so that the kM row pointers get registers of their own.
 template <class Traits, bool Masking, int V>
-FARLIGHT_NOINLINE void score_block(const typename Traits::Op::Word* const* rows, const typename Traits::Op::Word* queries, int64_t words,
-                                const uint32_t* row_mask, int g, float* to, float* row_max, const PrefetchLines* lines) {
+FARLIGHT_NOINLINE void score_block(const typename Traits::Op::Word* const* rows, const typename Traits::Op::Word* queries,
+                                   int64_t words, const uint32_t* row_mask, int g, float* to, float* row_max,
+                                   const PrefetchLines* lines) {
   using Op = typename Traits::Op;
   F acc[kM][V];
   clear(acc);
@@ -165,8 +168,8 @@ FARLIGHT_NOINLINE void score_block(const typename Traits::Op::Word* const* rows,
 // Halves of rows that see nothing of a block are not computed. lines_for(block) returns the cache lines to prefetch during a
 // block.
 template <class Traits, bool Masking, class LinesFor>
-inline void score(const Chunk& c, const Operand<Traits>& keys, const Transposed<Traits>& queries, int lanes, float* scores, float* row_max,
-                  const LinesFor& lines_for) {
+inline void score(const Chunk& c, const Operand<Traits>& keys, const Transposed<Traits>& queries, int lanes, float* scores,
+                  float* row_max, const LinesFor& lines_for) {
   if constexpr (Masking) {
     for (int g = 0; g < lanes; g += W) store(row_max + g, broadcast(kMaskedScore));
   }
@@ -175,8 +178,8 @@ inline void score(const Chunk& c, const Operand<Traits>& keys, const Transposed<
       const PrefetchLines* lines = lines_for(at / kM);
       const uint32_t* row_mask = c.masked[at / kM] ? c.row_mask + at : nullptr;
       for_lanes(span->halves, lanes, [&]<int V>(int g) {
-        score_block<Traits, Masking, V>(keys.row_major + at, queries.transposed + g, queries.words, row_mask, g, scores + at * kRows + g,
-                                      Masking ? row_max + g : nullptr, lines);
+        score_block<Traits, Masking, V>(keys.row_major + at, queries.transposed + g, queries.words, row_mask, g,
+                                        scores + at * kRows + g, Masking ? row_max + g : nullptr, lines);
       });
     }
 }
@@ -203,7 +206,9 @@ class DropoutMask {
   DropoutMask(const Dropout& dropout, const PlanView& plan, const RowBlock& row_block) : dropout_(dropout) {
     if (!dropout.on) return;
     for (int s = 0; s < kRows; ++s)
-      rows_[s] = s < row_block.count ? row_hash(dropout.seed_low, dropout.seed_high, row_block.item.batch, row_block.item.head, plan.q_offset + row_block.row[s]) : 0;
+      rows_[s] = s < row_block.count ? row_hash(dropout.seed_low, dropout.seed_high, row_block.item.batch, row_block.item.head,
+                                                plan.q_offset + row_block.row[s])
+                                     : 0;
   }
   bool on() const { return dropout_.on; }
   float keep_scale() const { return dropout_.on ? dropout_.keep_scale : 1.0f; }
@@ -214,7 +219,9 @@ class DropoutMask {
     return ~less_u32(hash, broadcast_i(dropout_.threshold));
   }
   // Whether the link between row s and the key is kept.
-  bool keeps_pair(int32_t key, int s) const { return !dropout_.drop_all && mix32(rows_[s] ^ key_word(key)) >= dropout_.threshold; }
+  bool keeps_pair(int32_t key, int s) const {
+    return !dropout_.drop_all && mix32(rows_[s] ^ key_word(key)) >= dropout_.threshold;
+  }
 
  private:
   const Dropout& dropout_;

@@ -12,7 +12,7 @@ namespace farlight::FARLIGHT_NS {
 using F = __m256;
 using I = __m256i;
 constexpr int W = 8;
-constexpr int kM = 6, kV = 2;  // register block: 6 broadcast operands x 2 vectors, 12 of 16 registers hold sums
+constexpr int kM = 6, kV = 2;     // register block: 6 broadcast operands x 2 vectors, 12 of 16 registers hold sums
 constexpr int kAccumulators = 1;  // independent accumulators per sum over keys
 
 FARLIGHT_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }

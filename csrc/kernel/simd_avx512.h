@@ -14,8 +14,8 @@ namespace farlight::FARLIGHT_NS {
 
 using F = __m512;
 using I = __m512i;
-constexpr int W = 16;  // lanes
-constexpr int kM = 8, kV = 2;  // register block: 8 broadcast operands x 2 vectors, 16 of 32 registers hold sums
+constexpr int W = 16;             // lanes
+constexpr int kM = 8, kV = 2;     // register block: 8 broadcast operands x 2 vectors, 16 of 32 registers hold sums
 constexpr int kAccumulators = 2;  // independent accumulators per sum over keys
 
 FARLIGHT_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -44,7 +44,9 @@ FARLIGHT_INLINE I broadcast_i(uint32_t x) { return _mm512_set1_epi32(static_cast
 FARLIGHT_INLINE I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
 FARLIGHT_INLINE I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
 template <int N>
-FARLIGHT_INLINE I shr(I a) { return _mm512_srli_epi32(a, N); }
+FARLIGHT_INLINE I shr(I a) {
+  return _mm512_srli_epi32(a, N);
+}
 FARLIGHT_INLINE uint32_t less_i32(I a, I b) { return _mm512_cmplt_epi32_mask(a, b); }
 FARLIGHT_INLINE uint32_t less_u32(I a, I b) { return _mm512_cmplt_epu32_mask(a, b); }  // unsigned
 FARLIGHT_INLINE bool equal(I a, I b) { return _mm512_cmpneq_epi32_mask(a, b) == 0; }
@@ -109,8 +111,8 @@ FARLIGHT_INLINE I load_bf16(const uint16_t* p, int64_t n) {
 FARLIGHT_INLINE void store_bf16(uint16_t* p, I x) { _mm512_storeu_si512(p, x); }
 // Rounds to bfloat16 and interleaves: word i holds (a[i], b[i]).
 FARLIGHT_INLINE I narrow_interleaved(F a, F b) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-                                         19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+                                         4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(order, narrow(a, b));
 }
 
@@ -135,8 +137,8 @@ FARLIGHT_INLINE void split_bf16x3(F x, I (&part)[kParts]) {
 // and 2i + 1, a's lanes first.
 FARLIGHT_INLINE I interleave_upper(I a, I b) { return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(a, 16), b); }
 FARLIGHT_INLINE I pack_upper(I a, I b) {
-  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19,
-                                       17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21,
+                                       19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   return _mm512_permutex2var_epi16(a, odd, b);
 }
 #endif

@@ -76,12 +76,12 @@ struct I {
   uint32_t v[W];
 };
 
-#define FARLIGHT_LANES(TYPE, EXPRESSION)                      \
-  TYPE r;                                                     \
-  for (int i = 0; i < W; ++i) r.v[i] = (EXPRESSION);          \
+#define FARLIGHT_LANES(TYPE, EXPRESSION)             \
+  TYPE r;                                            \
+  for (int i = 0; i < W; ++i) r.v[i] = (EXPRESSION); \
   return r
-#define FARLIGHT_BITS(EXPRESSION)                             \
-  uint32_t r = 0;                                             \
+#define FARLIGHT_BITS(EXPRESSION)                               \
+  uint32_t r = 0;                                               \
   for (int i = 0; i < W; ++i) r |= (EXPRESSION) ? 1u << i : 0u; \
   return r
 
