@@ -132,8 +132,7 @@ void use_isa(const std::string& name) {
     }
     names += (names.empty() ? "" : ", ") + std::string(isa->name);
   }
-  throw std::invalid_argument("instruction set '" + name + "' was not compiled in or is not on this machine; there are " +
-                              names);
+  throw std::invalid_argument("ISA '" + name + "' was not compiled in or is not on this machine; there are " + names);
 }
 
 }  // namespace farlight

@@ -196,12 +196,12 @@ inline void accumulate_panels(float* const* to, int64_t stride, const uint16_t* 
 inline void accumulate_split_panels(float* const* to, int64_t stride, const uint16_t* a, int64_t a_part, const uint32_t* b,
                                     int64_t ld, int64_t b_part, int panels, int64_t dim, bool overwrite) {
   AmxTileConfig::fence();
-  for (int s = 0, step = 0; s < panels; s += step) {
+  for (int s = 0, num = 0; s < panels; s += num) {
     // Two panels at once, unless their sums overlap (a key in both): a panel's sums must be stored before the other loads them.
     const auto address = [&](int i) { return reinterpret_cast<intptr_t>(to[i]); };
     const int64_t distance = s + 1 < panels ? address(s + 1) - address(s) : 0, extent = kTileDim * stride * 4;
     const bool both = distance >= extent || distance <= -extent;
-    step = both ? 2 : 1;
+    num = both ? 2 : 1;
     const Panel low{reinterpret_cast<const char*>(a + s * kTileDim * kRows), kRows * 2, 0, a_part * 2};
     const Panel high{low.at + kTileDim * kRows * 2, low.line, 0, low.part};
     for (int64_t d = 0; d < dim; d += 2 * kTileDim) {

@@ -24,7 +24,7 @@ class Backward {
 
  public:
   using TileConfig = typename Traits::TileConfig;
-  static constexpr int kCachedRowOperands = num_parts<Traits> > 1 ? 2 : 0;  // kinds of rows kept with the columns: K and V
+  static constexpr int kCachedRowOperands = num_parts<Traits> > 1 ? 2 : 0;  // in the packed cache: K and V
 
   Backward(const Call& call, const WorkItem& item, Arena& arena)
       : call_(call),
@@ -212,7 +212,7 @@ class Backward {
     const F scale = broadcast(call_.scale * dropout.keep_scale()), keep_scale = broadcast(dropout.keep_scale()),
             minus_log2e = broadcast(-kLog2E);
     for (int g = 0; g < lanes; g += kV * W) {
-      F lse[kV], minus_delta[kV];  // minus_delta: the part of dS / P that does not depend on dP
+      F lse[kV], minus_delta[kV];  // minus_delta: scale * (dlse - delta)
       for (int v = 0; v < kV; ++v) {
         lse[v] = q_prescaled<Traits> ? load(lse_ + g + v * W) : mul(load(lse_ + g + v * W), minus_log2e);
         minus_delta[v] = mul(load(delta_ + g + v * W), broadcast(-call_.scale));
@@ -228,14 +228,14 @@ class Backward {
           p[v] = exp2_poly<Traits::degree>(q_prescaled<Traits> ? fma(lse[v], minus_log2e, score)
                                                                : fma(score, broadcast(factor), lse[v]));
           if (masked) p[v] = select(c.row_mask[i] >> (g + v * W), p[v], broadcast(0.0f));
-          F dp = fma(load(ds_ + at), scale, minus_delta[v]);
+          F ds_over_p = fma(load(ds_ + at), scale, minus_delta[v]);
           if (dropout.on()) {
             const uint32_t keep_mask = dropout.keep_mask(c.key[i], g + v * W);
-            dp = select(keep_mask, dp, minus_delta[v]);
-            ds[v] = mul(p[v], dp);
+            ds_over_p = select(keep_mask, ds_over_p, minus_delta[v]);
+            ds[v] = mul(p[v], ds_over_p);
             p[v] = select(keep_mask, mul(p[v], keep_scale), broadcast(0.0f));
           } else {
-            ds[v] = mul(p[v], dp);
+            ds[v] = mul(p[v], ds_over_p);
           }
           if (masked) ds[v] = select(c.row_mask[i] >> (g + v * W), ds[v], broadcast(0.0f));
         }
@@ -266,10 +266,9 @@ class Backward {
 
   // Zeroes the weights of padding keys.
   void clear_padding() {
-    const int64_t minus_delta = chunk_->blocks * kM - chunk_->n;
-    for (int p = 0; minus_delta && p < num_parts<Traits>; ++p) {
-      const int64_t at = p * kWeights + chunk_->n * kRows / 2,
-                    bytes = minus_delta * kRows / 2 * static_cast<int64_t>(sizeof(Word));
+    const int64_t padding = chunk_->blocks * kM - chunk_->n;
+    for (int p = 0; padding && p < num_parts<Traits>; ++p) {
+      const int64_t at = p * kWeights + chunk_->n * kRows / 2, bytes = padding * kRows / 2 * static_cast<int64_t>(sizeof(Word));
       std::memset(weight_rows_ + at, 0, bytes);
       std::memset(ds_rows_ + at, 0, bytes);
     }

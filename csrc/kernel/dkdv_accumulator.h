@@ -29,12 +29,12 @@ class DkDvAccumulator {
   void clear_discard() { std::memset(discard_, 0, ld_ * sizeof(float)); }
 
   // Looks up the accumulator rows of the chunk's keys; padding keys get the discard row.
-  void locate(const Chunk& c, const DkDvBlocks& sums) {
+  void locate(const Chunk& c, const DkDvBlocks& blocks) {
     const int n = c.blocks * kM;
     for (int i = 0; i < n; ++i) {
-      const int64_t block = c.key[i] / kBlock, offset = c.key[i] % kBlock * sums.stride;
-      dk_[i] = i < c.n ? sums.dk[block] + offset : discard_;
-      dv_[i] = i < c.n ? sums.dv[block] + offset : discard_;
+      const int64_t block = c.key[i] / kBlock, offset = c.key[i] % kBlock * blocks.stride;
+      dk_[i] = i < c.n ? blocks.dk[block] + offset : discard_;
+      dv_[i] = i < c.n ? blocks.dv[block] + offset : discard_;
     }
   }
 
@@ -47,9 +47,10 @@ class DkDvAccumulator {
     }
     for (const Span* span = c.spans.span; span < c.spans.span + c.spans.count; ++span) {
       const int first = span->halves == 2 ? kHalfLine : 0, count = min(terms, span->halves == 1 ? kHalfLine : kLine) - first;
-      const auto accumulate = [&](int at, float* const* sums, const Word* of, const Word* rows) {
-        if (c.maybe_duplicate[at / kM] && has_duplicates(at)) add_serially(c, at, sums, of + first, rows + first * ld_, count);
-        else accumulate_row_major<Op>(sums + at, rows_of(of + first, at), rows + first * ld_, ld_, count, dim_);
+      const auto accumulate = [&](int at, float* const* sums, const Word* weights_of_key, const Word* rows) {
+        if (c.maybe_duplicate[at / kM] && has_duplicates(at))
+          add_serially(c, at, sums, weights_of_key + first, rows + first * ld_, count);
+        else accumulate_row_major<Op>(sums + at, rows_of(weights_of_key + first, at), rows + first * ld_, ld_, count, dim_);
       };
       for (int at = span->first; at < span->last; at += kM) {
         accumulate(at, dv_, weights, dout);

@@ -22,7 +22,7 @@ class Forward {
 
  public:
   using TileConfig = typename Traits::TileConfig;
-  static constexpr int kCachedRowOperands = num_parts<Traits> > 1 ? 1 : 0;  // kinds of rows kept with the columns: K
+  static constexpr int kCachedRowOperands = num_parts<Traits> > 1 ? 1 : 0;  // row-major operands in the packed cache: K
 
   Forward(const Call& call, const WorkItem& item, Arena& arena)
       : call_(call),
@@ -344,19 +344,19 @@ class Forward {
       return;
     }
     float factor = keep_scale / row_sum;
-    RowStats* const before = call_.row_stats ? call_.row_stats + at : nullptr;
-    if (call_.merges && before->row_sum != 0.0f) {
-      const float merged_max = before->row_max > row_max ? before->row_max : row_max;
-      const float part_weight = before->row_sum * exp2f(before->row_max - merged_max),
-                  acc_weight = row_sum * exp2f(row_max - merged_max), merged_sum = part_weight + acc_weight;
+    RowStats* const previous = call_.row_stats ? call_.row_stats + at : nullptr;
+    if (call_.merges && previous->row_sum != 0.0f) {
+      const float merged_max = previous->row_max > row_max ? previous->row_max : row_max;
+      const float previous_weight = previous->row_sum * exp2f(previous->row_max - merged_max),
+                  acc_weight = row_sum * exp2f(row_max - merged_max), merged_sum = previous_weight + acc_weight;
       factor *= acc_weight / merged_sum;
       read_row(call_.out_type, call_.result, at * dim_, row_buffer_, dim_);
-      for (int64_t d = 0; d < dim_; ++d) sum[d] = sum[d] * factor + row_buffer_[d] * (part_weight / merged_sum);
+      for (int64_t d = 0; d < dim_; ++d) sum[d] = sum[d] * factor + row_buffer_[d] * (previous_weight / merged_sum);
       factor = 1.0f;
       row_max = merged_max;
       row_sum = merged_sum;
     }
-    if (before) *before = {row_max, row_sum};
+    if (previous) *previous = {row_max, row_sum};
     call_.lse[at] = row_max * kLn2 + logf(row_sum);
     write_row(call_.out_type, call_.result, at * dim_, sum, dim_, factor);
   }

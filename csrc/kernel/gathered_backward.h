@@ -5,8 +5,8 @@
 
 namespace farlight::FARLIGHT_NS {
 
-// Per batch: all products with K and V while the dk/dv accumulators are being prefetched; then all weights by one vectorised
-// exp2; then the accumulations.
+// Gradients of the gathered keys of a row block. Per batch: all products with K and V while the dk/dv accumulators are being
+// prefetched; then all weights by one vectorised exp2; then the accumulations.
 template <class T>
 class GatheredGradients {
  public:
@@ -54,6 +54,7 @@ class GatheredGradients {
  private:
   static constexpr int kBatch = 32;  // pairs per batch
 
+  // S = q k and dP = dO v of each pair, and the softmax statistics of its row.
   void multiply(const int32_t* keys, int n) {
     for (int i = 0; i < n; ++i) {
       const int64_t row = row_block_.row[row_[i]];
@@ -79,6 +80,7 @@ class GatheredGradients {
     }
   }
 
+  // dq += dS k, dk += dS q, dv += P dO.
   void add(const int32_t* keys, int n) {
     for (int i = 0, next; i < n; i = next) {
       for (next = i + 1; next < n && row_[next] == row_[i];) ++next;

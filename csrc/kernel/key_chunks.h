@@ -25,13 +25,13 @@ struct RowBlock {
   int first_row, count;  // the rows of the entry: [first_row, first_row + count)
   int64_t row[kRows];    // their query row indices
 
-  RowBlock(const PlanView& of, const WorkItem& at, int first_row)
-      : plan(&of),
-        piece(&of.pieces[at.piece]),
-        item(at),
+  RowBlock(const PlanView& plan_view, const WorkItem& work_item, int first_row)
+      : plan(&plan_view),
+        piece(&plan_view.pieces[work_item.piece]),
+        item(work_item),
         first_row(first_row) {
-    count = min(piece->count[at.entry] - first_row, kRows);
-    const int64_t place = piece->start[at.entry] + first_row;
+    count = min(piece->count[work_item.entry] - first_row, kRows);
+    const int64_t place = piece->start[work_item.entry] + first_row;
     for (int s = 0; s < count; ++s) row[s] = piece->rows ? piece->rows[place + s] : place + s;
   }
 
@@ -83,6 +83,7 @@ struct Span {
   int first, last;
   uint32_t halves;
 };
+// The spans of a chunk, in order of keys.
 struct Spans {
   int count;
   Span span[kChunkKeys / kM];
@@ -90,13 +91,13 @@ struct Spans {
 
 // Calls body.operator()<V>(g) for the register blocks of V vectors of lanes, from lane g on, that cover the given halves.
 template <class Body>
-FARLIGHT_INLINE void for_lanes(uint32_t halves, int lanes, Body&& count) {
+FARLIGHT_INLINE void for_lanes(uint32_t halves, int lanes, Body&& body) {
   if constexpr (kV * W > kHalfRows) {
-    if (halves == kBothHalves) count.template operator()<kV>(0);
-    else count.template operator()<kV / 2>(halves == 1 ? 0 : kHalfRows);
+    if (halves == kBothHalves) body.template operator()<kV>(0);
+    else body.template operator()<kV / 2>(halves == 1 ? 0 : kHalfRows);
   } else {
     for (int g = 0; g < lanes; g += kV * W)
-      if (halves >> (g / kHalfRows) & 1) count.template operator()<kV>(g);
+      if (halves >> (g / kHalfRows) & 1) body.template operator()<kV>(g);
   }
 }
 

@@ -43,11 +43,11 @@ class PackedCache {
   static constexpr int kParts = num_parts<Traits>;
   static constexpr int kMaxRowOperands = 2;  // K and V
 
-  // Packs the col-major form of `col_source`, and the row-major form of `count` further tensors (K, V) for split operands.
-  PackedCache(const HeadRows<T>& source, const HeadRows<T>* rows, int count, int64_t dim, int64_t head)
-      : col_source_(source),
-        row_sources_{rows[0], rows[count > 1 ? 1 : 0]},
-        num_row_operands_(count),
+  // Packs the col-major form of `col_source`, and the row-major form of `num_row_operands` tensors (K, V) for split operands.
+  PackedCache(const HeadRows<T>& col_source, const HeadRows<T>* row_sources, int num_row_operands, int64_t dim, int64_t head)
+      : col_source_(col_source),
+        row_sources_{row_sources[0], row_sources[num_row_operands > 1 ? 1 : 0]},
+        num_row_operands_(num_row_operands),
         dim_(dim),
         head_(static_cast<uint64_t>(head) + 1) {}
 
@@ -64,8 +64,8 @@ class PackedCache {
     cached_has_inf_ = arena.allocate<bool>(slots_);
   }
 
-  // Whether `keys` keys fit in the cache together, with `count` row operands.
-  static bool fits(int64_t dim, int count, int64_t keys) { return keys <= capacity(dim, count) * kDepth; }
+  // Whether `keys` keys fit in the cache together, with `num_row_operands` row operands.
+  static bool fits(int64_t dim, int num_row_operands, int64_t keys) { return keys <= capacity(dim, num_row_operands) * kDepth; }
 
   // Whether the block of the chunk's keys [first, first + 32) is cached.
   bool contains(const Chunk& c, int first) const { return first + kDepth <= c.n && find(c.key + first) >= 0; }
@@ -133,8 +133,9 @@ class PackedCache {
 
   static constexpr int64_t kMinBlocks = kParts == 1 ? 1 : 20;  // a window of 512 keys plus a few global ones need 20 blocks
 
-  static int64_t capacity(int64_t dim, int count) {
-    const int64_t bytes = (1 + count) * kParts * round_up(dim, 32) * kDepth * static_cast<int64_t>(sizeof(Bf16));
+  // Number of blocks.
+  static int64_t capacity(int64_t dim, int num_row_operands) {
+    const int64_t bytes = (1 + num_row_operands) * kParts * round_up(dim, 32) * kDepth * static_cast<int64_t>(sizeof(Bf16));
     return max<int64_t>(kMinBlocks, min<int64_t>(kMaxBlocks, kCapacityBytes / bytes));
   }
 
@@ -144,9 +145,9 @@ class PackedCache {
   // A block's first way is hashed from its first key divided by the extent of its 32 keys: tiles of a window, also of a dilated
   // one, step by 32 rows, so their blocks start a whole extent apart and fall into successive sets.
   int64_t first_way(const int32_t* key) const {
-    const int64_t reach = max<int64_t>(1, (key[kDepth - 1] - key[0]) / (kDepth - 1)) * kDepth;
+    const int64_t extent = max<int64_t>(1, (key[kDepth - 1] - key[0]) / (kDepth - 1)) * kDepth;
     // 32-bit division is faster than 64-bit
-    return static_cast<uint32_t>(key[0]) / static_cast<uint32_t>(reach) % static_cast<uint32_t>(slots_);
+    return static_cast<uint32_t>(key[0]) / static_cast<uint32_t>(extent) % static_cast<uint32_t>(slots_);
   }
   int64_t second_way(int64_t way) const { return (way + slots_ / 2) % slots_; }
 
@@ -185,7 +186,7 @@ class PackedCache {
     return has_inf;
   }
 
-  // Packs [pair][d] of bfloat16; padding keys are zero.
+  // Packs [pair of keys][d] of bfloat16; padding keys are zero.
   void interleave(const Chunk& c, int first, uint32_t* to) const {
     for (int at = first; at < first + kDepth; at += 2, to += ld())
       interleave_rows(at < c.n ? col_source_.row(c.key[at]) : nullptr, at + 1 < c.n ? col_source_.row(c.key[at + 1]) : nullptr,
@@ -254,7 +255,8 @@ class PackedCache {
 
 #endif
 
-template <class Traits, bool InPairs>
+// PackedCacheOf<Traits>: PackedCache where operand words are pairs, else NoPackedCache.
+template <class Traits, bool UsesPairs>
 struct PackedCacheFor {
   using type = NoPackedCache;
 };

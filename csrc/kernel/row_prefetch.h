@@ -24,13 +24,13 @@ class RowPrefetcher {
   RowPrefetcher(const PlanView& plan, int64_t lines) : plan_(plan) { lines_.count = lines; }
 
   // Adds a row block's rows of a tensor whose elements have `width` bytes.
-  void add(const RowBlockId& current, const TensorView& tensor, int64_t width) {
-    if (!current.item) return;
-    const PieceView& piece = plan_.pieces[current.item->piece];
-    const int32_t first = piece.start[current.item->entry] + current.first_row;
-    const int32_t count = min(piece.count[current.item->entry] - current.first_row, kRows);
+  void add(const RowBlockId& block, const TensorView& tensor, int64_t width) {
+    if (!block.item) return;
+    const PieceView& piece = plan_.pieces[block.item->piece];
+    const int32_t first = piece.start[block.item->entry] + block.first_row;
+    const int32_t count = min(piece.count[block.item->entry] - block.first_row, kRows);
     if (count <= 0) return;
-    const int64_t begin = current.item->batch * tensor.batch + current.item->head * tensor.head;
+    const int64_t begin = block.item->batch * tensor.batch + block.item->head * tensor.head;
     ranges_[count_++] = {static_cast<const char*>(tensor.data) + begin * width, tensor.row * width, piece.rows, first,
                          first + count};
   }

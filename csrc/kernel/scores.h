@@ -67,19 +67,19 @@ FARLIGHT_NOINLINE void score_group_f32(const Chunk& c, int first, const Operand<
 }
 
 // Unscaled, unmasked scores of a chunk on AMX. `operand`: which of the cached row operands of split floats to use (0: K, 1: V).
-// Groups of K with an infinity are computed by FMA, since the lower parts of an infinity are NaN.
+// Where K or Q has an infinity the group is computed by FMA, since the lower parts of an infinity are NaN.
 template <class Traits>
-inline void score_amx(const Chunk& c, const Operand<Traits>& keys, const PackedCache<Traits>& keep_mask, int operand,
+inline void score_amx(const Chunk& c, const Operand<Traits>& keys, const PackedCache<Traits>& packed, int operand,
                       const Transposed<Traits>& queries, float* scores, KeyPrefetcher<Traits>& prefetcher) {
   const int64_t steps = (queries.words + kTileDim - 1) / kTileDim;
   for (int first = 0; first < c.n; first += kDepth) {
-    if (num_parts<Traits> > 1 && operand == 0 && (queries.has_inf || keep_mask.has_inf(first / kDepth))) {
+    if (num_parts<Traits> > 1 && operand == 0 && (queries.has_inf || packed.has_inf(first / kDepth))) {
       score_group_f32(c, first, keys, queries, scores + first * kRows);
       continue;
     }
     const auto panel = [&](int half) {
       if constexpr (num_parts<Traits> == 1) return keys.panel(c, first + half * kTileDim, half);
-      else return keep_mask.panel(first / kDepth, operand, half);
+      else return packed.panel(first / kDepth, operand, half);
     };
     score_key_group<num_parts<Traits>>(panel(0), panel(1), queries.transposed, queries.part(), steps, scores + first * kRows,
                                        [&] { prefetcher.issue_some(); });
@@ -206,26 +206,26 @@ class DropoutMask {
   DropoutMask(const Dropout& dropout, const PlanView& plan, const RowBlock& row_block) : dropout_(dropout) {
     if (!dropout.on) return;
     for (int s = 0; s < kRows; ++s)
-      rows_[s] = s < row_block.count ? row_hash(dropout.seed_low, dropout.seed_high, row_block.item.batch, row_block.item.head,
-                                                plan.q_offset + row_block.row[s])
-                                     : 0;
+      row_hashes_[s] = s < row_block.count ? row_hash(dropout.seed_low, dropout.seed_high, row_block.item.batch,
+                                                      row_block.item.head, plan.q_offset + row_block.row[s])
+                                           : 0;
   }
   bool on() const { return dropout_.on; }
   float keep_scale() const { return dropout_.on ? dropout_.keep_scale : 1.0f; }
   // Bit i: the link between the row in lane g + i and the key is kept.
   uint32_t keep_mask(int32_t key, int g) const {
     if (dropout_.drop_all) return 0;
-    const I hash = mix32(bit_xor(load_i(rows_ + g), broadcast_i(key_word(key))));
+    const I hash = mix32(bit_xor(load_i(row_hashes_ + g), broadcast_i(key_word(key))));
     return ~less_u32(hash, broadcast_i(dropout_.threshold));
   }
   // Whether the link between row s and the key is kept.
   bool keeps_pair(int32_t key, int s) const {
-    return !dropout_.drop_all && mix32(rows_[s] ^ key_word(key)) >= dropout_.threshold;
+    return !dropout_.drop_all && mix32(row_hashes_[s] ^ key_word(key)) >= dropout_.threshold;
   }
 
  private:
   const Dropout& dropout_;
-  uint32_t rows_[kRows];
+  uint32_t row_hashes_[kRows];
 };
 
 }  // namespace farlight::FARLIGHT_NS
