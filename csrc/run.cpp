@@ -41,6 +41,7 @@ char* scratch(int64_t bytes, int64_t zeroed, uint64_t call_id) {
   return buffer.as<char>();
 }
 
+// A process-wide number of the call, from 1 on.
 uint64_t next_call_id() {
   static std::atomic<uint64_t> calls{0};
   return calls.fetch_add(1, std::memory_order_relaxed) + 1;
@@ -93,8 +94,10 @@ const WorkItem* next_item(const std::vector<WorkItem>& items, int64_t i, int64_t
   return i + 1 < end ? &items[i + 1] : nullptr;
 }
 
+// Rows of the result, over batch items and heads.
 int64_t rows_of(const Call& call) { return call.batch * call.heads * call.plan->n_q; }
 
+// Zeroed softmax statistics of all rows.
 Buffer zeroed_row_stats(const Call& call) {
   const int64_t bytes = rows_of(call) * static_cast<int64_t>(sizeof(RowStats));
   Buffer buffer(bytes);

@@ -121,11 +121,11 @@ void Schedule::order_forward() {
   }
 }
 
-// Sorts the items by group and cuts each group into slabs: as many as the threads can use, halved until the accumulators'
-// copies fit kMaxCopies.
+// Sorts the items by group and cuts each group into slabs: about kTargetSlabs over all groups, halved until the
+// accumulators' copies fit kMaxCopies.
 void Schedule::order_backward() {
   blocks = (tables_.n_k + kBlock - 1) / kBlock;
-  int64_t max_items = 0;
+  int64_t items_per_group = 0;
   for (Phase& phase : phases) {
     phase.backward = phase.forward;
     const int64_t heads_per_kv = heads / kv_heads;
@@ -135,9 +135,9 @@ void Schedule::order_backward() {
       if (x.head != y.head) return x.head < y.head;
       return x.piece != y.piece ? x.piece < y.piece : x.entry < y.entry;
     });
-    max_items += static_cast<int64_t>(phase.backward.size()) / std::max<int64_t>(1, groups());
+    items_per_group += static_cast<int64_t>(phase.backward.size()) / std::max<int64_t>(1, groups());
   }
-  int64_t slabs = std::min((kTargetSlabs + groups() - 1) / std::max<int64_t>(1, groups()), max_items / kMinSlabTiles);
+  int64_t slabs = std::min((kTargetSlabs + groups() - 1) / std::max<int64_t>(1, groups()), items_per_group / kMinSlabTiles);
   for (slabs = std::max<int64_t>(1, slabs);; slabs = slabs > 2 ? slabs / 2 : 1) {
     cut_slabs(slabs);
     if (find_key_blocks() <= kMaxCopies * std::max<int64_t>(1, blocks) || slabs == 1) break;
@@ -150,20 +150,20 @@ void Schedule::cut_slabs(int64_t slabs) {
   const int64_t heads_per_kv = heads / kv_heads;
   for (Phase& phase : phases) {
     phase.slabs.clear();
-    int64_t range = 0;
+    int64_t group_end = 0;
     const int64_t end = static_cast<int64_t>(phase.backward.size());
     for (int64_t g = 0; g < groups(); ++g) {
-      const int64_t begin = range;
+      const int64_t begin = group_end;
       int64_t total = 0;
-      for (; range < end; ++range) {
-        const WorkItem& x = phase.backward[range];
+      for (; group_end < end; ++group_end) {
+        const WorkItem& x = phase.backward[group_end];
         if (x.batch * kv_heads + x.head / heads_per_kv != g) break;
         total += cost_of(x) + kTileOverhead;
       }
       int64_t cost_before = 0, i = begin;
       for (int64_t s = 0; s < slabs; ++s) {
         const int64_t first = i;
-        while (i < range && (s + 1 == slabs || cost_before * slabs < total * (s + 1)))
+        while (i < group_end && (s + 1 == slabs || cost_before * slabs < total * (s + 1)))
           cost_before += cost_of(phase.backward[i++]) + kTileOverhead;
         phase.slabs.push_back({first, i});
       }
@@ -175,12 +175,12 @@ void Schedule::cut_slabs(int64_t slabs) {
 int64_t Schedule::find_key_blocks() {
   const int64_t cells = (by_batch_ ? batch : 1) * (by_head_ ? kv_heads : 1);
   key_block_sets_.assign(cells * slab_count, {});
-  std::vector<uint8_t> cost_before(cells, 0);
+  std::vector<uint8_t> done(cells, 0);
   std::vector<uint8_t> touched(blocks);
-  int64_t max_items = 0;
+  int64_t max_blocks = 0;
   for (int64_t g = 0; g < groups(); ++g) {
-    if (cost_before[variant_cell(g)]) continue;
-    cost_before[variant_cell(g)] = 1;
+    if (done[variant_cell(g)]) continue;
+    done[variant_cell(g)] = 1;
     int64_t group_blocks = 0;
     for (int64_t s = 0; s < slab_count; ++s) {
       std::fill(touched.begin(), touched.end(), uint8_t{0});
@@ -193,9 +193,9 @@ int64_t Schedule::find_key_blocks() {
         if (touched[k]) list.push_back(static_cast<int32_t>(k));
       group_blocks += static_cast<int64_t>(list.size());
     }
-    max_items = std::max(max_items, group_blocks);
+    max_blocks = std::max(max_blocks, group_blocks);
   }
-  return max_items;
+  return max_blocks;
 }
 
 // Sets touched[block] for every block of keys that the item visits.
