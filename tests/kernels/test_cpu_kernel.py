@@ -1,4 +1,4 @@
-"""The native kernels themselves: every instruction set, every feature of a plan, against float64 softmax over `plan.dense()`.
+"""The native kernels themselves: every ISA, every feature of a plan, against float64 softmax over `plan.dense()`.
 
 The parity tests hold the backend to the pattern by way of the public function; here the kernels are called directly, with
 plans of odd shapes, and are held to the plan they were given.
@@ -136,7 +136,7 @@ def test_the_features_are_there() -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_case_in_every_shape(name: str, dtype: torch.dtype) -> None:
-    """The whole shared list in one go, on the best instruction set (the parity tests report case by case)."""
+    """The whole shared list in one go, on the fastest ISA (the parity tests report case by case)."""
     ran = 0
     for case in CASES:
         if case.head_dim > 256 or case.n_q * case.n_k > 2_000_000:
@@ -519,14 +519,14 @@ def test_keys_without_bounds_leave_nothing_unwritten(value: float) -> None:
     assert bool((lse == -math.inf).all()) or value != -math.inf
 
 
-def test_plans_are_converted_once() -> None:
-    from farlight.kernels.cpu.native import handle
+def test_native_plan_is_built_once() -> None:
+    from farlight.kernels.cpu.native import native_plan
 
     plan = build(fl.window(3), fl.patterns.Sizes.of(40), SHAPE)
-    assert handle(plan) is handle(plan)
+    assert native_plan(plan) is native_plan(plan)
 
 
-def test_instruction_set_by_environment() -> None:
+def test_isa_by_environment() -> None:
     code = "from farlight.kernels import cpu; print(cpu.isa() if cpu.unavailable() is None else cpu.unavailable())"
     for name in (ISAS[-1], "sse9"):
         environment = {**os.environ, "FARLIGHT_CPU_ISA": name}
@@ -538,7 +538,7 @@ def test_instruction_set_by_environment() -> None:
             assert ISAS[0] in found.stdout
 
 
-def test_unknown_instruction_set() -> None:
+def test_unknown_isa() -> None:
     with pytest.raises(ValueError, match="'sse9' was not compiled in or is not on this machine; there are .*portable"):
         cpu.use("sse9")
 

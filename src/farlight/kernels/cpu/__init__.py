@@ -1,7 +1,7 @@
-"""Backend "cpu": the native kernels, fused forward and backward for float32, bfloat16 and float16 on any CPU.
+"""Backend "cpu": native C++ kernels, fused forward and backward, for float32, bfloat16 and float16 on any CPU.
 
-A plan's tables are checked and copied into a native object once (`native.handle`); a call then passes addresses and strides.
-How the kernels work is told in csrc/ and docs; this package only checks what it is given and allocates results.
+A plan's tables are validated and copied into a native object once (`native.native_plan`); a call then passes addresses and
+strides (`launch`). The kernels themselves are in csrc/ and described in docs/cpu_kernels.md.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ SHAPE = TileShape(tile=32, gather=8, longest=16_384)
 
 def reasons(request: Request) -> list[str]:
     """Why the native kernels cannot serve the request; empty when they can."""
-    found = []
+    problems = []
     missing = unavailable()
     if missing is not None:
-        found.append(missing)
+        problems.append(missing)
     if request.device.type != "cpu":
-        found.append(f"the tensors are on {request.device.type}, these kernels run on the CPU")
-    found += refused(request)
-    return found
+        problems.append(f"the tensors are on {request.device.type}, these kernels run on the CPU")
+    problems += refused(request)
+    return problems
