@@ -1,3 +1,4 @@
+// Runtime ISA dispatch (dispatch.h): cpuid, the request for AMX tile registers on Linux, and the ranking of ISAs.
 #include "dispatch.h"
 
 #include <atomic>
@@ -44,6 +45,7 @@ struct CpuFeatures {
   bool slow_bf16_dot = false;  // vdpbf16ps takes as long as four FMAs (Intel): float32 products of widened operands are faster
 };
 
+// Queries cpuid (and XCR0 for the OS's support of the registers).
 CpuFeatures detect_cpu() {
   CpuFeatures m;
 #if defined(__GNUC__) || defined(__clang__)
@@ -104,6 +106,7 @@ std::vector<const Kernels*> usable_kernels() {
   return kernels;
 }
 
+// The active ISA; null until first use.
 std::atomic<const Kernels*> active{nullptr};
 
 }  // namespace

@@ -1,3 +1,4 @@
+// Deterministic reduction of dk and dv over slabs (dkdv_reduction.h).
 #include "dkdv_reduction.h"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// One call on all threads (run.h): scratch memory, split-K partials, initialisation of rows without keys, exact row statistics
+// for large scores, and the parallel loops over work items and slabs.
 #include "run.h"
 
 #include <algorithm>
@@ -8,9 +10,9 @@
 #include <utility>
 #include <vector>
 
+#include "dkdv_reduction.h"
 #include "memory.h"
 #include "parallel.h"
-#include "dkdv_reduction.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

@@ -1,3 +1,5 @@
+// Schedule construction (schedule.h): cost model, order of the forward items, slabs of the backward pass and the key blocks
+// they touch. Linear in the plan's runs and gathered keys, apart from sorting.
 #include "schedule.h"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// Validation of a plan's tables, the fields derived from them, and their views (tables.h). Error texts name piece, layer and
+// rule.
 #include "tables.h"
 
 #include <algorithm>
@@ -8,6 +10,7 @@ namespace {
 
 constexpr int64_t kIndexLimit = int64_t{1} << 30;  // rows, keys, slots, places: the sum of two indices fits 32 bits
 
+// Throws MalformedPlan("<where>: <what>") unless good.
 void require(bool good, const std::string& where, const char* what) {
   if (!good) throw MalformedPlan(where + ": " + what);
 }
@@ -22,6 +25,7 @@ void check_pointers(const std::vector<int64_t>& p, int64_t end, const std::strin
   require(!p.empty() && p.front() == 0 && p.back() == end && std::is_sorted(p.begin(), p.end()), where, what);
 }
 
+// Checks the shape and range of a variant table; `count`: number of variants.
 void check_variants(const Variants& v, int64_t count, const std::string& where) {
   require(v.batch >= 1 && v.heads >= 1 && size(v.of) == int64_t{v.batch} * v.heads, where, "variant has the wrong shape");
   for (const int32_t x : v.of) require(x >= 0 && x < count, where, "a variant does not exist");

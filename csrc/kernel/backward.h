@@ -26,6 +26,7 @@ class Backward {
   using TileConfig = typename Traits::TileConfig;
   static constexpr int kCachedRowOperands = num_parts<Traits> > 1 ? 2 : 0;  // in the packed cache: K and V
 
+  // Lays out the scratch memory of the pass. The packed cache comes first, see PackedCache::reserve.
   Backward(const Call& call, const WorkItem& item, Arena& arena)
       : call_(call),
         item_(item),
@@ -154,6 +155,7 @@ class Backward {
   }
 
  private:
+  // Grouped-query attention: heads / kv_heads query heads share a key head.
   int64_t kv_head() const { return item_.head / (call_.heads / call_.kv_heads); }
 
   // Two-level summation of dQ: 16 chunks are summed in one accumulator, which is then added to the total. A row that sees

@@ -2,9 +2,9 @@
 // (dkdv_reduction.h).
 #pragma once
 
-#include "register_blocks.h"
 #include "key_chunks.h"
 #include "operands.h"
+#include "register_blocks.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -67,11 +67,13 @@ class DkDvAccumulator {
   static constexpr int64_t kWeights = kChunkKeys * kLine;  // words between the parts of the weights of a chunk
 
  private:
+  // The weight rows of the block of kM keys from `at` on.
   const Word* const* rows_of(const Word* weights, int at) {
     for (int m = 0; m < kM; ++m) weight_rows_[m] = weights + (at + m) * kLine;
     return weight_rows_;
   }
 
+  // Whether two keys of the block share an accumulator row.
   bool has_duplicates(int at) const {
     for (int i = 1; i < kM; ++i)
       for (int j = 0; j < i; ++j)
@@ -121,6 +123,7 @@ class DkDvAccumulator {
     else accumulate_split_panels(to, stride, a, kWeights * 2, rows, ld_, kRows / 2 * ld_, panels, dim_, overwrite);
   }
 
+  // Whether the accumulator rows of a panel are `stride` floats apart.
   static bool evenly_spaced(float* const* sums, int64_t stride) {
     if (stride <= 0) return false;
     for (int i = 1; i < kPanelKeys; ++i)

@@ -24,6 +24,7 @@ class Forward {
   using TileConfig = typename Traits::TileConfig;
   static constexpr int kCachedRowOperands = num_parts<Traits> > 1 ? 1 : 0;  // row-major operands in the packed cache: K
 
+  // Lays out the scratch memory of the pass. The packed cache comes first, see PackedCache::reserve.
   Forward(const Call& call, const WorkItem& item, Arena& arena)
       : call_(call),
         item_(item),
@@ -91,8 +92,10 @@ class Forward {
   }
 
  private:
+  // Grouped-query attention: heads / kv_heads query heads share a key head.
   int64_t kv_head() const { return item_.head / (call_.heads / call_.kv_heads); }
 
+  // The result tensor as a view, for prefetching its rows.
   TensorView results() const { return {call_.result, call_.heads * call_.plan->n_q * dim_, call_.plan->n_q * dim_, dim_}; }
 
   // One chunk by vector products: scores, running maximum, weights, values.

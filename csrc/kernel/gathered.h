@@ -2,8 +2,8 @@
 // one dot product instead of a key block for all 32 rows.
 #pragma once
 
-#include "packed_cache.h"
 #include "operands.h"
+#include "packed_cache.h"
 #include "scores.h"
 
 namespace farlight::FARLIGHT_NS {
@@ -72,6 +72,7 @@ class GatheredSoftmax {
   }
 
  private:
+  // End of row s's gathered keys in layer.point_keys.
   int64_t end(const LayerView& layer, int s) const {
     int64_t first, last;
     row_block_.gathered_range(layer, s, first, last);

@@ -9,11 +9,11 @@
 //   AmxF32Split  float32 tensors on AMX: every operand is split into three bfloat16 parts, six tile products per product
 #pragma once
 
-#include "arena.h"
-#include "register_blocks.h"
-#include "key_chunks.h"
-#include "row_ops.h"
 #include "amx_tiles.h"
+#include "arena.h"
+#include "key_chunks.h"
+#include "register_blocks.h"
+#include "row_ops.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -63,7 +63,7 @@ constexpr int key_group = uses_amx<Traits> ? 32 : kM;
 template <class Traits>
 constexpr int chunk_keys = uses_amx<Traits> ? 64 : kChunkKeys;
 
-// The rows of one (batch item, head) of a tensor.
+// The (N, D) rows of one (batch item, head) of a tensor; the stride counts elements.
 template <class T>
 struct HeadRows {
   const T* base;

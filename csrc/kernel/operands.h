@@ -1,8 +1,8 @@
 // Operands of products: the K or V rows of a chunk (Operand) and a row block of Q or dO transposed to lanes (Transposed).
 #pragma once
 
-#include "packed_cache.h"
 #include "kernel_traits.h"
+#include "packed_cache.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -30,6 +30,7 @@ class Operand {
         keys_(keys),
         ld_(round_up(dim, 32)) {}
 
+  // Allocates copy buffers and pointer tables for the layouts that will be fetched.
   void reserve(Arena& arena, bool for_row_major, bool for_col_major) {
     if (uses_amx<Traits>) {
       if (num_parts<Traits> == 1) copies_ = arena.allocate<Word>(32 * ld_ / 2);
@@ -105,6 +106,7 @@ class Operand {
   const Word** col_major = nullptr;
 
  private:
+  // Copies the rows as float32 into contiguous memory.
   void widen_or_compact(const Chunk& c, int n) {
     if constexpr (!uses_pairs<Traits>) {
       for (int i = 0; i < n; ++i) {

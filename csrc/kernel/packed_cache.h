@@ -9,9 +9,9 @@
 // hit as well. Capacity: 512 KiB (bfloat16) or 768 KiB (split float32) per thread, to stay in L2.
 #pragma once
 
+#include "amx_tiles.h"
 #include "kernel_traits.h"
 #include "row_ops.h"
-#include "amx_tiles.h"
 
 namespace farlight::FARLIGHT_NS {
 

@@ -5,9 +5,9 @@
 // now (a tenth of the time).
 #pragma once
 
-#include "packed_cache.h"
-#include "operands.h"
 #include "gathered_prefetch.h"
+#include "operands.h"
+#include "packed_cache.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -84,6 +84,7 @@ class KeyPrefetcher {
     key_ = first;
     pending_ = first < next_->n;
   }
+  // Prefetches the next lines of the present group and moves on.
   FARLIGHT_NOINLINE void issue() {
     for (int i = 0; i < kLinesPerCall; ++i) {
       const int32_t key = next_->key[key_];

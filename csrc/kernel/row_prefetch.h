@@ -56,6 +56,7 @@ class RowPrefetcher {
     int32_t position, end;
   };
 
+  // The next kRanges rows; the last one is repeated at the end of the queue.
   FARLIGHT_NOINLINE const PrefetchLines* fill() {
     const char* row = nullptr;
     for (int i = 0; i < PrefetchLines::kRanges; ++i) {
@@ -65,6 +66,7 @@ class RowPrefetcher {
     return &lines_;
   }
 
+  // The next row of the queue.
   const char* next() {
     RowRange& range = ranges_[current_];
     const int64_t row = range.rows ? range.rows[range.position] : range.position;

@@ -4,9 +4,9 @@
 
 #include <math.h>
 
-#include "prefetch.h"
 #include "elementary.h"
 #include "operands.h"
+#include "prefetch.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -28,6 +28,7 @@ FARLIGHT_INLINE F tree_reduce(const F (&x)[N], Combine combine) {
     return tree_reduce(pairs, combine);
   }
 }
+// Lane-wise maximum of N vectors.
 template <int N>
 FARLIGHT_INLINE F largest(const F (&x)[N]) {
   return tree_reduce(x, [](F a, F b) { return max(a, b); });
@@ -37,6 +38,7 @@ FARLIGHT_INLINE F largest(const F (&x)[N]) {
 struct Scale {
   float before, after;
 };
+// The factors for the softmax scale of a call.
 template <class Traits>
 FARLIGHT_INLINE Scale scale_of(float scale) {
   const float scale_log2 = scale * kLog2E, magnitude = scale_log2 < 0.0f ? -scale_log2 : scale_log2;
@@ -192,6 +194,7 @@ constexpr float kLargeReference = 4096.0f;
 FARLIGHT_NOINLINE inline void scale_scores(float* scores, int keys, float factor) {
   for (int i = 0; i < keys * kRows; i += W) store(scores + i, mul(load(scores + i), broadcast(factor)));
 }
+// scores[key][row] -= reference[row].
 FARLIGHT_NOINLINE inline void subtract_references(float* scores, int keys, const float* reference) {
   for (int g = 0; g < kRows; g += W) {
     const F r = load(reference + g);
