@@ -11,7 +11,7 @@ help:
 	@echo "make demo       audit a real model on a real text: what each pattern saves and what it loses"
 	@echo "make test       run the tests              make test-slow  those that take long"
 	@echo "make lint       ruff and mypy              make bench      measure on this machine"
-	@echo "make sanitize   the kernel tests on native code that checks its addresses and arithmetic; sanitize-thread: its threads"
+	@echo "make sanitize   the kernel tests under address and undefined-behaviour sanitizers; sanitize-thread: data races"
 	@echo "make wheel      build a wheel for this Python, install it apart and test it"
 
 setup: $(READY)

@@ -1,5 +1,6 @@
-// The Python module: plans are converted once into owned, checked tables; tensors come as addresses and strides, which costs
-// a fraction of a microsecond where array arguments would cost ten. farlight/kernels/cpu checks types, devices and shapes.
+// The Python module farlight._cpu (nanobind, stable ABI). A plan is converted once into an owned, validated NativePlan; a call
+// passes tensors as addresses and strides, which costs a fraction of a microsecond where array arguments would cost ten.
+// dtypes, devices and shapes are checked by farlight/kernels/cpu.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -22,21 +23,24 @@ namespace {
 
 using namespace farlight;
 
+// A plan's int tensor as a contiguous array view. Throws MalformedPlan for any other dtype, rank, layout or device.
 template <class T, int Dims>
 auto array_of(nb::handle owner, const char* name) {
   nb::ndarray<const T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu> array;
-  if (!nb::try_cast(owner.attr(name), array, false) || !array.is_valid())  // None casts to no array
+  if (!nb::try_cast(owner.attr(name), array, false) || !array.is_valid())  // None converts to an invalid array
     throw MalformedPlan(std::string(name) + " is not a contiguous " + std::to_string(Dims) + "-dimensional int" +
                         std::to_string(8 * sizeof(T)) + " tensor in the host's memory");
   return array;
 }
 
+// A copy of a one-dimensional table.
 template <class T>
 std::vector<T> table(nb::handle owner, const char* name) {
   const auto array = array_of<T, 1>(owner, name);
   return std::vector<T>(array.data(), array.data() + array.shape(0));
 }
 
+// The variant table of a piece or layer.
 Variants variants(nb::handle owner) {
   const auto array = array_of<int32_t, 2>(owner, "variant");
   Variants v;
@@ -46,8 +50,10 @@ Variants variants(nb::handle owner) {
   return v;
 }
 
-bool has(nb::handle owner, const char* name) { return !owner.attr(name).is_none(); }
+// Whether an optional table is present.
+bool has_table(nb::handle owner, const char* name) { return !owner.attr(name).is_none(); }
 
+// The tables of a farlight.plan.tables.Layer.
 Layer layer(nb::handle from) {
   Layer l;
   l.variant = variants(from);
@@ -57,18 +63,19 @@ Layer layer(nb::handle from) {
   l.lo = table<int32_t>(from, "lo");
   l.hi = table<int32_t>(from, "hi");
   l.mask = table<int32_t>(from, "mask");
-  l.has_keys = has(from, "keys");
+  l.has_keys = has_table(from, "keys");
   if (l.has_keys) l.keys = table<int32_t>(from, "keys");
-  l.has_points = has(from, "point_indptr");
+  l.has_points = has_table(from, "point_indptr");
   if (l.has_points) l.point_indptr = table<int64_t>(from, "point_indptr");
-  if (has(from, "point_keys")) l.point_keys = table<int32_t>(from, "point_keys");
+  if (has_table(from, "point_keys")) l.point_keys = table<int32_t>(from, "point_keys");
   return l;
 }
 
+// The tables of a farlight.plan.tables.Piece.
 Piece piece(nb::handle from) {
   Piece p;
   p.variant = variants(from);
-  p.has_rows = has(from, "rows");
+  p.has_rows = has_table(from, "rows");
   if (p.has_rows) p.rows = table<int32_t>(from, "rows");
   p.row_first = table<int64_t>(from, "row_first");
   p.first = table<int64_t>(from, "first");
@@ -76,11 +83,11 @@ Piece piece(nb::handle from) {
   p.count = table<int32_t>(from, "count");
   p.part = table<int32_t>(from, "part");
   p.parts = table<int32_t>(from, "parts");
-  for (const nb::handle each : from.attr("layers")) p.layers.push_back(layer(each));
+  for (const nb::handle element : from.attr("layers")) p.layers.push_back(layer(element));
   return p;
 }
 
-// A plan as the kernels see it, and the schedule of the last call that was made with it.
+// A plan's validated tables and the schedule of the latest (batch, heads, kv_heads) it was called with. Thread-safe.
 class NativePlan {
  public:
   explicit NativePlan(nb::handle plan) {
@@ -92,7 +99,7 @@ class NativePlan {
     tables_.overlapping = nb::cast<bool>(plan.attr("overlapping"));
     tables_.masks = {table<int32_t>(masks, "kind"), table<int32_t>(masks, "start"), table<int32_t>(masks, "core_lo"),
                      table<int32_t>(masks, "core_hi"), table<int32_t>(masks, "data")};
-    for (const nb::handle each : plan.attr("pieces")) tables_.pieces.push_back(piece(each));
+    for (const nb::handle element : plan.attr("pieces")) tables_.pieces.push_back(piece(element));
     tables_.finish();
   }
   NativePlan(const NativePlan&) = delete;
@@ -103,115 +110,121 @@ class NativePlan {
   bool covers_all_rows() const { return tables_.covers_all_rows(); }
 
   std::shared_ptr<const Schedule> schedule(int64_t batch, int64_t heads, int64_t kv_heads) {
-    const std::lock_guard<std::mutex> lock(guard_);
+    const std::lock_guard<std::mutex> lock(mutex_);
     if (!schedule_ || schedule_->batch != batch || schedule_->heads != heads || schedule_->kv_heads != kv_heads) {
-      auto made = std::make_shared<const Schedule>(tables_, batch, heads, kv_heads);
-      grown_ += made->bytes() - (schedule_ ? schedule_->bytes() : 0);
-      schedule_ = std::move(made);
+      auto fresh = std::make_shared<const Schedule>(tables_, batch, heads, kv_heads);
+      grown_bytes_ += fresh->bytes() - (schedule_ ? schedule_->bytes() : 0);
+      schedule_ = std::move(fresh);
     }
     return schedule_;
   }
-  // The bytes by which the schedule has grown since this was last asked.
-  int64_t grown() { return grown_.exchange(0, std::memory_order_relaxed); }
+  // Growth of the schedule's memory in bytes since the previous call of this function, for the plan's byte accounting.
+  int64_t take_grown_bytes() { return grown_bytes_.exchange(0, std::memory_order_relaxed); }
 
  private:
-  std::atomic<int64_t> grown_{0};
+  std::atomic<int64_t> grown_bytes_{0};
   Tables tables_;
-  std::mutex guard_;
+  std::mutex mutex_;
   std::shared_ptr<const Schedule> schedule_;
 };
 
-unsigned long main_thread = 0;  // Python's number for it
+unsigned long main_thread = 0;  // Python's identifier of the main thread
 
-// Runs the handlers of signals that have come, where Python does so: in its main thread. Throws what a handler raised.
+// Runs pending Python signal handlers, which Python does in the main thread only. Rethrows what a handler raised
+// (KeyboardInterrupt).
 void run_handlers() {
-  const nb::gil_scoped_acquire hold;
+  const nb::gil_scoped_acquire gil;
   if (PyErr_CheckSignals() != 0) throw nb::python_error();
 }
 
-Watch watch_for_signals() { return Watch(PyThread_get_thread_ident() == main_thread ? run_handlers : nullptr); }
+// Polls for signals when called from Python's main thread, else not at all.
+InterruptCheck signal_check() { return InterruptCheck(PyThread_get_thread_ident() == main_thread ? run_handlers : nullptr); }
 
 // (address, batch stride, head stride, row stride); strides count elements.
-using Address = std::vector<int64_t>;
+using StridedAddress = std::vector<int64_t>;
 
-Rows rows(const Address& from) {
+TensorView tensor_view(const StridedAddress& from) {
   if (from.size() != 4) throw std::invalid_argument("a tensor is (address, batch stride, head stride, row stride)");
   return {reinterpret_cast<const void*>(from[0]), from[1], from[2], from[3]};
 }
 
-// What does not change between forward and backward: (batch, heads, kv_heads, dim), scale, (threshold, seed low, seed high,
-// 1 / (1 - p)), threads. A threshold of 0 means no dropout.
-Call prepare(NativePlan& plan, int type, const std::vector<int64_t>& shape, double scale, const std::vector<int64_t>& links,
-             double inverse) {
-  if (shape.size() != 4 || links.size() != 3) throw std::invalid_argument("shape has 4 numbers, dropout 3");
+// The part of a call that forward and backward share. shape: (batch, heads, kv_heads, dim); dropout: (threshold, seed low, seed
+// high), threshold 0 for none; keep_scale: 1 / (1 - p).
+Call prepare(NativePlan& plan, int type, const std::vector<int64_t>& shape, double scale, const std::vector<int64_t>& dropout,
+             double keep_scale) {
+  if (shape.size() != 4 || dropout.size() != 3) throw std::invalid_argument("shape has 4 numbers, dropout 3");
   if (type != 0 && type != 1) throw std::invalid_argument("type is 0 (float32) or 1 (bfloat16)");
   Call call{};
   call.plan = &plan.tables().view();
   call.type = call.out_type = static_cast<Type>(type);
   call.batch = shape[0], call.heads = shape[1], call.kv_heads = shape[2], call.dim = shape[3];
   if (call.dim < 1 || call.dim > kMaxDim) throw std::invalid_argument("head_dim is outside 1 ... 256");
-  if (call.batch < 1 || call.kv_heads < 1 || call.heads % call.kv_heads) throw std::invalid_argument("heads do not fit kv_heads");
+  if (call.batch < 1 || call.kv_heads < 1 || call.heads % call.kv_heads)
+    throw std::invalid_argument("heads do not fit kv_heads");
   call.scale = static_cast<float>(scale);
-  call.dropout = {links[0] > 0,
-                  links[0] > 0xffffffff,
-                  static_cast<uint32_t>(links[0]),
-                  static_cast<uint32_t>(links[1]),
-                  static_cast<uint32_t>(links[2]),
-                  static_cast<float>(inverse)};
-  call.joins = plan.overlapping();
-  call.leaves = !plan.covers_all_rows();
+  call.dropout = {dropout[0] > 0,
+                  dropout[0] > 0xffffffff,
+                  static_cast<uint32_t>(dropout[0]),
+                  static_cast<uint32_t>(dropout[1]),
+                  static_cast<uint32_t>(dropout[2]),
+                  static_cast<float>(keep_scale)};
+  call.merges = plan.overlapping();
+  call.keep_masked_rows = !plan.covers_all_rows();
   return call;
 }
 
-// Both answer by how many bytes the plan has grown.
-int64_t forward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const Address& q, const Address& k,
-             const Address& v, int64_t out, int64_t lse, double scale, const std::vector<int64_t>& links, double inverse,
-             int threads) {
-  Call call = prepare(plan, type, shape, scale, links, inverse);
+// Forward and backward of one call; outputs are written in place. Both return the bytes by which the plan's schedule has grown.
+int64_t forward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const StridedAddress& q,
+                const StridedAddress& k, const StridedAddress& v, int64_t out, int64_t lse, double scale,
+                const std::vector<int64_t>& dropout, double keep_scale, int threads) {
+  Call call = prepare(plan, type, shape, scale, dropout, keep_scale);
   call.out_type = static_cast<Type>(out_type);
-  call.q = rows(q), call.k = rows(k), call.v = rows(v);
+  call.q = tensor_view(q), call.k = tensor_view(k), call.v = tensor_view(v);
   call.result = reinterpret_cast<void*>(out);
   call.lse = reinterpret_cast<float*>(lse);
-  const Kernels& set = kernels();
-  Watch watch = watch_for_signals();
+  const Kernels& kernels_of_isa = kernels();
+  InterruptCheck interrupt = signal_check();
   const nb::gil_scoped_release release;
   const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads);
-  run_forward(set, call, *schedule, threads, watch);
-  return plan.grown();
+  run_forward(kernels_of_isa, call, *schedule, threads, interrupt);
+  return plan.take_grown_bytes();
 }
 
-int64_t backward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const Address& q, const Address& k,
-              const Address& v, const Address& out, const Address& dout, int64_t lse, int64_t dlse, int64_t dq, int64_t dk, int64_t dv,
-              double scale, const std::vector<int64_t>& links, double inverse, int threads) {
-  Call call = prepare(plan, type, shape, scale, links, inverse);
+int64_t backward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const StridedAddress& q,
+                 const StridedAddress& k, const StridedAddress& v, const StridedAddress& out, const StridedAddress& dout,
+                 int64_t lse, int64_t dlse, int64_t dq, int64_t dk, int64_t dv, double scale,
+                 const std::vector<int64_t>& dropout, double keep_scale, int threads) {
+  Call call = prepare(plan, type, shape, scale, dropout, keep_scale);
   call.out_type = static_cast<Type>(out_type);
-  call.q = rows(q), call.k = rows(k), call.v = rows(v), call.out = rows(out), call.dout = rows(dout);
+  call.q = tensor_view(q), call.k = tensor_view(k), call.v = tensor_view(v);
+  call.out = tensor_view(out), call.dout = tensor_view(dout);
   call.lse = reinterpret_cast<float*>(lse);
   call.dlse = reinterpret_cast<const float*>(dlse);
   call.result = reinterpret_cast<void*>(dq);
-  const Kernels& set = kernels();
-  Watch watch = watch_for_signals();
+  const Kernels& kernels_of_isa = kernels();
+  InterruptCheck interrupt = signal_check();
   const nb::gil_scoped_release release;
   const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads);
-  run_backward(set, call, *schedule, reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), threads, watch);
-  return plan.grown();
+  run_backward(kernels_of_isa, call, *schedule, reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), threads, interrupt);
+  return plan.take_grown_bytes();
 }
 
-// What fused multiply-adds in registers give at most, on so many threads at once.
+// GFLOP/s of register-only float32 multiply-adds on `threads` threads: the upper bound of vector products on this CPU.
 double fma_gflops(int threads) {
-  const nb::gil_scoped_release free;
-  constexpr int64_t kTurns = 1 << 23;
-  const Kernels& set = kernels();
+  const nb::gil_scoped_release no_gil;
+  constexpr int64_t kIterations = 1 << 23;
+  const Kernels& kernels_of_isa = kernels();
   std::vector<float> sums(threads);
   const auto start = std::chrono::steady_clock::now();
-  Watch nobody(nullptr);
-  for_each(threads, threads, nobody, [&](int64_t i) { sums[i] = set.spin(kTurns); });
+  InterruptCheck no_interrupt(nullptr);
+  parallel_for(threads, threads, no_interrupt, [&](int64_t i) { sums[i] = kernels_of_isa.peak_fma(kIterations); });
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  return 1e-9 * static_cast<double>(kTurns * set.spin_operations * threads) / seconds;
+  return 1e-9 * static_cast<double>(kIterations * kernels_of_isa.peak_fma_flops * threads) / seconds;
 }
 
 }  // namespace
 
+// Names and signatures are private to farlight/kernels/cpu.
 NB_MODULE(_cpu, m) {
   nb::set_leak_warnings(false);
   main_thread = nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"));
@@ -223,6 +236,6 @@ NB_MODULE(_cpu, m) {
   m.def("backward", &backward);
   m.def("fma_gflops", &fma_gflops, "threads"_a);
   m.def("isa", [] { return std::string(farlight::kernels().name); });
-  m.def("available", &available_sets);
-  m.def("use", &use_set);
+  m.def("available", &available_isas);
+  m.def("use", &use_isa);
 }

@@ -1,4 +1,4 @@
-// Which instruction sets were compiled in, which this machine has, and which one is used.
+// Runtime ISA dispatch: which ISAs were compiled in, which the CPU supports, and which one is active.
 #pragma once
 
 #include <string>
@@ -8,9 +8,13 @@
 
 namespace farlight {
 
-std::vector<std::string> available_sets();  // best first
+// Names of the ISAs that are compiled in and supported by this CPU, fastest first.
+std::vector<std::string> available_isas();
+
+// The kernels of the active ISA: the first of available_isas() unless use_isa() chose another.
 const Kernels& kernels();
-// By name; throws std::invalid_argument with the names that would do.
-void use_set(const std::string& name);
+
+// Makes the named ISA the active one for all threads. Throws std::invalid_argument that lists the available names.
+void use_isa(const std::string& name);
 
 }  // namespace farlight

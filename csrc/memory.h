@@ -1,4 +1,4 @@
-// Memory that is about to be written whole.
+// Buffers: owned, uninitialised, 64-byte aligned memory, backed by huge pages where the system offers them.
 #pragma once
 
 #include <cstdint>
@@ -11,44 +11,44 @@
 
 namespace farlight {
 
-// Asks the system to back a large stretch by large pages: the first touch of a fresh page costs more than filling it, and
-// this makes it some hundred times rarer. A hint; nothing depends on it.
-inline void expect_writes(void* at, int64_t bytes) {
+// Advises the system to back [data, data + bytes) by 2 MiB pages, since the whole range is about to be written. The first touch
+// of a 4 KiB page costs more than filling it; huge pages make it 512 times rarer. A hint: results do not depend on it.
+inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t page = int64_t{1} << 21;
-  const int64_t first = (reinterpret_cast<int64_t>(at) + page - 1) / page * page;
-  const int64_t last = (reinterpret_cast<int64_t>(at) + bytes) / page * page;
+  const int64_t first = (reinterpret_cast<int64_t>(data) + page - 1) / page * page;
+  const int64_t last = (reinterpret_cast<int64_t>(data) + bytes) / page * page;
   if (first < last) madvise(reinterpret_cast<void*>(first), static_cast<size_t>(last - first), MADV_HUGEPAGE);
 #else
-  (void)at, (void)bytes;
+  (void)data, (void)bytes;
 #endif
 }
 
-// An uninitialised, aligned stretch of memory.
-class Room {
+// An owned, uninitialised, 64-byte aligned allocation. Move-only; a default-constructed buffer is empty.
+class Buffer {
  public:
-  Room() = default;
-  explicit Room(int64_t bytes) : bytes_(bytes) {
+  Buffer() = default;
+  explicit Buffer(int64_t bytes) : bytes_(bytes) {
     if (bytes == 0) return;
-    at_ = ::operator new(static_cast<size_t>(bytes), std::align_val_t{64});
-    expect_writes(at_, bytes);
+    data_ = ::operator new(static_cast<size_t>(bytes), std::align_val_t{64});
+    advise_huge_pages(data_, bytes);
   }
-  Room(Room&& other) noexcept : at_(std::exchange(other.at_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
-  Room& operator=(Room&& other) noexcept {
-    std::swap(at_, other.at_);
+  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
     return *this;
   }
-  ~Room() { ::operator delete(at_, std::align_val_t{64}); }
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
 
   int64_t bytes() const { return bytes_; }
   template <class T>
   T* as() const {
-    return static_cast<T*>(at_);
+    return static_cast<T*>(data_);
   }
 
  private:
-  void* at_ = nullptr;
+  void* data_ = nullptr;
   int64_t bytes_ = 0;
 };
 

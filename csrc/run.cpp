@@ -1,3 +1,5 @@
+// One call on all threads (run.h): scratch memory, split-K partials, initialisation of rows without keys, exact row statistics
+// for large scores, and the parallel loops over work items and slabs.
 #include "run.h"
 
 #include <algorithm>
@@ -8,9 +10,9 @@
 #include <utility>
 #include <vector>
 
+#include "dkdv_reduction.h"
 #include "memory.h"
 #include "parallel.h"
-#include "sums.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -20,35 +22,37 @@ namespace farlight {
 
 namespace {
 
-constexpr int64_t kWorthThreads = 50'000;  // keys visited times head dimension, below which one thread is faster than two
+// visited keys times head dimension; below this, waking a second thread costs more than it saves
+constexpr int64_t kMinParallelWork = 50'000;
 
-// A thread's working memory; kept from call to call, but for its beginning, which is cleared for each.
-char* scratch(int64_t bytes, int64_t cleared, uint64_t call) {
-  thread_local Room room;
-  thread_local uint64_t served = 0;
-  if (room.bytes() < bytes) {
-    room = Room(bytes);
-    served = 0;
+// The calling thread's scratch memory, kept from call to call. Its first `zeroed` bytes (cache tags) are zeroed once per call.
+char* scratch(int64_t bytes, int64_t zeroed, uint64_t call_id) {
+  thread_local Buffer buffer;
+  thread_local uint64_t last_call = 0;
+  if (buffer.bytes() < bytes) {
+    buffer = Buffer(bytes);
+    last_call = 0;
   }
-  if (served != call) {
+  if (last_call != call_id) {
 #if defined(__SANITIZE_ADDRESS__)
-    ASAN_UNPOISON_MEMORY_REGION(room.as<char>(), bytes);  // it is divided anew, with other gaps where the kernels are others
+    ASAN_UNPOISON_MEMORY_REGION(buffer.as<char>(), bytes);  // another ISA's kernels may lay out the arena differently
 #endif
-    std::memset(room.as<char>(), 0, static_cast<size_t>(cleared));
+    std::memset(buffer.as<char>(), 0, static_cast<size_t>(zeroed));
   }
-  served = call;
-  return room.as<char>();
+  last_call = call_id;
+  return buffer.as<char>();
 }
 
-uint64_t next_call() {
+// A process-wide number of the call, from 1 on.
+uint64_t next_call_id() {
   static std::atomic<uint64_t> calls{0};
   return calls.fetch_add(1, std::memory_order_relaxed) + 1;
 }
 
-// Results of split tiles on their way.
-class Partials {
+// Partial results of split-K tiles and the countdown of parts still to finish; sets the call's pointers to them.
+class PartialResults {
  public:
-  Partials(Call& call, const Schedule& schedule)
+  PartialResults(Call& call, const Schedule& schedule)
       : values_(schedule.partials * call.plan->tile * (call.dim + 2) * static_cast<int64_t>(sizeof(float))),
         pending_(schedule.parts.empty() ? nullptr : new std::atomic<int32_t>[schedule.parts.size()]) {
     for (size_t i = 0; i < schedule.parts.size(); ++i) pending_[i].store(schedule.parts[i], std::memory_order_relaxed);
@@ -59,136 +63,147 @@ class Partials {
   }
 
  private:
-  Room values_;
+  Buffer values_;
   std::unique_ptr<std::atomic<int32_t>[]> pending_;
 };
 
+// Bytes of a contiguous (B, heads, rows, D) tensor.
 int64_t rows_bytes(const Call& call, Type type, int64_t heads, int64_t rows) {
   return call.batch * heads * rows * call.dim * (type == Type::f32 ? 4 : 2);
 }
 
-// Rows that see nothing have zeros, and an lse of minus infinity. All of the result is about to be written, here or by tiles.
-void begin_result(const Call& call, const Schedule& schedule, bool with_lse, int threads, Watch& watch) {
-  expect_writes(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q));
-  constexpr int64_t stretch = 4096;  // rows that a thread takes at once
-  struct Stretch {
+// Initialises rows that possibly no tile writes: zeros, and an lse of -inf.
+void initialise_result(const Call& call, const Schedule& schedule, bool with_lse, int threads, InterruptCheck& interrupt) {
+  advise_huge_pages(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q));
+  constexpr int64_t range_rows = 4096;  // rows per parallel item
+  struct RowRange {
     int64_t first, last;
   };
-  std::vector<Stretch> all;
-  for (const auto& [first, last] : schedule.unsure_rows())
-    for (int64_t i = first; i < last; i += stretch) all.push_back({i, std::min(i + stretch, last)});
-  const int64_t width = call.dim * (call.out_type == Type::f32 ? 4 : 2), many = static_cast<int64_t>(all.size());
-  for_each(call.batch * call.heads * many, threads, watch, [&](int64_t i) {
-    const Stretch& rows = all[i % many];
-    const int64_t at = i / many * call.plan->n_q + rows.first, count = rows.last - rows.first;
+  std::vector<RowRange> row_ranges;
+  for (const auto& [first, last] : schedule.unwritten_rows())
+    for (int64_t i = first; i < last; i += range_rows) row_ranges.push_back({i, std::min(i + range_rows, last)});
+  const int64_t width = call.dim * (call.out_type == Type::f32 ? 4 : 2), num_ranges = static_cast<int64_t>(row_ranges.size());
+  parallel_for(call.batch * call.heads * num_ranges, threads, interrupt, [&](int64_t i) {
+    const RowRange& rows = row_ranges[i % num_ranges];
+    const int64_t at = i / num_ranges * call.plan->n_q + rows.first, count = rows.last - rows.first;
     std::memset(static_cast<char*>(call.result) + at * width, 0, static_cast<size_t>(count * width));
     if (with_lse) std::fill_n(call.lse + at, count, -std::numeric_limits<float>::infinity());
   });
 }
 
-// The item after item i of those before `end`, if there is one.
-const Item* after(const std::vector<Item>& items, int64_t i, int64_t end) { return i + 1 < end ? &items[i + 1] : nullptr; }
+// The item after items[i] in the range before `end`, or null.
+const WorkItem* next_item(const std::vector<WorkItem>& items, int64_t i, int64_t end) {
+  return i + 1 < end ? &items[i + 1] : nullptr;
+}
 
+// Rows of the result, over batch items and heads.
 int64_t rows_of(const Call& call) { return call.batch * call.heads * call.plan->n_q; }
 
-Room row_sums_of(const Call& call) {
-  const int64_t bytes = rows_of(call) * static_cast<int64_t>(sizeof(RowSum));
-  Room room(bytes);
-  std::memset(room.as<char>(), 0, static_cast<size_t>(bytes));
-  return room;
+// Zeroed softmax statistics of all rows.
+Buffer zeroed_row_stats(const Call& call) {
+  const int64_t bytes = rows_of(call) * static_cast<int64_t>(sizeof(RowStats));
+  Buffer buffer(bytes);
+  std::memset(buffer.as<char>(), 0, static_cast<size_t>(bytes));
+  return buffer;
 }
 
-// The lse beyond which weights computed from it are off by more than 2^-14 in float32, 2^-10 in bfloat16.
+// The |lse| beyond which weights exp(score - lse) computed from a float32 lse are off by more than 2^-14 (float32) or 2^-10
+// (bfloat16).
 float largest_lse(Type type) { return type == Type::f32 ? 1024.0f : 16384.0f; }
 
-bool any_large(const Call& call, int threads, Watch& watch) {
-  constexpr int64_t stretch = 1 << 16;
+// Whether the lse of any row exceeds that limit.
+bool any_large_lse(const Call& call, int threads, InterruptCheck& interrupt) {
+  constexpr int64_t range_rows = 1 << 16;
   const float limit = largest_lse(call.type);
   const int64_t rows = rows_of(call);
-  std::atomic<bool> found{false};
-  for_each((rows + stretch - 1) / stretch, threads, watch, [&](int64_t i) {
+  std::atomic<bool> any{false};
+  parallel_for((rows + range_rows - 1) / range_rows, threads, interrupt, [&](int64_t i) {
     bool large = false;
-    for (int64_t at = i * stretch; at < std::min(rows, (i + 1) * stretch); ++at)
+    for (int64_t at = i * range_rows; at < std::min(rows, (i + 1) * range_rows); ++at)
       large |= std::abs(call.lse[at]) > limit && std::isfinite(call.lse[at]);
-    if (large) found.store(true, std::memory_order_relaxed);
+    if (large) any.store(true, std::memory_order_relaxed);
   });
-  return found.load();
+  return any.load();
 }
 
-// The sums of rows for the backward pass of scores so large that their lse in float32 has too few digits: computed once more.
-// Where the lse at hand is another one than that of these keys, as far as it can be told, the weights are relative to it.
-Room exact_row_sums(const Kernels& kernels, const Call& call, const Schedule& schedule, int threads, Watch& watch) {
-  Room sums = row_sums_of(call);
+// Softmax statistics of all rows, recomputed by one more forward pass without dropout, for a backward pass whose lse has too
+// few digits. Where the caller's lse differs from the recomputed one beyond rounding (lse_shift: the call sees only some of a
+// row's keys), the weights are relative to the caller's.
+Buffer exact_row_stats(const Kernels& kernels, const Call& call, const Schedule& schedule, int threads,
+                       InterruptCheck& interrupt) {
+  Buffer row_stats = zeroed_row_stats(call);
   const int64_t rows = rows_of(call);
-  const Room out(rows_bytes(call, call.type, call.heads, call.plan->n_q)), lse(rows * static_cast<int64_t>(sizeof(float)));
-  Call again = call;
-  again.out_type = call.type;
-  again.dropout.on = false;
-  again.result = out.as<void>();
-  again.lse = lse.as<float>();
-  again.row_sums = sums.as<RowSum>();
-  run_forward(kernels, again, schedule, threads, watch);
+  const Buffer out(rows_bytes(call, call.type, call.heads, call.plan->n_q)), lse(rows * static_cast<int64_t>(sizeof(float)));
+  Call recompute = call;
+  recompute.out_type = call.type;
+  recompute.dropout.on = false;
+  recompute.result = out.as<void>();
+  recompute.lse = lse.as<float>();
+  recompute.row_stats = row_stats.as<RowStats>();
+  run_forward(kernels, recompute, schedule, threads, interrupt);
   for (int64_t at = 0; at < rows; ++at) {
-    RowSum& row = again.row_sums[at];
-    if (row.total == 0.0f) continue;
-    const float apart = call.lse[at] - again.lse[at];
-    row.total = std::log(row.total) + (std::abs(apart) <= 0x1p-21f * std::abs(again.lse[at]) ? 0.0f : apart);
+    RowStats& row = recompute.row_stats[at];
+    if (row.row_sum == 0.0f) continue;
+    const float lse_shift = call.lse[at] - recompute.lse[at];
+    row.row_sum = std::log(row.row_sum) + (std::abs(lse_shift) <= 0x1p-21f * std::abs(recompute.lse[at]) ? 0.0f : lse_shift);
   }
-  return sums;
+  return row_stats;
 }
 
 }  // namespace
 
-void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads, Watch& watch) {
-  const Partials partials(call, schedule);
-  const Room row_sums = call.joins && !call.row_sums ? row_sums_of(call) : Room();
-  if (row_sums.bytes()) call.row_sums = row_sums.as<RowSum>();
+void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads, InterruptCheck& interrupt) {
+  const PartialResults partials(call, schedule);
+  const Buffer row_stats = call.merges && !call.row_stats ? zeroed_row_stats(call) : Buffer();
+  if (row_stats.bytes()) call.row_stats = row_stats.as<RowStats>();
   const int64_t bytes = kernels.scratch_bytes(call);
-  const uint64_t number = next_call();
-  if (schedule.cost * call.dim < kWorthThreads) threads = 1;
-  begin_result(call, schedule, true, threads, watch);
+  const uint64_t call_id = next_call_id();
+  if (schedule.cost * call.dim < kMinParallelWork) threads = 1;
+  initialise_result(call, schedule, true, threads, interrupt);
   for (const Phase& phase : schedule.phases) {
     const int64_t count = static_cast<int64_t>(phase.forward.size());
-    for_each(count, threads, watch, [&](int64_t i) {
-      kernels.forward(call, phase.forward[i], after(phase.forward, i, count), scratch(bytes, kernels.cleared_bytes, number));
+    parallel_for(count, threads, interrupt, [&](int64_t i) {
+      kernels.forward(call, phase.forward[i], next_item(phase.forward, i, count),
+                      scratch(bytes, kernels.zeroed_bytes, call_id));
     });
   }
 }
 
 void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads,
-                  Watch& watch) {
-  const Room row_sums = any_large(call, threads, watch) ? exact_row_sums(kernels, call, schedule, threads, watch) : Room();
-  if (row_sums.bytes()) call.row_sums = row_sums.as<RowSum>();
-  const Partials partials(call, schedule);
+                  InterruptCheck& interrupt) {
+  const Buffer row_stats =
+      any_large_lse(call, threads, interrupt) ? exact_row_stats(kernels, call, schedule, threads, interrupt) : Buffer();
+  if (row_stats.bytes()) call.row_stats = row_stats.as<RowStats>();
+  const PartialResults partials(call, schedule);
   const int64_t bytes = kernels.scratch_bytes(call);
-  const uint64_t number = next_call();
-  if (schedule.cost * call.dim < kWorthThreads) threads = 1;
-  begin_result(call, schedule, false, threads, watch);
-  for (void* grad : {dk, dv}) expect_writes(grad, rows_bytes(call, call.type, call.kv_heads, call.plan->n_k));
-  const int64_t units = schedule.groups() * schedule.slab_count;
-  // With one phase and a group for every thread, a group is added up by whoever finishes its last slab, and its memory
-  // serves the next group. Otherwise all is added up at the end, by all threads.
-  const bool at_once = schedule.phases.size() == 1 && schedule.groups() >= threads;
-  GroupSums sums(kernels, call, schedule, dk, dv);
+  const uint64_t call_id = next_call_id();
+  if (schedule.cost * call.dim < kMinParallelWork) threads = 1;
+  initialise_result(call, schedule, false, threads, interrupt);
+  for (void* grad : {dk, dv}) advise_huge_pages(grad, rows_bytes(call, call.type, call.kv_heads, call.plan->n_k));
+  const int64_t num_slabs = schedule.groups() * schedule.slab_count;
+  // With one phase and at least a group per thread, the thread that finishes a group's last slab reduces it and recycles its
+  // buffers for the next group. Otherwise all threads reduce all groups at the end.
+  const bool reduce_per_group = schedule.phases.size() == 1 && schedule.groups() >= threads;
+  DkDvReduction sums(kernels, call, schedule, dk, dv);
   for (size_t p = 0; p < schedule.phases.size(); ++p) {
     const Phase& phase = schedule.phases[p];
-    for_each(units, threads, watch, [&](int64_t unit) {
-      if (p == 0) sums.open(unit);
-      const Slab& slab = phase.slabs[unit];
+    parallel_for(num_slabs, threads, interrupt, [&](int64_t slab_index) {
+      if (p == 0) sums.open_slab(slab_index);
+      const Slab& slab = phase.slabs[slab_index];
       for (int64_t i = slab.first; i < slab.last; ++i) {
-        char* room = scratch(bytes, kernels.cleared_bytes, number);
-        kernels.backward(call, phase.backward[i], after(phase.backward, i, slab.last), sums.of(unit), room);
+        char* buffer = scratch(bytes, kernels.zeroed_bytes, call_id);
+        kernels.backward(call, phase.backward[i], next_item(phase.backward, i, slab.last), sums.blocks_of(slab_index), buffer);
       }
-      if (at_once && sums.finished(unit)) {
-        const int64_t group = unit / schedule.slab_count;
-        for (int64_t block = 0; block < schedule.blocks; ++block) sums.add_up(group, block);
-        sums.close(group);
+      if (reduce_per_group && sums.finish_slab(slab_index)) {
+        const int64_t group = slab_index / schedule.slab_count;
+        for (int64_t block = 0; block < schedule.blocks; ++block) sums.reduce_block(group, block);
+        sums.release_group(group);
       }
     });
   }
-  if (!at_once)
-    for_each(schedule.groups() * schedule.blocks, threads, watch,
-             [&](int64_t i) { sums.add_up(i / schedule.blocks, i % schedule.blocks); });
+  if (!reduce_per_group)
+    parallel_for(schedule.groups() * schedule.blocks, threads, interrupt,
+                 [&](int64_t i) { sums.reduce_block(i / schedule.blocks, i % schedule.blocks); });
 }
 
 }  // namespace farlight

@@ -1,4 +1,4 @@
-// Running a whole call: every item of a schedule, by all threads.
+// One call of attention, forward or backward: all work items of a schedule on all threads.
 #pragma once
 
 #include "parallel.h"
@@ -7,9 +7,12 @@
 
 namespace farlight {
 
-void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads, Watch& watch);
+// Forward: writes call.result (out) and call.lse.
+void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads, InterruptCheck& interrupt);
 
-// dk, dv: contiguous (B, Hkv, Nk, D) of the call's type; written whole.
-void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads, Watch& watch);
+// Backward: writes call.result (dq) and all of dk and dv, contiguous (B, H_kv, n_k, D) of the call's dtype. Deterministic: the
+// result is the same bit for bit for any number of threads.
+void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads,
+                  InterruptCheck& interrupt);
 
 }  // namespace farlight

@@ -1,3 +1,5 @@
+// Schedule construction (schedule.h): cost model, order of the forward items, slabs of the backward pass and the key blocks
+// they touch. Linear in the plan's runs and gathered keys, apart from sorting.
 #include "schedule.h"
 
 #include <algorithm>
@@ -7,32 +9,37 @@ namespace farlight {
 
 namespace {
 
-constexpr int64_t kUnits = 48;        // slabs wanted over all groups, so that some dozen threads have work
-constexpr int64_t kTilesInSlab = 16;  // at least, lest sums be cleared and added up more than they are used
-constexpr int64_t kCopies = 3;        // the slabs of a group together cover each key at most so many times
-constexpr int64_t kTileCost = 8;      // a tile's own cost, in visited keys
+constexpr int64_t kTargetSlabs = 48;  // slabs over all groups: enough work items for some dozen threads
+// fewer tiles per slab would spend more on zeroing and reducing accumulators than on using them
+constexpr int64_t kMinSlabTiles = 16;
+constexpr int64_t kMaxCopies = 3;     // the slabs of a group together hold at most this many accumulators per key
+constexpr int64_t kTileOverhead = 8;  // fixed cost of a tile entry, in visited keys
 
-struct Where {
-  int64_t first_run, last_run, first_point, last_point;
+// The runs and gathered keys of an item in one layer: ranges of LayerView::lo and of LayerView::point_keys.
+struct WorkRange {
+  int64_t first_run, last_run, first_gathered, last_gathered;
 };
 
-Where where(const PieceView& piece, const LayerView& layer, const Item& item) {
+WorkRange work_range(const PieceView& piece, const LayerView& layer, const WorkItem& item) {
   const int32_t v = variant_of(piece.variant, piece.variant_batch, piece.variant_heads, item.batch, item.head);
   const int32_t w = variant_of(layer.variant, layer.variant_batch, layer.variant_heads, item.batch, item.head);
   const int64_t t = layer.entry_base[w] + item.entry - piece.first[v];
-  Where at{layer.indptr[t], layer.indptr[t + 1], 0, 0};
+  WorkRange range{layer.indptr[t], layer.indptr[t + 1], 0, 0};
   if (layer.point_indptr && piece.part[item.entry] == 0) {
     const int64_t place = layer.place_base[w] + piece.start[item.entry];
-    at.first_point = layer.point_indptr[place];
-    at.last_point = layer.point_indptr[place + piece.count[item.entry]];
+    range.first_gathered = layer.point_indptr[place];
+    range.last_gathered = layer.point_indptr[place + piece.count[item.entry]];
   }
-  return at;
+  return range;
 }
 
 }  // namespace
 
 Schedule::Schedule(const Tables& tables, int64_t batch, int64_t heads, int64_t kv_heads)
-    : batch(batch), heads(heads), kv_heads(kv_heads), tables_(tables) {
+    : batch(batch),
+      heads(heads),
+      kv_heads(kv_heads),
+      tables_(tables) {
   tables.check_heads(batch, heads);
   for (const Piece& piece : tables.pieces) {
     partial_base.push_back(partials);
@@ -53,152 +60,160 @@ Schedule::Schedule(const Tables& tables, int64_t batch, int64_t heads, int64_t k
 
 int64_t Schedule::bytes() const {
   int64_t sum = static_cast<int64_t>(sizeof(*this)) + bytes_of(phases) + bytes_of(partial_base) + bytes_of(pending_base) +
-                bytes_of(parts) + bytes_of(covers_);
+                bytes_of(parts) + bytes_of(key_block_sets_);
   for (const Phase& phase : phases) sum += bytes_of(phase.forward) + bytes_of(phase.backward) + bytes_of(phase.slabs);
-  for (const Cover& cover : covers_) sum += bytes_of(cover.blocks);
+  for (const KeyBlockSet& set : key_block_sets_) sum += bytes_of(set.blocks);
   return sum;
 }
 
-int64_t Schedule::cost_of(const Item& item) const {
+// Cost model of an item: visited keys for each row block of its tile; a gathered key costs half a visited one.
+int64_t Schedule::cost_of(const WorkItem& item) const {
   const PieceView& piece = tables_.view().pieces[item.piece];
-  int64_t keys = 0, points = 0;
+  int64_t keys = 0, gathered = 0;
   for (int32_t i = 0; i < piece.layer_count; ++i) {
     const LayerView& layer = piece.layers[i];
-    const Where at = where(piece, layer, item);
-    for (int64_t r = at.first_run; r < at.last_run; ++r) keys += layer.hi[r] - layer.lo[r];
-    points += at.last_point - at.first_point;
+    const WorkRange range = work_range(piece, layer, item);
+    for (int64_t r = range.first_run; r < range.last_run; ++r) keys += layer.hi[r] - layer.lo[r];
+    gathered += range.last_gathered - range.first_gathered;
   }
-  const int64_t turns = (piece.count[item.entry] + kRows - 1) / kRows;
-  return keys * turns + (points + 1) / 2;
+  const int64_t row_blocks = (piece.count[item.entry] + kRows - 1) / kRows;
+  return keys * row_blocks + (gathered + 1) / 2;
 }
 
-// All items of the plan. An item without work is left out, unless it alone tells its rows that they see nothing.
+// Lists all items of the plan. An item without keys is left out, unless the plan relies on it to write the empty result of its
+// rows.
 void Schedule::order_forward() {
   const PlanView& view = tables_.view();
-  struct Priced {
-    Item item;
-    int32_t dear;
+  struct CostedItem {
+    WorkItem item;
+    int32_t cost_class;
   };
   for (int32_t p = 0; p < view.piece_count; ++p) {
     Phase& phase = phases[phases.size() > 1 ? p : 0];
     const PieceView& piece = view.pieces[p];
-    std::vector<Item> here;
+    std::vector<WorkItem> items;
     std::vector<int64_t> costs;
     int64_t total = 0;
     for (int32_t b = 0; b < batch; ++b)
       for (int32_t h = 0; h < heads; ++h) {
         const int32_t v = variant_of(piece.variant, piece.variant_batch, piece.variant_heads, b, h);
         for (int64_t e = piece.first[v]; e < piece.first[v + 1]; ++e) {
-          const Item item{p, b, h, static_cast<int32_t>(e)};
-          const int64_t price = cost_of(item);
-          if (price == 0 && piece.group[e] < 0 && !tables_.covers_all_rows()) continue;
+          const WorkItem item{p, b, h, static_cast<int32_t>(e)};
+          const int64_t item_cost = cost_of(item);
+          if (item_cost == 0 && piece.group[e] < 0 && !tables_.covers_all_rows()) continue;
           if (piece.group[e] >= 0) parts[pending_base[p] + (b * heads + h) * piece.groups + piece.group[e]] = piece.parts[e];
-          here.push_back(item);
-          costs.push_back(price + kTileCost);
-          total += price + kTileCost;
+          items.push_back(item);
+          costs.push_back(item_cost + kTileOverhead);
+          total += item_cost + kTileOverhead;
         }
       }
     cost += total;
-    // Dear: more than four times the mean, in steps of two, so that equals keep their places.
-    const double mean = here.empty() ? 1.0 : static_cast<double>(total) / static_cast<double>(here.size());
-    std::vector<Priced> priced(here.size());
-    for (size_t i = 0; i < here.size(); ++i) {
+    // Longest-processing-time-first for outliers only: an item above four times the mean cost moves to the front, in classes of
+    // a factor of two, so that items of similar cost keep their memory order.
+    const double mean = items.empty() ? 1.0 : static_cast<double>(total) / static_cast<double>(items.size());
+    std::vector<CostedItem> costed(items.size());
+    for (size_t i = 0; i < items.size(); ++i) {
       const double ratio = static_cast<double>(costs[i]) / (4.0 * mean);
-      priced[i] = {here[i], ratio > 1.0 ? static_cast<int32_t>(std::log2(ratio)) + 1 : 0};
+      costed[i] = {items[i], ratio > 1.0 ? static_cast<int32_t>(std::log2(ratio)) + 1 : 0};
     }
-    std::stable_sort(priced.begin(), priced.end(), [](const Priced& x, const Priced& y) { return x.dear > y.dear; });
-    for (const Priced& x : priced) phase.forward.push_back(x.item);
+    std::stable_sort(costed.begin(), costed.end(),
+                     [](const CostedItem& x, const CostedItem& y) { return x.cost_class > y.cost_class; });
+    for (const CostedItem& x : costed) phase.forward.push_back(x.item);
     phase.forward.shrink_to_fit();
   }
 }
 
+// Sorts the items by group and cuts each group into slabs: about kTargetSlabs over all groups, halved until the
+// accumulators' copies fit kMaxCopies.
 void Schedule::order_backward() {
   blocks = (tables_.n_k + kBlock - 1) / kBlock;
-  int64_t most = 0;
+  int64_t items_per_group = 0;
   for (Phase& phase : phases) {
     phase.backward = phase.forward;
-    const int64_t shared = heads / kv_heads;
-    auto group = [&](const Item& x) { return x.batch * kv_heads + x.head / shared; };
-    std::stable_sort(phase.backward.begin(), phase.backward.end(), [&](const Item& x, const Item& y) {
+    const int64_t heads_per_kv = heads / kv_heads;
+    auto group = [&](const WorkItem& x) { return x.batch * kv_heads + x.head / heads_per_kv; };
+    std::stable_sort(phase.backward.begin(), phase.backward.end(), [&](const WorkItem& x, const WorkItem& y) {
       if (group(x) != group(y)) return group(x) < group(y);
       if (x.head != y.head) return x.head < y.head;
       return x.piece != y.piece ? x.piece < y.piece : x.entry < y.entry;
     });
-    most += static_cast<int64_t>(phase.backward.size()) / std::max<int64_t>(1, groups());
+    items_per_group += static_cast<int64_t>(phase.backward.size()) / std::max<int64_t>(1, groups());
   }
-  int64_t wanted = std::min((kUnits + groups() - 1) / std::max<int64_t>(1, groups()), most / kTilesInSlab);
-  for (wanted = std::max<int64_t>(1, wanted);; wanted = wanted > 2 ? wanted / 2 : 1) {
-    cut(wanted);
-    if (find_covers() <= kCopies * std::max<int64_t>(1, blocks) || wanted == 1) break;
+  int64_t slabs = std::min((kTargetSlabs + groups() - 1) / std::max<int64_t>(1, groups()), items_per_group / kMinSlabTiles);
+  for (slabs = std::max<int64_t>(1, slabs);; slabs = slabs > 2 ? slabs / 2 : 1) {
+    cut_slabs(slabs);
+    if (find_key_blocks() <= kMaxCopies * std::max<int64_t>(1, blocks) || slabs == 1) break;
   }
 }
 
-// Cuts the items of each group into slabs of about equal cost.
-void Schedule::cut(int64_t slabs) {
+// Cuts the items of each group into `slabs` contiguous ranges of about equal cost.
+void Schedule::cut_slabs(int64_t slabs) {
   slab_count = slabs;
-  const int64_t shared = heads / kv_heads;
+  const int64_t heads_per_kv = heads / kv_heads;
   for (Phase& phase : phases) {
     phase.slabs.clear();
-    int64_t at = 0;
+    int64_t group_end = 0;
     const int64_t end = static_cast<int64_t>(phase.backward.size());
     for (int64_t g = 0; g < groups(); ++g) {
-      const int64_t begin = at;
+      const int64_t begin = group_end;
       int64_t total = 0;
-      for (; at < end; ++at) {
-        const Item& x = phase.backward[at];
-        if (x.batch * kv_heads + x.head / shared != g) break;
-        total += cost_of(x) + kTileCost;
+      for (; group_end < end; ++group_end) {
+        const WorkItem& x = phase.backward[group_end];
+        if (x.batch * kv_heads + x.head / heads_per_kv != g) break;
+        total += cost_of(x) + kTileOverhead;
       }
-      int64_t done = 0, i = begin;
+      int64_t cost_before = 0, i = begin;
       for (int64_t s = 0; s < slabs; ++s) {
         const int64_t first = i;
-        while (i < at && (s + 1 == slabs || done * slabs < total * (s + 1))) done += cost_of(phase.backward[i++]) + kTileCost;
+        while (i < group_end && (s + 1 == slabs || cost_before * slabs < total * (s + 1)))
+          cost_before += cost_of(phase.backward[i++]) + kTileOverhead;
         phase.slabs.push_back({first, i});
       }
     }
   }
 }
 
-// The blocks that each slab touches; the largest number of them over a group's slabs.
-int64_t Schedule::find_covers() {
+// Computes the key blocks that each slab touches; returns the largest number of accumulator blocks of any group.
+int64_t Schedule::find_key_blocks() {
   const int64_t cells = (by_batch_ ? batch : 1) * (by_head_ ? kv_heads : 1);
-  covers_.assign(cells * slab_count, {});
+  key_block_sets_.assign(cells * slab_count, {});
   std::vector<uint8_t> done(cells, 0);
-  std::vector<uint8_t> seen(blocks);
-  int64_t most = 0;
+  std::vector<uint8_t> touched(blocks);
+  int64_t max_blocks = 0;
   for (int64_t g = 0; g < groups(); ++g) {
-    if (done[cell(g)]) continue;
-    done[cell(g)] = 1;
-    int64_t together = 0;
+    if (done[variant_cell(g)]) continue;
+    done[variant_cell(g)] = 1;
+    int64_t group_blocks = 0;
     for (int64_t s = 0; s < slab_count; ++s) {
-      std::fill(seen.begin(), seen.end(), uint8_t{0});
+      std::fill(touched.begin(), touched.end(), uint8_t{0});
       for (const Phase& phase : phases) {
         const Slab& slab = phase.slabs[g * slab_count + s];
-        for (int64_t i = slab.first; i < slab.last; ++i) mark(phase.backward[i], seen);
+        for (int64_t i = slab.first; i < slab.last; ++i) mark_key_blocks(phase.backward[i], touched);
       }
-      std::vector<int32_t>& list = covers_[cell(g) * slab_count + s].blocks;
+      std::vector<int32_t>& list = key_block_sets_[variant_cell(g) * slab_count + s].blocks;
       for (int64_t k = 0; k < blocks; ++k)
-        if (seen[k]) list.push_back(static_cast<int32_t>(k));
-      together += static_cast<int64_t>(list.size());
+        if (touched[k]) list.push_back(static_cast<int32_t>(k));
+      group_blocks += static_cast<int64_t>(list.size());
     }
-    most = std::max(most, together);
+    max_blocks = std::max(max_blocks, group_blocks);
   }
-  return most;
+  return max_blocks;
 }
 
-void Schedule::mark(const Item& item, std::vector<uint8_t>& seen) const {
+// Sets touched[block] for every block of keys that the item visits.
+void Schedule::mark_key_blocks(const WorkItem& item, std::vector<uint8_t>& touched) const {
   const PieceView& piece = tables_.view().pieces[item.piece];
   for (int32_t i = 0; i < piece.layer_count; ++i) {
     const LayerView& layer = piece.layers[i];
-    const Where at = where(piece, layer, item);
-    for (int64_t r = at.first_run; r < at.last_run; ++r) {
+    const WorkRange range = work_range(piece, layer, item);
+    for (int64_t r = range.first_run; r < range.last_run; ++r) {
       if (layer.keys) {
-        for (int32_t slot = layer.lo[r]; slot < layer.hi[r]; ++slot) seen[layer.keys[slot] / kBlock] = 1;
+        for (int32_t slot = layer.lo[r]; slot < layer.hi[r]; ++slot) touched[layer.keys[slot] / kBlock] = 1;
       } else if (layer.lo[r] < layer.hi[r]) {
-        for (int32_t k = layer.lo[r] / kBlock; k <= (layer.hi[r] - 1) / kBlock; ++k) seen[k] = 1;
+        for (int32_t k = layer.lo[r] / kBlock; k <= (layer.hi[r] - 1) / kBlock; ++k) touched[k] = 1;
       }
     }
-    for (int64_t x = at.first_point; x < at.last_point; ++x) seen[layer.point_keys[x] / kBlock] = 1;
+    for (int64_t x = range.first_gathered; x < range.last_gathered; ++x) touched[layer.point_keys[x] / kBlock] = 1;
   }
 }
 

@@ -1,4 +1,5 @@
-// The plan's tables, owned and checked. What has passed `check` can be walked by a kernel without looking left or right.
+// The plan's tables, owned and validated once. Every index that passes `Tables::finish` is in range, so kernels walk the tables
+// without bounds checks.
 #pragma once
 
 #include <cstdint>
@@ -11,25 +12,29 @@
 
 namespace farlight {
 
+// Heap memory of a vector, in bytes.
 template <class T>
 int64_t bytes_of(const std::vector<T>& v) {
   return static_cast<int64_t>(v.capacity() * sizeof(T));
 }
 
-// A table that does not hold what the plan's format promises.
+// A table violates the plan's format.
 struct MalformedPlan : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+// Which variant of a table each (batch item, head) uses; an extent of 1 is broadcast.
 struct Variants {
-  std::vector<int32_t> of;  // (batch or 1) x (heads or 1)
+  std::vector<int32_t> of;  // (batch, heads)
   int32_t batch = 1, heads = 1;
 };
 
+// See MaskView.
 struct Masks {
   std::vector<int32_t> kind, start, core_lo, core_hi, data;
 };
 
+// See LayerView; the names are those of farlight.plan.tables.
 struct Layer {
   Variants variant;
   std::vector<int64_t> entry_base, place_base, indptr;
@@ -39,6 +44,7 @@ struct Layer {
   bool has_keys = false, has_points = false;
 };
 
+// See PieceView; the names are those of farlight.plan.tables.
 struct Piece {
   Variants variant;
   std::vector<int32_t> rows;
@@ -46,14 +52,15 @@ struct Piece {
   std::vector<int32_t> start, count, part, parts;
   std::vector<Layer> layers;
   bool has_rows = false;
-  // Derived: which tiles have a run of keys that all of their rows see; where split tiles put their partial results, numbered
-  // inside a variant.
-  std::vector<uint8_t> sure;
+  // Derived by Tables::finish: tiles of which every row sees a key, and the numbering of split-K partial results inside a
+  // variant.
+  std::vector<uint8_t> every_row_visible;
   std::vector<int64_t> slot;
   std::vector<int32_t> group;
   int64_t slots = 0, groups = 0;
 };
 
+// The tables of one plan. Filled by the binding, then frozen by finish().
 class Tables {
  public:
   int64_t n_q = 0, n_k = 0, q_offset = 0, tile = 0;
@@ -61,27 +68,29 @@ class Tables {
   Masks masks;
   std::vector<Piece> pieces;
 
-  // Checks everything and makes the view. Throws MalformedPlan.
+  // Validates every table, derives the fields above and builds the view. Throws MalformedPlan.
   void finish();
   const PlanView& view() const { return view_; }
-  // Whether every row stands in exactly one tile, whatever the batch item and head: then tiles write what rows see nothing, too.
-  bool covers_all_rows() const { return covers_all_; }
-  // The rows that might be written by no tile and must hold the result of a row that sees nothing before: [first, last) each.
-  const std::vector<std::pair<int64_t, int64_t>>& unsure_rows() const { return unsure_; }
-  // Throws MalformedPlan unless the variants fit this many batch items and heads.
+  // Whether every row is in exactly one tile, for every batch item and head. Then the tiles themselves write rows that see no
+  // key.
+  bool covers_all_rows() const { return covers_all_rows_; }
+  // Ranges [first, last) of rows that possibly no tile writes. Their result is initialised to that of a row without keys (out
+  // 0, lse -inf) before the tiles run.
+  const std::vector<std::pair<int64_t, int64_t>>& unwritten_rows() const { return unwritten_rows_; }
+  // Throws MalformedPlan unless the variants fit this batch size and number of heads.
   void check_heads(int64_t batch, int64_t heads) const;
-  // What is held in memory.
+  // Memory held, in bytes.
   int64_t bytes() const;
 
  private:
   void check_masks() const;
   void check_piece(Piece& piece, const std::string& where);
   void check_layer(const Piece& piece, const Layer& layer, const std::string& where) const;
-  void number_parts(Piece& piece, const std::string& where);
-  void find_sure();
+  void number_partials(Piece& piece, const std::string& where);
+  void find_visible_rows();
 
-  bool covers_all_ = false;
-  std::vector<std::pair<int64_t, int64_t>> unsure_;
+  bool covers_all_rows_ = false;
+  std::vector<std::pair<int64_t, int64_t>> unwritten_rows_;
   PlanView view_{};
   std::vector<PieceView> piece_views_;
   std::vector<std::vector<LayerView>> layer_views_;

@@ -1,6 +1,8 @@
-// What a kernel is given: plain views of the plan's tables and of the tensors. No ownership, no templates: this header is
-// read both by code compiled for any machine and by code compiled for one instruction set, so nothing here may be inlined
-// into a function with a body worth vectorising.
+// The binary interface between the ISA-independent host code and the kernels: plain views of the plan's tables and of the
+// tensors, and the table of function pointers of one ISA.
+//
+// This header is compiled into both, so it holds no ownership, no templates and no function body worth vectorising: an inline
+// function emitted with AVX-512 could otherwise be picked by the linker for a CPU that lacks it.
 #pragma once
 
 #include <atomic>
@@ -8,116 +10,134 @@
 
 namespace farlight {
 
-constexpr int kRows = 32;     // query rows that a kernel holds in its lanes; a longer tile is taken in several turns
+constexpr int kRows =
+    32;  // query rows of a row block, which a kernel keeps in vector lanes; a longer tile has several row blocks
 constexpr int kBlock = 64;    // keys in a block of dk/dv accumulators
 constexpr int kMaxDim = 256;  // largest head dimension
 
+// Element type of a tensor.
 enum class Type : int { f32 = 0, bf16 = 1 };
 
+// How a masked run stores which rows of its tile see which keys: a first and last key per row, or one bit per (row, key).
 enum MaskKind : int32_t { kBounds = 0, kBits = 1 };
-constexpr int kBitsKeys = 128, kBitsWords = kBitsKeys / 32;
+constexpr int kBitsKeys = 128, kBitsWords = kBitsKeys / 32;  // widest run masked by bits, in keys and 32-bit words per row
 
+// Masks of runs, (masks,) each. Mask m's table starts at data[start[m]]: kBounds: (tile, 2) first and last key of each row,
+// relative to the run's lo and hi; kBits: (tile, kBitsWords) bits. Every row sees the core [lo + core_lo, hi + core_hi).
 struct MaskView {
   const int32_t *kind, *start, *core_lo, *core_hi, *data;
 };
 
+// One layer of a piece, in CSR form: runs of slots [lo, hi) per tile entry, and gathered single keys per row. A slot is a key,
+// or an index into `keys`.
 struct LayerView {
-  const int64_t *entry_base, *place_base, *indptr;
-  const int32_t *lo, *hi, *mask;
-  const int32_t* keys;          // null: slot = key
-  const int64_t* point_indptr;  // null: no points
+  const int64_t *entry_base, *place_base,
+      *indptr;                    // per variant: first row of indptr, offset into point_indptr; (entries + 1,)
+  const int32_t *lo, *hi, *mask;  // (runs,); mask -1: every row of the tile sees the run
+  const int32_t* keys;            // null: slot = key
+  const int64_t* point_indptr;    // gathered keys of each place; null: none
   const int32_t* point_keys;
-  const int32_t* variant;
-  int32_t variant_batch, variant_heads;  // extents of `variant`, 1 = shared
+  const int32_t* variant;                // (variant_batch, variant_heads): which tables a (batch item, head) uses
+  int32_t variant_batch, variant_heads;  // 1: shared by all batch items / heads
 };
 
+// One piece of a plan: tile entries over query rows in an order of their own ("place"). A tile that is split over its keys
+// (split-K) has one entry per part.
 struct PieceView {
-  const int32_t* rows;  // null: place = row
-  const int64_t* first;
-  const int32_t *start, *count, *part, *parts;
-  const int64_t* slot;  // where the partial result of an entry goes, -1 when the tile is not split; (entries,)
+  const int32_t* rows;                          // (places,) query row of a place; null: place = row
+  const int64_t* first;                         // (variants + 1,) first entry of each variant
+  const int32_t *start, *count, *part, *parts;  // (entries,): first place, rows, index of the part, number of parts
+  const int64_t* slot;                          // (entries,) index of the entry's partial result; -1 when the tile is not split
   const int32_t* variant;
   int32_t variant_batch, variant_heads;
-  int64_t slots;   // partial results of the piece, for one (batch, head)
-  int64_t groups;  // split tiles of the piece, for one (batch, head)
-  const int32_t* group;  // which split tile an entry belongs to, -1 when not split
-  const uint8_t* sure;   // all rows of the tile see something here
+  int64_t slots;                     // partial results of the piece, for one (batch item, head)
+  int64_t groups;                    // split tiles of the piece, for one (batch item, head)
+  const int32_t* group;              // (entries,) which split tile an entry belongs to; -1 when not split
+  const uint8_t* every_row_visible;  // (entries,) nonzero: every row of the tile sees at least one key of this piece
   const LayerView* layers;
   int32_t layer_count;
 };
 
+// The plan's tables.
 struct PlanView {
   const PieceView* pieces;
   MaskView masks;
-  int32_t piece_count, tile;
+  int32_t piece_count, tile;  // tile: rows of a tile, at most
   int64_t n_q, n_k, q_offset;
 };
 
 // A (B, H, N, D) tensor whose last dimension is contiguous; strides count elements.
-struct Rows {
+struct TensorView {
   const void* data;
   int64_t batch, head, row;
 };
 
+// Dropout of links: a (query, key) pair is dropped when its 32-bit hash is below the threshold.
 struct Dropout {
   bool on;
-  bool all;            // p = 1: nothing survives
-  uint32_t threshold;  // a link is dropped when its hash is below
-  uint32_t low, high;  // the seed
-  float inverse;       // 1 / (1 - p)
+  bool drop_all;                 // p = 1
+  uint32_t threshold;            // p * 2^32
+  uint32_t seed_low, seed_high;  // the two halves of the 64-bit seed
+  float keep_scale;              // 1 / (1 - p), by which kept weights are multiplied
 };
 
-// What a row's scores, times log2 e, add up to: total · 2^top. Kept where an lse in float32 would lose too much of it.
-struct RowSum {
-  float top, total;
+// Softmax statistics of a row in base 2: the sum of 2^score over its keys is row_sum * 2^row_max. Kept beside the lse where a
+// float32 lse has too few digits: at a score of 1e7 it cannot resolve the logarithm of the number of keys.
+struct RowStats {
+  float row_max, row_sum;
 };
 
-// One call: the problem, the same for every item of work.
+// The arguments of one call, the same for every work item.
 struct Call {
   const PlanView* plan;
-  Type type, out_type;  // of q, k, v, dout; of out (and dq)
+  Type type, out_type;  // of q, k, v, dout; of the result (float32 where pieces are merged into it)
   int64_t batch, heads, kv_heads, dim;
   float scale;
   Dropout dropout;
-  Rows q, k, v, out, dout;
-  float* lse;         // (B, H, Nq)
-  const float* dlse;  // (B, H, Nq) or null
-  // (B, H, Nq) or null. Forward: written, and joined to; zeros at the start. Backward: `total` is the natural logarithm there.
-  RowSum* row_sums;
-  void* result;       // forward: out; backward: dq; contiguous (B, H, Nq, D)
-  bool joins;         // rows may already hold a result, to be merged or added to
-  bool leaves;        // rows that see nothing here are left as they are, where a tile might have such
-  // Split tiles: partial results and how many parts are still to come. Indexed by base of the (piece, batch, head).
+  TensorView q, k, v, out, dout;
+  float* lse;         // (B, H, n_q), natural logarithm
+  const float* dlse;  // (B, H, n_q) or null
+  // (B, H, n_q) or null. Forward: read and written when pieces merge; zero at the start. Backward: row_sum holds its natural
+  // logarithm instead.
+  RowStats* row_stats;
+  void* result;  // forward: out; backward: dq; contiguous (B, H, n_q, D)
+  bool merges;   // pieces overlap in rows: a row may already hold a result, to be merged with (forward) or added to (dq)
+  bool keep_masked_rows;  // a row that sees no key in a tile keeps its present result (initialised before the tiles run)
+  // Split-K: partial results (dim + 2 floats per row) and the number of parts still to finish, with base offsets per piece.
   float* partial;
   std::atomic<int32_t>* pending;
-  const int64_t *partial_base, *pending_base;  // per piece
+  const int64_t *partial_base, *pending_base;
 };
 
-// Where the sums for dk and dv of one (batch, kv head) go: a pointer for each block of keys, rows `stride` floats apart.
-struct Sums {
+// Float32 accumulators of dk and dv for one (batch item, key head): a pointer per block of kBlock keys (null: block not touched
+// by this slab), rows `stride` floats apart.
+struct DkDvBlocks {
   float* const* dk;
   float* const* dv;
   int64_t stride;
 };
 
-struct Item {
+// The unit of scheduling: one tile entry of one (batch item, query head).
+struct WorkItem {
   int32_t piece, batch, head, entry;
 };
 
-// The functions of one instruction set.
+// The kernels of one ISA.
 struct Kernels {
   const char* name;
-  int64_t cleared_bytes;  // of the working memory's beginning, zero when a thread first serves a call
-  int64_t (*scratch_bytes)(const Call&);
-  // `next` is what the thread will do afterwards, as far as is known; may be null.
-  void (*forward)(const Call&, const Item&, const Item* next, char* scratch);
-  void (*backward)(const Call&, const Item&, const Item* next, const Sums&, char* scratch);
-  // Adds `count` blocks of sums to the first of them and writes `rows` rows of `dim` numbers, as `type`; out may be the first.
-  void (*fold)(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out);
-  float (*spin)(int64_t turns);  // `spin_operations` operations a turn, in registers
-  int64_t spin_operations;
+  int64_t zeroed_bytes;  // prefix of the scratch memory that must be zero when a thread begins a call (cache tags)
+  int64_t (*scratch_bytes)(const Call&);  // scratch memory of one thread
+  // `next` is the item that this thread will probably run afterwards, for prefetching; may be null.
+  void (*forward)(const Call&, const WorkItem&, const WorkItem* next, char* scratch);
+  void (*backward)(const Call&, const WorkItem&, const WorkItem* next, const DkDvBlocks&, char* scratch);
+  // Adds `count` accumulator blocks into the first one and writes `rows` rows of `dim` elements of `type`; out may alias
+  // blocks[0].
+  void (*reduce)(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out);
+  float (*peak_fma)(int64_t iterations);  // register-only multiply-adds, `peak_fma_flops` operations per iteration
+  int64_t peak_fma_flops;
 };
 
+// The variant of (batch item b, head h) in a (batch_extent, head_extent) table whose extents of 1 are broadcast.
 inline int32_t variant_of(const int32_t* variant, int32_t batch_extent, int32_t head_extent, int64_t b, int64_t h) {
   return variant[(batch_extent > 1 ? b : 0) * head_extent + (head_extent > 1 ? h : 0)];
 }

@@ -1,4 +1,6 @@
-// One thread's working memory: arrays laid out one after the other, by the same code that asks how much they need.
+// Bump allocator over one thread's scratch memory. The same constructor code runs twice: on a null arena to measure the size,
+// and on real memory to lay out the arrays. Allocations are 64-byte aligned; under AddressSanitizer they are separated by red
+// zones.
 #pragma once
 
 #include "isa.h"
@@ -11,16 +13,17 @@ namespace farlight::FARLIGHT_NS {
 
 class Arena {
  public:
-  explicit Arena(char* base) : base_(base) {}  // null: only count
+  explicit Arena(char* base) : base_(base) {}  // null: measure only
+  // `count` uninitialised elements; null while measuring.
   template <class T>
-  T* take(int64_t count) {
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(T)), room = (bytes + 63) / 64 * 64 + kGap;
+  T* allocate(int64_t count) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T)), padded = (bytes + 63) / 64 * 64 + kGap;
     char* at = base_ ? base_ + used_ : nullptr;
-    used_ += room;
+    used_ += padded;
     if (!at) return nullptr;
 #if defined(__SANITIZE_ADDRESS__)
     ASAN_UNPOISON_MEMORY_REGION(at, bytes);
-    ASAN_POISON_MEMORY_REGION(at + bytes, room - bytes);
+    ASAN_POISON_MEMORY_REGION(at + bytes, padded - bytes);
 #endif
     return reinterpret_cast<T*>(at);
   }
@@ -28,7 +31,7 @@ class Arena {
 
  private:
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr int64_t kGap = 256;  // forbidden ground between two arrays
+  static constexpr int64_t kGap = 256;  // red zone between arrays
 #else
   static constexpr int64_t kGap = 0;
 #endif
@@ -36,6 +39,7 @@ class Arena {
   int64_t used_ = 0;
 };
 
-FARLIGHT_INLINE int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+// x rounded up to a multiple of `to`.
+FARLIGHT_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 }  // namespace farlight::FARLIGHT_NS

@@ -1,30 +1,31 @@
-// exp2 for softmax, and the hash by which dropout decides.
+// Elementary functions: vectorised exp2 for softmax, and the counter-based hash of dropout.
 #pragma once
 
 #include "isa.h"
 
 namespace farlight::FARLIGHT_NS {
 
-// 2^x for x <= 127, by a polynomial in the fractional part; relative error 8e-8 (Degree 5) or 1e-4 (Degree 3). What is far
-// below -126 becomes 0; NaN stays NaN. The coefficients are minimax with p(0) = 1, those of degree 3 also with p(1) = 2: what should
-// be zero and is rounded to just below has the weight of zero.
+// 2^x for x <= 127: 2^floor(x) times a polynomial in the fractional part. Relative error 8e-8 (Degree 5, float32) or 1e-4
+// (Degree 3, enough for weights that are rounded to bfloat16). Underflow below 2^-126 gives 0; NaN stays NaN. The coefficients
+// are minimax under the constraint p(0) = 1, for degree 3 also p(1) = 2: an x that should be 0 and was rounded to just below it
+// still gives 1.
 template <int Degree>
-FARLIGHT_INLINE F power2(F x) {
-  const F f = fraction(x);
+FARLIGHT_INLINE F exp2_poly(F x) {
+  const F f = split_floor(x);
   F p;
   if constexpr (Degree == 3) {
-    p = fma(all(0.07826796919107437f), f, all(0.226307675242424f));
-    p = fma(p, f, all(0.6954243183135986f));
+    p = fma(broadcast(0.07826796919107437f), f, broadcast(0.226307675242424f));
+    p = fma(p, f, broadcast(0.6954243183135986f));
   } else {
-    p = fma(all(0.0018671301659196615f), f, all(0.009017029777169228f));
-    p = fma(p, f, all(0.05579991266131401f));
-    p = fma(p, f, all(0.24016444385051727f));
-    p = fma(p, f, all(0.6931512951850891f));
+    p = fma(broadcast(0.0018671301659196615f), f, broadcast(0.009017029777169228f));
+    p = fma(p, f, broadcast(0.05579991266131401f));
+    p = fma(p, f, broadcast(0.24016444385051727f));
+    p = fma(p, f, broadcast(0.6931512951850891f));
   }
-  return scaled(fma(p, f, all(1.0f)), x);
+  return mul_pow2_floor(fma(p, f, broadcast(1.0f)), x);
 }
 
-// The finalizer of MurmurHash3, as in farlight/patterns/hashing.py.
+// MurmurHash3's finalizer, bit for bit as in farlight/patterns/hashing.py.
 FARLIGHT_INLINE uint32_t mix32(uint32_t x) {
   x ^= x >> 16;
   x *= 0x85EBCA6Bu;
@@ -34,16 +35,17 @@ FARLIGHT_INLINE uint32_t mix32(uint32_t x) {
 }
 
 FARLIGHT_INLINE I mix32(I x) {
-  x = exclusive(x, right<16>(x));
-  x = times(x, all_i(0x85EBCA6Bu));
-  x = exclusive(x, right<13>(x));
-  x = times(x, all_i(0xC2B2AE35u));
-  return exclusive(x, right<16>(x));
+  x = bit_xor(x, shr<16>(x));
+  x = mul(x, broadcast_i(0x85EBCA6Bu));
+  x = bit_xor(x, shr<13>(x));
+  x = mul(x, broadcast_i(0xC2B2AE35u));
+  return bit_xor(x, shr<16>(x));
 }
 
+// One round: mixes a 32-bit word into the hash.
 FARLIGHT_INLINE uint32_t hash_word(uint32_t h, uint32_t word) { return mix32(h ^ word) * 5u + 0xE6546B64u; }
 
-// The hash of (seed, batch, head, query position); a key is joined to it by `link_hash`.
+// Hash of (seed, batch item, head, query position). The hash of a link is mix32(row_hash ^ key_word(key)).
 FARLIGHT_INLINE uint32_t row_hash(uint32_t low, uint32_t high, int64_t b, int64_t h, int64_t position) {
   uint32_t x = 0x9E3779B9u;
   x = hash_word(x, low);

@@ -1,237 +1,259 @@
-// Forward: softmax over the keys of a tile, chunk by chunk, rows in lanes; then single pairs, and what other parts and pieces
-// have found, row by row.
+// Forward pass of one work item: online softmax over the keys of a row block, chunk by chunk, with query rows in lanes.
+//
+// Per chunk: S^T = K Q^T with masks and row maxima (scores.h); raise the running maximum and rescale the accumulators where
+// needed; weights P = exp2(S - max); O^T += V^T P^T. S^T is [key][row] and O^T is [d][row], so maximum, sum and rescaling are
+// vertical vector operations. After the last chunk O^T is transposed to rows, gathered keys continue the softmax row by row
+// (gathered.h), and the result is normalised and written, or stored as a split-K partial, or merged with that of earlier
+// pieces.
 #pragma once
 
 #include <math.h>
 
-#include "points.h"
-#include "rows_ahead.h"
+#include "gathered.h"
+#include "row_prefetch.h"
 #include "scores.h"
 
 namespace farlight::FARLIGHT_NS {
 
-template <class Mode>
+template <class Traits>
 class Forward {
-  using T = typename Mode::T;
-  using Word = typename Mode::Op::Word;
+  using T = typename Traits::T;
+  using Word = typename Traits::Op::Word;
 
  public:
-  using Session = typename Mode::Session;
-  static constexpr int kKeptRows = parts_of<Mode> > 1 ? 1 : 0;  // kinds of rows kept with the columns: K
+  using TileConfig = typename Traits::TileConfig;
+  static constexpr int kCachedRowOperands = num_parts<Traits> > 1 ? 1 : 0;  // row-major operands in the packed cache: K
 
-  Forward(const Call& call, const Item& item, Arena& arena)
+  // Lays out the scratch memory of the pass. The packed cache comes first, see PackedCache::reserve.
+  Forward(const Call& call, const WorkItem& item, Arena& arena)
       : call_(call),
         item_(item),
         dim_(call.dim),
-        ld_(rounded(call.dim, 16)),
+        ld_(round_up(call.dim, 16)),
         keys_({call.k, item.batch, kv_head()}, dim_, call.plan->n_k),
         values_({call.v, item.batch, kv_head()}, dim_, call.plan->n_k),
-        columns_(values_.source(), &keys_.source(), kKeptRows, dim_, item.batch * call.kv_heads + kv_head()),
+        packed_(values_.source(), &keys_.source(), kCachedRowOperands, dim_, item.batch * call.kv_heads + kv_head()),
         queries_(dim_) {
-    columns_.reserve(arena);
-    recent_ = arena.take<Recent>(1);
-    chunks_ = arena.take<Chunk>(2);
+    packed_.reserve(arena);
+    recent_ = arena.allocate<RecentBlocks>(1);
+    chunks_ = arena.allocate<Chunk>(2);
     keys_.reserve(arena, true, false);
-    values_.reserve(arena, false, !in_tiles<Mode>);
+    values_.reserve(arena, false, !uses_amx<Traits>);
     queries_.reserve(arena);
-    scores_ = arena.take<float>(kKeys * kRows);
-    weights_ = parts_of<Mode> > 1 ? arena.take<Word>(parts_of<Mode> * kWeights) : reinterpret_cast<Word*>(scores_);
-    sum_ = arena.take<float>(rounded(dim_, 16) * kRows);
-    rows_ = arena.take<float>(kRows * ld_);
-    query_ = arena.take<float>(ld_);
+    scores_ = arena.allocate<float>(kChunkKeys * kRows);
+    weights_ = num_parts<Traits> > 1 ? arena.allocate<Word>(num_parts<Traits> * kWeights) : reinterpret_cast<Word*>(scores_);
+    acc_ = arena.allocate<float>(round_up(dim_, 16) * kRows);
+    out_rows_ = arena.allocate<float>(kRows * ld_);
+    row_buffer_ = arena.allocate<float>(ld_);
   }
 
-  void run(int first_row, const Item* next) {
-    const Tile tile(*call_.plan, item_, first_row);
-    const Dropped dropped(call_.dropout, *call_.plan, tile);
-    const Source<T> q(call_.q, item_.batch, item_.head);
-    const auto [before, factor] = scale_of<Mode>(call_.scale);
-    RowsAhead rows_ahead(*call_.plan, Lines::of_row<T>(dim_));
-    const Turn turn{&item_, first_row};
-    rows_ahead.add(turn, results(), call_.out_type == Type::f32 ? 4 : 2);
-    if (in_tiles<Mode>) rows_ahead.some(kRows);
-    rows_ahead.add(turn.after(*call_.plan, next), call_.q, sizeof(T));
-    PointsAhead<T> points(tile, keys_.source(), values_.source(), dim_);
-    queries_.fetch(q, tile, before);
-    const int lanes = static_cast<int>(rounded(tile.count, kV * W));
+  // Processes rows [first_row, first_row + kRows) of the item's tile.
+  void run(int first_row, const WorkItem* next) {
+    const RowBlock row_block(*call_.plan, item_, first_row);
+    const DropoutMask dropout(call_.dropout, *call_.plan, row_block);
+    const HeadRows<T> q(call_.q, item_.batch, item_.head);
+    const auto [before, factor] = scale_of<Traits>(call_.scale);
+    RowPrefetcher row_prefetcher(*call_.plan, PrefetchLines::lines_per_row<T>(dim_));
+    const RowBlockId current{&item_, first_row};
+    row_prefetcher.add(current, results(), call_.out_type == Type::f32 ? 4 : 2);
+    if (uses_amx<Traits>) row_prefetcher.issue_some(kRows);
+    row_prefetcher.add(current.next(*call_.plan, next), call_.q, sizeof(T));
+    GatherPrefetcher<T> gather_prefetcher(row_block, keys_.source(), values_.source(), dim_);
+    queries_.fetch(q, row_block, before);
+    const int lanes = static_cast<int>(round_up(row_block.count, kV * W));
     for (int g = 0; g < kRows; g += W) {
-      store(top_ + g, all(kNothing));
-      store(total_ + g, all(0.0f));
-      store(shrink_ + g, all(1.0f));
+      store(row_max_ + g, broadcast(kInitialMax));
+      store(row_sum_ + g, broadcast(0.0f));
+      store(rescale_ + g, broadcast(1.0f));
     }
-    bool fresh = true;
-    Walk walk(tile, chunk_of<Mode>, group_of<Mode>);
-    bool more = walk.next(chunks_[0]);
-    for (int which = 0; more; which ^= 1) {
-      chunk_ = chunks_ + which;
-      more = walk.next(chunks_[which ^ 1]);
-      Ahead<Mode> ahead(more ? chunks_ + (which ^ 1) : nullptr, keys_, values_, columns_, points, recent_, dim_);
-      if constexpr (in_tiles<Mode>) {
-        take_tiles(ahead, dropped, factor, lanes, fresh);
-        rows_ahead.some(kRows / 4);
+    bool first_chunk = true;
+    KeyWalk walk(row_block, chunk_keys<Traits>, key_group<Traits>);
+    bool has_next = walk.next(chunks_[0]);
+    for (int slot = 0; has_next; slot ^= 1) {
+      chunk_ = chunks_ + slot;
+      has_next = walk.next(chunks_[slot ^ 1]);
+      KeyPrefetcher<Traits> prefetcher(has_next ? chunks_ + (slot ^ 1) : nullptr, keys_, values_, packed_, gather_prefetcher,
+                                       recent_, dim_);
+      if constexpr (uses_amx<Traits>) {
+        process_chunk_amx(prefetcher, dropout, factor, lanes, first_chunk);
+        row_prefetcher.issue_some(kRows / 4);
       } else {
-        take(ahead, rows_ahead, dropped, factor, lanes, fresh);
+        process_chunk(prefetcher, row_prefetcher, dropout, factor, lanes, first_chunk);
       }
-      fresh = false;
+      first_chunk = false;
     }
-    if (fresh) {
-      for (int s = 0; s < tile.count; ++s) std::memset(rows_ + s * ld_, 0, ld_ * sizeof(float));
+    if (first_chunk) {
+      for (int s = 0; s < row_block.count; ++s) std::memset(out_rows_ + s * ld_, 0, ld_ * sizeof(float));
     } else {
-      turn_out(sum_, dim_, rows_, ld_);
+      transpose_from_lanes(acc_, dim_, out_rows_, ld_);
     }
-    if (tile.any_points()) add_points(tile, q, dropped);
-    finish(tile, dropped.inverse());
+    if (row_block.any_gathered()) add_gathered(row_block, q, dropout);
+    finish(row_block, dropout.keep_scale());
   }
 
  private:
+  // Grouped-query attention: heads / kv_heads query heads share a key head.
   int64_t kv_head() const { return item_.head / (call_.heads / call_.kv_heads); }
 
-  Rows results() const { return {call_.result, call_.heads * call_.plan->n_q * dim_, call_.plan->n_q * dim_, dim_}; }
+  // The result tensor as a view, for prefetching its rows.
+  TensorView results() const { return {call_.result, call_.heads * call_.plan->n_q * dim_, call_.plan->n_q * dim_, dim_}; }
 
-  // One chunk: its scores, their weights, and the values with these.
-  FARLIGHT_INLINE void take(Ahead<Mode>& ahead, RowsAhead& rows_ahead, const Dropped& dropped, float factor, int lanes, bool fresh) {
-    float top[kRows];
-    keys_.fetch_rows(*chunk_);
-    score<Mode, true>(*chunk_, keys_, queries_, lanes, scores_, top, [&](int block) {
-      const Lines* lines = ahead.lines(block);
-      return lines ? lines : rows_ahead.lines();
+  // One chunk by vector products: scores, running maximum, weights, values.
+  FARLIGHT_INLINE void process_chunk(KeyPrefetcher<Traits>& prefetcher, RowPrefetcher& row_prefetcher,
+                                     const DropoutMask& dropout, float factor, int lanes, bool first_chunk) {
+    float row_max[kRows];
+    keys_.fetch_row_major(*chunk_);
+    score<Traits, true>(*chunk_, keys_, queries_, lanes, scores_, row_max, [&](int block) {
+      const PrefetchLines* lines = prefetcher.lines(block);
+      return lines ? lines : row_prefetcher.lines();
     });
-    for (int g = 0; !scaled_first<Mode> && g < lanes; g += W) store(top + g, mul(load(top + g), all(factor)));
-    const bool shrinks = raise(top, lanes, fresh);
-    weigh(dropped, all(scale_large(factor, lanes)), lanes);
-    add_values(lanes, fresh, shrinks);
+    for (int g = 0; !q_prescaled<Traits> && g < lanes; g += W) store(row_max + g, mul(load(row_max + g), broadcast(factor)));
+    const bool rescales = raise_max(row_max, lanes, first_chunk);
+    compute_weights(dropout, broadcast(scale_large(factor, lanes)), lanes);
+    add_pv(lanes, first_chunk, rescales);
   }
 
-  // The same where products are made of tiles.
-  FARLIGHT_INLINE void take_tiles(Ahead<Mode>& ahead, const Dropped& dropped, float factor, int lanes, bool fresh) {
+  // One chunk by AMX tile products.
+  FARLIGHT_INLINE void process_chunk_amx(KeyPrefetcher<Traits>& prefetcher, const DropoutMask& dropout, float factor, int lanes,
+                                         bool first_chunk) {
 #if defined(FARLIGHT_ISA_AMX)
-    const int groups = columns_.fetch(*chunk_);
-    score_tiles(*chunk_, keys_, columns_, 0, queries_, scores_, ahead);
+    const int groups = packed_.fetch(*chunk_);
+    score_amx(*chunk_, keys_, packed_, 0, queries_, scores_, prefetcher);
     F sums[kRows / W];
-    if (kSlack == 0.0f || fresh || weigh_tiles(dropped, factor, lanes, sums)) {
-      float top[kRows];
-      largest_of(*chunk_, scores_, factor, lanes, top);
-      if (raise(top, lanes, fresh)) shrink_sums();
-      weigh_tiles(dropped, scale_large(factor, lanes), lanes, sums);
+    if (kMaxSlack == 0.0f || first_chunk || compute_weights_amx(dropout, factor, lanes, sums)) {
+      float row_max[kRows];
+      row_max_of(*chunk_, scores_, factor, lanes, row_max);
+      if (raise_max(row_max, lanes, first_chunk)) rescale_sums();
+      compute_weights_amx(dropout, scale_large(factor, lanes), lanes, sums);
     }
-    for (int g = 0; g < lanes; g += W) store(total_ + g, add(load(total_ + g), sums[g / W]));
-    add_across_groups<parts_of<Mode>>(sum_, columns_.groups, columns_.part(), weights_, kWeights, groups, dim_, fresh, [&] { ahead.some(); });
+    for (int g = 0; g < lanes; g += W) store(row_sum_ + g, add(load(row_sum_ + g), sums[g / W]));
+    accumulate_key_groups<num_parts<Traits>>(acc_, packed_.groups, packed_.part(), weights_, kWeights, groups, dim_,
+                                             first_chunk, [&] { prefetcher.issue_some(); });
 #else
-    (void)ahead, (void)dropped, (void)factor, (void)lanes, (void)fresh;
+    (void)prefetcher, (void)dropout, (void)factor, (void)lanes, (void)first_chunk;
 #endif
   }
 
-  // A row whose largest score rose by more than this gets a new reference. Float weights may exceed 1 until then, harmlessly.
-  // Those that are rounded to bfloat16 may not: numbers just below 1 are rounded half as far as those above, so a reference that
-  // is the largest score itself costs a tenth less of the rounding that is seen in the results.
-  static constexpr float kSlack = in_pairs<Mode> && parts_of<Mode> == 1 ? 0.0f : 8.0f;
+  // The running maximum of a row is raised only when a score exceeds it by more than kMaxSlack, so rescaling is rare; float32
+  // weights up to 2^8 are harmless. Weights rounded to bfloat16 use the exact maximum: numbers just below 1 are rounded half as
+  // coarsely as those just above, which takes a tenth off the rounding error of the results.
+  static constexpr float kMaxSlack = uses_pairs<Traits> && num_parts<Traits> == 1 ? 0.0f : 8.0f;
 
-  // Whether sums must shrink for that, by shrink_; totals have.
-  bool raise(const float* top, int lanes, bool fresh) {
-    bool shrinks = false;
+  // Raises the running maximum to the chunk's where it exceeds the slack, and rescales the row sums. Returns whether the
+  // accumulators must be multiplied by rescale_ as well.
+  bool raise_max(const float* row_max, int lanes, bool first_chunk) {
+    bool rescales = false;
     for (int g = 0; g < lanes; g += W) {
-      const F old = load(top_ + g), now = load(top + g);
-      const uint32_t risen = greater(now, add(old, all(kSlack)));
-      store(shrink_ + g, all(1.0f));
-      if (!risen) continue;
-      const F reference = choose(risen, now, old);
-      store(top_ + g, reference);
-      if (fresh) continue;
-      const F shrink = power2<5>(sub(old, reference));
-      store(shrink_ + g, shrink);
-      store(total_ + g, mul(load(total_ + g), shrink));
-      shrinks = true;
+      const F previous = load(row_max_ + g), chunk_max = load(row_max + g);
+      const uint32_t raised = greater(chunk_max, add(previous, broadcast(kMaxSlack)));
+      store(rescale_ + g, broadcast(1.0f));
+      if (!raised) continue;
+      const F reference = select(raised, chunk_max, previous);
+      store(row_max_ + g, reference);
+      if (first_chunk) continue;
+      const F rescale = exp2_poly<5>(sub(previous, reference));
+      store(rescale_ + g, rescale);
+      store(row_sum_ + g, mul(load(row_sum_ + g), rescale));
+      rescales = true;
     }
-    return shrinks;
+    return rescales;
   }
 
-  // What the chunk's scores are still to be multiplied by. Where a reference is large they are multiplied here.
+  // The factor still to be applied to the chunk's scores. Where a running maximum is large (kLargeReference) it is applied
+  // here.
   float scale_large(float factor, int lanes) {
-    if constexpr (scaled_first<Mode>) return factor;
+    if constexpr (q_prescaled<Traits>) return factor;
     uint32_t large = 0;
     for (int g = 0; g < lanes; g += W) {
-      const F top = load(top_ + g);
-      large |= greater(top, all(kLargeReference)) | (greater(all(-kLargeReference), top) & greater(top, all(kNothing)));
+      const F row_max = load(row_max_ + g);
+      large |= greater(row_max, broadcast(kLargeReference)) |
+               (greater(broadcast(-kLargeReference), row_max) & greater(row_max, broadcast(kInitialMax)));
     }
     if (!large) return factor;
     scale_scores(scores_, chunk_->blocks * kM, factor);
     return 1.0f;
   }
 
-  void shrink_sums() {
+  // O^T *= rescale.
+  void rescale_sums() {
     for (int64_t d = 0; d < dim_; ++d)
-      for (int g = 0; g < kRows; g += W) store(sum_ + d * kRows + g, mul(load(sum_ + d * kRows + g), load(shrink_ + g)));
+      for (int g = 0; g < kRows; g += W) store(acc_ + d * kRows + g, mul(load(acc_ + d * kRows + g), load(rescale_ + g)));
   }
 
 #if defined(FARLIGHT_ISA_AMX)
-  // The weights of a block where products are made of tiles: scores come as they are, neither scaled nor masked, and keys that
-  // only fill up the last group are masked as others are. Their sum; `most` grows to the largest power.
-  FARLIGHT_INLINE F weigh_block(int block, int g, [[maybe_unused]] F factor, F reference, const Dropped& dropped, F& most) {
+  // Weights of a block of kM keys after AMX products: scales and masks the scores (padding keys included), applies exp2 and
+  // dropout, and stores bfloat16 pairs. Returns the sum of the weights; running_max is raised to the largest exponent.
+  FARLIGHT_INLINE F weights_of_block(int block, int g, [[maybe_unused]] F factor, F reference, const DropoutMask& dropout,
+                                     F& running_max) {
     const Chunk& c = *chunk_;
     const int first = block * kM;
     F w[kM];
     FARLIGHT_UNROLL
     for (int i = 0; i < kM; ++i) {
       const F x = load(scores_ + (first + i) * kRows + g);
-      w[i] = sub(scaled_first<Mode> ? x : mul(x, factor), reference);
+      w[i] = sub(q_prescaled<Traits> ? x : mul(x, factor), reference);
     }
     if (c.masked[block])
-      for (int i = 0; i < kM; ++i) w[i] = choose(c.seen[first + i] >> g, w[i], all(kUnseen));
-    if (kSlack > 0.0f) most = max(largest(w), most);
+      for (int i = 0; i < kM; ++i) w[i] = select(c.row_mask[first + i] >> g, w[i], broadcast(kMaskedScore));
+    if (kMaxSlack > 0.0f) running_max = max(largest(w), running_max);
     FARLIGHT_UNROLL
-    for (int i = 0; i < kM; ++i) w[i] = power2<Mode::degree>(w[i]);
+    for (int i = 0; i < kM; ++i) w[i] = exp2_poly<Traits::degree>(w[i]);
     const F sum = add(add(add(w[0], w[1]), add(w[2], w[3])), add(add(w[4], w[5]), add(w[6], w[7])));
-    if (dropped.on())
-      for (int i = 0; i < kM; ++i) w[i] = choose(dropped.kept(c.key[first + i], g), w[i], all(0.0f));
+    if (dropout.on())
+      for (int i = 0; i < kM; ++i) w[i] = select(dropout.keep_mask(c.key[first + i], g), w[i], broadcast(0.0f));
     FARLIGHT_UNROLL
-    for (int i = 0; i < kM; i += 2) store_paired<parts_of<Mode>>(w[i], w[i + 1], weights_ + (first + i) / 2 * kRows + g, kWeights);
+    for (int i = 0; i < kM; i += 2)
+      store_interleaved<num_parts<Traits>>(w[i], w[i + 1], weights_ + (first + i) / 2 * kRows + g, kWeights);
     return sum;
   }
 
-  // As `weigh`, with the references that there are and into `sums`; true where a row needs a new one, and then all is to be done
-  // again. Where that is rare, looking for the largest score on the way costs less than looking first.
-  bool weigh_tiles(const Dropped& dropped, float factor, int lanes, F* sums) {
-    uint32_t risen = 0;
+  // Weights of a chunk with the present running maximum, their sums in `sums`. Returns true where a row must raise its maximum;
+  // then the caller raises it and calls this again. Where that is rare, this is cheaper than a separate pass for the maximum.
+  bool compute_weights_amx(const DropoutMask& dropout, float factor, int lanes, F* sums) {
+    uint32_t raised = 0;
     for (int g = 0; g < lanes; g += W) {
-      const F reference = load(top_ + g);
-      F sum = all(0.0f), most = all(kUnseen);
-      for (int block = 0; block < chunk_->blocks; ++block) sum = add(sum, weigh_block(block, g, all(factor), reference, dropped, most));
+      const F reference = load(row_max_ + g);
+      F sum = broadcast(0.0f), running_max = broadcast(kMaskedScore);
+      for (int block = 0; block < chunk_->blocks; ++block)
+        sum = add(sum, weights_of_block(block, g, broadcast(factor), reference, dropout, running_max));
       sums[g / W] = sum;
-      risen |= greater(most, all(kSlack));
+      raised |= greater(running_max, broadcast(kMaxSlack));
     }
-    return risen != 0;
+    return raised != 0;
   }
 #endif
 
-  // Scores to weights; their sums; what dropout leaves, as operands of the second product.
-  void weigh(const Dropped& dropped, F factor, int lanes) {
+  // Scores to weights and their sums; then dropout. Weights are stored as operands of P V.
+  void compute_weights(const DropoutMask& dropout, F factor, int lanes) {
     const Spans& spans = chunk_->spans;
     for (const Span* span = spans.span; span < spans.span + spans.count; ++span)
-      for_lanes(span->halves, lanes, [&]<int V>(int g) { weigh_span<V>(*span, g, factor, dropped); });
+      for_lanes(span->halves, lanes, [&]<int V>(int g) { weights_of_span<V>(*span, g, factor, dropout); });
   }
 
-  // Vectors of neighbouring lanes together: one has to wait for itself.
+  // V vectors of lanes together: one alone would wait for the latency of its own exp2 chain.
   template <int V>
-  FARLIGHT_INLINE void weigh_span(const Span& span, int g, [[maybe_unused]] F factor, const Dropped& dropped) {
-    F reference[V], total[V];  // of this span, for the reason given at across_block
+  FARLIGHT_INLINE void weights_of_span(const Span& span, int g, [[maybe_unused]] F factor, const DropoutMask& dropout) {
+    F reference[V], row_sum[V];  // per span: keeps float sums short, see gemm_col_major_block
     FARLIGHT_UNROLL
     for (int v = 0; v < V; ++v) {
-      reference[v] = load(top_ + g + v * W);
-      total[v] = all(0.0f);
+      reference[v] = load(row_max_ + g + v * W);
+      row_sum[v] = broadcast(0.0f);
     }
     const auto weight = [&](int i, int v) {
       const F x = load(scores_ + i * kRows + g + v * W);
-      const F w = power2<Mode::degree>(scaled_first<Mode> ? sub(x, reference[v]) : fma(x, factor, sub(all(0.0f), reference[v])));
-      total[v] = add(total[v], w);
-      return dropped.on() ? choose(dropped.kept(chunk_->key[i], g + v * W), w, all(0.0f)) : w;
+      const F w = exp2_poly<Traits::degree>(q_prescaled<Traits> ? sub(x, reference[v])
+                                                                : fma(x, factor, sub(broadcast(0.0f), reference[v])));
+      row_sum[v] = add(row_sum[v], w);
+      return dropout.on() ? select(dropout.keep_mask(chunk_->key[i], g + v * W), w, broadcast(0.0f)) : w;
     };
-    for (int i = span.first; i < span.last; i += Mode::Op::per) {
+    for (int i = span.first; i < span.last; i += Traits::Op::per) {
       FARLIGHT_UNROLL
       for (int v = 0; v < V; ++v) {
         const F w = weight(i, v);
-        if constexpr (in_pairs<Mode>) {
-#if defined(FARLIGHT_PAIRS)
-          store_i(weights_ + i / 2 * kRows + g + v * W, paired(w, i + 1 < span.last ? weight(i + 1, v) : all(0.0f)));
+        if constexpr (uses_pairs<Traits>) {
+#if defined(FARLIGHT_BF16_PAIRS)
+          store_i(weights_ + i / 2 * kRows + g + v * W,
+                  narrow_interleaved(w, i + 1 < span.last ? weight(i + 1, v) : broadcast(0.0f)));
 #endif
         } else {
           store(scores_ + i * kRows + g + v * W, w);
@@ -239,115 +261,125 @@ class Forward {
       }
     }
     FARLIGHT_UNROLL
-    for (int v = 0; v < V; ++v) store(total_ + g + v * W, add(load(total_ + g + v * W), total[v]));
+    for (int v = 0; v < V; ++v) store(row_sum_ + g + v * W, add(load(row_sum_ + g + v * W), row_sum[v]));
   }
 
-  // O^T += V^T P^T. Sums shrink on the way, if all rows see all that the chunk has.
-  void add_values(int lanes, bool fresh, bool shrinks) {
-    values_.fetch_columns(*chunk_, columns_);
+  // O^T += V^T P^T. The rescaling is fused into the product when every row block half takes part in the whole chunk.
+  void add_pv(int lanes, bool first_chunk, bool rescales) {
+    values_.fetch_col_major(*chunk_, packed_);
     const Spans& spans = chunk_->spans;
-    const bool on_the_way = spans.count == 1 && spans.span[0].halves == kBoth;
-    if (shrinks && !on_the_way) shrink_sums();
-    add_across<typename Mode::Op>(sum_, values_.across, weights_, spans, dim_, lanes, fresh, shrinks && on_the_way ? shrink_ : nullptr);
+    const bool fused = spans.count == 1 && spans.span[0].halves == kBothHalves;
+    if (rescales && !fused) rescale_sums();
+    accumulate_col_major<typename Traits::Op>(acc_, values_.col_major, weights_, spans, dim_, lanes, first_chunk,
+                                              rescales && fused ? rescale_ : nullptr);
   }
 
-  void add_points(const Tile& tile, const Source<T>& q, const Dropped& dropped) {
-    PointSoftmax<T> softmax(tile, q, keys_.source(), values_.source(), dim_, call_.scale * kLog2E, dropped,
-                            {top_, total_, rows_, ld_, query_});
-    for (int i = 0; i < tile.piece->layer_count; ++i)
-      if (tile.has_points(tile.piece->layers[i])) softmax.take(tile.piece->layers[i]);
+  // Continues the softmax over gathered keys.
+  void add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const DropoutMask& dropout) {
+    GatheredSoftmax<T> softmax(row_block, q, keys_.source(), values_.source(), dim_, call_.scale * kLog2E, dropout,
+                               {row_max_, row_sum_, out_rows_, ld_, row_buffer_});
+    for (int i = 0; i < row_block.piece->layer_count; ++i)
+      if (row_block.has_gathered(row_block.piece->layers[i])) softmax.process_layer(row_block.piece->layers[i]);
   }
 
-  void finish(const Tile& tile, float inverse) {
-    const PieceView& piece = *tile.piece;
+  // Writes the rows, or stores them as split-K partials: (maximum, sum, dim values) per row.
+  void finish(const RowBlock& row_block, float keep_scale) {
+    const PieceView& piece = *row_block.piece;
     if (piece.slot[item_.entry] < 0) {
-      for (int s = 0; s < tile.count; ++s) write(tile.row[s], top_[s], total_[s], rows_ + s * ld_, inverse);
+      for (int s = 0; s < row_block.count; ++s)
+        write(row_block.row[s], row_max_[s], row_sum_[s], out_rows_ + s * ld_, keep_scale);
       return;
     }
-    float* at = partial(item_.entry) + tile.skip * (dim_ + 2);
-    for (int s = 0; s < tile.count; ++s, at += dim_ + 2) {
-      at[0] = top_[s];
-      at[1] = total_[s];
-      std::memcpy(at + 2, rows_ + s * ld_, dim_ * sizeof(float));
+    float* at = partial(item_.entry) + row_block.first_row * (dim_ + 2);
+    for (int s = 0; s < row_block.count; ++s, at += dim_ + 2) {
+      at[0] = row_max_[s];
+      at[1] = row_sum_[s];
+      std::memcpy(at + 2, out_rows_ + s * ld_, dim_ * sizeof(float));
     }
   }
 
+  // The partial result of a part of a split-K tile.
   float* partial(int64_t entry) const {
     const PieceView& piece = call_.plan->pieces[item_.piece];
-    const int64_t slot = call_.partial_base[item_.piece] + (item_.batch * call_.heads + item_.head) * piece.slots + piece.slot[entry];
+    const int64_t slot =
+        call_.partial_base[item_.piece] + (item_.batch * call_.heads + item_.head) * piece.slots + piece.slot[entry];
     return call_.partial + slot * call_.plan->tile * (dim_ + 2);
   }
 
  public:
-  // Joins the parts of a tile that was split, in their order. Called by whoever finished last.
-  void join_parts() {
+  // Merges the partial results of a split-K tile in the order of its parts (deterministic), and writes the rows. Called by the
+  // thread that finished last.
+  void merge_parts() {
     const PieceView& piece = call_.plan->pieces[item_.piece];
     const int64_t first = item_.entry - piece.part[item_.entry];
     const int parts = piece.parts[item_.entry];
-    const float inverse = call_.dropout.on ? call_.dropout.inverse : 1.0f;
-    for (int skip = 0; skip < piece.count[item_.entry]; skip += kRows) {
-      const Tile tile(*call_.plan, item_, skip);
-      for (int s = 0; s < tile.count; ++s) {
-        float top = kNothing, total = 0.0f;
-        float* row = rows_ + s * ld_;
+    const float keep_scale = call_.dropout.on ? call_.dropout.keep_scale : 1.0f;
+    for (int first_row = 0; first_row < piece.count[item_.entry]; first_row += kRows) {
+      const RowBlock row_block(*call_.plan, item_, first_row);
+      for (int s = 0; s < row_block.count; ++s) {
+        float row_max = kInitialMax, row_sum = 0.0f;
+        float* row = out_rows_ + s * ld_;
         std::memset(row, 0, ld_ * sizeof(float));
         for (int part = 0; part < parts; ++part) {
-          const float* at = partial(first + part) + (skip + s) * (dim_ + 2);
+          const float* at = partial(first + part) + (first_row + s) * (dim_ + 2);
           if (at[1] == 0.0f) continue;
-          const float reference = at[0] > top ? at[0] : top;
-          const float mine = exp2f(top - reference), its = exp2f(at[0] - reference);
-          total = total * mine + at[1] * its;
-          for (int64_t d = 0; d < dim_; ++d) row[d] = row[d] * mine + at[2 + d] * its;
-          top = reference;
+          const float reference = at[0] > row_max ? at[0] : row_max;
+          const float acc_weight = exp2f(row_max - reference), part_weight = exp2f(at[0] - reference);
+          row_sum = row_sum * acc_weight + at[1] * part_weight;
+          for (int64_t d = 0; d < dim_; ++d) row[d] = row[d] * acc_weight + at[2 + d] * part_weight;
+          row_max = reference;
         }
-        write(tile.row[s], top, total, row, inverse);
+        write(row_block.row[s], row_max, row_sum, row, keep_scale);
       }
     }
   }
 
  private:
-  void write(int64_t row, float top, float total, float* sum, float inverse) {
+  // Normalises a row and writes out and lse; merges with the result of earlier pieces by maximum and sum rather than by lse
+  // (see RowStats).
+  void write(int64_t row, float row_max, float row_sum, float* sum, float keep_scale) {
     const int64_t at = (item_.batch * call_.heads + item_.head) * call_.plan->n_q + row;
-    if (total == 0.0f) {
-      if (leaves(call_, item_)) return;
+    if (row_sum == 0.0f) {
+      if (keep_masked_rows(call_, item_)) return;
       std::memset(sum, 0, dim_ * sizeof(float));
       write_row(call_.out_type, call_.result, at * dim_, sum, dim_);
       call_.lse[at] = -INFINITY;
       return;
     }
-    float factor = inverse / total;
-    RowSum* const before = call_.row_sums ? call_.row_sums + at : nullptr;
-    if (call_.joins && before->total != 0.0f) {
-      const float larger = before->top > top ? before->top : top;
-      const float its = before->total * exp2f(before->top - larger), mine = total * exp2f(top - larger), both = its + mine;
-      factor *= mine / both;
-      read_row(call_.out_type, call_.result, at * dim_, query_, dim_);
-      for (int64_t d = 0; d < dim_; ++d) sum[d] = sum[d] * factor + query_[d] * (its / both);
+    float factor = keep_scale / row_sum;
+    RowStats* const previous = call_.row_stats ? call_.row_stats + at : nullptr;
+    if (call_.merges && previous->row_sum != 0.0f) {
+      const float merged_max = previous->row_max > row_max ? previous->row_max : row_max;
+      const float previous_weight = previous->row_sum * exp2f(previous->row_max - merged_max),
+                  acc_weight = row_sum * exp2f(row_max - merged_max), merged_sum = previous_weight + acc_weight;
+      factor *= acc_weight / merged_sum;
+      read_row(call_.out_type, call_.result, at * dim_, row_buffer_, dim_);
+      for (int64_t d = 0; d < dim_; ++d) sum[d] = sum[d] * factor + row_buffer_[d] * (previous_weight / merged_sum);
       factor = 1.0f;
-      top = larger;
-      total = both;
+      row_max = merged_max;
+      row_sum = merged_sum;
     }
-    if (before) *before = {top, total};
-    call_.lse[at] = top * kLn2 + logf(total);
+    if (previous) *previous = {row_max, row_sum};
+    call_.lse[at] = row_max * kLn2 + logf(row_sum);
     write_row(call_.out_type, call_.result, at * dim_, sum, dim_, factor);
   }
 
-  static constexpr int64_t kWeights = kKeys / 2 * kRows;  // words from one part of all weights to the next
+  static constexpr int64_t kWeights = kChunkKeys / 2 * kRows;  // words between the parts of the weights of a chunk
 
   const Call& call_;
-  const Item& item_;
+  const WorkItem& item_;
   int64_t dim_, ld_;
-  Operand<Mode> keys_, values_;
-  ColumnsOf<Mode> columns_;
-  Recent* recent_ = nullptr;
-  Turned<Mode> queries_;
-  Chunk *chunks_, *chunk_ = nullptr;  // the one at hand, of two
-  // Weights lie where their scores did, if there is room for them: the first cache has room for little else.
+  Operand<Traits> keys_, values_;
+  PackedCacheOf<Traits> packed_;
+  RecentBlocks* recent_ = nullptr;
+  Transposed<Traits> queries_;
+  Chunk *chunks_, *chunk_ = nullptr;  // double buffer; the current chunk
+  // Weights overwrite their scores where they have the same size, to keep the working set in L1.
   Word* weights_ = nullptr;
-  float *scores_, *sum_, *rows_, *query_;
-  alignas(64) float top_[kRows];
-  alignas(64) float total_[kRows];
-  alignas(64) float shrink_[kRows];
+  float *scores_, *acc_, *out_rows_, *row_buffer_;
+  alignas(64) float row_max_[kRows];
+  alignas(64) float row_sum_[kRows];
+  alignas(64) float rescale_[kRows];
 };
 
 }  // namespace farlight::FARLIGHT_NS

@@ -1,14 +1,18 @@
-// Which instruction set this translation unit is compiled for. kernel.cpp is compiled once per set, with FARLIGHT_ISA naming
-// it; everything below `kernel/` lives in the namespace of that set, so that the linker can never mix the copies. For the
-// same reason nothing below `kernel/` uses a template or inline function of the standard library.
+// ISA selection. kernel.cpp is compiled once per ISA with FARLIGHT_ISA_<NAME> defined and the matching -m flags. Everything
+// under kernel/ lives in the namespace of that ISA, so the linker cannot merge functions of different ISAs; for the same reason
+// nothing under kernel/ uses a template or inline function of the standard library.
+//
+// This header defines the portability macros (forced inlining, unrolling, software prefetch), includes the SIMD layer of the
+// ISA, and defines min and max. FARLIGHT_BF16_PAIRS: the ISA has dot products of bfloat16 pairs (AVX512-BF16 or AMX-BF16).
+// FARLIGHT_PREFETCH fetches into L1, FARLIGHT_PREFETCH_L2 into L2. FARLIGHT_NO_UNROLL: sanitizer builds keep loops rolled.
 #pragma once
 
 #include <cstdint>
 
 #if defined(__GNUC__) || defined(__clang__)
 #define FARLIGHT_INLINE inline __attribute__((always_inline))
-#define FARLIGHT_APART __attribute__((noinline))
-#if defined(FARLIGHT_ROLLED)
+#define FARLIGHT_NOINLINE __attribute__((noinline))
+#if defined(FARLIGHT_NO_UNROLL)
 #define FARLIGHT_UNROLL
 #define FARLIGHT_UNROLL_2
 #define FARLIGHT_UNROLL_4
@@ -21,7 +25,7 @@
 #define FARLIGHT_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
 #else
 #define FARLIGHT_INLINE __forceinline
-#define FARLIGHT_APART __declspec(noinline)
+#define FARLIGHT_NOINLINE __declspec(noinline)
 #define FARLIGHT_UNROLL
 #define FARLIGHT_UNROLL_2
 #define FARLIGHT_UNROLL_4
@@ -31,10 +35,10 @@
 
 #if defined(FARLIGHT_ISA_AMX)
 #define FARLIGHT_NS amx
-#define FARLIGHT_PAIRS
+#define FARLIGHT_BF16_PAIRS
 #elif defined(FARLIGHT_ISA_AVX512BF16)
 #define FARLIGHT_NS avx512bf16
-#define FARLIGHT_PAIRS
+#define FARLIGHT_BF16_PAIRS
 #elif defined(FARLIGHT_ISA_AVX512)
 #define FARLIGHT_NS avx512
 #elif defined(FARLIGHT_ISA_AVX2)
@@ -43,7 +47,7 @@
 #define FARLIGHT_NS portable
 #endif
 
-#if defined(FARLIGHT_PAIRS) || defined(FARLIGHT_ISA_AVX512)
+#if defined(FARLIGHT_BF16_PAIRS) || defined(FARLIGHT_ISA_AVX512)
 #include "simd_avx512.h"
 #elif defined(FARLIGHT_ISA_AVX2)
 #include "simd_avx2.h"
@@ -54,11 +58,11 @@
 namespace farlight::FARLIGHT_NS {
 
 template <class T>
-FARLIGHT_INLINE T least(T a, T b) {
+FARLIGHT_INLINE T min(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-FARLIGHT_INLINE T most(T a, T b) {
+FARLIGHT_INLINE T max(T a, T b) {
   return a < b ? b : a;
 }
 

@@ -1,98 +1,109 @@
-// The kernels of one instruction set; compiled once for each, see isa.h.
+// Entry points of the kernels of one ISA. This file is compiled once per ISA (see isa.h) and exports one `Kernels` table.
+//
+// It chooses the kernel traits of a call: bfloat16 tensors use AMX tiles, dot products of bfloat16 pairs, or float32 products
+// of widened operands, whichever the ISA offers; float32 tensors use AMX with a 3-way bfloat16 split, or FMA.
 #include "backward.h"
 #include "forward.h"
-#include "spin.h"
+#include "peak_fma.h"
 
 namespace farlight::FARLIGHT_NS {
 
 namespace {
 
 #if defined(FARLIGHT_ISA_AMX)
-using Float = Parts;
-using Bfloat = Tiles;
-#elif defined(FARLIGHT_PAIRS)
-using Float = InPlace;
-using Bfloat = Pairs;
+using TraitsF32 = AmxF32Split;
+using TraitsBf16 = AmxBf16;
+#elif defined(FARLIGHT_BF16_PAIRS)
+using TraitsF32 = F32;
+using TraitsBf16 = Bf16Pairs;
 #else
-using Float = InPlace;
-using Bfloat = Widened;
+using TraitsF32 = F32;
+using TraitsBf16 = Bf16Widened;
 #endif
 
-template <class Work>
+// Scratch bytes of one pass, found by running its constructor on a counting arena.
+template <class Pass>
 int64_t measure(const Call& call) {
-  const Item item{0, 0, 0, 0};
+  const WorkItem item{0, 0, 0, 0};
   Arena arena(nullptr);
-  Work work(call, item, arena);
+  Pass pass(call, item, arena);
   return arena.used();
 }
 
-// What floats in parts need for themselves: they keep something for the next item, which products in place must not overwrite.
-template <template <class> class Direction>
-int64_t measure_parts(const Call& call) {
-  return in_tiles<Float> ? measure<Direction<Float>>(call) : 0;
+// Scratch bytes of the AMX float32 pass, 0 where there is none. The FMA fallback's scratch follows it instead of sharing it,
+// since the packed operands cached in the former must survive for the next work item.
+template <template <class> class PassOf>
+int64_t measure_split(const Call& call) {
+  return uses_amx<TraitsF32> ? measure<PassOf<TraitsF32>>(call) : 0;
 }
 
-template <template <class> class Direction>
+// Scratch bytes of a pass for the dtype of the call.
+template <template <class> class PassOf>
 int64_t measure(const Call& call) {
-  if (call.type != Type::f32) return measure<Direction<Bfloat>>(call);
-  return measure_parts<Direction>(call) + measure<Direction<InPlace>>(call);
+  if (call.type != Type::f32) return measure<PassOf<TraitsBf16>>(call);
+  return measure_split<PassOf>(call) + measure<PassOf<F32>>(call);
 }
 
-// Runs an item in turns of kRows rows; if it was the last part of a split tile to finish, joins them.
-template <class Work, class... Rest>
-void run_item(const Call& call, const Item& item, char* scratch, const Rest&... rest) {
+// Runs a work item, one row block of kRows query rows at a time. The thread that finishes the last part of a split-K tile
+// merges the parts.
+template <class Pass, class... Rest>
+void run_item(const Call& call, const WorkItem& item, char* scratch, const Rest&... rest) {
   Arena arena(scratch);
-  [[maybe_unused]] const typename Work::Session session;
-  Work work(call, item, arena);
+  [[maybe_unused]] const typename Pass::TileConfig tile_config;
+  Pass pass(call, item, arena);
   const PieceView& piece = call.plan->pieces[item.piece];
-  for (int first = 0; first < piece.count[item.entry]; first += kRows) work.run(first, rest...);
+  for (int first = 0; first < piece.count[item.entry]; first += kRows) pass.run(first, rest...);
   const int32_t group = piece.group[item.entry];
   if (group < 0) return;
-  const int64_t at = call.pending_base[item.piece] + (item.batch * call.heads + item.head) * piece.groups + group;
-  if (call.pending[at].fetch_sub(1, std::memory_order_acq_rel) == 1) work.join_parts();
+  const int64_t index = call.pending_base[item.piece] + (item.batch * call.heads + item.head) * piece.groups + group;
+  if (call.pending[index].fetch_sub(1, std::memory_order_acq_rel) == 1) pass.merge_parts();
 }
 
-// Runs an item in the way that suits it. A tile that sees more keys than are kept would have to split each of them into parts anew;
-// then products of vectors are faster.
-template <template <class> class Direction, class... Rest>
-void run(const Call& call, const Item& item, char* scratch, const Rest&... rest) {
-  if (call.type != Type::f32) run_item<Direction<Bfloat>>(call, item, scratch, rest...);
-  else if (ColumnsOf<Float>::keeps_all(call.dim, Direction<Float>::kKeptRows, keys_of(*call.plan, item)))
-    run_item<Direction<Float>>(call, item, scratch, rest...);
-  else run_item<Direction<InPlace>>(call, item, scratch + measure_parts<Direction>(call), rest...);
+// Selects the traits for an item. AMX on float32 pays only while the item's keys fit the cache of split operands: beyond that
+// every tile would split all its keys again, and FMA is faster.
+template <template <class> class PassOf, class... Rest>
+void run(const Call& call, const WorkItem& item, char* scratch, const Rest&... rest) {
+  if (call.type != Type::f32) run_item<PassOf<TraitsBf16>>(call, item, scratch, rest...);
+  else if (PackedCacheOf<TraitsF32>::fits(call.dim, PassOf<TraitsF32>::kCachedRowOperands, visited_keys(*call.plan, item)))
+    run_item<PassOf<TraitsF32>>(call, item, scratch, rest...);
+  else run_item<PassOf<F32>>(call, item, scratch + measure_split<PassOf>(call), rest...);
 }
 
-int64_t scratch_bytes(const Call& call) { return most(measure<Forward>(call), measure<Backward>(call)); }
+int64_t scratch_bytes(const Call& call) { return max(measure<Forward>(call), measure<Backward>(call)); }
 
-void forward(const Call& call, const Item& item, const Item* next, char* scratch) { run<Forward>(call, item, scratch, next); }
+void forward(const Call& call, const WorkItem& item, const WorkItem* next, char* scratch) {
+  run<Forward>(call, item, scratch, next);
+}
 
-void backward(const Call& call, const Item& item, const Item* next, const Sums& sums, char* scratch) {
+void backward(const Call& call, const WorkItem& item, const WorkItem* next, const DkDvBlocks& sums, char* scratch) {
   run<Backward>(call, item, scratch, sums, next);
 }
 
-void fold(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out) {
+// See Kernels::reduce. Sums in the order of `blocks`, so the result is deterministic.
+void reduce(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out) {
   const int64_t width = type == Type::f32 ? 4 : 2;
   float* sum = blocks[0];
   for (int64_t r = 0; r < rows; ++r, sum += stride) {
     for (int64_t i = 1; i < count; ++i) {
-      const float* more = blocks[i] + r * stride;
-      for (int64_t d = 0; d < stride; d += W) store(sum + d, add(load(sum + d), load(more + d)));
+      const float* addend = blocks[i] + r * stride;
+      for (int64_t d = 0; d < stride; d += W) store(sum + d, add(load(sum + d), load(addend + d)));
     }
-    char* to = static_cast<char*>(out) + r * dim * width;
-    if (to != reinterpret_cast<char*>(sum)) write_row(type, to, 0, sum, dim);
+    char* out_row = static_cast<char*>(out) + r * dim * width;
+    if (out_row != reinterpret_cast<char*>(sum)) write_row(type, out_row, 0, sum, dim);
   }
 }
 
 }  // namespace
 
-#define FARLIGHT_TEXT_OF(x) #x
-#define FARLIGHT_TEXT(x) FARLIGHT_TEXT_OF(x)
-#if defined(FARLIGHT_PAIRS)
-constexpr int64_t kCleared = sizeof(KeptNames);
+#define FARLIGHT_STRINGIFY_TOKEN(x) #x
+#define FARLIGHT_STRINGIFY(x) FARLIGHT_STRINGIFY_TOKEN(x)
+#if defined(FARLIGHT_BF16_PAIRS)
+constexpr int64_t kZeroedBytes = sizeof(CacheTags);
 #else
-constexpr int64_t kCleared = 0;
+constexpr int64_t kZeroedBytes = 0;
 #endif
 extern const Kernels kernels;
-const Kernels kernels{FARLIGHT_TEXT(FARLIGHT_NS), kCleared, scratch_bytes, forward, backward, fold, spin, 2 * kChains * W};
+const Kernels kernels{
+    FARLIGHT_STRINGIFY(FARLIGHT_NS), kZeroedBytes, scratch_bytes, forward, backward, reduce, peak_fma, 2 * kChains* W};
 
 }  // namespace farlight::FARLIGHT_NS

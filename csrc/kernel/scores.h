@@ -1,152 +1,162 @@
-// S^T = K Q^T for a chunk: masked, with the largest score of every row; and what scores are scaled by.
+// Scores S^T[key][row] = K Q^T of a chunk, with masks, the running maximum and prefetch; the scaling of scores; and the dropout
+// mask.
 #pragma once
 
 #include <math.h>
 
-#include "ahead.h"
 #include "elementary.h"
 #include "operands.h"
+#include "prefetch.h"
 
 namespace farlight::FARLIGHT_NS {
 
-constexpr float kNothing = -3.402823466e38f;  // running maximum before the first key: finite, and no finite score is below it
-constexpr float kUnseen = -INFINITY;          // score of a pair that is not allowed: exp2(kUnseen - kNothing) is 0
+// running maximum before the first key: finite, and no finite score is below it
+constexpr float kInitialMax = -3.402823466e38f;
+constexpr float kMaskedScore = -INFINITY;  // score of a masked pair: exp2(kMaskedScore - kInitialMax) = 0
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-template <int N, class Pick>
-FARLIGHT_INLINE F picked(const F (&x)[N], Pick pick) {
+// Reduces N vectors in a balanced tree, for short dependency chains.
+template <int N, class Combine>
+FARLIGHT_INLINE F tree_reduce(const F (&x)[N], Combine combine) {
   if constexpr (N == 1) {
     return x[0];
   } else {
     constexpr int half = (N + 1) / 2;
     F pairs[half];
     FARLIGHT_UNROLL
-    for (int i = 0; i < half; ++i) pairs[i] = i + half < N ? pick(x[i], x[i + half]) : x[i];
-    return picked(pairs, pick);
+    for (int i = 0; i < half; ++i) pairs[i] = i + half < N ? combine(x[i], x[i + half]) : x[i];
+    return tree_reduce(pairs, combine);
   }
 }
+// Lane-wise maximum of N vectors.
 template <int N>
 FARLIGHT_INLINE F largest(const F (&x)[N]) {
-  return picked(x, [](F a, F b) { return max(a, b); });
+  return tree_reduce(x, [](F a, F b) { return max(a, b); });
 }
 
-// What Q is multiplied by before the products, and scores after them, so that they are logarithms of base 2.
+// Scale factors that make scores base-2 logarithms: Q is multiplied by `before`, scores by `after`.
 struct Scale {
   float before, after;
 };
-template <class Mode>
+// The factors for the softmax scale of a call.
+template <class Traits>
 FARLIGHT_INLINE Scale scale_of(float scale) {
-  const float whole = scale * kLog2E, size = whole < 0.0f ? -whole : whole;
-  if (scaled_first<Mode>) return {whole, 1.0f};
-  if (in_tiles<Mode>) return {1.0f, whole};
-  // The largest score must stay the largest, and what is unseen unseen: no sign, and no zero.
-  return {whole < 0.0f ? -1.0f : 1.0f, most(size, 1e-37f)};
+  const float scale_log2 = scale * kLog2E, magnitude = scale_log2 < 0.0f ? -scale_log2 : scale_log2;
+  if (q_prescaled<Traits>) return {scale_log2, 1.0f};
+  if (uses_amx<Traits>) return {1.0f, scale_log2};
+  // Scores are compared before they are scaled: `after` must be positive, so that the maximum stays the maximum and -inf stays
+  // -inf. A negative scale is moved to Q as a factor of -1.
+  return {scale_log2 < 0.0f ? -1.0f : 1.0f, max(magnitude, 1e-37f)};
 }
 
 #if defined(FARLIGHT_ISA_AMX)
-// The scores of 32 keys by products of vectors.
-template <class Mode>
-FARLIGHT_APART void score_whole(const Chunk& c, int first, const Operand<Mode>& keys, const Turned<Mode>& queries, float* scores) {
-  if constexpr (parts_of<Mode> > 1) {
-    for (int block = 0; block < kDeep; block += kM)
+// Scores of a group of 32 keys in float32 FMA, for groups that contain infinities.
+template <class Traits>
+FARLIGHT_NOINLINE void score_group_f32(const Chunk& c, int first, const Operand<Traits>& keys,
+                                       const Transposed<Traits>& queries, float* scores) {
+  if constexpr (num_parts<Traits> > 1) {
+    for (int block = 0; block < kDepth; block += kM)
       for (int g = 0; g < kRows; g += kV * W) {
         const float* rows[kM];
         for (int m = 0; m < kM; ++m) rows[m] = keys.source().row(c.key[first + block + m]);
         F acc[kM][kV];
         clear(acc);
-        along_rows<FloatWord, kM, kV>(acc, rows, queries.whole + g, kRows, queries.dim());
+        gemm_row_major<F32Word, kM, kV>(acc, rows, queries.f32 + g, kRows, queries.dim());
         for (int m = 0; m < kM; ++m)
           for (int v = 0; v < kV; ++v) store(scores + (block + m) * kRows + g + v * W, acc[m][v]);
       }
   }
 }
 
-// Scores of a chunk as products of tiles give them, neither scaled nor masked.
-// Of rows that are split, `which` are meant of those that are kept with the columns.
-template <class Mode>
-inline void score_tiles(const Chunk& c, const Operand<Mode>& keys, const Columns<Mode>& kept, int which, const Turned<Mode>& queries,
-                        float* scores, Ahead<Mode>& ahead) {
-  const int64_t steps = (queries.words + kTile - 1) / kTile;
-  for (int first = 0; first < c.n; first += kDeep) {
-    if (parts_of<Mode> > 1 && which == 0 && (queries.any_infinite || kept.any_infinite(first / kDeep))) {
-      score_whole(c, first, keys, queries, scores + first * kRows);
+// Unscaled, unmasked scores of a chunk on AMX. `operand`: which of the cached row operands of split floats to use (0: K, 1: V).
+// Where K or Q has an infinity the group is computed by FMA, since the lower parts of an infinity are NaN.
+template <class Traits>
+inline void score_amx(const Chunk& c, const Operand<Traits>& keys, const PackedCache<Traits>& packed, int operand,
+                      const Transposed<Traits>& queries, float* scores, KeyPrefetcher<Traits>& prefetcher) {
+  const int64_t steps = (queries.words + kTileDim - 1) / kTileDim;
+  for (int first = 0; first < c.n; first += kDepth) {
+    if (num_parts<Traits> > 1 && operand == 0 && (queries.has_inf || packed.has_inf(first / kDepth))) {
+      score_group_f32(c, first, keys, queries, scores + first * kRows);
       continue;
     }
-    const auto strip = [&](int half) {
-      if constexpr (parts_of<Mode> == 1) return keys.strip(c, first + half * kTile, half);
-      else return kept.strip(first / kDeep, which, half);
+    const auto panel = [&](int half) {
+      if constexpr (num_parts<Traits> == 1) return keys.panel(c, first + half * kTileDim, half);
+      else return packed.panel(first / kDepth, operand, half);
     };
-    score_group<parts_of<Mode>>(strip(0), strip(1), queries.turned, queries.part(), steps, scores + first * kRows, [&] { ahead.some(); });
+    score_key_group<num_parts<Traits>>(panel(0), panel(1), queries.transposed, queries.part(), steps, scores + first * kRows,
+                                       [&] { prefetcher.issue_some(); });
   }
 }
 
-// The largest of them for each row, scaled and masked. Scaled last, so a negative scale asks for the smallest.
-inline void largest_of(const Chunk& c, const float* scores, float scale, int lanes, float* top) {
-  const auto look = [&](float unseen, auto pick) {
+// row_max[row] = maximum of the visible scores, scaled. With a negative scale the minimum of the unscaled scores is taken.
+inline void row_max_of(const Chunk& c, const float* scores, float scale, int lanes, float* row_max) {
+  const auto scan = [&](float masked_value, auto combine) {
     for (int g = 0; g < lanes; g += W) {
-      F most = all(unseen);
+      F running_max = broadcast(masked_value);
       for (int block = 0; block < c.blocks; ++block) {
         F x[kM];
         FARLIGHT_UNROLL
         for (int m = 0; m < kM; ++m) x[m] = load(scores + (block * kM + m) * kRows + g);
         if (c.masked[block])
-          for (int m = 0; m < kM; ++m) x[m] = choose(c.seen[block * kM + m] >> g, x[m], all(unseen));
-        most = pick(picked(x, pick), most);
+          for (int m = 0; m < kM; ++m) x[m] = select(c.row_mask[block * kM + m] >> g, x[m], broadcast(masked_value));
+        running_max = combine(tree_reduce(x, combine), running_max);
       }
-      store(top + g, mul(most, all(scale)));
+      store(row_max + g, mul(running_max, broadcast(scale)));
     }
   };
-  if (scale < 0.0f) look(-kUnseen, [](F a, F b) { return min(a, b); });
-  else look(kUnseen, [](F a, F b) { return max(a, b); });
+  if (scale < 0.0f) scan(-kMaskedScore, [](F a, F b) { return min(a, b); });
+  else scan(kMaskedScore, [](F a, F b) { return max(a, b); });
 }
 #endif
 
-// The scores of kM keys and V vectors of rows. A function of its own, so that the pointers to the keys' rows have the registers
-// to themselves. `seen` is null where every row sees every key.
-template <class Mode, bool Masking, int V>
-FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, const typename Mode::Op::Word* queries, int64_t words,
-                                const uint32_t* seen, int g, float* to, float* top, const Lines* lines) {
-  using Op = typename Mode::Op;
+// Scores of a block of kM keys x V vectors of rows, interleaved with prefetches: one cache line per step of the product. With
+// Masking, masked scores become -inf (`row_mask` is null where every row sees every key) and row_max is updated. Not inlined,
+// so that the kM row pointers get registers of their own.
+template <class Traits, bool Masking, int V>
+FARLIGHT_NOINLINE void score_block(const typename Traits::Op::Word* const* rows, const typename Traits::Op::Word* queries,
+                                   int64_t words, const uint32_t* row_mask, int g, float* to, float* row_max,
+                                   const PrefetchLines* lines) {
+  using Op = typename Traits::Op;
   F acc[kM][V];
   clear(acc);
   const typename Op::Word* row[kM];
   FARLIGHT_UNROLL
   for (int m = 0; m < kM; ++m) row[m] = rows[m];
   int64_t i = 0;
-  // There are at least as many words as lines. These come to the second cache: the first is the tile's own. Loops of a known
-  // length cost a third of others.
-  const auto ask = [&]<int Known>() {
-    for (int r = 0; r < Lines::kStretches; ++r) {
-      const char* line = lines->first[r];
+  // A row has at least as many words as cache lines. Lines go to L2, since L1 holds the working set of the row block. Loops of
+  // a compile-time trip count take a third of the time of general ones.
+  const auto mac_with_prefetch = [&]<int Count>() {
+    for (int r = 0; r < PrefetchLines::kRanges; ++r) {
+      const char* line = lines->start[r];
       FARLIGHT_UNROLL_4
-      for (int64_t n = Known ? Known : lines->many; n > 0; --n, ++i, line += 64) {
+      for (int64_t n = Count ? Count : lines->count; n > 0; --n, ++i, line += 64) {
         FARLIGHT_PREFETCH_L2(line);
-        along_word<Op, kM, V>(acc, row, i, queries + i * kRows);
+        mac_row_major<Op, kM, V>(acc, row, i, queries + i * kRows);
       }
     }
   };
   if (lines) {
-    if (lines->many == 1) ask.template operator()<1>();
-    else if (lines->many == 2) ask.template operator()<2>();
-    else if (lines->many == 4) ask.template operator()<4>();
-    else ask.template operator()<0>();
+    if (lines->count == 1) mac_with_prefetch.template operator()<1>();
+    else if (lines->count == 2) mac_with_prefetch.template operator()<2>();
+    else if (lines->count == 4) mac_with_prefetch.template operator()<4>();
+    else mac_with_prefetch.template operator()<0>();
   }
   FARLIGHT_UNROLL_4
-  for (; i < words; ++i) along_word<Op, kM, V>(acc, row, i, queries + i * kRows);
+  for (; i < words; ++i) mac_row_major<Op, kM, V>(acc, row, i, queries + i * kRows);
   if constexpr (Masking) {
-    if (seen) {
+    if (row_mask) {
       FARLIGHT_UNROLL
       for (int m = 0; m < kM; ++m) {
         FARLIGHT_UNROLL
-        for (int v = 0; v < V; ++v) acc[m][v] = choose(seen[m] >> (g + v * W), acc[m][v], all(kUnseen));
+        for (int v = 0; v < V; ++v) acc[m][v] = select(row_mask[m] >> (g + v * W), acc[m][v], broadcast(kMaskedScore));
       }
     }
     FARLIGHT_UNROLL
     for (int v = 0; v < V; ++v) {
-      F column[kM];
+      F lane_scores[kM];
       FARLIGHT_UNROLL
-      for (int m = 0; m < kM; ++m) column[m] = acc[m][v];
-      store(top + v * W, max(largest(column), load(top + v * W)));
+      for (int m = 0; m < kM; ++m) lane_scores[m] = acc[m][v];
+      store(row_max + v * W, max(largest(lane_scores), load(row_max + v * W)));
     }
   }
   FARLIGHT_UNROLL
@@ -156,62 +166,69 @@ FARLIGHT_APART void score_block(const typename Mode::Op::Word* const* rows, cons
   }
 }
 
-// scores[key][row] of the chunk, as the products give them; `top[row]` is the largest.
-// Without `Masking` pairs that are not allowed keep their scores; a half that sees nothing of a block has none. `ask(block)` says
-// what to ask for meanwhile.
-template <class Mode, bool Masking, class Ask>
-inline void score(const Chunk& c, const Operand<Mode>& keys, const Turned<Mode>& queries, int lanes, float* scores, float* top,
-                  const Ask& ask) {
+// scores[key][row] of a chunk, unscaled, and row_max[row], their maximum. Without Masking, masked pairs keep their scores.
+// Halves of rows that see nothing of a block are not computed. lines_for(block) returns the cache lines to prefetch during a
+// block.
+template <class Traits, bool Masking, class LinesFor>
+inline void score(const Chunk& c, const Operand<Traits>& keys, const Transposed<Traits>& queries, int lanes, float* scores,
+                  float* row_max, const LinesFor& lines_for) {
   if constexpr (Masking) {
-    for (int g = 0; g < lanes; g += W) store(top + g, all(kUnseen));
+    for (int g = 0; g < lanes; g += W) store(row_max + g, broadcast(kMaskedScore));
   }
   for (const Span* span = c.spans.span; span < c.spans.span + c.spans.count; ++span)
     for (int at = span->first; at < span->last; at += kM) {
-      const Lines* lines = ask(at / kM);
-      const uint32_t* seen = c.masked[at / kM] ? c.seen + at : nullptr;
+      const PrefetchLines* lines = lines_for(at / kM);
+      const uint32_t* row_mask = c.masked[at / kM] ? c.row_mask + at : nullptr;
       for_lanes(span->halves, lanes, [&]<int V>(int g) {
-        score_block<Mode, Masking, V>(keys.along + at, queries.turned + g, queries.words, seen, g, scores + at * kRows + g,
-                                      Masking ? top + g : nullptr, lines);
+        score_block<Traits, Masking, V>(keys.row_major + at, queries.transposed + g, queries.words, row_mask, g,
+                                        scores + at * kRows + g, Masking ? row_max + g : nullptr, lines);
       });
     }
 }
 
-// Rounding the reference of a row that is larger than this would be seen in weights computed by one multiply-add: scores are
-// scaled, and so rounded, before it is subtracted. Then the largest score has the weight 1 whatever its size.
+// Beyond this |row maximum|, the rounding of the maximum shows in weights computed by one fma(score, scale, -max): scores are
+// then scaled (and rounded) first, so that the largest score has weight exactly 1.
 constexpr float kLargeReference = 4096.0f;
 
-// Functions of their own: contracted with what follows, the product would not be rounded.
-FARLIGHT_APART inline void scale_scores(float* scores, int keys, float factor) {
-  for (int i = 0; i < keys * kRows; i += W) store(scores + i, mul(load(scores + i), all(factor)));
+// Not inlined: the compiler could contract the product with the following subtraction, and the product would not be rounded.
+FARLIGHT_NOINLINE inline void scale_scores(float* scores, int keys, float factor) {
+  for (int i = 0; i < keys * kRows; i += W) store(scores + i, mul(load(scores + i), broadcast(factor)));
 }
-FARLIGHT_APART inline void subtract_references(float* scores, int keys, const float* reference) {
+// scores[key][row] -= reference[row].
+FARLIGHT_NOINLINE inline void subtract_references(float* scores, int keys, const float* reference) {
   for (int g = 0; g < kRows; g += W) {
     const F r = load(reference + g);
     for (int i = g; i < keys * kRows; i += kRows) store(scores + i, sub(load(scores + i), r));
   }
 }
 
-// Which links of a tile survive dropout.
-class Dropped {
+// Dropout of the links of a row block: hashes (seed, batch, head, query position, key), so the mask does not depend on plan or
+// ISA.
+class DropoutMask {
  public:
-  Dropped(const Dropout& dropout, const PlanView& plan, const Tile& tile) : dropout_(dropout) {
+  DropoutMask(const Dropout& dropout, const PlanView& plan, const RowBlock& row_block) : dropout_(dropout) {
     if (!dropout.on) return;
     for (int s = 0; s < kRows; ++s)
-      rows_[s] = s < tile.count ? row_hash(dropout.low, dropout.high, tile.item.batch, tile.item.head, plan.q_offset + tile.row[s]) : 0;
+      row_hashes_[s] = s < row_block.count ? row_hash(dropout.seed_low, dropout.seed_high, row_block.item.batch,
+                                                      row_block.item.head, plan.q_offset + row_block.row[s])
+                                           : 0;
   }
   bool on() const { return dropout_.on; }
-  float inverse() const { return dropout_.on ? dropout_.inverse : 1.0f; }
-  // Bit i: the link of lane g + i to the key stays.
-  uint32_t kept(int32_t key, int g) const {
-    if (dropout_.all) return 0;
-    const I hash = mix32(exclusive(load_i(rows_ + g), all_i(key_word(key))));
-    return ~below(hash, all_i(dropout_.threshold));
+  float keep_scale() const { return dropout_.on ? dropout_.keep_scale : 1.0f; }
+  // Bit i: the link between the row in lane g + i and the key is kept.
+  uint32_t keep_mask(int32_t key, int g) const {
+    if (dropout_.drop_all) return 0;
+    const I hash = mix32(bit_xor(load_i(row_hashes_ + g), broadcast_i(key_word(key))));
+    return ~less_u32(hash, broadcast_i(dropout_.threshold));
   }
-  bool kept_one(int32_t key, int s) const { return !dropout_.all && mix32(rows_[s] ^ key_word(key)) >= dropout_.threshold; }
+  // Whether the link between row s and the key is kept.
+  bool keeps_pair(int32_t key, int s) const {
+    return !dropout_.drop_all && mix32(row_hashes_[s] ^ key_word(key)) >= dropout_.threshold;
+  }
 
  private:
   const Dropout& dropout_;
-  uint32_t rows_[kRows];
+  uint32_t row_hashes_[kRows];
 };
 
 }  // namespace farlight::FARLIGHT_NS

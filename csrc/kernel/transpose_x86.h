@@ -1,4 +1,4 @@
-// Transposing 32-bit words with 256-bit shuffles; for AVX2 and AVX-512.
+// Transpose of 8 x 8 32-bit words with 256-bit shuffles, for AVX2 and AVX-512.
 #pragma once
 
 #include <immintrin.h>
@@ -7,7 +7,7 @@
 
 namespace farlight::FARLIGHT_NS {
 
-// 8 x 8 words: to[c][r] = from[r][c], `at` and `ld` in bytes.
+// to[c][r] = from[r][c]; `at` (offset into the rows) and `ld` (row stride of `to`) in bytes.
 FARLIGHT_INLINE void transpose8(const char* const* from, int64_t at, char* to, int64_t ld) {
   __m256 r[8], t[8];
   for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(from[i] + at));

@@ -1,4 +1,4 @@
-"""The native kernels themselves: every instruction set, every feature of a plan, against float64 softmax over `plan.dense()`.
+"""The native kernels themselves: every ISA, every feature of a plan, against float64 softmax over `plan.dense()`.
 
 The parity tests hold the backend to the pattern by way of the public function; here the kernels are called directly, with
 plans of odd shapes, and are held to the plan they were given.
@@ -84,15 +84,15 @@ def check(case: Case, dtype: torch.dtype, shape: TileShape = SHAPE, *, with_grad
 
 
 def equal(a: Answer, b: Answer) -> bool:
-    """To the last bit, NaN in the same places."""
+    """Bitwise equality; NaN equals NaN."""
     return all(
         torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(0.0), y.nan_to_num(0.0))
         for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)
     )
 
 
-def kinds(plan: Plan) -> set[str]:
-    """Which features of the format a plan uses."""
+def features_of(plan: Plan) -> set[str]:
+    """The features of the plan format that a plan uses."""
     found = set()
     for piece in plan.pieces:
         found |= {"rows"} if piece.rows is not None else set()
@@ -123,20 +123,20 @@ FEATURES = {
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=("f32", "bf16", "f16"))
-def test_features_of_plans(isa: str, feature: str, shape: TileShape, dtype: torch.dtype) -> None:
+def test_plan_features(isa: str, feature: str, shape: TileShape, dtype: torch.dtype) -> None:
     check(FEATURES[feature], dtype, shape)
 
 
-def test_the_features_are_there() -> None:
+def test_every_plan_feature_is_covered() -> None:
     for feature, case in FEATURES.items():
-        used = kinds(plan_of(case, SHAPES["split"] if feature == "parts" else SHAPE))
+        used = features_of(plan_of(case, SHAPES["split"] if feature == "parts" else SHAPE))
         assert feature in used, f"{case.name}: {used}"
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_case_in_every_shape(name: str, dtype: torch.dtype) -> None:
-    """The whole shared list in one go, on the best instruction set (the parity tests report case by case)."""
+    """All shared cases in one test, on the fastest ISA (the parity tests report case by case)."""
     ran = 0
     for case in CASES:
         if case.head_dim > 256 or case.n_q * case.n_k > 2_000_000:
@@ -180,12 +180,12 @@ def test_grouped_heads(isa: str, heads: int, kv_heads: int, dtype: torch.dtype) 
 @pytest.mark.parametrize("dropout", (0.1, 0.5, 0.95))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
 def test_dropout(isa: str, dropout: float, dtype: torch.dtype) -> None:
-    """The very links of the specification fall; rows before the text have negative positions."""
+    """The links dropped are those of the specification; rows before the text have negative positions."""
     pattern = fl.window(30) | fl.random_keys(4) | fl.window(3, dilation=5)
     check(Case("dropout", pattern, 70, 60, batch=2, q_offset=-9, head_dim=16, dropout=dropout), dtype)
 
 
-def test_dropping_everything(isa: str) -> None:
+def test_dropout_of_all_links(isa: str) -> None:
     case = Case("all dropped", fl.window(5) | fl.random_keys(2), 40, dropout=1.0)
     found = run(case, inputs(case), plan_of(case))
     assert not found.out.any()
@@ -209,7 +209,7 @@ def test_without_grad_lse(isa: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
 def test_huge_values(isa: str, dtype: torch.dtype) -> None:
-    """Scores of 1e9: softmax is a choice of the largest, and nothing overflows."""
+    """Scores of 1e9: softmax selects the largest, and nothing overflows."""
     case = Case("huge", fl.window(20) | fl.global_tokens([0]) | fl.random_keys(2), 100, head_dim=64)
     given = inputs(case, dtype)
     given = dataclasses.replace(given, q=given.q * 1e4, k=given.k * 1e4, v=given.v * 1e4)
@@ -245,8 +245,8 @@ def test_results_are_rounded_no_more_than_by_dense_attention(isa: str, keys: int
         assert errors[0] <= 1.01 * errors[1], name
 
 
-def test_an_infinite_query_stays_in_its_row(isa: str) -> None:
-    """Numbers that are multiplied in parts too: infinity times a part that is zero would not be a number."""
+def test_an_infinite_query_affects_its_row_only(isa: str) -> None:
+    """Also where float32 is split into bfloat16 parts, whose lower parts of an infinity are NaN."""
     case = FEATURES["bounds"]
     given, plan = inputs(case), plan_of(case)
     clean = run(case, given, plan)
@@ -262,8 +262,8 @@ def test_an_infinite_query_stays_in_its_row(isa: str) -> None:
 
 @pytest.mark.parametrize("falls", (False, True), ids=("rising", "falling"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
-def test_scores_that_rise_along_the_keys(isa: str, dtype: torch.dtype, falls: bool) -> None:
-    """What earlier chunks gave is brought to the new largest score, in some rows of a tile and not in others."""
+def test_rescaling_where_scores_rise_along_the_keys(isa: str, dtype: torch.dtype, falls: bool) -> None:
+    """Accumulators of earlier chunks are rescaled to the new row maximum, in some rows of a tile and not in others."""
     case = Case("full", fl.full(), 400, heads=2, head_dim=32)
     given = inputs(case, dtype)
     given.k[..., 0] = torch.linspace(0, 60, 400).flip(0) if falls else torch.linspace(0, 60, 400)
@@ -274,7 +274,7 @@ def test_scores_that_rise_along_the_keys(isa: str, dtype: torch.dtype, falls: bo
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
 @pytest.mark.parametrize("feature", FEATURES)
-def test_nan_stays_in_its_row(isa: str, feature: str, dtype: torch.dtype) -> None:
+def test_nan_affects_its_row_only(isa: str, feature: str, dtype: torch.dtype) -> None:
     case = FEATURES[feature]
     for shape in (SHAPES["usual"], SHAPES["split"]):
         plan, given = plan_of(case, shape), inputs(case, dtype)
@@ -296,8 +296,8 @@ def test_nan_stays_in_its_row(isa: str, feature: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
 @pytest.mark.parametrize("feature", FEATURES)
-def test_links_that_are_not_there_change_nothing(isa: str, feature: str, dtype: torch.dtype) -> None:
-    """Bit for bit: a key that a row does not see may hold anything finite."""
+def test_masked_keys_do_not_change_the_result(isa: str, feature: str, dtype: torch.dtype) -> None:
+    """Bit for bit: a key that a row does not see may hold any finite values."""
     case = FEATURES[feature]
     plan, given = plan_of(case), inputs(case, dtype)
     before = run(case, given, plan)
@@ -312,7 +312,7 @@ def test_links_that_are_not_there_change_nothing(isa: str, feature: str, dtype: 
             assert torch.equal(getattr(after, name)[blind], getattr(before, name)[blind]), name
 
 
-def test_batch_items_do_not_meet(isa: str) -> None:
+def test_batch_items_are_independent(isa: str) -> None:
     case = dataclasses.replace(FEATURES["points"], batch=3)
     plan, given = plan_of(case), inputs(case)
     found = run(case, given, plan)
@@ -322,7 +322,7 @@ def test_batch_items_do_not_meet(isa: str) -> None:
         assert torch.equal(getattr(found, name)[1:2], getattr(single, name)), name
 
 
-KEPT = {
+CACHED = {
     "more keys than are kept": Case("full, wide", fl.full(), 70, 1200, q_offset=0, heads=1, head_dim=256),
     "two that want one place": Case(
         "window and globals, wide", fl.window(40) | fl.global_tokens(range(64)), 1250, heads=2, kv_heads=1, head_dim=256
@@ -336,10 +336,10 @@ KEPT = {
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
-@pytest.mark.parametrize("case", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("case", CACHED.values(), ids=CACHED)
 @pytest.mark.parametrize("name", [x for x in ISAS if x in ("amx", "avx512bf16")] or ISAS[:1])
-def test_blocks_that_a_thread_keeps(name: str, case: Case, dtype: torch.dtype) -> None:
-    """For products of pairs a thread keeps blocks of keys for the next query tile: no wrong ones, none of another call."""
+def test_packed_cache_has_no_stale_blocks(name: str, case: Case, dtype: torch.dtype) -> None:
+    """The packed cache returns no block of other keys, another head or an earlier call."""
     before = cpu.isa()
     cpu.use(name)
     try:
@@ -402,13 +402,13 @@ print("inside")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
-def test_no_step_outside_a_tensor(isa: str) -> None:
+def test_no_read_outside_a_tensor(isa: str) -> None:
     found = subprocess.run([sys.executable, "-c", GUARDED, isa, "stay"], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout.strip()) == (0, "inside"), found.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
-def test_a_step_outside_would_be_seen() -> None:
+def test_guard_page_detects_a_read_outside() -> None:
     found = subprocess.run([sys.executable, "-c", GUARDED, ISAS[-1], "step"], capture_output=True, text=True, check=False)
     assert found.returncode != 0
     assert found.stdout.strip() == "ready", found.stderr
@@ -426,7 +426,7 @@ THREADED = [
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
 @pytest.mark.parametrize("case", THREADED, ids=str)
 @pytest.mark.parametrize("longest", (150, 16_384))
-def test_threads_change_no_bit(case: Case, longest: int, dtype: torch.dtype) -> None:
+def test_number_of_threads_changes_no_bit(case: Case, longest: int, dtype: torch.dtype) -> None:
     plan, given = build(case.pattern, case.sizes, TileShape(longest=longest)), inputs(case, dtype)
     before = torch.get_num_threads()
     try:
@@ -441,8 +441,8 @@ def test_threads_change_no_bit(case: Case, longest: int, dtype: torch.dtype) -> 
     assert_answer(alone, solve(case, given, dropout_seed=SEED, with_grad_lse=True, allowed=plan.dense()), case.name)
 
 
-def test_callers_in_several_threads() -> None:
-    """The interpreter's lock is let go during a call, so that calls may meet in one plan."""
+def test_concurrent_callers_in_several_threads() -> None:
+    """The GIL is released during a call, so several calls may use one plan at the same time."""
     from concurrent.futures import ThreadPoolExecutor
 
     case = THREADED[0]
@@ -452,7 +452,7 @@ def test_callers_in_several_threads() -> None:
         assert all(equal(found, alone) for found in pool.map(lambda _: run(case, given, plan), range(12)))
 
 
-KEPT_MEMORY = """
+POOLED_MEMORY = """
 import torch
 import farlight as fl
 from farlight.analysis import memory
@@ -473,15 +473,15 @@ print(*(resident(n) - before for n in (131_072, 131_072, 90_000, 200_000)))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory from /proc")
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="another allocator, such as a sanitizer's, may keep more itself")
-def test_memory_kept_between_calls_has_a_bound() -> None:
-    """Sums of dk and dv need 150 to 230 MiB here; 64 MiB stay for later calls."""
-    done = subprocess.run([sys.executable, "-c", KEPT_MEMORY], capture_output=True, text=True, timeout=300, check=True)
+def test_buffer_pool_is_bounded() -> None:
+    """The dk and dv accumulators need 150 to 230 MiB here; the pool retains at most 64 MiB."""
+    done = subprocess.run([sys.executable, "-c", POOLED_MEMORY], capture_output=True, text=True, timeout=300, check=True)
     growth = [float(word) for word in done.stdout.split()]
     assert all(32 < one < 64 + 24 for one in growth), growth
 
 
 @pytest.mark.parametrize("n_q, n_k", ((0, 5), (5, 0), (0, 0)))
-def test_nothing_to_do(n_q: int, n_k: int) -> None:
+def test_empty_tensors(n_q: int, n_k: int) -> None:
     case = Case("empty", fl.full(), n_q, n_k, q_offset=0)
     found = run(case, inputs(case), plan_of(case))
     assert not found.out.any()
@@ -498,8 +498,8 @@ UNSURE = [
 ]
 
 
-def test_results_are_written_whole() -> None:
-    """No output is left as memory was: the `poison` fixture fills what is allocated with NaN."""
+def test_every_output_element_is_written() -> None:
+    """The `poison` fixture fills allocated memory with NaN; none is left in an output."""
     assert bool(torch.empty(8).isnan().all())
     for case in UNSURE:
         check(case, torch.float32)
@@ -507,8 +507,8 @@ def test_results_are_written_whole() -> None:
 
 
 @pytest.mark.parametrize("value", (-math.inf, math.inf, math.nan))
-def test_keys_without_bounds_leave_nothing_unwritten(value: float) -> None:
-    """A tile that is sure to serve its rows writes them also where all scores are minus infinity."""
+def test_rows_of_infinite_scores_are_written(value: float) -> None:
+    """A tile whose rows all see a key writes them even where all their scores are -inf."""
     case = Case("lighthouses", fl.window(4) | fl.global_tokens(range(40)), 150, heads=1)
     given = inputs(case)
     given.k.fill_(value)
@@ -519,14 +519,14 @@ def test_keys_without_bounds_leave_nothing_unwritten(value: float) -> None:
     assert bool((lse == -math.inf).all()) or value != -math.inf
 
 
-def test_plans_are_converted_once() -> None:
-    from farlight.kernels.cpu.native import handle
+def test_native_plan_is_built_once() -> None:
+    from farlight.kernels.cpu.native import native_plan
 
     plan = build(fl.window(3), fl.patterns.Sizes.of(40), SHAPE)
-    assert handle(plan) is handle(plan)
+    assert native_plan(plan) is native_plan(plan)
 
 
-def test_instruction_set_by_environment() -> None:
+def test_isa_by_environment() -> None:
     code = "from farlight.kernels import cpu; print(cpu.isa() if cpu.unavailable() is None else cpu.unavailable())"
     for name in (ISAS[-1], "sse9"):
         environment = {**os.environ, "FARLIGHT_CPU_ISA": name}
@@ -538,7 +538,7 @@ def test_instruction_set_by_environment() -> None:
             assert ISAS[0] in found.stdout
 
 
-def test_unknown_instruction_set() -> None:
+def test_unknown_isa() -> None:
     with pytest.raises(ValueError, match="'sse9' was not compiled in or is not on this machine; there are .*portable"):
         cpu.use("sse9")
 
@@ -693,7 +693,7 @@ def test_malformed_plans_are_refused(
         cpu.forward(x, x, x, with_table(plan, path, after), scale=1.0)
 
 
-def test_tables_of_another_type_are_refused() -> None:
+def test_tables_of_another_dtype_are_refused() -> None:
     plan = build(fl.window(5), fl.patterns.Sizes.of(90, heads=2), SHAPE)
     x = torch.zeros(1, 2, 90, 8)
     for path in tables_of(plan):
@@ -703,11 +703,11 @@ def test_tables_of_another_type_are_refused() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_malformed_plans_at_random(seed: int) -> None:
-    """Numbers of a plan exchanged for others: it is refused or computed, and nothing else. Worth most under `make sanitize`."""
+def test_randomly_damaged_plans(seed: int) -> None:
+    """A plan with random table entries replaced is refused or computed, without a crash. Strongest under `make sanitize`."""
     draw = random.Random(seed)
     plan, given = rich_plan(), inputs(RICH)
-    assert {"rows", "keys", "parts", "points", "bits", "bounds", "whole", "overlapping"} <= kinds(plan)
+    assert {"rows", "keys", "parts", "points", "bits", "bounds", "whole", "overlapping"} <= features_of(plan)
     paths = tables_of(plan)
     refused = 0
     for _ in range(60):

@@ -29,7 +29,7 @@ N, DIM = 96, 40
 
 
 @pytest.fixture(autouse=True)
-def same_instructions_afterwards() -> Iterator[None]:
+def restored_isa() -> Iterator[None]:
     before = cpu.isa() if SETS else None
     yield
     if before is not None:

@@ -1,7 +1,7 @@
-"""Backend "cpu": the native kernels, fused forward and backward for float32, bfloat16 and float16 on any CPU.
+"""Backend "cpu": native C++ kernels, fused forward and backward, for float32, bfloat16 and float16 on any CPU.
 
-A plan's tables are checked and copied into a native object once (`native.handle`); a call then passes addresses and strides.
-csrc/ and docs/cpu_kernels.md say how the kernels work; this package checks arguments and allocates results.
+A plan's tables are validated and copied into a native object once (`native.native_plan`); a call then passes addresses and
+strides (`launch`). The kernels themselves are in csrc/ and described in docs/cpu_kernels.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""One call of the native kernels: tensors in, tensors out, no copy where the last dimension is contiguous."""
+"""Calls of the native kernels: torch tensors in, newly allocated torch tensors out.
+
+Tensors are passed to C++ as (address, batch stride, head stride, row stride), so any layout with a contiguous last dimension is
+read in place. float16 is converted to float32. Outputs are contiguous. Where several pieces of a plan overlap in query rows,
+results of 16-bit tensors are accumulated in float32 and rounded once at the end.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,13 @@ import torch
 from torch import Tensor
 
 from farlight.kernels.checks import addressable, check_gradients, check_plan, check_tensors, dropped
-from farlight.kernels.cpu.native import handle, module
+from farlight.kernels.cpu.native import module, native_plan
 from farlight.plan.tables import Plan
 
 __all__ = ["backward", "forward"]
 
 _CPU = torch.device("cpu")
-_CODES = {torch.float32: 0, torch.bfloat16: 1}
+_TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # enum Type in csrc/views.h
 
 
 def forward(
@@ -20,34 +25,35 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the planned pairs: `(B, H, n_q, D)` in q's dtype, contiguous, and `(B, H, n_q)` in float32.
 
-    q: `(B, H, n_q, D)`; k, v: `(B, H_kv, n_k, D)`; float32, bfloat16 or float16, any strides.
+    q: `(B, H, n_q, D)`; k, v: `(B, H_kv, n_k, D)`; float32, bfloat16 or float16, any strides. scale multiplies q kᵀ.
+    lse: natural logarithm of the sum of exp(score); -inf for a row without keys, whose out is zero.
+    Raises ArgumentError for tensors the kernels do not take or that do not fit the plan.
     """
-    given = q.dtype
+    dtype = q.dtype
     shape = check_tensors(q, k, v, "the native kernels take", _CPU)
     check_plan(q, k, plan)
-    q, k, v = _usable(q, "q"), _usable(k, "k"), _usable(v, "v")
-    native = handle(plan)
-    joined = native.overlapping and q.dtype != torch.float32
-    out_type = torch.float32 if joined else q.dtype
-    out, lse = torch.empty(q.shape, dtype=out_type, device=_CPU), torch.empty(q.shape[:3], dtype=torch.float32, device=_CPU)
+    q, k, v = _as_operand(q, "q"), _as_operand(k, "k"), _as_operand(v, "v")
+    native = native_plan(plan)
+    out_dtype = torch.float32 if native.overlapping else q.dtype
+    out, lse = torch.empty(q.shape, dtype=out_dtype, device=_CPU), torch.empty(q.shape[:3], dtype=torch.float32, device=_CPU)
     if out.numel():
-        grown = module().forward(
+        schedule_bytes = module().forward(
             native,
-            _CODES[q.dtype],
-            _CODES[out_type],
+            _TYPE_CODES[q.dtype],
+            _TYPE_CODES[out_dtype],
             shape,
-            _address(q),
-            _address(k),
-            _address(v),
+            _strided_address(q),
+            _strided_address(k),
+            _strided_address(v),
             out.data_ptr(),
             lse.data_ptr(),
             scale,
-            *_links(dropout, seed),
+            *_dropout_arguments(dropout, seed),
             torch.get_num_threads(),
         )
-        if grown:  # a schedule was made for this batch and these heads
-            plan.derived.charge(grown)
-    return out.to(given), lse
+        if schedule_bytes:  # a schedule was built for this batch size and number of heads
+            plan.derived.charge(schedule_bytes)
+    return out.to(dtype), lse
 
 
 def backward(
@@ -64,64 +70,66 @@ def backward(
     dropout: float = 0.0,
     seed: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) in the dtypes of q, k and v, contiguous; summed in float32, always in the same order.
+    """(dq, dk, dv) in the dtypes of q, k and v, contiguous. Accumulated in float32 in a fixed order: deterministic.
 
-    dout, out: as forward's out; dlse: the gradient that arrives at the lse, or None.
+    dout, out: `(B, H, n_q, D)`; lse, and dlse, the gradient with respect to lse, or None: `(B, H, n_q)`.
+    scale, dropout, seed: as in the forward call. Raises ArgumentError as forward does.
     """
-    given = q.dtype
+    dtype = q.dtype
     shape = check_tensors(q, k, v, "the native kernels take", _CPU)
     check_plan(q, k, plan)
     check_gradients(q, dout, out, lse, dlse)
-    q, k, v = _usable(q, "q"), _usable(k, "k"), _usable(v, "v")
-    out, dout = _usable(out.to(given), "out"), _usable(dout.to(given), "dout")
+    q, k, v = _as_operand(q, "q"), _as_operand(k, "k"), _as_operand(v, "v")
+    out, dout = _as_operand(out.to(dtype), "out"), _as_operand(dout.to(dtype), "dout")
     lse = addressable(lse.to(torch.float32).contiguous(), "lse")
     dlse = None if dlse is None else addressable(dlse.to(torch.float32).contiguous(), "dlse")
-    native = handle(plan)
-    dq_type = torch.float32 if native.overlapping else q.dtype
-    dq = torch.empty(q.shape, dtype=dq_type, device=_CPU)
+    native = native_plan(plan)
+    dq_dtype = torch.float32 if native.overlapping else q.dtype
+    dq = torch.empty(q.shape, dtype=dq_dtype, device=_CPU)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=_CPU) for x in (k, v))
     if q.numel() or k.numel():
-        grown = module().backward(
+        schedule_bytes = module().backward(
             native,
-            _CODES[q.dtype],
-            _CODES[dq_type],
+            _TYPE_CODES[q.dtype],
+            _TYPE_CODES[dq_dtype],
             shape,
-            _address(q),
-            _address(k),
-            _address(v),
-            _address(out),
-            _address(dout),
+            _strided_address(q),
+            _strided_address(k),
+            _strided_address(v),
+            _strided_address(out),
+            _strided_address(dout),
             lse.data_ptr(),
             0 if dlse is None else dlse.data_ptr(),
             dq.data_ptr(),
             dk.data_ptr(),
             dv.data_ptr(),
             scale,
-            *_links(dropout, seed),
+            *_dropout_arguments(dropout, seed),
             torch.get_num_threads(),
         )
-        if grown:  # a schedule was made for this batch and these heads
-            plan.derived.charge(grown)
-    return dq.to(given), dk.to(given), dv.to(given)
+        if schedule_bytes:  # a schedule was built for this batch size and number of heads
+            plan.derived.charge(schedule_bytes)
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def _usable(x: Tensor, name: str) -> Tensor:
-    """Values in memory, of a dtype that the kernels know, with a contiguous last dimension."""
+def _as_operand(x: Tensor, name: str) -> Tensor:
+    """x itself where the kernels can read it: addressable, float32 or bfloat16, contiguous last dimension; else a copy."""
     x = addressable(x, name)
     if x.dtype == torch.float16:
         x = x.to(torch.float32)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _address(x: Tensor) -> tuple[int, int, int, int]:
+def _strided_address(x: Tensor) -> tuple[int, int, int, int]:
+    """(address, batch stride, head stride, row stride); strides in elements."""
     batch, head, row, _ = x.stride()
     return x.data_ptr(), batch, head, row
 
 
-def _links(dropout: float, seed: int | Tensor) -> tuple[tuple[int, int, int], float]:
-    """Which links fall, and by how much the others grow."""
+def _dropout_arguments(dropout: float, seed: int | Tensor) -> tuple[tuple[int, int, int], float]:
+    """((hash threshold, low and high half of the seed), 1 / (1 - p)): a link with a hash below the threshold is dropped."""
     if not dropout:
         return (0, 0, 0), 1.0
     seed = int(seed)
-    threshold, grown = dropped(dropout)
-    return (threshold, seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF), grown
+    threshold, keep_scale = dropped(dropout)
+    return (threshold, seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF), keep_scale

@@ -1,4 +1,4 @@
-"""The native module: why it is missing, which instruction set it uses, and plans in its own form."""
+"""The native module farlight._cpu: import, availability, choice of ISA, and the native copy of a plan."""
 
 from __future__ import annotations
 
@@ -7,46 +7,46 @@ import os
 import warnings
 from typing import Any
 
-# torch first: its OpenMP runtime and ours carry one name, and the loader maps the copy that comes first for both.
+# torch first: its OpenMP runtime and ours have the same soname, and the loader maps the first copy for both.
 import torch  # noqa: F401
 
 from farlight.errors import PlanError, UnsupportedError
 from farlight.plan.tables import Plan
 
-__all__ = ["available", "fma_gflops", "handle", "isa", "module", "unavailable", "use", "warn_if_missing"]
+__all__ = ["available", "fma_gflops", "isa", "module", "native_plan", "unavailable", "use", "warn_if_missing"]
 
 
 _native: Any = None
 _missing: str | None = None
 
 try:
-    # Not `from farlight import`: where there is none, Python would suspect a circular import.
+    # Not `from farlight import _cpu`: without the module, that error text suspects a circular import.
     _native = importlib.import_module("farlight._cpu")
 except ImportError as error:
     _missing = f"the native module farlight._cpu cannot be imported ({error}); install farlight where a C++ compiler is found"
 
-# For tests and for comparing: the name of an instruction set, as `farlight doctor` lists them.
-_wanted = os.environ.get("FARLIGHT_CPU_ISA")
-if _native is not None and _wanted:
+# Overrides the ISA, for tests and comparisons; `farlight doctor` lists the names.
+_isa_name = os.environ.get("FARLIGHT_CPU_ISA")
+if _native is not None and _isa_name:
     try:
-        _native.use(_wanted)
+        _native.use(_isa_name)
     except ValueError as error:
-        _native, _missing = None, f"FARLIGHT_CPU_ISA={_wanted}: {error}"
+        _native, _missing = None, f"FARLIGHT_CPU_ISA={_isa_name}: {error}"
 
 
 def unavailable() -> str | None:
-    """Why the native kernels cannot run here; None when they can."""
+    """Why the native kernels cannot run in this process; None when they can."""
     return _missing
 
 
-_told = False
+_warned = False
 
 
 def warn_if_missing() -> None:
-    """Say once in a process that attention on the CPU runs without the native kernels, and why."""
-    global _told
-    if _missing is not None and not _told:
-        _told = True
+    """Warn, once per process, that attention on the CPU runs without the native kernels, and why."""
+    global _warned
+    if _missing is not None and not _warned:
+        _warned = True
         warnings.warn(f"attention on the CPU runs in plain torch, several times slower: {_missing}.", stacklevel=2)
 
 
@@ -58,40 +58,40 @@ def module() -> Any:
 
 
 def isa() -> str:
-    """The instruction set in use: "amx", "avx512bf16", "avx512", "avx2" or "portable" (which is NEON on arm64)."""
+    """The active ISA: "amx", "avx512bf16", "avx512", "avx2" or "portable" (NEON on arm64, SSE2 on x86-64)."""
     name: str = module().isa()
     return name
 
 
 def fma_gflops(threads: int) -> float:
-    """GFLOP/s of float32 multiply-adds in registers, on so many threads at once: what no product of vectors exceeds."""
+    """GFLOP/s of register-only float32 multiply-adds on `threads` threads: the upper bound of vector products."""
     return float(module().fma_gflops(threads))
 
 
 def available() -> list[str]:
-    """The instruction sets that were compiled in and that this machine has, best first."""
+    """The ISAs that are compiled in and supported by this CPU, fastest first."""
     names: list[str] = module().available()
     return names
 
 
 def use(name: str) -> None:
-    """Use this instruction set from now on, in all threads. For tests and benchmarks."""
+    """Make an ISA the active one for all threads, for tests and benchmarks. Raises ValueError for an unavailable one."""
     module().use(name)
 
 
-_HANDLE = "native copy"
+_KEY = "native plan"  # in Plan.derived
 
 
-def handle(plan: Plan) -> Any:
-    """The plan's tables as the kernels read them, copied and checked when the plan is first met; kept with the plan.
+def native_plan(plan: Plan) -> Any:
+    """The native copy of the plan's tables (`farlight._cpu.Plan`), built and validated on first use and cached with the plan.
 
     Raises PlanError when a table is malformed.
     """
-    found = plan.derived.get(_HANDLE)
-    if found is None:
+    native = plan.derived.get(_KEY)
+    if native is None:
         try:
-            found = module().Plan(plan)
+            native = module().Plan(plan)
         except ValueError as error:
             raise PlanError(f"malformed plan: {error}.") from error
-        plan.derived[_HANDLE] = found
-    return found
+        plan.derived[_KEY] = native
+    return native
