@@ -1,4 +1,4 @@
-"""Normal form: a pattern as disjoint terms, each with one natural layout.
+"""Normal form: a pattern as disjoint terms, each with one layout.
 
 *Expansion.* The expression becomes a union of clauses, conjunctions of literals (disjunctive normal form). Distributing `&`
 over `|` multiplies clauses, so their number is bounded: a subexpression beyond the bound stays whole, as one literal that is

@@ -79,7 +79,7 @@ def _split_lse(
         return None, lse
     row_max, row_sum = row_max_and_sum(q, k, v, plan, scale=scale)
     log_sum = torch.where(row_sum == 0, 1.0, row_sum).log()
-    # A caller may pass the lse of a larger set of links (merged results): keep the difference where it exceeds rounding.
+    # The given lse decides: where it differs from the recomputed one by more than rounding, the difference is kept.
     difference = lse - (row_max + log_sum)
     is_rounding = difference.abs() <= 8 * torch.finfo(dtype).eps * lse.abs()
     return row_max, torch.where(is_rounding, log_sum, log_sum + difference)
