@@ -49,7 +49,7 @@ PIECES = [(0, 20), (20, 21), (21, 30), (30, 31), (31, 40)]
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, after: bool, call: Callable[[], Any]) -> None:
     """Runs `call` with a KeyboardInterrupt before or after the attention of layer `at`."""
-    right = cache_layer.answer
+    right = cache_layer.masked_decode
     count = 0
 
     def answer(*given: Any) -> Any:
@@ -63,7 +63,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, after: bool, call: Cal
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache_layer, "answer", answer)
+        patched.setattr(cache_layer, "masked_decode", answer)
         with pytest.raises(KeyboardInterrupt):
             call()
 
