@@ -116,6 +116,35 @@ def test_routed_and_host_plans_give_the_same_bits(monkeypatch: pytest.MonkeyPatc
         same(getattr(by_host, name), getattr(by_device, name), name)
 
 
+# ---- scores of any size -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("split", [False, True], ids=["whole items", "split items"])
+def test_equal_scores_share_a_row_whatever_their_size(split: bool, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    """Pieces that overlap and items that are split are joined by row max and sum: an lse of 1e6 has float32 steps of 1/16."""
+    if split:
+        request.getfixturevalue("split_everything")
+    n, pattern = 200, fl.window(3) | fl.window(3, dilation=8) | fl.sees_all([5])
+    mask = pattern.dense(n)
+    v = torch.randn(1, 1, n, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert fl.plan(pattern, n).overlapping
+    for magnitude in (1e2, 1e4, 1e7, 1e9):
+        q, k = torch.ones(1, 1, n, 16), torch.full((1, 1, n, 16), magnitude / 16)
+        q, k = q.to(dtype), k.to(dtype)
+        out, lse = fl.attention(q, k, v, pattern, backend="triton", scale=1.0, return_lse=True)
+        expected, expected_lse = fl.testing.attend(q.double(), k.double(), v.double(), mask, scale=1.0)
+        unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-20
+        torch.testing.assert_close(out.double(), expected, rtol=4 * unit, atol=4 * unit)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=2.0**-20, atol=0)
+
+
+def test_decoding_shares_equal_scores_whatever_their_size() -> None:
+    v = torch.randn(1, 1, 700, 16, generator=torch.Generator().manual_seed(0))
+    for magnitude in (1e2, 1e4, 1e7, 1e9):
+        q, k = torch.ones(1, 1, 1, 16), torch.full((1, 1, 700, 16), magnitude / 16)
+        out, _ = decode(q, k, v, scale=1.0)
+        torch.testing.assert_close(out.double(), v.double().mean(2, keepdim=True), rtol=0, atol=2.0**-18)
+
+
 # ---- synchronisation ------------------------------------------------------------------------------------------------------
 class LaunchCounter:
     """A kernel that counts its launches and computes nothing."""
