@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,6 +144,16 @@ def test_decoding_shares_equal_scores_whatever_their_size() -> None:
         q, k = torch.ones(1, 1, 1, 16), torch.full((1, 1, 700, 16), magnitude / 16)
         out, _ = decode(q, k, v, scale=1.0)
         torch.testing.assert_close(out.double(), v.double().mean(2, keepdim=True), rtol=0, atol=2.0**-18)
+
+
+def test_batch_strides_of_more_than_32_bits() -> None:
+    """Strides are passed divided by 16 and multiplied in 64 bits. Of the 4 GiB only the pages of the rows are touched."""
+    n, dim, stride = 20, 16, 2**31
+    storage = mmap.mmap(-1, 2 * (stride + n * dim))
+    q = torch.frombuffer(storage, dtype=torch.float16).as_strided((2, 1, n, dim), (stride, n * dim, dim, 1))
+    near, k, v = torch.randn(3, 2, 1, n, dim, generator=torch.Generator().manual_seed(0)).half().unbind(0)
+    q.copy_(near)
+    same(*(fl.attention(x, k, v, fl.window(3), backend="triton") for x in (q, near)), "out")
 
 
 # ---- synchronisation ------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def backward(
     Raises ArgumentError as `forward` does.
 
     Weights are recomputed as exp(score - lse). An lse in float32 has 24 bits, so that their relative error is about
-    2^-24 · |lse|: for lse beyond 10³ gradients in float32 lose digits, for lse beyond 10⁴ those in bfloat16 do.
+    2^-24 · |lse|: gradients in float32 lose digits from |lse| = 10³ on, those in bfloat16 from 10⁵ on.
     """
     _check(q, k, v, plan)
     check_gradients(q, dout, out, lse, dlse)
