@@ -1,9 +1,9 @@
 """Load balance: long work items are cut into parts, and parts start longest first.
 
-An item is what one program would compute: a group of rows with its key blocks, or a block of keys with its row blocks. Its cost
-is counted in blocks. The parts are sized so that one processor gets at least PARTS_PER_PROCESSOR of them; programs start in the
-order of the table, and the next one goes to the first idle processor, so that starting the longest first leaves a
-short tail. Parts of one item write partial results to a workspace, which a merge kernel adds up (split-K).
+A work item is what one program would compute: a group of rows with its key blocks, or a block of keys with its row blocks. Its
+cost is counted in blocks. Items are cut so that no part has much more than 1 / PARTS_PER_PROCESSOR of a processor's share of
+all blocks. Programs start in table order, each on the first idle processor: longest first leaves a short tail. Parts of an item
+write partial results to a workspace, which a second kernel merges (split-K).
 
 The partition runs on the tensors' device. `PartitionCounts`, the table lengths, is read from it unless the caller has them:
 a router's choice is lowered with one read for all tables.

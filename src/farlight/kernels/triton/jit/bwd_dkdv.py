@@ -77,11 +77,14 @@ def dkdv_kernel(
 ):  # fmt: skip
     """dk and dv of one work item.
 
-    Tensors: q, k, v, dout with any strides; lse, delta `(B, H, n_q)` float32; dk, dv `(B, H_kv, n_k, D)`, contiguous; part_dk,
-    part_dv `(partials · BLOCK_N, D)` float32, the workspace of split items.
-    Work tables, int32: work `(programs, K_FIELDS)`; ranges `(programs, heads_per_kv, R_FIELDS)`; rows, keys: permutations;
-    whole, masked `(blocks, ROW_BLOCK_FIELDS)`; point_row, point_key: row and key of each single pair; data: row bounds and
-    bits. Strides, sizes and options: as in `dq_kernel`; SORTED_KEYS: K_FIRST_KEY is a slot of `keys` in every item.
+    Tensors
+        q, k, v, dout: any strides; lse, delta `(B, H, n_q)` float32; dk, dv `(B, H_kv, n_k, D)`: contiguous;
+        part_dk, part_dv `(partials · BLOCK_N, D)` float32: the workspace of split items (SPLIT); seed `(1,)` int64 (DROPOUT).
+    Work tables, int32
+        work `(programs, K_FIELDS)`; ranges `(programs, heads_per_kv, R_FIELDS)`; rows, keys: permutations; whole, masked
+        `(blocks, ROW_BLOCK_FIELDS)`; point_row, point_key: row and key of each single pair; data: bounds and bits.
+    Strides, sizes and options
+        as in `dq_kernel`; SORTED_KEYS: K_FIRST_KEY is a slot of `keys` in every item.
     """
     work = work_ptr + tl.program_id(0).to(tl.int64) * K_FIELDS
     batch, kv_head, first_key = tl.load(work + K_BATCH), tl.load(work + K_HEAD), tl.load(work + K_FIRST_KEY)

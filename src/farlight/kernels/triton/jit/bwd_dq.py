@@ -105,9 +105,11 @@ def dq_kernel(
 ):  # fmt: skip
     """dq of one work item.
 
-    Tensors: dout with any strides (sd…); lse, delta `(B, H, n_q)` float32; dq `(B, H, n_q, D)`, contiguous; part
-    `(partials · BLOCK_M, D)` float32, the workspace of split items. Work tables, the other strides, sizes and options: as in
-    `fwd_kernel`, but scale is signed, scale_log2 = scale · log2(e), and ADD adds to what earlier launches wrote.
+    Tensors
+        q, k, v, dout: any strides (dout's are sd…); lse, delta `(B, H, n_q)` float32, dq `(B, H, n_q, D)`: contiguous;
+        part `(partials · BLOCK_M, D)` float32: the workspace of split items (SPLIT); seed `(1,)` int64 (DROPOUT).
+    Work tables, strides, sizes and options
+        as in `fwd_kernel`; scale is signed, scale_log2 = scale · log2(e); ADD adds to what earlier launches wrote.
     """
     work = work_ptr + tl.program_id(0).to(tl.int64) * Q_FIELDS
     batch, head, count = tl.load(work + Q_BATCH), tl.load(work + Q_HEAD), tl.load(work + Q_NUM_ROWS)

@@ -124,18 +124,23 @@ def fwd_kernel(
 ):  # fmt: skip
     """out and lse of one work item.
 
-    Tensors: q, k, v with any strides; out `(B, H, n_q, D)`, lse `(B, H, n_q)` contiguous; row_max, row_sum like lse (JOIN);
-    part_out `(partials · BLOCK_M, D)`, part_max, part_sum `(partials · BLOCK_M,)` float32, the split-K workspace (SPLIT); seed
-    `(1,)` int64 (DROPOUT).
-    Work tables, int32: work `(programs, Q_FIELDS)`; rows, keys: permutations; whole: first key or slot of each whole block;
-    masked `(blocks, B_FIELDS)`; point_key, point_row: key and row within the item of each single pair; data: row bounds and
-    bits. Strides: s + (q, k, v) + (b = batch, h = head, n = row, d = dimension); b, h and n are divided by UNIT.
-    Sizes: heads, query heads for each key head, n_q, head_dim, position of row 0; scale_log2 = |scale| · log2(e); max_dropped:
-    the largest hash that dropout drops; keep_scale = 1 / (1 - dropout).
-    Options: BLOCK_M rows, BLOCK_N keys, BLOCK_D >= head_dim; WHOLE_D: they are equal; SORTED_ROWS, SORTED_KEYS: some indices
-    are permuted; BITS, POINTS: bit masks and single pairs occur; NEGATE: scale < 0; ADD: rows that see nothing keep what is
-    there; JOIN: rows are served by several launches; SPLIT: some items are in parts; WIDE: 64-bit offsets within a head;
-    UNIT: 1 or 16; PRECISION: see `product`.
+    Tensors
+        q, k, v: any strides; out `(B, H, n_q, D)` and lse `(B, H, n_q)`: contiguous; row_max, row_sum: as lse (JOIN);
+        part_out `(partials · BLOCK_M, D)`, part_max and part_sum `(partials · BLOCK_M,)` float32: split-K workspace (SPLIT);
+        seed `(1,)` int64 (DROPOUT).
+    Work tables, int32
+        work `(programs, Q_FIELDS)`; rows, keys: permutations; whole: first key or slot of each whole block; masked
+        `(blocks, B_FIELDS)`; point_key, point_row: key, and row within the item, of each single pair; data: bounds and bits.
+    Strides
+        s + q, k or v + b (batch), h (head), n (row) or d (dimension); those of b, h and n are divided by UNIT.
+    Sizes
+        heads; heads_per_kv: query heads for each key head; n_q; head_dim; q_offset: position of row 0;
+        scale_log2 = |scale| · log2(e); max_dropped: the largest hash that dropout drops; keep_scale = 1 / (1 - dropout).
+    Options
+        BLOCK_M rows, BLOCK_N keys, BLOCK_D >= head_dim (WHOLE_D: equal); SORTED_ROWS, SORTED_KEYS: some indices are permuted;
+        BITS: bit masks occur; POINTS: single pairs occur; NEGATE: scale < 0; ADD: rows that see nothing keep what is there;
+        JOIN: rows are served by several launches; SPLIT: some items are in parts; WIDE: 64-bit offsets within a head;
+        UNIT: 1 or 16; PRECISION: see `product`.
     """
     work = work_ptr + tl.program_id(0).to(tl.int64) * Q_FIELDS
     batch, head, count = tl.load(work + Q_BATCH), tl.load(work + Q_HEAD), tl.load(work + Q_NUM_ROWS)
