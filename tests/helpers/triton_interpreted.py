@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,12 +17,11 @@ import pytest
 import torch
 from routed_cases import ROUTED
 from torch import Tensor
-from waits import Waits
+from waits import SyncCounter
 
 import farlight as fl
 from farlight.kernels import triton as backend
-from farlight.kernels.triton import routed as on_device
-from farlight.kernels.triton import work_partition as dealing
+from farlight.kernels.triton import routed, work_partition
 from farlight.kernels.triton.decode import decode
 from farlight.plan import Plan
 from farlight.plan.build import build
@@ -69,9 +69,9 @@ def computed(of: Case, plan: Plan, dtype: torch.dtype = torch.float32) -> Answer
 
 
 @pytest.fixture
-def everything_is_split(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dealing, "LEAST", 1)
-    monkeypatch.setattr(dealing, "_PER_WORKER", 1000)
+def split_everything(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(work_partition, "MIN_BLOCKS", 1)
+    monkeypatch.setattr(work_partition, "PARTS_PER_PROCESSOR", 1000)
     plans.clear()
     yield
     plans.clear()
@@ -80,23 +80,23 @@ def everything_is_split(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     "name", ["dilated windows and lighthouses", "one key head, clusters", "a sparse mask", "dropout, clusters"]
 )
-def test_parts_are_joined_exactly(name: str, everything_is_split: None) -> None:
+def test_split_items_are_merged_exactly(name: str, split_everything: None) -> None:
     """Every row and every key in as many parts as it has blocks."""
     of = case(name)
     plan = build(of.pattern, of.sizes, backend.SHAPE)
     assert_answer(computed(of, plan), solution(of, torch.float32), name)
     lowered = [work for key, work in plan.derived.items() if "triton" in str(key)]
-    assert any(launch.slots for work in lowered for launch in work.launches)  # type: ignore[attr-defined]
+    assert any(launch.num_partials for work in lowered for launch in work.launches)  # type: ignore[attr-defined]
 
 
-# ---- plans of routers, made where the choice lies -----------------------------------------------------------------------
+# ---- plans of routers, made on the device --------------------------------------------------------------------------------
 @pytest.fixture
-def choices_are_planned_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_device, "on_the_cpu_too", True)
+def device_planning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routed, "allow_cpu", True)
 
 
 @pytest.mark.parametrize("of", ROUTED, ids=str)
-def test_parity_of_routed(of: Case, choices_are_planned_where_they_lie: None) -> None:
+def test_parity_of_routed(of: Case, device_planning: None) -> None:
     compare(of, "triton", torch.float32, with_grad_lse=True)
     assert isinstance(of.pattern.__dict__["_routed"][of.sizes], backend.RoutedPlan)
 
@@ -104,22 +104,61 @@ def test_parity_of_routed(of: Case, choices_are_planned_where_they_lie: None) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("of", ROUTED, ids=str)
-def test_parity_of_routed_in_16_bits(of: Case, dtype: torch.dtype, choices_are_planned_where_they_lie: None) -> None:
+def test_parity_of_routed_in_16_bits(of: Case, dtype: torch.dtype, device_planning: None) -> None:
     compare(of, "triton", dtype)
 
 
 def test_routed_and_host_plans_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     of = case("clusters")
     by_host = answer(of, "triton", torch.float32)
-    monkeypatch.setattr(on_device, "on_the_cpu_too", True)
+    monkeypatch.setattr(routed, "allow_cpu", True)
     by_device = answer(dataclasses.replace(of, pattern=fl.clusters(of.pattern.tables[0])), "triton", torch.float32)
     for name in ("out", "lse", "dq"):
         same(getattr(by_host, name), getattr(by_device, name), name)
 
 
-# ---- what a call asks of the device -------------------------------------------------------------------------------------
-class Silent:
-    """In place of a kernel: notes the launch, computes nothing."""
+# ---- scores of any size -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("split", [False, True], ids=["whole items", "split items"])
+def test_equal_scores_share_a_row_whatever_their_size(split: bool, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    """Pieces that overlap and items that are split are joined by row max and sum: an lse of 1e6 has float32 steps of 1/16."""
+    if split:
+        request.getfixturevalue("split_everything")
+    n, pattern = 200, fl.window(3) | fl.window(3, dilation=8) | fl.sees_all([5])
+    mask = pattern.dense(n)
+    v = torch.randn(1, 1, n, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert fl.plan(pattern, n).overlapping
+    for magnitude in (1e2, 1e4, 1e7, 1e9):
+        q, k = torch.ones(1, 1, n, 16), torch.full((1, 1, n, 16), magnitude / 16)
+        q, k = q.to(dtype), k.to(dtype)
+        out, lse = fl.attention(q, k, v, pattern, backend="triton", scale=1.0, return_lse=True)
+        expected, expected_lse = fl.testing.attend(q.double(), k.double(), v.double(), mask, scale=1.0)
+        unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-20
+        torch.testing.assert_close(out.double(), expected, rtol=4 * unit, atol=4 * unit)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=2.0**-20, atol=0)
+
+
+def test_decoding_shares_equal_scores_whatever_their_size() -> None:
+    v = torch.randn(1, 1, 700, 16, generator=torch.Generator().manual_seed(0))
+    for magnitude in (1e2, 1e4, 1e7, 1e9):
+        q, k = torch.ones(1, 1, 1, 16), torch.full((1, 1, 700, 16), magnitude / 16)
+        out, _ = decode(q, k, v, scale=1.0)
+        torch.testing.assert_close(out.double(), v.double().mean(2, keepdim=True), rtol=0, atol=2.0**-18)
+
+
+def test_batch_strides_of_more_than_32_bits() -> None:
+    """Strides are passed divided by 16 and multiplied in 64 bits. Of the 4 GiB only the pages of the rows are touched."""
+    n, dim, stride = 20, 16, 2**31
+    storage = mmap.mmap(-1, 2 * (stride + n * dim))
+    q = torch.frombuffer(storage, dtype=torch.float16).as_strided((2, 1, n, dim), (stride, n * dim, dim, 1))
+    near, k, v = torch.randn(3, 2, 1, n, dim, generator=torch.Generator().manual_seed(0)).half().unbind(0)
+    q.copy_(near)
+    same(*(fl.attention(x, k, v, fl.window(3), backend="triton") for x in (q, near)), "out")
+
+
+# ---- synchronisation ------------------------------------------------------------------------------------------------------
+class LaunchCounter:
+    """A kernel that counts its launches and computes nothing."""
 
     def __init__(self) -> None:
         self.launches = 0
@@ -133,30 +172,30 @@ class Silent:
 
 
 @pytest.fixture
-def silent(monkeypatch: pytest.MonkeyPatch) -> Silent:
-    """No kernel runs, and a call takes the way of plain tensors although a mode watches it."""
-    stand_in = Silent()
+def launch_counter(monkeypatch: pytest.MonkeyPatch) -> LaunchCounter:
+    """In place of every kernel; a call takes the path of plain tensors although a dispatch mode is active."""
+    counter = LaunchCounter()
     for module, names in (
-        ("forward", ("forward_kernel", "merge_kernel")),
-        ("queries", ("queries_kernel", "sum_kernel", "delta_kernel")),
-        ("keys", ("keys_kernel",)),
+        ("fwd", ("fwd_kernel", "merge_kernel")),
+        ("bwd_dq", ("dq_kernel", "sum_kernel", "delta_kernel")),
+        ("bwd_dkdv", ("dkdv_kernel",)),
     ):
         for name in names:
-            monkeypatch.setattr(importlib.import_module(f"farlight.kernels.triton.jit.{module}"), name, stand_in)
+            monkeypatch.setattr(importlib.import_module(f"farlight.kernels.triton.jit.{module}"), name, counter)
     monkeypatch.setattr(importlib.import_module("farlight.ops"), "is_plain", lambda *tensors: True)
-    return stand_in
+    return counter
 
 
-def attended(pattern: fl.Pattern, dropout: float) -> list[str]:
-    """What a forward and a backward pass make the host wait for."""
+def sync_calls(pattern: fl.Pattern, dropout: float) -> list[str]:
+    """The synchronising operations of a forward and a backward pass."""
     q = torch.randn(2, 4, 150, 16, requires_grad=True)
     k, v = (torch.randn(2, 2, 150, 16, requires_grad=True) for _ in range(2))
     seed = torch.tensor(7)
-    with Waits() as waits:
+    with SyncCounter() as syncs:
         out = fl.attention(q, k, v, pattern, dropout=dropout, seed=seed, backend="triton")
         assert isinstance(out, Tensor)
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-    return waits.seen
+    return syncs.calls
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -168,32 +207,34 @@ def attended(pattern: fl.Pattern, dropout: float) -> list[str]:
         fl.clusters(torch.arange(150) % 3) | fl.window(2),
         fl.pairs(torch.rand(150, 150) < 0.1),
     ],
-    ids=["lighthouses and random keys", "sorted", "clusters and a window", "a mask"],
+    ids=["global tokens and random keys", "sorted", "clusters and a window", "a mask"],
 )
-def test_a_call_with_a_known_plan_asks_nothing(pattern: fl.Pattern, dropout: float, silent: Silent, cold_cache: None) -> None:
+def test_a_call_with_a_known_plan_does_not_synchronise(
+    pattern: fl.Pattern, dropout: float, launch_counter: LaunchCounter, cold_cache: None
+) -> None:
     """So it can be captured in a CUDA graph."""
-    assert attended(pattern, dropout)
-    before = silent.launches
-    assert attended(pattern, dropout) == []
-    assert silent.launches - before >= 4
+    assert sync_calls(pattern, dropout)
+    before = launch_counter.launches
+    assert sync_calls(pattern, dropout) == []
+    assert launch_counter.launches - before >= 4
 
 
 @pytest.mark.parametrize("of", ROUTED, ids=str)
-def test_a_new_choice_asks_once_and_a_known_one_nothing(
-    of: Case, silent: Silent, choices_are_planned_where_they_lie: None
+def test_a_new_choice_synchronises_once_and_a_known_one_never(
+    of: Case, launch_counter: LaunchCounter, device_planning: None
 ) -> None:
     earlier, pattern = (fl.parse(of.pattern.text, of.pattern.tables) for _ in range(2))
     q = torch.randn(of.batch, of.heads, of.n_q, 16, requires_grad=True)
     k, v = (torch.randn(of.batch, of.kv_heads, of.n_k, 16, requires_grad=True) for _ in range(2))
-    seen = []
+    calls = []
     # The fixed part of a union is planned on the host, with the first choice that it meets.
     for choice in (earlier, pattern, pattern):
-        with Waits() as waits:
+        with SyncCounter() as syncs:
             out = fl.attention(q, k, v, choice, q_offset=of.q_offset, backend="triton")
             assert isinstance(out, Tensor)
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-        seen.append([what.split()[0] for what in waits.seen])
-    assert seen[1:] == [["tolist"], []]
+        calls.append([what.split()[0] for what in syncs.calls])
+    assert calls[1:] == [["tolist"], []]
 
 
 @pytest.mark.parametrize("name", ["two strides", "clusters within clusters", "per head, dilations"])
@@ -210,8 +251,8 @@ def test_results_are_the_same_to_the_bit_every_time() -> None:
         same(getattr(first, field.name), getattr(second, field.name), field.name)
 
 
-def harms(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    """Plans with one number wrong."""
+def damaged_plans(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """Plans with one wrong number."""
 
     def with_layer(**changes: Tensor) -> Plan:
         piece = plan.pieces[0]
@@ -233,13 +274,13 @@ def test_a_damaged_table_is_noticed() -> None:
     of = case("window, wide")
     plan = build(of.pattern, of.sizes, backend.SHAPE)
     assert_answer(computed(of, plan), solution(of, torch.float32), "sound")
-    for what, harmed in harms(plan):
+    for what, damaged in damaged_plans(plan):
         with pytest.raises(AssertionError, match=r"rows are wrong|the mean error"):
-            assert_answer(computed(of, harmed), solution(of, torch.float32), what)
+            assert_answer(computed(of, damaged), solution(of, torch.float32), what)
 
 
-def test_what_does_not_fit_a_plan_is_refused() -> None:
-    """Lists that name rows and keys which the tensors do not have would be read outside of them."""
+def test_tensors_that_do_not_fit_the_plan_are_refused() -> None:
+    """Work tables with rows and keys that the tensors do not have would be read out of bounds."""
     of = case("window, wide")
     plan, given = build(of.pattern, of.sizes, backend.SHAPE), inputs(of)
     q, k, v = given.q, given.k, given.v
@@ -275,7 +316,7 @@ def test_a_wrong_dropout_seed_is_noticed() -> None:
         fl.testing.assert_matches(other, solution(of, torch.float32).truth.out, solution(of, torch.float32).baseline.out, "no")
 
 
-def test_what_is_not_a_number_stays_so() -> None:
+def test_nan_propagates() -> None:
     """A NaN in one key reaches the rows that see it, and no row whose tile does not."""
     q, k, v = torch.randn(3, 1, 1, 600, 16).unbind(0)
     k[0, 0, 0, 3] = float("nan")
@@ -305,19 +346,19 @@ def test_decoding(n_q: int, heads: int, kv_heads: int, dtype: torch.dtype) -> No
 
 
 def test_a_cache_decodes_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `fl.decode` computes with the kernel in its place is what it computes in plain torch."""
+    """`fl.decode` gives the same with the kernel as in plain torch."""
     attend = importlib.import_module("farlight.decoding.kept_attention")
     calls = []
 
-    def counted(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    def counted_decode(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         calls.append(1)
-        return decode(*given, **options)
+        return decode(*arguments, **options)
 
     answers = []
     for serves in (False, True):
         torch.manual_seed(3)
         monkeypatch.setattr(attend.triton_decode, "serves", lambda q, k, serves=serves: serves)
-        monkeypatch.setattr(attend.triton_decode, "decode", counted)
+        monkeypatch.setattr(attend.triton_decode, "decode", counted_decode)
         cache = fl.KVCache(fl.causal() & (fl.window(20, 0) | fl.global_tokens([0])))
         for length in (70, 1, 3):
             q, k, v = torch.randn(1, 4, length, 16), *torch.randn(2, 1, 2, length, 16).unbind(0)
@@ -329,7 +370,7 @@ def test_a_cache_decodes_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(other_lse, lse)
 
 
-def test_decoding_needs_what_fits() -> None:
+def test_decoding_refuses_tensors_that_do_not_fit() -> None:
     q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 30, 8)
     out, lse = decode(q[:, :, :0], k, k)
     assert (out.shape, lse.shape) == ((1, 4, 0, 8), (1, 4, 0))
@@ -359,15 +400,15 @@ def test_func_vmap_and_the_derivatives_that_are_refused() -> None:
     q, k, v = torch.randn(3, 2, 1, 2, 20, 16).unbind(0)
 
     def f(q: Tensor, k: Tensor, v: Tensor, backend: str = "triton") -> Tensor:
-        found = fl.attention(q, k, v, pattern, backend=backend)
-        assert isinstance(found, Tensor)
-        return found.square().sum()
+        out = fl.attention(q, k, v, pattern, backend=backend)
+        assert isinstance(out, Tensor)
+        return out.square().sum()
 
-    found = torch.vmap(torch.func.grad(f, (0, 1, 2)))(q, k, v)
-    wanted = zip(
+    gradients = torch.vmap(torch.func.grad(f, (0, 1, 2)))(q, k, v)
+    expected = zip(
         *(torch.func.grad(lambda *x: f(*x, "reference"), (0, 1, 2))(*x) for x in zip(q, k, v, strict=True)), strict=True
     )
-    for a, b in zip(found, map(torch.stack, wanted), strict=True):
+    for a, b in zip(gradients, map(torch.stack, expected), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     with pytest.raises(fl.UnsupportedError, match="forward-mode"):
         torch.func.jvp(lambda x: f(x, k[0], v[0]), (q[0],), (q[0],))

@@ -44,7 +44,7 @@ ROUTERS = [
 PATTERNS = [fl.parse(text.decode()).to_json().encode() for text in EXPRESSIONS]
 FITS = [write_layers({0: fl.window(64), 2: "topblocks(8) | window(16)"}, model={"name": "a"}).encode()]
 RATES = [json.dumps({calibrate._name(*key): pair for key, pair in DEFAULT_RATES.items()}).encode()]
-CONFIGS = [b'{"forward bfloat16 64": [128, 64, 4, 3], "keys float16 128": [32, 64, 8, 2]}']
+CONFIGS = [b'{"fwd bfloat16 64": [128, 64, 4, 3], "dkdv float16 128": [32, 64, 8, 2]}']
 TEXTS = ["CHAPTER I\n\nIt began in July. “Why?”\n".encode()]
 
 
@@ -186,12 +186,12 @@ def test_rates_are_positive_numbers_or_none(folder: Path, data: st.DataObject) -
 def test_configurations_of_another_structure_are_not_used(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "triton.json"
     monkeypatch.setattr(tuning, "_path", lambda device: path)
-    path.write_text('{"forward bfloat16 64": [128, 64, 4, 3]}')
-    assert tuning._stored(CPU) == {"forward bfloat16 64": Config(128, 64, 4, 3)}
-    path.write_text(f'{{"forward bfloat16 64": {row}}}')
+    path.write_text('{"fwd bfloat16 64": [128, 64, 4, 3]}')
+    assert tuning._stored(CPU) == {"fwd bfloat16 64": Config(128, 64, 4, 3)}
+    path.write_text(f'{{"fwd bfloat16 64": {row}}}')
     assert tuning._stored(CPU) == {}
-    tuning._store(CPU, "keys bfloat16 64", Config(32, 64, 4, 2))
-    assert tuning._stored(CPU) == {"keys bfloat16 64": Config(32, 64, 4, 2)}
+    tuning._store(CPU, "dkdv bfloat16 64", Config(32, 64, 4, 2))
+    assert tuning._stored(CPU) == {"dkdv bfloat16 64": Config(32, 64, 4, 2)}
 
 
 def test_a_user_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,18 +12,19 @@ import pytest
 import torch
 from routed_cases import ROUTED
 from torch import Tensor
-from triton_lists import seen_by_keys, seen_by_queries
-from waits import Waits
+from triton_lists import pairs_of_key_work, pairs_of_query_work
+from waits import SyncCounter
 
 import farlight as fl
 from farlight.kernels import triton as backend
 from farlight.kernels.backend import Request
 from farlight.kernels.triton import routed as on_device
-from farlight.kernels.triton import work_partition as dealing
-from farlight.kernels.triton.lower_kv import KeyWork, lower_keys
-from farlight.kernels.triton.lower_q import QueryWork, lower_queries
-from farlight.kernels.triton.routed_lower_kv import RoutedKeys
-from farlight.kernels.triton.routed_lower_q import RoutedQueries
+from farlight.kernels.triton import work_partition
+from farlight.kernels.triton.launches import KeyWork, QueryWork
+from farlight.kernels.triton.lower_kv import lower_keys
+from farlight.kernels.triton.lower_q import lower_queries
+from farlight.kernels.triton.routed_lower_kv import RoutedKeyLowering
+from farlight.kernels.triton.routed_lower_q import RoutedQueryLowering
 from farlight.patterns import Pattern, Sizes
 from farlight.patterns.membership import rooms
 from farlight.patterns.multi_label import meets
@@ -45,9 +46,9 @@ def made(of: Case, queries: tuple[int, int], keys: tuple[int, int]) -> tuple[Que
     found = split_routed(of.pattern, of.sizes)
     assert found is not None
     group, after = of.heads // of.kv_heads, found.fixed is not None
-    first = RoutedQueries(found.pieces, of.sizes, *queries, group, 8, after=after)
-    second = RoutedKeys(found.pieces, of.sizes, *keys, group, 8, after=after)
-    by_queries, by_keys = first.made(on_device.read(first.asked)), second.made(on_device.read(second.asked))
+    first = RoutedQueryLowering(found.pieces, of.sizes, *queries, group, 8, after=after)
+    second = RoutedKeyLowering(found.pieces, of.sizes, *keys, group, 8, after=after)
+    by_queries, by_keys = first.build(on_device.read_counts(first.counts)), second.build(on_device.read_counts(second.counts))
     if found.fixed is None:
         return by_queries, by_keys
     plan = build(found.fixed, of.sizes, backend.SHAPE)
@@ -59,8 +60,8 @@ def is_the_pattern(of: Case, queries: tuple[int, int], keys: tuple[int, int]) ->
     wanted = of.pattern.dense(of.n_q, of.n_k, batch=of.batch, heads=of.heads, q_offset=of.q_offset)
     wanted = wanted.expand(of.batch, of.heads, -1, -1).long()
     by_queries, by_keys = made(of, queries, keys)
-    assert torch.equal(seen_by_queries(by_queries, of.sizes, queries[1]), wanted)
-    assert torch.equal(seen_by_keys(by_keys, of.sizes, of.heads // of.kv_heads), wanted)
+    assert torch.equal(pairs_of_query_work(by_queries, of.sizes, queries[1]), wanted)
+    assert torch.equal(pairs_of_key_work(by_keys, of.sizes, of.heads // of.kv_heads), wanted)
 
 
 # ---- the tables are the pattern ----------------------------------------------------------------------------------------
@@ -72,8 +73,8 @@ def test_each_pair_comes_up_once(of: Case, queries: tuple[int, int], keys: tuple
 
 @every_case
 def test_each_pair_comes_up_once_when_all_is_cut_in_parts(of: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dealing, "LEAST", 1)
-    monkeypatch.setattr(dealing, "_PER_WORKER", 1000)
+    monkeypatch.setattr(work_partition, "MIN_BLOCKS", 1)
+    monkeypatch.setattr(work_partition, "PARTS_PER_PROCESSOR", 1000)
     is_the_pattern(of, (64, 16), (32, 16))
 
 
@@ -130,17 +131,17 @@ def test_only_sums_are_read(of: Case) -> None:
     assert there is not None
     assert here.fixed == there.fixed
     group, after = of.heads // of.kv_heads, here.fixed is not None
-    for make, shape in ((RoutedQueries, (128, 64)), (RoutedKeys, (32, 64))):
+    for make, shape in ((RoutedQueryLowering, (128, 64)), (RoutedKeyLowering, (32, 64))):
         real = make(here.pieces, of.sizes, *shape, group, 8, after=after)
         work = make(there.pieces, of.sizes, *shape, group, 8, after=after)
-        found = work.made(on_device.read(real.asked))
+        found = work.build(on_device.read_counts(real.counts))
         assert found.rows.device.type == "meta"
         assert all(launch.work.device.type == "meta" for launch in found.launches)
 
 
 def test_what_counts_as_waiting() -> None:
     x = torch.arange(3)
-    with Waits() as waits:
+    with SyncCounter() as syncs:
         torch.tensor([1, 2])
         x.tolist()
         x[x > 0]
@@ -148,13 +149,13 @@ def test_what_counts_as_waiting() -> None:
         x.repeat_interleave(x)
         x.to("meta")
         x.repeat_interleave(x, output_size=3).sort()
-    assert waits.seen == ["lift_fresh", "tolist of 3", "index", "_local_scalar_dense", "repeat_interleave", "_to_copy"]
+    assert syncs.calls == ["lift_fresh", "tolist of 3", "index", "_local_scalar_dense", "repeat_interleave", "_to_copy"]
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors on the CPU are treated as those of a GPU are."""
-    monkeypatch.setattr(on_device, "on_the_cpu_too", True)
+    monkeypatch.setattr(on_device, "allow_cpu", True)
 
 
 @every_case
@@ -165,12 +166,12 @@ def test_a_plan_is_made_with_one_read_for_all_passes(of: Case, here: None) -> No
     )
     # The fixed part of a union is planned on the host, with the first choice that it meets.
     on_device.routed_plan(earlier)
-    with Waits() as waits:
+    with SyncCounter() as syncs:
         plan = on_device.routed_plan(request)
         assert plan is not None
         assert on_device.routed_plan(request) is plan
-    assert [what.split()[0] for what in waits.seen] == ["tolist"]
-    assert int(waits.seen[0].split()[-1]) <= 100 * len(plan.pieces)
+    assert [what.split()[0] for what in syncs.calls] == ["tolist"]
+    assert int(syncs.calls[0].split()[-1]) <= 100 * len(plan.pieces)
 
 
 def test_what_routers_answer_is_planned_on_the_device(here: None) -> None:
@@ -209,9 +210,9 @@ def test_routers_that_take_a_count_choose_without_asking() -> None:
         TopKeys(4, causal=True),
     ):
         for key_mask in (None, mask):
-            with Waits() as waits:
+            with SyncCounter() as syncs:
                 router(q, k, key_mask=key_mask)
-            assert waits.seen == [], router
+            assert syncs.calls == [], router
 
 
 def request_for(pattern: Pattern, sizes: Sizes, kv_heads: int) -> Request:
@@ -277,7 +278,7 @@ def test_a_choice_that_does_not_fit_is_refused_as_by_the_host(pattern: Pattern, 
 
 
 def test_too_many_blocks_are_refused(here: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_device, "read", lambda numbers: [2**30] * len(numbers))
+    monkeypatch.setattr(on_device, "read_counts", lambda numbers: [2**30] * len(numbers))
     with pytest.raises(fl.PlanError, match=r"the plan has more than 2\^31 blocks; split the queries over several calls"):
         on_device.routed_plan(request_for(fl.clusters([0, 1]), Sizes.of(2), 1))
 

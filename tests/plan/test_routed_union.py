@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from routed_cases import UNIONS
 from test_routed import is_the_pattern, request_for
-from waits import Waits
+from waits import SyncCounter
 
 import farlight as fl
 from farlight.kernels.triton import routed as on_device
@@ -34,7 +34,7 @@ APART = ("window or no clusters",)
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors on the CPU are treated as those of a GPU are."""
-    monkeypatch.setattr(on_device, "on_the_cpu_too", True)
+    monkeypatch.setattr(on_device, "allow_cpu", True)
 
 
 # ---- each link once ----------------------------------------------------------------------------------------------------
@@ -116,11 +116,11 @@ def test_the_fixed_part_is_lowered_once_for_all_choices(here: None) -> None:
     found, asked = [], []
     for seed in range(3):
         choice = fl.window(11) | fl.global_tokens([0, 9]) | fl.clusters(table(seed, 2, 4, 150, high=3))
-        with Waits() as waits:
+        with SyncCounter() as syncs:
             plan = on_device.routed_plan(request_for(choice, sizes, 2))
             assert plan is not None
             found.append((plan, plan.queries(config, 2), plan.keys(config, 2)))
-        asked.append([what.split()[0] for what in waits.seen])
+        asked.append([what.split()[0] for what in syncs.calls])
     assert asked[1] == asked[2] == ["tolist", "tolist", "tolist"]  # one for the passes to come, one for each asked for here
     (first, *works), *others = found
     for other, *more in others:

@@ -1,1 +1,1 @@
-"""Sections for a GPU: parity and properties of the Triton backend, its speed, and a router's whole step."""
+"""GPU sections of the suite: parity and properties of the Triton backend, its speed, and whole router steps."""

@@ -1,6 +1,7 @@
-"""Every shared case on the device against the float64 truth, split over processes because each compiles its own kernels.
+"""Parity: every shared case on the device against the float64 formula, outputs, lse and gradients.
 
-A worker is this module run as a program: it prints one JSON line for each case.
+Cases are split over worker processes, because each case compiles its own kernels. A worker is this module run as a program: it
+prints one JSON line for each case.
 """
 
 from __future__ import annotations
@@ -24,35 +25,36 @@ __all__ = ["parity_rows"]
 
 SEED = 0x1234_5678_9ABC
 DTYPES = ("float32", "bfloat16", "float16")
-REHEARSED = ("window and a lighthouse, n=33", "grouped heads", "dropout, clusters", "no key")
+REHEARSAL_CASES = ("window and a lighthouse, n=33", "grouped heads", "dropout, clusters", "no key")
 
 
-def listed(rehearsal: bool) -> list[tuple[str, Case]]:
-    """(dtype, case), in the order in which they matter."""
-    cases = [of for of in CASES if not rehearsal or of.name in REHEARSED]
+def comparisons(rehearsal: bool) -> list[tuple[str, Case]]:
+    """(dtype, case), the most important dtype first."""
+    cases = [of for of in CASES if not rehearsal or of.name in REHEARSAL_CASES]
     return [(dtype, of) for dtype in DTYPES for of in cases]
 
 
 def compare(dtype_name: str, of: Case, device: str) -> None:
     """Output, lse and gradients (through the lse too) of one case; raises AssertionError where they are off."""
     dtype = getattr(torch, dtype_name)
-    given = inputs(of, dtype, device, requires_grad=True)
+    tensors = inputs(of, dtype, device, requires_grad=True)
     out, lse = fl.attention(
-        given.q, given.k, given.v, of.pattern, scale=of.scale, q_offset=of.q_offset, dropout=of.dropout, seed=SEED,
+        tensors.q, tensors.k, tensors.v, of.pattern, scale=of.scale, q_offset=of.q_offset, dropout=of.dropout, seed=SEED,
         return_lse=True, backend="triton",
     )  # fmt: skip
-    torch.autograd.backward((out, lse), (given.grad_out, given.grad_lse))
-    gradients = (given.q.grad, given.k.grad, given.v.grad)
+    torch.autograd.backward((out, lse), (tensors.grad_out, tensors.grad_lse))
+    gradients = (tensors.q.grad, tensors.k.grad, tensors.v.grad)
     on_cpu = [x.detach().cpu() for x in (out, lse, *gradients) if x is not None]
     truth = solve(of, inputs(of, dtype), dropout_seed=SEED, with_grad_lse=True)
     assert_answer(Answer(*on_cpu), truth, f"{of.name}, {dtype_name}")
 
 
 def worker(number: int, workers: int, seconds: float, rehearsal: bool) -> None:
+    """Compare every `workers`-th case from `number` on, within `seconds`; print a JSON line for each."""
     torch.set_num_threads(1)
     device = "cpu" if rehearsal else "cuda"
     began = time.monotonic()
-    for dtype, of in listed(rehearsal)[number::workers]:
+    for dtype, of in comparisons(rehearsal)[number::workers]:
         if time.monotonic() - began > seconds:
             print(json.dumps({"dtype": dtype, "case": of.name, "result": "skipped"}), flush=True)
             continue
@@ -60,30 +62,30 @@ def worker(number: int, workers: int, seconds: float, rehearsal: bool) -> None:
             compare(dtype, of, device)
             print(json.dumps({"dtype": dtype, "case": of.name, "result": "agrees"}), flush=True)
         except Exception as error:  # whatever a compiler or a driver raises is a result too
-            what = f"{type(error).__name__}: {error}"[:600]
-            print(json.dumps({"dtype": dtype, "case": of.name, "result": "failed", "error": what}), flush=True)
+            message = f"{type(error).__name__}: {error}"[:600]
+            print(json.dumps({"dtype": dtype, "case": of.name, "result": "failed", "error": message}), flush=True)
 
 
 def parity_rows(settings: Settings, box: Box) -> Iterator[dict[str, Any]]:
     """A row for each comparison that failed (`wrong` says how), then one for each dtype: cases, and how many agree."""
     rehearsal, seconds = settings.rehearsal, box.left
     processes = 1 if rehearsal else max(1, min(12, (os.cpu_count() or 2) - 2))
-    lines, crashed = _answers(processes, seconds, rehearsal)
+    lines, crashed = _worker_results(processes, seconds, rehearsal)
     for line in lines:
         if line["result"] == "failed":
             yield {"check": "parity", "dtype": line["dtype"], "case": line["case"], "wrong": line["error"]}
     if crashed:
         yield {"check": "parity", "case": "worker processes", "wrong": f"{crashed} of {processes} died"}
     for dtype in DTYPES:
-        every = sum(1 for name, _ in listed(rehearsal) if name == dtype)
+        count = sum(1 for name, _ in comparisons(rehearsal) if name == dtype)
         agree = sum(line["dtype"] == dtype and line["result"] == "agrees" for line in lines)
         failed = sum(line["dtype"] == dtype and line["result"] == "failed" for line in lines)
-        row = {"check": "parity", "dtype": dtype, "cases": every, "agree": agree, "failed": failed}
-        yield row | {"not_run": every - agree - failed}
+        row = {"check": "parity", "dtype": dtype, "cases": count, "agree": agree, "failed": failed}
+        yield row | {"not_run": count - agree - failed}
 
 
-def _answers(processes: int, seconds: float, rehearsal: bool) -> tuple[list[dict[str, Any]], int]:
-    """What all workers printed within the time, and how many of them ended badly."""
+def _worker_results(processes: int, seconds: float, rehearsal: bool) -> tuple[list[dict[str, Any]], int]:
+    """The lines that all workers printed within the time, and how many workers crashed."""
     began, lines = time.monotonic(), list[dict[str, Any]]()
     workers = []
     for number in range(processes):

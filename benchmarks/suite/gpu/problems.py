@@ -1,4 +1,4 @@
-"""The patterns that are timed, each with the same rule in FlexAttention's words."""
+"""Timed patterns, each with the equivalent mask function for FlexAttention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ Rule = Callable[[Any, Any, Any, Any], Any]
 
 @dataclass(frozen=True)
 class Problem:
-    """`rule(b, h, i, j)` is what FlexAttention's mask function says; `by_head`: it looks at h. `radius`: of a plain window."""
+    """A pattern and its FlexAttention mask function `rule(b, h, i, j)`.
+
+    by_head: the rule depends on h; radius: of a plain window, which FlashAttention has too.
+    """
 
     name: str
     pattern: fl.Pattern
@@ -41,10 +44,12 @@ def longformer(n: int, heads: int, device: str) -> Problem:
 def bigbird(n: int, heads: int, device: str) -> Problem:
     block = min(64, max(1, n // 8))
     pattern = fl.presets.bigbird(block, 3)
-    # All of its structure is in blocks: one question for each pair of blocks.
-    at = torch.arange(0, n, block)
+    # The pattern is made of blocks: one evaluation for each pair of blocks.
+    first = torch.arange(0, n, block)
     h = torch.arange(heads).view(1, -1, 1, 1)
-    layout = pattern._allows(Sizes.of(n, heads=heads), torch.zeros(1, 1, 1, 1, dtype=torch.int64), h, at[:, None], at[None, :])
+    layout = pattern._allows(
+        Sizes.of(n, heads=heads), torch.zeros(1, 1, 1, 1, dtype=torch.int64), h, first[:, None], first[None, :]
+    )
     layout = layout.expand(1, heads, -1, -1)[0].to(device)
     return Problem(f"BigBird({block}, 3)", pattern, lambda b, h, i, j: layout[h, i // block, j // block], True)
 
@@ -59,17 +64,17 @@ def dilated(n: int, heads: int, device: str) -> Problem:
 
 
 def random_keys(n: int, heads: int, device: str) -> Problem:
-    drawn = fl.random_keys(3)
+    random_pattern = fl.random_keys(3)
     sizes = Sizes.of(n, heads=heads)
     rows = torch.arange(n)
-    keys = [drawn._points(sizes, torch.zeros_like(rows), torch.full_like(rows, h), rows) for h in range(heads)]
+    keys = [random_pattern._points(sizes, torch.zeros_like(rows), torch.full_like(rows, h), rows) for h in range(heads)]
     table = torch.stack(keys).to(device)
 
     def rule(b: Any, h: Any, i: Any, j: Any) -> Any:
         near = (i - j).abs() <= 256
         return near | (table[h, i, 0] == j) | (table[h, i, 1] == j) | (table[h, i, 2] == j)
 
-    return Problem("window(256) + 3 random keys", fl.window(256) | drawn, rule, True)
+    return Problem("window(256) + 3 random keys", fl.window(256) | random_pattern, rule, True)
 
 
 def clusters(n: int, heads: int, device: str) -> Problem:

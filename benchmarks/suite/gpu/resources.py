@@ -1,4 +1,4 @@
-"""The table of docs/gpu.md: what the compiler makes of each configuration, for devices that need not be at hand.
+"""The resource table of docs/gpu.md: registers, shared memory and spills of each configuration, compiled ahead of time.
 
 PYTHONPATH=src python benchmarks/suite/gpu/resources.py
 """
@@ -18,18 +18,18 @@ def main() -> None:
     head = ["pass", "head_dim", "rows × keys", "warps", "stages", "sm_80: registers, shared, spilled", "sm_90"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for dim in (64, 128):
-        for what in PASSES:
-            listed = {capability: candidates(what, dim, torch.bfloat16, hopper=capability >= 90) for capability in (80, 90)}
-            for config in dict.fromkeys((*listed[80], *listed[90])):
+        for name in PASSES:
+            configs = {capability: candidates(name, dim, torch.bfloat16, hopper=capability >= 90) for capability in (80, 90)}
+            for config in dict.fromkeys((*configs[80], *configs[90])):
                 cells = []
                 for capability in (80, 90):
-                    if config not in listed[capability]:
+                    if config not in configs[capability]:
                         cells.append("not used")
                         continue
-                    found = compiled(what, config, dim, torch.bfloat16, capability, on=("POINTS", "SPLIT"))
-                    cells.append(f"{found.registers}, {found.shared:,} B, {found.spill_stores + found.spill_loads} B")
+                    kernel = compiled(name, config, dim, torch.bfloat16, capability, on=("POINTS", "SPLIT"))
+                    cells.append(f"{kernel.registers}, {kernel.shared:,} B, {kernel.spill_stores + kernel.spill_loads} B")
                 size = f"{config.rows} × {config.keys} | {config.warps} | {config.stages}"
-                print(f"| {what} | {dim} | {size} | {' | '.join(cells)} |", flush=True)
+                print(f"| {name} | {dim} | {size} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

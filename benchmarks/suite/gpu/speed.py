@@ -1,7 +1,7 @@
-"""Seconds of our kernels beside FlexAttention and full attention, timed in turn on the same tensors, with the roofline.
+"""Speed of the Triton kernels beside FlexAttention and full attention, interleaved on the same tensors, with the roofline.
 
 For each problem: the plan and its upload, the first call (compiling, and timing candidates where none is on file), then forward
-and forward + backward. FlexAttention's block mask is built and timed apart. Full attention is torch's own, without a mask.
+and forward + backward. FlexAttention's block mask is built and timed separately. Full attention is torch's own, without a mask.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ SETTINGS = (
     (16_384, 16, 128, (0, 1, 3)),
     (262_144, 12, 64, (0, 2)),
 )
-REHEARSED = ((160, 2, 16, (0, 1, 2, 3, 4, 5)),)
-# Full attention is timed up to so many tokens, FlexAttention's mask built up to so many.
-FULL, FLEX = 131_072, 262_144
+REHEARSAL_SETTINGS = ((160, 2, 16, (0, 1, 2, 3, 4, 5)),)
+# Most tokens for which full attention is timed, and FlexAttention's mask built.
+MAX_FULL, MAX_FLEX = 131_072, 262_144
 ROW_SECONDS = 45.0
 
 
@@ -50,7 +50,7 @@ def speed_rows(settings: Settings, box: Box) -> Iterator[Row]:
     device = "cpu" if rehearsal else "cuda"
     rates = ceilings(device, rehearsal)
     yield {"about": {"rates": rates}}
-    for n, heads, dim, numbers in REHEARSED if rehearsal else SETTINGS:
+    for n, heads, dim, numbers in REHEARSAL_SETTINGS if rehearsal else SETTINGS:
         for number in numbers:
             about = {"pattern": problems[number].__name__, "tokens": n, "heads": heads, "head_dim": dim}
             why = None if rehearsal else box.refusal(ROW_SECONDS)
@@ -79,11 +79,11 @@ def ceilings(device: str, rehearsal: bool) -> dict[str, float]:
     for dim in (64, 128):
         q = torch.randn(1, heads, n, dim, device=device, dtype=dtype)
         contenders.append(Contender(f"full {dim}", functools.partial(scaled_dot_product_attention, q, q, q)))
-    found = interleaved(contenders, repeats=5, budget=10)
-    out["matmul_tflops"] = 2 * size**3 / found["matmul"].seconds / 1e12
-    out["copy_gbs"] = 2 * source.numel() / found["copy"].seconds / 1e9
+    timings = interleaved(contenders, repeats=5, budget=10)
+    out["matmul_tflops"] = 2 * size**3 / timings["matmul"].seconds / 1e12
+    out["copy_gbs"] = 2 * source.numel() / timings["copy"].seconds / 1e9
     for dim in (64, 128):
-        out[f"full_attention_{dim}_tflops"] = 4 * dim * heads * n * n / found[f"full {dim}"].seconds / 1e12
+        out[f"full_attention_{dim}_tflops"] = 4 * dim * heads * n * n / timings[f"full {dim}"].seconds / 1e12
     return out
 
 
@@ -104,12 +104,12 @@ def _row(problem: Problem, n: int, heads: int, dim: int, device: str, rates: dic
     row: Row = {
         "pattern": problem.name, "tokens": n, "heads": heads, "head_dim": dim, "dtype": str(dtype).removeprefix("torch."),
         "density": plan.pairs / (heads * n * n), "waste": plan.waste, "plan_seconds": planning, "plan_mib": plan.nbytes / 2**20,
-        "first_call_seconds": _seconds(lambda: _finished(ours, rehearsal)), "left_out": [], "passes": {},
+        "first_call_seconds": _seconds(lambda: _synchronised(ours, rehearsal)), "left_out": [], "passes": {},
     }  # fmt: skip
     contenders = {"ours": ours, **_others(problem, q, k, v, row)}
     if "flex" in contenders:
-        wrong = _compared(ours(), contenders["flex"]())
-        row |= {} if wrong is None else {"wrong": wrong}
+        difference = _difference(ours(), contenders["flex"]())
+        row |= {} if difference is None else {"wrong": difference}
     for name in ("forward", "forward + backward"):
         row["passes"][name] = _timed(name, contenders, (q, k, v), plan, rates, row["left_out"])
     if not rehearsal:
@@ -119,22 +119,22 @@ def _row(problem: Problem, n: int, heads: int, dim: int, device: str, rates: dic
 
 def _others(problem: Problem, q: Tensor, k: Tensor, v: Tensor, row: Row) -> dict[str, Attend]:
     """FlexAttention, FlashAttention's window and full attention, where each can be timed; else the reason in `left_out`."""
-    made: dict[str, Attend] = {}
+    contenders: dict[str, Attend] = {}
     n = q.shape[2]
     try:
-        made["flex"] = _flex(problem, q, k, v, row)
+        contenders["flex"] = _flex(problem, q, k, v, row)
     except Exception as error:  # whatever its compiler raises is why it is not in the table
         row["left_out"].append(f"FlexAttention: {type(error).__name__}: {error}"[:400])
     if problem.radius is not None:
         try:
-            made["flash window"] = _flash_window(problem.radius, q, k, v)
+            contenders["flash window"] = _flash_window(problem.radius, q, k, v)
         except ImportError as error:
             row["left_out"].append(f"FlashAttention's window: {error}; torch's own attention has no window")
-    if n <= FULL:
-        made["full"] = lambda: scaled_dot_product_attention(q, k, v)
+    if n <= MAX_FULL:
+        contenders["full"] = lambda: scaled_dot_product_attention(q, k, v)
     else:
-        row["left_out"].append(f"full attention: quadratic; timed up to {FULL} tokens")
-    return made
+        row["left_out"].append(f"full attention: quadratic; timed up to {MAX_FULL} tokens")
+    return contenders
 
 
 def _timed(
@@ -180,8 +180,8 @@ def _flex(problem: Problem, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Attend
     heads, n = q.shape[1], q.shape[2]
     if q.device.type == "cpu":
         raise RuntimeError("a rehearsal compiles nothing")
-    if n > FLEX:
-        raise RuntimeError(f"its block mask evaluates all n² pairs; built up to {FLEX} tokens")
+    if n > MAX_FLEX:
+        raise RuntimeError(f"its block mask evaluates all n² pairs; built up to {MAX_FLEX} tokens")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     masks: list[Any] = []
@@ -200,7 +200,7 @@ def _flex(problem: Problem, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Attend
         assert isinstance(out, Tensor)
         return out
 
-    row["flex_first_call_seconds"] = _seconds(lambda: _finished(call, False))
+    row["flex_first_call_seconds"] = _seconds(lambda: _synchronised(call, False))
     row["flex_sparsity_percent"] = float(masks[-1].sparsity())
     return call
 
@@ -217,14 +217,14 @@ def _flash_window(radius: int, q: Tensor, k: Tensor, v: Tensor) -> Attend:
     return call
 
 
-def _compared(ours: Tensor, theirs: Tensor) -> str | None:
-    """How the two outputs differ; None when they agree as two bfloat16 computations of one thing do."""
+def _difference(ours: Tensor, theirs: Tensor) -> str | None:
+    """How two outputs differ; None when they agree within the rounding of bfloat16."""
     error = float((ours.float() - theirs.float()).abs().max())
     bound = 0.05 * max(1.0, float(theirs.float().abs().max()))
     return None if error <= bound else f"differs from FlexAttention by {error:.3g}"
 
 
-def _finished(call: Attend, on_cpu: bool) -> None:
+def _synchronised(call: Attend, on_cpu: bool) -> None:
     call()
     if not on_cpu:
         torch.cuda.synchronize()

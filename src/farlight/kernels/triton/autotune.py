@@ -1,8 +1,9 @@
-"""Which configuration a pass uses: the fastest of a short list on this device, timed once on real work and kept in a file.
+"""Autotuning: the fastest of a pass's candidate configurations on this device, timed once on real work and kept in a file.
 
-The candidates are timed in turn, round after round, so that a device that warms up or slows down favours none. Only work that
-is large enough to time decides; before that, and where nothing may be timed (Triton's interpreter, a graph being captured,
-`FARLIGHT_CALIBRATE=0`), the first of the list is used. The file stands in the folder of `farlight.caching.cache_folder`.
+The first call that is large enough times the candidates interleaved, five rounds, so that a device that warms up or throttles
+favours none. Smaller calls, and calls where timing is not possible (Triton's interpreter, CUDA graph capture,
+`FARLIGHT_CALIBRATE=0`), use the first candidate. The file lies in `farlight.caching.cache_folder`, one for each device name and
+release of torch and Triton; its keys are "pass dtype head_dim", head_dim padded.
 """
 
 from __future__ import annotations
@@ -25,73 +26,77 @@ from farlight.kernels.triton.configs import Config, candidates, padded
 from farlight.kernels.triton.device_caps import is_hopper
 from farlight.measurements import read_measurements, write_measurements
 
-__all__ = ["config_for", "expected", "fastest"]
+__all__ = ["config_for", "expected_config", "fastest"]
 
-# Pairs times head_dim below which a call is too short to be timed.
-_WORTH_TIMING = 2**33
+# Visited pairs times head_dim below which a call is too short to be timed.
+_MIN_TIMED_WORK = 2**33
 _ROUNDS = 5
 _chosen: dict[tuple[str, torch.device, torch.dtype, int], Config] = {}
 
 
-class Planned(Protocol):
-    """What is asked of a plan here."""
+class HasVisited(Protocol):
+    """A plan, of which the number of visited pairs is read."""
 
     @property
     def visited(self) -> int: ...
 
 
-def config_for(what: str, q: Tensor, plan: Planned, run: Callable[[Config], Any]) -> Config:
+def config_for(pass_name: str, q: Tensor, plan: HasVisited, run: Callable[[Config], Any]) -> Config:
     """The configuration for a pass over these tensors; `run` computes the pass with a given one."""
-    listed = _listed(what, q.shape[3], q.dtype, q.device)
-    key = (what, q.device, q.dtype, padded(q.shape[3]))
-    if len(listed) == 1:
-        return listed[0]
+    configs = _candidates(pass_name, q.shape[3], q.dtype, q.device)
+    key = (pass_name, q.device, q.dtype, padded(q.shape[3]))
+    if len(configs) == 1:
+        return configs[0]
     if key not in _chosen:
-        found = _stored(q.device).get(_name(what, q.dtype, q.shape[3]))
-        if found not in listed:
-            if plan.visited * q.shape[3] < _WORTH_TIMING or not _may_time(q.device):
-                return listed[0]
-            found = fastest(listed, run)
-            _store(q.device, _name(what, q.dtype, q.shape[3]), found)
-        _chosen[key] = found
+        config = _stored(q.device).get(_name(pass_name, q.dtype, q.shape[3]))
+        if config not in configs:
+            if plan.visited * q.shape[3] < _MIN_TIMED_WORK or not _can_time(q.device):
+                return configs[0]
+            config = fastest(configs, run)
+            _store(q.device, _name(pass_name, q.dtype, q.shape[3]), config)
+        _chosen[key] = config
     return _chosen[key]
 
 
-def expected(what: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """The configuration that `config_for` will answer with, unless it has yet to time some."""
-    listed = _listed(what, head_dim, dtype, device)
-    if len(listed) == 1:
-        return listed[0]
-    found = _chosen.get((what, device, dtype, padded(head_dim))) or _stored(device).get(_name(what, dtype, head_dim))
-    return found if found in listed else listed[0]
+def expected_config(pass_name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """The configuration that `config_for` will return unless it times candidates first."""
+    configs = _candidates(pass_name, head_dim, dtype, device)
+    if len(configs) == 1:
+        return configs[0]
+    key = (pass_name, device, dtype, padded(head_dim))
+    config = _chosen.get(key) or _stored(device).get(_name(pass_name, dtype, head_dim))
+    return config if config in configs else configs[0]
 
 
-def _listed(what: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Config, ...]:
+def _candidates(pass_name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Config, ...]:
     if device.type == "cpu":
-        # The interpreter's time goes by the number of blocks, not by their size.
-        return candidates(what, head_dim, torch.bfloat16, hopper=False)[:1]
-    return candidates(what, head_dim, dtype, hopper=is_hopper(device))
+        # The interpreter's time grows with the number of blocks, not with their size: large blocks whatever the dtype.
+        return candidates(pass_name, head_dim, torch.bfloat16, hopper=False)[:1]
+    return candidates(pass_name, head_dim, dtype, hopper=is_hopper(device))
 
 
-def fastest(listed: tuple[Config, ...], run: Callable[[Config], Any], clock: Callable[[], float] | None = None) -> Config:
-    """The candidate of the least median time over interleaved rounds; one that the device refuses is left out."""
+def fastest(configs: tuple[Config, ...], run: Callable[[Config], Any], clock: Callable[[], float] | None = None) -> Config:
+    """The candidate of least median time over interleaved rounds, without those that the device cannot run.
+
+    Raises the first candidate's error where it can run none. `clock`: seconds, after the device has finished.
+    """
     clock = clock or _synchronised
-    spent: dict[Config, list[float]] = {}
-    refusals = []
-    for config in listed:
+    timings: dict[Config, list[float]] = {}
+    errors = []
+    for config in configs:
         try:
             run(config)  # compiles
-            spent[config] = []
-        except Exception as error:  # out of registers or shared memory: Triton has many names for it
-            refusals.append(error)
-    if not spent:
-        raise refusals[0]
+            timings[config] = []
+        except Exception as error:  # out of registers or shared memory: Triton raises several classes
+            errors.append(error)
+    if not timings:
+        raise errors[0]
     for _ in range(_ROUNDS):
-        for config, seconds in spent.items():
+        for config, seconds in timings.items():
             start = clock()
             run(config)
             seconds.append(clock() - start)
-    return min(spent, key=lambda config: statistics.median(spent[config]))
+    return min(timings, key=lambda config: statistics.median(timings[config]))
 
 
 def _synchronised() -> float:
@@ -99,14 +104,14 @@ def _synchronised() -> float:
     return time.perf_counter()
 
 
-def _may_time(device: torch.device) -> bool:
+def _can_time(device: torch.device) -> bool:
     if os.environ.get("FARLIGHT_CALIBRATE", "1") == "0":
         return False
     return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def _name(what: str, dtype: torch.dtype, head_dim: int) -> str:
-    return f"{what} {str(dtype).removeprefix('torch.')} {padded(head_dim)}"
+def _name(pass_name: str, dtype: torch.dtype, head_dim: int) -> str:
+    return f"{pass_name} {str(dtype).removeprefix('torch.')} {padded(head_dim)}"
 
 
 @functools.cache
@@ -119,14 +124,14 @@ def _path(device: torch.device) -> Path:
 
 
 def _stored(device: torch.device) -> dict[str, Config]:
-    """What was timed before on this kind of device; empty when there is no file of that structure."""
+    """Configurations timed earlier on this device model; empty when there is no file of that structure."""
     rows = read_measurements(_path(device), columns=4, number=int)
     return {name: Config(*row) for name, row in (rows or {}).items()}
 
 
 def _store(device: torch.device, name: str, config: Config) -> None:
-    """Keep a result; where no file can be written the next process times again."""
+    """Add a result to the file; where it cannot be written the next process times again."""
     path = _path(device)
-    known = {**_stored(device), name: config}
+    configs = {**_stored(device), name: config}
     with contextlib.suppress(OSError):
-        write_measurements(path, {key: (one.rows, one.keys, one.warps, one.stages) for key, one in known.items()})
+        write_measurements(path, {key: (c.rows, c.keys, c.warps, c.stages) for key, c in configs.items()})

@@ -1,4 +1,4 @@
-"""Whether Triton can run here, and on how many processors."""
+"""Device capabilities: whether Triton can run for a device, how many processors it has, which generation it is of."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 
 import torch
 
-__all__ = ["interpreted", "is_hopper", "missing", "not_installed", "unfit", "workers"]
+__all__ = ["interpreted", "is_hopper", "missing", "not_installed", "num_processors", "unfit"]
 
 
 def not_installed() -> str | None:
@@ -21,9 +21,9 @@ def not_installed() -> str | None:
 @functools.cache
 def missing() -> str | None:
     """Why Triton cannot be imported; None when it can."""
-    why = not_installed()
-    if why is not None:
-        return why
+    reason = not_installed()
+    if reason is not None:
+        return reason
     try:
         import triton.language  # noqa: F401
     except Exception as error:  # a broken installation can raise anything, and it becomes a reason
@@ -32,7 +32,7 @@ def missing() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a compiler: the variable must be set before triton is first imported."""
+    """Whether Triton's interpreter replaces the compiler: TRITON_INTERPRET must be set before triton is first imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
@@ -56,8 +56,8 @@ def unfit(device: torch.device) -> str | None:
 
 
 @functools.cache
-def workers(device: torch.device) -> int:
-    """The processors that work is shared among."""
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors (CUDA, ROCm) or subslices (XPU), over which work is balanced; 8 under the interpreter."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     if device.type == "xpu":

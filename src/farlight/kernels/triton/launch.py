@@ -1,8 +1,14 @@
-"""One call of the Triton kernels: look up what the plan was lowered to, allocate results, launch."""
+"""Launching the forward and backward kernels on a plan: work tables, allocation, kernel arguments.
+
+A call fetches the plan's work tables (lowered and uploaded at the first call, `lowering_cache` and `routed`), allocates outputs
+and split-K workspaces, and launches one kernel for each entry of the tables' `launches`, with a merge kernel after those that
+have split items. Nothing is read from the device, so that a call with a known plan can be captured in a CUDA graph.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,16 +19,49 @@ from farlight.kernels.checks import addressable, check_gradients, check_plan, ch
 from farlight.kernels.triton.autotune import config_for
 from farlight.kernels.triton.configs import Config, padded
 from farlight.kernels.triton.device_caps import interpreted
-from farlight.kernels.triton.lower_kv import KeyWork
-from farlight.kernels.triton.lower_q import QueryWork
+from farlight.kernels.triton.launches import KeyWork, QueryLaunch, QueryWork
 from farlight.kernels.triton.lowering_cache import key_work, query_work
 from farlight.kernels.triton.routed import RoutedPlan
 from farlight.plan.tables import Plan
 
-__all__ = ["backward", "forward", "on_device", "precision"]
+__all__ = ["backward", "forward", "is_wide", "on_device", "precision"]
 
 _LOG2_E = 1.4426950408889634
+# Rows of a program of the delta kernel.
+_DELTA_ROWS = 64
 AnyPlan = Plan | RoutedPlan
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments that the passes of one call share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: AnyPlan
+    scale: float
+    dropout: float
+    seed: int | Tensor
+
+    @property
+    def heads_per_kv(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def q_offset(self) -> int:
+        """Position of the first query modulo 2^32, as a signed number: dropout hashes it."""
+        return (self.plan.sizes.q_offset + 2**31) % 2**32 - 2**31
+
+    def query_work(self, config: Config) -> QueryWork:
+        if isinstance(self.plan, RoutedPlan):
+            return self.plan.queries(config, self.heads_per_kv)
+        return query_work(self.plan, config.rows, config.keys, self.heads_per_kv, self.q.device)
+
+    def key_work(self, config: Config) -> KeyWork:
+        if isinstance(self.plan, RoutedPlan):
+            return self.plan.keys(config, self.heads_per_kv)
+        return key_work(self.plan, config.rows, config.keys, self.heads_per_kv, self.q.device)
 
 
 def forward(
@@ -31,51 +70,16 @@ def forward(
     """(out, lse) of the planned pairs: `(B, H, n_q, D)` in q's dtype, contiguous, and `(B, H, n_q)` in float32.
 
     q: `(B, H, n_q, D)`; k, v: `(B, H_kv, n_k, D)`; float32, bfloat16 or float16, any strides.
+    Raises ArgumentError where shapes, dtypes or devices fit neither each other nor the plan.
     """
     _check(q, k, v, plan)
     q, k, v = (addressable(x.detach(), name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+    call = _Call(q, k, v, plan, scale, dropout, seed)
 
     def run(config: Config) -> tuple[Tensor, Tensor]:
-        return _forward(q, k, v, plan, config, scale, dropout, seed)
+        return _forward(call, config)
 
-    return run(config_for("forward", q, plan, run))
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, config: Config, scale: float, dropout: float, seed: int | Tensor
-) -> tuple[Tensor, Tensor]:
-    from farlight.kernels.triton.jit.fwd import forward_kernel, merge_kernel
-
-    every = _query_work(plan, config, q.device, q.shape[1] // k.shape[1])
-    wide = plan.overlapping and q.dtype != torch.float32
-    kind = torch.float32 if wide else q.dtype
-    if every.covers and q.numel():
-        out = torch.empty(q.shape, dtype=kind, device=q.device)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    else:
-        out = torch.zeros(q.shape, dtype=kind, device=q.device)
-        lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
-    sizes = _sizes(q, k, plan, v)
-    links, draws = _links(dropout, seed, q.device)
-    with on_device(q.device):
-        for work, launch in every.steps():
-            part_out = torch.empty((launch.slots * launch.height, q.shape[3]), dtype=torch.float32, device=q.device)
-            part_lse = torch.empty(launch.slots * launch.height, dtype=torch.float32, device=q.device)
-            forward_kernel[(launch.work.shape[0],)](
-                q, k, v, out, lse, part_out, part_lse, draws,
-                launch.work, work.rows, work.keys, work.whole, work.masked, work.point_key, work.point_row, work.data,
-                *strides(q, k, v),
-                *sizes, abs(scale) * _LOG2_E, *links,
-                BLOCK_M=launch.height, BLOCK_N=config.keys, **_common(q, k, v), ORDERED=launch.ordered, KEYED=launch.keyed,
-                BITS=launch.bits, POINTS=launch.points, DROPOUT=bool(dropout), NEGATE=scale < 0, ADD=launch.add,
-                SPLIT=launch.slots > 0, num_warps=_warps(config, launch.height), num_stages=config.stages,
-            )  # fmt: skip
-            if launch.slots:
-                merge_kernel[(launch.merges.shape[0],)](
-                    out, lse, part_out, part_lse, launch.merges, work.rows, q.shape[1], q.shape[2], q.shape[3],
-                    BLOCK_M=launch.height, BLOCK_D=padded(q.shape[3]), ORDERED=launch.ordered, ADD=launch.add,
-                )  # fmt: skip
-    return out.to(q.dtype), lse
+    return run(config_for("fwd", q, plan, run))
 
 
 def backward(
@@ -92,191 +96,248 @@ def backward(
     dropout: float = 0.0,
     seed: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) in the dtypes of q, k and v, contiguous; summed in float32, always in the same order.
+    """(dq, dk, dv) in the dtypes of q, k and v, contiguous; accumulated in float32, always in the same order.
 
-    dout, out: as forward's out; dlse: the gradient that arrives at the lse, or None.
+    dout, out: as forward's out; lse: as forward's; dlse: the gradient with respect to the lse, or None.
+    Raises ArgumentError as `forward` does.
+
+    Weights are recomputed as exp(score - lse). An lse in float32 has 24 bits, so that their relative error is about
+    2^-24 · |lse|: gradients in float32 lose digits from |lse| = 10³ on, those in bfloat16 from 10⁵ on.
     """
-    from farlight.kernels.triton.jit.bwd_dq import delta_kernel
-
     _check(q, k, v, plan)
     check_gradients(q, dout, out, lse, dlse)
     q, k, v = (addressable(x.detach(), name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
     dout, out = addressable(dout.detach().to(q.dtype), "dout"), addressable(out.detach().contiguous(), "out")
     lse = addressable(lse.detach().contiguous(), "lse")
     dlse = None if dlse is None else addressable(dlse.detach().to(torch.float32).contiguous(), "dlse")
-    batch, heads, n_q, head_dim = q.shape
-    delta = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if delta.numel():
-        with on_device(q.device):
-            delta_kernel[(-(-n_q // 64), batch * heads)](
-                dout, out, delta if dlse is None else dlse, delta, *strides(dout), heads, n_q, head_dim,
-                BLOCK_M=64, BLOCK_D=padded(head_dim), WHOLE_D=head_dim == padded(head_dim), DLSE=dlse is not None,
-                WIDE=_is_wide(dout), UNIT=_unit(dout),
-            )  # fmt: skip
+    call = _Call(q, k, v, plan, scale, dropout, seed)
+    delta = _delta(dout, out, dlse)
 
-    def queries(config: Config) -> Tensor:
-        return _dq(dout, q, k, v, lse, delta, plan, config, scale, dropout, seed)
+    def dq_pass(config: Config) -> Tensor:
+        return _dq(call, config, dout, lse, delta)
 
-    def keys(config: Config) -> tuple[Tensor, Tensor]:
-        return _dk_dv(dout, q, k, v, lse, delta, plan, config, scale, dropout, seed)
+    def dkdv_pass(config: Config) -> tuple[Tensor, Tensor]:
+        return _dk_dv(call, config, dout, lse, delta)
 
-    return queries(config_for("queries", q, plan, queries)), *keys(config_for("keys", q, plan, keys))
-
-
-def _dq(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: AnyPlan, config: Config, scale: float,
-    dropout: float, seed: int | Tensor,
-) -> Tensor:  # fmt: skip
-    from farlight.kernels.triton.jit.bwd_dq import queries_kernel, sum_kernel
-
-    every = _query_work(plan, config, q.device, q.shape[1] // k.shape[1])
-    kind = torch.float32 if plan.overlapping else q.dtype
-    make = torch.empty if every.covers and q.numel() else torch.zeros
-    dq = make(q.shape, dtype=kind, device=q.device)
-    links, draws = _links(dropout, seed, q.device)
-    with on_device(q.device):
-        for work, launch in every.steps():
-            part = torch.empty((launch.slots * launch.height, q.shape[3]), dtype=torch.float32, device=q.device)
-            queries_kernel[(launch.work.shape[0],)](
-                q, k, v, dout, lse, delta, dq, part, draws,
-                launch.work, work.rows, work.keys, work.whole, work.masked, work.point_key, work.point_row, work.data,
-                *strides(q, k, v, dout),
-                *_sizes(q, k, plan, v), scale, scale * _LOG2_E, *links,
-                BLOCK_M=launch.height, BLOCK_N=config.keys, **_common(q, k, v, dout), ORDERED=launch.ordered,
-                KEYED=launch.keyed, BITS=launch.bits, POINTS=launch.points, DROPOUT=bool(dropout), ADD=launch.add,
-                SPLIT=launch.slots > 0, num_warps=_warps(config, launch.height), num_stages=config.stages,
-            )  # fmt: skip
-            if launch.slots:
-                sum_kernel[(launch.merges.shape[0],)](
-                    dq, part, launch.merges, work.rows, q.shape[1], q.shape[2], q.shape[3],
-                    BLOCK_M=launch.height, BLOCK_D=padded(q.shape[3]), ORDERED=launch.ordered, ADD=launch.add,
-                )  # fmt: skip
-    return dq.to(q.dtype)
-
-
-def _dk_dv(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: AnyPlan, config: Config, scale: float,
-    dropout: float, seed: int | Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from farlight.kernels.triton.jit.bwd_dkdv import keys_kernel
-    from farlight.kernels.triton.jit.bwd_dq import sum_kernel
-
-    kv_heads, n_k, head_dim = k.shape[1:]
-    every = _key_work(plan, config, q.device, q.shape[1] // kv_heads)
-    steps = list(every.steps())
-    kind = torch.float32 if len(steps) > 1 else k.dtype
-    make = torch.empty if every.covers else torch.zeros
-    dk, dv = make(k.shape, dtype=kind, device=k.device), make(k.shape, dtype=kind, device=k.device)
-    heads, group, n_q, _, q_offset = _sizes(q, k, plan, v)
-    links, draws = _links(dropout, seed, q.device)
-    with on_device(q.device):
-        for work, launch in steps:
-            shape = (launch.slots * config.keys, head_dim)
-            part_dk, part_dv = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
-            keys_kernel[(launch.work.shape[0],)](
-                q, k, v, dout, lse, delta, dk, dv, part_dk, part_dv, draws,
-                launch.work, launch.ranges, work.rows, work.keys, launch.whole, launch.masked, launch.point_row,
-                launch.point_key, work.data,
-                *strides(q, k, v, dout),
-                heads, group, n_q, n_k, head_dim, q_offset, scale, scale * _LOG2_E, *links,
-                BLOCK_M=config.rows, BLOCK_N=config.keys, **_common(q, k, v, dout), ORDERED=launch.ordered,
-                KEYED=launch.keyed, BITS=launch.bits, POINTS=launch.points, DROPOUT=bool(dropout), ADD=launch.add,
-                SPLIT=launch.slots > 0, num_warps=config.warps, num_stages=config.stages,
-            )  # fmt: skip
-            if launch.slots:
-                for into, part in ((dk, part_dk), (dv, part_dv)):
-                    sum_kernel[(launch.merges.shape[0],)](
-                        into, part, launch.merges, work.keys, kv_heads, n_k, head_dim,
-                        BLOCK_M=config.keys, BLOCK_D=padded(head_dim), ORDERED=launch.keyed, ADD=launch.add,
-                    )  # fmt: skip
-    return dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _query_work(plan: AnyPlan, config: Config, device: torch.device, group: int) -> QueryWork:
-    if isinstance(plan, RoutedPlan):
-        return plan.queries(config, group)
-    return query_work(plan, config.rows, config.keys, group, device)
-
-
-def _key_work(plan: AnyPlan, config: Config, device: torch.device, group: int) -> KeyWork:
-    if isinstance(plan, RoutedPlan):
-        return plan.keys(config, group)
-    return key_work(plan, config.rows, config.keys, group, device)
+    return dq_pass(config_for("dq", q, plan, dq_pass)), *dkdv_pass(config_for("dkdv", q, plan, dkdv_pass))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan) -> None:
     batch, heads, _, _ = check_tensors(q, k, v, "the Triton kernels take", q.device)
     check_plan(q, k, plan)
-    # The lists name each batch item and head.
+    # Work items name their batch item and head.
     if (batch, heads) != (plan.sizes.batch, plan.sizes.heads):
         raise ArgumentError(
             f"the plan is for {plan.sizes.batch} batch items and {plan.sizes.heads} heads, q has {batch} and {heads}."
         )
 
 
-# ---- arguments that the kernels share --------------------------------------------------------------------------------
-def _sizes(q: Tensor, k: Tensor, plan: AnyPlan, v: Tensor) -> tuple[int, int, int, int, int]:
-    """heads, query heads for each key head, queries, head_dim, position of the first query (modulo 2^32, for hashing)."""
-    offset = (plan.sizes.q_offset + 2**31) % 2**32 - 2**31
-    return q.shape[1], q.shape[1] // k.shape[1], q.shape[2], q.shape[3], offset
+# ---- the passes --------------------------------------------------------------------------------------------------------
+def _forward(call: _Call, config: Config) -> tuple[Tensor, Tensor]:
+    from farlight.kernels.triton.jit.fwd import fwd_kernel, merge_kernel
+
+    q, k, v, plan, scale = call.q, call.k, call.v, call.plan, call.scale
+    all_work = call.query_work(config)
+    # A row that several launches serve is joined in float32, by its max and sum.
+    join = plan.overlapping
+    out_dtype = torch.float32 if join else q.dtype
+    is_written = all_work.covers and bool(q.numel())
+    out = (torch.empty if is_written else torch.zeros)(q.shape, dtype=out_dtype, device=q.device)
+    lse = _row_values(q, None if is_written else float("-inf"))
+    row_max = _row_values(q, None if is_written else float("-inf")) if join else lse
+    row_sum = _row_values(q, None if is_written else 0.0) if join else lse
+    dropout_arguments, seed = _dropout_arguments(call)
+    with on_device(q.device):
+        for work, launch in all_work.steps():
+            part_out = _workspace(launch.num_partials * launch.block_m, q.shape[3], q.device)
+            part_max = _workspace(launch.num_partials * launch.block_m, 1, q.device)
+            part_sum = torch.empty_like(part_max) if launch.num_partials else part_max
+            fwd_kernel[(launch.work.shape[0],)](
+                q, k, v, out, lse, row_max, row_sum, part_out, part_max, part_sum, seed,
+                *_query_tables(work, launch), *_strides(q, k, v), *_sizes(call), abs(scale) * _LOG2_E, *dropout_arguments,
+                BLOCK_M=launch.block_m, BLOCK_N=config.keys, **_head_dim_options(q, k, v), **_launch_options(call, launch),
+                NEGATE=scale < 0, JOIN=join, num_warps=_num_warps(config, launch.block_m), num_stages=config.stages,
+            )  # fmt: skip
+            if launch.num_partials:
+                merge_kernel[(launch.merges.shape[0],)](
+                    out, lse, row_max, row_sum, part_out, part_max, part_sum, launch.merges, work.rows,
+                    q.shape[1], q.shape[2], q.shape[3], BLOCK_M=launch.block_m, BLOCK_D=padded(q.shape[3]),
+                    SORTED_ROWS=launch.sorted_rows, ADD=launch.add, JOIN=join,
+                )  # fmt: skip
+    return out.to(q.dtype), lse
 
 
-def _links(dropout: float, seed: int | Tensor, device: torch.device) -> tuple[tuple[int, float], Tensor]:
-    """(the largest hash of a dropped link as a signed number, the factor of the others), and the seed on the device."""
-    threshold, grown = dropped(dropout)
-    below = threshold - 1 if threshold else 0
-    if not dropout:
-        return (0, 1.0), torch.empty(1, dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor) and seed.device.type == device.type:
-        draws = addressable(seed.reshape(1), "seed")
-    else:
-        # Filled by a kernel: no copy from the host that a captured graph could not hold.
-        draws = torch.full((1,), int(seed), dtype=torch.int64, device=device)
-    return (below - 2**32 if below >= 2**31 else below, grown), draws
+def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    """`(B, H, n_q)` float32: Σ dout ∘ out - dlse, what the softmax's derivative subtracts in each row."""
+    from farlight.kernels.triton.jit.bwd_dq import delta_kernel
+
+    batch, heads, n_q, head_dim = dout.shape
+    delta = _row_values(dout, None)
+    if delta.numel():
+        with on_device(dout.device):
+            delta_kernel[(-(-n_q // _DELTA_ROWS), batch * heads)](
+                dout, out, delta if dlse is None else dlse, delta, *_strides(dout), heads, n_q, head_dim,
+                BLOCK_M=_DELTA_ROWS, BLOCK_D=padded(head_dim), WHOLE_D=head_dim == padded(head_dim), DLSE=dlse is not None,
+                WIDE=is_wide(dout), UNIT=_unit(dout),
+            )  # fmt: skip
+    return delta
 
 
-def _common(q: Tensor, *others: Tensor) -> dict[str, Any]:
-    wide = padded(q.shape[3])
+def _dq(call: _Call, config: Config, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    from farlight.kernels.triton.jit.bwd_dq import dq_kernel, sum_kernel
+
+    q, k, v, plan, scale = call.q, call.k, call.v, call.plan, call.scale
+    all_work = call.query_work(config)
+    make = torch.empty if all_work.covers and q.numel() else torch.zeros
+    dq = make(q.shape, dtype=torch.float32 if plan.overlapping else q.dtype, device=q.device)
+    dropout_arguments, seed = _dropout_arguments(call)
+    with on_device(q.device):
+        for work, launch in all_work.steps():
+            part = _workspace(launch.num_partials * launch.block_m, q.shape[3], q.device)
+            dq_kernel[(launch.work.shape[0],)](
+                q, k, v, dout, lse, delta, dq, part, seed,
+                *_query_tables(work, launch), *_strides(q, k, v, dout), *_sizes(call), scale, scale * _LOG2_E,
+                *dropout_arguments,
+                BLOCK_M=launch.block_m, BLOCK_N=config.keys, **_head_dim_options(q, k, v, dout),
+                **_launch_options(call, launch), num_warps=_num_warps(config, launch.block_m), num_stages=config.stages,
+            )  # fmt: skip
+            if launch.num_partials:
+                sum_kernel[(launch.merges.shape[0],)](
+                    dq, part, launch.merges, work.rows, q.shape[1], q.shape[2], q.shape[3],
+                    BLOCK_M=launch.block_m, BLOCK_D=padded(q.shape[3]), SORTED=launch.sorted_rows, ADD=launch.add,
+                )  # fmt: skip
+    return dq.to(q.dtype)
+
+
+def _dk_dv(call: _Call, config: Config, dout: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    from farlight.kernels.triton.jit.bwd_dkdv import dkdv_kernel
+    from farlight.kernels.triton.jit.bwd_dq import sum_kernel
+
+    q, k, v, scale = call.q, call.k, call.v, call.scale
+    kv_heads, n_k, head_dim = k.shape[1:]
+    all_work = call.key_work(config)
+    steps = list(all_work.steps())
+    dtype = torch.float32 if len(steps) > 1 else k.dtype
+    make = torch.empty if all_work.covers else torch.zeros
+    dk, dv = make(k.shape, dtype=dtype, device=k.device), make(k.shape, dtype=dtype, device=k.device)
+    heads, heads_per_kv, n_q, _, q_offset = _sizes(call)
+    dropout_arguments, seed = _dropout_arguments(call)
+    with on_device(q.device):
+        for work, launch in steps:
+            part_dk, part_dv = (_workspace(launch.num_partials * config.keys, head_dim, q.device) for _ in range(2))
+            dkdv_kernel[(launch.work.shape[0],)](
+                q, k, v, dout, lse, delta, dk, dv, part_dk, part_dv, seed,
+                launch.work, launch.ranges, work.rows, work.keys, launch.whole, launch.masked, launch.point_row,
+                launch.point_key, work.data,
+                *_strides(q, k, v, dout),
+                heads, heads_per_kv, n_q, n_k, head_dim, q_offset, scale, scale * _LOG2_E, *dropout_arguments,
+                BLOCK_M=config.rows, BLOCK_N=config.keys, **_head_dim_options(q, k, v, dout), **_launch_options(call, launch),
+                num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
+            if launch.num_partials:
+                for grad, part in ((dk, part_dk), (dv, part_dv)):
+                    sum_kernel[(launch.merges.shape[0],)](
+                        grad, part, launch.merges, work.keys, kv_heads, n_k, head_dim,
+                        BLOCK_M=config.keys, BLOCK_D=padded(head_dim), SORTED=launch.sorted_keys, ADD=launch.add,
+                    )  # fmt: skip
+    return dk.to(k.dtype), dv.to(v.dtype)
+
+
+# ---- kernel arguments ---------------------------------------------------------------------------------------------------
+def _row_values(q: Tensor, fill: float | None) -> Tensor:
+    """One float32 for each row, `(B, H, n_q)`; uninitialised where `fill` is None."""
+    if fill is None:
+        return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return torch.full(q.shape[:3], fill, dtype=torch.float32, device=q.device)
+
+
+def _workspace(rows: int, width: int, device: torch.device) -> Tensor:
+    """Partial results of split items."""
+    return torch.empty((rows, width), dtype=torch.float32, device=device)
+
+
+def _query_tables(work: QueryWork, launch: QueryLaunch) -> tuple[Tensor, ...]:
+    """The work tables of the forward and the dq pass, in the order of the kernels' parameters."""
+    return (
+        launch.work, work.rows, work.keys, work.whole, work.masked, work.point_key, work.point_row, work.data,
+    )  # fmt: skip
+
+
+def _launch_options(call: _Call, launch: Any) -> dict[str, bool]:
+    """Compile-time options that follow from what a launch holds."""
     return {
-        "BLOCK_D": wide,
-        "WHOLE_D": wide == q.shape[3],
-        "WIDE": any(_is_wide(x) for x in (q, *others)),
+        "SORTED_ROWS": launch.sorted_rows,
+        "SORTED_KEYS": launch.sorted_keys,
+        "BITS": launch.bits,
+        "POINTS": launch.points,
+        "DROPOUT": bool(call.dropout),
+        "ADD": launch.add,
+        "SPLIT": launch.num_partials > 0,
+    }
+
+
+def _head_dim_options(q: Tensor, *others: Tensor) -> dict[str, Any]:
+    """Compile-time options that follow from the tensors' sizes, strides and dtype."""
+    return {
+        "BLOCK_D": padded(q.shape[3]),
+        "WHOLE_D": padded(q.shape[3]) == q.shape[3],
+        "WIDE": any(is_wide(x) for x in (q, *others)),
         "UNIT": _unit(q, *others),
         "PRECISION": precision(q),
     }
 
 
+def _sizes(call: _Call) -> tuple[int, int, int, int, int]:
+    """heads, query heads for each key head, queries, head_dim, position of the first query."""
+    return call.q.shape[1], call.heads_per_kv, call.q.shape[2], call.q.shape[3], call.q_offset
+
+
+def _dropout_arguments(call: _Call) -> tuple[tuple[int, float], Tensor]:
+    """((the largest dropped hash as a signed 32-bit number, 1 / (1 - dropout)), the seed on the device)."""
+    device, seed = call.q.device, call.seed
+    if not call.dropout:
+        return (0, 1.0), torch.empty(1, dtype=torch.int64, device=device)
+    threshold, keep_scale = dropped(call.dropout)
+    max_dropped = threshold - 1 if threshold else 0
+    if isinstance(seed, Tensor) and seed.device.type == device.type:
+        device_seed = addressable(seed.reshape(1), "seed")
+    else:
+        # Filled by a kernel: a captured graph cannot hold a copy from the host.
+        device_seed = torch.full((1,), int(seed), dtype=torch.int64, device=device)
+    return (max_dropped - 2**32 if max_dropped >= 2**31 else max_dropped, keep_scale), device_seed
+
+
 def _unit(*tensors: Tensor) -> int:
-    """16 when all strides between heads and rows are divisible by it, which lets rows be read in wide loads; else 1."""
+    """16 when it divides all strides between heads and rows, which lets the compiler load rows as vectors; else 1."""
     return 16 if all(stride % 16 == 0 for x in tensors for stride in x.stride()[:3]) else 1
 
 
-def strides(*tensors: Tensor) -> list[int]:
-    """The strides as the kernels take them: between batch items, heads and rows in units, inside a row as they are."""
+def _strides(*tensors: Tensor) -> list[int]:
+    """Strides as the kernels take them: of batch items, heads and rows divided by the unit, of dimensions as they are."""
     unit = _unit(*tensors)
-    return [one for x in tensors for one in (*(stride // unit for stride in x.stride()[:3]), x.stride(3))]
+    return [stride for x in tensors for stride in (*(stride // unit for stride in x.stride()[:3]), x.stride(3))]
 
 
-def _is_wide(x: Tensor) -> bool:
+def is_wide(x: Tensor) -> bool:
     """Whether offsets inside one head need 64 bits."""
     return (x.shape[2] - 1) * x.stride(2) + (x.shape[3] - 1) * x.stride(3) >= 2**31
 
 
 def precision(q: Tensor) -> str:
-    """How products are formed: float32 in full, unless the user allows torch's own to be rounded to tf32."""
+    """How matrix products are computed: float32 in full, or in tf32 where torch's float32 matmul precision allows it."""
     if q.dtype == torch.bfloat16 and interpreted():
         return "widened"
-    may_round = q.dtype == torch.float32 and q.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if may_round else "ieee"
+    tf32 = q.dtype == torch.float32 and q.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if tf32 else "ieee"
 
 
-def _warps(config: Config, height: int) -> int:
-    """Fewer warps where there are fewer rows."""
-    return config.warps if height >= config.rows else max(2, min(config.warps, 4))
+def _num_warps(config: Config, block_m: int) -> int:
+    """Fewer warps where a launch has fewer rows than the configuration."""
+    return config.warps if block_m >= config.rows else max(2, min(config.warps, 4))
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device, which need not be that of the tensors."""
+    """Makes the tensors' device the current one, on which kernels are launched."""
     if device.type == "cuda":
         return torch.cuda.device(device)
     if device.type == "xpu":

@@ -1,132 +1,164 @@
-"""The passes over queries, lowered: for each group of rows the list of blocks that a kernel streams through.
+"""Lowering for the forward and dq passes: from a plan's runs to the work tables that a kernel streams through.
 
-Runs of all layers of a piece become one list of whole blocks (natural keys first, then sorted ones), one of masked blocks, and
-one of gathered keys. A *launch* is one kernel call: groups of one height, of pieces that may be computed at once.
+A *work item* is a group of at most `block_m` rows of one head, computed by one program. Lowering
+
+1. cuts each tile of the plan into row groups of one height, 128, 64 or 16 rows, as few as hold the tile (`block_heights`);
+2. clips each run to what a row group sees of it, and cuts it into blocks of `block_n` keys (`key_blocks`): *whole* blocks,
+   which need no mask, and *masked* blocks; the plan's points, single (row, key) pairs, become *gathered* keys;
+3. sorts the blocks of all layers by row group, so that an item has one range in each table: whole blocks in natural key order,
+   whole blocks in sorted key order, masked blocks, points;
+4. repeats the items for every (batch, head) that reads the same variants (`head_groups`), orders them so that heads with shared
+   keys are neighbours, and cuts long ones (`work_partition`).
+
+A *launch* is one kernel call over items of one height. Pieces whose rows overlap go to launches one after another, each of
+which adds to what the earlier ones wrote; pieces that do not overlap share launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from farlight.errors import PlanError
-from farlight.kernels.triton.head_groups import classes_of
-from farlight.kernels.triton.key_blocks import Extents, grid, ranges_of, spread
-from farlight.kernels.triton.work_partition import Dealt, deal
-from farlight.plan.tables import Piece, Plan
+from farlight.kernels.triton.head_groups import head_groups
+from farlight.kernels.triton.key_blocks import MaskExtents, cut_into_blocks, sort_by_owner
+from farlight.kernels.triton.launches import QueryLaunch, QueryWork, checked_int32, permutations, query_launch
+from farlight.kernels.triton.work_partition import partition
+from farlight.plan.tables import BITS, Layer, Piece, Plan
+from farlight.ragged import exclusive_cumsum, expand_counts, expand_ranges
 
-__all__ = ["SMALLEST", "Launch", "QueryWork", "heights", "int32", "launch_of", "lower_queries", "narrowed"]
+__all__ = ["MIN_BLOCK_M", "block_heights", "lower_queries"]
 
-SMALLEST = 16
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel call over groups of at most `height` rows. `add`: join to what earlier launches wrote."""
-
-    height: int
-    work: Tensor
-    merges: Tensor
-    slots: int
-    ordered: bool
-    keyed: bool
-    bits: bool
-    points: bool
-    add: bool
+MIN_BLOCK_M = 16
 
 
-@dataclass(frozen=True)
-class QueryWork:
-    """All launches of a plan, in order, and the lists that they index. `covers`: the first writes every row.
-
-    earlier: work that is done before, with lists of its own.
-    """
-
-    launches: tuple[Launch, ...]
-    covers: bool
-    rows: Tensor
-    keys: Tensor
-    whole: Tensor
-    masked: Tensor
-    point_key: Tensor
-    point_row: Tensor
-    data: Tensor
-    earlier: QueryWork | None = field(default=None, kw_only=True)
-
-    def steps(self) -> Iterator[tuple[QueryWork, Launch]]:
-        """Every launch in order, with the work that holds its lists."""
-        if self.earlier is not None:
-            yield from self.earlier.steps()
-        yield from ((self, launch) for launch in self.launches)
+def block_heights(count: Tensor, block_m: int) -> Tensor:
+    """The height of row groups in tiles of `count` rows: block_m, 64 or 16, the least that holds the tile."""
+    heights = torch.full_like(count, block_m)
+    for height in (64, MIN_BLOCK_M):
+        if height < block_m:
+            heights = torch.where(count <= height, height, heights)
+    return heights
 
 
-def int32(x: Tensor) -> Tensor:
-    """As the kernels read it, never empty (a kernel must be given some address)."""
-    if x.numel() and (int(x.max()) >= 2**31 or int(x.min()) < -(2**31)):
-        raise too_many()
-    return narrowed(x)
+class _Tables:
+    """The tables of a plan, collected from the variants of its pieces."""
 
+    def __init__(self) -> None:
+        empty = torch.zeros(0, dtype=torch.int64)
+        self.whole, self.point_key, self.point_row = [empty], [empty], [empty]
+        self.masked = [torch.zeros(0, 5, dtype=torch.int64)]
+        self.lengths = dict.fromkeys(("whole", "masked", "points"), 0)
 
-def narrowed(x: Tensor) -> Tensor:
-    """`int32` of numbers that are known to fit."""
-    if x.numel() >= 2**31:
-        raise too_many()
-    return (x if x.numel() else torch.zeros(1, dtype=torch.int64, device=x.device)).to(torch.int32).contiguous()
-
-
-def too_many() -> PlanError:
-    return PlanError("the plan has more than 2^31 blocks; split the queries over several calls.")
-
-
-def tables_of(plan: Plan) -> tuple[Tensor, Tensor, list[int], list[list[int]]]:
-    """All orders of rows and of keys, one after another, and where each piece's and each layer's begins (-1 = natural)."""
-    rows, keys = [torch.zeros(0, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int32)]
-    row_base, key_base = [], []
-    n_rows = n_keys = 0
-    for piece in plan.pieces:
-        row_base.append(-1 if piece.rows is None else n_rows)
-        if piece.rows is not None:
-            rows.append(piece.rows)
-            n_rows += piece.rows.numel()
-        key_base.append([-1] * len(piece.layers))
-        for number, layer in enumerate(piece.layers):
-            if layer.keys is not None:
-                key_base[-1][number] = n_keys
-                keys.append(layer.keys)
-                n_keys += layer.keys.numel()
-    return torch.cat(rows), torch.cat(keys), row_base, key_base
-
-
-def heights(count: Tensor, most: int) -> Tensor:
-    """How many rows are computed together in tiles of `count` rows: as few as the tile needs."""
-    fits = torch.full_like(count, most)
-    for height in (64, SMALLEST):
-        if height < most:
-            fits = torch.where(count <= height, height, fits)
-    return fits
+    def add(self, blocks: _Blocks, points: _Points, groups: int) -> Tensor:
+        """Append one variant's entries, sorted by row group. Returns the groups' ranges, `(groups, 4, 2)`."""
+        is_sorted, whole = blocks.is_sorted, blocks.whole
+        order, whole_ranges = sort_by_owner(blocks.owner[whole] * 2 + is_sorted[whole], 2 * groups, self.lengths["whole"])
+        self.whole.append(blocks.first[whole][order])
+        masked_order, masked_ranges = sort_by_owner(blocks.owner[~whole], groups, self.lengths["masked"])
+        first = torch.where(is_sorted, -1 - blocks.first, blocks.first)
+        records = torch.stack((first, blocks.lo, blocks.hi, blocks.bounds, blocks.bits), 1)
+        self.masked.append(records[~whole][masked_order])
+        point_order, point_ranges = sort_by_owner(points.owner, groups, self.lengths["points"])
+        self.point_key.append(points.key[point_order])
+        self.point_row.append(points.row[point_order])
+        for name, entries in (("whole", order), ("masked", masked_order), ("points", point_order)):
+            self.lengths[name] += entries.numel()
+        begin = torch.cat((whole_ranges.begin.view(-1, 2), masked_ranges.begin[:, None], point_ranges.begin[:, None]), 1)
+        end = torch.cat((whole_ranges.end.view(-1, 2), masked_ranges.end[:, None], point_ranges.end[:, None]), 1)
+        return torch.stack((begin, end), 2)
 
 
 @dataclass
-class _Lists:
-    """Entries of the three lists, collected from all classes, and how many there are."""
+class _Blocks:
+    """Key blocks of row groups: the row group, whether keys are sorted (bool), first key or slot, whole (bool), the run's ends
+    relative to the first key, offsets of row bounds and bits.
+    """
 
-    whole: list[Tensor]
-    masked: list[Tensor]
-    point_key: list[Tensor]
-    point_row: list[Tensor]
-    wholes: int = 0
-    maskeds: int = 0
-    points: int = 0
+    owner: Tensor
+    is_sorted: Tensor
+    first: Tensor
+    whole: Tensor
+    lo: Tensor
+    hi: Tensor
+    bounds: Tensor
+    bits: Tensor
+
+
+@dataclass
+class _Points:
+    """Single pairs of row groups: owner, key, row within the group."""
+
+    owner: Tensor
+    key: Tensor
+    row: Tensor
+
+
+class _RowGroups:
+    """The tiles of one variant of a piece, cut into row groups. Tables of tiles: start, count, height, subtiles, first_group;
+    of groups: tile, offset (the first row within the tile), num_rows; of plan entries: tile_of_entry.
+    """
+
+    def __init__(self, piece: Piece, variant: int, block_m: int) -> None:
+        self.first_entry, self.last_entry = int(piece.first[variant]), int(piece.first[variant + 1])
+        entries = slice(self.first_entry, self.last_entry)
+        # A plan may cut a tile's runs into parts. They are joined here: `work_partition` cuts for the device.
+        is_first_part = piece.part[entries] == 0
+        self.tile_of_entry = is_first_part.long().cumsum(0) - 1
+        self.start, self.count = piece.start[entries][is_first_part].long(), piece.count[entries][is_first_part].long()
+        self.height = block_heights(self.count, block_m)
+        self.subtiles = (self.count + self.height - 1) // self.height
+        self.first_group = exclusive_cumsum(self.subtiles)
+        self.tile, subtile = expand_counts(self.subtiles)
+        self.offset = subtile * self.height[self.tile]
+        self.num_rows = torch.minimum(self.height[self.tile], self.count[self.tile] - self.offset)
+
+    def blocks(self, layer: Layer, variant: int, key_base: int, block_n: int, extents: dict[int, MaskExtents]) -> list[_Blocks]:
+        """The key blocks of one layer, for each height of row groups. `key_base`: offset of its permutation, -1 = none."""
+        first_tile = int(layer.entry_base[variant])
+        pointer = layer.indptr[first_tile : first_tile + self.last_entry - self.first_entry + 1]
+        entry, run = expand_ranges(pointer[:-1], pointer[1:])
+        tile = self.tile_of_entry[entry]
+        # Each run comes once for each subtile of its tile.
+        source, subtile = expand_counts(self.subtiles[tile])
+        run, tile = run[source], tile[source]
+        lo, hi, mask = layer.lo[run].long(), layer.hi[run].long(), layer.mask[run].long()
+        out = []
+        for height, mask_extents in extents.items():
+            pick = self.height[tile] == height
+            if not bool(pick.any()):
+                continue
+            run_lo, run_hi, run_mask = lo[pick], hi[pick], mask[pick]
+            run_of_block, slot, whole = cut_into_blocks(mask_extents.of(run_lo, run_hi, run_mask, subtile[pick]), block_n)
+            out.append(
+                _Blocks(
+                    (self.first_group[tile] + subtile)[pick][run_of_block],
+                    torch.full_like(slot, key_base >= 0, dtype=torch.bool),
+                    slot + max(key_base, 0),
+                    whole,
+                    run_lo[run_of_block] - slot,
+                    run_hi[run_of_block] - slot,
+                    *mask_extents.mask_offsets(run_mask[run_of_block]),
+                )
+            )
+        return out
+
+    def points(self, layer: Layer, variant: int) -> list[_Points]:
+        """The single pairs of one layer."""
+        if layer.point_indptr is None or layer.point_keys is None:
+            return []
+        place = int(layer.place_base[variant]) + self.start[self.tile] + self.offset
+        owner, point = expand_ranges(layer.point_indptr[place], layer.point_indptr[place + self.num_rows])
+        row = torch.searchsorted(layer.point_indptr, point, right=True) - 1 - place[owner]
+        return [_Points(owner, layer.point_keys[point].long(), row)]
 
 
 @dataclass
 class _Items:
-    """Groups of rows of one piece: columns (batch, head, start, count, tile row, sorted), ranges, and the place of each group's
-    first row among those of its variant.
+    """Work items of one piece, before they are cut: columns batch … sorted of the work table `(items, 6)`, ranges
+    `(items, 4, 2)`, the height of each, and its first row's place among those of its variant, by which items are ordered.
     """
 
     piece: int
@@ -136,191 +168,132 @@ class _Items:
     order: Tensor
 
 
-def lower_queries(plan: Plan, height: int, width: int, group: int, workers: int) -> QueryWork:
-    """The launches of a plan for groups of `height` rows, blocks of `width` keys, `group` query heads for each key head."""
-    rows, keys, row_base, key_base = tables_of(plan)
-    extents = {h: Extents(plan, h) for h in {SMALLEST, min(64, height), height}}
-    lists = _Lists([], [], [], [])
+def lower_queries(plan: Plan, block_m: int, block_n: int, heads_per_kv: int, processors: int) -> QueryWork:
+    """The work of a plan for row groups of at most `block_m` rows and blocks of `block_n` keys.
+
+    heads_per_kv: query heads for each key head; processors: of the device, over which work is balanced.
+    """
+    rows, keys, row_base, key_base = permutations(plan)
+    extents = {height: MaskExtents(plan, height) for height in {MIN_BLOCK_M, min(64, block_m), block_m}}
+    tables = _Tables()
     items = [
-        one
+        group
         for number, piece in enumerate(plan.pieces)
-        for one in _items(plan, number, piece, row_base[number], key_base[number], height, width, extents, lists)
+        for group in _piece_items(plan, number, piece, row_base[number], key_base[number], block_m, block_n, extents, tables)
     ]
-    natural_first = bool(plan.pieces) and plan.pieces[0].rows is None
-    if plan.overlapping:
-        stages = [[n] for n in range(len(plan.pieces))]
-    else:
-        head = [[0]] if natural_first else []
-        rest = list(range(len(head), len(plan.pieces)))
-        stages = [*head, *([rest] if rest else [])]
-    launches: list[Launch] = []
-    for at, stage in enumerate(stages):
-        add = at > 0 or len(stage) > 1
-        chosen = [one for one in items if one.piece in stage]
-        sizes = sorted({int(h) for one in chosen for h in one.height.unique().tolist()}, reverse=True)
-        for size in sizes:
-            launch = _launch(plan, chosen, size, width, group, workers, add)
+    launches: list[QueryLaunch] = []
+    for number, stage in enumerate(_stages(plan)):
+        stage_items = [group for group in items if group.piece in stage]
+        for height in sorted({int(h) for group in stage_items for h in group.height.unique().tolist()}, reverse=True):
+            launch = _launch(plan, stage_items, height, block_n, heads_per_kv, processors, number > 0 or len(stage) > 1)
             if launch is not None:
                 launches.append(launch)
-
-    def joined(parts: list[Tensor], width: int = 0) -> Tensor:
-        empty = torch.zeros((0, width) if width else (0,), dtype=torch.int64)
-        return torch.cat([empty, *parts])
-
     return QueryWork(
         launches=tuple(launches),
-        covers=natural_first,
-        rows=int32(rows.long()),
-        keys=int32(keys.long()),
-        whole=int32(joined(lists.whole)),
-        masked=int32(joined(lists.masked, 5)),
-        point_key=int32(joined(lists.point_key)),
-        point_row=int32(joined(lists.point_row)),
-        data=int32(plan.masks.data.long()),
+        covers=_natural_first(plan),
+        rows=checked_int32(rows.long()),
+        keys=checked_int32(keys.long()),
+        whole=checked_int32(torch.cat(tables.whole)),
+        masked=checked_int32(torch.cat(tables.masked)),
+        point_key=checked_int32(torch.cat(tables.point_key)),
+        point_row=checked_int32(torch.cat(tables.point_row)),
+        data=checked_int32(plan.masks.data.long()),
     )
 
 
-def _items(
+def _natural_first(plan: Plan) -> bool:
+    """Whether the first piece has all rows in natural order."""
+    return bool(plan.pieces) and plan.pieces[0].rows is None
+
+
+def _stages(plan: Plan) -> list[list[int]]:
+    """Pieces that may run in the same launches. Where rows overlap each piece is a stage; else all but a first one that covers
+    every row.
+    """
+    if plan.overlapping:
+        return [[number] for number in range(len(plan.pieces))]
+    first = [[0]] if _natural_first(plan) else []
+    rest = list(range(len(first), len(plan.pieces)))
+    return [*first, *([rest] if rest else [])]
+
+
+def _piece_items(
     plan: Plan,
     number: int,
     piece: Piece,
     row_base: int,
     key_base: list[int],
-    height: int,
-    width: int,
-    extents: dict[int, Extents],
-    lists: _Lists,
+    block_m: int,
+    block_n: int,
+    extents: dict[int, MaskExtents],
+    tables: _Tables,
 ) -> list[_Items]:
+    """The items of one piece, for each of its head groups; their blocks go into the tables."""
     out = []
-    classes = classes_of(plan, [piece.variant, *(layer.variant for layer in piece.layers)])
-    for c in range(classes.count):
-        v, *ws = (table[c] for table in classes.variant)
-        e0, e1 = int(piece.first[v]), int(piece.first[v + 1])
-        if e0 == e1:
+    groups = head_groups(plan, [piece.variant, *(layer.variant for layer in piece.layers)])
+    for g in range(groups.count):
+        variant, *layer_variants = (table[g] for table in groups.variants)
+        if int(piece.first[variant]) == int(piece.first[variant + 1]):
             continue
-        # Parts of a tile are put together again: how work is cut depends on the device, and is decided in `deal`.
-        head = piece.part[e0:e1] == 0
-        tile_of_entry = head.long().cumsum(0) - 1
-        start, count = piece.start[e0:e1][head].long(), piece.count[e0:e1][head].long()
-        high = heights(count, height)
-        subtiles = torch.div(count + high - 1, high, rounding_mode="floor")
-        tile, sub = spread(torch.zeros_like(subtiles), subtiles)
-        first_item = subtiles.cumsum(0) - subtiles
-        offset = sub * high[tile]
-        many = tile.numel()
-        found: list[tuple[Tensor, ...]] = []  # owner, sorted, slot, whole, lo, hi, bounds, bits
-        points: list[tuple[Tensor, Tensor, Tensor]] = []
-        for layer, w, base in zip(piece.layers, ws, key_base, strict=True):
-            t0 = int(layer.entry_base[w])
-            pointer = layer.indptr[t0 : t0 + e1 - e0 + 1]
-            entry, run = spread(pointer[:-1], pointer[1:])
-            at = tile_of_entry[entry]
-            # Each run once for each subtile of its tile.
-            which, part = spread(torch.zeros_like(at), subtiles[at])
-            run, at = run[which], at[which]
-            lo, hi, mask = layer.lo[run].long(), layer.hi[run].long(), layer.mask[run].long()
-            for size, extent in extents.items():
-                here = high[at] == size
-                if not bool(here.any()):
-                    continue
-                low, top, kind = lo[here], hi[here], mask[here]
-                block, slot, whole = grid(extent.of(low, top, kind, part[here]), width)
-                owner = (first_item[at] + part)[here][block]
-                bounds, bits = extent.data(kind[block])
-                placed = slot if base < 0 else slot + base
-                is_keyed = torch.full_like(slot, int(base >= 0))
-                found.append((owner, is_keyed, placed, whole, low[block] - slot, top[block] - slot, bounds, bits))
-            if layer.point_indptr is not None and layer.point_keys is not None:
-                place = int(layer.place_base[w]) + start[tile] + offset
-                rows_of = torch.minimum(high[tile], count[tile] - offset)
-                begin, end = layer.point_indptr[place], layer.point_indptr[place + rows_of]
-                owner, at = spread(begin, end)
-                row = torch.searchsorted(layer.point_indptr, at, right=True) - 1 - place[owner]
-                points.append((owner, layer.point_keys[at].long(), row))
-        ranges = _ranges(found, points, many, lists)
-        batch, lane = classes.members(c)
-        columns = torch.stack(
-            (
-                start[tile] + offset + max(row_base, 0),
-                torch.minimum(high[tile], count[tile] - offset),
-                offset,
-                torch.full_like(tile, int(row_base >= 0)),
-            ),
-            1,
-        )
-        lanes = torch.stack((batch, lane), 1)
+        row_groups = _RowGroups(piece, variant, block_m)
+        blocks: list[_Blocks] = []
+        points: list[_Points] = []
+        for layer, layer_variant, base in zip(piece.layers, layer_variants, key_base, strict=True):
+            blocks += row_groups.blocks(layer, layer_variant, base, block_n, extents)
+            points += row_groups.points(layer, layer_variant)
+        count = row_groups.tile.numel()
+        ranges = tables.add(_concatenated(_Blocks, blocks), _concatenated(_Points, points), count)
+        first_row = row_groups.start[row_groups.tile] + row_groups.offset
+        is_sorted = torch.full_like(first_row, int(row_base >= 0))
+        columns = torch.stack((first_row + max(row_base, 0), row_groups.num_rows, row_groups.offset, is_sorted), 1)
+        batch, head = groups.members(g)
+        members = batch.numel()
         out.append(
             _Items(
                 number,
-                high[tile].repeat(batch.numel()),
-                torch.cat((lanes.repeat_interleave(many, 0), columns.repeat(batch.numel(), 1)), 1),
-                ranges.repeat(batch.numel(), 1, 1),
-                (start[tile] + offset - int(piece.row_first[v])).repeat(batch.numel()),
+                row_groups.height[row_groups.tile].repeat(members),
+                torch.cat((torch.stack((batch, head), 1).repeat_interleave(count, 0), columns.repeat(members, 1)), 1),
+                ranges.repeat(members, 1, 1),
+                (first_row - int(piece.row_first[variant])).repeat(members),
             )
         )
     return out
 
 
-def _ranges(found: list[tuple[Tensor, ...]], points: list[tuple[Tensor, Tensor, Tensor]], many: int, lists: _Lists) -> Tensor:
-    """Sort a class's entries by their owners into the lists; `(many, 4, 2)`: whole, whole with sorted keys, masked, points."""
-    none = torch.zeros(0, dtype=torch.int64)
-    columns = [torch.cat(column) for column in zip(*found, strict=True)] if found else [none] * 8
-    owner, is_keyed, slot, whole, lo, hi, bounds, bits = columns
-    whole = whole.bool()
-    order, at = ranges_of(owner[whole] * 2 + is_keyed[whole], 2 * many, lists.wholes)
-    lists.whole.append(slot[whole][order])
-    lists.wholes += order.numel()
-    some = ~whole
-    order_some, at_some = ranges_of(owner[some], many, lists.maskeds)
-    signed = torch.where(is_keyed[some] > 0, -1 - slot[some], slot[some])
-    lists.masked.append(torch.stack((signed, lo[some], hi[some], bounds[some], bits[some]), 1)[order_some])
-    lists.maskeds += order_some.numel()
-    point_columns = [torch.cat(column) for column in zip(*points, strict=True)] if points else [none] * 3
-    order_points, at_points = ranges_of(point_columns[0], many, lists.points)
-    lists.point_key.append(point_columns[1][order_points])
-    lists.point_row.append(point_columns[2][order_points])
-    lists.points += order_points.numel()
-    begin = torch.cat((at.begin.view(-1, 2), at_some.begin[:, None], at_points.begin[:, None]), 1)
-    end = torch.cat((at.end.view(-1, 2), at_some.end[:, None], at_points.end[:, None]), 1)
-    return torch.stack((begin, end), 2)
+def _concatenated(table: type[Any], parts: list[Any]) -> Any:
+    """One `_Blocks` or `_Points` of several."""
+    flags, empty = ("whole", "is_sorted"), torch.zeros(0, dtype=torch.int64)
+    columns = [[empty.bool() if name in flags else empty, *(getattr(x, name) for x in parts)] for name in table.__annotations__]
+    return table(*(torch.cat(column) for column in columns))
 
 
-def _launch(plan: Plan, chosen: list[_Items], height: int, width: int, group: int, workers: int, add: bool) -> Launch | None:
-    picks = [(one, one.height == height) for one in chosen]
-    columns = torch.cat([one.columns[pick] for one, pick in picks])
-    ranges = torch.cat([one.ranges[pick] for one, pick in picks])
-    order = torch.cat([one.order[pick] for one, pick in picks])
+def _launch(
+    plan: Plan, items: list[_Items], height: int, block_n: int, heads_per_kv: int, processors: int, add: bool
+) -> QueryLaunch | None:
+    """The launch over the items of one height; None where there are none."""
+    picks = [(group, group.height == height) for group in items]
+    columns = torch.cat([group.columns[pick] for group, pick in picks])
+    ranges = torch.cat([group.ranges[pick] for group, pick in picks])
+    order = torch.cat([group.order[pick] for group, pick in picks])
     if add:
-        # A row that sees nothing here keeps what it has.
-        working = (ranges[..., 1] > ranges[..., 0]).any(1)
-        columns, ranges, order = columns[working], ranges[working], order[working]
+        # Rows that see nothing in this launch keep what they have.
+        has_work = (ranges[..., 1] > ranges[..., 0]).any(1)
+        columns, ranges, order = columns[has_work], ranges[has_work], order[has_work]
     if not columns.shape[0]:
         return None
-    # Heads that share keys stand together, then tiles in their order.
-    kv = columns[:, 0] * plan.sizes.heads + torch.div(columns[:, 1], group, rounding_mode="floor") * group
-    sort = torch.argsort((kv * (int(order.max()) + 1) + order) * group + columns[:, 1] % group, stable=True)
+    # Order: key head, row group, query head. Heads that share keys run side by side and share them in L2.
+    kv_head = columns[:, 0] * plan.sizes.heads + columns[:, 1] // heads_per_kv * heads_per_kv
+    rank = (kv_head * (int(order.max()) + 1) + order) * heads_per_kv + columns[:, 1] % heads_per_kv
+    sort = torch.argsort(rank, stable=True)
     columns, ranges = columns[sort], ranges[sort]
-    return launch_of(
+    return query_launch(
         columns,
-        deal(ranges, torch.tensor([1, 1, 1, width]), workers),
-        int32,
-        height=height,
-        ordered=bool((columns[:, 5] > 0).any()),
-        keyed=any(layer.keys is not None for piece in plan.pieces for layer in piece.layers),
-        bits=bool((plan.masks.kind == 1).any()),
+        partition(ranges, torch.tensor([1, 1, 1, block_n]), processors),
+        checked_int32,
+        block_m=height,
+        sorted_rows=bool((columns[:, 5] > 0).any()),
+        sorted_keys=any(layer.keys is not None for piece in plan.pieces for layer in piece.layers),
+        bits=bool((plan.masks.kind == BITS).any()),
         points=bool((ranges[:, 3, 1] > ranges[:, 3, 0]).any()),
         add=add,
-    )
-
-
-def launch_of(columns: Tensor, dealt: Dealt, as_int: Callable[[Tensor], Tensor], **options: Any) -> Launch:
-    """A launch over items (batch, head, start, count, tile row, sorted) that have been dealt."""
-    cut = dealt.cut
-    merged = columns[cut[:, 0]]
-    merges = torch.cat((merged[:, :4], merged[:, 5:], cut[:, 1:]), 1)
-    return Launch(
-        work=as_int(torch.cat((columns[dealt.item], dealt.ranges.flatten(1), dealt.slot[:, None]), 1)),
-        merges=as_int(merges) if cut.shape[0] else cut,
-        slots=dealt.slots,
-        **options,
     )

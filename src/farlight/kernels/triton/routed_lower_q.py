@@ -1,7 +1,11 @@
-"""The passes over queries for a router's choice: the lists of `query_work`, made where the choice lies.
+"""Lowering of a router's choice for the forward and dq passes, on the device where the choice lies.
 
-First everything whose shape follows from the sizes alone, ending in a few sums (`asked`); when these have been read, the
-lists at their exact lengths. What comes out is what `lower_queries` makes of a plan of the same blocks.
+The tables are those of `lower_q`; what differs is that the host never reads their contents. Lowering has two steps:
+
+1. everything whose shape follows from the sizes alone, on a grid of possible row groups; it ends in `counts`, a few 0-d
+   tensors: how many rows, keys, blocks, points, items and parts there are;
+2. `build`, given the values of the counts (`routed` reads those of all passes at once), makes the tables at their exact lengths
+   with operations whose output length is known beforehand.
 """
 
 from __future__ import annotations
@@ -9,230 +13,269 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from farlight.kernels.triton.lower_q import SMALLEST, Launch, QueryWork, heights, launch_of, narrowed
-from farlight.kernels.triton.work_partition import Counts, counted, deal, parts_of, picked
+from farlight.kernels.triton.launches import QueryLaunch, QueryWork, as_int32, query_launch
+from farlight.kernels.triton.lower_q import MIN_BLOCK_M, block_heights
+from farlight.kernels.triton.work_partition import PartitionCounts, num_parts, partition, partition_counts, true_indices
 from farlight.patterns.expression import Sizes
 from farlight.plan.chosen_links import ChosenLinks
+from farlight.ragged import exclusive_cumsum, expand_counts
 
-__all__ = ["RAMP", "RoutedQueries", "Tiles", "causal_data", "classes", "exclusive", "orders", "spread_over"]
+__all__ = ["RoutedQueryLowering", "RowGroupGrid", "causal_bounds", "num_blocks", "real_permutations", "variant_of_head"]
 
-# Rows of a tile: masks are laid out, and groups of rows begin anew, every so many rows.
+# Rows of a tile, by which masks are laid out. Row groups begin at multiples of their height within a tile.
 TILE = 128
-# Where in a ramp the difference 0 stands.
+# The index of difference 0 in a ramp of bounds.
 RAMP = TILE
+# Counts of a piece that come before those of its launches, and counts of each launch.
+_PIECE_COUNTS, _LAUNCH_COUNTS = 5, 4
 
 
-class Tiles:
-    """Groups of at most `height` rows of a piece, `(V, I)`, and where the stretches that they see end, `(V, I, m)`."""
+def num_blocks(length: Tensor, block: int) -> Tensor:
+    """Blocks of `block` entries that hold `length`; at least 0."""
+    return ((length + block - 1) // block).clamp(min=0)
 
-    def __init__(self, piece: ChosenLinks, height: int, *, smaller: bool) -> None:
-        shape = (piece.variants, piece.place.shape[1])
+
+class RowGroupGrid:
+    """The row groups of a piece of V variants on the grid of its I possible groups, each of m stretches of keys.
+
+    `(V or 1, I)`: offset of the group's first row within its tile, height, count of rows, is_group: a group begins here, tile:
+    place of the tile's first row. `(V, I, m)`, slots: every row sees `lo … core - 1`, some row `lo … hi - 1`, some row of the
+    tile `lo … tile_hi - 1`. smaller: short tiles have groups of less height, as `block_heights` says.
+    """
+
+    def __init__(self, piece: ChosenLinks, block_m: int, *, smaller: bool) -> None:
         place, within, length = piece.place, piece.within, piece.length
         self.offset = within % TILE
-        tall = (length - (within - self.offset)).clamp(max=TILE)
-        self.high = heights(tall, height) if smaller else torch.full_like(tall, height)
-        head = piece.valid & (self.offset % self.high == 0)
-        self.count = torch.minimum(self.high, tall - self.offset)
-        self.head = head.expand(shape)
-        tile = place - self.offset
+        tile_rows = (length - (within - self.offset)).clamp(max=TILE)
+        self.height = block_heights(tile_rows, block_m) if smaller else torch.full_like(tile_rows, block_m)
+        is_group = piece.valid & (self.offset % self.height == 0)
+        self.count = torch.minimum(self.height, tile_rows - self.offset)
+        self.is_group = is_group.expand(piece.variants, place.shape[1])
+        self.tile = place - self.offset
+        # A stretch ends the later, the later the row: the first row of a group sees least, the last most.
         self.lo = piece.lo
-        # The first row of a group sees least, the last most.
         self.core = piece.ends(place)
         self.hi = piece.ends(place + (self.count - 1).clamp(min=0))
-        self.tile_hi = piece.ends(tile + (tall - 1).clamp(min=0))
-        self.tile = tile
+        self.tile_hi = piece.ends(self.tile + (tile_rows - 1).clamp(min=0))
 
-    def bounds(self, piece: ChosenLinks, base: int) -> Tensor:
-        """Where the bounds of a tile's rows begin, when `causal_data` begins at `base`; -1 where no row needs any."""
+    def bounds_offset(self, piece: ChosenLinks, base: int) -> Tensor:
+        """Offset in `data` of the row bounds of each tile, `causal_bounds` lying at `base`; -1 where no row needs any."""
         if not piece.causal:
             return torch.full_like(self.tile_hi, -1)
         if piece.causal_offset is None:
-            return (base + 2 * (exclusive(piece.row_count)[:, None] + self.tile))[:, :, None].expand_as(self.tile_hi)
-        ahead = self.tile[:, :, None] + piece.causal_offset - self.tile_hi
-        return base + 2 * (ahead.clamp(-RAMP, 0) + RAMP)
+            first_row = exclusive_cumsum(piece.row_count)[:, None] + self.tile
+            return (base + 2 * first_row)[:, :, None].expand_as(self.tile_hi)
+        difference = self.tile[:, :, None] + piece.causal_offset - self.tile_hi
+        return base + 2 * (difference.clamp(-RAMP, 0) + RAMP)
 
 
-def causal_data(piece: ChosenLinks, order: Tensor | None) -> Tensor:
-    """Bounds of rows, relative to the end of their tile's stretch: of each sorted row, or a ramp that serves all tiles.
+def causal_bounds(piece: ChosenLinks, place: Tensor | None) -> Tensor:
+    """Row bounds of a causal piece, (0, end relative to the end of the tile's stretch) for each row, flat.
 
-    `order`: where in `(V, n_q)` the real places are, None = rows are not sorted.
+    Sorted rows have a pair each; rows in natural order share one ramp … -2, -1, 0, 0, 0 …, into which each tile points.
+    place: the indices in `(V, n_q)` of the real places, None = rows are not sorted.
     """
     if not piece.causal:
         return torch.zeros(0, dtype=torch.int64, device=piece.lo.device)
-    if order is None or piece.causal_offset is not None:
-        ahead = (torch.arange(2 * TILE, device=piece.lo.device) - RAMP).clamp(max=0)
+    if place is None or piece.causal_offset is not None:
+        end = (torch.arange(2 * TILE, device=piece.lo.device) - RAMP).clamp(max=0)
     else:
-        tiles = Tiles(piece, TILE, smaller=False)
-        ahead = (tiles.core - tiles.tile_hi).flatten()[order]
-    return torch.stack((torch.zeros_like(ahead), ahead), 1).flatten()
+        grid = RowGroupGrid(piece, TILE, smaller=False)
+        end = (grid.core - grid.tile_hi).flatten()[place]
+    return torch.stack((torch.zeros_like(end), end), 1).flatten()
 
 
-def spread_over(count: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """(owner, step): `count[i]` entries of every i, one after another; `total` of them."""
-    owner = torch.arange(count.numel(), device=count.device).repeat_interleave(count, output_size=total)
-    return owner, torch.arange(total, device=count.device) - (count.cumsum(0) - count)[owner]
-
-
-def classes(piece: ChosenLinks, sizes: Sizes, group: int) -> Tensor:
-    """`(B, H_kv, group)`: the variant of each query head."""
+def variant_of_head(piece: ChosenLinks, sizes: Sizes, heads_per_kv: int) -> Tensor:
+    """`(B, H_kv, heads_per_kv)`: the variant of each query head."""
     device = piece.lo.device
     batch = torch.arange(sizes.batch, device=device)[:, None] * (piece.shape[0] > 1)
     head = torch.arange(sizes.heads, device=device)[None, :] * (piece.shape[1] > 1)
-    return (batch * piece.shape[1] + head).view(sizes.batch, -1, group)
+    return (batch * piece.shape[1] + head).view(sizes.batch, -1, heads_per_kv)
 
 
-def orders(piece: ChosenLinks, sizes: Sizes, rows: int, keys: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(the real places, their rows, the keys of the real slots) of all variants, `rows` and `keys` of them; None = natural."""
+def real_permutations(
+    piece: ChosenLinks, sizes: Sizes, num_rows: int, num_keys: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(indices of the real places, their rows, the keys of the real slots) of all variants; None = natural order."""
     if piece.rows is None or piece.keys is None:
         return None, None, None
     device = piece.lo.device
     place, slot = (
-        picked((torch.arange(n, device=device) < count[:, None]).flatten(), many)
-        for n, count, many in ((sizes.n_q, piece.row_count, rows), (sizes.n_k, piece.key_count, keys))
+        true_indices((torch.arange(n, device=device) < real[:, None]).flatten(), count)
+        for n, real, count in ((sizes.n_q, piece.row_count, num_rows), (sizes.n_k, piece.key_count, num_keys))
     )
     return place, piece.rows.flatten()[place], piece.keys.flatten()[slot]
 
 
-def exclusive(count: Tensor) -> Tensor:
-    return count.cumsum(0) - count
+class _RowGroupCounts:
+    """Step 1 for one piece: block counts of its row groups, and one launch for each height. `add`: earlier launches wrote rows.
 
+    `(V, I, m)`: blocks, whole; `(V, I)`: points; launch_groups: for each height, which groups its launch computes.
+    """
 
-class _Piece:
-    """One piece, and the launches that go over it; `add`: a launch joins to what earlier ones wrote."""
-
-    def __init__(self, piece: ChosenLinks, sizes: Sizes, height: int, width: int, workers: int, add: bool) -> None:
+    def __init__(self, piece: ChosenLinks, sizes: Sizes, block_m: int, block_n: int, processors: int, add: bool) -> None:
         self.piece, self.add = piece, add
-        self.tiles = tiles = Tiles(piece, height, smaller=True)
-        head = tiles.head[:, :, None]
-        blocks = torch.div(tiles.hi - tiles.lo + width - 1, width, rounding_mode="floor").clamp(min=0)
-        whole = torch.div(tiles.core - tiles.lo, width, rounding_mode="floor").clamp(min=0)
-        self.blocks = torch.where(head, blocks, 0)
-        self.whole = torch.minimum(torch.where(head, whole, 0), self.blocks)
+        self.grid = grid = RowGroupGrid(piece, block_m, smaller=True)
+        is_group = grid.is_group[:, :, None]
+        self.blocks = torch.where(is_group, num_blocks(grid.hi - grid.lo, block_n), 0)
+        whole = ((grid.core - grid.lo) // block_n).clamp(min=0)
+        self.whole = torch.minimum(torch.where(is_group, whole, 0), self.blocks)
         total = self.blocks.sum(2)
-        self.listed: Tensor | None = None
+        self.is_point: Tensor | None = None
         self.points = torch.zeros_like(total)
         if piece.points is not None:
-            self.listed = piece.points >= 0
-            before = torch.nn.functional.pad(self.listed.sum(2).cumsum(1), (1, 0))
-            ends = (piece.place + tiles.count).clamp(max=sizes.n_q)
-            more = before[:, ends[0]] - before[:, piece.place[0].clamp(max=sizes.n_q)]
-            self.points = torch.where(tiles.head, more, 0)
-            total = total + torch.div(self.points + width - 1, width, rounding_mode="floor")
-        self.heights = sorted({height, *(h for h in (64, SMALLEST) if h < height)}, reverse=True)
-        self.asked = [piece.row_count.sum(), piece.key_count.sum(), self.whole.sum(), (self.blocks - self.whole).sum()]
-        self.asked += [self.points.sum()]
-        self.flags = []
-        times = sizes.batch * sizes.heads // piece.variants
-        for high in self.heights:
-            here = tiles.head & (tiles.high == high)
+            self.is_point = piece.points >= 0
+            points_before = torch.nn.functional.pad(self.is_point.sum(2).cumsum(1), (1, 0))
+            end = (piece.place + grid.count).clamp(max=sizes.n_q)
+            points = points_before[:, end[0]] - points_before[:, piece.place[0].clamp(max=sizes.n_q)]
+            self.points = torch.where(grid.is_group, points, 0)
+            total = total + num_blocks(self.points, block_n)
+        self.counts = [piece.row_count.sum(), piece.key_count.sum(), self.whole.sum(), (self.blocks - self.whole).sum()]
+        self.counts += [self.points.sum()]
+        self.heights = sorted({block_m, *(h for h in (64, MIN_BLOCK_M) if h < block_m)}, reverse=True)
+        self.launch_groups = []
+        copies = sizes.batch * sizes.heads // piece.variants
+        for height in self.heights:
+            in_launch = grid.is_group & (grid.height == height)
             if add:
-                here = here & (total > 0)
-            self.flags.append(here)
-            self.asked += counted(parts_of(total, torch.where(here, total, 0).sum() * times, workers), here, times)
+                in_launch = in_launch & (total > 0)
+            self.launch_groups.append(in_launch)
+            all_blocks = torch.where(in_launch, total, 0).sum() * copies
+            self.counts += partition_counts(num_parts(total, all_blocks, processors), in_launch, copies)
 
 
-class RoutedQueries:
-    """`asked`: sums on the device; `made(their values)`: the tables. `after`: they join what others wrote before them."""
+class RoutedQueryLowering:
+    """`lower_queries` for the pieces of a router's choice, in two steps: `counts`, then `build` with their values.
+
+    after: a fixed pattern's work is done before, so that every launch adds to what is there.
+    """
 
     def __init__(
-        self, pieces: list[ChosenLinks], sizes: Sizes, height: int, width: int, group: int, workers: int, *, after: bool = False
+        self,
+        pieces: list[ChosenLinks],
+        sizes: Sizes,
+        block_m: int,
+        block_n: int,
+        heads_per_kv: int,
+        processors: int,
+        *,
+        after: bool = False,
     ) -> None:
-        self.sizes, self.width, self.group, self.workers = sizes, width, group, workers
-        self.pieces = [_Piece(piece, sizes, height, width, workers, after or at > 0) for at, piece in enumerate(pieces)]
-        self.asked = [number for one in self.pieces for number in one.asked]
+        self.sizes, self.block_n, self.heads_per_kv, self.processors = sizes, block_n, heads_per_kv, processors
+        self.pieces = [
+            _RowGroupCounts(piece, sizes, block_m, block_n, processors, after or number > 0)
+            for number, piece in enumerate(pieces)
+        ]
+        self.counts = [count for piece in self.pieces for count in piece.counts]
 
-    def made(self, numbers: list[int]) -> QueryWork:
-        launches: list[Launch] = []
-        lists: dict[str, list[Tensor]] = {
+    def build(self, values: list[int]) -> QueryWork:
+        """The work, given the values of `counts`."""
+        launches: list[QueryLaunch] = []
+        tables: dict[str, list[Tensor]] = {
             name: [] for name in ("rows", "keys", "whole", "masked", "point_key", "point_row", "data")
         }
-        self.base = dict.fromkeys(lists, 0)
-        at = 0
-        for one in self.pieces:
-            mine = numbers[at : at + len(one.asked)]
-            at += len(mine)
-            launches += self._piece(one, mine, lists)
-        tables = [narrowed(torch.cat(parts)) for parts in lists.values()]
-        return QueryWork(tuple(launches), self.pieces[0].piece.covers, *tables)
+        base = dict.fromkeys(tables, 0)
+        first = 0
+        for piece in self.pieces:
+            piece_values = values[first : first + len(piece.counts)]
+            first += len(piece_values)
+            new = self._tables(piece, piece_values, base)
+            launches += self._launches(piece, piece_values, base)
+            for name, parts in tables.items():
+                parts.append(new[name])
+                base[name] += new[name].shape[0]
+        return QueryWork(
+            tuple(launches), self.pieces[0].piece.covers, *(as_int32(torch.cat(parts)) for parts in tables.values())
+        )
 
-    def _piece(self, one: _Piece, numbers: list[int], lists: dict[str, list[Tensor]]) -> list[Launch]:
-        piece, tiles, width = one.piece, one.tiles, self.width
-        rows, keys, wholes, maskeds, points = numbers[:5]
-        device = piece.lo.device
+    def _tables(self, counts: _RowGroupCounts, values: list[int], base: dict[str, int]) -> dict[str, Tensor]:
+        """What the piece adds to the tables. `base`: the tables' lengths before it."""
+        piece, grid, block_n = counts.piece, counts.grid, self.block_n
+        num_rows, num_keys, num_whole, num_masked, num_points = values[:_PIECE_COUNTS]
         is_sorted = piece.rows is not None
-        row_base = exclusive(piece.row_count)[:, None] + self.base["rows"]
-        key_base = exclusive(piece.key_count)[:, None, None] + self.base["keys"]
-        new: dict[str, Tensor] = {}
-        place, rows_of, keys_of = orders(piece, self.sizes, rows, keys)
-        if rows_of is not None and keys_of is not None:
-            new["rows"], new["keys"] = rows_of, keys_of
-        new["data"] = causal_data(piece, place)
-        bounds = tiles.bounds(piece, self.base["data"])
-        lo = tiles.lo + (key_base if is_sorted else 0)
-        tile_hi = tiles.tile_hi + (key_base if is_sorted else 0)
-        full, some = one.whole.flatten(), (one.blocks - one.whole).flatten()
-        owner, step = spread_over(full, wholes)
-        new["whole"] = lo.flatten()[owner] + step * width
-        owner, step = spread_over(some, maskeds)
-        first = lo.flatten()[owner]
-        slot = first + (full[owner] + step) * width
-        record = (-1 - slot if is_sorted else slot, first - slot, tile_hi.flatten()[owner] - slot, bounds.flatten()[owner])
-        new["masked"] = torch.stack((*record, torch.full_like(slot, -1)), 1)
-        if piece.points is not None and one.listed is not None:
-            at = picked(one.listed.flatten(), points)
-            row = torch.div(at, piece.points.shape[2], rounding_mode="floor") % self.sizes.n_q
-            new["point_key"] = piece.points.flatten()[at]
-            tall = (self.sizes.n_q - (row - row % TILE)).clamp(max=TILE)
-            new["point_row"] = row % TILE % heights(tall, one.heights[0])
-        ranges = self._ranges(one, is_sorted)
-        shape = tiles.head.shape
-        columns = [piece.place + row_base if is_sorted else piece.place, tiles.count, tiles.offset]
-        columns = [column.expand(shape).flatten() for column in columns]
-        found = [
-            self._launch(one, high, here, Counts(*numbers[5 + 4 * turn : 9 + 4 * turn]), columns, ranges)
-            for turn, (high, here) in enumerate(zip(one.heights, one.flags, strict=True))
-        ]
-        for name, parts in lists.items():
-            width_of = (5,) if name == "masked" else ()
-            parts.append(new.get(name, torch.zeros(0, *width_of, dtype=torch.int64, device=device)))
-            self.base[name] += parts[-1].shape[0]
-        return [launch for launch in found if launch is not None]
+        key_base = exclusive_cumsum(piece.key_count)[:, None, None] + base["keys"] if is_sorted else 0
+        empty = torch.zeros(0, dtype=torch.int64, device=piece.lo.device)
+        new = dict.fromkeys(("rows", "keys", "point_key", "point_row"), empty)
+        place, rows, keys = real_permutations(piece, self.sizes, num_rows, num_keys)
+        if rows is not None and keys is not None:
+            new["rows"], new["keys"] = rows, keys
+        new["data"] = causal_bounds(piece, place)
+        lo, tile_hi = (grid.lo + key_base).flatten(), (grid.tile_hi + key_base).flatten()
+        whole, masked = counts.whole.flatten(), (counts.blocks - counts.whole).flatten()
+        owner, step = expand_counts(whole, num_whole)
+        new["whole"] = lo[owner] + step * block_n
+        owner, step = expand_counts(masked, num_masked)
+        slot = lo[owner] + (whole[owner] + step) * block_n
+        first = -1 - slot if is_sorted else slot
+        bounds = grid.bounds_offset(piece, base["data"]).flatten()[owner]
+        record = (first, lo[owner] - slot, tile_hi[owner] - slot, bounds, torch.full_like(slot, -1))
+        new["masked"] = torch.stack(record, 1)
+        if piece.points is not None and counts.is_point is not None:
+            point = true_indices(counts.is_point.flatten(), num_points)
+            row = point // piece.points.shape[2] % self.sizes.n_q
+            new["point_key"] = piece.points.flatten()[point]
+            tile_rows = (self.sizes.n_q - (row - row % TILE)).clamp(max=TILE)
+            new["point_row"] = row % TILE % block_heights(tile_rows, counts.heights[0])
+        return new
 
-    def _ranges(self, one: _Piece, is_sorted: bool) -> Tensor:
-        """`(V · I, 4, 2)`: whole, whole with sorted keys, masked, points."""
-        counts = [one.whole.sum(2).flatten(), (one.blocks - one.whole).sum(2).flatten(), one.points.flatten()]
+    def _launches(self, counts: _RowGroupCounts, values: list[int], base: dict[str, int]) -> list[QueryLaunch]:
+        piece, grid = counts.piece, counts.grid
+        first_row = piece.place
+        if piece.rows is not None:
+            first_row = first_row + exclusive_cumsum(piece.row_count)[:, None] + base["rows"]
+        columns = [column.expand(grid.is_group.shape).flatten() for column in (first_row, grid.count, grid.offset)]
+        ranges = self._ranges(counts, base)
+        out = []
+        for number, (height, in_launch) in enumerate(zip(counts.heights, counts.launch_groups, strict=True)):
+            begin = _PIECE_COUNTS + _LAUNCH_COUNTS * number
+            launch_counts = PartitionCounts(*values[begin : begin + _LAUNCH_COUNTS])
+            if launch_counts.items:
+                out.append(self._launch(counts, height, in_launch, launch_counts, columns, ranges))
+        return out
+
+    def _ranges(self, counts: _RowGroupCounts, base: dict[str, int]) -> Tensor:
+        """`(V · I, 4, 2)`: whole blocks in natural order, whole blocks in sorted order, masked blocks, points."""
+        lengths = [counts.whole.sum(2).flatten(), (counts.blocks - counts.whole).sum(2).flatten(), counts.points.flatten()]
         names = ("whole", "masked", "point_key")
-        begins = [exclusive(count) + self.base[name] for count, name in zip(counts, names, strict=True)]
-        (w0, m0, p0), (w1, m1, p1) = begins, [begin + count for begin, count in zip(begins, counts, strict=True)]
-        middle = w0 if is_sorted else w1
-        return torch.stack([torch.stack(pair, 1) for pair in ((w0, middle), (middle, w1), (m0, m1), (p0, p1))], 1)
+        begins = [exclusive_cumsum(length) + base[name] for length, name in zip(lengths, names, strict=True)]
+        ends = [begin + length for begin, length in zip(begins, lengths, strict=True)]
+        # All keys of a piece are in one order: one of the two ranges of whole blocks is empty.
+        middle = ends[0] if counts.piece.rows is None else begins[0]
+        pairs = ((begins[0], middle), (middle, ends[0]), (begins[1], ends[1]), (begins[2], ends[2]))
+        return torch.stack([torch.stack(pair, 1) for pair in pairs], 1)
 
     def _launch(
-        self, one: _Piece, height: int, here: Tensor, counts: Counts, columns: list[Tensor], ranges: Tensor
-    ) -> Launch | None:
-        if not counts.items:
-            return None
-        piece, group = one.piece, self.group
-        variant = classes(piece, self.sizes, group)
-        # Heads that share keys stand together, then groups of rows in their order.
-        chosen = picked(here[variant].transpose(2, 3).flatten(), counts.items)
-        items, kv_heads = here.shape[1], variant.shape[1]
-        lane, rest = torch.div(chosen, items * group, rounding_mode="floor"), chosen % (items * group)
-        batch, kv = torch.div(lane, kv_heads, rounding_mode="floor"), lane % kv_heads
-        item, of_group = torch.div(rest, group, rounding_mode="floor"), rest % group
-        at = variant[batch, kv, of_group] * items + item
-        sorted_column = torch.full_like(at, int(piece.rows is not None))
-        table = torch.stack((batch, kv * group + of_group, *(column[at] for column in columns), sorted_column), 1)
-        unit = torch.ones(4, dtype=torch.int64, device=at.device)
-        unit[3:].fill_(self.width)
-        return launch_of(
+        self,
+        counts: _RowGroupCounts,
+        height: int,
+        in_launch: Tensor,
+        launch_counts: PartitionCounts,
+        columns: list[Tensor],
+        ranges: Tensor,
+    ) -> QueryLaunch:
+        piece, heads_per_kv = counts.piece, self.heads_per_kv
+        variant = variant_of_head(piece, self.sizes, heads_per_kv)
+        # Order: key head, row group, query head. Heads that share keys run side by side and share them in L2.
+        index = true_indices(in_launch[variant].transpose(2, 3).flatten(), launch_counts.items)
+        groups, kv_heads = in_launch.shape[1], variant.shape[1]
+        batch_head, rest = index // (groups * heads_per_kv), index % (groups * heads_per_kv)
+        batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
+        group, query_head = rest // heads_per_kv, rest % heads_per_kv
+        source = variant[batch, kv_head, query_head] * groups + group
+        is_sorted = torch.full_like(source, int(piece.rows is not None))
+        head = kv_head * heads_per_kv + query_head
+        table = torch.stack((batch, head, *(column[source] for column in columns), is_sorted), 1)
+        # Filled on the device: `torch.tensor` of a list would be a copy from the host.
+        entries_per_block = torch.ones(4, dtype=torch.int64, device=source.device)
+        entries_per_block[3:].fill_(self.block_n)
+        return query_launch(
             table,
-            deal(ranges[at], unit, self.workers, counts),
-            narrowed,
-            height=height,
-            ordered=piece.rows is not None,
-            keyed=piece.keys is not None,
+            partition(ranges[source], entries_per_block, self.processors, launch_counts),
+            as_int32,
+            block_m=height,
+            sorted_rows=piece.rows is not None,
+            sorted_keys=piece.keys is not None,
             bits=False,
             points=piece.points is not None,
-            add=one.add,
+            add=counts.add,
         )

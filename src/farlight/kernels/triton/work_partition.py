@@ -1,4 +1,13 @@
-"""Dealing out work: long items are cut in parts, the heaviest come first, so that no processor is left with a long tail."""
+"""Load balance: long work items are cut into parts, and parts start longest first.
+
+A work item is what one program would compute: a group of rows with its key blocks, or a block of keys with its row blocks. Its
+cost is counted in blocks. Items are cut so that no part has much more than 1 / PARTS_PER_PROCESSOR of a processor's share of
+all blocks. Programs start in table order, each on the first idle processor: longest first leaves a short tail. Parts of an item
+write partial results to a workspace, which a second kernel merges (split-K).
+
+The partition runs on the tensors' device. `PartitionCounts`, the table lengths, is read from it unless the caller has them:
+a router's choice is lowered with one read for all tables.
+"""
 
 from __future__ import annotations
 
@@ -7,88 +16,105 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST", "Counts", "Dealt", "counted", "deal", "parts_of", "picked"]
+from farlight.ragged import exclusive_cumsum, expand_counts
 
-# Blocks below which an item is not cut: a part costs a round trip of its sums through memory.
-LEAST = 16
-# Parts for each processor that the longest items are cut for.
-_PER_WORKER = 8
+__all__ = [
+    "MIN_BLOCKS",
+    "PARTS_PER_PROCESSOR",
+    "PartitionCounts",
+    "WorkPartition",
+    "num_parts",
+    "partition",
+    "partition_counts",
+    "true_indices",
+]
+
+# Blocks up to which an item is not cut: a part costs a round trip of its partial result through memory.
+MIN_BLOCKS = 16
+PARTS_PER_PROCESSOR = 8
 
 
 @dataclass(frozen=True)
-class Dealt:
-    """Parts of items: `item`, their ranges `(parts, K, 2)`, `slot` of the workspace (-1: the item is in one part), in the order
-    in which they should start; and for each item that was cut (item, first slot, parts).
+class WorkPartition:
+    """Parts of work items, in the order in which they start.
+
+    item: `(parts,)` the item of each part; ranges: `(parts, K, 2)` its ranges in the K tables; partial: `(parts,)` index of its
+    partial result, -1 where the item is in one part; num_partials: partial results in the workspace; split: `(split items, 3)`
+    (item, index of its first partial result, parts) of each item that was cut.
     """
 
     item: Tensor
     ranges: Tensor
-    slot: Tensor
-    slots: int
-    cut: Tensor
+    partial: Tensor
+    num_partials: int
+    split: Tensor
 
 
 @dataclass(frozen=True)
-class Counts:
-    """How many items are dealt, the parts they make, how many of these are parts of cut items, how many items are cut."""
+class PartitionCounts:
+    """Table lengths of a partition: items, their parts, parts of split items, split items."""
 
     items: int
     parts: int
-    slots: int
-    cut: int
+    partials: int
+    split_items: int
 
 
-def parts_of(total: Tensor, whole: Tensor, workers: int) -> Tensor:
-    """In how many parts to cut items of `total` blocks each, `whole` being the blocks of all items."""
-    limit = torch.div(whole + (workers * _PER_WORKER - 1), workers * _PER_WORKER, rounding_mode="floor").clamp(min=LEAST)
-    many = torch.div(total + limit - 1, limit, rounding_mode="floor")
-    return torch.where(total > limit + torch.div(limit, 2, rounding_mode="floor"), many, 1)
+def num_parts(blocks: Tensor, total: Tensor, processors: int) -> Tensor:
+    """`(items,)`: the number of parts of items of `blocks` blocks each; `total`: blocks of all items."""
+    limit = ((total + (processors * PARTS_PER_PROCESSOR - 1)) // (processors * PARTS_PER_PROCESSOR)).clamp(min=MIN_BLOCKS)
+    # An item a little above the limit is left whole: two short parts would cost more than they balance.
+    return torch.where(blocks > limit + limit // 2, (blocks + limit - 1) // limit, 1)
 
 
-def counted(parts: Tensor, dealt: Tensor, times: int = 1) -> list[Tensor]:
-    """The numbers of `Counts`, on the device: for items where `dealt` is True, `times` of each."""
-    some = torch.where(dealt, parts, 0)
-    slots = torch.where(some > 1, some, 0)
-    return [x.sum() * times for x in (dealt, some, slots, slots > 0)]
+def partition_counts(parts: Tensor, used: Tensor, copies: int = 1) -> list[Tensor]:
+    """The fields of `PartitionCounts` as 0-d tensors on the device: for `copies` copies of each item where `used` is True."""
+    used_parts = torch.where(used, parts, 0)
+    partials = torch.where(used_parts > 1, used_parts, 0)
+    return [x.sum() * copies for x in (used, used_parts, partials, partials > 0)]
 
 
-def picked(flag: Tensor, many: int) -> Tensor:
-    """Where `flag` is True, when it is known to be so `many` times: the device need not be asked."""
-    place = torch.where(flag, flag.cumsum(0) - 1, many)
-    out = torch.empty(many + 1, dtype=torch.int64, device=flag.device)
-    return out.scatter_(0, place, torch.arange(flag.numel(), device=flag.device))[:many]
+def true_indices(flags: Tensor, count: int) -> Tensor:
+    """`flags.nonzero().squeeze(1)` of 1-D flags of which `count` are True: a known length needs no synchronisation."""
+    target = torch.where(flags, flags.cumsum(0) - 1, count)
+    out = torch.empty(count + 1, dtype=torch.int64, device=flags.device)
+    return out.scatter_(0, target, torch.arange(flags.numel(), device=flags.device))[:count]
 
 
-def deal(ranges: Tensor, unit: Tensor, workers: int, counts: Counts | None = None) -> Dealt:
-    """Cut and order items. `ranges` `(items, K, 2)` are lists of work, of which `unit[k]` entries make one block.
+def partition(
+    ranges: Tensor, entries_per_block: Tensor, processors: int, counts: PartitionCounts | None = None
+) -> WorkPartition:
+    """Cut items into parts of about equal cost, and order the parts.
 
-    `counts`, where the caller has them, spare a question to the device.
+    ranges: `(items, K, 2)`, of each item a range in each of K tables; entries_per_block: `(K,)`, how many entries of a table
+    make one block (1, or BLOCK_N for single pairs). The ranges of an item, one after another, are one list of blocks; part p
+    takes the blocks p · size … (p + 1) · size - 1 of it, clipped to each table.
+    counts: the lengths, where the caller knows them; they spare a read from the device.
     """
     begin, end = ranges.unbind(2)
-    blocks = torch.div(end - begin + unit - 1, unit, rounding_mode="floor").clamp(min=0)
+    blocks = ((end - begin + entries_per_block - 1) // entries_per_block).clamp(min=0)
     total = blocks.sum(1)
-    parts = parts_of(total, total.sum(), workers)
+    parts = num_parts(total, total.sum(), processors)
     if counts is None:
-        counts = Counts(*(int(n) for n in counted(parts, torch.ones_like(parts, dtype=torch.bool))))
-    size = torch.div(total + parts - 1, parts, rounding_mode="floor").clamp(min=1)
-    item = torch.arange(counts.items, device=total.device).repeat_interleave(parts, output_size=counts.parts)
-    part = torch.arange(counts.parts, device=total.device) - (parts.cumsum(0) - parts)[item]
-    before = blocks.cumsum(1) - blocks
-    first = ((part * size[item])[:, None] - before[item]).clamp(min=0)
-    last = (((part + 1) * size[item])[:, None] - before[item]).clamp(min=0)
-    low = begin[item] + torch.minimum(first, blocks[item]) * unit
-    high = torch.minimum(begin[item] + torch.minimum(last, blocks[item]) * unit, torch.maximum(end, begin)[item])
-    is_cut = parts[item] > 1
-    slot = torch.where(is_cut, is_cut.long().cumsum(0) - 1, -1)
-    cut = picked(parts > 1, counts.cut)
-    heads = (parts[cut].cumsum(0) - parts[cut])[:, None]
-    # Heavy first, by octaves only: within one, neighbours stay neighbours and share their keys in the cache.
-    weight = torch.where(is_cut, torch.minimum(size[item], total[item]), total[item])
-    order = torch.argsort(torch.log2(weight.clamp(min=1).double()).floor(), descending=True, stable=True)
-    return Dealt(
+        counts = PartitionCounts(*(int(n) for n in partition_counts(parts, torch.ones_like(parts, dtype=torch.bool))))
+    size = ((total + parts - 1) // parts).clamp(min=1)
+    item, part = expand_counts(parts, counts.parts)
+    blocks_before = blocks.cumsum(1) - blocks
+    first = ((part * size[item])[:, None] - blocks_before[item]).clamp(min=0)
+    last = (((part + 1) * size[item])[:, None] - blocks_before[item]).clamp(min=0)
+    part_begin = begin[item] + torch.minimum(first, blocks[item]) * entries_per_block
+    part_end = begin[item] + torch.minimum(last, blocks[item]) * entries_per_block
+    part_end = torch.minimum(part_end, torch.maximum(end, begin)[item])
+    is_split = parts[item] > 1
+    partial = torch.where(is_split, is_split.long().cumsum(0) - 1, -1)
+    split = true_indices(parts > 1, counts.split_items)
+    # Longest first by powers of two only: among parts of similar length, neighbours stay neighbours and share keys in L2.
+    cost = torch.where(is_split, torch.minimum(size[item], total[item]), total[item])
+    order = torch.argsort(torch.log2(cost.clamp(min=1).double()).floor(), descending=True, stable=True)
+    return WorkPartition(
         item[order],
-        torch.stack((low, high), 2)[order],
-        slot[order],
-        counts.slots,
-        torch.cat((cut[:, None], heads, parts[cut][:, None]), 1),
+        torch.stack((part_begin, part_end), 2)[order],
+        partial[order],
+        counts.partials,
+        torch.stack((split, exclusive_cumsum(parts[split]), parts[split]), 1),
     )

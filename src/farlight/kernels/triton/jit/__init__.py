@@ -1,1 +1,1 @@
-"""The device code: Triton kernels and nothing else. Imported only when a kernel is about to run, because it imports triton."""
+"""Device code: Triton kernels and the tables they read. It imports triton, and is therefore imported at the first launch."""

@@ -1,224 +1,266 @@
-"""The forward kernel: one program holds some query rows and streams their blocks of keys through an online softmax.
+"""The forward kernel: one program holds BLOCK_M query rows and streams their key blocks through an online softmax.
 
-Three loops: whole blocks, without any mask; blocks at the edges of what the rows see, with bounds or bits; keys gathered one
-by one, a block's worth at a time, where each row is allowed its own. Exponentials are powers of two: the factor log2(e) is in
-the scale.
+Three loops over the work item's ranges (`work_tables`): whole blocks, with neither mask nor bound check; masked blocks, with
+row bounds or bits; gathered keys, BLOCK_N single pairs at a time. Scores are scaled by scale · log2(e), so that exponentials
+are powers of two. A row's running state is (acc, row_sum, row_max):
+
+    row_max = max_j s_j;   row_sum = Σ_j 2^(s_j - row_max);   acc = Σ_j 2^(s_j - row_max) v_j;   out = acc / row_sum
+
+Split-K: a long work item is computed in parts, each of which writes its (acc, row_sum, row_max) to a workspace; `merge_kernel`
+adds them up. Plans whose pieces overlap (a row is served by several launches) keep row_sum and row_max of every row, and each
+launch joins its result to what earlier ones wrote. Both join by (row_max, row_sum) and not by the lse: an lse of 10⁶ has
+float32 steps of 1/16, which would be errors of 6 % in the weights.
 """
 
 import triton
 import triton.language as tl
 
 from farlight.kernels.triton.jit.masks import (
-    BLOCK_FIELDS,
     UNSPECIALIZED,
-    allowed_links,
-    kept_links,
+    gathered_keys,
+    head_base,
+    index_ids,
+    kept_pairs,
     load_rows,
+    masked_keys,
     product,
     row_hashes,
 )
+from farlight.kernels.triton.jit.work_tables import (
+    B_FIELDS,
+    M_BATCH,
+    M_COUNT,
+    M_FIELDS,
+    M_FIRST,
+    M_HEAD,
+    M_PARTIAL,
+    M_PARTS,
+    M_SORTED,
+    Q_BATCH,
+    Q_FIELDS,
+    Q_FIRST_ROW,
+    Q_HEAD,
+    Q_MASKED,
+    Q_NUM_ROWS,
+    Q_PARTIAL,
+    Q_POINTS,
+    Q_SORTED,
+    Q_TILE_ROW,
+    Q_WHOLE,
+    Q_WHOLE_SORTED,
+)
 
-__all__ = ["WORK_FIELDS", "forward_kernel"]
-
-# batch, head, first row, rows, place in the plan's tile, sorted, then from and to of whole, keyed, masked, points; slot of the
-# workspace, -1 = none
-WORK_FIELDS = tl.constexpr(15)
+__all__ = ["fwd_kernel", "merge_kernel"]
 
 
 @triton.jit
-def _load_across(base, key, d, stride_n, stride_d, head_dim, WHOLE_D: tl.constexpr, WIDE: tl.constexpr):
+def _load_k_transposed(base, key, d, stride_n, stride_d, head_dim, WHOLE_D: tl.constexpr, WIDE: tl.constexpr):
     """`(D, keys)` where every key exists."""
-    at = key.to(tl.int64) if WIDE else key
-    pointer = base + d[:, None] * stride_d + at[None, :] * stride_n
+    index = key.to(tl.int64) if WIDE else key
+    pointer = base + d[:, None] * stride_d + index[None, :] * stride_n
     if WHOLE_D:
         return tl.load(pointer)
     return tl.load(pointer, mask=d[:, None] < head_dim, other=0.0)
 
 
 @triton.jit
-def _load_down(base, key, d, stride_n, stride_d, head_dim, WHOLE_D: tl.constexpr, WIDE: tl.constexpr):
+def _load_v(base, key, d, stride_n, stride_d, head_dim, WHOLE_D: tl.constexpr, WIDE: tl.constexpr):
     """`(keys, D)` where every key exists."""
-    at = key.to(tl.int64) if WIDE else key
-    pointer = base + at[:, None] * stride_n + d[None, :] * stride_d
+    index = key.to(tl.int64) if WIDE else key
+    pointer = base + index[:, None] * stride_n + d[None, :] * stride_d
     if WHOLE_D:
         return tl.load(pointer)
     return tl.load(pointer, mask=d[None, :] < head_dim, other=0.0)
 
 
 @triton.jit
-def _whole(acc, total, peak, q, k_base, v_base, key, d, skn, skd, svn, svd, head_dim, scale, hashes, below, grown,
-           WHOLE_D: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One block of keys that every row sees."""
-    k = _load_across(k_base, key, d, skn, skd, head_dim, WHOLE_D, WIDE)
+def _whole_block(acc, row_sum, row_max, q, k_base, v_base, key, d, skn, skd, svn, svd, head_dim, scale_log2, hashes,
+                 max_dropped, keep_scale, WHOLE_D: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """Online softmax over one block of keys that every row sees."""
+    k = _load_k_transposed(k_base, key, d, skn, skd, head_dim, WHOLE_D, WIDE)
     score = product(q, k, None, PRECISION)
-    higher = tl.maximum(peak, tl.max(score, 1) * scale)
-    p = tl.exp2(score * scale - higher[:, None])
-    fade = tl.exp2(peak - higher)
-    total = total * fade + tl.sum(p, 1)
+    new_max = tl.maximum(row_max, tl.max(score, 1) * scale_log2)
+    p = tl.exp2(score * scale_log2 - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
     if DROPOUT:
-        p = tl.where(kept_links(hashes[:, None], key[None, :], below), p * grown, 0.0)
-    v = _load_down(v_base, key, d, svn, svd, head_dim, WHOLE_D, WIDE)
-    acc = product(p.to(v.dtype), v, acc * fade[:, None], PRECISION)
-    return acc, total, higher
+        p = tl.where(kept_pairs(hashes[:, None], key[None, :], max_dropped), p * keep_scale, 0.0)
+    v = _load_v(v_base, key, d, svn, svd, head_dim, WHOLE_D, WIDE)
+    acc = product(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
+    return acc, row_sum, new_max
 
 
 @triton.jit
-def _some(acc, total, peak, q, k_base, v_base, key, exists, allowed, d, skn, skd, svn, svd, head_dim, scale, hashes, below,
-          grown, WHOLE_D: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One block of keys of which each row sees what `allowed` says."""
+def _masked_block(acc, row_sum, row_max, q, k_base, v_base, key, exists, allowed, d, skn, skd, svn, svd, head_dim, scale_log2,
+                  hashes, max_dropped, keep_scale, WHOLE_D: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """Online softmax over one block of keys of which each row sees what `allowed` says."""
     k = tl.trans(load_rows(k_base, key, d, skn, skd, exists, head_dim, WHOLE_D, WIDE))
-    score = tl.where(allowed, product(q, k, None, PRECISION) * scale, float("-inf"))
-    higher = tl.maximum(peak, tl.max(score, 1))
-    # A finite peak keeps rows that have seen nothing yet at exp2(-inf) = 0 instead of NaN.
-    base = tl.where(higher == float("-inf"), 0.0, higher)
+    score = tl.where(allowed, product(q, k, None, PRECISION) * scale_log2, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(score, 1))
+    # A finite base keeps rows that have seen nothing yet at exp2(-inf) = 0 instead of NaN.
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
     p = tl.exp2(score - base[:, None])
-    fade = tl.exp2(peak - base)
-    total = total * fade + tl.sum(p, 1)
+    rescale = tl.exp2(row_max - base)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
     if DROPOUT:
-        p = tl.where(kept_links(hashes[:, None], key[None, :], below), p * grown, 0.0)
+        p = tl.where(kept_pairs(hashes[:, None], key[None, :], max_dropped), p * keep_scale, 0.0)
     v = load_rows(v_base, key, d, svn, svd, exists, head_dim, WHOLE_D, WIDE)
-    acc = product(p.to(v.dtype), v, acc * fade[:, None], PRECISION)
-    return acc, total, higher
+    acc = product(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
+    return acc, row_sum, new_max
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, seed_ptr,
+def fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, row_max_ptr, row_sum_ptr, part_out_ptr, part_max_ptr, part_sum_ptr, seed_ptr,
     work_ptr, rows_ptr, keys_ptr, whole_ptr, masked_ptr, point_key_ptr, point_row_ptr, data_ptr,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
-    heads, group, n_q, head_dim, q_offset, scale, below, grown,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, ORDERED: tl.constexpr,
-    KEYED: tl.constexpr, BITS: tl.constexpr, POINTS: tl.constexpr, DROPOUT: tl.constexpr, NEGATE: tl.constexpr,
-    ADD: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    heads, heads_per_kv, n_q, head_dim, q_offset, scale_log2, max_dropped, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, SORTED_ROWS: tl.constexpr,
+    SORTED_KEYS: tl.constexpr, BITS: tl.constexpr, POINTS: tl.constexpr, DROPOUT: tl.constexpr, NEGATE: tl.constexpr,
+    ADD: tl.constexpr, JOIN: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sqb, sqh, sqn = sqb * UNIT, sqh * UNIT, sqn * UNIT
-    skb, skh, skn = skb * UNIT, skh * UNIT, skn * UNIT
-    svb, svh, svn = svb * UNIT, svh * UNIT, svn * UNIT
-    work = work_ptr + tl.program_id(0).to(tl.int64) * WORK_FIELDS
-    batch, head, start, count = tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
-    tile_row = tl.load(work + 4)
-    s = tl.arange(0, BLOCK_M)
+    """out and lse of one work item.
+
+    Tensors
+        q, k, v: any strides; out `(B, H, n_q, D)` and lse `(B, H, n_q)`: contiguous; row_max, row_sum: as lse (JOIN);
+        part_out `(partials · BLOCK_M, D)`, part_max and part_sum `(partials · BLOCK_M,)` float32: split-K workspace (SPLIT);
+        seed `(1,)` int64 (DROPOUT).
+    Work tables, int32
+        work `(programs, Q_FIELDS)`; rows, keys: permutations; whole: first key or slot of each whole block; masked
+        `(blocks, B_FIELDS)`; point_key, point_row: key, and row within the item, of each single pair; data: bounds and bits.
+    Strides
+        s + q, k or v + b (batch), h (head), n (row) or d (dimension); those of b, h and n are divided by UNIT.
+    Sizes
+        heads; heads_per_kv: query heads for each key head; n_q; head_dim; q_offset: position of row 0;
+        scale_log2 = |scale| · log2(e); max_dropped: the largest hash that dropout drops; keep_scale = 1 / (1 - dropout).
+    Options
+        BLOCK_M rows, BLOCK_N keys, BLOCK_D >= head_dim (WHOLE_D: equal); SORTED_ROWS, SORTED_KEYS: some indices are permuted;
+        BITS: bit masks occur; POINTS: single pairs occur; NEGATE: scale < 0; ADD: rows that see nothing keep what is there;
+        JOIN: rows are served by several launches; SPLIT: some items are in parts; WIDE: 64-bit offsets within a head;
+        UNIT: 1 or 16; PRECISION: see `product`.
+    """
+    work = work_ptr + tl.program_id(0).to(tl.int64) * Q_FIELDS
+    batch, head, count = tl.load(work + Q_BATCH), tl.load(work + Q_HEAD), tl.load(work + Q_NUM_ROWS)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    c = tl.arange(0, BLOCK_N)
-    valid = s < count
-    row = start + s
-    if ORDERED:
-        row = tl.load(rows_ptr + row, mask=s < count * tl.load(work + 5), other=row)
-    kv_head = head // group
-    k_base = k_ptr + batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh
-    v_base = v_ptr + batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh
-    q_base = q_ptr + batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh
-    q = load_rows(q_base, row, d, sqn, sqd, valid, head_dim, WHOLE_D, WIDE)
+    skn, svn = skn * UNIT, svn * UNIT
+    valid = m < count
+    row = index_ids(tl.load(work + Q_FIRST_ROW), count, work + Q_SORTED, rows_ptr, m, SORTED_ROWS)
+    k_base = head_base(k_ptr, batch, head // heads_per_kv, skb, skh, UNIT)
+    v_base = head_base(v_ptr, batch, head // heads_per_kv, svb, svh, UNIT)
+    q_base = head_base(q_ptr, batch, head, sqb, sqh, UNIT)
+    q = load_rows(q_base, row, d, sqn * UNIT, sqd, valid, head_dim, WHOLE_D, WIDE)
     if NEGATE:
         q = (0.0 - q.to(tl.float32)).to(q.dtype)
     hashes = row
     if DROPOUT:
         hashes = row_hashes(seed_ptr, batch, head, row + q_offset)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
 
-    for i in range(tl.load(work + 6), tl.load(work + 7)):
-        key = tl.load(whole_ptr + i) + c
-        acc, total, peak = _whole(acc, total, peak, q, k_base, v_base, key, d, skn, skd, svn, svd, head_dim, scale, hashes,
-                                  below, grown, WHOLE_D, WIDE, DROPOUT, PRECISION)  # fmt: skip
-    if KEYED:
-        for i in range(tl.load(work + 8), tl.load(work + 9)):
-            key = tl.load(keys_ptr + tl.load(whole_ptr + i) + c)
-            acc, total, peak = _whole(acc, total, peak, q, k_base, v_base, key, d, skn, skd, svn, svd, head_dim, scale, hashes,
-                                      below, grown, WHOLE_D, WIDE, DROPOUT, PRECISION)  # fmt: skip
-    tile = tl.minimum(tile_row + s, tile_row + count - 1)
-    for i in range(tl.load(work + 10), tl.load(work + 11)):
-        block = masked_ptr + i * BLOCK_FIELDS
-        slot = tl.load(block)
-        exists = (c >= tl.load(block + 1)) & (c < tl.load(block + 2))
-        allowed = allowed_links(c[None, :], tile[:, None], block, data_ptr, BITS)
-        key = slot + c
-        if KEYED:
-            # Slots of sorted keys are written as -1 - slot.
-            key = tl.load(keys_ptr + (-1 - slot) + c, mask=exists & (c < tl.where(slot < 0, BLOCK_N, 0)), other=slot + c)
-        acc, total, peak = _some(acc, total, peak, q, k_base, v_base, key, exists, allowed, d, skn, skd, svn, svd, head_dim,
-                                 scale, hashes, below, grown, WHOLE_D, WIDE, DROPOUT, PRECISION)  # fmt: skip
+    for i in range(tl.load(work + Q_WHOLE), tl.load(work + Q_WHOLE + 1)):
+        key = tl.load(whole_ptr + i) + n
+        acc, row_sum, row_max = _whole_block(acc, row_sum, row_max, q, k_base, v_base, key, d, skn, skd, svn, svd, head_dim,
+                                             scale_log2, hashes, max_dropped, keep_scale, WHOLE_D, WIDE, DROPOUT,
+                                             PRECISION)  # fmt: skip
+    if SORTED_KEYS:
+        for i in range(tl.load(work + Q_WHOLE_SORTED), tl.load(work + Q_WHOLE_SORTED + 1)):
+            key = tl.load(keys_ptr + tl.load(whole_ptr + i) + n)
+            acc, row_sum, row_max = _whole_block(acc, row_sum, row_max, q, k_base, v_base, key, d, skn, skd, svn, svd, head_dim,
+                                                 scale_log2, hashes, max_dropped, keep_scale, WHOLE_D, WIDE, DROPOUT,
+                                                 PRECISION)  # fmt: skip
+    # Rows beyond the item repeat the last one, whose mask exists.
+    tile_row = tl.load(work + Q_TILE_ROW) + tl.minimum(m, count - 1)
+    for i in range(tl.load(work + Q_MASKED), tl.load(work + Q_MASKED + 1)):
+        key, exists, allowed = masked_keys(
+            masked_ptr + i * B_FIELDS, tile_row, n, keys_ptr, data_ptr, BITS, SORTED_KEYS, BLOCK_N
+        )
+        acc, row_sum, row_max = _masked_block(acc, row_sum, row_max, q, k_base, v_base, key, exists, allowed, d, skn, skd, svn,
+                                              svd, head_dim, scale_log2, hashes, max_dropped, keep_scale, WHOLE_D, WIDE,
+                                              DROPOUT, PRECISION)  # fmt: skip
     if POINTS:
-        end = tl.load(work + 13)
-        for i in range(tl.load(work + 12), end, BLOCK_N):
-            exists = i + c < end
-            key = tl.load(point_key_ptr + i + c, mask=exists, other=0)
-            allowed = tl.load(point_row_ptr + i + c, mask=exists, other=-1)[None, :] == s[:, None]
-            acc, total, peak = _some(acc, total, peak, q, k_base, v_base, key, exists, allowed, d, skn, skd, svn, svd, head_dim,
-                                     scale, hashes, below, grown, WHOLE_D, WIDE, DROPOUT, PRECISION)  # fmt: skip
+        end = tl.load(work + Q_POINTS + 1)
+        for i in range(tl.load(work + Q_POINTS), end, BLOCK_N):
+            key, exists, allowed = gathered_keys(i, end, m, n, point_key_ptr, point_row_ptr)
+            acc, row_sum, row_max = _masked_block(acc, row_sum, row_max, q, k_base, v_base, key, exists, allowed, d, skn, skd,
+                                                  svn, svd, head_dim, scale_log2, hashes, max_dropped, keep_scale, WHOLE_D,
+                                                  WIDE, DROPOUT, PRECISION)  # fmt: skip
 
-    seeing = total > 0
-    out = acc / tl.where(seeing, total, 1.0)[:, None]
-    lse = tl.where(seeing, (peak + tl.log2(tl.where(seeing, total, 1.0))) * 0.6931471805599453, float("-inf"))
-    # What is not a number must stay so, also where a sum of NaN is not above 0.
-    broken = total != total
-    out = tl.where(broken[:, None], total[:, None], out)
-    lse = tl.where(broken, total, lse)
-    inside = valid[:, None] & (d[None, :] < head_dim)
-    direct = True
+    is_final = True
     if SPLIT:
-        slot = tl.load(work + 14)
-        if slot >= 0:
-            direct = False
-            place = slot.to(tl.int64) * BLOCK_M + s
-            tl.store(part_out_ptr + place[:, None] * head_dim + d[None, :], out, mask=inside)
-            tl.store(part_lse_ptr + place, lse, mask=valid)
-    if direct:
-        place = (batch.to(tl.int64) * heads + head) * n_q + row
-        store_rows(out_ptr, lse_ptr, place, d, out, lse, valid, inside, head_dim, ADD)
+        partial = tl.load(work + Q_PARTIAL)
+        if partial >= 0:
+            is_final = False
+            index = partial.to(tl.int64) * BLOCK_M + m
+            inside = valid[:, None] & (d[None, :] < head_dim)
+            tl.store(part_out_ptr + index[:, None] * head_dim + d[None, :], acc, mask=inside)
+            tl.store(part_max_ptr + index, row_max, mask=valid)
+            tl.store(part_sum_ptr + index, row_sum, mask=valid)
+    if is_final:
+        index = (batch.to(tl.int64) * heads + head) * n_q + row
+        _store_rows(out_ptr, lse_ptr, row_max_ptr, row_sum_ptr, index, d, acc, row_sum, row_max, valid, head_dim, ADD, JOIN)
 
 
 @triton.jit
-def store_rows(out_ptr, lse_ptr, place, d, out, lse, valid, inside, head_dim, ADD: tl.constexpr):
-    """Write rows, or join them by lse to what another piece has written there."""
-    pointer = out_ptr + place[:, None] * head_dim + d[None, :]
+def _store_rows(out_ptr, lse_ptr, row_max_ptr, row_sum_ptr, index, d, acc, row_sum, row_max, valid, head_dim,
+                ADD: tl.constexpr, JOIN: tl.constexpr):  # fmt: skip
+    """Write rows; with ADD those that see something, with ADD and JOIN joined to what earlier launches wrote."""
     if ADD:
-        old = tl.load(lse_ptr + place, mask=valid, other=float("-inf"))
-        top = tl.maximum(old, lse)
-        base = tl.where(top == float("-inf"), 0.0, top)
-        before, now = tl.exp(old - base), tl.exp(lse - base)
-        both = before + now
-        share = tl.where(both == 0, 1.0, both)
-        out = (tl.load(pointer, mask=inside, other=0.0).to(tl.float32) * before[:, None] + out * now[:, None]) / share[:, None]
-        lse = tl.where(both == 0, float("-inf"), base + tl.log(share))
-        # A row that sees nothing here keeps to the bit what it had.
-        inside = inside & (now != 0)[:, None]
-        valid = valid & (now != 0)
-    tl.store(pointer, out.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + place, lse, mask=valid)
+        # A row that sees nothing here keeps to the bit what it had. A sum of NaN is stored.
+        valid = valid & (row_sum != 0)
+    inside = valid[:, None] & (d[None, :] < head_dim)
+    pointer = out_ptr + index[:, None] * head_dim + d[None, :]
+    if ADD and JOIN:
+        old_max = tl.load(row_max_ptr + index, mask=valid, other=float("-inf"))
+        old_sum = tl.load(row_sum_ptr + index, mask=valid, other=0.0)
+        new_max = tl.maximum(old_max, row_max)
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        old_weight, rescale = old_sum * tl.exp2(old_max - base), tl.exp2(row_max - base)
+        acc = tl.load(pointer, mask=inside, other=0.0).to(tl.float32) * old_weight[:, None] + acc * rescale[:, None]
+        row_sum = old_weight + row_sum * rescale
+        row_max = new_max
+    empty = row_sum == 0
+    divisor = tl.where(empty, 1.0, row_sum)
+    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(divisor)) * 0.6931471805599453)
+    tl.store(pointer, (acc / divisor[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + index, lse, mask=valid)
+    if JOIN:
+        tl.store(row_max_ptr + index, row_max, mask=valid)
+        tl.store(row_sum_ptr + index, row_sum, mask=valid)
 
 
 @triton.jit(do_not_specialize=["heads", "n_q"])
 def merge_kernel(
-    out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, work_ptr, rows_ptr, heads, n_q, head_dim,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ORDERED: tl.constexpr, ADD: tl.constexpr,
+    out_ptr, lse_ptr, row_max_ptr, row_sum_ptr, part_out_ptr, part_max_ptr, part_sum_ptr, merges_ptr, rows_ptr,
+    heads, n_q, head_dim,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SORTED_ROWS: tl.constexpr, ADD: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts of rows that were split. Work: batch, head, first row, rows, order, first slot, parts."""
-    work = work_ptr + tl.program_id(0).to(tl.int64) * 7
-    batch, head, start, count = tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
-    slot, parts = tl.load(work + 5), tl.load(work + 6)
-    s = tl.arange(0, BLOCK_M)
+    """Merge the partial results of rows that were split. merges: `(programs, M_FIELDS)`; the rest as in `fwd_kernel`."""
+    merge = merges_ptr + tl.program_id(0).to(tl.int64) * M_FIELDS
+    batch, head, count = tl.load(merge + M_BATCH), tl.load(merge + M_HEAD), tl.load(merge + M_COUNT)
+    parts = tl.load(merge + M_PARTS)
+    m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    valid = s < count
+    valid = m < count
     inside = valid[:, None] & (d[None, :] < head_dim)
-    row = start + s
-    if ORDERED:
-        row = tl.load(rows_ptr + row, mask=s < count * tl.load(work + 4), other=row)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    origin = slot.to(tl.int64) * BLOCK_M + s
+    row = index_ids(tl.load(merge + M_FIRST), count, merge + M_SORTED, rows_ptr, m, SORTED_ROWS)
+    first = tl.load(merge + M_PARTIAL).to(tl.int64) * BLOCK_M + m
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for i in range(0, parts):
-        top = tl.maximum(top, tl.load(part_lse_ptr + origin + i * BLOCK_M, mask=valid, other=float("-inf")))
-    base = tl.where(top == float("-inf"), 0.0, top)
+        row_max = tl.maximum(row_max, tl.load(part_max_ptr + first + i * BLOCK_M, mask=valid, other=float("-inf")))
+    base = tl.where(row_max == float("-inf"), 0.0, row_max)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for i in range(0, parts):
-        place = origin + i * BLOCK_M
-        weight = tl.exp(tl.load(part_lse_ptr + place, mask=valid, other=float("-inf")) - base)
-        total += weight
-        acc += weight[:, None] * tl.load(part_out_ptr + place[:, None] * head_dim + d[None, :], mask=inside, other=0.0)
-    seeing = total != 0
-    out = acc / tl.where(seeing, total, 1.0)[:, None]
-    lse = tl.where(seeing, base + tl.log(tl.where(seeing, total, 1.0)), float("-inf"))
-    place = (batch.to(tl.int64) * heads + head) * n_q + row
-    store_rows(out_ptr, lse_ptr, place, d, out, lse, valid, inside, head_dim, ADD)
+        index = first + i * BLOCK_M
+        rescale = tl.exp2(tl.load(part_max_ptr + index, mask=valid, other=float("-inf")) - base)
+        row_sum += rescale * tl.load(part_sum_ptr + index, mask=valid, other=0.0)
+        part = tl.load(part_out_ptr + index[:, None] * head_dim + d[None, :], mask=inside, other=0.0)
+        acc += rescale[:, None] * part
+    index = (batch.to(tl.int64) * heads + head) * n_q + row
+    _store_rows(out_ptr, lse_ptr, row_max_ptr, row_sum_ptr, index, d, acc, row_sum, row_max, valid, head_dim, ADD, JOIN)
