@@ -43,18 +43,18 @@ def digraph(
     return nx.from_numpy_array(allowed.T.astype(int), create_using=nx.DiGraph), allowed
 
 
-def check_path(found: Path, graph: nx.DiGraph, allowed: np.ndarray) -> None:
-    if not nx.has_path(graph, found.source, found.target):
-        assert not found
-        assert found.layers is None
-        assert found.positions == found.hops == ()
-        assert found.heard == len(nx.ancestors(graph, found.target)) + 1
+def check_path(result: Path, graph: nx.DiGraph, allowed: np.ndarray) -> None:
+    if not nx.has_path(graph, result.source, result.target):
+        assert not result
+        assert result.layers is None
+        assert result.positions == result.hops == ()
+        assert result.heard == len(nx.ancestors(graph, result.target)) + 1
         return
-    assert found
-    assert found.layers == len(found.hops) == nx.shortest_path_length(graph, found.source, found.target)
-    assert found.positions[0] == found.source
-    assert found.positions[-1] == found.target
-    for hop, j, i in zip(found.hops, found.positions, found.positions[1:], strict=False):
+    assert result
+    assert result.layers == len(result.hops) == nx.shortest_path_length(graph, result.source, result.target)
+    assert result.positions[0] == result.source
+    assert result.positions[-1] == result.target
+    for hop, j, i in zip(result.hops, result.positions, result.positions[1:], strict=False):
         assert (hop.speaker, hop.listener) == (j, i)
         assert allowed[i, j]
         assert hop.rules
@@ -102,8 +102,8 @@ def test_a_long_search_computes_all_rows_once(monkeypatch: pytest.MonkeyPatch) -
         return lazy_runs(self, which)
 
     monkeypatch.setattr(LazyLinks, "runs", spy)
-    found = path(fl.window(1), 300, 0, 299)
-    assert found.layers == 299
+    result = path(fl.window(1), 300, 0, 299)
+    assert result.layers == 299
     assert len(row_counts) < 80
     assert path(fl.window(1) & fl.causal(), 300, 299, 0).layers is None
 
@@ -118,8 +118,8 @@ def test_a_short_path_computes_few_rows(monkeypatch: pytest.MonkeyPatch) -> None
         return lazy_runs(self, which)
 
     monkeypatch.setattr(LazyLinks, "runs", spy)
-    found = path(fl.window(16) | fl.global_tokens([0]), 200_000, 100_000, 199_999)
-    assert found.positions == (100_000, 0, 199_999)
+    result = path(fl.window(16) | fl.global_tokens([0]), 200_000, 100_000, 199_999)
+    assert result.positions == (100_000, 0, 199_999)
     assert sum(row_counts) < 100
 
 
@@ -185,18 +185,18 @@ def test_every_constructor_has_a_word() -> None:
 
 def test_a_path_is_a_sentence() -> None:
     pattern = fl.window(2) | fl.global_tokens([0])
-    found = path(pattern, 1000, 998, 500)
-    assert str(found) == "500 hears of 998 after 2 layers: 0 hears 998 by global token 0, 500 hears 0 by global token 0."
+    result = path(pattern, 1000, 998, 500)
+    assert str(result) == "500 hears of 998 after 2 layers: 0 hears 998 by global token 0, 500 hears 0 by global token 0."
     listed = ["[CLS]", *["x"] * 499, "Harry"]
-    assert found.tell(listed).startswith("Harry (500) hears of 998 after 2 layers: [CLS] (0) hears 998 by")
-    assert str(found.hops[0]) == "0 hears 998 (global token 0)"
+    assert result.tell(listed).startswith("Harry (500) hears of 998 after 2 layers: [CLS] (0) hears 998 by")
+    assert str(result.hops[0]) == "0 hears 998 (global token 0)"
     assert str(path(pattern, 1000, 3, 3)) == "3 is 3 itself: no layer is needed."
     assert str(path(pattern, 1000, 4, 3)) == "3 hears of 4 after 1 layer: 3 hears 4 by window."
     assert str(path(fl.causal(), 1000, -1, 3)) == (
         "3 never hears of 999, through however many layers: it hears of 4 of 1,000 tokens, itself included."
     )
     assert "… 43 more …" in str(path(fl.window(2), 100, 0, 97))
-    again = json.loads(json.dumps(found.to_dict()))
+    again = json.loads(json.dumps(result.to_dict()))
     assert again["positions"] == [998, 0, 500]
     assert again["hops"][0] == {"speaker": 998, "listener": 0, "rules": ["global token 0"]}
 
@@ -216,14 +216,14 @@ def heard_of(allowed: np.ndarray, layers: int) -> np.ndarray:
 
 @pytest.mark.parametrize("name", SOME)
 def test_reach_agrees_with_matrix_products(name: str) -> None:
-    found = reach(SOME[name], 100, 6)
+    result = reach(SOME[name], 100, 6)
     want = heard_of(digraph(SOME[name], 100)[1], 6) / 100
-    assert found.exact
-    assert found.positions.tolist() == list(range(100))
-    assert found.share == pytest.approx(want, abs=1e-9)
-    assert found.mean == pytest.approx(want.mean(1), abs=1e-9)
-    assert found.worst == pytest.approx(want.min(1), abs=1e-9)
-    assert set(found.margin) == {0.0}
+    assert result.exact
+    assert result.positions.tolist() == list(range(100))
+    assert result.share == pytest.approx(want, abs=1e-9)
+    assert result.mean == pytest.approx(want.mean(1), abs=1e-9)
+    assert result.worst == pytest.approx(want.min(1), abs=1e-9)
+    assert set(result.margin) == {0.0}
 
 
 @given(problems())
@@ -231,12 +231,12 @@ def test_reach_agrees_with_matrix_products(name: str) -> None:
 def test_reach_of_random_expressions(problem: tuple[fl.Pattern, Sizes, list[int]]) -> None:
     pattern, at, (_, layers, batch, head) = problem
     layers = min(layers, 5)
-    found = reach(pattern, at.n_k, layers, batch=batch, head=head)
+    result = reach(pattern, at.n_k, layers, batch=batch, head=head)
     _, allowed = digraph(pattern, at.n_k, at, batch, head)
-    assert found.share == pytest.approx(heard_of(allowed, layers) / at.n_k, abs=1e-9)
-    assert found.capacity is not None
+    assert result.share == pytest.approx(heard_of(allowed, layers) / at.n_k, abs=1e-9)
+    assert result.capacity is not None
     if at.n_k <= 60:
-        check_capacity(found.capacity, allowed)
+        check_capacity(result.capacity, allowed)
 
 
 def test_drawn_reach_covers_the_exact_one() -> None:
@@ -246,22 +246,22 @@ def test_drawn_reach_covers_the_exact_one() -> None:
     assert exact.capacity is None
     good = 0
     for seed in range(20):
-        found = reach(pattern, 1500, 6, targets=150, readers=0, seed=seed)
-        assert not found.exact
-        assert found.share.shape == (7, 150)
-        assert (np.abs(np.array(found.mean) - exact.mean) <= np.array(found.margin) + 1e-12)[:2].all(), "known from the count"
-        good += bool((np.abs(np.array(found.mean) - exact.mean) <= np.array(found.margin) + 1e-12).all())
+        result = reach(pattern, 1500, 6, targets=150, readers=0, seed=seed)
+        assert not result.exact
+        assert result.share.shape == (7, 150)
+        assert (np.abs(np.array(result.mean) - exact.mean) <= np.array(result.margin) + 1e-12)[:2].all(), "known from the count"
+        good += bool((np.abs(np.array(result.mean) - exact.mean) <= np.array(result.margin) + 1e-12).all())
         # The row of a position is exact even when positions are sampled.
-        assert found.share == pytest.approx(exact.share[:, found.positions], abs=1e-12)
+        assert result.share == pytest.approx(exact.share[:, result.positions], abs=1e-12)
     assert good >= 18
 
 
 def test_reach_prints_and_answers_depth() -> None:
-    found = reach(fl.window(5) | fl.global_tokens([0]), 1000, 3)
-    assert found.depth() == 2
-    assert found.depth(0.005) == 1
+    result = reach(fl.window(5) | fl.global_tokens([0]), 1000, 3)
+    assert result.depth() == 2
+    assert result.depth(0.005) == 1
     assert reach(fl.window(5), 1000, 3, readers=0).depth() is None
-    assert str(found).splitlines()[:6] == [
+    assert str(result).splitlines()[:6] == [
         "window(5) | global_tokens([0]) over 1,000 tokens (every token)",
         "layer   mean heard of   worst",
         "    0            0.1%   0.1%",
@@ -269,13 +269,13 @@ def test_reach_prints_and_answers_depth() -> None:
         "    2         100.00%   100.00%",
         "    3         100.00%   100.00%",
     ]
-    assert "capacity: a token sees" in str(found)
+    assert "capacity: a token sees" in str(result)
     assert "± " in str(reach(fl.window(5) | fl.random_keys(1), 2000, 3, targets=64))
     assert [
         line.split()[0] for line in str(reach(fl.window(1), 60, 30, readers=0)).splitlines()[2:]
     ] == "0 1 2 4 8 16 30".split()  # noqa: SIM905
-    again = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert again["mean"] == list(found.mean)
+    again = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert again["mean"] == list(result.mean)
     assert again["capacity"]["busiest"][0]["position"] == 0
 
 
@@ -299,22 +299,22 @@ def brute_force_loads(allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     return load, sole, near
 
 
-def check_capacity(found: capacity_module.Capacity, allowed: np.ndarray) -> None:
+def check_capacity(result: capacity_module.Capacity, allowed: np.ndarray) -> None:
     load, sole, near = brute_force_loads(allowed)
-    assert found.exact
-    assert found.near == pytest.approx(near.mean(), abs=1e-9)
-    assert found.relayed == pytest.approx(load.sum(1).mean(), abs=1e-9)
-    assert found.sole == pytest.approx(sole.sum(1).mean(), abs=1e-9)
-    assert found.relays == pytest.approx((load > 0).sum(1).mean(), abs=1e-9)
-    assert found.bottleneck == pytest.approx(load.max(1).mean(), abs=1e-9)
-    assert len(found.busiest) == min(16, (load.sum(0) > 0).sum())
+    assert result.exact
+    assert result.near == pytest.approx(near.mean(), abs=1e-9)
+    assert result.relayed == pytest.approx(load.sum(1).mean(), abs=1e-9)
+    assert result.sole == pytest.approx(sole.sum(1).mean(), abs=1e-9)
+    assert result.relays == pytest.approx((load > 0).sum(1).mean(), abs=1e-9)
+    assert result.bottleneck == pytest.approx(load.max(1).mean(), abs=1e-9)
+    assert len(result.busiest) == min(16, (load.sum(0) > 0).sum())
     strict = allowed & ~np.eye(allowed.shape[0], dtype=bool)
-    for relay in found.busiest:
+    for relay in result.busiest:
         assert relay.load == pytest.approx(load[:, relay.position].mean(), abs=1e-9)
         assert relay.sole == pytest.approx(sole[:, relay.position].mean(), abs=1e-9)
         assert relay.hears == strict[relay.position].sum()
         assert relay.heard_by == strict[:, relay.position].sum()
-    assert [relay.load for relay in found.busiest] == sorted((relay.load for relay in found.busiest), reverse=True)
+    assert [relay.load for relay in result.busiest] == sorted((relay.load for relay in result.busiest), reverse=True)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -388,6 +388,6 @@ def test_a_path_through_a_million_tokens_takes_a_second() -> None:
     path(pattern, 1000, 0, 999)
     for source, target in ((300, n - 5), (n - 1, 1), (n // 2, n // 3)):
         start = time.process_time()
-        found = path(pattern, n, source, target)
+        result = path(pattern, n, source, target)
         assert time.process_time() - start < 1
-        assert found.layers == 2
+        assert result.layers == 2

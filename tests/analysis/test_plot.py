@@ -104,20 +104,20 @@ def test_hops_rise_to_the_share_that_can_be_reached() -> None:
 
 
 def test_reach_shows_mean_and_worst() -> None:
-    found = reach(fl.window(5), 300, 8)
-    ax = plot_reach(found)
-    assert ax.lines[0].get_ydata() == pytest.approx(found.mean)
-    assert ax.lines[1].get_ydata() == pytest.approx(found.worst)
+    result = reach(fl.window(5), 300, 8)
+    ax = plot_reach(result)
+    assert ax.lines[0].get_ydata() == pytest.approx(result.mean)
+    assert ax.lines[1].get_ydata() == pytest.approx(result.worst)
     assert ax.get_xlim() == (0, 8)
     plot_reach(reach(fl.window(5), 300, 0)).figure.canvas.draw()
 
 
 def test_a_path_is_arcs() -> None:
-    found = path(ALL_THREE, 1000, 500, 999)
-    ax = plot_path(found)
-    assert len(ax.patches) == found.layers
-    assert {text.get_text() for text in ax.texts} >= {"500", "999", *(hop.rules[0] for hop in found.hops)}
-    assert ax.get_title() == f"999 hears of 500 after {found.layers} layers"
+    result = path(ALL_THREE, 1000, 500, 999)
+    ax = plot_path(result)
+    assert len(ax.patches) == result.layers
+    assert {text.get_text() for text in ax.texts} >= {"500", "999", *(hop.rules[0] for hop in result.hops)}
+    assert ax.get_title() == f"999 hears of 500 after {result.layers} layers"
     assert plot_path(path(fl.causal(), 9, 8, 0)).get_title() == "0 never hears of 8"
     assert plot_path(path(fl.window(1), 9, 8, 7)).get_title() == "7 hears of 8 after 1 layer"
     assert len(plot_path(path(fl.window(1), 99, 0, 98)).texts) == 2, "of many relays only the ends are named"

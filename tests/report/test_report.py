@@ -107,8 +107,8 @@ def test_nothing_is_fetched() -> None:
     assert outside == []
     for name in sorted(ASSETS.rglob("*")):
         if name.is_file() and name.suffix in (".js", ".css"):
-            found = re.findall(r"fetch\(|XMLHttpRequest|WebSocket|sendBeacon|@import|url\(|innerHTML|eval\(", name.read_text())
-            assert not found, f"{name.name}: {found}"
+            result = re.findall(r"fetch\(|XMLHttpRequest|WebSocket|sendBeacon|@import|url\(|innerHTML|eval\(", name.read_text())
+            assert not result, f"{name.name}: {result}"
 
 
 def test_placeholders_inside_data_are_not_replaced() -> None:
@@ -237,12 +237,12 @@ def test_a_map_shows_what_the_library_says() -> None:
     data = pages.mapped(pattern, 300, 4)
     held = Reader(report.render(data)).held("data")
     row = held["patterns"][0]
-    found, world = fl.reach(pattern, 300, 4), fl.smallworld(pattern, 300)
+    result, world = fl.reach(pattern, 300, 4), fl.smallworld(pattern, 300)
     assert row["text"] == repr(pattern)
     assert row["views"]["text"]["world"] == json.loads(json.dumps(world.to_dict()))
-    assert row["views"]["text"]["reach"]["mean"] == list(found.mean)
+    assert row["views"]["text"]["reach"]["mean"] == list(result.mean)
     share = np.stack([unpack(layer) for layer in row["views"]["text"]["reach"]["share"]])
-    assert np.allclose(share, found.share[:, np.argsort(found.positions)], atol=1e-6)
+    assert np.allclose(share, result.share[:, np.argsort(result.positions)], atol=1e-6)
     assert row["cost"]["tokens"] == [64, 256, 300]
     assert row["cost"]["links"] == [pattern.count(n) for n in (64, 256, 300)]
     assert row["cost"]["full"] == [n * n for n in (64, 256, 300)]
@@ -295,20 +295,20 @@ def test_lost_links_are_the_heaviest_that_are_missing(audited: tuple[Any, Any, d
 
 # ---- words of the text ----------------------------------------------------------------------------------------------------
 def test_words_are_the_text() -> None:
-    found = words_of(pages.text(), pages.tokenizer())
-    assert "".join(found[t] for t in range(found.count)) == pages.text()
-    assert found.count == len(pages.tokenizer()(pages.text(), add_special_tokens=False)["input_ids"])
-    assert (found.before, found.after) == (["[CLS]"], ["[SEP]"])
-    lengths = unpack(found.to_page()["lengths"])
+    result = words_of(pages.text(), pages.tokenizer())
+    assert "".join(result[t] for t in range(result.count)) == pages.text()
+    assert result.count == len(pages.tokenizer()(pages.text(), add_special_tokens=False)["input_ids"])
+    assert (result.before, result.after) == (["[CLS]"], ["[SEP]"])
+    lengths = unpack(result.to_page()["lengths"])
     # JavaScript's lengths: the smiley counts twice.
     assert lengths.sum() == len(pages.text().encode("utf-16-le")) // 2
 
 
 def test_a_long_text_ends_where_the_page_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farlight.report.words._MAX_CHARACTERS", 100)
-    found = words_of(pages.text(), pages.tokenizer()).to_page()
-    assert found["shown"] < found["tokens"]
-    assert found["content"]["size"] <= 100
+    result = words_of(pages.text(), pages.tokenizer()).to_page()
+    assert result["shown"] < result["tokens"]
+    assert result["content"]["size"] <= 100
 
 
 def test_passages_can_be_spread_over_the_whole_text() -> None:
