@@ -95,8 +95,8 @@ def test_bigbird_is_hugging_faces(seed: int) -> None:
         block_size=options["block"],
         num_random_blocks=options["random"],
     )
-    found = compare(BigBirdModel(made).train(seed % 2 == 0), inputs, sparsify)
-    assert found.fine, found
+    actual = compare(BigBirdModel(made).train(seed % 2 == 0), inputs, sparsify)
+    assert actual.fine, actual
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -109,8 +109,8 @@ def test_bigbird_pegasus_encoder_is_hugging_faces(seed: int) -> None:
         block_size=options["block"],
         num_random_blocks=options["random"],
     )
-    found = compare(BigBirdPegasusModel(made).get_encoder().train(seed % 2 == 0), inputs, sparsify)
-    assert found.fine, found
+    actual = compare(BigBirdPegasusModel(made).get_encoder().train(seed % 2 == 0), inputs, sparsify)
+    assert actual.fine, actual
 
 
 def test_in_training_at_the_papers_lengths_a_block_may_count_twice() -> None:
@@ -118,8 +118,8 @@ def test_in_training_at_the_papers_lengths_a_block_may_count_twice() -> None:
     made = config(block_size=64, num_random_blocks=3, max_position_embeddings=1024)
     model = BigBirdModel(made)
     inputs = {"input_ids": torch.randint(3, 40, (1, 1000))}
-    found = compare(model, inputs, sparsify)
-    assert found.fine, found
+    actual = compare(model, inputs, sparsify)
+    assert actual.fine, actual
     weights = [w for layer in model.encoder.layer for _, w in layer.attention.self._training(1000)]
     assert 2.0 in weights
 
@@ -143,9 +143,9 @@ def test_the_comparison_can_fail(wrong: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert compare(model, inputs, sparsify).fine
     restore(model)
     monkeypatch.setattr(BigBirdAttention, "_evaluation", wrong)
-    found = compare(model, inputs, sparsify)
-    assert found.output > 1e-3
-    assert found.gradient > 1e-3
+    actual = compare(model, inputs, sparsify)
+    assert actual.output > 1e-3
+    assert actual.gradient > 1e-3
 
 
 def test_training_and_evaluation_differ() -> None:
@@ -173,21 +173,21 @@ def test_task_heads(head: Any, training: bool) -> None:
     real = torch.ones(2, 53, dtype=torch.long)
     real[1, 41:] = 0
     labels = {name: torch.randint(0, 2, shape) for name, shape in HEADS[head].items()}
-    found = compare(model, {"input_ids": ids, "attention_mask": real, **labels}, sparsify)
-    assert found.fine, found
+    actual = compare(model, {"input_ids": ids, "attention_mask": real, **labels}, sparsify)
+    assert actual.fine, actual
 
 
 def test_multiple_choice() -> None:
     ids = torch.randint(3, 40, (2, 3, 50))
-    found = compare(BigBirdForMultipleChoice(config()), {"input_ids": ids, "labels": torch.tensor([0, 2])}, sparsify)
-    assert found.fine, found
+    actual = compare(BigBirdForMultipleChoice(config()), {"input_ids": ids, "labels": torch.tensor([0, 2])}, sparsify)
+    assert actual.fine, actual
 
 
 def test_pegasus_with_its_decoder() -> None:
     model = BigBirdPegasusForConditionalGeneration(pegasus())
     ids = torch.randint(3, 40, (2, 50))
-    found = compare(model, {"input_ids": ids, "labels": torch.randint(3, 40, (2, 7))}, sparsify)
-    assert found.fine, found
+    actual = compare(model, {"input_ids": ids, "labels": torch.randint(3, 40, (2, 7))}, sparsify)
+    assert actual.fine, actual
     theirs = restore(model.eval()).generate(ids, max_new_tokens=12, do_sample=False)
     assert torch.equal(theirs, sparsify(model).generate(ids, max_new_tokens=12, do_sample=False))
 
@@ -300,8 +300,8 @@ def test_restore_puts_everything_back(kind: str) -> None:
     assert {name: vars(m).keys() for name, m in model.named_modules()} == held
     assert model.config is made
     assert model.attention_type == "block_sparse"
-    found = errors(before, answer(model, inputs))
-    assert found.output == found.gradient == 0
+    actual = errors(before, answer(model, inputs))
+    assert actual.output == actual.gradient == 0
 
 
 def test_copies_and_pickles_are_sparse_too() -> None:
@@ -356,8 +356,8 @@ def test_compiled() -> None:
     ids, real = torch.randint(3, 40, (2, 50)), torch.ones(2, 50)
     real[1, 45:] = 0
     expected = model(ids, attention_mask=real).last_hidden_state
-    found = torch.compile(model, backend="eager")(ids, attention_mask=real).last_hidden_state
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    actual = torch.compile(model, backend="eager")(ids, attention_mask=real).last_hidden_state
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be() -> None:

@@ -86,10 +86,10 @@ def test_generation_is_that_of_the_sparse_model_without_a_cache(name: str, patte
     given = prompt(2, padded=True)
     options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
     cache = fl.hf.SparseCache(model, chosen)
-    found = said(model, chosen, given, 16, past_key_values=cache, **options)
+    actual = said(model, chosen, given, 16, past_key_values=cache, **options)
     true = said(model, chosen, given, 16, use_cache=False, **options)
-    assert found.sequences.tolist() == true.sequences.tolist()
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(true.logits), atol=2e-4, rtol=1e-4)
+    assert actual.sequences.tolist() == true.sequences.tolist()
+    torch.testing.assert_close(torch.stack(actual.logits), torch.stack(true.logits), atol=2e-4, rtol=1e-4)
     assert len(set(true.sequences[-1, 30:].tolist())) > 4
     assert cache.get_seq_length() == 45
     if pattern == "streaming" and name != "mistral, sliding window":
@@ -104,8 +104,8 @@ def test_256_tokens_are_identical() -> None:
         model, pattern = model_of(name, 1), fl.presets.streaming(4, 32)
         given = prompt(2, padded=True)
         cache = fl.hf.SparseCache(model, pattern)
-        found = said(model, pattern, given, 256, past_key_values=cache)
-        assert found.tolist() == said(model, pattern, given, 256, use_cache=False).tolist()
+        actual = said(model, pattern, given, 256, past_key_values=cache)
+        assert actual.tolist() == said(model, pattern, given, 256, use_cache=False).tolist()
         assert cache.kept == (9 if name.startswith("mistral") else 36)
 
 
@@ -128,13 +128,13 @@ def test_a_router_chooses_in_every_layer() -> None:
     """With room for every block it reads everything; with less it reads something else."""
     model, given = model_of("llama"), prompt(2)
     dense = model.generate(**given, max_new_tokens=20, do_sample=False)
-    found = []
+    actual = []
     for count in (50, 1):
         router = fl.routing.TopBlocks(count, 4, causal=True)
         cache = fl.hf.SparseCache(model, router)
-        found.append(model.generate(**given, max_new_tokens=20, do_sample=False, past_key_values=cache).tolist())
+        actual.append(model.generate(**given, max_new_tokens=20, do_sample=False, past_key_values=cache).tolist())
         assert cache.kept == 49
-    assert found[0] == dense.tolist() != found[1]
+    assert actual[0] == dense.tolist() != actual[1]
     with torch.no_grad(), pytest.raises(fl.UnsupportedError, match="which counts the tokens of each text or reads their"):
         model(**prompt(2, padded=True), past_key_values=fl.hf.SparseCache(model, router))
 
@@ -146,8 +146,8 @@ def test_a_text_can_go_on_in_a_second_call() -> None:
     once = said(model, pattern, first, 10, past_key_values=cache)
     longer = torch.cat((once, prompt(n=7)["input_ids"]), 1)
     given = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
-    found = said(model, pattern, given, 10, past_key_values=cache)
-    assert found.tolist() == said(model, pattern, given, 10, use_cache=False).tolist()
+    actual = said(model, pattern, given, 10, past_key_values=cache)
+    assert actual.tolist() == said(model, pattern, given, 10, use_cache=False).tolist()
     cache.reset()
     assert cache.get_seq_length() == 0
     assert said(model, pattern, first, 10, past_key_values=cache).tolist() == once.tolist()
@@ -156,9 +156,9 @@ def test_a_text_can_go_on_in_a_second_call() -> None:
 def test_a_sparsified_model_needs_no_second_naming_of_its_pattern() -> None:
     model, given = fl.hf.sparsify(model_of("llama"), {0: fl.window(5), 2: fl.presets.streaming(1, 8)}), prompt()
     cache = fl.hf.SparseCache(model)
-    found = model.generate(**given, max_new_tokens=10, do_sample=False, past_key_values=cache)
+    actual = model.generate(**given, max_new_tokens=10, do_sample=False, past_key_values=cache)
     assert [layer.cache.kept for layer in cache.layers] == [6, 39, 9]
-    assert found.tolist() == model.generate(**given, max_new_tokens=10, do_sample=False, use_cache=False).tolist()
+    assert actual.tolist() == model.generate(**given, max_new_tokens=10, do_sample=False, use_cache=False).tolist()
 
 
 def test_sinks_in_the_softmax_are_counted() -> None:
@@ -177,8 +177,8 @@ def test_sinks_in_the_softmax_are_counted() -> None:
     model.set_attn_implementation("farlight")
     pattern, given = fl.presets.streaming(2, 12), prompt(2, padded=True)
     cache = fl.hf.SparseCache(model, pattern)
-    found = said(model, pattern, given, 20, past_key_values=cache)
-    assert found.tolist() == said(model, pattern, given, 20, use_cache=False).tolist()
+    actual = said(model, pattern, given, 20, past_key_values=cache)
+    assert actual.tolist() == said(model, pattern, given, 20, use_cache=False).tolist()
     assert [layer.cache.kept for layer in cache.layers] == [6, 14]
 
 
@@ -202,8 +202,8 @@ def test_beams_and_samples() -> None:
     model, pattern = model_of("llama"), PATTERNS["streaming"]
     given = prompt(2, padded=True)
     for options in ({"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
-        found = said(model, pattern, given, 12, past_key_values=fl.hf.SparseCache(model, pattern), **options)
-        assert found.tolist() == said(model, pattern, given, 12, use_cache=False, **options).tolist()
+        actual = said(model, pattern, given, 12, past_key_values=fl.hf.SparseCache(model, pattern), **options)
+        assert actual.tolist() == said(model, pattern, given, 12, use_cache=False, **options).tolist()
     cache = fl.hf.SparseCache(model, pattern)
     with torch.no_grad():
         model(**given, past_key_values=cache)

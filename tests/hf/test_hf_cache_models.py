@@ -45,8 +45,8 @@ def logits(model: Any, start: int, stop: int, **options: Any) -> Tensor:
 
 def without_a_cache(name: str) -> tuple[Any, Tensor] | None:
     """A small model of a type, and what it says under PATTERN; None where either cannot be had."""
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
-    kind = getattr(transformers, found if isinstance(found, str) else found[0])
+    actual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
+    kind = getattr(transformers, actual if isinstance(actual, str) else actual[0])
 
     def latent(**sizes: Any) -> Any:  # as many heads of keys as of queries, whose width the rotary part says
         sizes.pop("head_dim", None)
@@ -70,12 +70,12 @@ def verdict(model: Any, expected: Tensor) -> str:
     try:
         cache = fl.hf.SparseCache(model, PATTERN)
         stage = "the first pass"
-        found = [logits(model, 0, 20, past_key_values=cache, use_cache=True)]
+        actual = [logits(model, 0, 20, past_key_values=cache, use_cache=True)]
         stage = "a later pass"
-        found += [logits(model, t, t + 1, past_key_values=cache, use_cache=True) for t in range(20, 24)]
+        actual += [logits(model, t, t + 1, past_key_values=cache, use_cache=True) for t in range(20, 24)]
     except fl.UnsupportedError as error:
         return f"{stage}: {error}"
-    difference = (torch.cat(found, 1) - expected)[REAL.bool()].abs().max() / expected.abs().max()
+    difference = (torch.cat(actual, 1) - expected)[REAL.bool()].abs().max() / expected.abs().max()
     # Random weights of deep recurrent models enlarge rounding; a wrong key shows in the first digit.
     assert float(difference) < 2e-4
     assert cache.get_seq_length() == 24
@@ -99,9 +99,9 @@ def test_keys_that_change_behind_the_cache_are_refused_at_the_first_pass(name: s
 
 
 def test_the_way_that_the_error_names_gives_the_same_tokens() -> None:
-    found = without_a_cache("deepseek_v3")
-    assert found is not None
-    model, _ = found
+    actual = without_a_cache("deepseek_v3")
+    assert actual is not None
+    model, _ = actual
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     with fl.hf.use_pattern(model, PATTERN):
         cached, plain = (model.generate(IDS, attention_mask=REAL, use_cache=use, **options) for use in (True, False))
@@ -132,10 +132,10 @@ def test_layers_that_share_keys_are_served_from_where_those_were_kept() -> None:
 def test_every_causal_model_is_the_same_or_refused_before_a_wrong_word() -> None:
     verdicts: Counter[str] = Counter()
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        found = without_a_cache(name)
-        if found is None or not attention_modules(found[0]):
+        actual = without_a_cache(name)
+        if actual is None or not attention_modules(actual[0]):
             continue
-        said = verdict(*found)
+        said = verdict(*actual)
         verdicts[said.split(":")[0]] += 1
         assert not said.startswith("a later pass"), f"{name}: {said}"
     print(dict(verdicts))

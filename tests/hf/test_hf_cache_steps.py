@@ -26,8 +26,8 @@ def test_a_padded_batch_of_one_writes_what_it_writes_without_a_cache(name: str, 
     given["attention_mask"][:, at] = 0
     pattern = STREAMING if side == "left" else fl.window(9)
     cache = fl.hf.SparseCache(model, pattern)
-    found = said(model, pattern, given, 12, past_key_values=cache)
-    assert found.tolist() == said(model, pattern, given, 12, use_cache=False).tolist()
+    actual = said(model, pattern, given, 12, past_key_values=cache)
+    assert actual.tolist() == said(model, pattern, given, 12, use_cache=False).tolist()
 
 
 class Passes:
@@ -57,10 +57,10 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, after: bool, call: Cal
         count += 1
         if count == at + 1 and not after:
             raise KeyboardInterrupt
-        found = right(*given)
+        actual = right(*given)
         if count == at + 1:
             raise KeyboardInterrupt
-        return found
+        return actual
 
     with monkeypatch.context() as patched:
         patched.setattr(cache_layer, "masked_decode", answer)

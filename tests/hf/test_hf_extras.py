@@ -44,11 +44,11 @@ def test_sinks_are_one_more_key_of_value_zero(dtype: torch.dtype) -> None:
     sinks = torch.tensor([-1.0, 0.0, 3.0, 60.0], dtype=torch.float64)
     pattern = fl.window(2) - fl.sees_all([4])  # row 4 sees nothing
     given = [x.to(dtype) for x in (q, k, v, sinks)]
-    found, _ = attention_forward(Module(), *given[:3], ModelMask(pattern, 0), s_aux=given[3])
-    assert found.dtype == dtype
+    actual, _ = attention_forward(Module(), *given[:3], ModelMask(pattern, 0), s_aux=given[3])
+    assert actual.dtype == dtype
     expected = dense(*(x.double() for x in given[:3]), pattern.dense(9), given[3].double())
-    assert (found.double() - expected).abs().max() < {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
-    assert not found[:, 4].any()
+    assert (actual.double() - expected).abs().max() < {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    assert not actual[:, 4].any()
 
 
 def test_gradients_of_sinks() -> None:
@@ -61,11 +61,11 @@ def test_gradients_of_sinks() -> None:
 
     assert torch.autograd.gradcheck(run, (q, k, v, sinks))
     weights = torch.randn(1, 5, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = torch.autograd.grad((run(q, k, v, sinks) * weights).sum(), (q, k, v, sinks))
+    actual = torch.autograd.grad((run(q, k, v, sinks) * weights).sum(), (q, k, v, sinks))
     expected = torch.autograd.grad(
         (dense(q, k, v, pattern.dense(5), sinks, 0.5)[:, [0, 1, 3, 4]] * weights[:, [0, 1, 3, 4]]).sum(), (q, k, v, sinks)
     )
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -84,20 +84,20 @@ def test_indices_restrict_each_query(rows: int) -> None:
     chosen = torch.zeros(2, 1, rows, 9, dtype=torch.bool)
     chosen.scatter_(-1, indices[:, None].long(), True)
     allowed = chosen & fl.causal().dense(rows, 9)
-    found, _ = attention_forward(Module(), q, k, v, ModelMask(fl.causal(), 9 - rows), indices=indices)
-    torch.testing.assert_close(found, dense(q, k, v, allowed))
+    actual, _ = attention_forward(Module(), q, k, v, ModelMask(fl.causal(), 9 - rows), indices=indices)
+    torch.testing.assert_close(actual, dense(q, k, v, allowed))
     module = Module()
     module.__dict__[SETTING] = Setting(fl.window(3))
-    found, _ = attention_forward(module, q, k, v, ModelMask(fl.causal(), 9 - rows), indices=indices)
-    torch.testing.assert_close(found, dense(q, k, v, allowed & fl.window(3).dense(rows, 9)))
+    actual, _ = attention_forward(module, q, k, v, ModelMask(fl.causal(), 9 - rows), indices=indices)
+    torch.testing.assert_close(actual, dense(q, k, v, allowed & fl.window(3).dense(rows, 9)))
 
 
 def test_indices_of_empty_slots_are_left_out() -> None:
     q, k, v = inputs()
     indices = torch.tensor([0, 8]).expand(2, 3, 2)  # slot 8 of a static cache holds nothing yet
     own = model_mask(2, 3, 9, q_offset=4)
-    found, _ = attention_forward(Module(), q[:, :, :3], k, v, own, indices=indices)
-    torch.testing.assert_close(found, v[:, :, :1].repeat_interleave(2, 1).transpose(1, 2).expand(2, 3, 4, 8))
+    actual, _ = attention_forward(Module(), q[:, :, :3], k, v, own, indices=indices)
+    torch.testing.assert_close(actual, v[:, :, :1].repeat_interleave(2, 1).transpose(1, 2).expand(2, 3, 4, 8))
 
 
 def test_indices_of_another_shape_are_refused() -> None:
@@ -124,8 +124,8 @@ def test_block_indices_restrict_each_query(rows: int, groups: int) -> None:
     blocks = torch.rand(2, groups, rows, 3, generator=torch.Generator().manual_seed(2)).argsort(-1)[..., :2]
     blocks[..., 0, 1] = -1  # a list that is shorter than the others
     chosen = (blocks[..., None] == torch.arange(9) // 4).any(-2).repeat_interleave(4 // groups, 1)
-    found, _ = attention_forward(Indexed(4), q, k, v, ModelMask(fl.causal(), 9 - rows), block_indices=blocks)
-    torch.testing.assert_close(found, dense(q, k, v, chosen & fl.causal().dense(rows, 9)))
+    actual, _ = attention_forward(Indexed(4), q, k, v, ModelMask(fl.causal(), 9 - rows), block_indices=blocks)
+    torch.testing.assert_close(actual, dense(q, k, v, chosen & fl.causal().dense(rows, 9)))
 
 
 def test_blocks_that_cannot_be_read_are_refused() -> None:
@@ -165,9 +165,9 @@ def test_values_may_be_narrower_or_wider_than_keys(dv: int, scale: float | None)
     q, k, v = inputs(dv=dv)
     sinks = torch.zeros(4, dtype=torch.float64)
     expected = dense(q, k, v, fl.causal().dense(9), sinks, 8**-0.5 if scale is None else scale)
-    found, _ = attention_forward(Module(), q, k, v, ModelMask(fl.causal(), 0), scaling=scale, s_aux=sinks)
-    torch.testing.assert_close(found, expected)
-    assert found.is_contiguous()
+    actual, _ = attention_forward(Module(), q, k, v, ModelMask(fl.causal(), 0), scaling=scale, s_aux=sinks)
+    torch.testing.assert_close(actual, expected)
+    assert actual.is_contiguous()
 
 
 # ---- caches that have dropped keys -----------------------------------------------------------------------------------
@@ -191,12 +191,12 @@ def test_positions_stay_what_they_were(pattern: fl.Pattern, rows: int, padded: b
     )  # fmt: skip
     module = Module()
     module.__dict__[SETTING] = Setting(pattern)
-    found, _ = attention_forward(module, q[:, :, -rows:], k[:, :, -kept:], v[:, :, -kept:], own)
+    actual, _ = attention_forward(module, q[:, :, -rows:], k[:, :, -kept:], v[:, :, -kept:], own)
     if padded and "global_tokens" in pattern.text:  # token 2 of the short text stands at 11, and it has no token 7
         named = torch.tensor([[j in (2, 7) for j in range(12)], [j == 11 for j in range(12)]])
         pattern = fl.global_tokens(named) | fl.window(1)
     allowed = (fl.window(4, 0) & pattern & fl.padding(real)).dense(12, batch=2, heads=4)
-    torch.testing.assert_close(found, dense(q, k, v, allowed)[:, -rows:])
+    torch.testing.assert_close(actual, dense(q, k, v, allowed)[:, -rows:])
 
 
 # ---- masks as tensors ------------------------------------------------------------------------------------------------

@@ -105,13 +105,13 @@ def test_padding_survives(name: str, side: str) -> None:
     mask[1, padded] = 0
     expected = hidden(model, tokens, mask)
     with use_pattern(model, None):
-        found = hidden(model, tokens, mask)
+        actual = hidden(model, tokens, mask)
         tokens[1, padded] = 7
         again = hidden(model, tokens, mask)
     real = mask.bool()
-    close(found[real], expected[real])
-    assert torch.equal(found[real], again[real])
-    assert found.isfinite().all()
+    close(actual[real], expected[real])
+    assert torch.equal(actual[real], again[real])
+    assert actual.isfinite().all()
 
 
 @pytest.mark.parametrize("pattern", [None, fl.window(4) | fl.global_tokens([0, -1])], ids=["own", "sparse"])
@@ -148,8 +148,8 @@ def test_a_pattern_is_intersected_with_the_models_own_mask(name: str, pattern: f
     model.set_attn_implementation("sdpa")
     expected = hidden(model, tokens, allowed)
     with use_pattern(model, pattern):
-        found = hidden(model, tokens, real.long())
-    close(found[real], expected[real])
+        actual = hidden(model, tokens, real.long())
+    close(actual[real], expected[real])
 
 
 def test_queries_come_after_the_keys_in_the_cache() -> None:
@@ -251,9 +251,9 @@ def translated(
 ) -> tuple[Tensor, Tensor]:
     call = {"batch_size": 2, "q_length": n_q, "kv_length": n_k, "q_offset": q_offset, "kv_offset": kv_offset}
     expected = masking_utils.sdpa_mask(**call, mask_function=function, attention_mask=padding, allow_is_causal_skip=False)
-    found = model_mask(**call, mask_function=function, attention_mask=padding, device="cpu")
-    assert found.shape == (2, 1, n_q, n_k)
-    return found[:, 0][:, None], expected
+    actual = model_mask(**call, mask_function=function, attention_mask=padding, device="cpu")
+    assert actual.shape == (2, 1, n_q, n_k)
+    return actual[:, 0][:, None], expected
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -263,8 +263,8 @@ def test_every_mask_function_is_translated_exactly(name: str, padded: bool) -> N
     if padded:
         real = torch.ones(2, 17, dtype=torch.bool)
         real[0, :4] = real[1, 11:] = False
-    found, expected = translated(17, 17, 0, 0, mask_functions(17)[name], real)
-    assert torch.equal(found, expected)
+    actual, expected = translated(17, 17, 0, 0, mask_functions(17)[name], real)
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -273,8 +273,8 @@ def test_every_mask_function_is_translated_exactly(name: str, padded: bool) -> N
 @pytest.mark.parametrize("name", ["causal", "sliding", "sliding both ways", "chunked", "bidirectional"])
 def test_masks_with_a_cache(name: str, n_q: int, n_k: int, q_offset: int, kv_offset: int) -> None:
     for real in (None, torch.arange(2 * 12).view(2, 12) % 7 > 1):
-        found, expected = translated(n_q, n_k, q_offset, kv_offset, mask_functions(17)[name], real)
-        assert torch.equal(found, expected)
+        actual, expected = translated(n_q, n_k, q_offset, kv_offset, mask_functions(17)[name], real)
+        assert torch.equal(actual, expected)
 
 
 def test_the_common_masks_cost_nothing() -> None:
@@ -296,8 +296,8 @@ def test_a_function_that_only_looks_familiar_is_evaluated() -> None:
     def causal_mask_function(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return k >= q
 
-    found, expected = translated(9, 9, 0, 0, causal_mask_function, None)
-    assert torch.equal(found, expected)
+    actual, expected = translated(9, 9, 0, 0, causal_mask_function, None)
+    assert torch.equal(actual, expected)
 
 
 def test_an_unknown_function_over_a_long_text_is_refused() -> None:

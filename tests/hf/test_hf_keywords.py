@@ -89,8 +89,8 @@ def test_probabilities_under_a_pattern_and_with_caches() -> None:
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 12))
     for cache in (hf.DynamicCache(config=model.config), hf.StaticCache(config=model.config, max_cache_len=16)):
         for part in IDS.split([7, 5], 1):
-            found = model(input_ids=part, output_attentions=True, **{CACHE: cache}).attentions
-        for a, b in zip(found, whole, strict=True):
+            actual = model(input_ids=part, output_attentions=True, **{CACHE: cache}).attentions
+        for a, b in zip(actual, whole, strict=True):
             torch.testing.assert_close(a[..., :12], b[:, :, 7:], rtol=0, atol=1e-6)
             assert not a[..., 12:].any()
 

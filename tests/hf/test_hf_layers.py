@@ -71,16 +71,16 @@ def close(a: Tensor, b: Tensor) -> None:
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 def test_layers_are_numbered_as_the_model_numbers_them() -> None:
     for model, modules in ((bert(), "encoder.layer.{}.attention.self"), (llama(), "layers.{}.self_attn")):
-        found = attention_layers(model)
-        assert list(found) == [0, 1, 2]
-        assert all(module is model.get_submodule(modules.format(number)) for number, module in found.items())
+        actual = attention_layers(model)
+        assert list(actual) == [0, 1, 2]
+        assert all(module is model.get_submodule(modules.format(number)) for number, module in actual.items())
 
 
 def test_where_a_model_has_no_numbers_its_layers_are_counted() -> None:
     config = DistilBertConfig(dim=16, n_heads=2, n_layers=3, hidden_dim=16, vocab_size=20)
     model = DistilBertModel(config)
-    found = attention_layers(model)
-    assert [found[n] for n in (0, 1, 2)] == [layer.attention for layer in model.transformer.layer]
+    actual = attention_layers(model)
+    assert [actual[n] for n in (0, 1, 2)] == [layer.attention for layer in model.transformer.layer]
     shared = AlbertModel(AlbertConfig(embedding_size=8, hidden_size=16, num_attention_heads=2, intermediate_size=16))
     assert list(attention_layers(shared)) == [0]
     clip = CLIPModel(CLIPConfig())
@@ -166,9 +166,9 @@ class Recorded(Router):
         self.inner, self.calls = inner, []  # type: ignore[var-annotated]
 
     def forward(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, query_mask: Tensor | None = None) -> fl.Pattern:
-        found: fl.Pattern = self.inner(q, k, key_mask=key_mask, query_mask=query_mask)
-        self.calls.append((found, key_mask))
-        return found
+        actual: fl.Pattern = self.inner(q, k, key_mask=key_mask, query_mask=query_mask)
+        self.calls.append((actual, key_mask))
+        return actual
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -180,13 +180,13 @@ def test_a_router_chooses_in_every_layer(make: Any, own: fl.Pattern, side: str |
         real[1, slice(0, 6) if side == "left" else slice(14, 20)] = False
     router = Recorded(TopKeys(3, causal=make is llama) | fl.window(1))
     with use_pattern(model, router):
-        found = hidden(model, tokens, real.long())
+        actual = hidden(model, tokens, real.long())
     assert len(router.calls) == 3
     assert all((mask is None) == (side is None) for _, mask in router.calls)
     if side is not None:
         assert all(torch.equal(mask, real) for _, mask in router.calls)
     expected = by_hand(model, tokens, dict(enumerate(pattern for pattern, _ in router.calls)), own, real)
-    close(found[real], expected[real])
+    close(actual[real], expected[real])
 
 
 @pytest.mark.parametrize("make", [bert, llama])
@@ -204,9 +204,9 @@ def test_a_router_in_one_layer_and_a_pattern_in_another() -> None:
     model, tokens = bert(), ids()
     router = Recorded(TopKeys(4))
     with use_pattern(model, {0: fl.window(3), 2: router}):
-        found = hidden(model, tokens)
+        actual = hidden(model, tokens)
     (chosen, _), real = router.calls[0], torch.ones(2, 20, dtype=torch.bool)
-    close(found, by_hand(model, tokens, {0: fl.window(3), 2: chosen}, fl.full(), real))
+    close(actual, by_hand(model, tokens, {0: fl.window(3), 2: chosen}, fl.full(), real))
 
 
 def test_a_router_under_a_mask_of_the_users_own() -> None:
@@ -283,13 +283,13 @@ def test_a_text_computes_in_a_batch_what_it_computes_alone(make: Any, side: str,
     real[1, slice(0, 8) if side == "left" else slice(12, 20)] = False
     places = (real.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad(), use_pattern(model, pattern):
-        found = model(input_ids=tokens, attention_mask=real.long(), position_ids=places)[0]
-        close(found[1][real[1]], hidden(model, tokens[1:][:, real[1]])[0])
-        close(found[:1], hidden(model, tokens[:1]))
+        actual = model(input_ids=tokens, attention_mask=real.long(), position_ids=places)[0]
+        close(actual[1][real[1]], hidden(model, tokens[1:][:, real[1]])[0])
+        close(actual[:1], hidden(model, tokens[:1]))
 
 
 def test_a_text_shorter_than_a_named_position_is_read() -> None:
     model, tokens = llama(), ids(1, 2)
     with use_pattern(model, fl.window(1) | fl.seen_by_all(range(4))):
-        found = hidden(model, tokens)
-    close(found, hidden(model, tokens))
+        actual = hidden(model, tokens)
+    close(actual, hidden(model, tokens))

@@ -93,10 +93,10 @@ def test_a_learned_table_is_copied_end_to_end(kind: str, tmp_path: Path) -> None
     assert positions_of(of) == 100
     # Short texts give what they gave, to the bit; long ones are read at all; a stored model comes back the same.
     assert torch.equal(read(of, SHORT), before)
-    found = read(of, LONG)
-    assert bool(found.isfinite().all())
+    actual = read(of, LONG)
+    assert bool(actual.isfinite().all())
     of.save_pretrained(tmp_path)
-    torch.testing.assert_close(read(type(of).from_pretrained(tmp_path).eval(), LONG), found)
+    torch.testing.assert_close(read(type(of).from_pretrained(tmp_path).eval(), LONG), actual)
 
 
 def test_before_it_a_long_text_fails() -> None:

@@ -106,8 +106,8 @@ def test_longformer_is_hugging_faces(seed: int) -> None:
     options, inputs = example(seed)
     made = config(num_hidden_layers=options["layers"], num_attention_heads=options["heads"], attention_window=options["window"])
     model = LongformerModel(made).train(seed % 2 == 0)
-    found = compare(model, inputs, sparsify)
-    assert found.fine, found
+    actual = compare(model, inputs, sparsify)
+    assert actual.fine, actual
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -116,8 +116,8 @@ def test_leds_encoder_is_hugging_faces(seed: int) -> None:
     options, inputs = example(seed + 100)
     made = led(encoder_layers=options["layers"], encoder_attention_heads=options["heads"], attention_window=options["window"])
     model = LEDModel(made).get_encoder().train(seed % 2 == 0)
-    found = compare(model, inputs, sparsify)
-    assert found.fine, found
+    actual = compare(model, inputs, sparsify)
+    assert actual.fine, actual
 
 
 def _twice(self: LongformerAttention, q: Tensor, k: Tensor, v: Tensor, pattern: fl.Pattern) -> Tensor:
@@ -162,9 +162,9 @@ def test_the_comparison_can_fail(owner: Any, name: str, wrong: Any, monkeypatch:
     assert compare(model, inputs, sparsify).fine
     restore(model)
     monkeypatch.setattr(owner, name, wrong)
-    found = compare(model, inputs, sparsify)
-    assert found.output > 1e-3
-    assert found.gradient > 1e-3
+    actual = compare(model, inputs, sparsify)
+    assert actual.output > 1e-3
+    assert actual.gradient > 1e-3
 
 
 HEADS = {
@@ -184,8 +184,8 @@ def test_task_heads(head: Any, training: bool) -> None:
     real = torch.ones(2, 29, dtype=torch.long)
     real[1, 21:] = 0
     labels = {name: torch.randint(0, 2, shape) for name, shape in HEADS[head].items()}
-    found = compare(model, {"input_ids": ids, "attention_mask": real, **labels}, sparsify)
-    assert found.fine, found
+    actual = compare(model, {"input_ids": ids, "attention_mask": real, **labels}, sparsify)
+    assert actual.fine, actual
 
 
 def test_multiple_choice() -> None:
@@ -196,8 +196,8 @@ def test_multiple_choice() -> None:
     chosen = torch.zeros_like(ids)
     chosen[:, :, 0] = 1
     inputs = {"input_ids": ids, "attention_mask": real, "global_attention_mask": chosen, "labels": torch.tensor([0, 2])}
-    found = compare(model, inputs, sparsify)
-    assert found.fine, found
+    actual = compare(model, inputs, sparsify)
+    assert actual.fine, actual
 
 
 @pytest.mark.parametrize("head", [LEDForConditionalGeneration, LEDForQuestionAnswering])
@@ -209,8 +209,8 @@ def test_leds_heads(head: Any) -> None:
     labels: dict[str, Tensor] = {"start_positions": torch.tensor([1, 3]), "end_positions": torch.tensor([4, 9])}
     if head is LEDForConditionalGeneration:
         labels = {"labels": torch.randint(3, 40, (2, 7))}
-    found = compare(model, {"input_ids": ids, "global_attention_mask": chosen, **labels}, sparsify)
-    assert found.fine, found
+    actual = compare(model, {"input_ids": ids, "global_attention_mask": chosen, **labels}, sparsify)
+    assert actual.fine, actual
 
 
 def test_led_generates_the_same_tokens() -> None:
@@ -248,9 +248,9 @@ def test_dilated_and_autoregressive(autoregressive: bool, dilation: Any) -> None
     past = (j <= i) | (not autoregressive)
     local = (near | is_global) & past & ~masked & ~(is_global | masked)[:, None]
     x = torch.randn(1, n, 16, dtype=torch.float64)
-    found = module(x, mask)[0]
-    torch.testing.assert_close(found, dense(module, x, local, past & ~masked & is_global[:, None]), rtol=0, atol=1e-12)
-    assert (found[0, 36:] == 0).all()
+    actual = module(x, mask)[0]
+    torch.testing.assert_close(actual, dense(module, x, local, past & ~masked & is_global[:, None]), rtol=0, atol=1e-12)
+    assert (actual[0, 36:] == 0).all()
 
 
 def test_autoregressive_models_do_not_see_the_future() -> None:
@@ -337,8 +337,8 @@ def test_restore_puts_everything_back() -> None:
     assert model.config == written
     assert all(type(layer.attention.self) is LongformerSelfAttention for layer in model.encoder.layer)
     assert {name: vars(m).keys() for name, m in model.named_modules()} == {name: held.keys() for name, held in state.items()}
-    found = errors(before, answer(model, inputs))
-    assert found.output == found.gradient == 0
+    actual = errors(before, answer(model, inputs))
+    assert actual.output == actual.gradient == 0
 
 
 def test_mode_and_projections_survive_restoring() -> None:
@@ -437,13 +437,13 @@ def test_autocast() -> None:
 
 @torch.no_grad()
 def test_compiled() -> None:
-    """Its encoder asks for a number in the middle, so it compiles in pieces."""
+    """LED's encoder reads a number in its forward pass, which breaks the graph."""
     model = sparsify(LongformerModel(config()).eval())
     ids, chosen = torch.randint(3, 40, (2, 40)), torch.zeros(2, 40, dtype=torch.long)
     chosen[:, 0], chosen[1, 9] = 1, 1
     expected = model(ids, global_attention_mask=chosen).last_hidden_state
-    found = torch.compile(model, backend="eager")(ids, global_attention_mask=chosen).last_hidden_state
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    actual = torch.compile(model, backend="eager")(ids, global_attention_mask=chosen).last_hidden_state
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be() -> None:

@@ -129,10 +129,10 @@ def test_a_model_computes_what_it_always_did(name: str, pattern: fl.Pattern | No
         real[1, slice(0, 7) if side == "left" else slice(17, 24)] = False
     expected = first(model, tokens, real.long())
     with use_pattern(model, pattern):
-        found = first(model, tokens, real.long())
-        close(found[real], expected[real])
+        actual = first(model, tokens, real.long())
+        close(actual[real], expected[real])
         tokens[~real] = 7
-        assert torch.equal(first(model, tokens, real.long())[real], found[real])
+        assert torch.equal(first(model, tokens, real.long())[real], actual[real])
 
 
 @pytest.mark.parametrize("name", MORE)
@@ -149,12 +149,12 @@ def test_gradients_are_those_of_the_model(name: str) -> None:
     model.set_attn_implementation("eager")
     expected = gradients()
     with use_pattern(model, None):
-        found = gradients()
-    assert found.keys() == expected.keys()
+        actual = gradients()
+    assert actual.keys() == expected.keys()
     for which, gradient in expected.items():
         # Summed over many tokens, a bias of the keys has the gradient zero but for rounding.
         size = max(float(gradient.abs().max()), 1e-2 * max(float(g.abs().max()) for g in expected.values()))
-        assert float((found[which] - gradient).abs().max()) <= 1e-4 * size, which
+        assert float((actual[which] - gradient).abs().max()) <= 1e-4 * size, which
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -212,8 +212,8 @@ def _own_mask_of(module: Any) -> Callable[..., Any]:
 # ---- generation ------------------------------------------------------------------------------------------------------
 def generated(model: Any, prompt: Tensor, mask: Tensor, new: int, **options: Any) -> Tensor:
     settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    found: Tensor = model.generate(prompt, attention_mask=mask, **settings, **options)
-    return found
+    actual: Tensor = model.generate(prompt, attention_mask=mask, **settings, **options)
+    return actual
 
 
 def padded_left() -> tuple[Tensor, Tensor]:
@@ -254,14 +254,14 @@ def test_generation_under_a_sparse_pattern_does_not_depend_on_the_cache(name: st
     model, (prompt, mask) = DECODERS[name].make(), padded_left()
     options = {"cache_implementation": "static"} if cache == "static" else {}
     with use_pattern(model, pattern):
-        found = generated(model, prompt, mask, 12, **options)
+        actual = generated(model, prompt, mask, 12, **options)
         for row in range(2):
             start = int((mask[row] == 0).sum())
             real = torch.nn.functional.pad(mask[row : row + 1], (0, 11), value=1)
             positions = (torch.arange(20) - start).clamp(min=0)[None]
-            logits = first(model, found[row : row + 1, :-1], real, position_ids=positions, use_cache=False)
+            logits = first(model, actual[row : row + 1, :-1], real, position_ids=positions, use_cache=False)
             logits[..., 2] = -torch.inf  # the end may not come yet
-            assert torch.equal(logits[0, 8:].argmax(-1), found[row, 9:])
+            assert torch.equal(logits[0, 8:].argmax(-1), actual[row, 9:])
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------

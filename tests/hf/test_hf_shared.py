@@ -65,8 +65,8 @@ def inputs(name: str) -> dict[str, Tensor]:
 
 def out(name: str, model: Any) -> Tensor:
     with torch.no_grad():
-        found = model(**inputs(name))
-    first: Tensor = found.logits_per_text if name == "CLIP" else found[0]
+        actual = model(**inputs(name))
+    first: Tensor = actual.logits_per_text if name == "CLIP" else actual[0]
     return first
 
 
@@ -111,19 +111,19 @@ def attention_of(name: str, model: Any) -> nn.Module:
         "BERT": "encoder.layer.0.attention.self", "Llama": "model.layers.0.self_attn",
         "CLIP": "text_model.encoder.layers.0.self_attn",
     }[name]  # fmt: skip
-    found: nn.Module = model.get_submodule(place)
-    return found
+    actual: nn.Module = model.get_submodule(place)
+    return actual
 
 
 @every_family
 def test_hooks_of_attention_modules_are_called_before_while_and_after(name: str) -> None:
     model, seen = made(name), []
-    attention_of(name, model).register_forward_hook(lambda module, given, found: seen.append("old"))
+    attention_of(name, model).register_forward_hook(lambda module, given, actual: seen.append("old"))
     attention_of(name, model).register_forward_pre_hook(lambda module, given: seen.append("before"))
     out(name, model)
     assert seen == ["before", "old"]
     sparse(name, model)
-    handle = attention_of(name, model).register_forward_hook(lambda module, given, found: seen.append("new"))
+    handle = attention_of(name, model).register_forward_hook(lambda module, given, actual: seen.append("new"))
     out(name, model)
     assert seen[2:] == ["before", "old", "new"]
     restore(model)
@@ -142,9 +142,9 @@ def test_attentions_are_captured_after_hidden_states_of_a_sparse_model(name: str
     hidden = model(**inputs(name), output_hidden_states=True).hidden_states
     restore(model)
     model.set_attn_implementation("eager")
-    found = model(**inputs(name), output_hidden_states=True, output_attentions=True)
-    assert len(found.hidden_states) == len(hidden) == 3
-    assert [weights.shape[:2] for weights in found.attentions] == [(2, 2), (2, 2)]
+    actual = model(**inputs(name), output_hidden_states=True, output_attentions=True)
+    assert len(actual.hidden_states) == len(hidden) == 3
+    assert [weights.shape[:2] for weights in actual.attentions] == [(2, 2), (2, 2)]
 
 
 @every_family

@@ -62,8 +62,8 @@ def ids(batch: int = 2, n: int = 20) -> Tensor:
 
 def out(model: Any, tokens: Tensor | None = None) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=ids() if tokens is None else tokens)[0]
-    return found
+        actual: Tensor = model(input_ids=ids() if tokens is None else tokens)[0]
+    return actual
 
 
 def under(model: Any, pattern: Any) -> Tensor:
@@ -208,15 +208,15 @@ def test_a_file_round_trip(tmp_path: Path) -> None:
 def test_routers_and_gaps_in_a_file() -> None:
     text = write_layers({1: "topkeys(3) | window(1)", 3: None, 5: read_router("topblocks(2, block=4)")})
     assert [entry is None for entry in json.loads(text)["layers"]] == [True, False, True, True, True, False]
-    found = read_layers(text)
-    assert list(found) == [1, 5]
-    assert write_layers(found) == text
-    assert torch.equal(under(bert(), {1: found[1]}), under(bert(), {1: TopKeys(3) | fl.window(1)}))
+    actual = read_layers(text)
+    assert list(actual) == [1, 5]
+    assert write_layers(actual) == text
+    assert torch.equal(under(bert(), {1: actual[1]}), under(bert(), {1: TopKeys(3) | fl.window(1)}))
     assert read_layers(write_layers({})) == {}
 
 
 @pytest.mark.parametrize(
-    "text, found",
+    "text, message",
     [
         ("{]", "the text is not JSON"),
         ('{"layers": []}', "the text is of format None, not 'farlight.fit'"),
@@ -232,10 +232,10 @@ def test_routers_and_gaps_in_a_file() -> None:
         ('{"format": "farlight.fit", "version": 1, "layers": [{"pattern": "window(1)"}]}', "layer 0: "),
     ],
 )
-def test_what_is_not_such_a_file_is_refused(text: str, found: str, tmp_path: Path) -> None:
+def test_what_is_not_such_a_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(fl.PatternError) as error:
         read_layers(text)
-    assert found in str(error.value)
+    assert message in str(error.value)
     (tmp_path / "fit.json").write_text("[1]")
     with pytest.raises(fl.PatternError, match=r"fit\.json is of format 'list', not 'farlight\.fit'"):
         sparsify(bert(), tmp_path / "fit.json")

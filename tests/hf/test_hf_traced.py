@@ -50,9 +50,9 @@ def inputs(name: str, padded: slice | None) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask} | ({} if name == "BERT" else {"use_cache": False})
 
 
-def real_rows(found: Any, given: dict[str, Any]) -> Tensor:
+def real_rows(actual: Any, given: dict[str, Any]) -> Tensor:
     mask = given.get("attention_mask")
-    rows: Tensor = found[0]
+    rows: Tensor = actual[0]
     return rows if mask is None else rows[mask.bool()]
 
 

@@ -203,8 +203,8 @@ def test_weights_are_not_formed_unless_asked_for() -> None:
     assert sparse(x, x, x)[1] is None
     for average in (True, False):
         wanted = dense(x, x, x, attn_mask=mask, average_attn_weights=average)[1]
-        found = sparse(x, x, x, need_weights=True, average_attn_weights=average)[1]
-        torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-10)
+        actual = sparse(x, x, x, need_weights=True, average_attn_weights=average)[1]
+        torch.testing.assert_close(actual, wanted, atol=1e-10, rtol=1e-10)
 
 
 def test_weights_have_gradients() -> None:
@@ -307,9 +307,9 @@ def test_a_router_does_not_see_padding() -> None:
     layer = SparseAttention(24, 4, TopKeys(3) | fl.window(2), dtype=torch.float64)
     x, other = x_of(), x_of()
     other[1, 20:] = 50 * torch.randn(13, 24, dtype=torch.float64)
-    found = [layer(y, y, y, IGNORED)[0] for y in (x, other)]
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1, :20], found[1][1, :20])
+    actual = [layer(y, y, y, IGNORED)[0] for y in (x, other)]
+    assert torch.equal(actual[0][0], actual[1][0])
+    assert torch.equal(actual[0][1, :20], actual[1][1, :20])
 
 
 def test_a_routers_centroids_belong_to_the_layer() -> None:
@@ -376,10 +376,10 @@ def test_a_drop_in_for_torchs_encoder(training: bool, norm_first: bool) -> None:
     x, mask = x_of(), dense_mask(SKIM, 33)
     with torch.set_grad_enabled(training):
         wanted = dense(x, mask=mask, src_key_padding_mask=IGNORED)
-        found = sparse(x, src_key_padding_mask=IGNORED)
+        actual = sparse(x, src_key_padding_mask=IGNORED)
         real = ~IGNORED
-        torch.testing.assert_close(found[real], wanted[real], atol=1e-10, rtol=1e-10)
-        assert not torch.allclose(found, dense(x, src_key_padding_mask=IGNORED))
+        torch.testing.assert_close(actual[real], wanted[real], atol=1e-10, rtol=1e-10)
+        assert not torch.allclose(actual, dense(x, src_key_padding_mask=IGNORED))
 
 
 def test_from_dense_shares_the_parameters() -> None:

@@ -44,11 +44,11 @@ def grads(module: nn.Module, call: Any) -> list[Tensor]:
     module.zero_grad()
     out = call(module)
     (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
-    found = [out.detach()]
+    actual = [out.detach()]
     for name, parameter in sorted(module.named_parameters()):
         assert parameter.grad is not None, name
-        found.append(parameter.grad.clone())
-    return found
+        actual.append(parameter.grad.clone())
+    return actual
 
 
 def close(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-9) -> None:
@@ -233,17 +233,17 @@ def test_checkpointing_changes_no_gradient(kind: str) -> None:
         pattern = SKIM if kind == "pattern" else KMeans(4, 6, 3, decay=0.5) | fl.window(1)
         return SparseEncoder(2, 24, 4, pattern, dropout=0.2, checkpoint=True, dtype=torch.float64).double()
 
-    found = []
+    actual = []
     for keep in (True, False):
         model = build()
         model.checkpoint = keep
         torch.manual_seed(1)
         model(x_of())
         torch.manual_seed(2)
-        found.append((grads(model, lambda m: m(x_of())), {k: v.clone() for k, v in model.state_dict().items()}))
-    close(found[0][0], found[1][0], 1e-12)
-    for name, value in found[0][1].items():  # centroids have moved once, not twice
-        torch.testing.assert_close(value, found[1][1][name], atol=0, rtol=0)
+        actual.append((grads(model, lambda m: m(x_of())), {k: v.clone() for k, v in model.state_dict().items()}))
+    close(actual[0][0], actual[1][0], 1e-12)
+    for name, value in actual[0][1].items():  # centroids have moved once, not twice
+        torch.testing.assert_close(value, actual[1][1][name], atol=0, rtol=0)
 
 
 def test_checkpointing_keeps_less() -> None:
@@ -328,7 +328,7 @@ def test_a_compiled_model_reads_masks_when_it_runs(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_a_change_of_length_compiles_nothing_anew() -> None:
+def test_a_change_of_length_does_not_recompile() -> None:
     model = SparseDecoder(1, 24, 4, fl.window(5, 0), dtype=torch.float64)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     compiled(x_of())

@@ -107,18 +107,24 @@ def lengthen(model: Any, max_positions: int, *, rope: str = "dynamic", tokenizer
             "texts instead."
         )
     if max_positions > positions:
-        saved = copy_configs(model)
-        try:
-            if tables:
-                _lengthen_position_tables(model, model.config, list(_position_tables(model, model.config)), max_positions)
-            else:
-                _scale_rotary(model, list(_rotary_modules(model)), max_positions, rope)
-        except BaseException:
-            restore_configs(saved)
-            raise
+        _extend_positions(model, max_positions, rope)
     if tokenizer is not None:
         tokenizer.model_max_length = max_positions
     return model
+
+
+def _extend_positions(model: Any, max_positions: int, rope: str) -> None:
+    """Lengthen the position tables, or scale the rotary positions, under a copied configuration; on errors restore it."""
+    saved = copy_configs(model)
+    try:
+        tables = list(_position_tables(model, model.config))
+        if tables:
+            _lengthen_position_tables(model, model.config, tables, max_positions)
+        else:
+            _scale_rotary(model, list(_rotary_modules(model)), max_positions, rope)
+    except BaseException:
+        restore_configs(saved)
+        raise
 
 
 def positions_of(model: Any) -> int | None:
