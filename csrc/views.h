@@ -10,20 +10,20 @@
 
 namespace farlight {
 
-constexpr int kRows =
-    32;  // query rows of a row block, which a kernel keeps in vector lanes; a longer tile has several row blocks
+constexpr int kRows = 32;     // query rows of a row block, which a kernel keeps in vector lanes; a tile has one or more
 constexpr int kBlock = 64;    // keys in a block of dk/dv accumulators
 constexpr int kMaxDim = 256;  // largest head dimension
 
 // Element type of a tensor.
 enum class Type : int { f32 = 0, bf16 = 1 };
 
-// How a masked run stores which rows of its tile see which keys: a first and last key per row, or one bit per (row, key).
+// How a masked run stores which rows of its tile see which keys: bounds per row, or one bit per (row, key).
 enum MaskKind : int32_t { kBounds = 0, kBits = 1 };
 constexpr int kBitsKeys = 128, kBitsWords = kBitsKeys / 32;  // widest run masked by bits, in keys and 32-bit words per row
 
-// Masks of runs, (masks,) each. Mask m's table starts at data[start[m]]: kBounds: (tile, 2) first and last key of each row,
-// relative to the run's lo and hi; kBits: (tile, kBitsWords) bits. Every row sees the core [lo + core_lo, hi + core_hi).
+// Masks of runs, (masks,) each. Mask m's table starts at data[start[m]]: kBounds: (tile, 2) per row the first slot,
+// relative to the run's lo, and the end, relative to its hi; kBits: (tile, kBitsWords) bits. Every row sees the core [lo +
+// core_lo, hi + core_hi).
 struct MaskView {
   const int32_t *kind, *start, *core_lo, *core_hi, *data;
 };
@@ -31,11 +31,11 @@ struct MaskView {
 // One layer of a piece, in CSR form: runs of slots [lo, hi) per tile entry, and gathered single keys per row. A slot is a key,
 // or an index into `keys`.
 struct LayerView {
-  const int64_t *entry_base, *place_base,
-      *indptr;                    // per variant: first row of indptr, offset into point_indptr; (entries + 1,)
-  const int32_t *lo, *hi, *mask;  // (runs,); mask -1: every row of the tile sees the run
-  const int32_t* keys;            // null: slot = key
-  const int64_t* point_indptr;    // gathered keys of each place; null: none
+  const int64_t *entry_base, *place_base;  // (variants,): first row of indptr; offset of places in point_indptr
+  const int64_t* indptr;                   // (entries + 1,) into lo, hi, mask
+  const int32_t *lo, *hi, *mask;           // (runs,); mask -1: every row of the tile sees the run
+  const int32_t* keys;                     // null: slot = key
+  const int64_t* point_indptr;             // gathered keys of each place; null: none
   const int32_t* point_keys;
   const int32_t* variant;                // (variant_batch, variant_heads): which tables a (batch item, head) uses
   int32_t variant_batch, variant_heads;  // 1: shared by all batch items / heads
