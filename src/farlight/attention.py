@@ -67,8 +67,7 @@ def attention(
     >>> fl.attention(q, k, v, fl.window(8) | fl.global_tokens([0])).shape
     torch.Size([1, 2, 100, 8])
     """
-    if torch._C._is_tracing():
-        refuse_tracing("fl.attention")
+    refuse_tracing("fl.attention")
     if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = _autocast(q, k, v)
         # Cast once, here: inside, autocast would also round the scores and weights that are kept in float32.

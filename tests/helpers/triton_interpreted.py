@@ -217,7 +217,7 @@ def harms(plan: Plan) -> Iterator[tuple[str, Plan]]:
         piece = plan.pieces[0]
         layer = dataclasses.replace(piece.layers[0], **changes)
         piece = dataclasses.replace(piece, layers=(layer, *piece.layers[1:]))
-        return dataclasses.replace(plan, pieces=(piece, *plan.pieces[1:]), derived={})
+        return dataclasses.replace(plan, pieces=(piece, *plan.pieces[1:]))
 
     layer = plan.pieces[0].layers[0]
     lo = layer.lo.clone()
@@ -226,7 +226,7 @@ def harms(plan: Plan) -> Iterator[tuple[str, Plan]]:
     yield "a mask is forgotten", with_layer(mask=torch.full_like(layer.mask, -1))
     data = plan.masks.data.clone()
     data[plan.masks.start[0] + 3] -= 1
-    yield "a bound is one off", dataclasses.replace(plan, masks=dataclasses.replace(plan.masks, data=data), derived={})
+    yield "a bound is one off", dataclasses.replace(plan, masks=dataclasses.replace(plan.masks, data=data))
 
 
 def test_a_damaged_table_is_noticed() -> None:

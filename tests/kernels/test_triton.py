@@ -121,7 +121,7 @@ def test_a_damaged_table_shows_in_the_lists() -> None:
     plan = build(of.pattern, of.sizes, backend.SHAPE)
     data = plan.masks.data.clone()
     data[plan.masks.start[0] + 7] -= 1
-    harmed = dataclasses.replace(plan, masks=dataclasses.replace(plan.masks, data=data), derived={})
+    harmed = dataclasses.replace(plan, masks=dataclasses.replace(plan.masks, data=data))
     wanted = of.pattern.dense(of.n_q).long().expand(1, 1, -1, -1)
     assert torch.equal(by_queries(plan, 128, 64, 1), wanted)
     assert not torch.equal(by_queries(harmed, 128, 64, 1), wanted)

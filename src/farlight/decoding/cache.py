@@ -305,5 +305,4 @@ def refuse_gradients(what: str, *tensors: Tensor) -> None:
             f"{what}: called inside a forward-mode derivative (jvp, jacfwd, linearize, dual numbers), but decoding records no "
             "derivatives. Use fl.attention(…, backend='reference')."
         )
-    if torch._C._is_tracing():
-        refuse_tracing(what)
+    refuse_tracing(what)

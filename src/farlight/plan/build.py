@@ -105,7 +105,7 @@ class Layout:
         per_row = 1 + sum(atom._entries_per_row(self.sizes) for atom in self.term.atoms())
         rest = self.term.parts[0].rest
         if self.asked or rest:
-            row = torch.arange(0, self.sizes.n_q, max(1, self.sizes.n_q // 64))
+            row = torch.arange(0, self.sizes.n_q, max(1, self.sizes.n_q // 64), device="cpu")
             row = row if self.order.rows is None else self.order.rows[:: max(1, self.order.rows.numel() // 64)]
             seen = self._unasked(torch.zeros_like(row), row).count() // max(1, row.numel())
             atoms = sum(1 for p, _ in rest for _ in p.atoms()) + sum(1 for one in self.asked for _ in one.atoms())

@@ -146,7 +146,7 @@ class Plan:
     visited: int
     overlapping: bool
     # Not counted in `nbytes`, but by the cache that keeps the plan.
-    derived: Derived = field(default_factory=Derived, repr=False)
+    derived: Derived = field(default_factory=Derived, init=False, repr=False)
 
     @property
     def n_q(self) -> int:
@@ -208,7 +208,7 @@ class Plan:
             return value
 
         with torch.inference_mode(False), torch.no_grad():
-            return dataclasses.replace(self, pieces=copy(self.pieces), masks=copy(self.masks), derived=Derived())
+            return dataclasses.replace(self, pieces=copy(self.pieces), masks=copy(self.masks))
 
     def dense(self) -> Tensor:
         """The pairs that the tables cover as a bool tensor `(B, H, n_q, n_k)`, and proof that none comes up twice.
