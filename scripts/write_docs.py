@@ -1,6 +1,6 @@
-"""Write docs/patterns.md from the docstrings of the patterns and presets, so that there is one text of each.
+"""Generate docs/patterns.md from the docstrings of the primitives and presets.
 
-`python scripts/write_docs.py` writes it, `python scripts/write_docs.py --check` says whether it is what the code says.
+`python scripts/write_docs.py` writes the page; with `--check` it exits with 1 where the page differs from the docstrings.
 """
 
 # ruff: noqa: E501 (rows of Markdown tables)
@@ -18,22 +18,23 @@ HEAD = r"""# Patterns
 
 Written from the docstrings by `python scripts/write_docs.py`; edit those.
 
-A pattern is a set of allowed (query, key) pairs: a value, combined with `|` (union), `&` (intersection), `-` (difference)
-and `~` (complement). i is the position of a query, j that of a key. The same expressions, without `fl.`, are read from text by
-`fl.parse`, by the command line and from JSON; they are parsed, never evaluated.
+A pattern is an immutable set of allowed (query, key) pairs, for every batch item and head. Patterns are combined with `|`
+(union), `&` (intersection), `-` (difference) and `~` (complement). Below, i is the position of a query, j that of a key, b the
+batch item, h the head. The same expressions, without `fl.`, are read from text by `fl.parse`, by the command line and from
+JSON; they are parsed, never evaluated.
 
 ## Limits
 
-What exceeds a limit is refused with a `PatternError` (in planning a `PlanError`) before memory is taken for it.
+An expression beyond a limit is refused with a `PatternError` (in planning a `PlanError`) before its memory is allocated.
 
-| limit | of | raised by |
+| limit | quantity | way around it |
 |---|---|---|
-| 256 MiB | tables, lists and ranges spelled in a text or JSON, all together | `fl.parse(text, limit=…)`, `fl.Pattern.from_json(text, limit=…)`: bytes, or None for any number |
-| 4,000,000 characters | an expression | JSON, which keeps tables apart |
-| 2^20 entries | a list of lengths, distances or positions | a tensor in its place: ids, a mask. A range of tokens, all counted from one end, is kept as a range |
-| 200 | depth of nested expressions; `a \| b \| c` is not deep | |
-| 1024 | parts joined by one sign | one part that names many: `offsets([…])` |
-| 2^34 | evaluations of single pairs, where neither intervals nor sorting serve (`~strided(2)` on 2^18 tokens) | a window around it |
+| 256 MiB | tables, lists and ranges written in a text or JSON, in total | `fl.parse(text, limit=…)`, `fl.Pattern.from_json(text, limit=…)`: bytes, or None for no limit |
+| 4,000,000 characters | an expression | JSON, which stores tables separately |
+| 2^20 entries | a list of lengths, distances or positions | a tensor instead: ids, a mask. A range of positions that all count from one end stays a range |
+| 200 | depth of nested expressions; `a \| b \| c` is one level | |
+| 1024 | parts of one `\|`, `&` or `per_head` | one primitive with many values: `offsets([…])` |
+| 2^34 | pairs evaluated one by one, where neither key intervals nor sorting by labels apply (`~strided(2)` on 2^18 tokens) | intersect with a window |
 """
 
 

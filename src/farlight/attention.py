@@ -73,8 +73,7 @@ def attention(
     >>> fl.attention(q, k, v, fl.window(8) | fl.global_tokens([0])).shape
     torch.Size([1, 2, 100, 8])
     """
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        refuse_tracing("fl.attention")
+    refuse_tracing("fl.attention")
     if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = autocast_inputs(q, k, v)
         # Cast once, here: inside, autocast would also round the scores and weights that are kept in float32.

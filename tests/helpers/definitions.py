@@ -1,8 +1,7 @@
-"""The table of API.md in plain Python: for each pattern, whether the query at position i may look at the key at j.
+"""An independent definition of every primitive in plain Python: whether the query at position i may attend to the key at j.
 
-Written from the documentation, not from the code: no tensor arithmetic, no farlight function. `n` is the number of keys.
-Random choices are drawn here with Python's own integers, which also pins the random numbers themselves for every kernel
-that draws them elsewhere.
+Written from the documentation, not from the code: no tensor arithmetic and no farlight function. `n` is the number of keys.
+Random draws are computed with Python integers, which also pins the random numbers for the C++ and Triton kernels.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ def hashed(*words: int) -> int:
 
 
 @functools.cache
-def drawn(seed: int, head: int, at: int, count: int, population: int) -> set[int]:
-    """Floyd's sample of `count` numbers below `population`, all of them where there are no more."""
+def drawn(seed: int, head: int, index: int, count: int, population: int) -> set[int]:
+    """Floyd's sample of `count` distinct numbers below `population`, or all of them where count is larger."""
     out: set[int] = set()
-    row = hashed(seed, seed >> 32, head, at)
+    row = hashed(seed, seed >> 32, head, index)
     for t in range(count):
         bound = population - count + t + 1
         if bound > 0:
@@ -74,7 +73,7 @@ def per_item_and_head(table: torch.Tensor, b: int, h: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Defined:
-    """A pattern, its rule, and the sizes it is compared at."""
+    """A pattern, its independent rule (b, h, i, j, n) -> bool, and the sizes at which the two are compared."""
 
     name: str
     pattern: fl.Pattern
@@ -122,9 +121,9 @@ def positional() -> list[Defined]:
 
 
 def named() -> list[Defined]:
-    listed = [0, 9, -1]
+    positions = [0, 9, -1]
     mask, masks = bools(1, 23), bools(2, 3, 23)
-    ids, many = ints(3, 23, low=-1), ints(4, 2, 23, low=-1)
+    ids, ids_per_item = ints(3, 23, low=-1), ints(4, 2, 23, low=-1)
     real = bools(5, 2, 23)
 
     def of_mask(table: torch.Tensor, b: int, p: int, n: int) -> bool:
@@ -136,13 +135,15 @@ def named() -> list[Defined]:
     def same_length(lengths: list[int], i: int, j: int) -> bool:
         return document_of(lengths, i) is not None and document_of(lengths, i) == document_of(lengths, j)
 
-    each = [[5, 0, 9], [23]]
+    lengths_per_item = [[5, 0, 9], [23]]
     return [
         Defined(
-            "global_tokens", fl.global_tokens(listed), lambda b, h, i, j, n: is_named(listed, i, n) or is_named(listed, j, n)
+            "global_tokens",
+            fl.global_tokens(positions),
+            lambda b, h, i, j, n: is_named(positions, i, n) or is_named(positions, j, n),
         ),
-        Defined("sees_all", fl.sees_all(listed), lambda b, h, i, j, n: is_named(listed, i, n)),
-        Defined("seen_by_all", fl.seen_by_all(listed), lambda b, h, i, j, n: is_named(listed, j, n)),
+        Defined("sees_all", fl.sees_all(positions), lambda b, h, i, j, n: is_named(positions, i, n)),
+        Defined("seen_by_all", fl.seen_by_all(positions), lambda b, h, i, j, n: is_named(positions, j, n)),
         Defined("seen_by_all, a run", fl.seen_by_all(range(3, 9)), lambda b, h, i, j, n: 3 <= j < 9),
         Defined(
             "global_tokens, mask", fl.global_tokens(mask), lambda b, h, i, j, n: of_mask(mask[None], b, i, n) or bool(mask[j])
@@ -156,10 +157,18 @@ def named() -> list[Defined]:
         Defined("sees_all, masks", fl.sees_all(masks), lambda b, h, i, j, n: of_mask(masks, b, i, n), batch=3),
         Defined("seen_by_all, masks", fl.seen_by_all(masks), lambda b, h, i, j, n: bool(masks[b, j]), batch=3),
         Defined("documents, ids", fl.documents(ids), lambda b, h, i, j, n: one_document(ids[None], b, i, j, n)),
-        Defined("documents, ids per item", fl.documents(many), lambda b, h, i, j, n: one_document(many, b, i, j, n), batch=2),
+        Defined(
+            "documents, ids per item",
+            fl.documents(ids_per_item),
+            lambda b, h, i, j, n: one_document(ids_per_item, b, i, j, n),
+            batch=2,
+        ),
         Defined("documents, lengths", fl.documents(lengths=[5, 0, 9]), lambda b, h, i, j, n: same_length([5, 0, 9], i, j)),
         Defined(
-            "documents, lengths per item", fl.documents(lengths=each), lambda b, h, i, j, n: same_length(each[b], i, j), batch=2
+            "documents, lengths per item",
+            fl.documents(lengths=lengths_per_item),
+            lambda b, h, i, j, n: same_length(lengths_per_item[b], i, j),
+            batch=2,
         ),
         Defined("padding", fl.padding([9, 23]), lambda b, h, i, j, n: j < (9, 23)[b], batch=2),
         Defined("padding, mask", fl.padding(real), lambda b, h, i, j, n: bool(real[b, j]), batch=2),
@@ -176,10 +185,10 @@ def random() -> list[Defined]:
 
     def block(count: int, size: int, seed: int, causal: bool) -> Rule:
         def rule(b: int, h: int, i: int, j: int, n: int) -> bool:
-            blocks, own = -(-n // size), i // size
-            population = min(max(own + 1, 0), blocks) if causal else blocks
-            chosen = drawn(seed, h, own, count if causal else min(count, blocks), population)
-            return j // size in chosen and (j <= i or not causal)
+            num_blocks, query_block = -(-n // size), i // size
+            population = min(max(query_block + 1, 0), num_blocks) if causal else num_blocks
+            key_blocks = drawn(seed, h, query_block, count if causal else min(count, num_blocks), population)
+            return j // size in key_blocks and (j <= i or not causal)
 
         return rule
 
@@ -194,9 +203,9 @@ def random() -> list[Defined]:
 
 
 def content() -> list[Defined]:
-    """Tables with one row for each position; 23 tokens, 6 blocks of 4."""
+    """Tables with one row per position: 23 tokens, 6 blocks of 4."""
     mask, layout = bools(10, 23, 23), bools(11, 2, 2, 6, 6)
-    labels, own, other = ints(12, 2, 2, 23, low=-1), ints(13, 2, 23, low=-1), ints(14, 1, 23, low=-1)
+    labels, query_labels, key_labels = ints(12, 2, 2, 23, low=-1), ints(13, 2, 23, low=-1), ints(14, 1, 23, low=-1)
     lists, keys = ints(15, 2, 1, 8, 2, low=-1, high=6), ints(16, 1, 2, 23, 3, low=-1, high=23)
 
     def inside(table: torch.Tensor, row: int) -> bool:
@@ -225,7 +234,7 @@ def content() -> list[Defined]:
             batch=2,
         ),
         Defined("clusters", fl.clusters(labels), by_labels(labels, labels), batch=2),
-        Defined("clusters, own keys", fl.clusters(own, other), by_labels(own[None], other[None])),
+        Defined("clusters, own keys", fl.clusters(query_labels, key_labels), by_labels(query_labels[None], key_labels[None])),
         Defined("chosen_blocks", fl.chosen_blocks(lists, block=4, query_block=3), in_list(lists, 3, 4), batch=2),
         Defined("chosen_keys", fl.chosen_keys(keys), in_list(keys, 1, 1)),
         Defined("per_head", fl.per_head(halves), heads),

@@ -1,4 +1,4 @@
-"""Until when a key is needed: every primitive and random expressions of them, against the dense mask, column by column."""
+"""Last use of keys: every primitive, and random expressions of them, against the columns of the dense mask."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from farlight.patterns import Pattern, Sizes
 from farlight.patterns.liveness import FOREVER, LastUse, for_head, last_use, liveness_sizes, upper_bound
 from farlight.testing.strategies import PRIMITIVES, patterns
 
-# Long enough that whatever an endless text does with the patterns below, it has done it here.
+# Long enough that the patterns below show in it everything that they do in a sequence without end.
 FAR = 400
 
 
-def sight(pattern: Pattern, sizes: Sizes, item: int, head: int, keys: int) -> LastUse:
+def last_use_of(pattern: Pattern, sizes: Sizes, item: int, head: int, keys: int) -> LastUse:
     j = torch.arange(keys)
     return last_use(for_head(pattern, head), sizes, torch.full_like(j, item), torch.full_like(j, head), j)
 
 
-def by_the_book(seen: Tensor) -> tuple[Tensor, Tensor]:
+def dense_last_use(seen: Tensor) -> tuple[Tensor, Tensor]:
     """(last, unbroken) from a dense mask `(queries, keys)`."""
     i = torch.arange(seen.shape[0])[:, None]
     last = torch.where(seen, i, -1).amax(0) if seen.numel() else torch.zeros(seen.shape[1], dtype=torch.int64)
@@ -31,22 +31,22 @@ def by_the_book(seen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @st.composite
-def texts(draw: st.DrawFn) -> tuple[Pattern, int, int, int]:
+def sequences(draw: st.DrawFn) -> tuple[Pattern, int, int, int]:
     n, batch, heads = draw(st.integers(0, 40)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     return draw(patterns(Sizes.of(n, batch=batch, heads=heads))), n, batch, heads
 
 
-@given(texts())
-def test_the_last_query_of_every_key_in_a_text_of_known_length(problem) -> None:
+@given(sequences())
+def test_last_use_in_a_sequence_of_known_length(problem) -> None:
     pattern, n, batch, heads = problem
     sizes = liveness_sizes(pattern, n, batch=batch, heads=heads)
     dense = pattern.dense(n, batch=batch, heads=heads).expand(batch, heads, n, n)
     for item in range(batch):
         for head in range(heads):
-            found = sight(pattern, sizes, item, head, n)
-            last, unbroken = by_the_book(dense[item, head])
-            assert found.last.tolist() == last.tolist()
-            assert not bool((found.unbroken & ~unbroken).any())
+            use = last_use_of(pattern, sizes, item, head, n)
+            last, unbroken = dense_last_use(dense[item, head])
+            assert use.last.tolist() == last.tolist()
+            assert not bool((use.unbroken & ~unbroken).any())
 
 
 endless_atoms = st.one_of(
@@ -78,19 +78,19 @@ endless = st.recursive(
 
 @settings(max_examples=250)
 @given(endless)
-def test_the_last_query_of_every_key_in_a_text_without_end(pattern: Pattern) -> None:
+def test_last_use_in_a_sequence_without_end(pattern: Pattern) -> None:
     sizes = liveness_sizes(pattern, None, heads=2)
     dense = pattern.dense(FAR, heads=2).expand(1, 2, FAR, FAR)
     for head in range(2):
-        found = sight(pattern, sizes, 0, head, 40)
-        last, unbroken = by_the_book(dense[0, head, :, :40])
+        use = last_use_of(pattern, sizes, 0, head, 40)
+        last, unbroken = dense_last_use(dense[0, head, :, :40])
         # All changes lie before 100 and no period exceeds 36: what is seen later than 200 is seen for ever.
         last = torch.where(last > 200, FOREVER, last)
-        assert found.last.tolist() == last.tolist()
-        assert torch.equal(found.unbroken, unbroken & (last >= torch.arange(40)))
+        assert use.last.tolist() == last.tolist()
+        assert torch.equal(use.unbroken, unbroken & (last >= torch.arange(40)))
 
 
-def test_there_is_an_example_of_every_primitive() -> None:
+def test_every_primitive_has_an_example() -> None:
     """The strategies behind the two tests above draw every primitive; a new one must say where its columns change."""
     assert set(PRIMITIVES) >= {name for name in fl.patterns.CONSTRUCTORS if name != "per_head"}
 
@@ -115,47 +115,47 @@ def test_there_is_an_example_of_every_primitive() -> None:
     ],
     ids=str,
 )
-def test_what_the_rule_says(pattern: Pattern, position: int, last: int) -> None:
+def test_last_use_of_known_patterns(pattern: Pattern, position: int, last: int) -> None:
     zero, j = torch.zeros(1, dtype=torch.int64), torch.tensor([position])
     assert int(last_use(pattern, liveness_sizes(pattern, None), zero, zero, j).last) == last
 
 
-def test_a_stream_is_known_to_have_no_gaps() -> None:
+def test_columns_of_streaming_are_unbroken() -> None:
     """What lets one token be decoded without a mask: every kept key is seen by it."""
     pattern = fl.presets.streaming(4, 64)
-    assert bool(sight(pattern, liveness_sizes(pattern, None), 0, 0, 300).unbroken.all())
+    assert bool(last_use_of(pattern, liveness_sizes(pattern, None), 0, 0, 300).unbroken.all())
     strided = fl.causal() & fl.strided(3)
-    assert not bool(sight(strided, liveness_sizes(strided, None), 0, 0, 300).unbroken.any())
+    assert not bool(last_use_of(strided, liveness_sizes(strided, None), 0, 0, 300).unbroken.any())
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_random_keys_of_a_known_length_are_known_ahead(causal: bool) -> None:
+def test_random_keys_of_a_known_length_are_exact(causal: bool) -> None:
     pattern = fl.random_keys(2, seed=5, causal=causal)
-    found = sight(pattern, liveness_sizes(pattern, 3000), 0, 0, 3000)
-    last, _ = by_the_book(pattern.dense(3000)[0, 0])
-    assert torch.equal(found.last, last)
+    use = last_use_of(pattern, liveness_sizes(pattern, 3000), 0, 0, 3000)
+    last, _ = dense_last_use(pattern.dense(3000)[0, 0])
+    assert torch.equal(use.last, last)
     assert 0.1 < float((last < 2000).double().mean()) < 0.9  # many keys can be dropped long before the end
 
 
-def test_random_keys_without_end_are_drawn_again_for_ever() -> None:
+def test_random_keys_without_end_are_live_forever() -> None:
     pattern = fl.causal() & (fl.random_keys(1, causal=True) | fl.window(3))
-    assert set(sight(pattern, liveness_sizes(pattern, None), 0, 0, 50).last.tolist()) == {FOREVER}
-    # A draw that a window cuts off is followed exactly: the window ends all doubt.
+    assert set(last_use_of(pattern, liveness_sizes(pattern, None), 0, 0, 50).last.tolist()) == {FOREVER}
+    # Inside a window a draw is scanned exactly: the window bounds the last use.
     near = fl.window(40, 0) & fl.random_keys(1, causal=True)
-    last, _ = by_the_book(near.dense(200)[0, 0, :, :100])
-    assert torch.equal(sight(near, liveness_sizes(near, None), 0, 0, 100).last, last)
+    last, _ = dense_last_use(near.dense(200)[0, 0, :, :100])
+    assert torch.equal(last_use_of(near, liveness_sizes(near, None), 0, 0, 100).last, last)
 
 
-def test_strides_without_a_common_measure_keep_too_much_and_never_too_little() -> None:
+def test_strides_with_a_long_common_period_are_bounded_from_above() -> None:
     pattern = fl.causal() & fl.strided(1009) & fl.strided(1013) - fl.strided(1019)
-    found = sight(pattern, liveness_sizes(pattern, None), 0, 0, 5)
-    assert found.last.tolist() == [FOREVER] * 5
+    use = last_use_of(pattern, liveness_sizes(pattern, None), 0, 0, 5)
+    assert use.last.tolist() == [FOREVER] * 5
     cut = pattern & fl.window(3000)
-    last, _ = by_the_book(cut.dense(4000)[0, 0, :, :5])
-    assert torch.equal(sight(cut, liveness_sizes(cut, None), 0, 0, 5).last, last)
+    last, _ = dense_last_use(cut.dense(4000)[0, 0, :, :5])
+    assert torch.equal(last_use_of(cut, liveness_sizes(cut, None), 0, 0, 5).last, last)
 
 
-def test_a_bound_without_some_atoms_allows_every_pair_that_the_pattern_does() -> None:
+def test_upper_bound_is_a_superset() -> None:
     some = fl.random_keys(2, seed=1, causal=True)
     for pattern in (some, ~some, fl.window(5) - some, ~(fl.window(5) - some), fl.per_head([some, ~some]), ~(some | ~some)):
         bound = upper_bound(pattern, {some})
@@ -177,12 +177,12 @@ def test_a_bound_without_some_atoms_allows_every_pair_that_the_pattern_does() ->
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_pattern_that_depends_on_the_length_asks_for_it(pattern: Pattern, why: str) -> None:
+def test_a_pattern_of_known_length_is_refused_without_end(pattern: Pattern, why: str) -> None:
     with pytest.raises(fl.PatternError, match=f"{why}, but this text has no known length.*Give max_length="):
         liveness_sizes(fl.causal() & pattern, None)
 
 
-def test_an_atom_that_says_nothing_is_followed_all_the_same() -> None:
+def test_the_default_column_changes_are_correct() -> None:
     class evens(fl.patterns.expression.Atom):
         def __init__(self) -> None:
             self._set(text="evens()", tables=())
@@ -191,7 +191,7 @@ def test_an_atom_that_says_nothing_is_followed_all_the_same() -> None:
             return (i * i + j) % 6 == 0
 
     pattern = evens() | fl.window(2)
-    last, _ = by_the_book(pattern.dense(50)[0, 0])
-    assert torch.equal(sight(pattern, liveness_sizes(pattern, 50), 0, 0, 50).last, last)
+    last, _ = dense_last_use(pattern.dense(50)[0, 0])
+    assert torch.equal(last_use_of(pattern, liveness_sizes(pattern, 50), 0, 0, 50).last, last)
     with pytest.raises(fl.PatternError, match="evens is made for a text of one length"):
         liveness_sizes(pattern, None)

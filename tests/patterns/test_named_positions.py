@@ -1,4 +1,4 @@
-"""Positions name tokens: of queries beyond the last key too, of keys those that exist; one that is not there names nothing."""
+"""Named positions: the query at a position, also beyond the last key; the key at it; nothing outside the sequence."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SHORT: dict[str, fl.Pattern] = {
 
 @pytest.mark.parametrize("name", SHORT)
 @pytest.mark.parametrize("n", [0, 1, 3, 7])
-def test_short_texts_are_attended_alike_by_every_backend(name: str, n: int) -> None:
+def test_backends_agree_on_positions_outside_the_sequence(name: str, n: int) -> None:
     pattern = SHORT[name]
     q, k, v = torch.randn(3, 1, 2, n, 8, dtype=torch.float32).unbind(0)
     mask = pattern.dense(n, heads=2)
@@ -64,7 +64,7 @@ def test_short_texts_are_attended_alike_by_every_backend(name: str, n: int) -> N
 
 
 @pytest.mark.parametrize("name", [name for name in SHORT if name != "per_head"])
-def test_short_texts_are_read_alike_by_analysis(name: str) -> None:
+def test_analysis_agrees_on_positions_outside_the_sequence(name: str) -> None:
     """Small-world figures, paths, reach, retention, the page's rules and JSON take what attention takes."""
     pattern, n = SHORT[name], 3
     assert fl.Pattern.from_json(pattern.to_json()) == pattern
@@ -79,7 +79,7 @@ def test_short_texts_are_read_alike_by_analysis(name: str) -> None:
 @pytest.mark.parametrize("kind", NAMED)
 @pytest.mark.parametrize("positions", [[0], [-1], [5, -6], [2**31], [], [3, 4, 9, 10]], ids=str)
 @pytest.mark.parametrize("n", [0, 1, 4, 10])
-def test_a_position_that_is_not_in_the_text_names_nothing(kind: type, positions: list[int], n: int) -> None:
+def test_a_position_outside_the_sequence_names_nothing(kind: type, positions: list[int], n: int) -> None:
     pattern = kind(positions)
     wanted = rule(kind, positions, n, n, 0)
     assert torch.equal(pattern.dense(n)[0, 0], wanted)
@@ -91,9 +91,7 @@ def test_a_position_that_is_not_in_the_text_names_nothing(kind: type, positions:
 @pytest.mark.parametrize("kind", NAMED)
 @pytest.mark.parametrize("n_q, n_k, q_offset", [(12, 9, 0), (12, 9, None), (5, 9, 20), (40, 7, -3), (3, 0, 0)])
 @pytest.mark.parametrize("positions", [[7, 8, 9, 10, 11], [0, 30, -1], [22], [36]], ids=str)
-def test_a_position_names_the_query_that_stands_there(
-    kind: type, n_q: int, n_k: int, q_offset: int | None, positions: list[int]
-) -> None:
+def test_a_position_names_the_query_at_it(kind: type, n_q: int, n_k: int, q_offset: int | None, positions: list[int]) -> None:
     offset = n_k - n_q if q_offset is None else q_offset
     for pattern, wanted in (
         (kind(positions), rule(kind, positions, n_q, n_k, offset)),
@@ -143,7 +141,7 @@ def test_a_mask_of_sees_all_is_over_queries_or_over_positions(n_q: int, n_k: int
         assert torch.equal(fl.plan(pattern, n_q, n_k, q_offset=q_offset).dense()[0, 0], wanted)
 
 
-def test_keys_are_held_for_a_query_that_is_named_later() -> None:
+def test_keys_stay_live_until_a_later_named_query() -> None:
     """Which keys a cache holds: every position may still be reached, named or not."""
     zero, j = torch.zeros(3, dtype=torch.int64), torch.arange(3)
     pattern = fl.causal() & (fl.window(1, 0) | fl.sees_all([6]))
@@ -185,7 +183,7 @@ COUNTED: dict[str, Callable[[int], fl.Pattern]] = {
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_the_work_of_counting_is_proportional_to_the_text(name: str) -> None:
+def test_counting_is_linear_in_the_sequence_length(name: str) -> None:
     work = []
     for n in (1 << 17, 1 << 20):
         pattern, Elements.total = COUNTED[name](n), 0

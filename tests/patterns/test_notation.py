@@ -1,4 +1,4 @@
-"""The notation and JSON: everything that is not a pattern is refused with a PatternError, and nothing is ever evaluated."""
+"""Notation, JSON and the registry: anything but a pattern raises PatternError, and nothing is ever evaluated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 import farlight as fl
 from farlight.errors import PatternError
-from farlight.patterns import Pattern, Sizes, parse
+from farlight.patterns import CONSTRUCTORS, Pattern, Sizes, parse
+from farlight.patterns.expression import Atom
+from farlight.patterns.registry import constructors, register
 from farlight.testing.strategies import problems
 
 # (text, what the error must say)
@@ -318,7 +320,7 @@ GREEDY = [
 
 
 @pytest.mark.parametrize("text", GREEDY, ids=lambda text: text[:40])
-def test_short_texts_do_not_ask_for_gigabytes(text: str) -> None:
+def test_short_texts_do_not_allocate_gigabytes(text: str) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(PatternError, match="needs more than 268,435,456 bytes of memory|a list of more than 1,048,576"):
@@ -460,3 +462,25 @@ def test_damaged_tables_give_an_error_or_a_pattern(problem: tuple[Pattern, Sizes
 def test_random_text(text: str) -> None:
     with contextlib.suppress(PatternError):
         assert isinstance(parse(text), Pattern)
+
+
+# ---- the registry ----------------------------------------------------------------------------------------------------
+def primitives(kind: type[Atom] = Atom) -> set[str]:
+    """The names of the primitive classes of farlight.patterns that are constructors: lower case."""
+    names = {kind.__name__} if kind.__module__.startswith("farlight.patterns") and kind.__name__.islower() else set()
+    return names.union(*map(primitives, kind.__subclasses__()))
+
+
+def test_every_primitive_and_preset_is_registered() -> None:
+    known = set(constructors())
+    assert primitives() | set(CONSTRUCTORS) <= known
+    assert {name for preset in fl.presets.__all__ for name in (preset, f"presets.{preset}")} <= known
+    assert {"between", "meets", "rooms", "unseen"} <= known
+
+
+def test_the_registry_refuses_a_second_constructor_of_a_name_and_is_read_only() -> None:
+    register(fl.window)  # once more is no contradiction
+    with pytest.raises(ValueError, match="another constructor of the name 'window'"):
+        register(fl.full, "window")
+    with pytest.raises(TypeError):
+        constructors()["evil"] = fl.full  # type: ignore[index]

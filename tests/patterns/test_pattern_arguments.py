@@ -1,4 +1,4 @@
-"""What constructors take for a mask and what for positions or lengths; patterns and Python's words; errors that stay short."""
+"""Arguments of constructors: masks, positions, lengths; patterns with Python's `and`, `or`, `not`; errors of bounded length."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_an_integer_mask_of_two_dimensions_is_refused(name: str, make: Callable[
 
 @pytest.mark.parametrize("name", MASKED)
 @pytest.mark.parametrize("mask", [torch.tensor(BITS).float(), np.array(BITS, dtype=np.float64)], ids=["torch", "numpy"])
-def test_a_mask_of_floats_is_refused_and_told_what_to_do(name: str, mask: Any) -> None:
+def test_a_mask_of_floats_is_refused_with_a_remedy(name: str, mask: Any) -> None:
     with pytest.raises(PatternError, match=r"\.bool\(\), in numpy \.astype\(bool\)"):
         MASKED[name](mask)
 
@@ -74,7 +74,7 @@ def test_a_mask_of_floats_is_refused_and_told_what_to_do(name: str, mask: Any) -
     ],
     ids=["tensor", "array", "list", "tuple", "list of tensors", "list of numpy's"],
 )
-def test_a_mask_of_truth_values_is_a_mask(name: str, make: Callable[[torch.Tensor], Any]) -> None:
+def test_a_mask_of_booleans_is_a_mask(name: str, make: Callable[[torch.Tensor], Any]) -> None:
     mask = torch.tensor(BITS, dtype=torch.bool)
     for given in (mask, torch.stack((mask, ~mask))):
         if name == "longformer" and given.dim() > 1:
@@ -98,7 +98,7 @@ def test_arrays_of_positions_are_positions(name: str, positions: list[int]) -> N
         assert NAMED[name](given) == wanted
 
 
-def test_a_list_is_positions_or_lengths_whatever_stands_in_it() -> None:
+def test_a_list_of_integers_is_positions_or_lengths() -> None:
     assert fl.global_tokens([0, 0, 1, 0]) == fl.global_tokens([0, 1])
     assert fl.padding([1, 1, 1, 0]).dense(3, batch=4).sum((1, 2, 3)).tolist() == [3, 3, 3, 0]
     assert fl.padding(torch.tensor([3, 1, 0])) == fl.padding([3, 1, 0])
@@ -145,7 +145,7 @@ def test_only_patterns_are_combined_with_patterns(other: Any) -> None:
         assert len(str(caught.value)) < 300
 
 
-def test_a_pattern_may_stand_where_only_equality_and_identity_are_asked() -> None:
+def test_patterns_support_equality_and_identity() -> None:
     patterns = [fl.window(1), fl.full()]
     assert fl.full() in patterns
     assert patterns.index(fl.full()) == 1

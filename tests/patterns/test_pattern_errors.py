@@ -1,4 +1,4 @@
-"""What a malformed pattern says: the value, the rule, and what to do. One row for each place that raises."""
+"""Error messages of malformed patterns: the value, the rule, and what to do. One table row per `raise`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every pattern against its definition in plain Python, its two faces against each other, and the laws of the algebra."""
+"""Every primitive against its definition in plain Python, `_spans`, `_points` and `_labels` against `_allows`, laws of sets."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_window_holds_nine_keys_inside_and_is_clipped_never_shifted_at_the_end
     assert seen == [5, 6, 7, 8, 9, 9, 9, 9, 8, 7, 6, 5]
 
 
-def test_queries_are_the_last_ones_unless_said_otherwise() -> None:
+def test_queries_are_the_last_positions_by_default() -> None:
     assert torch.equal(fl.causal().dense(3, 8)[0, 0].sum(1), torch.tensor([6, 7, 8]))
     assert torch.equal(fl.causal().dense(3, 8, q_offset=0)[0, 0].sum(1), torch.tensor([1, 2, 3]))
     assert torch.equal(fl.causal().dense(5, 3)[0, 0].sum(1), torch.tensor([0, 0, 1, 2, 3]))
@@ -181,7 +181,7 @@ def test_a_table_by_position_follows_the_offset_and_one_by_query_does_not() -> N
     assert not fl.pairs(mask).dense(8, 8, q_offset=5)[0, 0, 3:].any()
 
 
-def test_a_pattern_can_be_asked_on_the_device_of_the_caller() -> None:
+def test_dense_is_computed_on_the_requested_device() -> None:
     for defined in DEFINED:
         sizes = sizes_of(defined, 10, None)
         assert defined.pattern.dense_rows(0, 10, sizes, device="meta").device.type == "meta"
@@ -237,7 +237,7 @@ def test_only_patterns_combine() -> None:
         3 | fl.window(3)  # type: ignore[operator]
 
 
-def test_per_head_gives_each_head_its_own() -> None:
+def test_per_head_gives_each_head_its_pattern() -> None:
     parts = [fl.window(1), fl.strided(2), fl.window(1)]
     found = fl.per_head(parts).dense(7, heads=3)
     for head, part in enumerate(parts):

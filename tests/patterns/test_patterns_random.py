@@ -1,4 +1,4 @@
-"""Random links: the same wherever and however they are computed, spread evenly, and different by seed and head."""
+"""Random primitives: draws that depend on (seed, head, position) alone, are uniform, and differ by seed and head."""
 
 from __future__ import annotations
 
@@ -110,14 +110,14 @@ def test_causal_draws_are_from_the_past_and_complete_while_it_is_short() -> None
     assert bool(blocks.diagonal()[:10].all()), "the first block has only itself to draw"
 
 
-def test_more_keys_than_there_are_is_all_keys() -> None:
+def test_a_count_beyond_the_keys_draws_all_keys() -> None:
     assert bool(fl.random_keys(50).dense(20).all())
     assert bool(fl.random_blocks(50, block=3).dense(20).all())
     assert torch.equal(fl.random_keys(50, causal=True).dense(20), fl.causal().dense(20))
     assert not fl.random_keys(0).dense(20).any()
 
 
-def test_one_draw_serves_a_block_of_queries() -> None:
+def test_queries_of_one_block_share_a_draw() -> None:
     mask = fl.random_blocks(2, block=8).dense(64, heads=2)
     tiles = mask.unflatten(3, (8, 8)).unflatten(2, (8, 8))
     assert torch.equal(tiles.any(5).any(3), tiles.all(5).all(3))
@@ -148,7 +148,7 @@ def test_a_number_below_a_bound(h: int, bound: int) -> None:
     assert 0 <= int(draw_below(torch.tensor(h), bound)) < bound
 
 
-def test_dropout_keeps_the_share_it_should_link_by_link() -> None:
+def test_dropout_keeps_pairs_with_probability_1_minus_p() -> None:
     b, h, i, j = (torch.arange(n).view(shape) for n, shape in ((2, (2, 1, 1, 1)), (3, (3, 1, 1)), (64, (64, 1)), (80, (80,))))
     keep = dropout_keep(5, 0.25, b, h, i, j)
     assert keep.shape == (2, 3, 64, 80)
@@ -162,7 +162,7 @@ def test_dropout_keeps_the_share_it_should_link_by_link() -> None:
     assert alone[2] == keep[1, 2, 63, 7]
 
 
-def test_dropping_more_drops_the_same_links_and_others() -> None:
+def test_a_larger_p_drops_a_superset() -> None:
     at = [torch.arange(n).view(s) for n, s in ((1, (1, 1, 1, 1)), (1, (1, 1, 1)), (50, (50, 1)), (50, (50,)))]
     less, more = dropout_keep(9, 0.1, *at), dropout_keep(9, 0.6, *at)
     assert not (more & ~less).any()

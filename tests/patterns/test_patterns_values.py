@@ -1,4 +1,4 @@
-"""A pattern is a value: equal, hashable, immutable, and the same after every way of writing it down and reading it back."""
+"""Value semantics of patterns: equality, hash, immutability, and round trips by repr, JSON, pickle and copy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_round_trips(pattern: Pattern) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_was_read_back_means_the_same(case: object) -> None:
+def test_a_pattern_read_back_has_the_same_pairs(case: object) -> None:
     s: Sizes = case.sizes  # type: ignore[attr-defined]
     pattern: Pattern = case.pattern  # type: ignore[attr-defined]
     shape = {"batch": s.batch, "heads": s.heads, "q_offset": s.q_offset}
@@ -141,7 +141,7 @@ def test_patterns_are_immutable() -> None:
         fl.window(3).left = 5
 
 
-def test_a_pattern_keeps_its_own_copy_of_what_it_was_given() -> None:
+def test_constructor_arguments_are_copied() -> None:
     labels, mask, positions = torch.tensor([0, 1, 0]), torch.tensor([True, False, False]), [0]
     made = fl.clusters(labels), fl.global_tokens(mask), fl.global_tokens(positions), fl.padding(mask), fl.pairs(mask[None])
     before = [repr(p) for p in made]
@@ -153,7 +153,7 @@ def test_a_pattern_keeps_its_own_copy_of_what_it_was_given() -> None:
     assert [hash(p) for p in made] == hashes
 
 
-def test_how_a_table_lies_in_memory_does_not_matter() -> None:
+def test_strides_of_a_table_do_not_matter() -> None:
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[1, 2] = True
     for lying in (mask, mask.t().contiguous().t(), torch.zeros(8, 8, dtype=torch.bool)[::2, ::2].logical_or(mask)):
@@ -186,7 +186,7 @@ def test_positions_are_spelled_so_that_they_read_back(positions: list[int]) -> N
     assert sorted(p.positions) == sorted(set(positions))
 
 
-def test_a_large_table_is_spelled_packed_and_reads_back() -> None:
+def test_a_large_table_is_written_packed_and_reads_back() -> None:
     big = fl.clusters(torch.arange(3000) % 7)
     assert len(repr(big)) < 3000
     assert parse(repr(big)) == big

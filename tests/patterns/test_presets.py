@@ -1,4 +1,4 @@
-"""Each paper's pattern against its own definition written in Python, and what it costs at the paper's size."""
+"""Presets against independent definitions from their papers, and the waste of their plans at the papers' sizes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_defaults_of_the_interface() -> None:
     assert fl.presets.longnet(segments=[4], dilations=[1]) == fl.blocked_window(0, block=4)
 
 
-def test_heads_of_longnet_cover_all_positions_in_turn() -> None:
+def test_heads_of_longnet_cover_all_positions() -> None:
     seen = fl.presets.longnet([32], [4]).dense(64, heads=4).any(3)[0]
     assert bool(seen.any(0).all())
     assert seen.sum(0).unique().tolist() == [1]

@@ -1,4 +1,4 @@
-"""Values are values: what farlight hands out may be written into, and nobody else's result changes."""
+"""Returned tables and masks are copies: writing into them changes no later result."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def read_mask(what: str, value: Any) -> Tensor | None:
         return None
     if isinstance(value, (list, tuple)):
         value = [item.tolist() if _is_array(item) else item for item in value]
-    return read_table(what, value, 2, kind="bool")
+    return read_table(what, value, 2, dtype=torch.bool)
 
 
 def read_integers(what: str, values: Any, of: str) -> list[Any]:
@@ -151,26 +151,27 @@ def positions_text(positions: Sequence[int]) -> str:
     return str(list(positions))
 
 
-def read_table(what: str, value: Any, dims: int, *, kind: str) -> Tensor:
-    """A copy of `value` as a bool or int64 tensor of `dims` dimensions; missing leading ones (batch, head) become 1.
+def read_table(what: str, value: Any, dims: int, *, dtype: torch.dtype) -> Tensor:
+    """A copy of `value` as a tensor of `dims` dimensions; missing leading ones (batch, head) become 1.
 
-    kind: "bool" or "int", the dtypes accepted. A copy, because a pattern must not change when the caller's tensor does.
+    dtype: torch.bool, which accepts bool only, or torch.int64, which accepts every integer dtype. A copy, because a pattern
+    must not change when the caller's tensor does.
     """
     try:
         table = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         why = shorten(str(error), 160)
         raise PatternError(f"{what}: cannot be read as a tensor ({why}); pass a torch tensor.") from None
-    if kind == "bool" and table.dtype != torch.bool:
+    if dtype == torch.bool and table.dtype != torch.bool:
         raise PatternError(f"{what}: a bool tensor is needed, but this is {show(table)}; pass .bool() of it.")
-    if kind == "int" and (table.dtype.is_floating_point or table.dtype.is_complex or table.dtype == torch.bool):
+    if dtype == torch.int64 and (table.dtype.is_floating_point or table.dtype.is_complex or table.dtype == torch.bool):
         raise PatternError(f"{what}: an integer tensor is needed, but this is {show(table)}; pass .long() of it.")
     if not 1 <= table.dim() <= dims:
         raise PatternError(f"{what}: shape {tuple(table.shape)} has {table.dim()} dimensions, at most {dims} are possible.")
     # The pattern outlives this call: a table made in inference mode must be usable in training.
     normal_mode = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
     with normal_mode:
-        table = table.detach().clone() if kind == "bool" else table.detach().to(torch.int64, copy=True)
+        table = table.detach().to(dtype, copy=True)
     return table.reshape((1,) * (dims - table.dim()) + tuple(table.shape))
 
 

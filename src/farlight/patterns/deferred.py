@@ -57,7 +57,7 @@ class DeferredPattern(Atom):
 
     def __init__(self, name: str, values: Tensor) -> None:
         what = f"{name}: {'lengths' if name in _LENGTHS else 'positions'}"
-        table = read_table(what, values.reshape(1) if values.dim() == 0 else values, _DIMS[name], kind="int")
+        table = read_table(what, values.reshape(1) if values.dim() == 0 else values, _DIMS[name], dtype=torch.int64)
         per_item = name in _LENGTHS and values.dim() == _DIMS[name] and table.shape[0] > 1
         text = f"{name}(lengths=$0)" if name == "documents" else f"{name}($0)"
         self._set(name=name, text=text, tables=(table,), varies_over_batch=per_item)

@@ -60,8 +60,8 @@ def liveness_sizes(pattern: Pattern, length: int | None, *, batch: int = 1, head
             reason = atom._needs_length()
             if reason is not None:
                 raise PatternError(
-                    f"{reason}, but this text has no known length: which keys a later token may see cannot be told. Give "
-                    "max_length=…, the length that the text will have at most, or a pattern that (i, j) alone decides."
+                    f"{reason}, but this text has no known length: the last use of its keys is unknown. Give max_length=…, the "
+                    "largest length that the text will have, or a pattern that (i, j) alone decides."
                 )
         # `check` is not needed: lists may be shorter than the sequence, and tables of one length were refused above.
         return Sizes(_ENDLESS, _ENDLESS, 0, batch, heads)

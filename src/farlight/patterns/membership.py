@@ -36,11 +36,11 @@ class rooms(TablePattern):
     _query_argument = "rooms: query_members"
 
     def __init__(self, query_members: Any, key_members: Any = None) -> None:
-        query = read_table("rooms: query_members", query_members, 4, kind="bool")
+        query = read_table("rooms: query_members", query_members, 4, dtype=torch.bool)
         if key_members is None:
             self._set_tables(query, text="rooms($0)")
             return
-        key = read_table("rooms: key_members", key_members, 4, kind="bool")
+        key = read_table("rooms: key_members", key_members, 4, dtype=torch.bool)
         if key.shape[3] != query.shape[3]:
             raise PatternError(
                 f"rooms: query_members names {query.shape[3]} rooms, key_members {key.shape[3]}; they must be the same rooms."
@@ -102,11 +102,11 @@ class between(TablePattern):
     """
 
     def __init__(self, starts: Any, stops: Any = None) -> None:
-        first = read_table("between: starts", starts, 3, kind="int")
+        first = read_table("between: starts", starts, 3, dtype=torch.int64)
         if stops is None:
             self._set_tables(first, text="between($0)")
             return
-        self._set_tables(first, read_table("between: stops", stops, 3, kind="int"), text="between($0, $1)")
+        self._set_tables(first, read_table("between: stops", stops, 3, dtype=torch.int64), text="between($0, $1)")
 
     def check(self, sizes: Sizes) -> None:
         for name, table in zip(("starts", "stops"), self._tables, strict=False):

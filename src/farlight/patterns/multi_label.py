@@ -52,11 +52,11 @@ class meets(TablePattern):
     _query_argument = "meets: query_labels"
 
     def __init__(self, query_labels: Any, key_labels: Any = None) -> None:
-        query = read_table("meets: query_labels", query_labels, 4, kind="int").clamp_(min=-1)
+        query = read_table("meets: query_labels", query_labels, 4, dtype=torch.int64).clamp_(min=-1)
         if key_labels is None:
             self._set_tables(query, text="meets($0)")
             return
-        key = read_table("meets: key_labels", key_labels, 4, kind="int").clamp_(min=-1)
+        key = read_table("meets: key_labels", key_labels, 4, dtype=torch.int64).clamp_(min=-1)
         if key.shape[3] not in (1, query.shape[3]):
             raise PatternError(
                 f"meets: queries have labels of {query.shape[3]} rounds, keys of {key.shape[3]}; "

@@ -44,7 +44,7 @@ class documents(Atom):
         if (ids is None) == (lengths is None):
             raise PatternError("documents: give either ids (one for each token) or lengths=[…], not both and not neither.")
         if lengths is None:
-            table = read_table("documents: ids", ids, 2, kind="int")
+            table = read_table("documents: ids", ids, 2, dtype=torch.int64)
             self._set(lengths=None, text="documents($0)", tables=(table,), varies_over_batch=table.shape[0] > 1)
             return
         if isinstance(lengths, Tensor):

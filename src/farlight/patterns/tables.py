@@ -92,7 +92,7 @@ class pairs(TablePattern):
     _query_argument = "pairs: mask"
 
     def __init__(self, mask: Any) -> None:
-        self._set_tables(read_table("pairs: mask", mask, 4, kind="bool"), text="pairs($0)")
+        self._set_tables(read_table("pairs: mask", mask, 4, dtype=torch.bool), text="pairs($0)")
 
     def check(self, sizes: Sizes) -> None:
         mask = self._tables[0]
@@ -123,7 +123,7 @@ class blocks(TablePattern):
     block: int
 
     def __init__(self, layout: Any, block: int) -> None:
-        table = read_table("blocks: layout", layout, 4, kind="bool")
+        table = read_table("blocks: layout", layout, 4, dtype=torch.bool)
         block = whole("blocks: block", block, 1)
         self._set(block=block)
         self._set_tables(table, text=f"blocks($0, {block})")
@@ -172,11 +172,11 @@ class clusters(TablePattern):
     _query_argument = "clusters: query_labels"
 
     def __init__(self, query_labels: Any, key_labels: Any = None) -> None:
-        query = read_table("clusters: query_labels", query_labels, 3, kind="int")
+        query = read_table("clusters: query_labels", query_labels, 3, dtype=torch.int64)
         if key_labels is None:
             self._set_tables(query, text="clusters($0)")
             return
-        key = read_table("clusters: key_labels", key_labels, 3, kind="int")
+        key = read_table("clusters: key_labels", key_labels, 3, dtype=torch.int64)
         self._set_tables(query, key, text="clusters($0, $1)")
 
     def check(self, sizes: Sizes) -> None:
@@ -229,7 +229,7 @@ class chosen_blocks(TablePattern):
     query_block: int
 
     def __init__(self, indices: Any, *, block: int, query_block: int | None = None) -> None:
-        table = read_table("chosen_blocks: indices", indices, 4, kind="int")
+        table = read_table("chosen_blocks: indices", indices, 4, dtype=torch.int64)
         block = whole("chosen_blocks: block", block, 1)
         query_block = block if query_block is None else whole("chosen_blocks: query_block", query_block, 1)
         self._set(block=block, query_block=query_block)
@@ -275,7 +275,7 @@ class chosen_keys(TablePattern):
     _query_argument = "chosen_keys: indices"
 
     def __init__(self, indices: Any) -> None:
-        self._set_tables(read_table("chosen_keys: indices", indices, 4, kind="int"), text="chosen_keys($0)")
+        self._set_tables(read_table("chosen_keys: indices", indices, 4, dtype=torch.int64), text="chosen_keys($0)")
 
     def check(self, sizes: Sizes) -> None:
         check_lists("chosen_keys: indices", self._tables[0], sizes, 1)

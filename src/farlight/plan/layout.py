@@ -291,7 +291,7 @@ class Layout:
         """The rows of a chunk, bounded by its intervals and pairs. Raises PlanError when the pairs to evaluate are too many."""
         per_row = 1 + sum(atom._entries_per_row(self.sizes) for atom in self.term.atoms())
         rest = self.term.parts[0].rest
-        if self.pairwise or rest:
+        if (self.pairwise or rest) and not self.term.points:  # a point term evaluates its points alone
             row = self._sample()
             if self.order.rows is not None:
                 row = self.order.rows[:: max(1, self.order.rows.numel() // _SAMPLED_ROWS)]
