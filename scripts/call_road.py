@@ -17,12 +17,12 @@ import farlight as fl
 
 
 def modules_of(call: Callable[[], object]) -> list[str]:
-    """The modules in which a function was entered, in the order of their first entry."""
+    """The modules in which a function was entered, in order of first entry; methods that dataclass generates excluded."""
     entered: dict[str, None] = {}
 
     def trace(frame: FrameType, event: str, argument: object) -> None:
         name = str(frame.f_globals.get("__name__", ""))
-        if name.startswith("farlight"):
+        if name.startswith("farlight") and frame.f_code.co_filename != "<string>":
             entered.setdefault(name)
 
     sys.settrace(trace)

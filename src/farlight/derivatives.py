@@ -18,15 +18,17 @@ __all__ = ["FirstOrderOnly", "refuse_forward_mode", "refuse_second", "refuse_sec
 
 
 def refuse_forward_mode() -> NoReturn:
+    """Raise UnsupportedError for a forward-mode derivative."""
     raise UnsupportedError(
-        "fl.attention was asked for a forward-mode derivative (jvp, jacfwd, linearize, dual numbers), but this backend has "
+        "fl.attention: a forward-mode derivative (jvp, jacfwd, linearize, dual numbers) is needed, but this backend has "
         "reverse-mode derivatives only. Use backend='reference', which has both, or torch.func.vjp, jacrev or grad."
     )
 
 
 def refuse_second() -> NoReturn:
+    """Raise UnsupportedError for a second derivative."""
     raise UnsupportedError(
-        "fl.attention was asked for a second derivative (create_graph=True, hessian, hvp, torch.autograd.functional.jvp), but "
+        "fl.attention: a second derivative (create_graph=True, hessian, hvp, torch.autograd.functional.jvp) is needed, but "
         "this backend has first derivatives only. Use backend='reference', which is twice differentiable."
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from farlight.analysis.graph.links import Array, KeyOrder, Links
+from farlight.analysis.graph.links import Array, Links, RunTable
 from farlight.errors import ArgumentError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def densities(pattern: Pattern, n: int, *, batch: int = 0, head: int = 0, pixels
     return share
 
 
-def _natural_counts(order: KeyOrder, edge: Array, pixel: Array) -> Array:
+def _natural_counts(order: RunTable, edge: Array, pixel: Array) -> Array:
     """`(p, p)` pairs by pixel, keys in natural order.
 
     A run [lo, hi) has (x - lo)⁺ - (x - hi)⁺ keys before x. Summed over the runs of a pixel row, that needs only the number
@@ -72,7 +72,7 @@ def _natural_counts(order: KeyOrder, edge: Array, pixel: Array) -> Array:
     return np.diff(before, axis=1)
 
 
-def _permuted_counts(order: KeyOrder, edge: Array, pixel: Array) -> Array:
+def _permuted_counts(order: RunTable, edge: Array, pixel: Array) -> Array:
     """`(p, p)` pairs by pixel under a permutation of the keys: per pixel row, the number of rows that see each slot."""
     size = edge.size - 1
     out = np.zeros((size, size))

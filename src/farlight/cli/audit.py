@@ -141,15 +141,22 @@ def audit_command(
         if page is not None:
             words = report.words_of(content, loaded.tokenizer)
             report.write(report.render(report.audit_data(result, judged, cut, words, progress=progress)), page)
+    _print_result(result, fitted, _fit_name(keep, density) if fitting else "", page, save, as_json)
+
+
+def _print_result(
+    result: Audit, fitted: ModelFit | None, name: str, page: Path | None, save: Path | None, as_json: bool
+) -> None:
+    """Print an audit and the fit that it judged, as tables or as one JSON object."""
     if as_json:
         extra = {} if fitted is None else {"fit": fitted.to_dict()}
         print(json.dumps(result.to_dict() | extra, indent=2, allow_nan=False))
-    else:
-        _show(result)
-        if page is not None:
-            print(f"\nreport: {page}")
-        if fitted is not None:
-            print(f"\nfitted ({_fit_name(keep, density)}): {fitted}" + (f"\nsaved: {save}" if save is not None else ""))
+        return
+    _show(result)
+    if page is not None:
+        print(f"\nreport: {page}")
+    if fitted is not None:
+        print(f"\nfitted ({name}): {fitted}" + (f"\nsaved: {save}" if save is not None else ""))
 
 
 def _fit_name(keep: float | None, density: float | None) -> str:

@@ -48,7 +48,6 @@ def embed_command(
 ) -> None:
     """Read books chapter by chapter, each in one pass, and rank the passages that answer a query."""
     from farlight.cli.inputs import load_model, read_patterns, read_text
-    from farlight.cli.outputs import check_place
     from farlight.cli.progress import progress_bar
     from farlight.kernels import registry
 
@@ -56,19 +55,7 @@ def embed_command(
     (parsed,) = read_patterns([pattern])
     registry.check_name(backend)
     queries = list(query or [])
-    if not queries and save is None:
-        raise ArgumentError('nothing was asked: give --query "…", or --save vectors.npz to keep the vectors.')
-    if any(not text.strip() for text in queries):
-        raise ArgumentError("a --query is empty; write a question or a sentence.")
-    if any("\ud800" <= mark <= "\udfff" for text in queries for mark in text):
-        raise ArgumentError("a --query is not UTF-8; write it in the encoding of this terminal.")
-    for name, value, least in (("positions", positions, 8), ("passage", passage, 1), ("top", top, 1), ("words", words, 0)):
-        if value < least:
-            raise ArgumentError(f"--{name} {value}: at least {least} is needed.")
-    if save is not None and save.suffix != ".npz":
-        raise ArgumentError(f"--save {str(save)!r}: the vectors are written as .npz; let the name end so.")
-    if save is not None:
-        check_place("--save", save)
+    _check_options(queries, save, {"positions": (positions, 8), "passage": (passage, 1), "top": (top, 1), "words": (words, 0)})
     books = [read_text(path) for path in files]
     with progress_bar() as progress:
         progress.start(["loading the model"])
@@ -112,6 +99,25 @@ def embed_command(
         print(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False))
     else:
         _show(report)
+
+
+def _check_options(queries: list[str], save: Path | None, numbers: dict[str, tuple[int, int]]) -> None:
+    """Raise ArgumentError for options that cannot be used; `numbers`: name -> (value, smallest valid value)."""
+    from farlight.cli.outputs import check_place
+
+    if not queries and save is None:
+        raise ArgumentError('nothing was asked: give --query "…", or --save vectors.npz to keep the vectors.')
+    if any(not text.strip() for text in queries):
+        raise ArgumentError("a --query is empty; write a question or a sentence.")
+    if any("\ud800" <= mark <= "\udfff" for text in queries for mark in text):
+        raise ArgumentError("a --query is not UTF-8; write it in the encoding of this terminal.")
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise ArgumentError(f"--{name} {value}: at least {least} is needed.")
+    if save is not None and save.suffix != ".npz":
+        raise ArgumentError(f"--save {str(save)!r}: the vectors are written as .npz; let the name end so.")
+    if save is not None:
+        check_place("--save", save)
 
 
 def _query_vector(embedder: Embedder, text: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 A *run* `[lo, hi)` stands for the links to every slot in it. A slot is a key position, or a key's place in a permutation of
 the keys (sorted by residue for a stride, by label for clusters): plans use the same permutations, because there the keys of a
-row are a few runs. `KeyRuns` holds the runs of selected rows under one permutation, `KeyOrder` those of all rows in CSR
+row are a few runs. `KeyRuns` holds the runs of selected rows under one permutation, `RunTable` those of all rows in CSR
 form; a pattern has one of them per permutation, and no link is in two. Memory and time follow the number of runs: a row that
 sees a million consecutive keys is one run.
 
@@ -25,7 +25,7 @@ from farlight.patterns.spans import Spans
 from farlight.plan.layout import Layout
 from farlight.plan.normal_form import terms_of
 
-__all__ = ["Array", "KeyOrder", "KeyRuns", "LazyLinks", "Links", "expand_ranges"]
+__all__ = ["Array", "KeyRuns", "LazyLinks", "Links", "RunTable", "expand_ranges"]
 
 Array = np.ndarray[Any, Any]
 
@@ -136,11 +136,11 @@ class LazyLinks:
                     f"{_MAX_RUNS:,} that fit in memory; use a smaller n, or fewer single keys per query."
                 )
             step = min(_CHUNK_ROWS, max(256, _CHUNK_RUNS * done // max(1, total)))
-        return Links(self.n, tuple(KeyOrder.of(self.n, slots, columns) for slots, columns in chunks.values()))
+        return Links(self.n, tuple(RunTable.of(self.n, slots, columns) for slots, columns in chunks.values()))
 
 
 @dataclass(frozen=True, eq=False)
-class KeyOrder:
+class RunTable:
     """All rows' runs under one permutation of the keys, in CSR form: row r has runs `first[r] … first[r + 1] - 1`.
 
     slots: the key of each slot, or None where slot s is key s. first: (n + 1,) int64. lo, hi: (runs,) int32 slots.
@@ -152,7 +152,7 @@ class KeyOrder:
     hi: Array
 
     @staticmethod
-    def of(n: int, slots: Array | None, chunks: list[tuple[Array, ...]]) -> KeyOrder:
+    def of(n: int, slots: Array | None, chunks: list[tuple[Array, ...]]) -> RunTable:
         """From (row, lo, hi) columns in row order."""
         row, lo, hi = (np.concatenate(column) for column in zip(*chunks, strict=True))
         first = np.zeros(n + 1, dtype=np.int64)
@@ -161,7 +161,7 @@ class KeyOrder:
             # The plan's table has the permutations of all heads one after another; only this head's piece is kept.
             start, stop = int(lo.min()), int(hi.max())
             slots, lo, hi = slots[start:stop].astype(np.int32), lo - start, hi - start
-        return KeyOrder(slots, first, lo, hi)
+        return RunTable(slots, first, lo, hi)
 
     @cached_property
     def size(self) -> int:
@@ -192,7 +192,7 @@ class Links:
     """All links of one batch item and head: the boolean matrix M with `M[i, j]` set where the query at i sees the key at j."""
 
     n: int
-    orders: tuple[KeyOrder, ...]
+    orders: tuple[RunTable, ...]
 
     @staticmethod
     def of(pattern: Pattern, n: int, batch: int = 0, head: int = 0) -> Links:

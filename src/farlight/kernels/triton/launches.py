@@ -145,6 +145,7 @@ def as_int32(x: Tensor) -> Tensor:
 
 
 def table_overflow() -> PlanError:
+    """The error for a plan whose block numbers do not fit into int32."""
     return PlanError("the plan has more than 2^31 blocks; split the queries over several calls.")
 
 
