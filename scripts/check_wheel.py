@@ -2,7 +2,7 @@
 
 `python scripts/check_wheel.py` needs an interpreter that has torch and the test tools, but not farlight itself.
 `--without-compiler` hides the compilers while building: the package must then install all the same, say once what it lacks, and
-compute the same numbers in plain torch. `--abi3` asks for the wheel that serves CPython 3.12 and all later ones.
+compute the same numbers in plain torch. `--abi3` requires the wheel that serves CPython 3.12 and all later ones.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> int:
         native = [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("farlight/_cpu")]
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB, native module: {native or 'none'}")
         if bool(native) == given.without_compiler:
-            print("that is not what was asked for", file=sys.stderr)
+            print("native module: not as required by --without-compiler", file=sys.stderr)
             return 1
         if given.keep is not None:
             given.keep.mkdir(parents=True, exist_ok=True)

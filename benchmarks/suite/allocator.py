@@ -1,6 +1,6 @@
 """Memory that is freed and wanted again: whether it comes back from the process or from the system.
 
-Glibc gives large pieces back to the system at once, and gets them anew, each page cleared by the system, and where the machine
+Glibc gives large pieces back to the system at once, and gets new ones, each page cleared by the system, and where the machine
 is a virtual one by its host too. Programs that train or serve often keep them (jemalloc, tcmalloc, glibc set as here).
 """
 

@@ -48,7 +48,7 @@ def breakeven_rows(settings: Settings, box: Box) -> Iterator[Row]:
                     break
                 try:
                     timings, backend, auto = _at_length(at, n, settings, dtype)
-                except FarlightError as error:  # the pattern asks for more tokens than there are
+                except FarlightError as error:  # the pattern needs more tokens than there are
                     misfits[str(n)] = str(error)
                     continue
                 chosen[str(n)] = auto

@@ -43,7 +43,7 @@ def extra_memory(
     contender: str, pattern: str, tokens: int, heads: int, head_dim: int, dtype: str, grads: bool, calls: int
 ) -> Iterator[Row]:
     """`extra_memory`: growth of the resident memory at its peak, less the results (out, and dq, dk, dv), as a share of
-    q + k + v + out, in the last of so many calls; `extra_memory_first` the same of the first, which plans or compiles.
+    q + k + v + out, in the last call; `extra_memory_first` the same of the first, which plans or compiles.
     """
     kind = getattr(torch, dtype)
     shown = Pattern.from_json(pattern)

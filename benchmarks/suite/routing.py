@@ -66,7 +66,7 @@ def _row(router: Router, full: Contender, qkv: tuple[Tensor, Tensor, Tensor], gr
     known = router(q, k)
     drawn: list[Pattern] = [known]
 
-    def draw_anew() -> None:
+    def redraw() -> None:
         plans.clear()
         drawn[0] = router(q, k)
 
@@ -75,7 +75,7 @@ def _row(router: Router, full: Contender, qkv: tuple[Tensor, Tensor, Tensor], gr
 
     contenders = [
         Contender(ROUTE, lambda: router(q, k)),
-        Contender(FIRST, first_time, before=draw_anew, loops=1),
+        Contender(FIRST, first_time, before=redraw, loops=1),
         # The plan made by the call just before is found again.
         ours(backend, known, q, k, v, grads, name=ATTEND),
         full,

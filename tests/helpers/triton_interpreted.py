@@ -296,7 +296,7 @@ def test_tensors_that_do_not_fit_the_plan_are_refused() -> None:
         (r"k is torch.float64 of shape .* the Triton kernels take", lambda: run(q, k.double())),
         (r"they must be \(B, H, n_q, D\) and twice", lambda: run(q, k[:, :, 1:])),
         (
-            r"lse has shape \(1, 1, 299\), q asks for \(1, 1, 300\)",
+            r"lse has shape \(1, 1, 299\), but q needs \(1, 1, 300\)",
             lambda: backend.backward(given.grad_out, None, q, k, v, out, halves, plan, scale=1.0),
         ),
     ):

@@ -34,7 +34,7 @@ __all__ = ["cache_folder", "calibrated", "measure"]
 
 
 def calibrated() -> Rates:
-    """The rates of this machine for the present number of threads, measured the first time they are asked for."""
+    """The rates of this machine for the present number of threads, measured at their first use."""
     if os.environ.get("FARLIGHT_CALIBRATE", "1") == "0":
         return DEFAULT_RATES
     return _calibrated(torch.get_num_threads())

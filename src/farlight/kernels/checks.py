@@ -114,7 +114,7 @@ def check_gradients(q: Tensor, dout: Tensor, out: Tensor, lse: Tensor, dlse: Ten
         ("dlse", dlse, q.shape[:3]),
     ):
         if x is not None and x.shape != size:
-            raise ArgumentError(f"{name} has shape {tuple(x.shape)}, q asks for {tuple(size)}.")
+            raise ArgumentError(f"{name} has shape {tuple(x.shape)}, but q needs {tuple(size)}.")
 
 
 def dropped(dropout: float) -> tuple[int, float]:
