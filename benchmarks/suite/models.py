@@ -145,12 +145,13 @@ def _bigbird(n: int) -> _Layer:
     """Blocks of 64, three random ones. In evaluation mode it draws nothing and reads block 0 three times more."""
     from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
 
-    from farlight.hf.bigbird import BigBirdAttention, PaddedText
+    from farlight.hf.bigbird import BigBirdAttention
 
     config = _bigbird_config(n, 1)
     layer = BigBirdBlockSparseAttention(config, seed=0).eval()
-    inside, text = BigBirdAttention(layer, config, backend=_backend(n)), PaddedText(n, None)
+    inside = BigBirdAttention(layer, config, backend=_backend(n))
     hidden = torch.randn(1, n, config.hidden_size)
+    mask = torch.ones(1, 1, 1, n)
     blocked, band, rows, keys = BigBirdModel.create_masks_for_block_sparse_attn(torch.ones(1, n), config.block_size)
 
     def projections() -> list[Tensor]:
@@ -158,7 +159,7 @@ def _bigbird(n: int) -> _Layer:
 
     name = f"BigBird, block {config.block_size}, 3 random"
     return _Layer(
-        name, lambda: layer(hidden, band, rows, keys, blocked, blocked)[0], lambda: inside(hidden, text)[0], projections
+        name, lambda: layer(hidden, band, rows, keys, blocked, blocked)[0], lambda: inside(hidden, mask)[0], projections
     )
 
 

@@ -26,7 +26,7 @@ _COLD = 4.0
 class Contender:
     """A call to be timed beside others.
 
-    `most`: the maximum number of repeats, for calls that take long. `warm`: call once before, untimed (where the first call plans
+    `most`: the maximum of repeats, for calls that take long. `warm`: call once before, untimed (where the first call plans
     or compiles, this is what keeps it out). `before`: run before each repeat, untimed. `loops`: calls in one repeat; None lets
     short calls be repeated for 20 ms (where there are several repeats).
     """

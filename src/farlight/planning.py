@@ -34,7 +34,8 @@ def plan(
 
     Args:
         device: where attention will run; the tables are in memory of the host and are uploaded by the first call.
-        backend: the backend that will execute the plan, "auto": the best of the device that executes plans.
+        backend: the backend that will execute the plan. "auto": the tiles are those of the device's best; a call that takes
+            another backend, because one is named or dtypes require it, plans the pattern for that one.
 
     Raises PatternError when the pattern does not fit the sizes, ArgumentError for a backend that executes no plans.
 
@@ -52,4 +53,6 @@ def plan(
             f"backend = {backend!r} attends under a mask and executes no plans; use 'auto' or one of {choices}."
         )
     executor = registry.plan_backend(request, backend)
-    return dataclasses.replace(plan_for(pattern, sizes, executor.tile_shape).copied(), backend=executor.name)
+    return dataclasses.replace(
+        plan_for(pattern, sizes, executor.tile_shape).copied(), backend="" if backend == "auto" else executor.name
+    )

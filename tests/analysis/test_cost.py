@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -31,13 +33,14 @@ def test_timing_a_router_keeps_the_plan_cache(router: Router) -> None:
 def test_every_repetition_of_a_router_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice is the same each time; its plan must not come from the cache."""
     built: list[fl.Pattern] = []
-    build = fl.plan.__globals__["build"]
+    planning = sys.modules["farlight.plan"]
+    build = planning.build
 
     def counted(pattern: fl.Pattern, *rest: object) -> object:
         built.append(pattern)
         return build(pattern, *rest)
 
-    monkeypatch.setitem(fl.plan.__globals__, "build", counted)
+    monkeypatch.setattr(planning, "build", counted)
     cost_in_passages(SHAPE, TopKeys(4), SHAPE.random(64, seed=1), backend="torch", least=0.01)
     assert len(built) >= 5, "the first call, the warm-up and three repetitions"
     assert len(set(built)) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -151,7 +150,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED.keys())
-def test_a_damaged_file_is_measured_anew(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_damaged_file_is_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     wanted = {**DEFAULT_RATES, ("torch", torch.bfloat16): (1.5, 0.25)}
     monkeypatch.setattr(calibrate, "measure", lambda: wanted)
     calibrate.calibrated()
@@ -159,4 +158,4 @@ def test_a_damaged_file_is_measured_anew(folder: Path, monkeypatch: pytest.Monke
     file.write_text(text, encoding="utf-8")
     calibrate._calibrated.cache_clear()
     assert calibrate.calibrated() == wanted
-    assert calibrate._read(json.loads(file.read_text(encoding="utf-8"))) == wanted
+    assert calibrate._read(file) == wanted

@@ -25,7 +25,6 @@ from farlight.errors import ArgumentError, PlanError
 from farlight.kernels import cpu
 from farlight.plan import Plan, TileShape
 from farlight.plan.build import build
-from farlight.plan.footprint import Derived
 from farlight.plan.tables import BITS, BOUNDS, EMPTY
 from farlight.testing import CASES, Answer, Case, Inputs, Solution, assert_answer, inputs, solve
 from farlight.testing.cases import bits, table
@@ -464,7 +463,7 @@ def backward(n):
 
 def resident(n):
     backward(n)
-    memory._give_back()
+    memory._return_free_memory()
     return memory._status("VmRSS") / 2**20
 
 before = resident(1000)
@@ -622,7 +621,7 @@ def get(plan: Plan, path: tuple[str, ...]) -> Tensor:
 def with_table(plan: Plan, path: tuple[str, ...], value: Tensor | None) -> Plan:
     """A copy of the plan with one table replaced, and no tables derived from the plan, such as its native copy."""
     if path[0] == "masks":
-        return dataclasses.replace(plan, masks=dataclasses.replace(plan.masks, **{path[-1]: value}), derived=Derived())
+        return dataclasses.replace(plan, masks=dataclasses.replace(plan.masks, **{path[-1]: value}))
     pieces = list(plan.pieces)
     piece = pieces[int(path[0])]
     if len(path) == 2:
@@ -631,7 +630,7 @@ def with_table(plan: Plan, path: tuple[str, ...], value: Tensor | None) -> Plan:
         layers = list(piece.layers)
         layers[int(path[1])] = dataclasses.replace(layers[int(path[1])], **{path[-1]: value})
         pieces[int(path[0])] = dataclasses.replace(piece, layers=tuple(layers))
-    return dataclasses.replace(plan, pieces=tuple(pieces), derived=Derived())
+    return dataclasses.replace(plan, pieces=tuple(pieces))
 
 
 def changed(x: Tensor, at: int, value: int) -> Tensor:

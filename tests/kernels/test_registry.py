@@ -151,6 +151,17 @@ def test_a_plan_and_another_backend_are_refused() -> None:
         fl.attention(q, k, v, plan, backend="reference")
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "dense", "reference"])
+def test_a_plan_for_no_named_backend_serves_each(backend: str) -> None:
+    """float64 too, which the backend of an "auto" plan on a CPU does not take."""
+    q, k, v = tensors()
+    plan = fl.plan(PATTERN, 60, heads=2)
+    for dtype in (torch.float32, torch.float64):
+        given = (q.to(dtype), k.to(dtype), v.to(dtype))
+        expected = fl.attention(*given, PATTERN, backend="reference")
+        torch.testing.assert_close(fl.attention(*given, plan, backend=backend), expected)
+
+
 def test_the_plan_is_looked_up_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors()
     fl.attention(q, k, v, PATTERN, backend="torch")

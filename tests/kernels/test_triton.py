@@ -52,7 +52,7 @@ def test_on_the_cpu_it_says_why_not() -> None:
 
 def test_every_reason_is_given_at_once() -> None:
     of = dataclasses.replace(case("skim"), head_dim=300)
-    reasons = backend.reasons(request_of(of, torch.float64, return_lse=False))
+    reasons = backend.BACKEND.reasons(request_of(of, torch.float64, return_lse=False))
     assert reasons[-2:] == ["float64 is not one of float32, bfloat16, float16", "head_dim 300 is outside 1 … 256"]
 
 

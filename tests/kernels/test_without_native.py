@@ -44,4 +44,4 @@ def test_checks_that_do_not_exist():
         [sys.executable, str(ROOT / "scripts" / "sanitize.py"), "memory"], capture_output=True, text=True, check=False
     )
     assert found.returncode == 2
-    assert "asked for the checks 'memory'; there are 'address,undefined' and 'thread'" in found.stderr
+    assert "unknown sanitizers 'memory'; choose 'address,undefined' or 'thread'" in found.stderr

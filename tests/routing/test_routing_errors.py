@@ -208,7 +208,7 @@ TABLE: list[tuple[Callable[[], object], type[FarlightError], str]] = [
     (
         lambda: NativeSparseAttention(8, 4, stride=3),
         ArgumentError,
-        "NativeSparseAttention: stride = 3 must divide compress = 32 and block = 64, so that stretches and blocks line up.",
+        "NativeSparseAttention: stride = 3 must divide compress = 32 and block = 64, so that segments and blocks line up.",
     ),
     (
         lambda: NativeSparseAttention(8, 4, rotate=3),

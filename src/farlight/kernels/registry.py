@@ -132,10 +132,10 @@ def select(request: Request, backend: str = "auto", plan: Plan | None = None) ->
     """The backend for a request, with its plan.
 
     "auto" takes torch's full attention where that is allowed and estimated to be faster, else the best plan backend. A backend
-    that is named, and the one that `plan` was made for, is taken or refused (UnsupportedError, PlanError).
+    that is named, here or when `plan` was made, is taken or refused (UnsupportedError, PlanError).
     """
-    if plan is not None:
-        return Selection(_executor_of(plan, request, backend), plan)
+    if plan is not None and (plan.backend or backend not in _MASK_BACKENDS):
+        return _selection_of(plan, request, backend)
     if backend in _MASK_BACKENDS:
         require(backend, request)
         return Selection(_MASK_BACKENDS[backend], None)
@@ -152,12 +152,13 @@ def select(request: Request, backend: str = "auto", plan: Plan | None = None) ->
     return Selection(executor, built, sparse, full)
 
 
-def _executor_of(plan: Plan, request: Request, backend: str) -> Backend:
-    """The backend that the caller's plan was made for, and no other."""
-    made_for = plan.backend or plan_backend(request).name
-    if backend not in ("auto", made_for):
+def _selection_of(plan: Plan, request: Request, backend: str) -> Selection:
+    """The caller's plan with its backend. A plan for "auto" is executed by any backend of its tile; others plan the pattern."""
+    if plan.backend and backend not in ("auto", plan.backend):
         raise PlanError(
-            f"the plan was made for backend {made_for!r}, but backend={backend!r} was named; make one with "
+            f"the plan was made for backend {plan.backend!r}, but backend={backend!r} was named; make one with "
             f"fl.plan(…, backend={backend!r}), or pass the pattern itself."
         )
-    return plan_backend(request, made_for)
+    executor = plan_backend(request, plan.backend or backend)
+    fits = plan.backend or plan.tile == executor.tile_shape.tile
+    return Selection(executor, plan if fits else plan_of(executor, request))

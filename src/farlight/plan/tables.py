@@ -174,7 +174,7 @@ class Plan:
     pairs: int
     visited: int
     overlapping: bool
-    # The backend that the plan was made for by `fl.plan`; "" for a plan of the cache, which any of its tile shape executes.
+    # The backend that `fl.plan` was given; "" for "auto" and for plans of the cache, which any backend of this tile executes.
     backend: str = ""
     # What backends compute from the tables. Its bytes count in the plan cache, not in `nbytes`.
     derived: Derived = field(default_factory=Derived, init=False, repr=False)
