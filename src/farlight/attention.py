@@ -207,10 +207,11 @@ def explain(
     request = _request(q, k, v, expression, sizes, read_dropout(dropout), return_lse)
     expression.check(sizes)
     selection = registry.select(request)
+    taken = registry.select(request, plan=pattern) if isinstance(pattern, Plan) else selection
     sparse, full = selection.sparse, selection.full
     assert sparse is not None
     assert full is not None
-    lines = [f"{shorten(repr(expression), 200)} on {request.describe()}", f"auto takes {selection.backend.name!r}"]
+    lines = [f"{shorten(repr(expression), 200)} on {request.describe()}", f"auto takes {taken.backend.name!r}"]
     for name in registry.names():
         refusals = registry.reasons(name, request)
         lines.append(f"  {name}: {'cannot: ' + '; '.join(refusals) if refusals else 'can'}")

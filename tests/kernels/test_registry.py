@@ -162,6 +162,11 @@ def test_a_plan_for_no_named_backend_serves_each(backend: str) -> None:
         torch.testing.assert_close(fl.attention(*given, plan, backend=backend), expected)
 
 
+def test_explain_names_the_backend_of_a_plan() -> None:
+    q, k, v = tensors()
+    assert "auto takes 'torch'" in fl.explain(q, k, v, fl.plan(PATTERN, 60, heads=2, backend="torch"))
+
+
 def test_the_plan_is_looked_up_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors()
     fl.attention(q, k, v, PATTERN, backend="torch")
