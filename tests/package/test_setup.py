@@ -1,4 +1,4 @@
-"""What pyproject.toml asks for: any Triton that a supported torch pins, and no package that its extra does not name."""
+"""What pyproject.toml requires: any Triton that a supported torch pins, and no package that its extra does not name."""
 
 from __future__ import annotations
 
