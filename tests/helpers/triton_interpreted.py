@@ -20,6 +20,7 @@ from torch import Tensor
 from waits import SyncCounter
 
 import farlight as fl
+from farlight.kernels import registry
 from farlight.kernels import triton as backend
 from farlight.kernels.triton import routed, work_partition
 from farlight.kernels.triton.decode import decode
@@ -416,3 +417,19 @@ def test_func_vmap_and_the_derivatives_that_are_refused() -> None:
     (g,) = torch.autograd.grad(f(x, k[0], v[0]), x, create_graph=True)
     with pytest.raises(fl.UnsupportedError, match="second derivative"):
         g.sum().backward()
+
+
+def test_a_given_plan_is_executed_without_planning_or_looking_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = fl.window(5) | fl.global_tokens([0])
+    q, k, v = (torch.randn(1, 2, 60, 16, requires_grad=True) for _ in range(3))
+    plan = fl.plan(pattern, 60, heads=2, backend="triton")
+    expected = fl.attention(q, k, v, pattern, backend="reference")
+
+    def refuse(*args: object, **more: object) -> None:
+        raise AssertionError("a plan was given, and another one was looked up")
+
+    monkeypatch.setattr(registry, "plan_for", refuse)
+    monkeypatch.setattr(plans, "find", refuse)
+    out = fl.attention(q, k, v, plan)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), q)[0], torch.autograd.grad(expected.sum(), q)[0])
