@@ -216,7 +216,28 @@ def test_a_cache_refuses_an_attention_that_does_not_know_what_is_left() -> None:
     model = model_of("llama")
     model.set_attn_implementation("sdpa")
     with pytest.raises(fl.UnsupportedError, match="attn_implementation='sdpa'. does not ask which are left"):
-        model(**prompt(), past_key_values=fl.hf.SparseCache(model, PATTERNS["streaming"]))
+        model(**prompt(), past_key_values=fl.hf.SparseCache(model.config, PATTERNS["streaming"]))
+
+
+@pytest.mark.parametrize("before", ["untouched", "sparse under another pattern", "sparse under its own", "sparse by layers"])
+def test_a_cache_switches_the_model(before: str) -> None:
+    """As README prints it: no `register`, no other call, whatever the model ran under."""
+    model, pattern, given = model_of("llama"), fl.presets.streaming(2, 6), prompt()
+    expected = said(model, pattern, given, 12, use_cache=False).tolist()
+    model.set_attn_implementation("sdpa")
+    assert model.generate(**given, max_new_tokens=12, do_sample=False).tolist() != expected
+    if before == "sparse under another pattern":
+        fl.hf.sparsify(model, fl.causal() & fl.window(2))
+    if before == "sparse under its own":
+        fl.hf.sparsify(model, pattern)
+    if before == "sparse by layers":
+        fl.hf.sparsify(model, {1: fl.window(2)})
+    cache = fl.hf.SparseCache(model, pattern)
+    assert model.generate(**given, past_key_values=cache, max_new_tokens=12, do_sample=False).tolist() == expected
+    assert cache.kept == 8
+    assert model.generate(**given, use_cache=False, max_new_tokens=12, do_sample=False).tolist() == expected
+    fl.hf.restore(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_model_under_another_pattern_is_refused() -> None:

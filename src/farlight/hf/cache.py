@@ -25,7 +25,8 @@ from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.cache_layer import SparseLayer, model_rule_of
 from farlight.hf.cached_tensors import REMEDY
 from farlight.hf.layers import attention_layers
-from farlight.hf.setting import SETTING, LayerPattern
+from farlight.hf.setting import ATTN_IMPLEMENTATION, SETTING, LayerPattern
+from farlight.hf.sparsify import sparsify
 from farlight.patterns.expression import Pattern
 from farlight.routing import Router
 
@@ -42,7 +43,8 @@ class SparseCache(Cache):
     attn_implementation="farlight" only.
 
     Args:
-        model_or_config: the model, or its configuration.
+        model_or_config: the model, which is switched to farlight's attention, and from another pattern to this one, as
+            `fl.hf.sparsify(model, pattern)` does; or its configuration, which switches nothing.
         pattern: one pattern or router for all layers, or {layer number: pattern or router}, where layers that are not named
             follow the model's own attention. None: what `fl.hf.sparsify` gave the model, else its own attention.
         max_length: the greatest length of prompt and answer together, for patterns that need to know it: see `fl.KVCache`.
@@ -61,7 +63,6 @@ class SparseCache(Cache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=2, vocab_size=50)
     >>> model = LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=None)).eval()
-    >>> fl.hf.register(); model.set_attn_implementation("farlight")
     >>> cache = fl.hf.SparseCache(model, fl.presets.streaming(4, 8))
     >>> model.generate(torch.arange(20)[None], past_key_values=cache, max_new_tokens=10, do_sample=False).shape, cache.kept
     (torch.Size([1, 30]), 12)
@@ -85,6 +86,10 @@ class SparseCache(Cache):
             pattern = _patterns_of(model_or_config)
         patterns = dict(pattern) if isinstance(pattern, Mapping) else dict.fromkeys(range(len(rules)), pattern)
         _check_patterns(patterns, rules, by_layer=isinstance(pattern, Mapping))
+        if isinstance(model_or_config, nn.Module):
+            _switch(model_or_config, config, pattern)
+            switched: Any = model_or_config.config  # a switched model has a new configuration
+            config = switched.get_text_config(decoder=True)
         heads = config.num_attention_heads
         layers = [
             cache_utils.DummyLayer() if rule is None else SparseLayer(config, rule, patterns.get(n), max_length, heads, n)
@@ -203,6 +208,15 @@ class SparseCache(Cache):
                 "SparseCache: the choice of batch items was interrupted, so that layers hold different texts; call "
                 "cache.reset() and begin again."
             )
+
+
+def _switch(model: nn.Module, config: Any, pattern: LayerPattern | Mapping[int, LayerPattern]) -> None:
+    """Let the model run under farlight and `pattern`; one under farlight's attention without a pattern stays as it is."""
+    current = _patterns_of(model)
+    is_farlight = config._attn_implementation == ATTN_IMPLEMENTATION
+    wanted = pattern if isinstance(pattern, Mapping) else dict.fromkeys(current, pattern)
+    if not is_farlight or any(own is not None and own != wanted.get(number) for number, own in current.items()):
+        sparsify(model, pattern)
 
 
 def _check_patterns(patterns: Mapping[int, LayerPattern], rules: list[Pattern | None], by_layer: bool) -> None:
