@@ -1,6 +1,7 @@
 """farlight: exact sparse attention for long texts, and a measure of what was lost by not looking."""
 
 from farlight import hf, nn, routing
+from farlight._version import __version__ as __version__
 from farlight.analysis.fit import Fit, fit
 from farlight.analysis.graph import Path, Reach, SmallWorld, path, reach, smallworld
 from farlight.analysis.loss.retention import Retention, retention
@@ -35,8 +36,6 @@ from farlight.patterns import (
 )
 from farlight.plan import Plan
 from farlight.planning import plan
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",

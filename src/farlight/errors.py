@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import reprlib
 
-import torch
-
 __all__ = [
     "ArgumentError",
     "FarlightError",
@@ -90,6 +88,8 @@ def shorten(text: str, length: int = 80) -> str:
 
 def refuse_tracing(who: str) -> None:
     """Raise UnsupportedError under torch.jit.trace, which would record the values read in this call as constants."""
+    import torch
+
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise UnsupportedError(
             f"{who}: torch.jit.trace keeps what is read from a tensor as a constant, a mask as the padding of this one example "

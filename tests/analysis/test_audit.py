@@ -26,7 +26,7 @@ from transformers import (
 import farlight as fl
 from farlight.analysis import memory
 from farlight.analysis.audit import audit, steps
-from farlight.analysis.cost import AttentionShape, cost_at_length, full_seconds, links_per_head, timed_length
+from farlight.analysis.cost import AttentionShape, Timing, cost_at_length, full_seconds, links_per_head, timed_length
 from farlight.analysis.loss.fidelity import measure_fidelity
 from farlight.analysis.memory import peak_memory
 from farlight.analysis.passages import cut_passages
@@ -214,19 +214,19 @@ def test_an_audit_combines_fidelity_and_cost() -> None:
 
 
 def test_a_text_too_long_to_be_timed_is_timed_at_a_shorter_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Links are counted over the whole text, except those that content chose; times carry the length they were measured at."""
+    """Links, times and full attention of a row are all of one length."""
     monkeypatch.setattr("farlight.analysis.cost._TIMED_BYTES", 300 * 4 * 4 * 8 * 4)
     cut = cut_passages(words(700), tokenizer(), 64, 1)
     patterns = [fl.window(3), TopBlocks(2, 8), {0: fl.window(1), 1: TopBlocks(2, 8)}]
     fixed, chosen, mixed = (row.long_text for row in audit(encoder(), cut, patterns).patterns)
-    assert (fixed.tokens, fixed.timed_tokens) == (700, 256)
-    assert (fixed.links, fixed.full_links) == (fl.window(3).count(700) * 8, 700**2 * 8)
+    assert fixed.links == fl.window(3).count(256) * 8
     assert fixed.full_seconds == chosen.full_seconds
-    for row in (chosen, mixed):
-        assert (row.tokens, row.timed_tokens) == (256, 256)
-        assert row.full_links == 256**2 * 8
+    for row in (fixed, chosen, mixed):
+        assert (row.tokens, row.full_links) == (256, 256**2 * 8)
+        assert row.runs == 3
+        assert 0 <= row.spread < 100 * row.seconds
     monkeypatch.setattr("farlight.analysis.cost._TIMED_BYTES", 2**30)
-    assert audit(encoder(), cut, patterns[:1]).patterns[0].long_text.timed_tokens == 700
+    assert audit(encoder(), cut, patterns[:1]).patterns[0].long_text.tokens == 700
 
 
 def test_how_long_a_text_is_timed() -> None:
@@ -239,9 +239,33 @@ def test_how_long_a_text_is_timed() -> None:
 def test_a_pattern_made_for_the_timed_length_is_not_counted_elsewhere() -> None:
     layer = AttentionShape(2, 1, 4, 4, torch.float32, torch.device("cpu"), fl.full())
     pattern = fl.pairs(torch.ones(64, 64, dtype=torch.bool).tril())
-    cost = cost_at_length(layer, pattern, layer.random(64), 1.0, counted=100)
+    cost = cost_at_length(layer, pattern, layer.random(100), Timing(1.0))
     assert "it has 64 rows, but there are 100 queries" in str(cost.why_not)
-    assert (cost.tokens, cost.counted, cost.seconds, cost.links) == (64, 100, 0.0, 0.0)
+    assert (cost.tokens, cost.seconds, cost.links) == (100, 0.0, 0.0)
+
+
+def test_a_call_that_takes_long_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = AttentionShape(2, 1, 4, 4, torch.float32, torch.device("cpu"), fl.full())
+    monkeypatch.setattr("farlight.analysis.cost._REPEAT_SECONDS", 0.0)
+    once = cost_at_length(layer, fl.window(3), layer.random(100), Timing(1.0))
+    assert (once.runs, once.spread, once.full_seconds) == (1, 0.0, 1.0)
+    assert once.seconds > 0
+
+
+def test_full_attention_is_timed_under_the_models_own_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        asked.append(options)
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", recorded)
+    padding = fl.padding(torch.ones(1, 64, dtype=torch.bool))
+    for base, causal in ((fl.causal(), True), (fl.full(), None), (fl.causal() & padding, True), (padding, False)):
+        asked.clear()
+        full_seconds(AttentionShape(2, 1, 4, 4, torch.float32, torch.device("cpu"), base), 64)
+        assert {options.get("is_causal") for options in asked} == {causal}
 
 
 def test_a_pattern_that_fits_one_length_only_is_audited_there() -> None:
@@ -256,7 +280,7 @@ def test_a_pattern_that_fits_one_length_only_is_audited_there() -> None:
 )
 def test_a_backend_that_does_not_reach_the_full_length(backend: str, text: str) -> None:
     layer = AttentionShape(2, 1, 4, 4, torch.float32, torch.device("cpu"), fl.full())
-    cost = cost_at_length(layer, fl.window(3), layer.random(49_000), 1.0, backend=backend)
+    cost = cost_at_length(layer, fl.window(3), layer.random(49_000), Timing(1.0), backend=backend)
     assert re.search(text, str(cost.why_not))
     assert cost.seconds == 0
 
@@ -267,11 +291,11 @@ def test_per_head_links_are_averaged_over_heads() -> None:
 
 
 def test_full_attention_is_scaled_by_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farlight.analysis.cost.paired_seconds", lambda first, second, least: (2.0, 2.0))
+    monkeypatch.setattr("farlight.analysis.cost.paired_seconds", lambda first, second, least: (Timing(2.0, 0.1),) * 2)
     layer = AttentionShape(2, 1, 4, 4, torch.float32, torch.device("cpu"), fl.causal())
     monkeypatch.setattr("farlight.analysis.cost._FULL_FLOPS", 4.0 * 4 * 2 * 512**2)
-    assert full_seconds(layer, 256) == (2.0, 256)
-    assert full_seconds(layer, 5120) == (200.0, 512)
+    assert full_seconds(layer, 256) == (Timing(2.0, 0.1), 256)
+    assert full_seconds(layer, 5120) == (Timing(200.0, 10.0), 512)
 
 
 def test_an_audit_without_patterns() -> None:
@@ -325,9 +349,8 @@ def test_audit_prints_one_json_object(place: Path, capsys: pytest.CaptureFixture
             "pooled_cosine",
             "measured_speedup",
         } <= set(row)
-        assert {"links", "timed_tokens", "seconds", "full_seconds", "speedup", "peak_bytes", "peak_method"} <= set(
-            row["long_text"]
-        )
+        long_fields = {"links", "tokens", "seconds", "spread", "runs", "full_seconds", "full_spread", "speedup", "peak_bytes"}
+        assert long_fields <= set(row["long_text"])
 
 
 def test_audit_prints_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,7 +366,7 @@ def test_audit_prints_tables(place: Path, capsys: pytest.CaptureFixture[str]) ->
     assert code == 0
     assert "2 layers, 4 heads of 8" in out
     assert "window(3) | global_tokens([0, -1])" in out, "square brackets must not be read as markup"
-    assert "At the full length of 700 tokens" in out
+    assert "Over 700 tokens (the whole text)" in out
     assert "Traceback" not in err
 
 

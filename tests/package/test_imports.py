@@ -144,6 +144,7 @@ IMPORTS = [found for module, path in MODULES.items() for found in imports(module
 
 # A package may import those of a smaller number, and its own.
 LAYERS = {
+    "_version": 0,
     "errors": 0, "caching": 0, "ragged": 0, "derivatives": 0.5, "inputs": 0.5, "dispatcher": 0.6, "measurements": 0, "_cpu": 0,
     "patterns": 1,
     "plan": 3,
@@ -154,7 +155,7 @@ LAYERS = {
     "hf": 8, "nn": 8,
     "analysis": 9,
     "report": 10, "embedding": 10,
-    "cli": 11,
+    "cli": 11, "__main__": 12,
 }  # fmt: skip
 
 # Functions that reach up when they are called, each with its reason.

@@ -28,7 +28,7 @@ from farlight.testing.strategies import problems
 REFUSED = [
     ("", r"the pattern expression is empty; write for example window\(256\) \| global_tokens\(\[0\]\)\."),
     ("   \n", "the pattern expression is empty"),
-    ("window(", r"cannot read the pattern 'window\(' at column 7: it is not an expression"),
+    ("window(", r"cannot read the pattern 'window\(': the \( at column 7 is never closed; write \) where it ends."),
     ("window(3) |", "it is not an expression"),
     ("window(3); causal()", "it is not an expression"),
     ("x = window(3)", "it is not an expression"),

@@ -221,7 +221,11 @@ TABLE: list[tuple[Callable[[], object], type[FarlightError], str]] = [
         "NativeSparseAttention: x is (1, 4, 8, 2); (batch, tokens, 8) is needed.",
     ),
     # text
-    (lambda: read_router("topblocks("), PatternError, "cannot read the router 'topblocks(': it is not an expression."),
+    (
+        lambda: read_router("topblocks("),
+        PatternError,
+        "cannot read the router 'topblocks(': the ( at column 10 is never closed; write ) where it ends.",
+    ),
     (
         lambda: read_router("topblocks(3, blok=4)"),
         PatternError,

@@ -24,6 +24,7 @@ from farlight.analysis.cost import (
     timed_length,
 )
 from farlight.analysis.loss.fidelity import BATCH_TOKENS, Fidelity, FidelityRun, measure_fidelity
+from farlight.analysis.loss.shared_losses import SharedLoss, shared_losses
 from farlight.analysis.loss.top_losses import LostLink, words_of
 from farlight.analysis.passages import Passages
 from farlight.errors import PatternError
@@ -36,27 +37,30 @@ __all__ = ["Audit", "LongText", "PatternAudit", "audit", "steps"]
 
 @dataclass(frozen=True)
 class LongText:
-    """Cost of one pattern at the length of the whole text, all layers together.
+    """Cost of one pattern on a long text, all layers together; every field is of one length, `tokens`.
 
     Attributes:
-        tokens: length at which links are counted: the whole text, or `timed_tokens` where a router chooses.
-        timed_tokens: length at which time and memory are measured: the whole text unless its q, k and v are too large.
+        tokens: the whole text, or the largest power of two whose q, k, v and output take at most 1 GiB in one layer.
         links, full_links: pairs of the pattern and of full attention, summed over layers and heads.
         backend: the backend that was timed.
-        seconds, peak_bytes: of one layer with random q, k and v; seconds are multiplied by the layers, memory is used by one
-            layer at a time.
-        full_seconds: predicted time of full attention at `timed_tokens`.
+        seconds, peak_bytes: of one layer with random q, k and v; seconds are a median multiplied by the layers, memory is used
+            by one layer at a time.
+        spread, runs: half the interquartile range of the seconds, and the number of calls that the median is taken of.
+        full_seconds, full_spread: the same for full attention under the model's own mask, scaled by the square from the length
+            at which it was measured (`Audit.full_measured_at`).
         peak_method: how memory was measured.
         why_not: why the pattern could not be measured; None if it was.
     """
 
     tokens: int
-    timed_tokens: int
     links: int
     full_links: int
     backend: str
     seconds: float
+    spread: float
+    runs: int
     full_seconds: float
+    full_spread: float
     peak_bytes: int
     peak_method: str
     why_not: str | None = None
@@ -77,8 +81,9 @@ class PatternAudit:
         links: allowed pairs of all layers and heads in one passage.
         backend: the backend that ran in passages ("auto" resolved).
         predicted_speedup: of sparse against full attention, from `farlight.explain`.
-        measured_speedup: torch's full attention over one attention layer under `backend`; about 1 where "auto" chose full
-            attention.
+        measured_speedup: torch's full attention (of the model's own mask) over one attention layer under `backend`; about 1
+            where "auto" chose full attention. Medians of `timed_runs` calls, taken in turn.
+        seconds, spread, full_seconds, full_spread: those medians for one layer, and half their interquartile ranges.
         peak_bytes: memory of that layer beside q, k and v.
         mass: share of full attention probability kept, mean over layers, heads and rows.
         worst_head, worst_head_at: the smallest mass of a head, and its (layer, head).
@@ -97,6 +102,11 @@ class PatternAudit:
     backend: str
     predicted_speedup: float
     measured_speedup: float
+    seconds: float
+    spread: float
+    full_seconds: float
+    full_spread: float
+    timed_runs: int
     peak_bytes: int
     mass: float
     worst_head: float
@@ -125,6 +135,7 @@ class Audit:
         tokens: of the whole text. passages, passage_tokens: number and length of the passages.
         threads: torch threads. backend: as requested.
         full_measured_at: length at which full attention was timed; longer ones are extrapolated by the square.
+        shared_losses: the heaviest links that any pattern loses, each once, with the patterns that lose it.
         patterns: one result each, in the order given.
     """
 
@@ -142,6 +153,7 @@ class Audit:
     backend: str
     full_measured_at: int
     patterns: tuple[PatternAudit, ...]
+    shared_losses: tuple[SharedLoss, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable fields, with the derived `of_best` and `speedup`."""
@@ -216,6 +228,7 @@ def audit(
         backend=backend,
         full_measured_at=measured_at,
         patterns=tuple(rows),
+        shared_losses=shared_losses(candidates, [row.lost for row in rows], passages.length, lost),
     )
 
 
@@ -230,7 +243,7 @@ def _measure_costs(
     """((cost in passages, cost at the length of the text) of each candidate, length at which full attention was timed)."""
     step("timed: full attention")
     timed_tokens = timed_length(layer, tokens)
-    long_full_seconds, measured_at = full_seconds(layer, timed_tokens)
+    long_full, measured_at = full_seconds(layer, timed_tokens)
     tensors = run.first_call.q, run.first_call.k, run.first_call.v
     passage_costs = []
     for candidate in candidates:
@@ -242,10 +255,7 @@ def _measure_costs(
     for candidate in candidates:
         step(f"long text: {candidate.name}")
         patterns = _timed(candidate, run.layers)
-        # A router's links are those of its choice among the timed tokens; a pattern's can be counted over the whole text.
-        counted = tokens if all(isinstance(pattern, Pattern) for pattern in patterns) else None
-        options: dict[str, Any] = {"backend": backend, "counted": counted}
-        costs = [cost_at_length(layer, pattern, long_tensors, long_full_seconds, **options) for pattern in patterns]
+        costs = [cost_at_length(layer, pattern, long_tensors, long_full, backend=backend) for pattern in patterns]
         long_costs.append(mean_cost(costs))
     return list(zip(passage_costs, long_costs, strict=True)), measured_at
 
@@ -270,6 +280,11 @@ def _pattern_audit(
         backend=passage_cost.backend,
         predicted_speedup=passage_cost.predicted_speedup,
         measured_speedup=passage_cost.measured_speedup,
+        seconds=passage_cost.seconds,
+        spread=passage_cost.spread,
+        full_seconds=passage_cost.full_seconds,
+        full_spread=passage_cost.full_spread,
+        timed_runs=passage_cost.runs,
         peak_bytes=passage_cost.peak_bytes,
         mass=fidelity.mass.mean().item(),
         worst_head=fidelity.mass.min().item(),
@@ -278,13 +293,15 @@ def _pattern_audit(
         token_cosine=fidelity.token_cosine,
         pooled_cosine=fidelity.pooled_cosine,
         long_text=LongText(
-            tokens=long_cost.counted,
-            timed_tokens=long_cost.tokens,
+            tokens=long_cost.tokens,
             links=round(long_cost.links * layers * heads),
             full_links=round(long_cost.base_links * layers * heads),
             backend=long_cost.backend,
             seconds=long_cost.plan_seconds * num_plans + long_cost.seconds * layers,
+            spread=long_cost.spread * layers,
+            runs=long_cost.runs,
             full_seconds=long_cost.full_seconds * layers,
+            full_spread=long_cost.full_spread * layers,
             peak_bytes=long_cost.peak_bytes,
             peak_method=long_cost.peak_method,
             why_not=long_cost.why_not,

@@ -18,13 +18,14 @@ from torch import Tensor
 from farlight.analysis.memory import peak_memory
 from farlight.errors import ArgumentError, PatternError, UnsupportedError
 from farlight.patterns import causal, full
+from farlight.patterns.algebra import looks_back
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan.cache import plans
 from farlight.routing.base import Router
 
 __all__ = [
-    "AttentionShape", "Cost", "cost_at_length", "cost_in_passages", "full_seconds", "links_per_head", "mean_cost",
-    "timed_length",
+    "AttentionShape", "Cost", "Timing", "cost_at_length", "cost_in_passages", "full_seconds", "links_per_head", "mean_cost",
+    "paired_seconds", "timed_length",
 ]  # fmt: skip
 
 # Multiply-adds of one timed full attention: about a quarter of a second on two cores.
@@ -32,6 +33,8 @@ _FULL_FLOPS = 3e10
 # Bytes of q, k, v and output of one layer at the timed length: beyond, a book would need more memory than a laptop has and
 # minutes per pattern, and time is linear in the length by then.
 _TIMED_BYTES = 2**30
+# Seconds to spend on repeating a call at the timed length, and the number of repetitions that its median is taken of.
+_REPEAT_SECONDS, _REPEATS = 10.0, 3
 # Score bytes that the reference backend may form; it forms all of them and is made for short texts.
 _REFERENCE_BYTES = 2**31
 
@@ -65,25 +68,49 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """Median seconds of `runs` calls, and `spread`: half the interquartile range of their seconds.
+
+    >>> Timing.of([1.0, 2.0, 3.0, 10.0])
+    Timing(seconds=2.5, spread=2.0, runs=4)
+    """
+
+    seconds: float
+    spread: float = 0.0
+    runs: int = 1
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """The timing of these calls."""
+        if len(seconds) < 2:
+            return cls(seconds[0])
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(statistics.median(seconds), (high - low) / 2, len(seconds))
+
+
+@dataclass(frozen=True)
 class Cost:
     """One attention layer over `tokens` tokens under a pattern or router.
 
-    links, base_links: pairs per head and batch item under the pattern, and under the model's own mask, over `counted` tokens.
+    links, base_links: pairs per head and batch item under the pattern, and under the model's own mask.
     backend: the one that ran. predicted_speedup: sparse against full attention by the cost model (`farlight.explain`).
-    seconds: median of a call over the whole batch; full_seconds: the same for full attention, extrapolated for long texts.
-    peak_bytes: resident memory beyond q, k and v, output included. plan_seconds: planning, once per pattern; for a router
-    choice and planning, in every layer. why_not: why the pattern could not be measured; all other fields are then 0.
+    seconds, spread: median of `runs` calls over the whole batch, and half their interquartile range; full_seconds, full_spread:
+    the same for full attention, extrapolated for long texts. peak_bytes: resident memory beyond q, k and v, output included.
+    plan_seconds: planning, once per pattern; for a router choice and planning, in every layer. why_not: why the pattern could
+    not be measured; all other fields are then 0.
     """
 
     tokens: int
-    counted: int
     links: float = 0.0
     base_links: float = 0.0
     backend: str = ""
     predicted_speedup: float = 0.0
     seconds: float = 0.0
+    spread: float = 0.0
+    runs: int = 0
     plan_seconds: float = 0.0
     full_seconds: float = 0.0
+    full_spread: float = 0.0
     peak_bytes: int = 0
     peak_method: str = "unknown"
     why_not: str | None = None
@@ -115,34 +142,39 @@ def cost_in_passages(
     cost, run = _first_run(shape, pattern, tensors, backend)
     if run is None:
         return cost
-    seconds, full_attention_seconds = paired_seconds(run, _full_attention(shape, *tensors), least)
-    return replace(cost, seconds=seconds, full_seconds=full_attention_seconds)
+    sparse, full = paired_seconds(run, _full_attention(shape, *tensors), least)
+    cost = replace(cost, seconds=sparse.seconds, spread=sparse.spread, runs=sparse.runs)
+    return replace(cost, full_seconds=full.seconds, full_spread=full.spread)
 
 
 def cost_at_length(
     shape: AttentionShape,
     pattern: Pattern | Router,
     tensors: tuple[Tensor, Tensor, Tensor],
-    full_seconds: float,
+    full: Timing,
     *,
     backend: str = "auto",
-    counted: int | None = None,
 ) -> Cost:
-    """Measure one call on q, k, v of a long text; `full_seconds` is the (extrapolated) time of full attention.
+    """Measure calls on q, k, v of a long text; `full` is the (extrapolated) time of full attention.
 
-    `counted`: tokens over which a pattern's links are counted, by default those of q; a router's links are those of its
-    choice on q and k, so that it takes None.
+    The median of three calls after the first, of fewer where they would take more than ten seconds: a single call that takes
+    that long is its own measurement.
     """
-    cost, _ = _first_run(shape, pattern, tensors, backend)
-    cost = replace(cost, full_seconds=full_seconds)
-    if counted is None or cost.why_not is not None:
+    cost, run = _first_run(shape, pattern, tensors, backend)
+    if run is None:
         return cost
-    assert isinstance(pattern, Pattern)
-    try:
-        links, base_links = (links_per_head(p, counted, shape.heads) for p in (shape.restrict(pattern), shape.base))
-    except (ArgumentError, PatternError) as error:
-        return Cost(cost.tokens, counted, why_not=str(error))
-    return replace(cost, counted=counted, links=links, base_links=base_links)
+    cost = replace(cost, full_seconds=full.seconds, full_spread=full.spread)
+    seconds: list[float] = []
+    while len(seconds) < _REPEATS and sum(seconds) + max([*seconds, cost.seconds]) < _REPEAT_SECONDS:
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    if not seconds:
+        return replace(cost, runs=1)
+    timing = Timing.of(seconds)
+    # A repeated call of a router chooses and plans.
+    plan_seconds = 0.0 if isinstance(pattern, Router) else cost.plan_seconds
+    return replace(cost, seconds=timing.seconds, spread=timing.spread, runs=timing.runs, plan_seconds=plan_seconds)
 
 
 def timed_length(shape: AttentionShape, n: int) -> int:
@@ -159,7 +191,10 @@ def mean_cost(costs: Sequence[Cost]) -> Cost:
         return failed or costs[0]
     mean: dict[str, Any] = {
         name: statistics.fmean(getattr(cost, name) for cost in costs)
-        for name in ("links", "base_links", "predicted_speedup", "seconds", "plan_seconds", "full_seconds")
+        for name in (
+            *("links", "base_links", "predicted_speedup", "seconds", "spread", "plan_seconds"),
+            *("full_seconds", "full_spread"),
+        )
     }
     backends = " / ".join(dict.fromkeys(cost.backend for cost in costs))
     return replace(costs[0], **mean, backend=backends, peak_bytes=max(cost.peak_bytes for cost in costs))
@@ -195,7 +230,7 @@ def _first_run(
 
     score_bytes = 4 * sizes.batch * sizes.heads * n * n
     if backend == "reference" and score_bytes > _REFERENCE_BYTES:
-        return Cost(n, n, why_not=f"the reference backend forms all scores, here {score_bytes / 2**30:,.0f} GiB"), None
+        return Cost(n, why_not=f"the reference backend forms all scores, here {score_bytes / 2**30:,.0f} GiB"), None
     try:
         with peak_memory() as peak, torch.no_grad():
             start = time.perf_counter()
@@ -207,10 +242,9 @@ def _first_run(
             end = time.perf_counter()
     except (ArgumentError, PatternError, UnsupportedError) as error:
         # A pattern with tables (chosen keys, say) fits one length only; a named backend may refuse this length.
-        return Cost(n, n, why_not=str(error)), None
+        return Cost(n, why_not=str(error)), None
     cost = Cost(
         tokens=n,
-        counted=n,
         links=links_per_head(allowed, n, shape.heads, sizes.batch),
         base_links=links_per_head(shape.base, n, shape.heads),
         backend=selection.backend.name if backend == "auto" else backend,
@@ -229,8 +263,10 @@ def _full_attention(shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor) -> C
     n = q.shape[2]
     if shape.base == causal():
         options["is_causal"] = True
-    elif shape.base != full() and not shape.base._tables:
-        # A mask with tables fits one length only; attention without a mask stands in for it, the same work for torch.
+    elif shape.base._tables:
+        # A mask with tables fits one length only; attention without it stands in, the same work for torch.
+        options["is_causal"] = looks_back(shape.base)
+    elif shape.base != full():
         options["attn_mask"] = shape.base.dense(n, batch=q.shape[0], heads=shape.heads, device=shape.device)
 
     def run() -> Any:
@@ -242,17 +278,18 @@ def _full_attention(shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor) -> C
     return run
 
 
-def full_seconds(shape: AttentionShape, n: int) -> tuple[float, int]:
-    """(seconds of torch's full attention over n tokens, tokens at which it was measured); scaled by n² where that is less."""
+def full_seconds(shape: AttentionShape, n: int) -> tuple[Timing, int]:
+    """(time of torch's full attention over n tokens, tokens at which it was measured); scaled by n² where that is less."""
     max_tokens = int((_FULL_FLOPS / (4.0 * shape.head_dim * shape.heads)) ** 0.5)
     measured_at = n if n <= max_tokens else max(256, max_tokens // 256 * 256)
     run = _full_attention(shape, *shape.random(measured_at))
-    seconds, _ = paired_seconds(run, run, 0.3)
-    return seconds * (n / measured_at) ** 2, measured_at
+    timing, _ = paired_seconds(run, run, 0.3)
+    scale = (n / measured_at) ** 2
+    return Timing(timing.seconds * scale, timing.spread * scale, timing.runs), measured_at
 
 
-def paired_seconds(first: Callable[[], Any], second: Callable[[], Any], least: float) -> tuple[float, float]:
-    """(median seconds of `first`, of `second`), called alternately after one warm-up each until `least` seconds have passed.
+def paired_seconds(first: Callable[[], Any], second: Callable[[], Any], least: float) -> tuple[Timing, Timing]:
+    """(timing of `first`, of `second`), called alternately after one warm-up each until `least` seconds have passed.
 
     At least three calls each. Alternation spreads the load of other processes evenly over both.
     """
@@ -264,7 +301,7 @@ def paired_seconds(first: Callable[[], Any], second: Callable[[], Any], least: f
             start = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return Timing.of(times[0]), Timing.of(times[1])
 
 
 def _wait(tensor: Tensor) -> None:

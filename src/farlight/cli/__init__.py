@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import io
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 __all__ = ["main"]
+
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with 0, or with 2 and one message on stderr for a farlight error."""
     try:
         import rich  # noqa: F401
-        import typer
+        import typer  # noqa: F401
     except ImportError as error:
         print(f"farlight: the command line needs typer and rich ({error}); pip install 'farlight[cli]'.", file=sys.stderr)
         raise SystemExit(2) from None
@@ -23,28 +30,83 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
-    from farlight.cli import audit, bench, doctor, embed, map
     from farlight.errors import FarlightError
 
+    try:
+        try:
+            _app()(args=None if arguments is None else list(arguments), prog_name="farlight")
+        finally:
+            sys.stdout.flush()
+    except FarlightError as error:
+        print(f"farlight: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:  # `farlight … | head` has read enough
+        _abandon_output()
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in _OUTPUT_ERRORS or error.filename is not None:
+            raise
+        _abandon_output()
+        print(f"farlight: the output cannot be written: {error.strerror}.", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _app() -> Any:
+    """The typer application. Making it, and printing its help, loads neither torch nor the library."""
+    import typer
+
+    from farlight.cli import audit, bench, doctor, embed, map
+
+    settings = {"help_option_names": ["-h", "--help"]}
     app = typer.Typer(
         name="farlight",
         help="Exact sparse attention for long texts, and a measure of what was lost by not looking.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
+        context_settings=settings,
     )
 
     @app.callback()
-    def root() -> None:
+    def root(
+        version: bool = typer.Option(False, "--version", "-V", help="Print the version.", callback=_version, is_eager=True),
+    ) -> None:
         pass  # keeps `farlight audit` a subcommand even when it is the only one
 
-    app.command("audit")(audit.audit_command)
-    app.command("bench")(bench.bench_command)
-    app.command("doctor")(doctor.doctor_command)
-    app.command("embed")(embed.embed_command)
-    app.command("map")(map.map_command)
-    try:
-        app(args=None if arguments is None else list(arguments), prog_name="farlight")
-    except FarlightError as error:
-        print(f"farlight: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    for name, command, examples in (
+        ("audit", audit.audit_command, audit.EXAMPLES),
+        ("bench", bench.bench_command, bench.EXAMPLES),
+        ("doctor", doctor.doctor_command, doctor.EXAMPLES),
+        ("embed", embed.embed_command, embed.EXAMPLES),
+        ("map", map.map_command, map.EXAMPLES),
+    ):
+        epilog = "Examples:\n\n" + "\n\n".join(examples)
+        app.command(name, epilog=epilog, context_settings=settings)(_with_library(command))
+    return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import typer
+
+        from farlight._version import __version__
+
+        print(f"farlight {__version__}")
+        raise typer.Exit
+
+
+def _with_library(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which first loads the whole library where `farlight_command` has deferred it."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        from farlight import attention  # noqa: F401
+
+        command(*args, **options)
+
+    return run
+
+
+def _abandon_output() -> None:
+    """Send what is still buffered nowhere, so that Python does not fail again when it closes the output."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

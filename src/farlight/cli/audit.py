@@ -9,22 +9,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farlight.cli import audit_tables
+from farlight.cli.numbers import count
 from farlight.cli.outputs import check_place, writing
 from farlight.cli.progress import progress_bar
+from farlight.cli.screen import screen_width, show
 from farlight.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from farlight.analysis.audit import Audit
     from farlight.analysis.candidates_by_layer import Subject
     from farlight.analysis.fit.model_fit import ModelFit
     from farlight.analysis.passages import Passages
     from farlight.analysis.progress import Progress
+    from farlight.cli.inputs import LoadedModel
     from farlight.patterns.expression import Pattern
     from farlight.routing import Router
 
-__all__ = ["DEFAULT_PATTERNS", "audit_command"]
+__all__ = ["CAUSAL_PATTERNS", "DEFAULT_PATTERNS", "EXAMPLES", "audit_command"]
+
+EXAMPLES = (
+    "farlight audit",
+    "farlight audit book.txt --pattern 'window(32)' --pattern 'window(32) | global_tokens([0, -1])'",
+    "farlight audit book.txt --model path/to/model --html report.html",
+    "farlight audit book.txt --density 0.1 --save fit.json",
+    "farlight audit book.txt --csv > audit.csv",
+)
 
 # The two global positions are the first and last token ([CLS] and [SEP], say).
 DEFAULT_PATTERNS = (
@@ -34,6 +44,16 @@ DEFAULT_PATTERNS = (
     "window(32)",
     "window(32) | global_tokens([0, -1])",
     "window(128) | global_tokens([0, -1])",
+)
+
+# What a causal model is asked by default: attention sinks with a window; beside them every 16th token, or the blocks that
+# content chooses. A last token that sees all sees no more than any other there.
+CAUSAL_PATTERNS = (
+    "streaming(4, 16)",
+    "streaming(4, 64)",
+    "streaming(4, 256)",
+    "streaming(4, 64) | landmarks(16)",
+    "streaming(4, 64) | topblocks(share=0.1, block=16, causal=True)",
 )
 
 # Default limit: full attention over a passage takes time quadratic in its length.
@@ -79,25 +99,39 @@ def audit_command(
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option("--length", help=f"Tokens in a passage. Default: what the model can read, at most {_MAX_PASSAGE}."),
+        typer.Option(
+            "--length",
+            parser=count,
+            metavar="TOKENS",
+            help=f"Tokens in a passage. Default: what the model can read, at most {_MAX_PASSAGE}.",
+        ),
     ] = None,
     backend: Annotated[str, typer.Option("--backend", help="Which backend computes sparse attention.")] = "auto",
     page: Annotated[Path | None, typer.Option("--html", help="Write a report to look into, as one HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row per pattern, every column.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="Every column, however wide the terminal is.")] = False,
 ) -> None:
-    """Print what each sparse pattern saves and loses when a model reads a text."""
+    """Print what each sparse pattern saves and loses when a model reads a text.
+
+    Where a terminal is narrow, patterns are numbered and columns dropped: backend, memory, predicted speed-up, spread and
+    so on; --wide keeps them.
+    """
     from farlight.cli.inputs import load_model, read_judged, read_text
+    from farlight.cli.outputs import one_format
     from farlight.kernels import registry
 
     # Cheap checks come before the model is loaded.
+    form = one_format({"--json": as_json, "--csv": as_csv, "--markdown": as_markdown})
     fitting = keep is not None or density is not None
-    judged: list[Pattern | Router | Subject] = [*read_judged(pattern or (() if fitting else DEFAULT_PATTERNS))]
+    judged: list[Pattern | Router | Subject] = [*read_judged(pattern or ())]
     if fitting:
         _check_fit(keep, density, candidate, save)
     elif candidate or save is not None:
         raise ArgumentError("--candidate and --save belong to a fit: add --keep 0.95 or --density 0.1.")
     registry.check_name(backend)
-    count = _num_passages(passages, _PASSAGES if page is None else _REPORT_PASSAGES)
+    num_passages = _num_passages(passages, _PASSAGES if page is None else _REPORT_PASSAGES)
     if page is not None:
         check_place("--html", page)
     text_name, content = read_text(text)
@@ -105,23 +139,22 @@ def audit_command(
         progress.start(["loading the model"])
         progress.step("loading the model")
         loaded = load_model(model)
-        if length is not None and length > loaded.longest:
-            raise ArgumentError(
-                f"--length {length}: {loaded.name} reads at most {loaded.longest} tokens at once; give that or less."
-            )
+        size = _passage_length(length, loaded)
 
         from farlight import report
         from farlight.analysis.audit import audit, steps
         from farlight.analysis.candidates_by_layer import Subject
         from farlight.analysis.passages import cut_passages
 
-        size = length or min(loaded.longest, _MAX_PASSAGE)
         spread = page is not None and passages is None
-        cut = cut_passages(content, loaded.tokenizer, size, count, spread=spread)
+        cut = cut_passages(content, loaded.tokenizer, size, num_passages, spread=spread)
+        if not judged and not fitting:
+            judged = [*read_judged(_defaults(loaded.model, cut))]
         fitted = None
         if fitting:
             # Twice as many passages: the first half is fitted to, the second half is audited.
-            all_passages = cut_passages(content, loaded.tokenizer, size, None if count is None else 2 * count, spread=spread)
+            both = None if num_passages is None else 2 * num_passages
+            all_passages = cut_passages(content, loaded.tokenizer, size, both, spread=spread)
             fitted, cut = _fit(loaded.model, all_passages, keep, density, candidate, progress)
             judged = [*judged, Subject(_fit_name(keep, density), fitted.patterns)]
             if save is not None:
@@ -141,22 +174,45 @@ def audit_command(
         if page is not None:
             words = report.words_of(content, loaded.tokenizer)
             report.write(report.render(report.audit_data(result, judged, cut, words, progress=progress)), page)
-    _print_result(result, fitted, _fit_name(keep, density) if fitting else "", page, save, as_json)
+    if form:
+        _print_data(result, fitted, form)
+    else:
+        _show(result, fitted, _fit_name(keep, density) if fitting else "", page, save, screen_width(wide))
 
 
-def _print_result(
-    result: Audit, fitted: ModelFit | None, name: str, page: Path | None, save: Path | None, as_json: bool
-) -> None:
-    """Print an audit and the fit that it judged, as tables or as one JSON object."""
-    if as_json:
+def _passage_length(length: int | None, loaded: LoadedModel) -> int:
+    """Tokens in a passage. Raises ArgumentError for more than the model reads."""
+    if length is not None and length > loaded.longest:
+        raise ArgumentError(
+            f"--length {length}: {loaded.name} reads at most {loaded.longest} tokens at once; give that or less."
+        )
+    return length or min(loaded.longest, _MAX_PASSAGE)
+
+
+def _print_data(result: Audit, fitted: ModelFit | None, form: str) -> None:
+    """Print an audit as JSON (with the fit that it judged), CSV or Markdown."""
+    if form == "--json":
         extra = {} if fitted is None else {"fit": fitted.to_dict()}
         print(json.dumps(result.to_dict() | extra, indent=2, allow_nan=False))
-        return
-    _show(result)
+    else:
+        print((audit_tables.audit_csv if form == "--csv" else audit_tables.audit_markdown)(result), end="")
+
+
+def _show(result: Audit, fitted: ModelFit | None, name: str, page: Path | None, save: Path | None, width: int | None) -> None:
+    """Print an audit and the fit that it judged, as text."""
+    print("\n".join(audit_tables.audit_lines(result, width)))
     if page is not None:
         print(f"\nreport: {page}")
     if fitted is not None:
-        print(f"\nfitted ({name}): {fitted}" + (f"\nsaved: {save}" if save is not None else ""))
+        show(f"\nfitted ({name}): {fitted}" + (f"\nsaved: {save}" if save is not None else ""), width)
+
+
+def _defaults(model: Any, passages: Passages) -> tuple[str, ...]:
+    """The patterns that a model is asked about when none is given: a causal one is asked about causal ones."""
+    from farlight.analysis.loss.own_mask import own_mask
+    from farlight.patterns.algebra import looks_back
+
+    return CAUSAL_PATTERNS if looks_back(own_mask(model, passages.ids)) else DEFAULT_PATTERNS
 
 
 def _fit_name(keep: float | None, density: float | None) -> str:
@@ -211,129 +267,3 @@ def _num_passages(passages: str | None, default: int) -> int | None:
     if not passages.isdecimal() or len(passages) > 18 or int(passages) < 1:
         raise ArgumentError(f'--passages {passages}: at least one passage is needed; give a number such as 8, or "all".')
     return int(passages)
-
-
-def _show(result: Audit) -> None:
-    """Print both tables, the top losses and a legend."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=132)  # a file or pipe has no width
-
-    def print_plain(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
-
-    print_plain(
-        f"{result.model}: {result.layers} layers, {result.heads} heads of {result.head_dim}"
-        + (f" ({result.kv_heads} for keys)" if result.kv_heads != result.heads else "")
-        + ("" if result.own == "full()" else f", its own mask {result.own}")
-        + f" | {result.threads} threads | backend {result.backend}"
-    )
-    print_plain(f"{result.text}: {result.tokens:,} tokens, judged on {result.passages} passages of {result.passage_tokens}")
-    console.print(_fidelity_table(result))
-    console.print(_cost_table(result))
-    for row in result.patterns:
-        for link in row.lost[:3]:
-            print_plain(f"lost by {row.pattern}: {link}")
-    for row in result.patterns:
-        if row.long_text.why_not:
-            print_plain(f"{row.pattern}: not measured on the long text: {row.long_text.why_not}")
-    print_plain(
-        "mass: share of full attention kept, mean over layers, heads and rows; of best: of what the best links of "
-        "that number keep.\n"
-        "cosines: last hidden states, and their mean over a passage, sparse against full.\n"
-        "speed-up: of one attention layer, batch of all passages; predicted for sparse attention, measured for the backend "
-        "that ran.\n"
-        "memory: peak beside q, k and v, output included.\n"
-        f"Long text: links counted over all {result.tokens:,} tokens{_router_length(result)}; sparse time measured on one "
-        f"layer of {_timed_tokens(result):,} tokens, times {result.layers}; full attention measured at "
-        f"{result.full_measured_at:,} tokens, scaled by the square."
-    )
-
-
-def _timed_tokens(result: Audit) -> int:
-    return result.patterns[0].long_text.timed_tokens
-
-
-def _router_length(result: Audit) -> str:
-    """A note of the length at which a router's links were counted, where that is not the whole text."""
-    is_shorter = any(row.long_text.tokens < result.tokens for row in result.patterns)
-    return f" (where content decides, over {_timed_tokens(result):,})" if is_shorter else ""
-
-
-def _table(title: str, columns: tuple[str, ...]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
-    return table
-
-
-def _fidelity_table(result: Audit) -> Table:
-    from rich.text import Text
-
-    columns = (
-        *("pattern", "density", "links", "speed-up\npredicted", "\nmeasured", "\nbackend", "\nmemory"),
-        *("\nmass", "worst\nhead", "of\nbest", "token\ncosine", "pooled\ncosine"),
-    )
-    table = _table(f"In passages of {result.passage_tokens} tokens", columns)
-    for row in result.patterns:
-        table.add_row(
-            Text(row.pattern),
-            f"{row.density:.1%}",
-            _count(row.links),
-            f"{row.predicted_speedup:.1f}x",
-            f"{row.measured_speedup:.1f}x",
-            row.backend,
-            _bytes(row.peak_bytes),
-            f"{row.mass:.3f}",
-            f"{row.worst_head:.3f}",
-            f"{row.of_best:.1%}",
-            f"{row.token_cosine:.3f}",
-            f"{row.pooled_cosine:.3f}",
-        )
-    return table
-
-
-def _cost_table(result: Audit) -> Table:
-    from rich.text import Text
-
-    columns = ("pattern", "links", "of all links", "time, measured", "full, predicted", "speed-up", "backend", "memory")
-    timed = "" if _timed_tokens(result) == result.tokens else f"; timed over {_timed_tokens(result):,}"
-    table = _table(f"At the full length of {result.tokens:,} tokens{timed}", columns)
-    for row in result.patterns:
-        long = row.long_text
-        if long.why_not:
-            table.add_row(Text(row.pattern), *["-"] * 7)
-            continue
-        table.add_row(
-            Text(row.pattern),
-            _count(long.links),
-            f"{long.links / max(1, long.full_links):.3%}",
-            _seconds(long.seconds),
-            _seconds(long.full_seconds),
-            f"{long.speedup:.0f}x" if long.speedup >= 10 else f"{long.speedup:.1f}x",
-            long.backend,
-            _bytes(long.peak_bytes),
-        )
-    return table
-
-
-def _count(number: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f}"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.2f} s"
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

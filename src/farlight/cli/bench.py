@@ -8,9 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
+from farlight.cli.numbers import count, seconds_text
+from farlight.cli.screen import screen_width, show
+from farlight.cli.tables import Column, Table, as_text
+from farlight.cli.tables import as_csv as table_csv
+from farlight.cli.tables import as_markdown as table_markdown
 from farlight.errors import ArgumentError
 
-__all__ = ["bench_command", "bench_row"]
+__all__ = ["EXAMPLES", "bench_command", "bench_row"]
+
+EXAMPLES = (
+    "farlight bench",
+    "farlight bench 'streaming(4, 1024)' --tokens 4k --tokens 64k --dtype bfloat16",
+    "farlight bench 'window(256)' --backward --markdown",
+)
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _DEFAULT = "window(256) | global_tokens(range(64))"
@@ -18,7 +29,10 @@ _DEFAULT = "window(256) | global_tokens(range(64))"
 
 def bench_command(
     pattern: Annotated[list[str] | None, typer.Argument(help=f'Patterns to time; default: "{_DEFAULT}".')] = None,
-    tokens: Annotated[list[int] | None, typer.Option("--tokens", "-n", help="Repeatable; default: 4096, 16384.")] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option("--tokens", "-n", parser=count, metavar="N", help="4096, 16k, …; repeatable; default: 4096, 16384."),
+    ] = None,
     heads: Annotated[int, typer.Option("--heads", help="Attention heads.")] = 12,
     head_dim: Annotated[int, typer.Option("--head-dim", help="Size of a head.")] = 64,
     dtype: Annotated[str, typer.Option("--dtype", help=", ".join(_DTYPES) + ".")] = "float32",
@@ -26,10 +40,15 @@ def bench_command(
     backend: Annotated[str, typer.Option("--backend", help="As in farlight.attention.")] = "auto",
     seconds: Annotated[float, typer.Option("--seconds", help="Time to spend on each row, at least three calls.")] = 3.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, every column, seconds unrounded.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="Every column, however wide the terminal is.")] = False,
 ) -> None:
     """Time attention under patterns beside torch's full attention (the full suite: benchmarks/run.py of a checkout)."""
     from farlight.cli.inputs import read_patterns
+    from farlight.cli.outputs import one_format
 
+    one_format({"--json": as_json, "--csv": as_csv, "--markdown": as_markdown})
     if dtype not in _DTYPES:
         raise ArgumentError(f"--dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}.")
     lengths = tokens or [4096, 16_384]
@@ -41,18 +60,33 @@ def bench_command(
     if as_json:
         print(json.dumps({"machine": _machine(), "rows": rows}, indent=1))
         return
-    from rich.console import Console
-    from rich.table import Table
+    title = f"{heads} heads of {head_dim}, {dtype}, {'forward and backward' if backward else 'forward'}"
+    table = Table(title, _COLUMNS, tuple(row["pattern"] for row in rows), tuple(rows))
+    if as_csv:
+        print(table_csv([table]), end="")
+    elif as_markdown:
+        print(table_markdown([table]), end="")
+    else:
+        width = screen_width(wide)
+        print("\n".join(as_text([table], width)).lstrip("\n"))
+        show(", ".join(f"{name} {value}" for name, value in _machine().items()), width)
+        show("Medians of calls in turn; ±: half their interquartile range. full: torch's, causal where the pattern is.", width)
 
-    table = Table(title=f"{heads} heads of {head_dim}, {dtype}, {'forward and backward' if backward else 'forward'}")
-    for column in ("pattern", "tokens", "links", "backend", "farlight", "full", "×"):
-        table.add_column(column, justify="left" if column in ("pattern", "backend") else "right", overflow="fold")
-    for row in rows:
-        times = (f"{row[name] * 1e3:.4g} ms" for name in ("seconds", "full_seconds"))
-        shown = [row["pattern"], f"{row['tokens']:,}", f"{row['density']:.2%}", row["backend"]]
-        table.add_row(*shown, *times, f"{row['full_seconds'] / row['seconds']:.2f}")
-    Console().print(table)
-    print(", ".join(f"{name} {value}" for name, value in _machine().items()))
+
+def _column(key: str, title: str, write: Callable[[Any], str] = str, priority: int = 0, left: bool = False) -> Column:
+    return Column(key, title, lambda row: row[key], write, priority, left)
+
+
+_COLUMNS = (
+    _column("tokens", "tokens", "{:,}".format, 100),
+    _column("density", "links", "{:.2%}".format, 50),
+    _column("seconds", "farlight", seconds_text, 90),
+    _column("spread", "±", lambda spread: seconds_text(spread), 30),
+    _column("full_seconds", "full", seconds_text, 80),
+    _column("full_spread", "±", lambda spread: seconds_text(spread), 20),
+    _column("speedup", "speed-up", "{:.2f}x".format, 95),
+    _column("backend", "backend", priority=10, left=True),
+)
 
 
 def bench_row(
@@ -88,12 +122,14 @@ def bench_row(
 
     sparse = timed_call(lambda: fl.attention(q, k, v, pattern, backend=backend))
     full = timed_call(lambda: scaled_dot_product_attention(q, k, v, is_causal=causal))
-    sparse_seconds, full_seconds = paired_seconds(sparse, full, seconds)
+    sparse_timing, full_timing = paired_seconds(sparse, full, seconds)
     if backend == "auto":
         request = Request(pattern, Sizes.of(n, heads=heads), heads, head_dim, torch_dtype, q.device, backward)
         backend = registry.select(request).backend.name
     row = {"pattern": repr(pattern), "tokens": n, "density": pattern.density(n, heads=heads), "backend": backend}
-    return row | {"causal": causal, "seconds": sparse_seconds, "full_seconds": full_seconds}
+    times = {"seconds": sparse_timing.seconds, "spread": sparse_timing.spread, "runs": sparse_timing.runs}
+    times |= {"full_seconds": full_timing.seconds, "full_spread": full_timing.spread}
+    return row | {"causal": causal, **times, "speedup": full_timing.seconds / sparse_timing.seconds}
 
 
 def _machine() -> dict[str, Any]:

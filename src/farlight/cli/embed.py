@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from farlight.embedding.book import Library
     from farlight.embedding.reading import Embedder
 
-__all__ = ["DEFAULT_PATTERN", "embed_command"]
+__all__ = ["DEFAULT_PATTERN", "EXAMPLES", "embed_command"]
+
+EXAMPLES = (
+    "farlight embed book.txt --query 'Who was kind to the prisoner?'",
+    "farlight embed book.txt --save vectors.npz",
+)
 
 # The first and last token ([CLS] and [SEP], say) are global.
 DEFAULT_PATTERN = "window(128) | global_tokens([0, -1])"

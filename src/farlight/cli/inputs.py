@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from farlight.errors import ArgumentError, FarlightError, UnsupportedError
-from farlight.patterns import parse
-from farlight.patterns.expression import Pattern
-from farlight.routing.base import Router
-from farlight.routing.notation import is_router, read_router
+
+if TYPE_CHECKING:
+    from farlight.patterns.expression import Pattern
+    from farlight.routing.base import Router
 
 __all__ = ["MODEL_PACKAGE", "LoadedModel", "load_model", "printable", "read_judged", "read_patterns", "read_text"]
 
@@ -80,11 +80,16 @@ def _manual() -> str:
 
 def read_patterns(expressions: Sequence[str]) -> list[Pattern]:
     """The patterns of these expressions. Raises PatternError."""
+    from farlight.patterns import parse
+
     return [parse(expression) for expression in expressions]
 
 
 def read_judged(expressions: Sequence[str]) -> list[Pattern | Router]:
     """The patterns and routers of these expressions. Raises PatternError."""
+    from farlight.patterns import parse
+    from farlight.routing.notation import is_router, read_router
+
     return [read_router(text) if is_router(text) else parse(text) for text in expressions]
 
 

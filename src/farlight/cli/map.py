@@ -8,14 +8,24 @@ from typing import Annotated, Any
 
 import typer
 
+from farlight.cli.numbers import count
+from farlight.cli.screen import screen_width, show
 from farlight.errors import ArgumentError
 
-__all__ = ["map_command"]
+__all__ = ["EXAMPLES", "map_command"]
+
+EXAMPLES = (
+    "farlight map 'window(256) | global_tokens([0])' --tokens 100k",
+    "farlight map 'bigbird(64, 3)' --tokens 4096 --from 5 --to -1",
+    "farlight map 'window(256) | global_tokens([0])' --tokens 1M --html map.html",
+)
 
 
 def map_command(
     pattern: Annotated[str, typer.Argument(help='A pattern, e.g. "window(256) | global_tokens([0])".')],
-    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Length of the text in tokens.")],
+    tokens: Annotated[
+        int, typer.Option("--tokens", "-n", parser=count, metavar="N", help="Length of the text in tokens: 4096, 10k, 1M.")
+    ],
     layers: Annotated[int, typer.Option("--layers", help="Depth of the reach table.")] = 4,
     source: Annotated[int | None, typer.Option("--from", help="Show how news of this position …")] = None,
     target: Annotated[int | None, typer.Option("--to", help="… reaches this one. Negative: from the end.")] = None,
@@ -51,11 +61,12 @@ def map_command(
             out["path"] = chain.to_dict()
         print(json.dumps(out, indent=2, allow_nan=False))
         return
-    print(world)
+    width = screen_width()
+    show(str(world), width)
     print()
-    print(str(reach).partition("\n")[2])  # its first line repeats the pattern
+    show(str(reach).partition("\n")[2], width)  # its first line repeats the pattern
     if chain is not None:
-        print(f"\n{chain}")
+        show(f"\n{chain}", width)
     if png is not None:
         print(f"\npicture: {png}")
     if page is not None:

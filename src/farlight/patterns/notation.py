@@ -72,7 +72,8 @@ def parse(text: str, tables: tuple[Tensor, ...] = (), *, limit: int | None = LIM
         tree = ast.parse(source, mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError) as error:
         place = f" at column {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
-        raise PatternError(f"cannot read the pattern {shorten(text)!r}{place}: it is not an expression.") from None
+        why = bracket_fault(text) or f"{place}: it is not an expression."
+        raise PatternError(f"cannot read the pattern {shorten(text)!r}{why}") from None
     reader = _Reader(text, tables, budget)
     try:
         pattern = reader.value(tree.body, 0)
@@ -82,6 +83,27 @@ def parse(text: str, tables: tuple[Tensor, ...] = (), *, limit: int | None = LIM
     if not isinstance(pattern, Pattern):
         raise PatternError(f"{shorten(text)!r} is {type(pattern).__name__}, not a pattern; write for example window(256).")
     return pattern
+
+
+def bracket_fault(text: str) -> str | None:
+    """In words, the first bracket that is not closed or not opened, with its column; None where brackets match.
+
+    >>> bracket_fault("window(3 | (causal()")
+    ': the ( at column 7 is never closed; write ) where it ends.'
+    """
+    opened: list[tuple[str, int]] = []
+    for column, mark in enumerate(text, 1):
+        if mark in "([":
+            opened.append((mark, column))
+        elif mark in ")]":
+            if not opened or opened[-1][0] + mark not in ("()", "[]"):
+                found = f"closes the {opened[-1][0]} at column {opened[-1][1]}" if opened else "has no opening bracket"
+                return f": the {mark} at column {column} {found}; brackets stand in pairs."
+            opened.pop()
+    if not opened:
+        return None
+    mark, column = opened[0]
+    return f": the {mark} at column {column} is never closed; write {')' if mark == '(' else ']'} where it ends."
 
 
 class _Reader:

@@ -91,7 +91,7 @@ def _pattern_views(
     known: dict[int, float] = {}
     if audited.long_text.why_not is None:
         views["text"] = view(allowed, passages.tokens, heads, result.layers)
-        known[passages.tokens] = audited.long_text.links / (result.layers * result.heads)
+        known[audited.long_text.tokens] = audited.long_text.links / (result.layers * result.heads)
     cost = curve(allowed, None if base == full() else base, passages.tokens, known, result.heads)
     return {"views": views, "cost": cost}
 

@@ -13,7 +13,7 @@ from typing import Any
 from farlight.errors import ArgumentError, PatternError, shorten
 from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern
-from farlight.patterns.notation import parse
+from farlight.patterns.notation import bracket_fault, parse
 from farlight.patterns.positional import full
 from farlight.routing.base import ConstantRouter, Router, RouterInput, combine
 from farlight.routing.gist_router import Gist
@@ -56,7 +56,8 @@ def read_router(text: str) -> Router:
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         if isinstance(error, PatternError):
             raise
-        raise PatternError(f"cannot read the router {shorten(text)!r}: it is not an expression.") from None
+        why = bracket_fault(text) or ": it is not an expression."
+        raise PatternError(f"cannot read the router {shorten(text)!r}{why}") from None
     router = parsed if isinstance(parsed, Router) else ConstantRouter(parsed)
     router.expression = text
     return router

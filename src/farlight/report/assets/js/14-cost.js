@@ -50,22 +50,22 @@
     const svg = FL.id("time-curve"), { model, patterns } = FL.data;
     const long = patterns.map((row) => row.audit.long_text), known = long.find((row) => row.full_seconds > 0);
     if (!known) return svg.replaceChildren();
-    const at = Math.min(model.full_measured_at, known.timed_tokens), full = (n) => known.full_seconds * (n / known.timed_tokens) ** 2;
-    const measured = long.filter((row) => row.seconds > 0).map((row) => [row.timed_tokens, row.seconds]);
-    const first = Math.max(64, Math.min(at, known.timed_tokens / 1000));
-    const axis = axes(svg, [[first, full(first)], [known.timed_tokens, known.full_seconds], ...measured], (value) => FL.say(value < 1 ? "unit.ms" : "unit.seconds", { value: FL.short(value < 1 ? value * 1000 : value) }));
-    svg.append(FL.svg("path", { class: "full", d: line([[first, full(first)], [known.timed_tokens, full(known.timed_tokens)]], axis) }));
+    const at = Math.min(model.full_measured_at, known.tokens), full = (n) => known.full_seconds * (n / known.tokens) ** 2;
+    const measured = long.filter((row) => row.seconds > 0).map((row) => [row.tokens, row.seconds]);
+    const first = Math.max(64, Math.min(at, known.tokens / 1000));
+    const axis = axes(svg, [[first, full(first)], [known.tokens, known.full_seconds], ...measured], (value) => FL.say(value < 1 ? "unit.ms" : "unit.seconds", { value: FL.short(value < 1 ? value * 1000 : value) }));
+    svg.append(FL.svg("path", { class: "full", d: line([[first, full(first)], [known.tokens, full(known.tokens)]], axis) }));
     svg.append(FL.svg("circle", { class: "point", cx: axis.x(at), cy: axis.y(full(at)), r: 5 }));
-    svg.append(FL.svg("text", { class: "label soft", x: axis.x(known.timed_tokens) - 12, y: axis.y(full(known.timed_tokens)) + 6, "text-anchor": "end" }, FL.say("cost.predicted")));
+    svg.append(FL.svg("text", { class: "label soft", x: axis.x(known.tokens) - 12, y: axis.y(full(known.tokens)) + 6, "text-anchor": "end" }, FL.say("cost.predicted")));
     patterns.forEach((row, p) => {
       const one = row.audit.long_text, mine = p === FL.state.pattern;
       if (!one.seconds) return;
-      svg.append(FL.svg("circle", { class: mine ? "point mine" : "point", cx: axis.x(one.timed_tokens) - 6, cy: axis.y(one.seconds), r: mine ? 8 : 5 }));
-      if (mine) svg.append(FL.svg("text", { class: "label", x: axis.x(one.timed_tokens) - 22, y: axis.y(one.seconds) + 5, "text-anchor": "end" }, FL.seconds(one.seconds)));
+      svg.append(FL.svg("circle", { class: mine ? "point mine" : "point", cx: axis.x(one.tokens) - 6, cy: axis.y(one.seconds), r: mine ? 8 : 5 }));
+      if (mine) svg.append(FL.svg("text", { class: "label", x: axis.x(one.tokens) - 22, y: axis.y(one.seconds) + 5, "text-anchor": "end" }, FL.seconds(one.seconds)));
     });
     const mine = FL.row().audit.long_text;
     const text = mine.why_not ? FL.say("cost.not", { why: mine.why_not })
-      : FL.say("cost.timed", { n: FL.number(mine.timed_tokens), seconds: FL.seconds(mine.seconds), full: FL.seconds(mine.full_seconds), at: FL.number(at), backend: mine.backend });
+      : FL.say("cost.timed", { n: FL.number(mine.tokens), seconds: FL.seconds(mine.seconds), full: FL.seconds(mine.full_seconds), at: FL.number(at), backend: mine.backend });
     FL.id("cost-says").textContent += ` ${text}`;
     svg.setAttribute("aria-label", text);
   }
