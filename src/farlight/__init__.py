@@ -1,6 +1,6 @@
 """farlight: exact sparse attention for long texts, and a measure of what was lost by not looking."""
 
-from farlight import hf, nn, routing
+from farlight import hf, nn, routing, score
 from farlight._version import __version__ as __version__
 from farlight.analysis.fit import Fit, fit
 from farlight.analysis.graph import Path, Reach, SmallWorld, path, reach, smallworld
@@ -81,6 +81,7 @@ __all__ = [
     "reach",
     "retention",
     "routing",
+    "score",
     "seen_by_all",
     "sees_all",
     "smallworld",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from farlight import flops, ops
+from farlight import flops, ops, score_operators
 from farlight.derivatives import FirstOrderOnly
 from farlight.errors import ArgumentError, PlanError, refuse_tracing, shorten
 from farlight.inputs import (
@@ -25,6 +25,8 @@ from farlight.kernels import dense, registry
 from farlight.kernels.backend import Backend, MaskBackend, Request
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import Plan
+from farlight.score.lowered import ScoreTerms, lower
+from farlight.score.terms import Score
 
 __all__ = ["attention", "explain"]
 
@@ -39,6 +41,8 @@ def attention(
     q_offset: int | None = None,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
+    score: Score | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -56,6 +60,9 @@ def attention(
             that without dropout.
         seed: where dropout draws from; None takes one from torch's default generator. A link's fate is a function of
             (seed, batch, head, position, key): the same on every backend and in the backward pass.
+        score: terms on the scores, a value of `fl.score`: S = softcap(scale · q kᵀ) + biases; gradients reach its tensors.
+        sinks: `(H,)`; each row sees one more key of this score and value 0, which the lse counts. A row without keys then
+            gives 0 and the sink.
         return_lse: also return the natural log of each row's sum of exponentials, `(B, H, n_q)`, differentiable.
         backend: "auto", or one of "cpu", "triton", "torch", "dense", "reference"; one that is named never falls back.
 
@@ -87,6 +94,8 @@ def attention(
                 q_offset=q_offset,
                 dropout=dropout,
                 seed=seed,
+                score=score,
+                sinks=sinks,
                 return_lse=return_lse,
                 backend=backend,
             )
@@ -97,20 +106,21 @@ def attention(
     plan = pattern if isinstance(pattern, Plan) else None
     expression = _read_pattern(pattern, sizes)
     drawn = read_seed(seed, dropout)
-    is_plain = ops.is_plain(q, k, v)
+    terms = lower(score, sinks, sizes, q.device, q.dtype)
+    is_plain = ops.is_plain(q, k, v, *(() if terms is None else terms.tensors))
     out: Tensor
     lse: Tensor | None
     if not sizes.batch:
         if is_plain:
             expression.check(sizes)
-        out, lse = _empty_batch(q, k, v, scale)
+        out, lse = _empty_batch(q, k, v, scale, terms)
     elif is_plain and not q.is_meta:
-        request = _request(q, k, v, expression, sizes, dropout, return_lse)
-        out, lse = _eager(q, k, v, request, backend, plan, scale, drawn)
+        request = _request(q, k, v, expression, sizes, dropout, return_lse, terms)
+        out, lse = _eager(q, k, v, request, backend, plan, scale, drawn, terms)
     else:
         if plan is not None and backend == "auto":
             backend = plan.backend or backend
-        out, lse = _traced(q, k, v, expression, sizes, backend, scale, dropout, drawn, return_lse)
+        out, lse = _traced(q, k, v, expression, sizes, backend, scale, dropout, drawn, return_lse, terms)
     if not return_lse:
         return out
     assert lse is not None
@@ -118,19 +128,31 @@ def attention(
 
 
 def _eager(
-    q: Tensor, k: Tensor, v: Tensor, request: Request, backend: str, plan: Plan | None, scale: float, seed: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    request: Request,
+    backend: str,
+    plan: Plan | None,
+    scale: float,
+    seed: Tensor,
+    terms: ScoreTerms | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Plain tensors: the selection is made once, and its plan serves both passes."""
     # Planning, or forming the mask, checks that the pattern fits: a check here would read its tables from the device.
     selection = registry.select(request, backend, plan)
+    if selection.plan is not None and terms is not None:
+        executor = cast(Backend, selection.backend)
+        return score_operators.attend_scored_selected(q, k, v, terms, request, executor, selection.plan, scale, seed)
     if selection.plan is not None:
         return ops.attend_selected(q, k, v, request, cast(Backend, selection.backend), selection.plan, scale, seed)
-    if selection.backend is dense.BACKEND and forward_ad._current_level < 0:
+    if selection.backend is dense.BACKEND and terms is None and forward_ad._current_level < 0:
         q, k, v = dense.readable(q, "q"), dense.readable(k, "k"), dense.readable(v, "v")
         return dense.attend(q, k, v, dense.cached_mask(request), scale=scale), None
     if selection.backend is dense.BACKEND:
         q, k, v = FirstOrderOnly.apply(q, k, v)
-    return _masked(q, k, v, request.pattern, request.sizes, cast(MaskBackend, selection.backend), scale, request.dropout, seed)
+    masking = cast(MaskBackend, selection.backend)
+    return _masked(q, k, v, request.pattern, request.sizes, masking, scale, request.dropout, seed, terms)
 
 
 def _traced(
@@ -144,20 +166,27 @@ def _traced(
     dropout: float,
     seed: Tensor,
     return_lse: bool,
+    terms: ScoreTerms | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Traced, transformed or subclassed tensors: sizes and tables may be symbols, and are checked inside the operator."""
     refuse_distributed(q, k, v)
     if not torch.compiler.is_compiling():
         flops.register()
     if backend == "auto" or backend in registry.plan_backends():
-        out, lse = ops.attend(q, k, v, list(pattern._tables), seed, pattern.text, scale, sizes.q_offset, dropout, backend)
+        options = pattern.text, scale, sizes.q_offset, dropout, backend
+        if terms is None:
+            out, lse = ops.attend(q, k, v, list(pattern._tables), seed, *options)
+        else:
+            tensors = terms.distance, terms.key_bias, terms.sinks
+            more = terms.cap, terms.first
+            out, lse = score_operators.attend_scored(q, k, v, *tensors, list(pattern._tables), seed, *options, *more)
         return out, lse
-    if return_lse or dropout:  # the operators below have no place where a refusal would be noticed
-        registry.require(backend, _request(q, k, v, pattern, sizes, dropout, return_lse))
+    if return_lse or dropout or terms is not None:  # the operators below have no place where a refusal would be noticed
+        registry.require(backend, _request(q, k, v, pattern, sizes, dropout, return_lse, terms))
     executor = cast(MaskBackend, registry.backend_named(backend))
     if executor is dense.BACKEND and not torch.compiler.is_compiling():
         q, k, v = FirstOrderOnly.apply(q, k, v)
-    return _masked(q, k, v, pattern, sizes, executor, scale, dropout, seed)
+    return _masked(q, k, v, pattern, sizes, executor, scale, dropout, seed, terms)
 
 
 def _masked(
@@ -170,6 +199,7 @@ def _masked(
     scale: float,
     dropout: float,
     seed: Tensor,
+    terms: ScoreTerms | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention under the dense mask: one operator forms it, or in an exported program, which may run without farlight, torch's
     own operations.
@@ -180,7 +210,8 @@ def _masked(
         shape = (sizes.n_q, sizes.n_k, sizes.q_offset, sizes.batch, sizes.heads)
         # The mask follows from the tables alone: an empty tensor keeps the transforms of q by torch.func out of it.
         mask = ops.pattern_mask(torch.empty(0, device=q.device), list(pattern._tables), pattern.text, *shape)
-    return backend.attend(q, k, v, mask, scale=scale, q_offset=sizes.q_offset, dropout=dropout, seed=seed)
+    more: dict[str, ScoreTerms] = {} if terms is None else {"terms": terms}
+    return backend.attend(q, k, v, mask, scale=scale, q_offset=sizes.q_offset, dropout=dropout, seed=seed, **more)
 
 
 def explain(
@@ -191,6 +222,8 @@ def explain(
     *,
     q_offset: int | None = None,
     dropout: float = 0.0,
+    score: Score | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> str:
     """Which backend `fl.attention` would take for these arguments, why each other cannot, and the expected cost.
@@ -204,7 +237,8 @@ def explain(
     check_tensors(q, k, v)
     sizes = _sizes(q, k, q_offset)
     expression = _read_pattern(pattern, sizes)
-    request = _request(q, k, v, expression, sizes, read_dropout(dropout), return_lse)
+    terms = lower(score, sinks, sizes, q.device, q.dtype)
+    request = _request(q, k, v, expression, sizes, read_dropout(dropout), return_lse, terms)
     expression.check(sizes)
     selection = registry.select(request)
     taken = registry.select(request, plan=pattern) if isinstance(pattern, Plan) else selection
@@ -221,9 +255,11 @@ def explain(
     return "\n".join(lines)
 
 
-def _empty_batch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _empty_batch(q: Tensor, k: Tensor, v: Tensor, scale: float, terms: ScoreTerms | None) -> tuple[Tensor, Tensor]:
     """The answer to a batch of no items, through which gradients of no items flow."""
     out = dense.attend(q, k, v, None, scale=scale)
+    for x in () if terms is None else terms.tensors:
+        out = out + 0 * x.sum().to(out.dtype)
     return out, out.sum(-1, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
@@ -251,6 +287,17 @@ def _sizes(q: Tensor, k: Tensor, q_offset: int | None) -> Sizes:
     return Sizes(q.shape[2], k.shape[2], offset, q.shape[0], q.shape[1])
 
 
-def _request(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, sizes: Sizes, dropout: float, return_lse: bool) -> Request:
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return Request(pattern, sizes, k.shape[1], q.shape[3], q.dtype, q.device, needs_grad, dropout, return_lse)
+def _request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    sizes: Sizes,
+    dropout: float,
+    return_lse: bool,
+    terms: ScoreTerms | None,
+) -> Request:
+    names: frozenset[str] = frozenset() if terms is None else terms.names
+    tensors = (q, k, v) if terms is None else (q, k, v, *terms.tensors)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return Request(pattern, sizes, k.shape[1], q.shape[3], q.dtype, q.device, needs_grad, dropout, return_lse, names)

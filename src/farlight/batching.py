@@ -15,7 +15,7 @@ from torch import Tensor
 
 from farlight.patterns.notation import parse
 
-__all__ = ["batched", "batched_mask"]
+__all__ = ["batched", "batched_by_item", "batched_mask"]
 
 _Dims = Sequence[int | None]
 
@@ -46,6 +46,20 @@ def batched(operator: Callable[..., Any], info: Any, in_dims: Sequence[Any], *ar
         *options,
     )
     return tuple(x.unflatten(0, (size, batch)) for x in found), 0
+
+
+def batched_by_item(
+    operator: Callable[..., Any], info: Any, in_dims: Sequence[Any], *args: Any
+) -> tuple[tuple[Tensor, ...], int]:
+    """The rule of an operator whose tensors do not all begin with the batch: once for each element of the mapped dimension."""
+    parts = [operator(*(_argument(x, dim, n) for x, dim in zip(args, in_dims, strict=True))) for n in range(info.batch_size)]
+    return tuple(torch.stack(part) for part in zip(*parts, strict=True)), 0
+
+
+def _argument(x: Any, dim: Any, n: int) -> Any:
+    if isinstance(x, (list, tuple)):
+        return [_element(item, of_item, n) for item, of_item in zip(x, dim, strict=True)]
+    return x if dim is None else x.select(dim, n)
 
 
 def batched_mask(operator: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Tensor, int]:

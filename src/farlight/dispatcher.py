@@ -17,7 +17,15 @@ from torch.autograd import forward_ad
 
 from farlight.derivatives import refuse_second, refuse_tangents
 
-__all__ = ["Operator", "define", "differentiate_backward", "differentiate_forward", "is_batching_gradients", "set_vmap"]
+__all__ = [
+    "Operator",
+    "define",
+    "differentiate_backward",
+    "differentiate_forward",
+    "differentiate_scored",
+    "is_batching_gradients",
+    "set_vmap",
+]
 
 Operator: TypeAlias = "torch._ops.OpOverload[..., Any]"
 _library = torch.library.Library("farlight", "FRAGMENT")
@@ -75,20 +83,44 @@ def differentiate_forward(operator: Operator, gradients: Callable[..., tuple[Ten
     _set_autograd(operator, Attend, 3)
 
 
-def differentiate_backward(operator: Operator) -> None:
-    """Let the gradients that the operator returns refuse to be differentiated; its first seven arguments are tensors."""
+def differentiate_scored(operator: Operator, gradients: Callable[..., tuple[Tensor | None, ...]]) -> None:
+    """The same for an operator whose first six arguments, of which the last three may be None, have gradients.
+
+    `gradients(dout, dlse, *the six, out, lse, tables, seed, *options)`.
+    """
+
+    class AttendScored(_Differentiable):
+        @staticmethod
+        def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor]:
+            out, lse = _next_level(operator, keyset, *args)
+            *operands, tables, seed = args[:8]
+            ctx.save_for_backward(*operands, out, lse, seed, *tables)
+            ctx.options = args[8:]
+            return out, lse
+
+        @staticmethod
+        def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+            *operands, seed = ctx.saved_tensors[:9]
+            grads = gradients(dout, dlse, *operands, ctx.saved_tensors[9:], seed, *ctx.options)
+            return None, *grads, *(None,) * (2 + len(ctx.options))
+
+    _set_autograd(operator, AttendScored, 6)
+
+
+def differentiate_backward(operator: Operator, count: int = 7) -> None:
+    """Let the gradients that the operator returns refuse to be differentiated; its first `count` arguments are tensors."""
 
     class Backward(_Differentiable):
         @staticmethod
-        def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-            grads: tuple[Tensor, Tensor, Tensor] = _next_level(operator, keyset, *args)
+        def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
+            grads: tuple[Tensor, ...] = _next_level(operator, keyset, *args)
             return grads
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> NoReturn:
             refuse_second()
 
-    _set_autograd(operator, Backward, 7)
+    _set_autograd(operator, Backward, count)
 
 
 def is_batching_gradients() -> bool:
@@ -111,8 +143,9 @@ def _set_autograd(operator: Operator, differentiable: type[_Differentiable], cou
     """The autograd kernel of an operator whose first `count` arguments have gradients."""
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        refuse_tangents(*args[:count])
-        if torch.is_grad_enabled() and any(x.requires_grad for x in args[:count]):
+        tensors = [x for x in args[:count] if isinstance(x, Tensor)]
+        refuse_tangents(*tensors)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return differentiable.of(keyset, *args)
         return _below_autograd(operator, keyset, *args)
 

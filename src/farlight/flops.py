@@ -42,6 +42,14 @@ def _backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest
     return _pairs(q, k, tables, pattern, q_offset) * 2 * (3 * q.shape[3] + 2 * v.shape[3])
 
 
+def _forward_scored(q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = None) -> int:
+    return _forward(q, k, v, *rest[3:])
+
+
+def _backward_scored(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = None) -> int:
+    return _backward(dout, dlse, q, k, v, *rest[3:])
+
+
 def register() -> None:
     """Make the formulas known to the counter, where it is loaded: importing it would import Triton."""
     counter = sys.modules.get("torch.utils.flop_counter")
@@ -52,8 +60,11 @@ def register() -> None:
     if operators.attend not in registry:
         counter.register_flop_formula(operators.attend, get_raw=True)(_forward)
         counter.register_flop_formula(operators.attend_backward, get_raw=True)(_backward)
+        counter.register_flop_formula(operators.attend_scored, get_raw=True)(_forward_scored)
+        counter.register_flop_formula(operators.attend_scored_backward, get_raw=True)(_backward_scored)
     # A counter copies the formulas when it is made, which may have been before.
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, counter._FlopCounterMode):
-            for operator in (operators.attend, operators.attend_backward):
+            for name in ("attend", "attend_backward", "attend_scored", "attend_scored_backward"):
+                operator = getattr(operators, name)
                 mode.counter.flop_registry.setdefault(operator, registry[operator])

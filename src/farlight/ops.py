@@ -26,7 +26,7 @@ from farlight.patterns.notation import parse
 from farlight.plan.footprint import held_bytes
 from farlight.plan.tables import PlanLike
 
-__all__ = ["attend", "attend_backward", "attend_selected", "is_plain", "pattern_mask"]
+__all__ = ["attend", "attend_backward", "attend_selected", "is_plain", "pattern_mask", "pattern_of"]
 
 Options: TypeAlias = tuple[str, float, int, float, str]  # pattern text, scale, q_offset, dropout, backend
 
@@ -105,7 +105,8 @@ class _Attend(torch.autograd.Function):
 _parsed: SizedCache[Pattern] = SizedCache(16 * 2**20, lambda pattern: 2048 + held_bytes(pattern))
 
 
-def _pattern(text: str, tables: Sequence[Tensor]) -> Pattern:
+def pattern_of(text: str, tables: Sequence[Tensor]) -> Pattern:
+    """The pattern of an operator's arguments."""
     # No limit: the text is that of a pattern that exists already.
     return parse(text, tuple(tables), limit=None) if tables else _parsed.get(text, lambda: parse(text, limit=None))
 
@@ -115,7 +116,7 @@ def _planned(
 ) -> tuple[Backend, PlanLike]:
     """The plan backend for an operator's arguments, and its plan."""
     sizes = Sizes(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1])
-    request = Request(_pattern(text, tables), sizes, k.shape[1], q.shape[3], q.dtype, q.device, False, dropout, True)
+    request = Request(pattern_of(text, tables), sizes, k.shape[1], q.shape[3], q.dtype, q.device, False, dropout, True)
     executor = registry.plan_backend(request, backend)
     return executor, registry.plan_of(executor, request)
 
@@ -226,7 +227,7 @@ def _pattern_mask(
     like: Tensor, tables: Sequence[Tensor], pattern: str, n_q: int, n_k: int, q_offset: int, batch: int, heads: int
 ) -> Tensor:
     """The dense mask of a pattern, `(batch|1, heads|1, n_q, n_k)`, on the device of `like`."""
-    expression = _pattern(pattern, tables)
+    expression = pattern_of(pattern, tables)
     mask = expression.dense(n_q, n_k, batch=batch, heads=heads, q_offset=q_offset, device=like.device)
     return mask.expand(*_leading(expression, batch, heads), n_q, n_k).contiguous()
 
@@ -234,7 +235,7 @@ def _pattern_mask(
 def _pattern_mask_fake(
     like: Tensor, tables: Sequence[Tensor], pattern: str, n_q: int, n_k: int, q_offset: int, batch: int, heads: int
 ) -> Tensor:
-    return like.new_empty((*_leading(_pattern(pattern, tables), batch, heads), n_q, n_k), dtype=torch.bool)
+    return like.new_empty((*_leading(pattern_of(pattern, tables), batch, heads), n_q, n_k), dtype=torch.bool)
 
 
 def _leading(pattern: Pattern, batch: int, heads: int) -> tuple[int, int]:

@@ -15,10 +15,23 @@ from torch import Tensor
 
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan.tables import PlanLike, TileShape
+from farlight.score.lowered import ScoreTerms
 
-__all__ = ["AnyBackend", "Backend", "Call", "DevicePlanner", "Grads", "MaskBackend", "Request", "Saved"]
+__all__ = [
+    "AnyBackend",
+    "Backend",
+    "Call",
+    "DevicePlanner",
+    "Grads",
+    "MaskBackend",
+    "Request",
+    "Saved",
+    "ScoreGrads",
+    "ScoringBackend",
+]
 
 Grads: TypeAlias = tuple[Tensor, Tensor, Tensor]
+ScoreGrads: TypeAlias = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +47,7 @@ class Request:
     needs_grad: bool = False
     dropout: float = 0.0
     return_lse: bool = False
+    terms: frozenset[str] = frozenset()  # ScoreTerms.names
 
     def describe(self) -> str:
         """The request in one line, for errors and for `fl.explain`."""
@@ -44,12 +58,16 @@ class Request:
             *(["with gradients"] if self.needs_grad else []),
             *([f"dropout {self.dropout:g}"] if self.dropout else []),
             *(["returning lse"] if self.return_lse else []),
+            *sorted(self.terms),
         ]
         return f"batch {s.batch}, {heads}, {s.n_q} queries, {s.n_k} keys, head_dim {self.head_dim}, " + ", ".join(options)
 
 
 class Call(NamedTuple):
-    """The operands of one execution of a plan: q `(B, H, n_q, D)`; k, v `(B, H_kv, n_k, D)`; `seed` a 0-d int64 tensor."""
+    """The operands of one execution of a plan: q `(B, H, n_q, D)`; k, v `(B, H_kv, n_k, D)`; `seed` a 0-d int64 tensor.
+
+    `terms`: what is added to the scores, for a `ScoringBackend`.
+    """
 
     q: Tensor
     k: Tensor
@@ -58,6 +76,7 @@ class Call(NamedTuple):
     scale: float
     dropout: float
     seed: Tensor
+    terms: ScoreTerms | None = None
 
 
 class Saved(NamedTuple):
@@ -87,6 +106,20 @@ class Backend(Protocol):
     def backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> Grads: ...
 
 
+class ScoringBackend(Backend, Protocol):
+    """A plan backend that honours the terms of `score_terms` (`ScoreTerms.names`); others are refused calls with any.
+
+    `forward` reads `call.terms`; out and lse are those with the sinks. `score_backward`: beside the gradients of q, k and v
+    those of `distance` and `key_bias`, None where the call has none. That of the sinks follows from out and lse
+    (`kernels/sinks.py`).
+    """
+
+    @property
+    def score_terms(self) -> frozenset[str]: ...
+
+    def score_backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> tuple[Grads, ScoreGrads]: ...
+
+
 @runtime_checkable
 class DevicePlanner(Protocol):
     """A plan backend that builds the plans of some requests on the tensors' device; None = built on the host, as for all."""
@@ -98,7 +131,8 @@ class DevicePlanner(Protocol):
 class MaskBackend(Protocol):
     """A backend that attends under the dense mask `(B|1, H|1, n_q, n_k)` of the pattern, differentiated by autograd.
 
-    `attend`: (out, lse); lse is None where `reasons` refuses `return_lse`.
+    `attend`: (out, lse); lse is None where `reasons` refuses `return_lse`. `terms` is given to a backend only where its
+    attribute `score_terms`, which it may leave out, names them all.
     """
 
     @property
@@ -107,7 +141,17 @@ class MaskBackend(Protocol):
     def reasons(self, request: Request) -> list[str]: ...
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, q_offset: int, dropout: float, seed: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        *,
+        scale: float,
+        q_offset: int,
+        dropout: float,
+        seed: Tensor,
+        terms: ScoreTerms | None = None,
     ) -> tuple[Tensor, Tensor | None]: ...
 
 

@@ -12,6 +12,7 @@ from farlight.caching import SizedCache
 from farlight.derivatives import refuse_second_through
 from farlight.kernels.backend import Request
 from farlight.kernels.checks import addressable
+from farlight.score.lowered import ALL_TERMS, ScoreTerms
 
 __all__ = ["BACKEND", "LARGEST_MASK", "Mask", "attend", "cached_mask", "readable"]
 
@@ -23,6 +24,7 @@ class DenseBackend:
     """Torch's fused full attention as a mask backend."""
 
     name = "dense"
+    score_terms = ALL_TERMS - {"softcap"}
 
     def reasons(self, request: Request) -> list[str]:
         """Why full attention cannot serve the request; empty when it can."""
@@ -33,15 +35,29 @@ class DenseBackend:
         if request.dropout:
             refusals.append("its dropout draws other links than farlight's; use dropout=0")
         masks = (sizes.batch if pattern.varies_over_batch else 1) * (sizes.heads if pattern.varies_over_heads else 1)
+        if request.terms:  # the mask is of numbers, for every head
+            masks = sizes.batch * sizes.heads * request.dtype.itemsize
         nbytes = masks * sizes.n_q * sizes.n_k
         if nbytes > LARGEST_MASK:
             refusals.append(f"its mask would take {nbytes / 2**20:,.0f} MiB, more than {LARGEST_MASK // 2**20} MiB")
         return refusals
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, q_offset: int, dropout: float, seed: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        *,
+        scale: float,
+        q_offset: int,
+        dropout: float,
+        seed: Tensor,
+        terms: ScoreTerms | None = None,
     ) -> tuple[Tensor, None]:
         """(out, None) under the mask; dropout is 0, as `reasons` requires."""
+        if terms is not None:
+            return _attend_biased(q, k, v, mask, scale, q_offset, terms), None
         return attend(q, k, v, Mask.of(mask), scale=scale), None
 
 
@@ -113,3 +129,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, *, scale: float) 
     out = scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, **grouped)
     refuse_second_through(out)
     return out if mask is None or mask.seeing is None else torch.where(mask.seeing, out, 0.0)
+
+
+def _attend_biased(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, q_offset: int, terms: ScoreTerms) -> Tensor:
+    """out under the mask as numbers: the biases, -inf for pairs that are not allowed, and the sinks as one key of zeros."""
+    batch, heads, n_q, n_k = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    bias = terms.bias(n_q, n_k, q_offset)
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    seeing = None if terms.sinks is not None else mask.any(-1, keepdim=True)
+    allowed = mask if seeing is None else mask | ~seeing
+    numbers = torch.zeros((), dtype=exact, device=q.device) if bias is None else bias
+    numbers = torch.where(allowed, numbers, float("-inf")).expand(batch, heads, n_q, n_k)
+    if terms.sinks is not None:
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        numbers = torch.cat([numbers, terms.sinks[None, :, None, None].expand(batch, heads, n_q, 1)], -1)
+    return attend(q, k, v, Mask(numbers.to(q.dtype), seeing), scale=scale)

@@ -91,7 +91,12 @@ def backend_named(name: str) -> AnyBackend:
 
 def reasons(name: str, request: Request) -> list[str]:
     """Why this backend cannot serve the request; empty when it can."""
-    return backend_named(name).reasons(request)
+    backend = backend_named(name)
+    refusals = backend.reasons(request)
+    honoured: frozenset[str] = getattr(backend, "score_terms", frozenset())
+    if not request.terms <= honoured:
+        refusals = [*refusals, f"it does not compute {' and '.join(sorted(request.terms - honoured))}"]
+    return refusals
 
 
 def require(name: str, request: Request) -> None:
@@ -147,7 +152,8 @@ def select(request: Request, backend: str = "auto", plan: Plan | None = None) ->
     if 1 / _CLOSE < full.seconds / sparse.seconds < _CLOSE and request.device.type == "cpu":
         rates = calibrated()
         sparse, full = estimate(executor.name, request, built.visited, rates), estimate("dense", request, None, rates)
-    if full.seconds < sparse.seconds and not reasons("dense", request):
+    # Under terms the dense mask is n_q · n_k numbers of each head, which the rates of full attention do not know.
+    if full.seconds < sparse.seconds and not request.terms and not reasons("dense", request):
         return Selection(_MASK_BACKENDS["dense"], None, sparse, full)
     return Selection(executor, built, sparse, full)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from farlight.kernels.backend import Call, Grads, Request, Saved
+from farlight.kernels.backend import Call, Grads, Request, Saved, ScoreGrads
 from farlight.kernels.checks import host_plan, refused
 from farlight.kernels.cpu.launch import backward, forward
 from farlight.kernels.cpu.native import available, fma_gflops, isa, unavailable, use, warn_if_missing
+from farlight.kernels.sinks import with_sinks
 from farlight.plan.tables import TileShape
 
 __all__ = ["BACKEND", "SHAPE", "available", "backward", "fma_gflops", "forward", "isa", "unavailable", "use", "warn_if_missing"]
@@ -24,6 +25,7 @@ class CpuBackend:
 
     name = "cpu"
     tile_shape = SHAPE
+    score_terms = frozenset({"sinks"})
 
     def reasons(self, request: Request) -> list[str]:
         """Why the native kernels cannot serve the request; empty when they can."""
@@ -36,12 +38,18 @@ class CpuBackend:
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """(out, lse) of the planned pairs."""
         plan = host_plan(call.plan)
-        return forward(call.q, call.k, call.v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+        out, lse = forward(call.q, call.k, call.v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+        sinks = None if call.terms is None else call.terms.sinks
+        return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
 
     def backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> Grads:
         """(dq, dk, dv) from the gradients of out and lse."""
         plan, (q, k, v, *_) = host_plan(call.plan), call
         return backward(dout, dlse, q, k, v, *saved, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+
+    def score_backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> tuple[Grads, ScoreGrads]:
+        """The same, and the gradients of the tables of the terms."""
+        return self.backward(call, saved, dout, dlse), (None, None)
 
 
 BACKEND = CpuBackend()

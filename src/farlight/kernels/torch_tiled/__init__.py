@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from farlight.kernels.backend import Call, Grads, Request, Saved
+from farlight.kernels.backend import Call, Grads, Request, Saved, ScoreGrads
 from farlight.kernels.checks import host_plan
 from farlight.kernels.torch_tiled.backward import backward
-from farlight.kernels.torch_tiled.forward import forward
+from farlight.kernels.torch_tiled.forward import forward, tile_terms
 from farlight.plan.tables import TileShape
+from farlight.score.lowered import ALL_TERMS
 
 __all__ = ["BACKEND", "SHAPE", "backward", "forward"]
 
@@ -25,6 +26,7 @@ class TorchBackend:
 
     name = "torch"
     tile_shape = SHAPE
+    score_terms = ALL_TERMS
 
     def reasons(self, request: Request) -> list[str]:
         """Empty: every dtype and device of torch is served."""
@@ -33,12 +35,18 @@ class TorchBackend:
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """(out, lse) of the planned pairs."""
         plan = host_plan(call.plan)
-        return forward(call.q, call.k, call.v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+        return forward(call.q, call.k, call.v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed, terms=call.terms)
 
     def backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> Grads:
         """(dq, dk, dv) from the gradients of out and lse."""
+        return self.score_backward(call, saved, dout, dlse)[0]
+
+    def score_backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> tuple[Grads, ScoreGrads]:
+        """The same, and the gradients of the tables of the terms."""
         plan, (q, k, v, *_) = host_plan(call.plan), call
-        return backward(dout, dlse, q, k, v, *saved, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+        terms = tile_terms(call.terms, plan)
+        grads = backward(dout, dlse, q, k, v, *saved, plan, scale=call.scale, dropout=call.dropout, seed=call.seed, terms=terms)
+        return grads, (None, None) if terms is None else terms.gradients()
 
 
 BACKEND = TorchBackend()

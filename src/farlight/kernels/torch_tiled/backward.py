@@ -17,6 +17,7 @@ from torch import Tensor
 from farlight.kernels.torch_tiled.forward import acc_dtype, row_max_and_sum, tile_scores
 from farlight.kernels.torch_tiled.gather import TileBatch, tile_batches
 from farlight.kernels.torch_tiled.schedule import schedule_of
+from farlight.kernels.torch_tiled.tile_terms import TileTerms
 from farlight.plan.tables import Plan
 
 __all__ = ["backward"]
@@ -40,17 +41,19 @@ def backward(
     scale: float,
     dropout: float,
     seed: Tensor,
+    terms: TileTerms | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) in the inputs' dtypes, accumulated in float32 (float64 for float64 inputs)."""
+    """(dq, dk, dv) in the inputs' dtypes, accumulated in float32 (float64 for float64 inputs); `terms` sums its own."""
     dtype = acc_dtype(q)
-    rows = zip(dout.split(_DELTA_ROWS, 2), out.split(_DELTA_ROWS, 2), strict=True)
-    delta = torch.cat([(d.to(dtype) * o.to(dtype)).sum(-1) for d, o in rows], 2) - dlse.to(dtype)
-    row_max, log_sum = _split_lse(q, k, v, lse, plan, scale, dtype)
+    parts = zip(dout.split(_DELTA_ROWS, 2), out.split(_DELTA_ROWS, 2), strict=True)
+    delta = torch.cat([(d.to(dtype) * o.to(dtype)).sum(-1) for d, o in parts], 2) - dlse.to(dtype)
+    row_max, log_sum = _split_lse(q, k, v, lse, plan, scale, dtype, terms)
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, k, v))
     for batch in tile_batches(schedule_of(plan, q.device), q.shape[1], k.shape[1], q.shape[3]):
         queries = batch.take_queries(q).to(dtype) * scale
-        scores, point_scores, point_keys = tile_scores(batch, queries, k)
-        tile = _Tile(batch, queries, batch.take_queries(dout).to(dtype), batch.take_queries(delta).unsqueeze(-1))
+        scores, point_scores, point_keys, run_slope, point_slope = tile_scores(batch, queries, k, terms)
+        rows = batch.take_queries(dout).to(dtype), batch.take_queries(delta).unsqueeze(-1)
+        tile = _Tile(batch, queries, *rows, terms)
         shifts = [batch.take_queries(x).unsqueeze(-1) for x in (row_max, log_sum) if x is not None]
         for part in (scores, point_scores):
             if part is not None:
@@ -62,22 +65,22 @@ def backward(
             if dropout:
                 keys = batch.key_indices(q.device)[:, None]
                 factor = batch.dropout_factor(seed, dropout, plan.sizes.q_offset, keys, dtype)
-            tile.add_run_gradients(scores, k, v, dq, dk, dv, factor, scale)
+            tile.add_run_gradients(scores, run_slope, k, v, dq, dk, dv, factor, scale)
         if point_scores is not None and point_keys is not None:
             factor = batch.dropout_factor(seed, dropout, plan.sizes.q_offset, point_keys, dtype) if dropout else None
-            tile.add_point_gradients(point_scores, point_keys, k, v, dq, dk, dv, factor, scale)
+            tile.add_point_gradients(point_scores, point_slope, point_keys, k, v, dq, dk, dv, factor, scale)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _split_lse(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, plan: Plan, scale: float, dtype: torch.dtype
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, plan: Plan, scale: float, dtype: torch.dtype, terms: TileTerms | None
 ) -> tuple[Tensor | None, Tensor]:
     """The lse as (row maximum, log of the sum), to be subtracted in this order; (None, lse) where the lse is precise enough."""
     # Empty rows have lse -inf and only scores of -inf: exp(-inf - 0) is the probability 0.
     lse = torch.where(lse == float("-inf"), 0.0, lse).to(dtype)
     if not bool((lse.abs() > _LARGE_LSE[dtype]).any()):
         return None, lse
-    row_max, row_sum = row_max_and_sum(q, k, v, plan, scale=scale)
+    row_max, row_sum = row_max_and_sum(q, k, v, plan, scale=scale, terms=terms)
     log_sum = torch.where(row_sum == 0, 1.0, row_sum).log()
     # The given lse decides: where it differs from the recomputed one by more than rounding, the difference is kept.
     difference = lse - (row_max + log_sum)
@@ -93,20 +96,33 @@ class _Tile:
     queries: Tensor
     dout: Tensor
     delta: Tensor
+    terms: TileTerms | None
 
-    def _grads(self, p: Tensor, dp: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(P with dropout, dS)."""
-        if factor is None:
-            return p, dp.sub_(self.delta).mul_(p)
-        ds = dp.mul_(factor).sub_(self.delta).mul_(p)
-        return p.mul_(factor), ds
+    def _grads(self, p: Tensor, dp: Tensor, factor: Tensor | None, slope: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """(P with dropout, the gradient of scale · q kᵀ); adds those of the terms at `keys` `(tiles, 1 or count, m)`."""
+        ds = (dp if factor is None else dp.mul_(factor)).sub_(self.delta).mul_(p)
+        if self.terms is not None:
+            self.terms.add_gradients(self.batch, ds, keys)
+        if slope is not None:
+            ds.mul_(slope)
+        return p if factor is None else p.mul_(factor), ds
 
     def add_run_gradients(
-        self, p: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, factor: Tensor | None, scale: float
+        self,
+        p: Tensor,
+        slope: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        factor: Tensor | None,
+        scale: float,
     ) -> None:
         """Accumulate the gradients of the runs; p `(c, tiles, rows, width)`."""
         batch = self.batch
-        p, ds = self._grads(p, self.dout @ batch.take_keys(v, p.dtype).transpose(-1, -2), factor)
+        dp = self.dout @ batch.take_keys(v, p.dtype).transpose(-1, -2)
+        p, ds = self._grads(p, dp, factor, slope, batch.key_indices(p.device)[:, None])
         batch.add_keys(dv, p.transpose(-1, -2) @ self.dout)
         batch.add_keys(dk, ds.transpose(-1, -2) @ self.queries)
         batch.put_queries(dq, (ds @ batch.take_keys(k, p.dtype)) * scale, add=True)
@@ -114,6 +130,7 @@ class _Tile:
     def add_point_gradients(
         self,
         p: Tensor,
+        slope: Tensor | None,
         point_keys: Tensor,
         k: Tensor,
         v: Tensor,
@@ -136,7 +153,7 @@ class _Tile:
 
         keys, values = (batch.take_points(x, point_keys, p.dtype) for x in (k, v))
         dp = (by_row(self.dout) @ values.transpose(-1, -2)).movedim(3, 2).flatten(2, 3)
-        p, ds = self._grads(p, dp, factor)
+        p, ds = self._grads(p, dp, factor, slope, point_keys)
         batch.put_queries(dq, (by_row(ds) @ keys).movedim(3, 2).flatten(2, 3) * scale, add=True)
         index = point_keys.reshape(-1)
         for target, weight, rows in ((dv, p, self.dout), (dk, ds, self.queries)):

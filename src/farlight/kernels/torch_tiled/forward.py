@@ -7,14 +7,19 @@ large scores the lse alone has too few digits for the weights of the merge.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from farlight.kernels.sinks import with_sinks
 from farlight.kernels.torch_tiled.gather import TileBatch, tile_batches
 from farlight.kernels.torch_tiled.schedule import schedule_of
+from farlight.kernels.torch_tiled.tile_terms import TileTerms
 from farlight.plan.tables import Plan
+from farlight.score.lowered import ScoreTerms
 
-__all__ = ["acc_dtype", "forward", "row_max_and_sum", "tile_scores"]
+__all__ = ["TileScores", "acc_dtype", "forward", "row_max_and_sum", "tile_scores", "tile_terms"]
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
@@ -22,29 +27,53 @@ def acc_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def tile_terms(terms: ScoreTerms | None, plan: Plan) -> TileTerms | None:
+    """The terms as tiles apply them; None where there is none but sinks."""
+    if terms is None or not terms.names - {"sinks"}:
+        return None
+    return TileTerms(terms, plan.sizes.batch, plan.sizes.heads, plan.sizes.q_offset)
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, dropout: float, seed: Tensor
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, dropout: float, seed: Tensor, terms: ScoreTerms | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out `(B, H, n_q, D_v)` in q's dtype, lse `(B, H, n_q)` in `acc_dtype`) over the plan's links; empty rows 0, -inf."""
-    out, row_max, row_sum = _attend(q, k, v, plan, scale, dropout, seed)
-    return out.to(q.dtype), row_sum.log() + row_max
+    out, row_max, row_sum = _attend(q, k, v, plan, scale, dropout, seed, tile_terms(terms, plan))
+    lse = row_sum.log() + row_max
+    if terms is not None and terms.sinks is not None:
+        out, lse = with_sinks(out.to(lse.dtype), lse, terms.sinks)
+    return out.to(q.dtype), lse
 
 
-def row_max_and_sum(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+def row_max_and_sum(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, terms: TileTerms | None = None
+) -> tuple[Tensor, Tensor]:
     """(max, sum) of each row's scores, `(B, H, n_q)`: lse = max + log sum; (0, 0) for an empty row."""
-    _, row_max, row_sum = _attend(q, k, v, plan, scale, 0.0, torch.zeros((), dtype=torch.int64))
+    _, row_max, row_sum = _attend(q, k, v, plan, scale, 0.0, torch.zeros((), dtype=torch.int64), terms)
     return row_max, row_sum
 
 
-def tile_scores(batch: TileBatch, queries: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Scores of a batch of tiles, -inf where a pair is not allowed; queries `(c, tiles, rows, D)`, scaled.
+class TileScores(NamedTuple):
+    """Scores of a batch of tiles, -inf where a pair is not allowed; None for what the tiles do not have.
 
-    Returns the run scores `(c, tiles, rows, width)`, the point scores `(c, tiles, rows, m)` and the gathered keys
-    `(tiles, count, m)`; None for those that the tiles do not have. rows = heads per key head · count.
+    runs `(c, tiles, rows, width)`, points `(c, tiles, rows, m)`, point_keys `(tiles, count, m)`; rows = heads per key head ·
+    count. run_slope and point_slope: the derivative of a capped score, None without softcap.
     """
-    scores = point_scores = point_keys = None
+
+    runs: Tensor | None
+    points: Tensor | None
+    point_keys: Tensor | None
+    run_slope: Tensor | None = None
+    point_slope: Tensor | None = None
+
+
+def tile_scores(batch: TileBatch, queries: Tensor, k: Tensor, terms: TileTerms | None = None) -> TileScores:
+    """The scores of a batch of tiles; queries `(c, tiles, rows, D)`, scaled."""
+    scores = point_scores = point_keys = run_slope = point_slope = None
     if batch.group.width:
         scores = queries @ batch.take_keys(k, queries.dtype).transpose(-1, -2)
+        if terms is not None:
+            scores, run_slope = terms.apply(batch, scores, batch.key_indices(queries.device)[:, None])
         batch.mask_scores(scores)
     points = batch.points()
     if points is not None:
@@ -52,12 +81,15 @@ def tile_scores(batch: TileBatch, queries: Tensor, k: Tensor) -> tuple[Tensor | 
         keys = batch.take_points(k, point_keys, queries.dtype)
         by_row = queries.unflatten(2, (-1, batch.group.count)).movedim(2, -1)  # (c, tiles, count, D, heads)
         point_scores = (keys @ by_row).movedim(-1, 2)  # (c, tiles, heads, count, m)
+        if terms is not None:
+            capped, point_slope = terms.apply(batch, point_scores.flatten(2, 3), point_keys)
+            point_scores = capped.view(point_scores.shape)
         point_scores = point_scores.masked_fill(~valid[:, None], float("-inf")).flatten(2, 3)
-    return scores, point_scores, point_keys
+    return TileScores(scores, point_scores, point_keys, run_slope, point_slope)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, dropout: float, seed: Tensor
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, dropout: float, seed: Tensor, terms: TileTerms | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, max, sum) of every row."""
     dtype = acc_dtype(q)
@@ -66,7 +98,7 @@ def _attend(
     row_max, row_sum = (torch.zeros(q.shape[:-1], dtype=dtype, device=q.device) for _ in range(2))
     for batch in tile_batches(schedule, q.shape[1], k.shape[1], q.shape[3]):
         queries = batch.take_queries(q).to(dtype) * scale
-        result = _attend_tiles(batch, queries, k, v, plan.sizes.q_offset, dropout, seed)
+        result = _attend_tiles(batch, queries, k, v, plan.sizes.q_offset, dropout, seed, terms)
         # Also without merging, a row that is empty here may have a result of another piece, which must not be overwritten.
         if schedule.merges or bool((result[2] == 0).any()):
             before = (batch.take_queries(out).to(dtype), batch.take_queries(row_max), batch.take_queries(row_sum))
@@ -77,10 +109,17 @@ def _attend(
 
 
 def _attend_tiles(
-    batch: TileBatch, queries: Tensor, k: Tensor, v: Tensor, q_offset: int, dropout: float, seed: Tensor
+    batch: TileBatch,
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offset: int,
+    dropout: float,
+    seed: Tensor,
+    terms: TileTerms | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out `(c, tiles, rows, D_v)`, max, sum `(c, tiles, rows)`) of one batch of tiles."""
-    scores, point_scores, point_keys = tile_scores(batch, queries, k)
+    scores, point_scores, point_keys, *_ = tile_scores(batch, queries, k, terms)
     maxima = [part.amax(-1) for part in (scores, point_scores) if part is not None]
     row_max = maxima[0] if len(maxima) == 1 else torch.maximum(*maxima)
     # A finite maximum gives empty rows exp(-inf) = 0 instead of NaN.

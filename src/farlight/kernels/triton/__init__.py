@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from farlight.kernels.backend import Call, Grads, Request, Saved
+from farlight.kernels.backend import Call, Grads, Request, Saved, ScoreGrads
 from farlight.kernels.checks import host_plan, refused
+from farlight.kernels.sinks import with_sinks
 from farlight.kernels.triton.device_caps import interpreted, missing, not_installed, unfit
 from farlight.kernels.triton.launch import backward, forward
 from farlight.kernels.triton.lowering_cache import SHAPE
@@ -24,6 +25,7 @@ class TritonBackend:
 
     name = "triton"
     tile_shape = SHAPE
+    score_terms = frozenset({"sinks"})
 
     def reasons(self, request: Request) -> list[str]:
         """Why these kernels cannot serve the request; empty when they can."""
@@ -38,12 +40,19 @@ class TritonBackend:
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """(out, lse) of the planned pairs."""
-        return forward(call.q, call.k, call.v, _executable(call.plan), scale=call.scale, dropout=call.dropout, seed=call.seed)
+        plan, (q, k, v, *_) = _executable(call.plan), call
+        out, lse = forward(q, k, v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+        sinks = None if call.terms is None else call.terms.sinks
+        return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
 
     def backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> Grads:
         """(dq, dk, dv) from the gradients of out and lse."""
         plan, (q, k, v, *_) = _executable(call.plan), call
         return backward(dout, dlse, q, k, v, *saved, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+
+    def score_backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> tuple[Grads, ScoreGrads]:
+        """The same, and the gradients of the tables of the terms."""
+        return self.backward(call, saved, dout, dlse), (None, None)
 
 
 def _executable(plan: PlanLike) -> Plan | RoutedPlan:

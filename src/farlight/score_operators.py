@@ -1,0 +1,188 @@
+"""The torch operators behind `fl.attention(…, score=…, sinks=…)`, and the autograd function of plain tensors.
+
+As in `farlight.ops` the pattern travels as text and tables. The lowered terms travel as tensors, with gradients of their own:
+the table of biases by distance, that by key, and the sinks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from farlight.batching import batched_by_item
+from farlight.derivatives import refuse_forward_mode
+from farlight.dispatcher import define, differentiate_backward, differentiate_scored, is_batching_gradients, set_vmap
+from farlight.errors import UnsupportedError
+from farlight.kernels import registry
+from farlight.kernels.backend import Backend, Call, Request, Saved, ScoringBackend
+from farlight.kernels.sinks import sink_gradient
+from farlight.ops import is_plain, pattern_of
+from farlight.patterns.expression import Sizes
+from farlight.plan.tables import PlanLike
+from farlight.score.lowered import ScoreTerms
+
+__all__ = ["attend_scored", "attend_scored_backward", "attend_scored_selected"]
+
+TermGrads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def attend_scored_selected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: ScoreTerms,
+    request: Request,
+    backend: Backend,
+    plan: PlanLike,
+    scale: float,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of plain tensors by a selected backend and its plan, differentiable in q, k, v and the terms' tensors."""
+    out, lse = _AttendScored.apply(
+        q, k, v, terms.distance, terms.key_bias, terms.sinks, seed, request, backend, plan, scale, terms.cap, terms.first
+    )
+    return out, lse
+
+
+class _AttendScored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        q, k, v, distance, key_bias, sinks, seed, request, backend, plan, scale, cap, first = args
+        terms = ScoreTerms(cap, first, distance, key_bias, sinks)
+        out, lse = backend.forward(Call(q, k, v, plan, scale, request.dropout, seed, terms))
+        if request.needs_grad:
+            ctx.save_for_backward(q, k, v, distance, key_bias, sinks, out, lse, seed)
+            ctx.request, ctx.backend, ctx.plan, ctx.scale, ctx.cap, ctx.first = request, backend, plan, scale, cap, first
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+        q, k, v, distance, key_bias, sinks, out, lse, seed = ctx.saved_tensors
+        request: Request = ctx.request
+        grads: tuple[Tensor | None, ...]
+        if torch.is_grad_enabled() or is_batching_gradients() or not is_plain(dout, dlse):
+            operands = dout, dlse, q, k, v, distance, key_bias, sinks, out, lse
+            pattern = request.pattern
+            options = pattern.text, ctx.scale, request.sizes.q_offset, request.dropout, ctx.backend.name, ctx.cap, ctx.first
+            grads = _gradients(*operands, list(pattern._tables), seed, *options)
+        else:
+            terms = ScoreTerms(ctx.cap, ctx.first, distance, key_bias, sinks)
+            call = Call(q, k, v, ctx.plan, ctx.scale, request.dropout, seed, terms)
+            grads = _all_gradients(ctx.backend, call, Saved(out, lse), dout, dlse)
+        return *grads, *(None,) * 7
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        refuse_forward_mode()
+
+
+def _all_gradients(
+    backend: Backend, call: Call, saved: Saved, dout: Tensor, dlse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of q, k, v, distance, key_bias and sinks, None for a term that is not there."""
+    grads, of_tables = cast(ScoringBackend, backend).score_backward(call, saved, dout, dlse)
+    sinks = None if call.terms is None else call.terms.sinks
+    return *grads, *of_tables, None if sinks is None else sink_gradient(saved.out, saved.lse, dout, dlse, sinks)
+
+
+# ---- the operators' kernels and fakes -----------------------------------------------------------------------------------
+def _planned(
+    q: Tensor, k: Tensor, terms: ScoreTerms, tables: Sequence[Tensor], text: str, q_offset: int, dropout: float, backend: str
+) -> tuple[Backend, PlanLike]:
+    sizes = Sizes(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1])
+    pattern = pattern_of(text, tables)
+    request = Request(pattern, sizes, k.shape[1], q.shape[3], q.dtype, q.device, False, dropout, True, terms.names)
+    executor = registry.plan_backend(request, backend)
+    return executor, registry.plan_of(executor, request)
+
+
+def _attend_scored(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    distance: Tensor | None,
+    key_bias: Tensor | None,
+    sinks: Tensor | None,
+    tables: Sequence[Tensor],
+    seed: Tensor,
+    pattern: str,
+    scale: float,
+    q_offset: int,
+    dropout: float,
+    backend: str,
+    cap: float,
+    first: int,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) over the pairs that the pattern allows, under the terms, by a plan backend."""
+    terms = ScoreTerms(cap, first, distance, key_bias, sinks)
+    executor, plan = _planned(q, k, terms, tables, pattern, q_offset, dropout, backend)
+    return executor.forward(Call(q, k, v, plan, scale, dropout, seed, terms))
+
+
+def _attend_scored_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if torch.onnx.is_in_onnx_export():
+        raise UnsupportedError(
+            "this attention cannot be exported to ONNX, which has no operator for it; pass backend='dense' or 'reference', "
+            "which are exported as ONNX's own operators."
+        )
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=lse_dtype)
+
+
+def _attend_scored_backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    distance: Tensor | None,
+    key_bias: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    tables: Sequence[Tensor],
+    seed: Tensor,
+    pattern: str,
+    scale: float,
+    q_offset: int,
+    dropout: float,
+    backend: str,
+    cap: float,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, distance, key_bias and sinks; of a term that is not there an empty tensor."""
+    terms = ScoreTerms(cap, first, distance, key_bias, sinks)
+    executor, plan = _planned(q, k, terms, tables, pattern, q_offset, dropout, backend)
+    call = Call(q, k, v, plan, scale, dropout, seed, terms)
+    grads = _all_gradients(executor, call, Saved(out, lse), dout, dlse)
+    of_terms = [q.new_empty(0, dtype=lse.dtype) if grad is None else grad for grad in grads[3:]]
+    return *grads[:3], *of_terms  # type: ignore[return-value]
+
+
+def _backward_fake(dout: Tensor, dlse: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    lse = operands[7]
+    q, k, v, *of_terms = operands[:6]
+    empty = [lse.new_empty(0 if x is None else x.shape) for x in of_terms]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *empty
+
+
+def _gradients(dout: Tensor, dlse: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    """`attend_scored_backward`, None for a term that is not there."""
+    if not torch.compiler.is_compiling() and is_batching_gradients():
+        raise UnsupportedError(
+            "fl.attention with score or sinks: gradients are batched by the older vmap (is_grads_batched=True, "
+            "jacobian(vectorize=True)), which has no rule for this operator; use torch.func.vjp under torch.func.vmap."
+        )
+    grads = attend_scored_backward(dout, dlse, *args)
+    return *grads[:3], *(None if x is None else grad for x, grad in zip(args[3:6], grads[3:], strict=True))
+
+
+attend_scored = define("attend_scored", _attend_scored, _attend_scored_fake)
+attend_scored_backward = define("attend_scored_backward", _attend_scored_backward, _backward_fake)
+differentiate_scored(attend_scored, _gradients)
+differentiate_backward(attend_scored_backward, 10)
+set_vmap(attend_scored, batched_by_item)
+set_vmap(attend_scored_backward, batched_by_item)

@@ -1,0 +1,129 @@
+"""Scores under compile, torch.func, vmap and autocast; determinism; rows without keys; refusals of derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+import farlight as fl
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")  # torch's own formulas of forward mode
+
+PATTERN = fl.window(6) | fl.global_tokens([0])
+
+
+def operands(n: int = 40, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    torch.manual_seed(3)
+    q, k, v = torch.randn(3, 2, 4, n, 8, dtype=dtype)
+    return q, k, v, torch.rand(4, dtype=dtype), torch.randn(16, 4, dtype=dtype), torch.randn(4, dtype=dtype)
+
+
+def biased(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, table: Tensor, sinks: Tensor, backend: str = "torch") -> Tensor:
+    score = fl.score.softcap(3.0) + fl.score.alibi(slopes) + fl.score.t5(table, 16, 20)
+    out = fl.attention(q, k, v, PATTERN, score=score, sinks=sinks, backend=backend)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def gradients(function, given) -> tuple[Tensor, ...]:
+    leaves = [x.clone().requires_grad_() for x in given]
+    out = function(*leaves)
+    return out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_compiled_graphs_give_the_same(backend: str) -> None:
+    compiled = torch.compile(biased, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (40, 57):
+        given = operands(n)
+        for a, b in zip(gradients(compiled, (*given,)), gradients(biased, given), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_the_function_transforms() -> None:
+    given = operands(dtype=torch.float64)
+
+    def loss(*args: Tensor) -> Tensor:
+        return biased(*args).sin().sum()
+
+    of_func = grad(loss, argnums=tuple(range(6)))(*given)
+    for a, b in zip(of_func, gradients(biased, given)[1:], strict=True):
+        torch.testing.assert_close(a, b)
+    stacked = tuple(torch.stack([x, x.flip(0) * 0.5]) for x in given)
+    mapped = vmap(biased)(*stacked)
+    for n in range(2):
+        torch.testing.assert_close(mapped[n], biased(*(x[n] for x in stacked)))
+    each = vmap(grad(loss, argnums=(3, 4, 5)))(*stacked)
+    for n in range(2):
+        for a, b in zip(each, grad(loss, argnums=(3, 4, 5))(*(x[n] for x in stacked)), strict=True):
+            torch.testing.assert_close(a[n], b)
+
+
+def test_the_reference_is_twice_differentiable() -> None:
+    given = [x.requires_grad_() for x in operands(12, torch.float64)]
+    given = [x if x.dim() != 4 else x[:1, :, :, :2].detach().requires_grad_() for x in given]
+    assert torch.autograd.gradcheck(lambda *args: biased(*args, backend="reference"), given)
+    assert torch.autograd.gradcheck(lambda *args: biased(*args, backend="torch"), given)
+    assert torch.autograd.gradgradcheck(lambda *args: biased(*args, backend="reference"), given)
+
+
+def test_missing_derivatives_are_refused() -> None:
+    given = operands()
+    with pytest.raises(fl.UnsupportedError, match="forward-mode derivative"):
+        torch.func.jvp(lambda slopes: biased(*given[:3], slopes, *given[4:]), (given[3],), (given[3],))
+    leaves = [x.requires_grad_() for x in given]
+    first = torch.autograd.grad(biased(*leaves).sin().sum(), leaves, create_graph=True)
+    with pytest.raises(fl.UnsupportedError, match="second derivative"):
+        first[3].sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_gradients_are_the_same_bits_each_time_and_for_any_number_of_threads(backend: str) -> None:
+    given = operands(200)
+    results = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        try:
+            results.append(gradients(lambda *args: biased(*args, backend=backend), given))
+        finally:
+            torch.set_num_threads(1)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b) or backend == "reference"  # torch's own products split by threads there
+
+
+def test_only_the_terms_may_require_gradients() -> None:
+    q, k, v, slopes, table, sinks = operands()
+    leaves = [x.requires_grad_() for x in (slopes, table, sinks)]
+    found = torch.autograd.grad(biased(q, k, v, *leaves).sin().sum(), leaves)
+    for a, b in zip(found, gradients(biased, (q, k, v, *leaves))[4:], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_row_without_keys_sees_its_sink(backend: str) -> None:
+    q = torch.randn(1, 2, 5, 8)
+    sinks = torch.tensor([0.5, -2.0], requires_grad=True)
+    out, lse = fl.attention(q, q, q, fl.padding([0]), sinks=sinks, return_lse=True, backend=backend)
+    assert torch.equal(out, torch.zeros_like(out))
+    torch.testing.assert_close(lse, sinks[None, :, None].expand(1, 2, 5))
+    lse.sum().backward()
+    torch.testing.assert_close(sinks.grad, torch.full((2,), 5.0))
+
+
+def test_an_empty_batch_has_gradients_of_zero() -> None:
+    q, slopes = torch.randn(0, 2, 5, 8), torch.rand(2, requires_grad=True)
+    out = fl.attention(q, q, q, fl.full(), score=fl.score.alibi(slopes))
+    out.sum().backward()
+    assert out.shape == q.shape
+    assert torch.equal(slopes.grad, torch.zeros(2))
+
+
+def test_autocast_keeps_the_terms_exact() -> None:
+    q, k, v, slopes, table, sinks = operands()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = biased(q, k, v, slopes, table, sinks)
+    wanted = biased(*(x.bfloat16() for x in (q, k, v)), slopes, table, sinks)
+    assert torch.equal(out, wanted)
