@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from farlight import flops, ops, score_operators
-from farlight.derivatives import FirstOrderOnly
 from farlight.errors import ArgumentError, PlanError, refuse_tracing, shorten
+from farlight.first_order import FirstOrderOnly
 from farlight.inputs import (
     autocast_inputs,
     check_tensors,
@@ -72,8 +72,8 @@ def attention(
         cast as for torch's own attention.
 
     Raises:
-        ArgumentError, PatternError, PlanError: an argument cannot be used. UnsupportedError: a named backend cannot run; a
-        forward-mode or second derivative was asked of a backend other than "reference"; torch.jit.trace.
+        ArgumentError, PatternError, PlanError: an argument cannot be used. UnsupportedError: a named backend cannot run;
+        torch.jit.trace.
 
     >>> import torch, farlight as fl
     >>> q = k = v = torch.randn(1, 2, 100, 8)
@@ -146,12 +146,13 @@ def _eager(
         return score_operators.attend_scored_selected(q, k, v, terms, request, executor, selection.plan, scale, seed)
     if selection.plan is not None:
         return ops.attend_selected(q, k, v, request, cast(Backend, selection.backend), selection.plan, scale, seed)
-    if selection.backend is dense.BACKEND and terms is None and forward_ad._current_level < 0:
+    if selection.backend is dense.BACKEND and terms is None:
         q, k, v = dense.readable(q, "q"), dense.readable(k, "k"), dense.readable(v, "v")
-        return dense.attend(q, k, v, dense.cached_mask(request), scale=scale), None
-    if selection.backend is dense.BACKEND:
-        q, k, v = FirstOrderOnly.apply(q, k, v)
+        out = dense.attend(q, k, v, dense.cached_mask(request), scale=scale)
+        return ops.differentiable_again(out, q, k, v, request.pattern, scale, request.sizes.q_offset), None
     masking = cast(MaskBackend, selection.backend)
+    if masking is dense.BACKEND:
+        q, k, v = FirstOrderOnly.apply(q, k, v)
     return _masked(q, k, v, request.pattern, request.sizes, masking, scale, request.dropout, seed, terms)
 
 
@@ -184,9 +185,15 @@ def _traced(
     if return_lse or dropout or terms is not None:  # the operators below have no place where a refusal would be noticed
         registry.require(backend, _request(q, k, v, pattern, sizes, dropout, return_lse, terms))
     executor = cast(MaskBackend, registry.backend_named(backend))
-    if executor is dense.BACKEND and not torch.compiler.is_compiling():
+    if executor is not dense.BACKEND or torch.compiler.is_compiling():
+        return _masked(q, k, v, pattern, sizes, executor, scale, dropout, seed, terms)
+    if terms is not None:
         q, k, v = FirstOrderOnly.apply(q, k, v)
-    return _masked(q, k, v, pattern, sizes, executor, scale, dropout, seed, terms)
+    with dense.differentiable() if ops.is_transformed() else contextlib.nullcontext():
+        out, _ = _masked(q, k, v, pattern, sizes, executor, scale, dropout, seed, terms)
+    if terms is None and not ops.is_transformed():
+        out = ops.differentiable_again(out, q, k, v, pattern, scale, sizes.q_offset)
+    return out, None
 
 
 def _masked(

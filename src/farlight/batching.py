@@ -20,12 +20,14 @@ __all__ = ["batched", "batched_by_item", "batched_mask"]
 _Dims = Sequence[int | None]
 
 
-def batched(operator: Callable[..., Any], info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[tuple[Tensor, ...], int]:
+def batched(
+    operator: Callable[..., Any], info: Any, in_dims: Sequence[Any], *args: Any, dropout_at: int = -2
+) -> tuple[tuple[Tensor, ...], int]:
     """The rule of an operator (tensors that begin with the batch …, tables, seed, text, …, dropout, backend)."""
     at = next(place for place, x in enumerate(args) if isinstance(x, (list, tuple)))
     tensors, (tables, seed, text, *options) = args[:at], args[at:]
     dims, table_dims, seed_dim = in_dims[:at], in_dims[at], in_dims[at + 1]
-    size, batch, dropout = info.batch_size, _items(tensors[0], dims[0]), options[-2]
+    size, batch, dropout = info.batch_size, _items(tensors[0], dims[0]), options[dropout_at]
     if dropout or _names_items(text, tables, table_dims, batch):
         parts = [
             operator(

@@ -1,8 +1,7 @@
 """Registration of farlight's operators with torch's dispatcher: kernels, fakes, autograd kernels and batching rules.
 
 An autograd kernel runs once for each level of `torch.func`, so that gradients nest, and compiled and exported programs are
-served by the same rule as eager ones. It refuses what the fused kernels do not have: forward mode and second derivatives. torch
-types none of this machinery; `farlight.ops` gives it typed kernels.
+served by the same rule as eager ones, in reverse and in forward mode. torch types none of this machinery.
 """
 
 from __future__ import annotations
@@ -14,16 +13,18 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
-from farlight.derivatives import refuse_second, refuse_tangents
+from farlight.first_order import refuse_second, refuse_tangents
 
 __all__ = [
     "Operator",
     "define",
-    "differentiate_backward",
-    "differentiate_forward",
-    "differentiate_scored",
+    "differentiate",
+    "differentiate_once",
+    "forward_through",
     "is_batching_gradients",
+    "refuse_differentiation",
     "set_vmap",
 ]
 
@@ -51,40 +52,56 @@ def set_vmap(operator: Operator, rule: Callable[..., Any]) -> None:
     torch.library.register_vmap(f"farlight::{operator._opname}", bound, lib=_library)
 
 
-def differentiate_forward(operator: Operator, gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Register the gradients of q, k and v, the operator's first three arguments; the others have none.
+def forward_through(name: str, kernel: Callable[..., Any]) -> Operator:
+    """The operator `farlight::name` that only calls others, which are differentiated and batched themselves."""
+    schema = torch.library.infer_schema(kernel, mutates_args=())
+    _library.define(name + schema)
+    _library.impl(name, kernel, "CompositeImplicitAutograd")
+    operator: Operator = getattr(torch.ops.farlight, name).default
+    return operator
 
-    `gradients(dout, dlse, q, k, v, out, lse, tables, seed, *options)`.
+
+def differentiate(operator: Operator, count: int, cotangents: Callable[..., Any], tangents: Callable[..., Any]) -> None:
+    """Register the derivatives of an operator's first `count` arguments, tensors, in reverse and in forward mode.
+
+    `cotangents(grads of the outputs, inputs, outputs)` returns those of the first arguments, `tangents(tangents of the first
+    arguments, inputs, outputs)` those of the outputs; both call torch operations and differentiable operators.
     """
 
-    class Attend(_Differentiable):
+    class Differentiable(_Differentiable):
         @staticmethod
-        def forward(
-            ctx: Any,
-            keyset: torch._C.DispatchKeySet,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            tables: Sequence[Tensor],
-            seed: Tensor,
-            *options: Any,
-        ) -> tuple[Tensor, Tensor]:
-            out, lse = _next_level(operator, keyset, q, k, v, tables, seed, *options)
-            ctx.save_for_backward(q, k, v, out, lse, seed, *tables)
-            ctx.options = options
-            return out, lse
+        def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+            outputs = _next_level(operator, keyset, *inputs)
+            flat, ctx.structure = pytree.tree_flatten(inputs)
+            is_tensor = [isinstance(x, Tensor) for x in flat]
+            tensors = [x for x in flat if isinstance(x, Tensor)]
+            ctx.constants = [None if tensor else x for x, tensor in zip(flat, is_tensor, strict=True)]
+            ctx.is_tensor = is_tensor
+            ctx.save_for_backward(*tensors, *outputs)
+            ctx.save_for_forward(*tensors, *outputs)
+            return outputs
 
         @staticmethod
-        def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
-            q, k, v, out, lse, seed, *tables = ctx.saved_tensors
-            grads = gradients(dout, dlse, q, k, v, out, lse, tables, seed, *ctx.options)
-            return None, *grads, *(None,) * (2 + len(ctx.options))
+        def saved(ctx: Any) -> tuple[Any, Sequence[Tensor]]:
+            rest = iter(ctx.saved_tensors)
+            flat = [next(rest) if tensor else x for x, tensor in zip(ctx.constants, ctx.is_tensor, strict=True)]
+            return pytree.tree_unflatten(flat, ctx.structure), tuple(rest)
 
-    _set_autograd(operator, Attend, 3)
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+            inputs, outputs = Differentiable.saved(ctx)
+            return None, *cotangents(grads, inputs, outputs), *(None,) * (len(inputs) - count)
+
+        @staticmethod
+        def jvp(ctx: Any, _: None, *given: Any) -> Any:
+            inputs, outputs = Differentiable.saved(ctx)
+            return tangents(given[:count], inputs, outputs)
+
+    _set_autograd(operator, Differentiable, count)
 
 
-def differentiate_scored(operator: Operator, gradients: Callable[..., tuple[Tensor | None, ...]]) -> None:
-    """The same for an operator whose first six arguments, of which the last three may be None, have gradients.
+def differentiate_once(operator: Operator, gradients: Callable[..., tuple[Tensor | None, ...]]) -> None:
+    """Register the first gradients, in reverse mode alone, of an operator's first six arguments; the last three may be None.
 
     `gradients(dout, dlse, *the six, out, lse, tables, seed, *options)`.
     """
@@ -104,11 +121,11 @@ def differentiate_scored(operator: Operator, gradients: Callable[..., tuple[Tens
             grads = gradients(dout, dlse, *operands, ctx.saved_tensors[9:], seed, *ctx.options)
             return None, *grads, *(None,) * (2 + len(ctx.options))
 
-    _set_autograd(operator, AttendScored, 6)
+    _set_autograd(operator, AttendScored, 6, forward_mode=False)
 
 
-def differentiate_backward(operator: Operator, count: int = 7) -> None:
-    """Let the gradients that the operator returns refuse to be differentiated; its first `count` arguments are tensors."""
+def refuse_differentiation(operator: Operator, count: int) -> None:
+    """Let what the operator returns refuse to be differentiated; its first `count` arguments are tensors or None."""
 
     class Backward(_Differentiable):
         @staticmethod
@@ -120,7 +137,7 @@ def differentiate_backward(operator: Operator, count: int = 7) -> None:
         def backward(ctx: Any, *grads: Tensor) -> NoReturn:
             refuse_second()
 
-    _set_autograd(operator, Backward, count)
+    _set_autograd(operator, Backward, count, forward_mode=False)
 
 
 def is_batching_gradients() -> bool:
@@ -139,17 +156,23 @@ class _Differentiable(torch.autograd.function._SingleLevelFunction):
             return cls.apply(*args)  # type: ignore[attr-defined]
 
 
-def _set_autograd(operator: Operator, differentiable: type[_Differentiable], count: int) -> None:
+def _set_autograd(operator: Operator, differentiable: type[_Differentiable], count: int, *, forward_mode: bool = True) -> None:
     """The autograd kernel of an operator whose first `count` arguments have gradients."""
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         tensors = [x for x in args[:count] if isinstance(x, Tensor)]
-        refuse_tangents(*tensors)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if not forward_mode:
+            refuse_tangents(*tensors)
+        if (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or _has_tangent(*tensors):
             return differentiable.of(keyset, *args)
         return _below_autograd(operator, keyset, *args)
 
     _library.impl(operator._opname, kernel, "Autograd", with_keyset=True)
+
+
+def _has_tangent(*tensors: Tensor) -> bool:
+    # An autograd kernel sees one transform at a time, and torch has one level of forward mode at a time.
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _next_level(operator: Operator, keyset: torch._C.DispatchKeySet, *args: Any) -> Any:

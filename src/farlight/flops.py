@@ -50,6 +50,13 @@ def _backward_scored(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor
     return _backward(dout, dlse, q, k, v, *rest[3:])
 
 
+def _link_sums(rows: Tensor, keys: Tensor, *rest: Any, out_val: Any = None) -> int:
+    """Five products of the tangents of `attend`, five of its gradients; the derivative of a product is two more."""
+    tables, _, pattern, kind, head_dim, value_dim, _, q_offset, _ = rest
+    products: int = (3 * head_dim + 2 * value_dim) * 3 ** len(kind.partition(".")[2])
+    return _pairs(rows, keys, tables, pattern, q_offset) * 2 * products
+
+
 def register() -> None:
     """Make the formulas known to the counter, where it is loaded: importing it would import Triton."""
     counter = sys.modules.get("torch.utils.flop_counter")
@@ -62,9 +69,10 @@ def register() -> None:
         counter.register_flop_formula(operators.attend_backward, get_raw=True)(_backward)
         counter.register_flop_formula(operators.attend_scored, get_raw=True)(_forward_scored)
         counter.register_flop_formula(operators.attend_scored_backward, get_raw=True)(_backward_scored)
+        counter.register_flop_formula(operators.link_sums, get_raw=True)(_link_sums)
     # A counter copies the formulas when it is made, which may have been before.
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, counter._FlopCounterMode):
-            for name in ("attend", "attend_backward", "attend_scored", "attend_scored_backward"):
+            for name in ("attend", "attend_backward", "attend_scored", "attend_scored_backward", "link_sums"):
                 operator = getattr(operators, name)
                 mode.counter.flop_registry.setdefault(operator, registry[operator])

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NoReturn, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from farlight.batching import batched, batched_mask
 from farlight.caching import SizedCache
-from farlight.derivatives import refuse_forward_mode
-from farlight.dispatcher import define, differentiate_backward, differentiate_forward, is_batching_gradients, set_vmap
+from farlight.derivatives import attend_tangents, gradient_cotangents, gradient_tangents
+from farlight.dispatcher import define, differentiate, forward_through, is_batching_gradients, set_vmap
 from farlight.errors import UnsupportedError
 from farlight.kernels import registry
 from farlight.kernels.backend import Backend, Call, Grads, Request, Saved
@@ -26,7 +27,16 @@ from farlight.patterns.notation import parse
 from farlight.plan.footprint import held_bytes
 from farlight.plan.tables import PlanLike
 
-__all__ = ["attend", "attend_backward", "attend_selected", "is_plain", "pattern_mask", "pattern_of"]
+__all__ = [
+    "attend",
+    "attend_backward",
+    "attend_selected",
+    "differentiable_again",
+    "is_plain",
+    "is_transformed",
+    "pattern_mask",
+    "pattern_of",
+]
 
 Options: TypeAlias = tuple[str, float, int, float, str]  # pattern text, scale, q_offset, dropout, backend
 
@@ -37,8 +47,13 @@ def is_plain(*tensors: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_transformed()
     )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward mode may be at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 # ---- plain tensors ------------------------------------------------------------------------------------------------------
@@ -86,7 +101,7 @@ class _Attend(torch.autograd.Function):
         q, k, v, out, lse, seed = ctx.saved_tensors
         request = ctx.request
         if torch.is_grad_enabled() or is_batching_gradients() or not is_plain(dout, dlse):
-            # Batched, counted, or to be differentiated again: the operator serves or refuses that.
+            # Batched, counted, or to be differentiated again: the operator serves that.
             pattern = request.pattern
             options = pattern.text, ctx.scale, request.sizes.q_offset, request.dropout, ctx.backend.name
             grads = _gradients(dout, dlse, q, k, v, out, lse, list(pattern._tables), seed, *options)
@@ -94,10 +109,6 @@ class _Attend(torch.autograd.Function):
             call = Call(q, k, v, ctx.plan, ctx.scale, request.dropout, seed)
             grads = ctx.backend.backward(call, Saved(out, lse), dout, dlse)
         return *grads, None, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: _Context, *tangents: Tensor | None) -> NoReturn:
-        refuse_forward_mode()
 
 
 # ---- the operators' kernels and fakes -----------------------------------------------------------------------------------
@@ -194,7 +205,8 @@ def _attend_backward_each(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attend_backward` with tables and options found under a number."""
     tables, options = _waiting[number]
-    return _attend_backward(dout, dlse, q, k, v, out, lse, tables, seed, *options)
+    grads: Grads = attend_backward(dout, dlse, q, k, v, out, lse, tables, seed, *options)
+    return grads
 
 
 def _gradients(
@@ -223,6 +235,43 @@ def _gradients(
     return grads
 
 
+def _cotangents(grads: Sequence[Tensor], inputs: Sequence[Any], outputs: Sequence[Tensor]) -> Grads:
+    """Those of q, k and v from those of out and lse."""
+    q, k, v, tables, seed, *options = inputs
+    (dout, dlse), (out, lse) = grads, outputs
+    return _gradients(dout, dlse, q, k, v, out, lse, tables, seed, *options)
+
+
+class _Again(torch.autograd.Function):
+    """The identity on the output of an attention whose gradients cannot be differentiated.
+
+    A gradient that is to be differentiated again leaves by q, k and v, through the operators.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *options: Any) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.pattern, ctx.options = pattern, options
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return dout, None, None, None, None, None, None
+        q, k, v = ctx.saved_tensors
+        tables, seed = list(ctx.pattern._tables), torch.zeros((), dtype=torch.int64)
+        settings = ctx.pattern.text, *ctx.options, 0.0, "auto"
+        out, lse = attend(q, k, v, tables, seed, *settings)
+        grads = _gradients(dout, torch.zeros_like(lse), q, k, v, out, lse, tables, seed, *settings)
+        return None, *grads, None, None, None
+
+
+def differentiable_again(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float, q_offset: int) -> Tensor:
+    """`out`, the attention of q, k and v by operations that have first derivatives only, with derivatives of every order."""
+    again: Tensor = _Again.apply(out, q, k, v, pattern, scale, q_offset) if out.requires_grad else out
+    return again
+
+
 def _pattern_mask(
     like: Tensor, tables: Sequence[Tensor], pattern: str, n_q: int, n_k: int, q_offset: int, batch: int, heads: int
 ) -> Tensor:
@@ -244,11 +293,10 @@ def _leading(pattern: Pattern, batch: int, heads: int) -> tuple[int, int]:
 
 attend = define("attend", _attend, _attend_fake)
 attend_backward = define("attend_backward", _attend_backward, _backward_fake)
-attend_backward_each = define("attend_backward_each", _attend_backward_each, _backward_fake)
+attend_backward_each = forward_through("attend_backward_each", _attend_backward_each)
 pattern_mask = define("pattern_mask", _pattern_mask, _pattern_mask_fake)
-differentiate_forward(attend, _gradients)
-differentiate_backward(attend_backward)
-differentiate_backward(attend_backward_each)
+differentiate(attend, 3, _cotangents, attend_tangents)
+differentiate(attend_backward, 7, gradient_cotangents, gradient_tangents)
 set_vmap(attend, batched)
 set_vmap(attend_backward, batched)
 set_vmap(pattern_mask, batched_mask)

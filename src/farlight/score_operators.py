@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from farlight.batching import batched_by_item
-from farlight.derivatives import refuse_forward_mode
-from farlight.dispatcher import define, differentiate_backward, differentiate_scored, is_batching_gradients, set_vmap
+from farlight.dispatcher import define, differentiate_once, is_batching_gradients, refuse_differentiation, set_vmap
 from farlight.errors import UnsupportedError
+from farlight.first_order import refuse_forward_mode
 from farlight.kernels import registry
 from farlight.kernels.backend import Backend, Call, Request, Saved, ScoringBackend
 from farlight.kernels.sinks import sink_gradient
@@ -182,7 +182,7 @@ def _gradients(dout: Tensor, dlse: Tensor, *args: Any) -> tuple[Tensor | None, .
 
 attend_scored = define("attend_scored", _attend_scored, _attend_scored_fake)
 attend_scored_backward = define("attend_scored_backward", _attend_scored_backward, _backward_fake)
-differentiate_scored(attend_scored, _gradients)
-differentiate_backward(attend_scored_backward, 10)
+differentiate_once(attend_scored, _gradients)
+refuse_differentiation(attend_scored_backward, 10)
 set_vmap(attend_scored, batched_by_item)
 set_vmap(attend_scored_backward, batched_by_item)

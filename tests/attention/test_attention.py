@@ -232,15 +232,6 @@ def test_only_one_input_asks_for_a_gradient(backend: str, which: str) -> None:
     same(getattr(given, which).grad, getattr(full, which).grad, which)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_a_second_derivative_is_refused_not_wrong(backend: str) -> None:
-    given = inputs(case("skim"), requires_grad=True)
-    out, _ = attend(case("skim"), given, backend, return_lse=False)
-    (dq,) = torch.autograd.grad(out.sum(), given.q, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"does not require grad|autograd"):
-        torch.autograd.grad(dq.square().sum(), given.k)
-
-
 def test_the_torch_backend_serves_every_case_without_the_operator_too() -> None:
     """The plain path (no gradient) and the operator must not drift apart: out and lse of all cases, to the last bit."""
     for of in CASES:

@@ -1,4 +1,4 @@
-"""Derivatives of every order and mode are right or refused: `torch.func`, `torch.vmap`, forward mode, second derivatives."""
+"""Derivatives of every order and mode are right: `torch.func`, `torch.vmap`, forward mode, second and higher derivatives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from derivative_cases import FUSED, MEMBERS, NEAR, PATTERNS, N, agree, attend, every_backend, every_fused, formula, keys, normal
+from derivative_cases import FUSED, MEMBERS, NEAR, PATTERNS, N, agree, attend, every_backend, formula, keys, normal
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -47,30 +47,28 @@ FORWARD: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", FORWARD)
-@every_fused
-def test_forward_mode_is_refused(backend: str, way: str) -> None:
-    x, (k, v) = normal(1, 2, N, 4), keys(1)
-    with pytest.raises(fl.UnsupportedError, match=r"forward-mode derivative .* Use backend='reference'"):
-        FORWARD[way](lambda x: attend(NEAR, backend)(x, k, v), x)
+def kind(backend: str) -> torch.dtype:
+    """The most precise dtype of a backend."""
+    return torch.float32 if backend == "cpu" else torch.float64
 
 
 @pytest.mark.parametrize("way", FORWARD)
-def test_forward_mode_of_the_reference_is_right(way: str) -> None:
+@every_backend
+def test_forward_mode_is_right(backend: str, way: str) -> None:
     x, (k, v) = normal(1, 2, N, 4, dtype=torch.float64), keys(1, dtype=torch.float64)
-    found = FORWARD[way](lambda x: attend(NEAR, "reference")(x, k, v), x)
+    of = kind(backend)
+    found = FORWARD[way](lambda x: attend(NEAR, backend)(x, k.to(of), v.to(of)), x.to(of))
     plain = FORWARD["jvp" if way == "linearize" else way]  # of the formula, whose mask it would trace too
-    agree(found, plain(lambda x: formula(x, k, v, NEAR), x))
+    agree(found.double(), plain(lambda x: formula(x, k, v, NEAR), x))
     assert found.abs().max() > 0.01
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_forward_mode_through_members(member: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_forward_mode_through_members(backend: str, member: str) -> None:
     x = normal(1, 2, N, 4, dtype=torch.float64)
-    with pytest.raises(fl.UnsupportedError, match="forward-mode"):
-        jvp(lambda x: MEMBERS[member](x, "torch"), x)
-    found, step = jvp(lambda x: MEMBERS[member](x, "reference"), x), 1e-5
-    up, down = (MEMBERS[member](x + sign * step, "reference") for sign in (1, -1))
+    found, step = jvp(lambda x: MEMBERS[member](x, backend), x), 1e-5
+    up, down = (MEMBERS[member](x + sign * step, backend) for sign in (1, -1))
     torch.testing.assert_close(found, (up - down) / (2 * step), atol=1e-7, rtol=1e-6)
 
 
@@ -109,42 +107,53 @@ SECOND: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("way", SECOND)
-@every_fused
-def test_second_derivatives_are_refused(backend: str, way: str) -> None:
-    x, (k, v) = normal(1, 2, N, 4), keys(1)
-    with pytest.raises(fl.UnsupportedError, match=r"second derivative .* Use backend='reference'"):
-        SECOND[way](lambda x: attend(NEAR, backend)(x, k, v), x)
-
-
-@pytest.mark.parametrize("way", SECOND)
-def test_second_derivatives_of_the_reference_are_right(way: str) -> None:
+@every_backend
+def test_second_derivatives_are_right(backend: str, way: str) -> None:
     x, (k, v) = normal(1, 2, N, 4, dtype=torch.float64), keys(1, dtype=torch.float64)
-    found = SECOND[way](lambda x: attend(NEAR, "reference")(x, k, v), x)
-    agree(found, SECOND[way](lambda x: formula(x, k, v, NEAR), x))
+    of = kind(backend)
+    found = SECOND[way](lambda x: attend(NEAR, backend)(x, k.to(of), v.to(of)), x.to(of))
+    agree(found.double(), SECOND[way](lambda x: formula(x, k, v, NEAR), x))
     assert found.abs().max() > 0.01
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_second_derivatives_through_members(member: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_second_derivatives_through_members(backend: str, member: str) -> None:
     x = normal(1, 2, N, 4, dtype=torch.float64).requires_grad_()
-    with pytest.raises(fl.UnsupportedError, match="second derivative"):
-        penalty(lambda x: MEMBERS[member](x, "torch"), x.detach())
-    assert torch.autograd.gradgradcheck(lambda x: MEMBERS[member](x, "reference"), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: MEMBERS[member](x, backend), (x,), fast_mode=backend == "torch")
 
 
 @pytest.mark.parametrize("of", ["rows that see nothing", "a table for each item", "per head", "dropout"])
-def test_both_modes_and_orders_of_the_reference(of: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_both_modes_and_orders(backend: str, of: str) -> None:
     batch, pattern = PATTERNS.get(of, (1, fl.full()))
     q = normal(batch, 2, N, 3, dtype=torch.float64).requires_grad_()
     k, v = (x[..., :3].clone().requires_grad_() for x in keys(batch, dtype=torch.float64))
 
     def f(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         dropout = 0.4 if of == "dropout" else 0.0
-        out, lse = fl.attention(q, k, v, pattern, return_lse=True, dropout=dropout, seed=3, backend="reference")
+        out, lse = fl.attention(q, k, v, pattern, return_lse=True, dropout=dropout, seed=3, backend=backend)
         return out, torch.where(lse == -torch.inf, 0.0, lse)
 
-    assert torch.autograd.gradcheck(f, (q, k, v), check_forward_ad=True, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(f, (q, k, v), check_fwd_over_rev=True)
+    fast = backend == "torch"  # random directions
+    assert torch.autograd.gradcheck(f, (q, k, v), check_forward_ad=True, check_batched_grad=True, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(f, (q, k, v), check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=fast)
+
+
+@every_backend
+def test_third_derivatives_are_right(backend: str) -> None:
+    x, (k, v) = normal(1, 2, N, 4, dtype=torch.float64), keys(1, dtype=torch.float64)
+
+    def third(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        inner = torch.func.grad(lambda y: torch.func.grad(scalar(f))(y).square().sum())
+        return jvp(lambda y: torch.func.grad(lambda z: inner(z).square().sum())(y), x)
+
+    of = kind(backend)
+    found, wanted = (
+        third(lambda x: attend(NEAR, backend)(x, k.to(of), v.to(of)), x.to(of)),
+        third(lambda x: formula(x, k, v, NEAR), x),
+    )
+    torch.testing.assert_close(found.double(), wanted, atol=1e-4 * float(wanted.abs().max()), rtol=1e-4)
 
 
 @every_backend
@@ -157,7 +166,8 @@ def test_a_graph_that_is_not_differentiated_costs_nothing(backend: str) -> None:
     agree(found.detach(), wanted)
 
 
-def test_a_layer_with_a_frozen_projection() -> None:
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch", "dense", "reference"])
+def test_a_layer_with_a_frozen_projection(backend: str) -> None:
     x = normal(1, N, 8)
 
     def loss(backend: str) -> tuple[Tensor, nn.Parameter]:
@@ -168,9 +178,7 @@ def test_a_layer_with_a_frozen_projection() -> None:
         (g,) = torch.autograd.grad(layer(y, y, y)[0].sum(), y, create_graph=True)
         return g.square().sum(), layer.in_proj_weight
 
-    with pytest.raises(fl.UnsupportedError, match="second derivative"):
-        loss("auto")[0].backward()
-    total, weight = loss("reference")
+    total, weight = loss(backend)
     total.backward()
     assert weight.grad is not None
     step = 1e-3
@@ -196,14 +204,12 @@ def test_decoding_refuses_forward_mode() -> None:
         jvp(lambda y: fl.decode(y, cache), x)  # type: ignore[arg-type, return-value]
 
 
-def test_the_operators_themselves_refuse() -> None:
+def test_the_operators_themselves() -> None:
     """As an exported program calls them."""
     q, (k, v) = normal(1, 2, N, 4), keys(1)
     program = torch.export.export(Attend(), (q, k, v)).module()
-    with pytest.raises(fl.UnsupportedError, match="forward-mode"):
-        jvp(lambda q: program(q, k, v), q)
-    with pytest.raises(fl.UnsupportedError, match="second derivative"):
-        penalty(lambda q: program(q, k, v), q)
+    for way in (jvp, penalty):
+        agree(way(lambda q: program(q, k, v), q), way(lambda q: formula(q, k, v, NEAR), q))
     agree(torch.vmap(lambda q: program(q, k, v))(q[None]), formula(q, k, v, NEAR)[None])
 
 
@@ -212,3 +218,29 @@ class Attend(nn.Module):
         found = fl.attention(q, k, v, NEAR)
         assert isinstance(found, Tensor)
         return found
+
+
+def test_a_transformers_model_is_twice_differentiable() -> None:
+    """A gradient penalty on the embeddings of a causal model with grouped heads, with and without farlight."""
+    transformers = pytest.importorskip("transformers")
+    import farlight.hf
+
+    farlight.hf.register()
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    x = normal(1, 12, 32)
+
+    def penalized(implementation: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = transformers.LlamaModel._from_config(config, attn_implementation=implementation).eval()
+        embedded = x.clone().requires_grad_()
+        out = model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        # Not the sum of squares, which the last normalization keeps constant.
+        (g,) = torch.autograd.grad((out * normal(12, 32, seed=1)).sum(), embedded, create_graph=True)
+        g.square().sum().backward()
+        assert embedded.grad is not None
+        return [embedded.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    for found, wanted in zip(penalized("farlight"), penalized("eager"), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=1e-3)

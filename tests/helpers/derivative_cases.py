@@ -18,7 +18,6 @@ from parity import BACKENDS
 PLANNED = ("cpu", "torch")
 FUSED = ("auto", "cpu", "torch", "dense")
 every_backend = pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-every_fused = pytest.mark.parametrize("backend", FUSED)
 
 N = 6
 NEAR = fl.window(1) | fl.random_keys(1)

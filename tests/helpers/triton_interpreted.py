@@ -396,7 +396,7 @@ def test_decoding_refuses_tensors_that_do_not_fit() -> None:
 
 # ---- derivatives --------------------------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")  # torch's own formulas of forward mode
-def test_func_vmap_and_the_derivatives_that_are_refused() -> None:
+def test_func_vmap_and_higher_derivatives() -> None:
     pattern = fl.window(2) | fl.global_tokens([0])
     q, k, v = torch.randn(3, 2, 1, 2, 20, 16).unbind(0)
 
@@ -411,12 +411,17 @@ def test_func_vmap_and_the_derivatives_that_are_refused() -> None:
     )
     for a, b in zip(gradients, map(torch.stack, expected), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    with pytest.raises(fl.UnsupportedError, match="forward-mode"):
-        torch.func.jvp(lambda x: f(x, k[0], v[0]), (q[0],), (q[0],))
-    x = q[0].clone().requires_grad_()
-    (g,) = torch.autograd.grad(f(x, k[0], v[0]), x, create_graph=True)
-    with pytest.raises(fl.UnsupportedError, match="second derivative"):
-        g.sum().backward()
+
+    def tangent(backend: str) -> Tensor:
+        return torch.func.jvp(lambda x: f(x, k[0], v[0], backend), (q[0],), (q[0],))[1]
+
+    def penalty(backend: str) -> Tensor:
+        x = q[0].clone().requires_grad_()
+        (g,) = torch.autograd.grad(f(x, k[0], v[0], backend), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), x)[0]
+
+    for way in (tangent, penalty):
+        torch.testing.assert_close(way("triton"), way("reference"), atol=1e-4, rtol=1e-4)
 
 
 def test_a_given_plan_is_executed_without_planning_or_looking_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,12 +145,12 @@ IMPORTS = [found for module, path in MODULES.items() for found in imports(module
 # A package may import those of a smaller number, and its own.
 LAYERS = {
     "_version": 0,
-    "errors": 0, "caching": 0, "ragged": 0, "derivatives": 0.5, "inputs": 0.5, "dispatcher": 0.6, "measurements": 0, "_cpu": 0,
+    "errors": 0, "caching": 0, "ragged": 0, "first_order": 0.5, "inputs": 0.5, "dispatcher": 0.6, "measurements": 0, "_cpu": 0,
     "patterns": 1,
     "score": 2,
     "plan": 3,
     "kernels": 4,
-    "batching": 4.5, "flops": 4.5, "ops": 5, "score_operators": 5.5, "merge": 5,
+    "batching": 4.5, "flops": 4.5, "derivatives": 4.6, "ops": 5, "score_operators": 5.5, "merge": 5,
     "attention": 6, "planning": 6,
     "testing": 7, "routing": 7, "distributed": 7, "decoding": 7.5,
     "hf": 8, "nn": 8,

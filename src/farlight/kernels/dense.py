@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from farlight.caching import SizedCache
-from farlight.derivatives import refuse_second_through
 from farlight.kernels.backend import Request
 from farlight.kernels.checks import addressable
 from farlight.score.lowered import ALL_TERMS, ScoreTerms
 
-__all__ = ["BACKEND", "LARGEST_MASK", "Mask", "attend", "cached_mask", "readable"]
+__all__ = ["BACKEND", "LARGEST_MASK", "Mask", "attend", "cached_mask", "differentiable", "readable"]
 
 # Bytes of mask that are still called short.
 LARGEST_MASK = 2**28
@@ -119,6 +120,11 @@ def readable(x: Tensor, name: str) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def differentiable() -> contextlib.AbstractContextManager[object]:
+    """Within it, SDPA consists of torch operations, which have derivatives of every order and mode; fused kernels do not."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, *, scale: float) -> Tensor:
     """out for `mask`; None = every pair."""
     if not q.numel() or not k.numel():
@@ -127,7 +133,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, *, scale: float) 
     grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     allowed = None if mask is None else mask.pairs
     out = scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, **grouped)
-    refuse_second_through(out)
     return out if mask is None or mask.seeing is None else torch.where(mask.seeing, out, 0.0)
 
 

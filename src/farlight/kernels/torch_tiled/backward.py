@@ -20,7 +20,7 @@ from farlight.kernels.torch_tiled.schedule import schedule_of
 from farlight.kernels.torch_tiled.tile_terms import TileTerms
 from farlight.plan.tables import Plan
 
-__all__ = ["backward"]
+__all__ = ["backward", "split_lse"]
 
 # Rows of the element-wise product in Δ at a time: the whole product would be one more tensor of the size of out.
 _DELTA_ROWS = 1024
@@ -47,7 +47,7 @@ def backward(
     dtype = acc_dtype(q)
     parts = zip(dout.split(_DELTA_ROWS, 2), out.split(_DELTA_ROWS, 2), strict=True)
     delta = torch.cat([(d.to(dtype) * o.to(dtype)).sum(-1) for d, o in parts], 2) - dlse.to(dtype)
-    row_max, log_sum = _split_lse(q, k, v, lse, plan, scale, dtype, terms)
+    row_max, log_sum = split_lse(q, k, v, lse, plan, scale, dtype, terms)
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, k, v))
     for batch in tile_batches(schedule_of(plan, q.device), q.shape[1], k.shape[1], q.shape[3]):
         queries = batch.take_queries(q).to(dtype) * scale
@@ -72,7 +72,7 @@ def backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _split_lse(
+def split_lse(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, plan: Plan, scale: float, dtype: torch.dtype, terms: TileTerms | None
 ) -> tuple[Tensor | None, Tensor]:
     """The lse as (row maximum, log of the sum), to be subtracted in this order; (None, lse) where the lse is precise enough."""
