@@ -11,6 +11,8 @@
 #include <memory>
 #include <mutex>
 
+#include "content/choose.h"
+#include "content/plan_content.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "run.h"
@@ -102,12 +104,15 @@ class NativePlan {
     for (const nb::handle element : plan.attr("pieces")) tables_.pieces.push_back(piece(element));
     tables_.finish();
   }
+  // The plan of a content pattern. sizes: (batch, heads, n_q, n_k, q_offset); clauses: see `clause_of`.
+  NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, int64_t gather, int threads);
   NativePlan(const NativePlan&) = delete;
   NativePlan& operator=(const NativePlan&) = delete;
 
   const Tables& tables() const { return tables_; }
   bool overlapping() const { return tables_.overlapping; }
   bool covers_all_rows() const { return tables_.covers_all_rows(); }
+  const ContentCounts& counts() const { return counts_; }
 
   std::shared_ptr<const Schedule> schedule(int64_t batch, int64_t heads, int64_t kv_heads) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -124,6 +129,7 @@ class NativePlan {
  private:
   std::atomic<int64_t> grown_bytes_{0};
   Tables tables_;
+  ContentCounts counts_;  // of a content pattern; else zero
   std::mutex mutex_;
   std::shared_ptr<const Schedule> schedule_;
 };
@@ -139,6 +145,35 @@ void run_handlers() {
 
 // Polls for signals when called from Python's main thread, else not at all.
 InterruptCheck signal_check() { return InterruptCheck(PyThread_get_thread_ident() == main_thread ? run_handlers : nullptr); }
+
+// A clause from (kind, causal, indices, batch, heads, lists, width, block, query_block, base, left, right, key_mask, mask_batch).
+Clause clause_of(const std::vector<int64_t>& from) {
+  if (from.size() != 14) throw std::invalid_argument("a clause has 14 numbers");
+  return {static_cast<ClauseKind>(from[0]),
+          from[1] != 0,
+          reinterpret_cast<const int64_t*>(from[2]),
+          from[3],
+          from[4],
+          from[5],
+          from[6],
+          from[7],
+          from[8],
+          from[9],
+          from[10],
+          from[11],
+          reinterpret_cast<const uint8_t*>(from[12]),
+          from[13]};
+}
+
+NativePlan::NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, int64_t gather,
+                       int threads) {
+  if (sizes.size() != 5) throw std::invalid_argument("sizes has 5 numbers");
+  ContentPattern pattern{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], {}};
+  for (const auto& clause : clauses) pattern.clauses.push_back(clause_of(clause));
+  InterruptCheck interrupt = signal_check();
+  const nb::gil_scoped_release release;
+  plan_content(pattern, gather, threads, interrupt, tables_, counts_);
+}
 
 // (address, batch stride, head stride, row stride); strides count elements.
 using StridedAddress = std::vector<int64_t>;
@@ -209,6 +244,40 @@ int64_t backward(NativePlan& plan, int type, int out_type, const std::vector<int
   return plan.take_grown_bytes();
 }
 
+// The chosen key blocks of a router. numbers: (type, batch, heads, kv_heads, n_q, n_k, dim, query_mask, key_mask, mask_batch,
+// block, query_block, offset, first, causal, shared, score, budget).
+ChosenLists choose(const std::vector<int64_t>& numbers, const StridedAddress& q, const StridedAddress& k, double amount,
+                   double scale, int threads) {
+  if (numbers.size() != 18) throw std::invalid_argument("a choice has 18 numbers");
+  const int64_t* n = numbers.data();
+  const ChoiceProblem problem{static_cast<Type>(n[0]),
+                              tensor_view(q),
+                              tensor_view(k),
+                              n[1],
+                              n[2],
+                              n[3],
+                              n[4],
+                              n[5],
+                              n[6],
+                              reinterpret_cast<const uint8_t*>(n[7]),
+                              reinterpret_cast<const uint8_t*>(n[8]),
+                              n[9],
+                              n[10],
+                              n[11],
+                              n[12],
+                              n[13],
+                              n[14] != 0,
+                              n[15] != 0,
+                              static_cast<BlockScore>(n[16]),
+                              static_cast<BudgetKind>(n[17]),
+                              amount,
+                              static_cast<float>(scale)};
+  const Kernels& kernels_of_isa = kernels();
+  InterruptCheck interrupt = signal_check();
+  const nb::gil_scoped_release release;
+  return choose_blocks(kernels_of_isa, problem, threads, interrupt);
+}
+
 // GFLOP/s of register-only float32 multiply-adds on `threads` threads: the upper bound of vector products on this CPU.
 double fma_gflops(int threads) {
   const nb::gil_scoped_release no_gil;
@@ -230,8 +299,19 @@ NB_MODULE(_cpu, m) {
   main_thread = nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"));
   nb::class_<NativePlan>(m, "Plan", nb::is_weak_referenceable())
       .def(nb::init<nb::handle>(), "plan"_a)
+      .def(nb::init<const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&, int64_t, int>())
       .def_prop_ro("nbytes", [](const NativePlan& plan) { return plan.tables().bytes(); })
-      .def_prop_ro("overlapping", &NativePlan::overlapping);
+      .def_prop_ro("overlapping", &NativePlan::overlapping)
+      .def_prop_ro("pairs", [](const NativePlan& plan) { return plan.counts().pairs; })
+      .def_prop_ro("visited", [](const NativePlan& plan) { return plan.counts().visited; })
+      .def("dense", [](const NativePlan& plan, int64_t batch, int64_t heads, int64_t address) {
+        plan.tables().check_heads(batch, heads);
+        plan.tables().dense(batch, heads, reinterpret_cast<uint8_t*>(address));
+      });
+  nb::class_<ChosenLists>(m, "ChosenLists")
+      .def_ro("width", &ChosenLists::width)
+      .def("copy_to", [](const ChosenLists& lists, int64_t address) { lists.copy_to(reinterpret_cast<int64_t*>(address)); });
+  m.def("choose", &choose);
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("fma_gflops", &fma_gflops, "threads"_a);

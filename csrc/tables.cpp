@@ -124,6 +124,36 @@ int64_t Tables::bytes() const {
   return sum;
 }
 
+void Tables::dense(int64_t batch, int64_t heads, uint8_t* mask) const {
+  const auto sees = [&](int32_t m, int64_t row, int64_t lo, int64_t hi, int64_t slot) {
+    if (m < 0) return true;
+    const int32_t* data = masks.data.data() + masks.start[m];
+    if (masks.kind[m] == kBounds) return slot >= lo + data[2 * row] && slot < hi + data[2 * row + 1];
+    if (masks.kind[m] == kRowSet) return (data[row / 32] >> row % 32 & 1) != 0;
+    return (data[row * kBitsWords + (slot - lo) / 32] >> (slot - lo) % 32 & 1) != 0;
+  };
+  for (const PieceView& p : piece_views_)
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int32_t v = variant_of(p.variant, p.variant_batch, p.variant_heads, b, h);
+        for (int64_t e = p.first[v]; e < p.first[v + 1]; ++e)
+          for (const LayerView* l = p.layers; l < p.layers + p.layer_count; ++l) {
+            const int32_t w = variant_of(l->variant, l->variant_batch, l->variant_heads, b, h);
+            const int64_t t = l->entry_base[w] + e - p.first[v];
+            for (int64_t s = 0; s < p.count[e]; ++s) {
+              const int64_t place = p.start[e] + s, row = p.rows ? p.rows[place] : place;
+              uint8_t* to = mask + ((b * heads + h) * n_q + row) * n_k;
+              for (int64_t r = l->indptr[t]; r < l->indptr[t + 1]; ++r)
+                for (int64_t slot = l->lo[r]; slot < l->hi[r]; ++slot)
+                  if (sees(l->mask[r], s, l->lo[r], l->hi[r], slot)) ++to[l->keys ? l->keys[slot] : slot];
+              if (!l->point_indptr || p.part[e]) continue;
+              for (int64_t x = l->point_indptr[l->place_base[w] + place]; x < l->point_indptr[l->place_base[w] + place + 1]; ++x)
+                ++to[l->point_keys[x]];
+            }
+          }
+      }
+}
+
 void Tables::check_heads(int64_t batch, int64_t heads) const {
   auto check = [&](const Variants& v) {
     if ((v.batch != 1 && v.batch != batch) || (v.heads != 1 && v.heads != heads))
@@ -142,8 +172,8 @@ void Tables::check_masks() const {
   require(size(masks.start) == count && size(masks.core_lo) == count && size(masks.core_hi) == count, where,
           "tables differ in length");
   for (int64_t m = 0; m < count; ++m) {
-    require(masks.kind[m] == kBounds || masks.kind[m] == kBits, where, "a mask is neither of bounds nor of bits");
-    const int64_t words = masks.kind[m] == kBounds ? 2 * tile : kBitsWords * tile;
+    require(masks.kind[m] >= kBounds && masks.kind[m] <= kRowSet, where, "a mask is of no known kind");
+    const int64_t words = masks.kind[m] == kBounds ? 2 * tile : masks.kind[m] == kBits ? kBitsWords * tile : (tile + 31) / 32;
     require(masks.start[m] >= 0 && masks.start[m] + words <= size(masks.data), where, "a mask reaches outside the mask data");
     require(masks.core_lo[m] >= 0 && masks.core_hi[m] <= 0, where, "a mask's core reaches outside its run");
   }

@@ -81,6 +81,8 @@ class Tables {
   void check_heads(int64_t batch, int64_t heads) const;
   // Memory held, in bytes.
   int64_t bytes() const;
+  // Adds 1 to mask[b, h, row, key], (batch, heads, n_q, n_k), for every pair of the tables. For tests.
+  void dense(int64_t batch, int64_t heads, uint8_t* mask) const;
 
  private:
   void check_masks() const;

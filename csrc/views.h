@@ -13,17 +13,19 @@ namespace farlight {
 constexpr int kRows = 32;     // query rows of a row block, which a kernel keeps in vector lanes; a tile has one or more
 constexpr int kBlock = 64;    // keys in a block of dk/dv accumulators
 constexpr int kMaxDim = 256;  // largest head dimension
+constexpr int kPanel = 32;    // key blocks in a panel of block summaries
 
 // Element type of a tensor.
 enum class Type : int { f32 = 0, bf16 = 1 };
 
-// How a masked run stores which rows of its tile see which keys: bounds per row, or one bit per (row, key).
-enum MaskKind : int32_t { kBounds = 0, kBits = 1 };
+// How a masked run stores which rows of its tile see which keys: bounds per row, one bit per (row, key), or one bit per row
+// (every key of the run is seen by the same rows).
+enum MaskKind : int32_t { kBounds = 0, kBits = 1, kRowSet = 2 };
 constexpr int kBitsKeys = 128, kBitsWords = kBitsKeys / 32;  // widest run masked by bits, in keys and 32-bit words per row
 
 // Masks of runs, (masks,) each. Mask m's table starts at data[start[m]]: kBounds: (tile, 2) per row the first slot,
-// relative to the run's lo, and the end, relative to its hi; kBits: (tile, kBitsWords) bits. Every row sees the core [lo +
-// core_lo, hi + core_hi).
+// relative to the run's lo, and the end, relative to its hi; kBits: (tile, kBitsWords) bits; kRowSet: (tile / 32,) bits. Every
+// row sees the core [lo + core_lo, hi + core_hi); kRowSet has none.
 struct MaskView {
   const int32_t *kind, *start, *core_lo, *core_hi, *data;
 };
@@ -133,6 +135,10 @@ struct Kernels {
   // Adds `count` accumulator blocks into the first one and writes `rows` rows of `dim` elements of `type`; out may alias
   // blocks[0].
   void (*reduce)(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out);
+  // See kernel/block_scores.h.
+  void (*block_scores)(const float* const* rows, int64_t num_rows, const float* panel, int64_t panels, int64_t dim, float* scores,
+                       int64_t ld);
+  void (*pool_softmax)(float* scores, int64_t num_rows, int64_t ld, int64_t width, float factor, const float* bias, float* weights);
   float (*peak_fma)(int64_t iterations);  // register-only multiply-adds, `peak_fma_flops` operations per iteration
   int64_t peak_fma_flops;
 };

@@ -3,6 +3,7 @@
 // It chooses the kernel traits of a call: bfloat16 tensors use AMX tiles, dot products of bfloat16 pairs, or float32 products
 // of widened operands, whichever the ISA offers; float32 tensors use AMX with a 3-way bfloat16 split, or FMA.
 #include "backward.h"
+#include "block_scores.h"
 #include "forward.h"
 #include "peak_fma.h"
 
@@ -103,7 +104,15 @@ constexpr int64_t kZeroedBytes = sizeof(CacheTags);
 constexpr int64_t kZeroedBytes = 0;
 #endif
 extern const Kernels kernels;
-const Kernels kernels{
-    FARLIGHT_STRINGIFY(FARLIGHT_NS), kZeroedBytes, scratch_bytes, forward, backward, reduce, peak_fma, 2 * kChains* W};
+const Kernels kernels{FARLIGHT_STRINGIFY(FARLIGHT_NS),
+                      kZeroedBytes,
+                      scratch_bytes,
+                      forward,
+                      backward,
+                      reduce,
+                      block_scores,
+                      pool_softmax,
+                      peak_fma,
+                      2 * kChains * W};
 
 }  // namespace farlight::FARLIGHT_NS

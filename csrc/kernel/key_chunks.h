@@ -191,6 +191,11 @@ class KeyWalk {
     core_lo_ = static_cast<int64_t>(lo_) + masks.core_lo[m];
     core_hi_ = static_cast<int64_t>(hi_) + masks.core_hi[m];
     const int32_t* data = masks.data + masks.start[m];
+    if (kind_ == kRowSet) {
+      const uint32_t in_block = row_block_.count == kRows ? kAllRows : (1u << row_block_.count) - 1;
+      row_set_ = static_cast<uint32_t>(data[row_block_.first_row / kRows]) & in_block;
+      return;
+    }
     for (int s = 0; s < kRows; ++s) {
       const bool in_block = s < row_block_.count;
       if (kind_ == kBounds) {
@@ -223,6 +228,11 @@ class KeyWalk {
   // Row masks of the next `count` slots of the run. Inside the run's core every row sees every key and no test is needed.
   void mark_visibility(Chunk& c, int count) const {
     uint32_t* row_mask = c.row_mask + c.n;
+    if (mask_ >= 0 && kind_ == kRowSet) {
+      for (int i = 0; i < count; ++i) row_mask[i] = row_set_;
+      for (int i = c.n / kM; i * kM < c.n + count; ++i) c.masked[i] |= row_set_ != kAllRows;
+      return;
+    }
     int from = 0, to = count;  // slots inside the core
     if (mask_ >= 0) {
       from = static_cast<int>(max<int64_t>(0, min<int64_t>(core_lo_ - slot_, count)));
@@ -266,6 +276,7 @@ class KeyWalk {
   bool has_run_ = false;
   int32_t mask_ = -1, kind_ = kBounds;
   int64_t core_lo_ = 0, core_hi_ = 0;
+  uint32_t row_set_ = 0;
   int32_t first_[kRows], last_[kRows];
   int32_t word_[kBitsWords][kRows];
 };

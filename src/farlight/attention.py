@@ -23,6 +23,7 @@ from farlight.inputs import (
 )
 from farlight.kernels import dense, registry
 from farlight.kernels.backend import Backend, MaskBackend, Request
+from farlight.patterns.chooser import Chooser
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import Plan
 from farlight.score.lowered import ScoreTerms, lower
@@ -35,7 +36,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern | Plan,
+    pattern: Pattern | Plan | Chooser,
     *,
     scale: float | None = None,
     q_offset: int | None = None,
@@ -53,7 +54,8 @@ def attention(
     Args:
         q: `(B, H, n_q, D)`; float16, bfloat16, float32 or float64; any strides.
         k, v: `(B, H_kv, n_k, D)`, H a multiple of H_kv (grouped or multi-query attention; nothing is copied for it).
-        pattern: who may look at whom; or a plan of `fl.plan`, which is executed as it is, by the backend it was made for.
+        pattern: who may look at whom; or a plan of `fl.plan`, which is executed as it is, by the backend it was made for; or
+            a router of `fl.routing`, which chooses the links from these q and k: the pattern is then `router(q, k)`.
         scale: None means D^-½; 0.0 means 0.0.
         q_offset: position of the first query; None means `n_k - n_q` (the queries are the last ones); may be negative.
         dropout: share of links dropped at random, the others divided by 1 - dropout; 1.0 leaves none. The lse is
@@ -103,6 +105,8 @@ def attention(
     registry.check_name(backend)
     scale, dropout = read_scale(scale, q.shape[-1]), read_dropout(dropout)
     sizes = _sizes(q, k, q_offset)
+    if isinstance(pattern, Chooser):
+        pattern = _chosen(pattern, q, k, sizes)
     plan = pattern if isinstance(pattern, Plan) else None
     expression = _read_pattern(pattern, sizes)
     drawn = read_seed(seed, dropout)
@@ -225,7 +229,7 @@ def explain(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern | Plan,
+    pattern: Pattern | Plan | Chooser,
     *,
     q_offset: int | None = None,
     dropout: float = 0.0,
@@ -243,6 +247,8 @@ def explain(
     q, k, v = autocast_inputs(q, k, v)
     check_tensors(q, k, v)
     sizes = _sizes(q, k, q_offset)
+    if isinstance(pattern, Chooser):
+        pattern = _chosen(pattern, q, k, sizes)
     expression = _read_pattern(pattern, sizes)
     terms = lower(score, sinks, sizes, q.device, q.dtype)
     request = _request(q, k, v, expression, sizes, read_dropout(dropout), return_lse, terms)
@@ -268,6 +274,16 @@ def _empty_batch(q: Tensor, k: Tensor, v: Tensor, scale: float, terms: ScoreTerm
     for x in () if terms is None else terms.tensors:
         out = out + 0 * x.sum().to(out.dtype)
     return out, out.sum(-1, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def _chosen(chooser: Chooser, q: Tensor, k: Tensor, sizes: Sizes) -> Pattern:
+    """The pattern that a router chooses for q and k."""
+    if sizes.q_offset != sizes.n_k - sizes.n_q:
+        raise ArgumentError(
+            f"q_offset = {sizes.q_offset} was given with a router, but a router takes the queries for the last of the "
+            f"{sizes.n_k} tokens (q_offset = {sizes.n_k - sizes.n_q}); leave q_offset out, or pass a pattern."
+        )
+    return chooser.pattern_of(q, k)
 
 
 def _read_pattern(pattern: Pattern | Plan, sizes: Sizes) -> Pattern:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from farlight.errors import ArgumentError
@@ -11,6 +9,7 @@ from farlight.kernels import registry
 from farlight.kernels.backend import Request
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import Plan, plan_for
+from farlight.plan.content import ContentPlan
 
 __all__ = ["plan"]
 
@@ -53,6 +52,7 @@ def plan(
             f"backend = {backend!r} attends under a mask and executes no plans; use 'auto' or one of {choices}."
         )
     executor = registry.plan_backend(request, backend)
-    return dataclasses.replace(
-        plan_for(pattern, sizes, executor.tile_shape).copied(), backend="" if backend == "auto" else executor.name
-    )
+    built = registry.plan_of(executor, request) if executor.name == "cpu" else None
+    if not isinstance(built, ContentPlan):
+        built = plan_for(pattern, sizes, executor.tile_shape)
+    return built.copied("" if backend == "auto" else executor.name)

@@ -88,7 +88,11 @@ TABLE: list[tuple[Callable[[], object], type[FarlightError], str]] = [
     # blocks
     (lambda: TopBlocks(1, 0), PatternError, "TopBlocks: block = 0: it must be a whole number >= 1."),
     (lambda: TopBlocks(1, 4, 0), PatternError, "TopBlocks: query_block = 0: it must be a whole number >= 1."),
-    (lambda: TopBlocks(1, score="max"), ArgumentError, "TopBlocks: score = 'max' is unknown; use one of 'mean', 'minmax'."),
+    (
+        lambda: TopBlocks(1, score="max"),
+        ArgumentError,
+        "TopBlocks: score = 'max' is unknown; use one of 'mean', 'minmax', 'softmax'.",
+    ),
     (
         lambda: TopBlocks(1, 4, 4, causal=True)(Q[:, :, :6], K),
         ArgumentError,

@@ -188,7 +188,9 @@ def test_planning_evaluates_no_single_pair(router: Router) -> None:
     x = torch.randn(1, 2, 500, 8, generator=torch.Generator().manual_seed(0))
     pattern, sizes = router(x, x), Sizes(500, 500, 0, 1, 2)
     assert not any(Layout(term, sizes, 32).pairwise for term in terms_of(pattern, sizes))
-    assert fl.plan(pattern, 500, heads=2).waste < 2
+    # A list of blocks for each query is planned natively on the CPU, as runs of 32 rows that few of them see, or key by key.
+    limit = 2 if isinstance(router, LSH) else 5
+    assert fl.plan(pattern, 500, heads=2).waste < limit
 
 
 def test_a_long_text_of_clusters_is_planned_by_its_pairs() -> None:

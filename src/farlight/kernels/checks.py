@@ -11,12 +11,14 @@ from farlight.errors import ArgumentError, PlanError
 from farlight.kernels.backend import Request
 from farlight.patterns.expression import Sizes
 from farlight.patterns.hashing import dropout_threshold
+from farlight.plan.content import ContentPlan
 from farlight.plan.tables import Plan, PlanLike
 
 __all__ = [
     "KERNEL_DTYPES",
     "MOST_DIMS",
     "addressable",
+    "any_host_plan",
     "check_gradients",
     "check_plan",
     "check_tensors",
@@ -65,7 +67,16 @@ def _no_values(x: Tensor, name: str) -> str:
 
 
 def host_plan(plan: PlanLike) -> Plan:
-    """The plan, where its tables are on the host. Raises PlanError for a plan built on a device."""
+    """The plan, where its tables are tensors on the host. Raises PlanError for one of another backend's own."""
+    if isinstance(plan, ContentPlan):
+        raise PlanError(
+            "this plan has native tables of the cpu backend, which no other backend reads; make one with fl.plan(…, backend=…)."
+        )
+    return any_host_plan(plan)
+
+
+def any_host_plan(plan: PlanLike) -> Plan:
+    """The plan, where its tables are on the host, native ones included. Raises PlanError for a plan built on a device."""
     if not isinstance(plan, Plan):
         raise PlanError(f"this backend executes plans of the host, not {type(plan).__name__}; make one with fl.plan.")
     return plan

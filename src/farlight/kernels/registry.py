@@ -10,6 +10,7 @@ from farlight.kernels.backend import AnyBackend, Backend, DevicePlanner, MaskBac
 from farlight.kernels.calibrate import calibrated
 from farlight.kernels.cost import Estimate, estimate
 from farlight.plan import Plan, PlanLike, plan_for
+from farlight.plan.content import ContentPlan
 
 __all__ = [
     "Selection",
@@ -29,7 +30,7 @@ __all__ = [
 # In the order in which "auto" tries them.
 _PLAN_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, triton.BACKEND, torch_tiled.BACKEND)}
 _MASK_BACKENDS: dict[str, MaskBackend] = {backend.name: backend for backend in (dense.BACKEND, reference.BACKEND)}
-_DEVICE_PLANNERS: dict[str, DevicePlanner] = {triton.BACKEND.name: triton.BACKEND}
+_DEVICE_PLANNERS: dict[str, DevicePlanner] = {backend.name: backend for backend in (cpu.BACKEND, triton.BACKEND)}
 # Estimates that differ by less than this factor are compared again with rates measured on this machine.
 _CLOSE = 4.0
 
@@ -166,5 +167,6 @@ def _selection_of(plan: Plan, request: Request, backend: str) -> Selection:
             f"fl.plan(…, backend={backend!r}), or pass the pattern itself."
         )
     executor = plan_backend(request, plan.backend or backend)
-    fits = plan.backend or plan.tile == executor.tile_shape.tile
+    readable = executor.name == "cpu" or not isinstance(plan, ContentPlan)
+    fits = plan.backend or (plan.tile == executor.tile_shape.tile and readable)
     return Selection(executor, plan if fits else plan_of(executor, request))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from farlight.errors import OperandError, PatternError, show
+from farlight.patterns.chooser import Chooser
 from farlight.patterns.forms import ColumnChanges, Form, Labels
 from farlight.patterns.sizes import Sizes
 from farlight.patterns.spans import Spans
@@ -72,16 +73,22 @@ class Pattern:
     def __or__(self, other: Pattern) -> Pattern:
         from farlight.patterns.algebra import Union, operand
 
+        if isinstance(other, Chooser):
+            return NotImplemented
         return Union((self, operand(other, "|")))
 
     def __and__(self, other: Pattern) -> Pattern:
         from farlight.patterns.algebra import Intersection, operand
 
+        if isinstance(other, Chooser):
+            return NotImplemented
         return Intersection((self, operand(other, "&")))
 
     def __sub__(self, other: Pattern) -> Pattern:
         from farlight.patterns.algebra import Difference, operand
 
+        if isinstance(other, Chooser):
+            return NotImplemented
         return Difference((self, operand(other, "-")))
 
     def __invert__(self) -> Pattern:

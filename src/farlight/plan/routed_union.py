@@ -17,18 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farlight.patterns.algebra import Intersection, Union
 from farlight.patterns.expression import Atom, Pattern, Sizes
 from farlight.patterns.named import global_tokens, seen_by_all, sees_all
 from farlight.patterns.positional import causal, window
 from farlight.plan.chosen_links import ChosenLinks, ExcludedLinks
+from farlight.plan.clauses import Clause, clauses_of
 from farlight.plan.routed import chosen_links, links_of_conjunction
 
 __all__ = ["RoutedSplit", "split_routed"]
-
-# Clauses beyond which an expression is left to the host's planner, which simplifies.
-_MAX_CLAUSES = 16
-_Clause = tuple[Atom, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ def split_routed(pattern: Pattern, sizes: Sizes) -> RoutedSplit | None:
 
 
 def _split_union(pattern: Pattern, sizes: Sizes) -> RoutedSplit | None:
-    clauses = _clauses(pattern)
+    clauses = clauses_of(pattern)
     routed = [clause for clause in clauses if any(atom._tables for atom in clause)]
     fixed = [_fixed_clause(clause) for clause in clauses if not any(atom._tables for atom in clause)]
     if len(routed) != 1 or not fixed or not sizes.n_q or not sizes.n_k:
@@ -72,26 +68,6 @@ def _split_union(pattern: Pattern, sizes: Sizes) -> RoutedSplit | None:
     return None if pieces is None else RoutedSplit(union, pieces)
 
 
-def _clauses(pattern: Pattern) -> list[_Clause]:
-    """Conjunctions of atoms whose union is the pattern; empty when other operators occur or they are too many."""
-    if isinstance(pattern, Atom):
-        return [(pattern,)]
-    if not isinstance(pattern, Union | Intersection):
-        return []
-    parts = [_clauses(part) for part in pattern.parts]
-    if not all(parts):
-        return []
-    if isinstance(pattern, Union):
-        union = [clause for part in parts for clause in part]
-        return union if len(union) <= _MAX_CLAUSES else []
-    clauses: list[_Clause] = [()]
-    for part in parts:
-        if len(clauses) * len(part) > _MAX_CLAUSES:
-            return []
-        clauses = [(*left, *right) for left in clauses for right in part]
-    return clauses
-
-
 @dataclass(frozen=True)
 class _FixedClause:
     """An atom of the fixed part, intersected with `causal()` if `causal`; band: (left, right) of a window, else None."""
@@ -101,7 +77,7 @@ class _FixedClause:
     band: tuple[int, int] | None
 
 
-def _fixed_clause(clause: _Clause) -> _FixedClause | None:
+def _fixed_clause(clause: Clause) -> _FixedClause | None:
     """The clause as one supported atom, or None."""
     is_causal = any(isinstance(atom, causal) for atom in clause)
     atoms = [atom for atom in clause if not isinstance(atom, causal)]

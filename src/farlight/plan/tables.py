@@ -227,8 +227,8 @@ class Plan:
             f"tile={self.tile}: {self.pairs:,} pairs, waste {self.waste:.2f}, {len(self.pieces)} pieces, {self.nbytes:,} bytes)"
         )
 
-    def copied(self) -> Plan:
-        """A deep copy of the tables, without anything derived from them."""
+    def copied(self, backend: str = "") -> Plan:
+        """A deep copy of the tables, without anything derived from them, for calls of this backend ("" = any of its tile)."""
 
         def copy(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -240,7 +240,7 @@ class Plan:
             return value
 
         with torch.inference_mode(False), torch.no_grad():
-            return dataclasses.replace(self, pieces=copy(self.pieces), masks=copy(self.masks))
+            return dataclasses.replace(self, pieces=copy(self.pieces), masks=copy(self.masks), backend=backend)
 
     def dense(self) -> Tensor:
         """The pairs of the tables as a bool mask `(B, H, n_q, n_k)`; O(n_q · n_k), for inspection and tests.

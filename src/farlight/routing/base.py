@@ -113,8 +113,22 @@ class Router(nn.Module):
             "Write `&`, `|` and `-`; ask `router is None` where there may be none."
         )
 
+    def pattern_of(self, q: Tensor, k: Tensor) -> Pattern:
+        """`self(q, k)`: what makes a router a `Chooser`, which `fl.attention` takes where it takes a pattern."""
+        pattern: Pattern = self(q, k)
+        return pattern
+
     def __or__(self, other: Router | Pattern) -> Router:
         return combine(self, other, "|")
+
+    def __ror__(self, other: Pattern) -> Router:
+        return combine(other, self, "|")
+
+    def __rand__(self, other: Pattern) -> Router:
+        return combine(other, self, "&")
+
+    def __rsub__(self, other: Pattern) -> Router:
+        return combine(other, self, "-")
 
     def __and__(self, other: Router | Pattern) -> Router:
         return combine(self, other, "&")

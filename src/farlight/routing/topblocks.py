@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from farlight.errors import ArgumentError, show
+from farlight.kernels.cpu.choose import BUDGETS, SCORES, can_choose, choose_blocks
 from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern
 from farlight.patterns.multi_label import meets
@@ -22,7 +23,8 @@ from farlight.routing.pooling import block_bounds, block_mean, block_sizes
 
 __all__ = ["TopBlocks"]
 
-_SCORES = ("mean", "minmax")
+_SCORES = ("mean", "minmax", "softmax")
+_PER = ("head", "group")
 # Longest per-query list that is planned as clusterings (`meets`); longer ones are planned as lists of runs.
 _MAX_MEETS_LIST = 48
 
@@ -32,8 +34,9 @@ class TopBlocks(Router):
 
     A block of `query_block` queries is represented by one vector q̄ (below). Key block c, of n_c real keys, has the score
 
-        "mean":    q̄ · mean of its keys                                                     (MoBA)
-        "minmax":  Σ_d max(q̄_d · min_d, q̄_d · max_d)  >=  q̄ · k of each of its keys         (Quest: an upper bound)
+        "mean":     q̄ · mean of its keys                                                    (MoBA)
+        "minmax":   Σ_d max(q̄_d · min_d, q̄_d · max_d)  >=  q̄ · k of each of its keys        (Quest: an upper bound)
+        "softmax":  Σ_q softmax_c(scale · q · mean of its keys + log n_c), over the real queries q of the query block
 
     and a query block selects `count` key blocks; or ⌈share · visible⌉ of them; or the fewest that hold `mass` of the estimated
     probability `softmax_c(scale · score + log n_c)` over the scored blocks, so rows of concentrated attention select fewer.
@@ -44,10 +47,13 @@ class TopBlocks(Router):
       unscored, since their summaries contain later keys; count and share include them, counted by position, whether or not the
       text has reached them. Keys after the query are removed. `query_block=None` means 1. A larger query block is represented
       by its first real query, since the others are in that query's future; the queries must then begin at a multiple of
-      query_block.
+      query_block. With "softmax" all queries of the block choose together: a query attends to no later key, but which earlier
+      blocks it reads depends on up to query_block - 1 later queries.
 
-    Each query head scores the blocks of its own key head; the heads of a group choose separately. scale: None means D^-½; only
-    mass depends on it. Raises ArgumentError for arguments out of range and for causal queries that begin inside a query block.
+    Each query head scores the blocks of its own key head. per="head": the heads of a group choose separately; per="group":
+    together, by the sum of their scores. scale: None means D^-½; only mass and "softmax" depend on it. On the CPU native code
+    scores and selects in one pass, without storing the scores of all blocks; ties go to the earlier block. Raises ArgumentError
+    for arguments out of range and for causal queries that begin inside a query block.
 
     Lu et al. 2025, "MoBA", arXiv:2502.13189; Tang et al. 2024, "Quest", arXiv:2406.10774; Lin et al. 2025, "Twilight",
     arXiv:2502.02770.
@@ -70,6 +76,7 @@ class TopBlocks(Router):
         mass: float | None = None,
         score: str = "mean",
         scale: float | None = None,
+        per: str = "head",
     ) -> None:
         super().__init__()
         self.budget = Budget.checked("TopBlocks", count, share, mass)
@@ -79,23 +86,50 @@ class TopBlocks(Router):
         self.query_block = whole("TopBlocks: query_block", query_block, 1)
         if score not in _SCORES:
             raise ArgumentError(f"TopBlocks: score = {show(score)} is unknown; use one of {', '.join(map(repr, _SCORES))}.")
-        self.score = score
+        if per not in _PER:
+            raise ArgumentError(f"TopBlocks: per = {show(per)} is unknown; use 'head' or 'group'.")
+        self.score, self.per = score, per
 
     def extra_repr(self) -> str:
-        flag = ", causal=True" if self.causal else ""
+        flag = (", causal=True" if self.causal else "") + (", per='group'" if self.per == "group" else "")
         return f"{self.budget}, block={self.block}, query_block={self.query_block}{flag}, score={self.score!r}"
 
     def choose(self, inputs: RouterInput) -> Pattern:
-        first, queries, is_real = self._query_vectors(inputs)
-        indices = self._select(inputs, first, queries, is_real, self.summary(inputs.k, inputs.key_mask))
+        first = self._first(inputs)
+        if can_choose(inputs.q):
+            indices = self._choose_native(inputs, first)
+        else:
+            indices = self._select(inputs, first, self.summary(inputs.k, inputs.key_mask))
+        if self.per == "group":
+            indices = indices.repeat_interleave(inputs.heads // inputs.kv_heads, 1)
         pattern = block_lists(indices, inputs, first, self.block, self.query_block)
         if self.causal:
             pattern = pattern & past()
         return pattern if inputs.key_mask is None else pattern & padding(inputs.key_mask)
 
+    def _choose_native(self, inputs: RouterInput, first: int) -> Tensor:
+        """`_select` by the native kernels, from the keys themselves."""
+        budget, q = self.budget, inputs.q
+        num_blocks, num_lists = -(-inputs.n_k // self.block), -(-(inputs.offset + inputs.n_q - first) // self.query_block)
+        amounts = {"count": budget.count, "share": budget.share, "mass": budget.mass}
+        kind, amount = next((name, value) for name, value in amounts.items() if value is not None)
+        width = -1
+        if kind == "count" and torch.compiler.is_compiling():
+            width = min(max(int(amount), self._max_overlap()), num_blocks)
+        numbers = [self.block, self.query_block, inputs.offset, first, int(self.causal), int(self.per == "group")]
+        codes = [SCORES.index(self.score), BUDGETS.index(kind)]
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        masks = inputs.query_mask, inputs.key_mask
+        chosen: Tensor = choose_blocks(q, inputs.k, *masks, numbers + codes, float(amount), float(scale), num_lists, width)
+        return chosen
+
+    def _max_overlap(self) -> int:
+        """The key blocks that a query block can overlap: most when it begins at the end of a key block."""
+        return (self.query_block + self.block - 2) // self.block + 1
+
     def summary(self, k: Tensor, real: Tensor | None = None) -> list[Tensor]:
         """The block summaries that the score reads, each `(B, H_kv, blocks, D)`: [mean], or [min, max] for "minmax"."""
-        return [block_mean(k, self.block, real)] if self.score == "mean" else list(block_bounds(k, self.block, real))
+        return list(block_bounds(k, self.block, real)) if self.score == "minmax" else [block_mean(k, self.block, real)]
 
     def select_blocks(self, inputs: RouterInput, summary: list[Tensor]) -> Tensor:
         """`(B, H, n_q, m)` int64: the selected key blocks of each query, padded with -1, from known summaries (query_block =
@@ -105,80 +139,98 @@ class TopBlocks(Router):
         """
         missing = -(-inputs.n_k // self.block) - summary[0].shape[2]
         padded = [torch.nn.functional.pad(table, (0, 0, 0, missing)) for table in summary]
-        return self._select(inputs, inputs.offset, inputs.q, inputs.query_mask, padded)
+        return self._select(inputs, inputs.offset, padded)
 
-    def _query_vectors(self, inputs: RouterInput) -> tuple[int, Tensor, Tensor | None]:
-        """(position of the first query block, one vector per query block `(B, H, U, D)`, its mask `(B or 1, U)` or None = all).
-
-        The mask is True where the query block has a real query.
-        """
-        size, offset, mask = self.query_block, inputs.offset, inputs.query_mask
+    def _first(self, inputs: RouterInput) -> int:
+        """The position of the first query block."""
+        size, offset = self.query_block, inputs.offset
         # Blocks are aligned to position 0; to the first query where queries outnumber keys, so that it has no position in them.
         first = offset // size * size if offset >= 0 else offset
-        if size == 1:
-            return first, inputs.q, mask
-        if self.causal and first != offset:
+        if self.causal and first != offset and self.score != "softmax":
             raise ArgumentError(
                 f"TopBlocks(query_block={size}, causal=True): the first query stands at position {offset}, inside a block, "
                 f"whose choice belongs to the query at {first}; pass queries from there on, or use query_block=1."
             )
+        return first
+
+    def _query_blocks(self, inputs: RouterInput, first: int) -> tuple[Tensor, Tensor]:
+        """(rows of each query block `(B, H, U, query_block, D)`, their mask `(B or 1, U, query_block)`: the real queries)."""
+        size, mask = self.query_block, inputs.query_mask
         if mask is None:
             mask = torch.ones(1, inputs.n_q, dtype=torch.bool, device=inputs.q.device)
-        before = offset - first
+        before = inputs.offset - first
         pads = (before, -(before + inputs.n_q) % size)
         q, mask = torch.nn.functional.pad(inputs.q, (0, 0, *pads)), torch.nn.functional.pad(mask, pads)
-        block_mask = mask.view(mask.shape[0], -1, size)
-        if not self.causal:
-            return first, block_mean(q, size, mask), block_mask.any(-1)
-        first_real = block_mask.int().argmax(-1)[:, None, :, None, None].expand(*q.shape[:2], -1, 1, q.shape[3])
-        vectors = q.view(*q.shape[:2], -1, size, q.shape[3]).gather(3, first_real).squeeze(3)
-        return first, vectors, block_mask.any(-1)
+        return q.view(*q.shape[:2], -1, size, q.shape[3]), mask.view(mask.shape[0], -1, size)
 
-    def _select(
-        self, inputs: RouterInput, first: int, queries: Tensor, is_real: Tensor | None, summary: list[Tensor]
-    ) -> Tensor:
-        """`(B, H, U, m)` int64: the selected key blocks of each query block, padded with -1."""
-        device, block = queries.device, self.block
+    def _representatives(self, rows: Tensor, mask: Tensor) -> Tensor:
+        """`(B, H, U, D)`: one vector per query block."""
+        if not self.causal:
+            counts = mask.sum(-1).clamp(min=1)[:, None, :, None].to(rows.dtype)
+            return rows.masked_fill(~mask[:, None, ..., None], 0.0).sum(3) / counts
+        first_real = mask.int().argmax(-1)[:, None, :, None, None].expand(*rows.shape[:3], 1, rows.shape[4])
+        return rows.gather(3, first_real).squeeze(3)
+
+    def _select(self, inputs: RouterInput, first: int, summary: list[Tensor]) -> Tensor:
+        """`(B, H, U, m)` int64: the selected key blocks of each query block, padded with -1; with per="group" of key heads."""
+        device, block = inputs.q.device, self.block
         sizes = block_sizes(inputs.n_k, block, inputs.key_mask, device)
         summary = [table.repeat_interleave(inputs.heads // inputs.kv_heads, 1) for table in summary]
-        # The key blocks that a query block can overlap: most when it begins at the end of a key block.
-        max_overlap = (self.query_block + block - 2) // block + 1
+        query_rows, query_mask = self._query_blocks(inputs, first)
+        has_query, num_lists = query_mask.any(-1), query_mask.shape[1]
         key_block = torch.arange(sizes.shape[1], device=device)
+        scores_per_list = inputs.batch * inputs.heads * max(1, key_block.numel())
         chunks = []
-        for rows in row_chunks(queries.shape[2], queries.shape[0] * inputs.heads * max(1, key_block.numel())):
-            scores = self._scores(queries[:, :, rows], summary, sizes)
-            visible = (sizes > 0)[:, None, None]
-            if is_real is not None:
-                visible = visible & is_real[:, None, rows, None]
-            scored, forced, num_forced = visible.expand(scores.shape), None, None
+        for rows in row_chunks(num_lists, scores_per_list * (self.query_block if self.score == "softmax" else 1)):
+            visible = (sizes > 0)[:, None, None] & has_query[:, None, rows, None]
+            scored, forced, num_forced = visible, None, None
             if self.causal:
                 start = first + torch.arange(rows.start, rows.stop, device=device)[:, None] * self.query_block
                 ended = (key_block + 1) * block <= start
                 overlapping = (key_block * block < start + self.query_block) & ~ended
-                scored, forced = visible & ended, (visible & overlapping).expand(scores.shape)
+                scored, forced = visible & ended, visible & overlapping
                 # Counted by position, so that decoding, whose text ends inside a block, counts as the parallel pass does.
                 last_block = (start + self.query_block - 1).clamp(min=0) // block
                 num_forced = (last_block - start.clamp(min=0) // block + 1).squeeze(1)
-            chunks.append(self.budget.select(scores.masked_fill(~scored, float("-inf")), forced, num_forced, max_overlap))
-        return concat_selections(chunks) if chunks else torch.full((*queries.shape[:3], 0), -1, device=device)
+            scores = self._scores(query_rows[:, :, rows], query_mask[:, rows], summary, sizes, scored, inputs.kv_heads)
+            forced = None if forced is None else forced.expand(scores.shape)
+            masked = scores.masked_fill(~scored, float("-inf"))
+            chunks.append(self.budget.select(masked, forced, num_forced, self._max_overlap()))
+        heads = inputs.kv_heads if self.per == "group" else inputs.heads
+        empty = torch.full((inputs.batch, heads, num_lists, 0), -1, device=device)
+        return concat_selections(chunks) if chunks else empty
 
-    def _scores(self, queries: Tensor, summary: list[Tensor], sizes: Tensor) -> Tensor:
-        """`(B, H, rows, blocks)`: the block scores of the class; for mass the logits scale · score + log n_c."""
+    def _scores(
+        self, rows: Tensor, mask: Tensor, summary: list[Tensor], sizes: Tensor, scored: Tensor, kv_heads: int
+    ) -> Tensor:
+        """`(B, H, lists, blocks)`: the block scores of the class, as logits where the budget is mass; per="group": summed over
+        the heads of each key head.
+        """
+        log_sizes = sizes.clamp(min=1).to(rows.dtype).log()[:, None, None]
+        scale = rows.shape[-1] ** -0.5 if self.scale is None else self.scale
+        if self.score == "softmax":
+            logits = (rows @ summary[0].transpose(-1, -2)[:, :, None]) * scale + log_sizes[:, :, None]
+            shares = logits.masked_fill(~scored[..., None, :], float("-inf")).softmax(-1).nan_to_num(0.0)
+            pooled = self._shared(shares.masked_fill(~mask[:, None, ..., None], 0.0).sum(3), kv_heads)
+            return pooled.clamp(min=torch.finfo(pooled.dtype).tiny).log()
+        queries = self._representatives(rows, mask)
         if self.score == "mean":
             scores = queries @ summary[0].transpose(-1, -2)
         else:
             lower, upper = (bound.transpose(-1, -2) for bound in summary)
             scores = queries.clamp(min=0) @ upper + queries.clamp(max=0) @ lower
-        if self.budget.mass is None:
-            return scores
-        scale = queries.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return scores * scale + sizes.clamp(min=1).to(scores.dtype).log()[:, None, None]
+        scores = self._shared(scores, kv_heads)
+        return scores if self.budget.mass is None else scores * scale + log_sizes
+
+    def _shared(self, scores: Tensor, kv_heads: int) -> Tensor:
+        """The scores, summed over the query heads of each key head where these choose together."""
+        return scores.unflatten(1, (kv_heads, -1)).sum(2) if self.per == "group" else scores
 
 
 def block_lists(indices: Tensor, inputs: RouterInput, first: int, block: int, query_block: int) -> Pattern:
     """The pattern of lists of key blocks `(B, H, U, m)`, one for each query block; the first begins at position `first`."""
     if query_block == 1:
-        if 0 < indices.shape[3] <= _MAX_MEETS_LIST:
+        if 0 < indices.shape[3] <= _MAX_MEETS_LIST and not can_choose(inputs.q):
             # `meets` is planned with rows sorted by key block: dense tiles, even where adjacent queries select other blocks.
             key_block = torch.arange(inputs.n_k, device=indices.device) // block
             return meets(indices, key_block[:, None])

@@ -9,11 +9,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from farlight.kernels.backend import Call, Grads, Request, Saved, ScoreGrads
-from farlight.kernels.checks import host_plan, refused
+from farlight.kernels.checks import any_host_plan, refused
+from farlight.kernels.cpu.content import content_plan
 from farlight.kernels.cpu.launch import backward, forward
 from farlight.kernels.cpu.native import available, fma_gflops, isa, unavailable, use, warn_if_missing
 from farlight.kernels.sinks import with_sinks
-from farlight.plan.tables import TileShape
+from farlight.plan.tables import Plan, TileShape
 
 __all__ = ["BACKEND", "SHAPE", "available", "backward", "fma_gflops", "forward", "isa", "unavailable", "use", "warn_if_missing"]
 
@@ -35,16 +36,20 @@ class CpuBackend:
             refusals.append(f"the tensors are on {request.device.type}, these kernels run on the CPU")
         return refusals + refused(request)
 
+    def device_plan(self, request: Request) -> Plan | None:
+        """The plan of a router's pattern, built natively; None for a pattern that `farlight.plan` builds."""
+        return content_plan(request.pattern, request.sizes, SHAPE.gather)
+
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """(out, lse) of the planned pairs."""
-        plan = host_plan(call.plan)
+        plan = any_host_plan(call.plan)
         out, lse = forward(call.q, call.k, call.v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
         sinks = None if call.terms is None else call.terms.sinks
         return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
 
     def backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> Grads:
         """(dq, dk, dv) from the gradients of out and lse."""
-        plan, (q, k, v, *_) = host_plan(call.plan), call
+        plan, (q, k, v, *_) = any_host_plan(call.plan), call
         return backward(dout, dlse, q, k, v, *saved, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
 
     def score_backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> tuple[Grads, ScoreGrads]:

@@ -14,7 +14,7 @@ from farlight.kernels.checks import addressable, check_gradients, check_plan, ch
 from farlight.kernels.cpu.native import module, native_plan
 from farlight.plan.tables import Plan
 
-__all__ = ["backward", "forward"]
+__all__ = ["as_operand", "backward", "forward", "strided_address"]
 
 _CPU = torch.device("cpu")
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # enum Type in csrc/views.h
@@ -32,7 +32,7 @@ def forward(
     dtype = q.dtype
     shape = check_tensors(q, k, v, "the native kernels take", _CPU)
     check_plan(q, k, plan)
-    q, k, v = _as_operand(q, "q"), _as_operand(k, "k"), _as_operand(v, "v")
+    q, k, v = as_operand(q, "q"), as_operand(k, "k"), as_operand(v, "v")
     native = native_plan(plan)
     out_dtype = torch.float32 if native.overlapping else q.dtype
     out, lse = torch.empty(q.shape, dtype=out_dtype, device=_CPU), torch.empty(q.shape[:3], dtype=torch.float32, device=_CPU)
@@ -42,9 +42,9 @@ def forward(
             _TYPE_CODES[q.dtype],
             _TYPE_CODES[out_dtype],
             shape,
-            _strided_address(q),
-            _strided_address(k),
-            _strided_address(v),
+            strided_address(q),
+            strided_address(k),
+            strided_address(v),
             out.data_ptr(),
             lse.data_ptr(),
             scale,
@@ -79,8 +79,8 @@ def backward(
     shape = check_tensors(q, k, v, "the native kernels take", _CPU)
     check_plan(q, k, plan)
     check_gradients(q, dout, out, lse, dlse)
-    q, k, v = _as_operand(q, "q"), _as_operand(k, "k"), _as_operand(v, "v")
-    out, dout = _as_operand(out.to(dtype), "out"), _as_operand(dout.to(dtype), "dout")
+    q, k, v = as_operand(q, "q"), as_operand(k, "k"), as_operand(v, "v")
+    out, dout = as_operand(out.to(dtype), "out"), as_operand(dout.to(dtype), "dout")
     lse = addressable(lse.to(torch.float32).contiguous(), "lse")
     dlse = None if dlse is None else addressable(dlse.to(torch.float32).contiguous(), "dlse")
     native = native_plan(plan)
@@ -93,11 +93,11 @@ def backward(
             _TYPE_CODES[q.dtype],
             _TYPE_CODES[dq_dtype],
             shape,
-            _strided_address(q),
-            _strided_address(k),
-            _strided_address(v),
-            _strided_address(out),
-            _strided_address(dout),
+            strided_address(q),
+            strided_address(k),
+            strided_address(v),
+            strided_address(out),
+            strided_address(dout),
             lse.data_ptr(),
             0 if dlse is None else dlse.data_ptr(),
             dq.data_ptr(),
@@ -112,7 +112,7 @@ def backward(
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def _as_operand(x: Tensor, name: str) -> Tensor:
+def as_operand(x: Tensor, name: str) -> Tensor:
     """x itself where the kernels can read it: addressable, float32 or bfloat16, contiguous last dimension; else a copy."""
     x = addressable(x, name)
     if x.dtype == torch.float16:
@@ -120,7 +120,7 @@ def _as_operand(x: Tensor, name: str) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _strided_address(x: Tensor) -> tuple[int, int, int, int]:
+def strided_address(x: Tensor) -> tuple[int, int, int, int]:
     """(address, batch stride, head stride, row stride); strides in elements."""
     batch, head, row, _ = x.stride()
     return x.data_ptr(), batch, head, row

@@ -11,6 +11,7 @@ from typing import Any
 import torch  # noqa: F401
 
 from farlight.errors import PlanError, UnsupportedError
+from farlight.plan.content import NATIVE_PLAN
 from farlight.plan.tables import Plan
 
 __all__ = ["available", "fma_gflops", "isa", "module", "native_plan", "unavailable", "use", "warn_if_missing"]
@@ -79,19 +80,16 @@ def use(name: str) -> None:
     module().use(name)
 
 
-_KEY = "native plan"  # in Plan.derived
-
-
 def native_plan(plan: Plan) -> Any:
     """The native copy of the plan's tables (`farlight._cpu.Plan`), built and validated on first use and cached with the plan.
 
     Raises PlanError when a table is malformed.
     """
-    native = plan.derived.get(_KEY)
+    native = plan.derived.get(NATIVE_PLAN)
     if native is None:
         try:
             native = module().Plan(plan)
         except ValueError as error:
             raise PlanError(f"malformed plan: {error}.") from error
-        plan.derived[_KEY] = native
+        plan.derived[NATIVE_PLAN] = native
     return native

@@ -1,0 +1,340 @@
+// Tiles of a content pattern (plan_content.h): chunks of tiles are planned in parallel, each into tables of its own, which are
+// then concatenated in order. The result does not depend on the number of threads.
+#include "plan_content.h"
+
+#include <array>
+#include <map>
+#include <unordered_map>
+#include <utility>
+
+#include "row_masks.h"
+
+namespace farlight {
+
+namespace {
+
+constexpr int64_t kChunkTiles = 32;  // tiles planned by one parallel item
+constexpr uint32_t kEveryRow = 0xffffffffu;
+
+using Bits = std::array<int32_t, kRows * kBitsWords>;
+
+// The tables of consecutive tiles of one variant. Masks are numbered within the chunk.
+struct ChunkTables {
+  std::vector<int64_t> run_count;  // per tile
+  std::vector<int32_t> lo, hi, mask;
+  std::vector<int32_t> point_count, point_keys;  // per row, and for all rows
+  std::vector<uint32_t> row_masks;               // kRowSet masks
+  std::vector<Bits> bit_masks;                   // kBits masks, numbered behind them
+  ContentCounts counts;
+};
+
+// A run of the keys that one tile sees, before the runs are sorted by their masks.
+struct Run {
+  int32_t lo, hi;
+  uint32_t rows;
+};
+
+class ChunkPlanner {
+ public:
+  ChunkPlanner(const ContentPattern& pattern, int64_t gather, int64_t batch_item, int64_t head, ChunkTables& to)
+      : pattern_(pattern), gather_(gather), batch_item_(batch_item), head_(head), to_(to), masks_(pattern.n_k) {}
+
+  void plan_tile(int64_t first_row) {
+    first_row_ = first_row;
+    count_ = static_cast<int>(std::min<int64_t>(kRows, pattern_.n_q - first_row));
+    all_ = count_ == kRows ? kEveryRow : (1u << count_) - 1;
+    for (const Clause& clause : pattern_.clauses) {
+      const uint8_t* keep = clause.key_mask
+                                ? clause.key_mask + (clause.mask_batch > 1 ? batch_item_ : 0) * pattern_.n_k
+                                : nullptr;
+      if (clause.kind == ClauseKind::kBlocks) add_blocks(clause, keep);
+      else if (clause.kind == ClauseKind::kBand) add_band(clause, keep);
+      else if (clause.kind == ClauseKind::kKeys) add_keys(clause, keep);
+      else add_full_rows(clause, keep);
+    }
+    cut();
+  }
+
+ private:
+  int64_t position(int row) const { return pattern_.q_offset + first_row_ + row; }
+
+  // Rows [first, last) see [lo, hi), where causal only up to their position.
+  void add_rows(int first, int last, int64_t lo, int64_t hi, bool causal, const uint8_t* keep) {
+    const uint32_t rows = row_range(first, last);
+    if (!causal || hi <= position(first) + 1) return masks_.add(lo, hi, rows, keep);
+    masks_.add(lo, std::min(hi, position(first) + 1), rows, keep);
+    // The triangle: one more key for each further row.
+    for (int row = first + 1; row < last && position(row) < hi; ++row)
+      if (position(row) >= lo) masks_.add(position(row), position(row) + 1, row_range(row, last), keep);
+    // Rows beyond position hi - 1 see every key: covered by the range of the row at position hi - 1.
+  }
+
+  static uint32_t row_range(int first, int last) {
+    const uint32_t below = last == kRows ? kEveryRow : (1u << last) - 1;
+    return below & ~((1u << first) - 1);
+  }
+
+  void add_blocks(const Clause& clause, const uint8_t* keep) {
+    const int64_t blocks = (pattern_.n_k + clause.block - 1) / clause.block;
+    const int64_t variant =
+        (clause.batch > 1 ? batch_item_ : 0) * clause.heads + (clause.heads > 1 ? head_ : 0);
+    for (int first = 0; first < count_;) {
+      const int64_t place = position(first) - clause.base;
+      if (place < 0) {
+        first = static_cast<int>(std::min<int64_t>(count_, first - place));
+        continue;
+      }
+      const int64_t list = place / clause.query_block;
+      if (list >= clause.lists) return;
+      const int last = static_cast<int>(std::min<int64_t>(count_, first + clause.query_block - place % clause.query_block));
+      const int64_t* index = clause.indices + (variant * clause.lists + list) * clause.width;
+      for (int64_t x = 0; x < clause.width; ++x) {
+        if (index[x] == -1) continue;
+        if (index[x] < -1 || index[x] >= blocks) throw MalformedPlan(std::to_string(index[x]));
+        add_rows(first, last, index[x] * clause.block, (index[x] + 1) * clause.block, clause.causal, keep);
+      }
+      first = last;
+    }
+  }
+
+  void add_band(const Clause& clause, const uint8_t* keep) {
+    const int64_t right = clause.causal ? std::min<int64_t>(clause.right, 0) : clause.right;
+    const int64_t first = position(0), last = position(count_ - 1);
+    // Keys that every row sees, then the rows' own keys left and right of them.
+    const int64_t core_lo = last - clause.left, core_hi = first + right + 1;
+    if (core_lo < core_hi) masks_.add(core_lo, core_hi, all_, keep);
+    for (int row = 0; row < count_; ++row) {
+      const int64_t lo = position(row) - clause.left, hi = position(row) + right + 1;
+      if (core_lo >= core_hi) {
+        masks_.add(lo, hi, 1u << row, keep);
+        continue;
+      }
+      masks_.add(lo, core_lo, 1u << row, keep);
+      masks_.add(core_hi, hi, 1u << row, keep);
+    }
+  }
+
+  void add_keys(const Clause& clause, const uint8_t* keep) {
+    for (int64_t x = 0; x < clause.lists; ++x)
+      add_rows(0, count_, clause.indices[2 * x], clause.indices[2 * x + 1], clause.causal, keep);
+  }
+
+  void add_full_rows(const Clause& clause, const uint8_t* keep) {
+    for (int64_t x = 0; x < clause.lists; ++x) {
+      const int64_t first = std::max(clause.indices[2 * x], position(0)) - position(0);
+      const int64_t last = std::min(clause.indices[2 * x + 1], position(count_ - 1) + 1) - position(0);
+      if (first < last) add_rows(static_cast<int>(first), static_cast<int>(last), 0, pattern_.n_k, clause.causal, keep);
+    }
+  }
+
+  // Cuts the row masks of the tile into runs and gathered keys.
+  void cut() {
+    runs_.clear();
+    edges_.clear();
+    for (auto& keys : points_) keys.clear();
+    masks_.drain([&](int64_t first, const uint32_t* masks, int keys) {
+      int pairs = 0;
+      uint32_t any = 0, differ = 0;
+      for (int i = 0; i < keys; ++i) {
+        pairs += std::popcount(masks[i]);
+        any |= masks[i];
+        differ |= masks[i] ^ masks[0];
+      }
+      if (!any) return;
+      to_.counts.pairs += pairs;
+      const int half_rows = kRows / 2 * (((any & 0xffffu) != 0) + ((any >> 16) != 0));
+      if (pairs * gather_ < half_rows * keys) return gather(first, masks, keys);
+      to_.counts.visited += static_cast<int64_t>(keys) * count_;
+      const auto lo = static_cast<int32_t>(first), hi = static_cast<int32_t>(first + keys);
+      if (differ) return add_edge(lo, hi, masks);
+      if (!runs_.empty() && runs_.back().hi == lo && runs_.back().rows == masks[0]) runs_.back().hi = hi;
+      else runs_.push_back({lo, hi, masks[0]});
+    });
+    write();
+  }
+
+  // Keys that few rows see are gathered row by row.
+  void gather(int64_t first, const uint32_t* masks, int keys) {
+    for (int i = 0; i < keys; ++i)
+      for (uint32_t rows = masks[i]; rows; rows &= rows - 1) {
+        points_[std::countr_zero(rows)].push_back(static_cast<int32_t>(first + i));
+        ++to_.counts.visited;
+      }
+  }
+
+  // A run whose keys are seen by different rows: a bit for each (row, key).
+  struct Edge {
+    int32_t lo, hi;
+    Bits bits;
+  };
+
+  void add_edge(int32_t lo, int32_t hi, const uint32_t* masks) {
+    if (edges_.empty() || edges_.back().hi != lo || hi - edges_.back().lo > kBitsKeys) edges_.push_back({lo, lo, Bits{}});
+    Edge& edge = edges_.back();
+    for (int32_t key = lo; key < hi; ++key) {
+      const int32_t column = key - edge.lo;
+      for (uint32_t rows = masks[key - lo]; rows; rows &= rows - 1)
+        edge.bits[std::countr_zero(rows) * kBitsWords + column / 32] |= static_cast<int32_t>(1u << (column % 32));
+    }
+    edge.hi = hi;
+  }
+
+  // Writes the tile's runs, those that the same halves of the rows see together: kernels skip the half of the rows that sees nothing of a key block.
+  void write() {
+    // 0: every row; 1, 2, 3: the first half of the rows, the second, both.
+    const auto halves = [&](uint32_t rows) { return rows == all_ ? 0 : ((rows & 0xffffu) != 0) + 2 * ((rows >> 16) != 0); };
+    for (int seen_by = 0; seen_by < 4; ++seen_by)
+      for (const Run& run : runs_)
+        if (halves(run.rows) == seen_by) push(run.lo, run.hi, seen_by ? number_of(run.rows) : -1);
+    for (const Edge& edge : edges_) push(edge.lo, edge.hi, number_of(edge.bits));
+    to_.run_count.push_back(static_cast<int64_t>(runs_.size() + edges_.size()));
+    for (int row = 0; row < count_; ++row) {
+      to_.point_count.push_back(static_cast<int32_t>(points_[row].size()));
+      to_.point_keys.insert(to_.point_keys.end(), points_[row].begin(), points_[row].end());
+    }
+  }
+
+  void push(int32_t lo, int32_t hi, int32_t mask) {
+    to_.lo.push_back(lo);
+    to_.hi.push_back(hi);
+    to_.mask.push_back(mask);
+  }
+
+  // Mask numbers of the chunk: 2 m for the m-th row mask, 2 m + 1 for the m-th bit mask.
+  int32_t number_of(uint32_t rows) {
+    if (!to_.row_masks.empty() && rows == latest_rows_) return latest_number_;
+    const auto [at, fresh] = row_mask_number_.try_emplace(rows, static_cast<int32_t>(to_.row_masks.size()));
+    if (fresh) to_.row_masks.push_back(rows);
+    latest_rows_ = rows;
+    return latest_number_ = 2 * at->second;
+  }
+  int32_t number_of(const Bits& bits) {
+    const auto [at, fresh] = bit_mask_number_.try_emplace(bits, static_cast<int32_t>(to_.bit_masks.size()));
+    if (fresh) to_.bit_masks.push_back(bits);
+    return 2 * at->second + 1;
+  }
+
+  const ContentPattern& pattern_;
+  const int64_t gather_, batch_item_, head_;
+  ChunkTables& to_;
+  RowMasks masks_;
+  int64_t first_row_ = 0;
+  int count_ = 0;
+  uint32_t all_ = 0;  // the rows of the tile
+  std::vector<Run> runs_;
+  std::vector<Edge> edges_;
+  std::array<std::vector<int32_t>, kRows> points_;
+  std::unordered_map<uint32_t, int32_t> row_mask_number_;
+  uint32_t latest_rows_ = 0;
+  int32_t latest_number_ = 0;
+  std::map<Bits, int32_t> bit_mask_number_;
+};
+
+// Where each chunk's entries go in the concatenated tables.
+struct Offsets {
+  int64_t runs = 0, points = 0, masks = 0, words = 0;
+};
+
+// Copies a chunk's tables behind those of the chunks before it.
+void append(const ChunkTables& chunk, Masks& masks, Layer& layer, Offsets& at) {
+  const auto first_bits = static_cast<int32_t>(at.masks + chunk.row_masks.size());
+  for (size_t r = 0; r < chunk.lo.size(); ++r) {
+    const int32_t m = chunk.mask[r];
+    layer.mask.push_back(m < 0 ? -1 : m % 2 ? first_bits + m / 2 : static_cast<int32_t>(at.masks) + m / 2);
+  }
+  layer.lo.insert(layer.lo.end(), chunk.lo.begin(), chunk.lo.end());
+  layer.hi.insert(layer.hi.end(), chunk.hi.begin(), chunk.hi.end());
+  for (const int64_t count : chunk.run_count) layer.indptr.push_back(at.runs += count);
+  layer.point_keys.insert(layer.point_keys.end(), chunk.point_keys.begin(), chunk.point_keys.end());
+  for (const int32_t count : chunk.point_count) layer.point_indptr.push_back(at.points += count);
+  const auto add_mask = [&](int32_t kind, size_t words) {
+    masks.kind.push_back(kind);
+    masks.start.push_back(static_cast<int32_t>(at.words));
+    masks.core_lo.push_back(0);
+    masks.core_hi.push_back(-(1 << 30));  // an empty core
+    at.words += static_cast<int64_t>(words);
+    ++at.masks;
+  };
+  for (const uint32_t rows : chunk.row_masks) {
+    add_mask(kRowSet, 1);
+    masks.data.push_back(static_cast<int32_t>(rows));
+  }
+  for (const Bits& bits : chunk.bit_masks) {
+    add_mask(kBits, bits.size());
+    masks.data.insert(masks.data.end(), bits.begin(), bits.end());
+  }
+  if (at.words > (int64_t{1} << 30)) throw MalformedPlan("masks: more than 2^30 words");
+}
+
+}  // namespace
+
+int64_t ContentPattern::batch_variants() const {
+  int64_t extent = 1;
+  for (const Clause& clause : clauses) {
+    if (clause.kind == ClauseKind::kBlocks) extent = std::max(extent, clause.batch);
+    if (clause.key_mask) extent = std::max(extent, clause.mask_batch);
+  }
+  return extent;
+}
+
+int64_t ContentPattern::head_variants() const {
+  int64_t extent = 1;
+  for (const Clause& clause : clauses)
+    if (clause.kind == ClauseKind::kBlocks) extent = std::max(extent, clause.heads);
+  return extent;
+}
+
+void plan_content(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt, Tables& tables,
+                  ContentCounts& counts) {
+  const int64_t batch = pattern.batch_variants(), heads = pattern.head_variants(), variants = batch * heads;
+  const int64_t tiles = (pattern.n_q + kRows - 1) / kRows, chunks = (tiles + kChunkTiles - 1) / kChunkTiles;
+  std::vector<ChunkTables> parts(variants * chunks);
+  parallel_for(variants * chunks, threads, interrupt, [&](int64_t i) {
+    const int64_t variant = i / chunks, first = i % chunks * kChunkTiles;
+    ChunkPlanner planner(pattern, gather, variant / heads, variant % heads, parts[i]);
+    for (int64_t tile = first; tile < std::min(first + kChunkTiles, tiles); ++tile) planner.plan_tile(tile * kRows);
+  });
+
+  tables.n_q = pattern.n_q, tables.n_k = pattern.n_k, tables.q_offset = pattern.q_offset, tables.tile = kRows;
+  Piece piece;
+  piece.variant.of = {0};
+  piece.row_first = {0, pattern.n_q};
+  piece.first = {0, tiles};
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    piece.start.push_back(static_cast<int32_t>(tile * kRows));
+    piece.count.push_back(static_cast<int32_t>(std::min<int64_t>(kRows, pattern.n_q - tile * kRows)));
+  }
+  piece.part.assign(tiles, 0);
+  piece.parts.assign(tiles, 1);
+  Layer layer;
+  layer.variant.batch = static_cast<int32_t>(batch), layer.variant.heads = static_cast<int32_t>(heads);
+  for (int64_t v = 0; v < variants; ++v) {
+    layer.variant.of.push_back(static_cast<int32_t>(v));
+    layer.entry_base.push_back(v * tiles);
+    layer.place_base.push_back(v * pattern.n_q);
+  }
+  Offsets total;
+  for (const ChunkTables& part : parts) {
+    total.runs += static_cast<int64_t>(part.lo.size());
+    total.points += static_cast<int64_t>(part.point_keys.size());
+  }
+  layer.lo.reserve(total.runs), layer.hi.reserve(total.runs), layer.mask.reserve(total.runs);
+  layer.indptr.reserve(variants * tiles + 1), layer.point_keys.reserve(total.points);
+  layer.indptr.push_back(0);
+  layer.point_indptr.push_back(0);
+  layer.has_points = total.points > 0;
+  const int64_t copies = pattern.batch / batch * (pattern.heads / heads);
+  Offsets at;
+  for (ChunkTables& part : parts) {
+    append(part, tables.masks, layer, at);
+    counts.pairs += part.counts.pairs * copies;
+    counts.visited += part.counts.visited * copies;
+    part = ChunkTables();
+  }
+  if (!layer.has_points) layer.point_indptr.clear(), layer.point_indptr.shrink_to_fit();
+  piece.layers.push_back(std::move(layer));
+  tables.pieces.push_back(std::move(piece));
+  tables.finish();
+}
+
+}  // namespace farlight

@@ -1,0 +1,109 @@
+// Scores of queries against summaries of key blocks, and softmax over the blocks pooled over the queries of a query block.
+//
+// Summaries are packed in panels of kPanel blocks, [dim][kPanel]: blocks stand in lanes, query elements are broadcast.
+#pragma once
+
+#include "elementary.h"
+#include "register_blocks.h"
+
+namespace farlight::FARLIGHT_NS {
+
+// scores[r * ld + c] = sum over d of rows[r][d] * summary of block c, for r < num_rows and c < panels * kPanel. Rows are
+// computed in groups of kM: rows[] has a valid pointer for each row of the last group, scores has room for it.
+inline void block_scores(const float* const* rows, int64_t num_rows, const float* panel, int64_t panels, int64_t dim,
+                         float* scores, int64_t ld) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  for (int64_t p = 0; p < panels; ++p, panel += dim * kPanel)
+    for (int64_t r = 0; r < num_rows; r += kM) {
+      // The next panel comes from L2 while the last group of rows is computed.
+      if (r + kM >= num_rows && p + 1 < panels)
+        for (int64_t i = dim * kPanel; i < 2 * dim * kPanel; i += kLine) FARLIGHT_PREFETCH(panel + i);
+      for (int64_t lane = 0; lane < kPanel; lane += kV * W) {
+        F acc[kM][kV];
+        clear(acc);
+        gemm_row_major<F32Word, kM, kV>(acc, rows + r, panel + lane, kPanel, dim);
+        FARLIGHT_UNROLL
+        for (int m = 0; m < kM; ++m) {
+          FARLIGHT_UNROLL
+          for (int v = 0; v < kV; ++v) store(scores + (r + m) * ld + p * kPanel + lane + v * W, acc[m][v]);
+        }
+      }
+    }
+}
+
+static_assert(kPanel == 32 && kPanel % (kV * W) == 0);
+constexpr float kLowest = -1e30f;  // below every score; finite, so that differences are
+
+// The largest lane of x.
+FARLIGHT_INLINE float largest_lane(F x) {
+  alignas(64) float lane[W];
+  store(lane, x);
+  float y = lane[0];
+  for (int i = 1; i < W; ++i) y = max(y, lane[i]);
+  return y;
+}
+
+// Softmax numerators of one row in place: row[c] = 2^(factor * row[c] + bias[c] - max) for c < width, 0 in the padding of the
+// last panel. Returns the reciprocal of their sum.
+inline float exponentials(float* row, int64_t width, float factor, const float* bias) {
+  constexpr int kVectors = kPanel / W;
+  const F f = broadcast(factor);
+  F largest[kVectors], total[kVectors];
+  FARLIGHT_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    largest[v] = broadcast(kLowest);
+    total[v] = broadcast(0.0f);
+  }
+  for (int64_t c = 0; c < width; c += kPanel) {
+    const uint32_t in_row = c + kPanel <= width ? 0xffffffffu : (1u << (width - c)) - 1;  // a bit per lane of the panel
+    FARLIGHT_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      F x = mul(load(row + c + v * W), f);
+      if (bias) x = add(x, load(bias + c + v * W));
+      if (in_row != 0xffffffffu) x = select(in_row >> (v * W), x, broadcast(kLowest));
+      store(row + c + v * W, x);
+      largest[v] = max(x, largest[v]);
+    }
+  }
+  for (int v = 1; v < kVectors; ++v) largest[0] = max(largest[v], largest[0]);
+  const F reference = broadcast(largest_lane(largest[0]));
+  for (int64_t c = 0; c < width; c += kPanel) {
+    FARLIGHT_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const F e = exp2_poly<5>(sub(load(row + c + v * W), reference));
+      store(row + c + v * W, e);
+      total[v] = add(total[v], e);
+    }
+  }
+  for (int v = 1; v < kVectors; ++v) total[0] = add(total[0], total[v]);
+  return 1.0f / sum(total[0]);
+}
+
+// weights[c] = sum over r < num_rows of softmax over c < width of (factor * scores[r * ld + c] + bias[c]), in base 2; bias may be
+// null. Overwrites the scores, the padding of the last panel included.
+inline void pool_softmax(float* scores, int64_t num_rows, int64_t ld, int64_t width, float factor, const float* bias,
+                         float* weights) {
+  constexpr int kTogether = 4;  // rows added per sweep, so that the weights are loaded and stored once for four of them
+  const int64_t padded = (width + kPanel - 1) / kPanel * kPanel;
+  for (int64_t r = 0; r < num_rows; r += kTogether) {
+    float share[kTogether];
+    for (int i = 0; i < kTogether; ++i) {
+      float* row = scores + min(r + i, num_rows - 1) * ld;
+      if (r + i >= num_rows) {
+        share[i] = 0.0f;
+        continue;
+      }
+      share[i] = exponentials(row, width, factor, bias);
+    }
+    const float* row[kTogether];
+    for (int i = 0; i < kTogether; ++i) row[i] = scores + min(r + i, num_rows - 1) * ld;
+    for (int64_t c = 0; c < padded; c += W) {
+      F x = r ? load(weights + c) : broadcast(0.0f);
+      FARLIGHT_UNROLL
+      for (int i = 0; i < kTogether; ++i) x = fma(load(row[i] + c), broadcast(share[i]), x);
+      store(weights + c, x);
+    }
+  }
+}
+
+}  // namespace farlight::FARLIGHT_NS

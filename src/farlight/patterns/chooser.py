@@ -1,0 +1,19 @@
+"""`Chooser`: what makes a pattern from queries and keys; `fl.attention` takes one where it takes a pattern."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from farlight.patterns.expression import Pattern
+
+__all__ = ["Chooser"]
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """`pattern_of(q, k)` is the pattern for q `(B, H, n_q, D)` and k `(B, H_kv, n_k, D)`; the queries are the last tokens."""
+
+    def pattern_of(self, q: Tensor, k: Tensor) -> Pattern: ...

@@ -1,0 +1,122 @@
+"""What the native planner reads of a router's pattern: a union of clauses, each a list table, a band, or named tokens.
+
+A router's pattern differs in each call, so its plan is on the critical path. The union is read as it is written, without the
+normal form of `farlight.plan.normal_form`: the planner unites the clauses tile by tile. Supported clauses: listed key blocks or
+keys, windows without dilation, named tokens given as positions; each perhaps causal or restricted to real keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from farlight.patterns.arguments import query_base
+from farlight.patterns.expression import Atom, Pattern, Sizes
+from farlight.patterns.named import global_tokens, seen_by_all, sees_all
+from farlight.patterns.packing import padding
+from farlight.patterns.positional import causal, window
+from farlight.patterns.tables import check_lists, chosen_blocks, chosen_keys
+from farlight.plan.clauses import Clause, clauses_of
+
+__all__ = ["ClauseKind", "ContentClause", "content_clauses"]
+
+
+class ClauseKind(IntEnum):
+    """enum ClauseKind in csrc/content/plan_content.h."""
+
+    BLOCKS = 0
+    BAND = 1
+    KEYS = 2
+    ROWS = 3
+
+
+@dataclass(frozen=True)
+class ContentClause:
+    """One clause, perhaps `causal`, perhaps restricted to `real_keys` `(B|1, n_k)` uint8.
+
+    BLOCKS: `table` `(B|1, H|1, lists, width)` int64 of key blocks of `block` keys, -1 = none; list u serves the positions
+    base + u · query_block … base + (u + 1) · query_block - 1. BAND: keys i - left … i + right. KEYS, ROWS: `table`
+    `(1, 1, ranges, 2)` of keys that every query sees, or of query positions that see every key.
+    """
+
+    kind: ClauseKind
+    causal: bool = False
+    table: Tensor | None = None
+    block: int = 1
+    query_block: int = 1
+    base: int = 0
+    left: int = 0
+    right: int = 0
+    real_keys: Tensor | None = None
+
+
+def content_clauses(pattern: Pattern, sizes: Sizes) -> list[ContentClause] | None:
+    """The clauses of a pattern with lists of blocks or keys in memory of the host; None for any other pattern.
+
+    Raises PatternError where a table does not fit the sizes; its indices are not read here.
+    """
+    if not pattern._tables or any(table.device.type != "cpu" for table in pattern._tables) or not sizes.n_q or not sizes.n_k:
+        return None
+    clauses = [half for clause in clauses_of(pattern) for half in _halves(clause)]
+    if not any(isinstance(atom, chosen_blocks | chosen_keys) for clause in clauses for atom in clause):
+        return None
+    supported = []
+    for clause in clauses:
+        read = _read(clause, sizes)
+        if read is None:
+            return None
+        supported.append(read)
+    return supported
+
+
+def _halves(clause: Clause) -> list[Clause]:
+    """The clause with `global_tokens` written as its rows and its keys."""
+    for at, atom in enumerate(clause):
+        if isinstance(atom, global_tokens) and not atom._tables:
+            return [(*clause[:at], half(atom.positions or ()), *clause[at + 1 :]) for half in (sees_all, seen_by_all)]
+    return [clause]
+
+
+def _read(clause: Clause, sizes: Sizes) -> ContentClause | None:
+    masks = [atom for atom in clause if isinstance(atom, padding)]
+    atoms = [atom for atom in clause if not isinstance(atom, causal | padding)]
+    if len(atoms) != 1:
+        return None
+    for atom in clause:
+        if not isinstance(atom, chosen_blocks | chosen_keys):
+            atom.check(sizes)
+    read = _read_atom(atoms[0], sizes)
+    if read is None:
+        return None
+    is_causal = any(isinstance(atom, causal) for atom in clause)
+    return replace(read, causal=is_causal, real_keys=_real_keys(masks, sizes) if masks else None)
+
+
+def _read_atom(atom: Atom, sizes: Sizes) -> ContentClause | None:
+    if isinstance(atom, chosen_blocks | chosen_keys):
+        block, query_block = (atom.block, atom.query_block) if isinstance(atom, chosen_blocks) else (1, 1)
+        check_lists(atom._query_argument, atom._tables[0], sizes, query_block)
+        table = atom._tables[0].contiguous()
+        base = query_base(atom._query_argument, table.shape[2], sizes, query_block)
+        return ContentClause(ClauseKind.BLOCKS, table=table, block=block, query_block=query_block, base=base)
+    if isinstance(atom, window) and atom.dilation == 1:
+        limit = sizes.n_q + sizes.n_k + abs(sizes.q_offset)
+        return ContentClause(ClauseKind.BAND, left=min(atom.left, limit), right=min(atom.right, limit))
+    if isinstance(atom, seen_by_all | sees_all) and not atom._tables:
+        ranges = atom._edges(sizes, torch.device("cpu")).view(1, 1, -1, 2).contiguous()
+        return ContentClause(ClauseKind.KEYS if isinstance(atom, seen_by_all) else ClauseKind.ROWS, table=ranges)
+    return None
+
+
+def _real_keys(masks: list[padding], sizes: Sizes) -> Tensor:
+    """`(B or 1, n_k)` uint8: keys that are real under every padding."""
+    real = torch.ones(1, sizes.n_k, dtype=torch.bool, device="cpu")
+    for mask in masks:
+        if mask.lengths is None:
+            real = real & mask._tables[0]
+        else:
+            real = real & (torch.arange(sizes.n_k, device="cpu") < torch.tensor(mask.lengths, device="cpu")[:, None])
+    return real.to(torch.uint8).contiguous()

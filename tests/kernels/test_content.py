@@ -1,0 +1,237 @@
+"""Routers on the native road of the CPU: the choice of key blocks, the plan of their lists, and attention over both."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import farlight as fl
+from farlight.kernels import cpu
+from farlight.kernels.cpu.content import content_plan
+from farlight.patterns.expression import Pattern, Sizes
+from farlight.plan.content import ContentPlan
+from farlight.routing import Router, TopBlocks, topblocks
+from farlight.testing import assert_matches, attend
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the native module")
+
+ISAS = cpu.available() if cpu.unavailable() is None else []
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Any:
+    """Each ISA of this machine in turn."""
+    previous = cpu.isa()
+    cpu.use(request.param)
+    yield request.param
+    cpu.use(previous)
+
+
+def random_pattern(rng: random.Random) -> tuple[Pattern, Sizes]:
+    """A union of lists with bands, named tokens and padding, whose tables fit the sizes."""
+    batch, heads = rng.choice([1, 2]), rng.choice([1, 3])
+    n_k = rng.choice([1, 5, 31, 64, 100, 257])
+    n_q = rng.choice([n_k, n_k, 1, max(1, n_k - 7), n_k + 3])
+    sizes = Sizes.of(n_q, n_k, batch=batch, heads=heads, q_offset=rng.choice([None, None, 0, -2, 5]))
+    leading, width = (rng.choice([1, batch]), rng.choice([1, heads])), rng.choice([0, 1, 3, 8])
+    pattern: Pattern
+    if rng.random() < 0.75:
+        block, query_block = rng.choice([1, 3, 8, 16, 64]), rng.choice([1, 2, 5, 16, 32, 64])
+        lists = rng.choice([-(-n_k // query_block), -(-n_q // query_block)])
+        indices = torch.randint(-1, -(-n_k // block), (*leading, lists, width))
+        pattern = fl.chosen_blocks(indices, block=block, query_block=query_block)
+    else:
+        pattern = fl.chosen_keys(torch.randint(-1, n_k, (*leading, rng.choice([n_k, n_q]), width)))
+    if rng.random() < 0.5:
+        pattern = pattern & fl.causal()
+    if rng.random() < 0.3:
+        pattern = pattern & fl.padding(torch.rand(rng.choice([1, batch]), n_k) > 0.3)
+    if rng.random() < 0.5:
+        pattern = pattern | fl.window(rng.choice([0, 3, 32, 1000]), rng.choice([None, 0, 2]))
+    if rng.random() < 0.5:
+        named = [
+            fl.seen_by_all([0, 1, 7, -1]),
+            fl.seen_by_all([0, 3]) & fl.causal(),
+            fl.global_tokens([0, -2]),
+            fl.sees_all([2]),
+        ]
+        pattern = pattern | rng.choice([*named, fl.global_tokens([1]) & fl.causal()])
+    return pattern, sizes
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_native_plan_holds_the_pairs_of_the_pattern(seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    planned = 0
+    for _ in range(40):
+        pattern, sizes = random_pattern(rng)
+        plan = content_plan(pattern, sizes, gather=rng.choice([1, 8, 100]))
+        assert isinstance(plan, ContentPlan)
+        shape = (sizes.batch, sizes.heads, sizes.n_q, sizes.n_k)
+        dense = pattern.dense(sizes.n_q, sizes.n_k, batch=sizes.batch, heads=sizes.heads, q_offset=sizes.q_offset).expand(shape)
+        assert torch.equal(plan.dense(), dense), (pattern, sizes)
+        assert plan.pairs == int(dense.sum()) <= plan.visited
+        planned += 1
+    assert planned == 40
+
+
+def random_router(rng: random.Random) -> TopBlocks:
+    amount: dict[str, Any] = rng.choice(
+        [{"count": rng.choice([1, 2, 5, 12])}, {"share": rng.choice([0.1, 0.3, 1.0])}, {"mass": 0.8}]
+    )
+    return TopBlocks(
+        **amount,
+        block=rng.choice([1, 3, 4, 8, 16, 64]),
+        query_block=rng.choice([1, 1, 2, 5, 8, 16, 32, 64]),
+        causal=rng.random() < 0.6,
+        score=rng.choice(["mean", "minmax", "softmax"]),
+        per=rng.choice(["head", "group"]),
+    )
+
+
+def links(router: Router, q: Tensor, k: Tensor, **masks: Tensor | None) -> Tensor:
+    return router(q, k, **masks).dense(q.shape[2], k.shape[2], batch=q.shape[0], heads=q.shape[1])
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_native_choice_is_that_of_torch(seed: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On continuous random scores, where no two blocks tie; masks, GQA, more queries than keys, all budgets."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    compared = 0
+    for _ in range(25):
+        kv_heads, n_k = rng.choice([1, 2]), rng.choice([1, 5, 31, 64, 100, 257])
+        n_q = rng.choice([n_k, n_k, 1, max(1, n_k - 7), n_k + 3])
+        q = torch.randn(2, kv_heads * rng.choice([1, 3]), n_q, 24)
+        k = torch.randn(2, kv_heads, n_k, 24)
+        masks: dict[str, Tensor | None] = {}
+        if rng.random() < 0.3:
+            masks = {"key_mask": torch.rand(2, n_k) > 0.3, "query_mask": torch.rand(2, n_q) > 0.3}
+        router = random_router(rng)
+        try:
+            native = links(router, q, k, **masks)
+        except fl.errors.ArgumentError:
+            continue  # causal queries that begin inside a query block
+        with monkeypatch.context() as patch:
+            patch.setattr(topblocks, "can_choose", lambda q: False)
+            assert torch.equal(native, links(router, q, k, **masks)), (router, q.shape, k.shape)
+        compared += 1
+    assert compared > 15
+
+
+def test_equal_scores_go_to_the_earlier_block() -> None:
+    q = k = torch.zeros(1, 1, 64, 4)
+    chosen = links(TopBlocks(3, 4, 8, causal=True), q, k)[0, 0, -1]
+    assert chosen.nonzero().flatten().tolist() == [0, 1, 2, 3, *range(56, 64)]
+
+
+@pytest.mark.parametrize("score", ["mean", "minmax", "softmax"])
+@pytest.mark.parametrize("query_block", [1, 16])
+def test_later_query_blocks_choose_nothing(score: str, query_block: int) -> None:
+    """Tokens of later query blocks change no link of an earlier one; "mean" and "minmax" do not read later queries at all."""
+    torch.manual_seed(0)
+    router, q, k = (
+        TopBlocks(6, 8, query_block, causal=True, score=score),
+        torch.randn(1, 2, 128, 16),
+        torch.randn(1, 2, 128, 16),
+    )
+    before = links(router, q, k)
+    for position in (16, 48, 112):
+        changed_q, changed_k = q.clone(), k.clone()
+        changed_q[:, :, position:] = torch.randn(1, 2, 128 - position, 16) * 5
+        changed_k[:, :, position:] = torch.randn(1, 2, 128 - position, 16) * 5
+        assert torch.equal(links(router, changed_q, changed_k)[:, :, :position], before[:, :, :position])
+
+
+ROUTERS = {
+    "blocks of 8 for 16 queries": TopBlocks(6, 8, 16, causal=True, score="softmax")
+    | fl.window(8, 0)
+    | fl.seen_by_all([0, 1]) & fl.causal(),
+    "one choice for a group": fl.window(4) | TopBlocks(3, 16, 16, per="group"),
+    "each query": TopBlocks(4, 4, causal=True, score="minmax") | fl.window(2, 0),
+    "share": TopBlocks(share=0.2, block=8) | fl.global_tokens([0, -1]),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_attention_takes_a_router(name: str, dtype: torch.dtype, isa: str) -> None:
+    """The same links and numbers as under the router's pattern, which are those of the dense formula."""
+    torch.manual_seed(0)
+    router = ROUTERS[name]
+    q, k, v = (torch.randn(2, heads, 150, 32, dtype=dtype) for heads in (4, 2, 2))
+    pattern = router(q, k)
+    out = fl.attention(q, k, v, router, backend="cpu")
+    assert torch.equal(out, fl.attention(q, k, v, pattern, backend="cpu"))
+    mask = pattern.dense(150, batch=2, heads=4)
+    truth, _ = attend(q.double(), k.double(), v.double(), mask, scale=32**-0.5)
+    baseline, _ = attend(q, k, v, mask, scale=32**-0.5)
+    assert_matches(out, truth, baseline, name)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_gradients_and_threads(name: str) -> None:
+    """Gradients of the dense formula; dk and dv are the same bits on one thread and on four."""
+    torch.manual_seed(0)
+    router = ROUTERS[name]
+    q, k, v = (torch.randn(1, heads, 200, 16, requires_grad=True) for heads in (4, 2, 2))
+    mask, dout = router(q, k).dense(200, heads=4), torch.randn(1, 4, 200, 16)
+    threads, grads = torch.get_num_threads(), []
+    try:
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            grads.append(torch.autograd.grad(fl.attention(q, k, v, router, backend="cpu"), (q, k, v), dout))
+    finally:
+        torch.set_num_threads(threads)
+    for one, four in zip(*grads, strict=True):
+        assert torch.equal(one, four)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out, _ = attend(*exact, mask, scale=0.25)
+    for grad, answer in zip(grads[0], torch.autograd.grad(out, exact, dout.double()), strict=True):
+        torch.testing.assert_close(grad.double(), answer, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_of_a_router_is_executed_as_given() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3))
+    pattern = TopBlocks(3, 8, 16, causal=True)(q, k)
+    plan = fl.plan(pattern, 100, heads=2)
+    assert isinstance(plan, ContentPlan)
+    assert torch.equal(fl.attention(q, k, v, plan), fl.attention(q, k, v, pattern, backend="cpu"))
+    torch.testing.assert_close(fl.attention(q, k, v, plan, backend="torch"), fl.attention(q, k, v, plan))
+    with pytest.raises(fl.errors.PlanError, match="cannot be pickled; pickle its pattern"):
+        plan.__reduce__()
+
+
+def test_an_index_out_of_range_is_named() -> None:
+    q = k = v = torch.randn(1, 1, 64, 8)
+    pattern = fl.chosen_blocks(torch.tensor([[[[0, 9]] * 4]]), block=16, query_block=16)
+    with pytest.raises(fl.errors.PatternError, match="9 is not one of the 4 key blocks"):
+        fl.attention(q, k, v, pattern, backend="cpu")
+
+
+def test_a_router_has_its_queries_at_the_end() -> None:
+    q = k = v = torch.randn(1, 1, 64, 8)
+    with pytest.raises(fl.errors.ArgumentError, match="q_offset = 3 was given with a router"):
+        fl.attention(q, k, v, TopBlocks(2, 8), q_offset=3)
+
+
+def test_one_choice_for_a_group_is_the_same_for_its_heads() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 6, 96, 16), torch.randn(1, 2, 96, 16)
+    chosen = links(TopBlocks(3, 8, 16, score="softmax", per="group"), q, k).unflatten(1, (2, 3))
+    assert torch.equal(chosen, chosen[:, :, :1].expand_as(chosen))
+    assert not torch.equal(chosen[:, 0], chosen[:, 1])
+
+
+def test_compiled_attention_under_a_router() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 16) for _ in range(3))
+    router = TopBlocks(3, 8, 16, causal=True, score="softmax") | fl.window(4, 0)
+    compiled = torch.compile(lambda q, k, v: fl.attention(q, k, v, router), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), fl.attention(q, k, v, router))
