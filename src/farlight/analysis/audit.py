@@ -24,6 +24,7 @@ from farlight.analysis.cost import (
     timed_length,
 )
 from farlight.analysis.loss.fidelity import BATCH_TOKENS, Fidelity, FidelityRun, measure_fidelity
+from farlight.analysis.loss.language import LanguageLoss
 from farlight.analysis.loss.shared_losses import SharedLoss, shared_losses
 from farlight.analysis.loss.top_losses import LostLink, words_of
 from farlight.analysis.passages import Passages
@@ -90,6 +91,7 @@ class PatternAudit:
         best: the most that as many links could keep, mean over layers and heads.
         token_cosine, pooled_cosine: of last hidden states, sparse against full, by token and of their mean over a passage.
         long_text: cost at the length of the whole text.
+        language: next-token loss on the second half of each passage; None unless the model is a causal language model.
         mass_by_head, best_by_head: by layer and head.
         lost: the heaviest lost links, with words where a tokenizer was given.
 
@@ -115,6 +117,7 @@ class PatternAudit:
     token_cosine: float
     pooled_cosine: float
     long_text: LongText
+    language: LanguageLoss | None = None
     mass_by_head: tuple[tuple[float, ...], ...] = ()
     best_by_head: tuple[tuple[float, ...], ...] = ()
     lost: tuple[LostLink, ...] = ()
@@ -156,11 +159,16 @@ class Audit:
     shared_losses: tuple[SharedLoss, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable fields, with the derived `of_best` and `speedup`."""
+        """JSON-serialisable fields, with derived ones: `of_best`, `speedup`, and for a language model `loss`, `loss_full`,
+        `lost` and the two perplexities."""
         fields = asdict(self)
         for row, pattern in zip(fields["patterns"], self.patterns, strict=True):
             row["of_best"] = pattern.of_best
             row["long_text"]["speedup"] = pattern.long_text.speedup
+            if pattern.language is not None:
+                language = pattern.language
+                row |= {"loss": language.loss, "loss_full": language.loss_full, "loss_lost": language.lost}
+                row |= {"perplexity": language.perplexity, "perplexity_full": language.perplexity_full}
         return fields
 
 
@@ -187,12 +195,12 @@ def audit(
     """Measure fidelity and cost of `patterns` on a Hugging Face `model` that reads `passages`.
 
     Args:
-        model: an encoder or causal language model in evaluation mode whose first output is the last hidden states.
+        model: a causal language model, or an encoder whose first output is the last hidden states, in evaluation mode.
         passages: from `cut_passages`; cost is measured at the length `passages.tokens` too.
         patterns: patterns, routers, or mappings {layer number: one of these}; each is intersected with the model's own mask.
         backend: as in `farlight.attention`; also for running the model under a pattern.
-        tokenizer: for the words at the ends of lost links; None: without words.
-        lost: number of lost links to list for each pattern.
+        tokenizer: for the words at the ends of lost links and of predictions that suffered; None: without words.
+        lost: number of lost links and of such predictions to list for each pattern.
         model_name, text_name: names in the result; model_name defaults to the model's class.
         step: called with a label before each piece of work, those of `steps(passages, patterns)`.
 
@@ -209,9 +217,12 @@ def audit(
     q, k, v = call.q, call.k, call.v
     layer = AttentionShape(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, call.own, call.scale)
     costs, measured_at = _measure_costs(layer, candidates, run, passages.tokens, backend, step)
+    languages = [fidelity.language and fidelity.language.named(passages.ids, tokenizer, words) for fidelity in run.patterns]
     rows = [
-        _pattern_audit(candidate, fidelity, passage_cost, long_cost, run.layers, layer.heads)
-        for candidate, fidelity, (passage_cost, long_cost) in zip(candidates, run.patterns, costs, strict=True)
+        _pattern_audit(candidate, fidelity, language, passage_cost, long_cost, run.layers, layer.heads)
+        for candidate, fidelity, language, (passage_cost, long_cost) in zip(
+            candidates, run.patterns, languages, costs, strict=True
+        )
     ]
     return Audit(
         model=model_name or type(model).__name__,
@@ -268,7 +279,13 @@ def _timed(candidate: Subject, layers: int) -> list[Pattern | Router]:
 
 
 def _pattern_audit(
-    candidate: Subject, fidelity: Fidelity, passage_cost: Cost, long_cost: Cost, layers: int, heads: int
+    candidate: Subject,
+    fidelity: Fidelity,
+    language: LanguageLoss | None,
+    passage_cost: Cost,
+    long_cost: Cost,
+    layers: int,
+    heads: int,
 ) -> PatternAudit:
     worst = int(fidelity.mass.argmin())
     # One pattern for all layers is planned once.
@@ -306,6 +323,7 @@ def _pattern_audit(
             peak_method=long_cost.peak_method,
             why_not=long_cost.why_not,
         ),
+        language=language,
         mass_by_head=tuple(tuple(row) for row in fidelity.mass.tolist()),
         best_by_head=tuple(tuple(row) for row in fidelity.best.tolist()),
         lost=fidelity.lost,

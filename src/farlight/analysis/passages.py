@@ -43,12 +43,15 @@ class Passages:
         return self.ids.shape[1]
 
 
-def cut_passages(text: str, tokenizer: Any, length: int, count: int | None, *, spread: bool = False) -> Passages:
+def cut_passages(
+    text: str, tokenizer: Any, length: int, count: int | None, *, spread: bool = False, stride: int | None = None
+) -> Passages:
     """The first `count` passages of `length` tokens, special tokens included; fewer when the text is shorter; None: all.
 
-    spread: take them evenly from the whole text instead. A text shorter than one passage becomes one shorter passage.
-    `tokenizer` is a Hugging Face tokenizer. Raises ArgumentError for a text of fewer than `FEWEST_TOKENS` tokens, a `length`
-    with less room for text than that, or `count` < 1.
+    spread: take them evenly from the whole text instead. stride: tokens of the text from one start to the next; None: passages
+    adjoin. A text shorter than one passage becomes one shorter passage. `tokenizer` is a Hugging Face tokenizer. Raises
+    ArgumentError for a text of fewer than `FEWEST_TOKENS` tokens, a `length` with less room for text than that, or `count` or
+    `stride` < 1.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     before, after = frame(tokenizer)
@@ -64,9 +67,12 @@ def cut_passages(text: str, tokenizer: Any, length: int, count: int | None, *, s
         raise ArgumentError(
             f"the text has {len(ids)} tokens; at least {FEWEST_TOKENS} are needed to say anything about a pattern."
         )
-    available = max(1, len(ids) // text_tokens)
+    step = text_tokens if stride is None else stride
+    if step < 1:
+        raise ArgumentError(f"stride = {stride}: passages start at least one token apart; the default is their length.")
+    available = max(1, 1 + (len(ids) - text_tokens) // step)
     num_passages = available if count is None else min(count, available)
-    starts = tuple(text_tokens * (p * available // num_passages if spread else p) for p in range(num_passages))
+    starts = tuple(step * (p * available // num_passages if spread else p) for p in range(num_passages))
     framed = [before + ids[start : start + text_tokens] + after for start in starts]
     return Passages(torch.tensor(framed, dtype=torch.int64, device="cpu"), len(ids), starts)
 

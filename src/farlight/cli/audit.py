@@ -106,6 +106,12 @@ def audit_command(
             help=f"Tokens in a passage. Default: what the model can read, at most {_MAX_PASSAGE}.",
         ),
     ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride", parser=count, metavar="TOKENS", help="Tokens from one passage's start to the next. Default: a passage."
+        ),
+    ] = None,
     backend: Annotated[str, typer.Option("--backend", help="Which backend computes sparse attention.")] = "auto",
     page: Annotated[Path | None, typer.Option("--html", help="Write a report to look into, as one HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
@@ -147,14 +153,14 @@ def audit_command(
         from farlight.analysis.passages import cut_passages
 
         spread = page is not None and passages is None
-        cut = cut_passages(content, loaded.tokenizer, size, num_passages, spread=spread)
+        cut = cut_passages(content, loaded.tokenizer, size, num_passages, spread=spread, stride=stride)
         if not judged and not fitting:
             judged = [*read_judged(_defaults(loaded.model, cut))]
         fitted = None
         if fitting:
             # Twice as many passages: the first half is fitted to, the second half is audited.
             both = None if num_passages is None else 2 * num_passages
-            all_passages = cut_passages(content, loaded.tokenizer, size, both, spread=spread)
+            all_passages = cut_passages(content, loaded.tokenizer, size, both, spread=spread, stride=stride)
             fitted, cut = _fit(loaded.model, all_passages, keep, density, candidate, progress)
             judged = [*judged, Subject(_fit_name(keep, density), fitted.patterns)]
             if save is not None:

@@ -15,6 +15,8 @@ __all__ = ["audit_csv", "audit_lines", "audit_markdown"]
 
 # Links listed: each once, with the patterns that lose it.
 _LISTED_LOSSES = 8
+# Predictions listed for each pattern.
+_LISTED_PREDICTIONS = 2
 
 
 def _percent(digits: int) -> Any:
@@ -56,6 +58,27 @@ FIDELITY = (
 )
 
 
+def _of_language(name: str) -> Any:
+    return lambda row: None if row.language is None else getattr(row.language, name)
+
+
+def _interval_text(ends: tuple[float, float]) -> str:
+    return "{:+.3f} … {:+.3f}".format(*ends)
+
+
+# Empty but for causal language models.
+LOSS = (
+    Column("loss", "\nloss", _of_language("loss"), "{:.3f}".format, 90),
+    Column("loss_full", "loss\nfull", _of_language("loss_full"), "{:.3f}".format, 80),
+    Column("loss_lost", "\nlost", _of_language("lost"), "{:+.3f}".format, 100),
+    Column("loss_interval", "lost, 95 %\ninterval", _of_language("interval"), _interval_text, 70),
+    Column("perplexity", "\nperplexity", _of_language("perplexity"), "{:.2f}".format, 60),
+    Column("perplexity_full", "perplexity\nfull", _of_language("perplexity_full"), "{:.2f}".format, 50),
+    Column("lost_early", "lost, first\npart judged", _of_language("lost_early"), "{:+.3f}".format, 20),
+    Column("lost_late", "lost,\nlast part", _of_language("lost_late"), "{:+.3f}".format, 30),
+)
+
+
 def _of_long(name: str) -> Any:
     return lambda row: None if row.long_text.why_not else getattr(row.long_text, name)
 
@@ -85,8 +108,11 @@ def _tables(result: Audit) -> list[Table]:
     names = tuple(row.pattern for row in result.patterns)
     tokens = _long_tokens(result)
     whole = "the whole text" if tokens == result.tokens else f"of {result.tokens:,}, the longest that is timed"
+    loss = Table("Next-token loss in nats, second half of each passage", LOSS, names, result.patterns)
+    has_loss = any(row.language is not None for row in result.patterns)
     return [
         Table(f"In passages of {result.passage_tokens} tokens", FIDELITY, names, result.patterns),
+        *([loss] if has_loss else []),
         Table(f"Over {tokens:,} tokens ({whole})", LONG_TEXT, names, result.patterns, prefix="long_text_"),
     ]
 
@@ -104,7 +130,7 @@ def audit_lines(result: Audit, width: int | None) -> list[str]:
         f"{result.model}: {result.layers} layers, {heads}{shared}{own} | {result.threads} threads | backend {result.backend}",
         f"{result.text}: {result.tokens:,} tokens, judged on {result.passages} passages of {result.passage_tokens}",
     ]
-    after = ["", *_loss_lines(result), *_failures(result), *_legend(result)]
+    after = ["", *_suffered_lines(result), *_loss_lines(result), *_failures(result), *_legend(result)]
     return [
         *(part for line in before for part in wrapped(line, width)),
         *as_text(_tables(result), width),
@@ -146,6 +172,17 @@ def _loss_lines(result: Audit) -> list[str]:
         numbers = ", ".join(str(index + 1) for index in loss.patterns)
         lines.append(f"  {loss.link}" + (f" [{numbers}]" if several else ""))
     return [*lines, ""]
+
+
+def _suffered_lines(result: Audit) -> list[str]:
+    """The predictions of a language model that lost most under each pattern."""
+    lines = [
+        f"suffered under {row.pattern}: {prediction}"
+        for row in result.patterns
+        if row.language is not None
+        for prediction in row.language.suffered[:_LISTED_PREDICTIONS]
+    ]
+    return [*lines, ""] if lines else []
 
 
 def _failures(result: Audit) -> list[str]:

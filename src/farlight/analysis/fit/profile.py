@@ -109,13 +109,14 @@ class LayerProfile:
     def _add_tile(self, tile: Tile) -> None:
         assert self.shape is not None
         _, n_q, n_k, _ = self.shape
-        texts = tile.probability.shape[0]
-        probability = tile.probability.sum(0)  # (heads, rows, n_k)
+        texts, keys = tile.probability.shape[0], tile.probability.shape[3]
+        probability = torch.nn.functional.pad(tile.probability.sum(0), (0, n_k - keys))  # (heads, rows, n_k)
         rows = probability.shape[1]
         if tile.allowed is None:
             links = probability.new_full((1, rows, n_k), float(texts))
         else:
             links = tile.allowed.expand(texts, *tile.allowed.shape[1:]).sum(0).to(probability.dtype)
+            links = torch.nn.functional.pad(links, (0, n_k - keys))
         heads = tile.heads
         if self.block == 1:
             self.cells[heads, tile.rows] += probability.to(self.cells.dtype)

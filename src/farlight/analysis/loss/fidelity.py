@@ -1,8 +1,8 @@
-"""Fidelity of a model under a pattern: attention mass kept, hidden states and pooled embeddings against full attention.
+"""Fidelity of a model under a pattern: attention mass kept, and hidden states, embeddings and loss against full attention.
 
 For each batch of passages the model runs once with its own attention, with an observer that measures the retention of every
-candidate in every layer on that run's q and k; then once under each candidate. So mass depends on the pattern alone, and the
-cosines of last hidden states include how errors of early layers propagate.
+candidate in every layer on that run's q and k; then once under each candidate. So mass depends on the pattern alone, while the
+cosines of last hidden states and a causal language model's loss include how errors of early layers propagate.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from farlight.analysis.candidates_by_layer import Judged, Subject, pattern_for, subjects
+from farlight.analysis.loss.language import LanguageLoss, LanguageReader, LossSums
 from farlight.analysis.loss.probabilities import sizes_of
 from farlight.analysis.loss.retention import Retention, retentions
 from farlight.analysis.loss.top_losses import LINKS_PER_HEAD, LostLink, heaviest_per_head, top_losses
 from farlight.errors import UnsupportedError
 from farlight.hf.interface import Observation, use_pattern
 from farlight.hf.layers import attention_layers
-from farlight.patterns import full
+from farlight.patterns import causal, full
 from farlight.patterns.algebra import looks_back
 from farlight.patterns.expression import Pattern
+from farlight.plan.build import count_pairs
 from farlight.routing.base import Router
 from farlight.routing.gist_router import Gist, count_summaries
 
@@ -45,6 +47,7 @@ class Fidelity:
         token_cosine: cosine of last hidden states, sparse against full, mean over tokens and passages.
         pooled_cosine: cosine of their means over a passage, mean over passages.
         lost: the heaviest links outside the pattern over all layers, heads and passages, reduced by `top_losses`.
+        language: next-token loss; None for a model without a language head or with attention that is not causal.
     """
 
     mass: Tensor
@@ -54,6 +57,7 @@ class Fidelity:
     token_cosine: float
     pooled_cosine: float
     lost: tuple[LostLink, ...] = ()
+    language: LanguageLoss | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,11 @@ def measure_fidelity(
     """Run `model` over passages `ids` with full attention and under each of `patterns`.
 
     Args:
-        model: a Hugging Face model whose first output is the last hidden states; call `.eval()` first.
+        model: a Hugging Face causal language model, or one whose first output is the last hidden states; call `.eval()` first.
         ids: `(passages, length)` int64.
         patterns: patterns, routers, or mappings {layer number: pattern or router}.
         backend: as in `farlight.attention`.
-        lost: number of heaviest lost links to list for each pattern.
+        lost: number of heaviest lost links, and of predictions that suffered most, to list for each pattern.
         words: `words[passage][position]`, the words at the ends of those links.
         step: called with a label before each pass of the model.
 
@@ -93,13 +97,14 @@ def measure_fidelity(
     lost_per_head = LINKS_PER_HEAD if lost else 0
     first_call: Observation | None = None
     num_layers = num_passages = 0
+    reader = LanguageReader(model)
     for batch in ids.split(max(1, BATCH_TOKENS // ids.shape[1])):
         batch_words = None if words is None else words[num_passages : num_passages + batch.shape[0]]
         observer = _RetentionObserver(candidates, lost_per_head, num_passages, batch_words)
         step("full attention")
         with use_pattern(model, None, observer=observer):
             observer.numbers = {id(module): number for number, module in attention_layers(model).items()}
-            reference = last_hidden_states(model, batch)
+            reference, full_losses = reader(batch)
         if not observer.records:
             raise UnsupportedError(
                 f"{type(model).__name__} accepted another attention implementation but never called it; its attention "
@@ -107,24 +112,23 @@ def measure_fidelity(
             )
         if first_call is None:
             first_call = observer.first_call
+            if first_call is not None and _sees_later_keys(first_call):
+                reader.with_loss = False  # tokens see what they predict
         num_layers, num_passages = len(observer.records), num_passages + batch.shape[0]
         for index, (candidate, candidate_sums) in enumerate(zip(candidates, sums, strict=True)):
             step(candidate.name)
             with use_pattern(model, candidate.chosen, backend=backend):
-                records = [layer[index] for layer in observer.records]
-                candidate_sums.add(records, reference, last_hidden_states(model, batch))
+                states, losses = reader(batch)
+            candidate_sums.add([layer[index] for layer in observer.records], reference, states)
+            if full_losses is not None and losses is not None:
+                candidate_sums.language.add(batch, full_losses, losses)
     assert first_call is not None
     return FidelityRun(tuple(candidate_sums.finish() for candidate_sums in sums), first_call, num_layers)
 
 
 def last_hidden_states(model: Any, ids: Tensor) -> Tensor:
     """The last hidden states of `ids` `(B, N)`, `(B, N, features)` in float32, or float64 where the model gives float64."""
-    # Without this a causal model would fill a key/value cache that is never read.
-    options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    with torch.no_grad():
-        mask = torch.ones_like(ids).to(model.device)
-        hidden: Tensor = model(input_ids=ids.to(model.device), attention_mask=mask, **options)[0]
-    return hidden if hidden.dtype == torch.float64 else hidden.float()
+    return LanguageReader(model, with_loss=False)(ids)[0]
 
 
 def token_cosine(a: Tensor, b: Tensor) -> float:
@@ -182,6 +186,12 @@ class _RetentionObserver:
         return _LayerRecord(result.mass.double(), result.best, result.links + extra_links, result.base_links, lost)
 
 
+def _sees_later_keys(call: Observation) -> bool:
+    """Whether the model's own mask allows a key after its query."""
+    sizes = sizes_of(call.q, call.k, call.q_offset)
+    return count_pairs(call.own - causal(), sizes) > 0
+
+
 def summary_links(choice: Pattern | Router | None, pattern: Pattern, call: Observation) -> Tensor | int:
     """Number of block summaries attended beside `pattern`, `(B or 1, H or 1)` int64; 0 unless `choice` is a `Gist`."""
     if not isinstance(choice, Gist):
@@ -199,6 +209,7 @@ class _FidelitySums:
         self.mass: Tensor | float = 0.0
         self.best: Tensor | float = 0.0
         self.links = self.base_links = self.token_cosine = self.pooled_cosine = 0.0
+        self.language = LossSums()
 
     def add(self, layers: Sequence[_LayerRecord], full_states: Tensor, sparse_states: Tensor) -> None:
         """Add a batch: a record per layer, and last hidden states `(B, N, features)` of the full and the sparse run."""
@@ -216,4 +227,5 @@ class _FidelitySums:
         assert isinstance(self.best, Tensor)
         n = self.passages
         means = (self.links / n, self.base_links / n, self.token_cosine / n, self.pooled_cosine / n)
-        return Fidelity(self.mass / n, self.best / n, *means, top_losses(self.lost, self.max_lost))
+        lost = top_losses(self.lost, self.max_lost)
+        return Fidelity(self.mass / n, self.best / n, *means, lost, self.language.finish(self.max_lost))

@@ -2,7 +2,8 @@
 
 Retention, top losses and the profiles for fitting all need softmax(scale · q·kᵀ), which costs n_q · n_k products. `tiles`
 forms them once and yields `Tile`s of at most `_TILE_SCORES` elements; each consumer accumulates what it needs and drops the
-tile, so memory is O(n_q + n_k). Scores and probabilities are float32, or float64 for float64 inputs.
+tile, so memory is O(n_q + n_k). Under a causal base a tile ends at the last key that its rows may see: half the products.
+Scores and probabilities are float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from farlight.errors import ArgumentError
+from farlight.patterns.algebra import looks_back
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.ragged import expand_counts
 
-__all__ = ["Tile", "accumulation_dtype", "check_problem", "sizes_of", "slice_mask", "softmax", "tiles", "weighted_values"]
+__all__ = ["Tile", "accumulation_dtype", "check_problem", "sizes_of", "softmax", "tiles", "weighted_values"]
 
-# Scores of one tile, in elements: 8 MiB in float32. About eight tensors of that size are alive at once.
-_TILE_SCORES = 1 << 21
+# Scores of one tile, in elements: 4 MiB in float32. About eight tensors of that size are alive at once.
+_TILE_SCORES = 1 << 20
 # Below one pair in this many, a pattern's pairs are gathered from the tile; above, the tile is masked.
 _GATHER_RATIO = 8
 
@@ -29,8 +31,9 @@ _GATHER_RATIO = 8
 class Tile:
     """Query rows `rows` of batch items `items` and query heads `heads`, which share the key heads `kv_heads`.
 
-    `scores` and `probability` are `(B', H', rows, n_k)`: scale · q·kᵀ with -inf where `base` does not allow, and its softmax.
-    `allowed` is the mask of `base`, `(B' or 1, H' or 1, rows, n_k)` bool; None when `base` allows every pair.
+    `scores` and `probability` are `(B', H', rows, keys)`: scale · q·kᵀ with -inf where `base` does not allow, and its softmax;
+    keys = n_k, or fewer where `base` allows no row of the tile a later key. `allowed` is the mask of `base`, `(B' or 1, H' or
+    1, rows, keys)` bool; None when `base` allows every pair.
     """
 
     rows: slice
@@ -42,9 +45,8 @@ class Tile:
     allowed: Tensor | None
 
     def mask(self, pattern: Pattern, sizes: Sizes) -> Tensor:
-        """The mask of `pattern` & `base` in this tile, `(B' or 1, H' or 1, rows, n_k)` bool."""
-        rows = pattern.dense_rows(self.rows.start, self.rows.stop, sizes, device=self.probability.device)
-        mask = slice_mask(rows, self.items, self.heads)
+        """The mask of `pattern` & `base` in this tile, `(B' or 1, H' or 1, rows, keys)` bool."""
+        mask = _tile_mask(pattern, self.rows, self.items, self.heads, self.probability.shape[3], sizes, self.probability.device)
         return mask if self.allowed is None else mask & self.allowed
 
     def gather_kept(self, pattern: Pattern, base: Pattern | None, sizes: Sizes) -> tuple[Tensor, Tensor] | None:
@@ -86,13 +88,14 @@ def sizes_of(q: Tensor, k: Tensor, q_offset: int | None) -> Sizes:
 def tiles(q: Tensor, k: Tensor, base: Pattern | None, scale: float | None, sizes: Sizes) -> Iterator[Tile]:
     """Tiles that cover every row of every head exactly once. `base`: the pairs of full attention; None = all pairs."""
     factor, dtype = q.shape[3] ** -0.5 if scale is None else scale, accumulation_dtype(q)
+    is_causal = base is not None and looks_back(base)
     for rows, items, kv_heads in _tile_slices(q, k):
         heads = slice(kv_heads.start * q.shape[1] // k.shape[1], kv_heads.stop * q.shape[1] // k.shape[1])
-        scores = _scores(q[items, heads, rows], k[items, kv_heads], factor, dtype)
+        num_keys = min(k.shape[2], max(0, rows.stop + sizes.q_offset)) if is_causal else k.shape[2]
+        scores = _scores(q[items, heads, rows], k[items, kv_heads, :num_keys], factor, dtype)
         allowed = None
         if base is not None:
-            # Patterns are evaluated for all heads at once.
-            allowed = slice_mask(base.dense_rows(rows.start, rows.stop, sizes, device=q.device), items, heads)
+            allowed = _tile_mask(base, rows, items, heads, num_keys, sizes, q.device)
             scores = scores.masked_fill_(~allowed, -torch.inf)
         yield Tile(rows, items, heads, kv_heads, scores, softmax(scores), allowed)
 
@@ -119,10 +122,35 @@ def _tile_slices(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
                 yield rows, slice(item, item + 1), slice(kv_head, kv_head + 1)
 
 
-def slice_mask(mask: Tensor, items: slice, heads: slice) -> Tensor:
-    """`mask[items, heads]` of a `(B or 1, H or 1, rows, n_k)` mask; broadcast dimensions of size 1 stay."""
-    mask = mask[items] if mask.shape[0] > 1 else mask
-    return mask[:, heads] if mask.shape[1] > 1 else mask
+def _tile_mask(
+    pattern: Pattern, rows: slice, items: slice, heads: slice, num_keys: int, sizes: Sizes, device: torch.device
+) -> Tensor:
+    """The mask of `pattern` on these rows, batch items and heads and the first `num_keys` keys, `(B' or 1, H' or 1, rows,
+    num_keys)`."""
+    pattern.check(sizes)
+    b = torch.arange(items.start, items.stop, device=device) if pattern.varies_over_batch else torch.zeros(1, device=device)
+    h = torch.arange(heads.start, heads.stop, device=device) if pattern.varies_over_heads else torch.zeros(1, device=device)
+    i = torch.arange(rows.start, rows.stop, device=device) + sizes.q_offset
+    j = torch.arange(num_keys, device=device)
+    shape = (b.numel(), h.numel(), i.numel(), num_keys)
+    if not num_keys:
+        return torch.zeros(shape, dtype=torch.bool, device=device)
+    b, h, i = b.long().view(-1, 1, 1), h.long().view(1, -1, 1), i.view(1, 1, -1)
+    # A list of keys or blocks takes a comparison per entry and pair; its intervals are few.
+    if (pattern.varies_over_batch or pattern.varies_over_heads) and all(a._spans_are_cheap(sizes) for a in pattern.atoms()):
+        b, h, i = (x.expand(shape[:3]).flatten() for x in (b, h, i))
+        return _mask_of_spans(pattern, sizes, b, h, i, num_keys).view(shape)
+    return pattern._allows(sizes, b[..., None], h[..., None], i[..., None], j.view(1, 1, 1, -1)).expand(shape)
+
+
+def _mask_of_spans(pattern: Pattern, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, num_keys: int) -> Tensor:
+    """`(rows, num_keys)` bool: the pattern's key intervals of the rows (b, h, i), written as steps of a running sum."""
+    row, lo, hi = pattern._spans(sizes, b, h, i).listed()
+    steps = torch.zeros(b.numel(), num_keys + 1, dtype=torch.int8, device=b.device)
+    # Intervals of a row neither overlap nor touch, so each end is written once; those beyond the tile fall on the last column.
+    steps[row, lo.clamp(max=num_keys)] = 1
+    steps[row, hi.clamp(max=num_keys)] = -1
+    return steps[:, :num_keys].cumsum(1, dtype=torch.int8).bool()
 
 
 def _scores(q: Tensor, k: Tensor, factor: float, dtype: torch.dtype) -> Tensor:

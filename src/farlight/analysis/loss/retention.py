@@ -172,7 +172,7 @@ def _measure(
         tile_pairs = (tile.rows.stop - tile.rows.start) * k.shape[2]
         base_links[tile.items, tile.heads] += tile_pairs if tile.allowed is None else tile.allowed.sum((-1, -2))
         builder.add(tile.probability, tile.items, tile.heads)
-        values = None if v is None else v[tile.items, tile.kv_heads].to(tile.probability.dtype)
+        values = None if v is None else v[tile.items, tile.kv_heads, : tile.probability.shape[3]].to(tile.probability.dtype)
         out = None if values is None else weighted_values(tile.probability, values)
         if out is not None:
             full_norm[tile.items, tile.heads] += out.double().square().sum((-1, -2))
