@@ -208,11 +208,23 @@ Call prepare(NativePlan& plan, int type, const std::vector<int64_t>& shape, doub
   return call;
 }
 
+// The terms of a call: addresses, lengths and strides in the order of farlight/kernels/cpu/launch.py; empty for none.
+TermsView terms_view(const std::vector<int64_t>& from, double cap) {
+  if (from.empty()) return {};
+  if (from.size() != 10) throw std::invalid_argument("terms are 10 numbers");
+  const auto floats = [&](int i) { return reinterpret_cast<float*>(from[i]); };
+  const bool on = cap != 0.0 || from[0] || from[3];
+  return {on,      static_cast<float>(cap), floats(0), from[1],   from[2],  floats(3),
+          from[4], from[5],                 floats(6), floats(7), floats(8), floats(9)};
+}
+
 // Forward and backward of one call; outputs are written in place. Both return the bytes by which the plan's schedule has grown.
 int64_t forward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const StridedAddress& q,
                 const StridedAddress& k, const StridedAddress& v, int64_t out, int64_t lse, double scale,
-                const std::vector<int64_t>& dropout, double keep_scale, int threads) {
+                const std::vector<int64_t>& dropout, double keep_scale, const std::vector<int64_t>& terms, double cap,
+                int threads) {
   Call call = prepare(plan, type, shape, scale, dropout, keep_scale);
+  call.terms = terms_view(terms, cap);
   call.out_type = static_cast<Type>(out_type);
   call.q = tensor_view(q), call.k = tensor_view(k), call.v = tensor_view(v);
   call.result = reinterpret_cast<void*>(out);
@@ -228,8 +240,10 @@ int64_t forward(NativePlan& plan, int type, int out_type, const std::vector<int6
 int64_t backward(NativePlan& plan, int type, int out_type, const std::vector<int64_t>& shape, const StridedAddress& q,
                  const StridedAddress& k, const StridedAddress& v, const StridedAddress& out, const StridedAddress& dout,
                  int64_t lse, int64_t dlse, int64_t dq, int64_t dk, int64_t dv, double scale,
-                 const std::vector<int64_t>& dropout, double keep_scale, int threads) {
+                 const std::vector<int64_t>& dropout, double keep_scale, const std::vector<int64_t>& terms, double cap,
+                 int threads) {
   Call call = prepare(plan, type, shape, scale, dropout, keep_scale);
+  call.terms = terms_view(terms, cap);
   call.out_type = static_cast<Type>(out_type);
   call.q = tensor_view(q), call.k = tensor_view(k), call.v = tensor_view(v);
   call.out = tensor_view(out), call.dout = tensor_view(dout);
@@ -302,6 +316,7 @@ NB_MODULE(_cpu, m) {
       .def(nb::init<const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&, int64_t, int>())
       .def_prop_ro("nbytes", [](const NativePlan& plan) { return plan.tables().bytes(); })
       .def_prop_ro("overlapping", &NativePlan::overlapping)
+      .def_prop_ro("covers_all_rows", &NativePlan::covers_all_rows)
       .def_prop_ro("pairs", [](const NativePlan& plan) { return plan.counts().pairs; })
       .def_prop_ro("visited", [](const NativePlan& plan) { return plan.counts().visited; })
       .def("dense", [](const NativePlan& plan, int64_t batch, int64_t heads, int64_t address) {

@@ -79,7 +79,7 @@ void DkDvReduction::open_slab(int64_t slab_index) {
 }
 
 DkDvBlocks DkDvReduction::blocks_of(int64_t slab_index) const {
-  return {slabs_[slab_index].dk.data(), slabs_[slab_index].dv.data(), stride_};
+  return {slabs_[slab_index].dk.data(), slabs_[slab_index].dv.data(), stride_, {}};
 }
 
 bool DkDvReduction::finish_slab(int64_t slab_index) {

@@ -13,6 +13,7 @@
 #include "dkdv_reduction.h"
 #include "memory.h"
 #include "parallel.h"
+#include "term_reduction.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -185,14 +186,20 @@ void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, v
   // buffers for the next group. Otherwise all threads reduce all groups at the end.
   const bool reduce_per_group = schedule.phases.size() == 1 && schedule.groups() >= threads;
   DkDvReduction sums(kernels, call, schedule, dk, dv);
+  TermReduction term_sums(call, schedule);
   for (size_t p = 0; p < schedule.phases.size(); ++p) {
     const Phase& phase = schedule.phases[p];
     parallel_for(num_slabs, threads, interrupt, [&](int64_t slab_index) {
-      if (p == 0) sums.open_slab(slab_index);
+      if (p == 0) {
+        sums.open_slab(slab_index);
+        term_sums.open_slab(slab_index);
+      }
+      DkDvBlocks accumulators = sums.blocks_of(slab_index);
+      accumulators.terms = term_sums.sums_of(slab_index);
       const Slab& slab = phase.slabs[slab_index];
       for (int64_t i = slab.first; i < slab.last; ++i) {
         char* buffer = scratch(bytes, kernels.zeroed_bytes, call_id);
-        kernels.backward(call, phase.backward[i], next_item(phase.backward, i, slab.last), sums.blocks_of(slab_index), buffer);
+        kernels.backward(call, phase.backward[i], next_item(phase.backward, i, slab.last), accumulators, buffer);
       }
       if (reduce_per_group && sums.finish_slab(slab_index)) {
         const int64_t group = slab_index / schedule.slab_count;
@@ -204,6 +211,7 @@ void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, v
   if (!reduce_per_group)
     parallel_for(schedule.groups() * schedule.blocks, threads, interrupt,
                  [&](int64_t i) { sums.reduce_block(i / schedule.blocks, i % schedule.blocks); });
+  term_sums.reduce(threads, interrupt);
 }
 
 }  // namespace farlight

@@ -89,6 +89,28 @@ struct RowStats {
   float row_max, row_sum;
 };
 
+// Terms on the scores, in base 2: S = capped(score) + distance[head, i - j] + key_bias[batch, head, j].
+struct TermsView {
+  bool on;    // scores have terms; sinks and delta are apart from it
+  float cap;  // 0: none
+  // (heads, distance_length) or null: the biases of the distances i - j = lowest, lowest + 1, ..., its two ends repeated
+  // kRows - 1 times.
+  const float* distance;
+  int64_t distance_length, lowest;
+  const float* key_bias;  // null: none; strides in elements, 0 where shared
+  int64_t key_batch, key_head;
+  const float* sinks;  // (heads,) or null: added to the sum of a row when it is written; every row is written once
+  float *d_distance, *d_key_bias;  // gradients of S, (heads, distance_length) and (batch, heads, n_k), or null
+  float* delta;                    // backward: rowsum(dO * out) - dlse of every row, or null
+};
+
+// A slab's sums of the gradients of the terms, for the heads of its group; null where not wanted.
+struct TermSums {
+  float* distance;  // (heads of the group, distance_length)
+  float* keys;      // (heads of the group, key_count)
+  int64_t key_count;
+};
+
 // The arguments of one call, the same for every work item.
 struct Call {
   const PlanView* plan;
@@ -96,6 +118,7 @@ struct Call {
   int64_t batch, heads, kv_heads, dim;
   float scale;
   Dropout dropout;
+  TermsView terms;
   TensorView q, k, v, out, dout;
   float* lse;         // (B, H, n_q), natural logarithm
   const float* dlse;  // (B, H, n_q) or null
@@ -117,6 +140,7 @@ struct DkDvBlocks {
   float* const* dk;
   float* const* dv;
   int64_t stride;
+  TermSums terms;
 };
 
 // The unit of scheduling: one tile entry of one (batch item, query head).

@@ -11,8 +11,9 @@
 
 #include "dkdv_accumulator.h"
 #include "gathered_backward.h"
+#include "pair_operands.h"
 #include "row_prefetch.h"
-#include "scores.h"
+#include "score_terms.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -55,6 +56,10 @@ class Backward {
       ds_rows_ = arena.allocate<Word>(num_parts<Traits> * kWeights);
       ds_columns_ = arena.allocate<Word>(num_parts<Traits> * kWeights);
     }
+    if (call.terms.on) {
+      slope_ = arena.allocate<float>(kChunkKeys * kRows);
+      ds_of_terms_ = arena.allocate<float>(kChunkKeys * kRows);
+    }
     dkdv_.reserve(arena);
     dq_ = arena.allocate<float>(round_up(dim_, 16) * kRows);
     dq_total_ = arena.allocate<float>(round_up(dim_, 16) * kRows);
@@ -66,6 +71,7 @@ class Backward {
   void run(int first_row, const DkDvBlocks& dkdv_blocks, const WorkItem* next) {
     const RowBlock row_block(*call_.plan, item_, first_row);
     const DropoutMask dropout(call_.dropout, *call_.plan, row_block);
+    const BlockTerms score_terms(call_, row_block);
     const HeadRows<T> q(call_.q, item_.batch, item_.head), dout(call_.dout, item_.batch, item_.head);
     const float scale_log2 = call_.scale * kLog2E, factor = q_prescaled<Traits> ? 1.0f : scale_log2;
     GatherPrefetcher<T> gather_prefetcher(row_block, keys_.source(), values_.source(), dim_);
@@ -112,7 +118,9 @@ class Backward {
           return lines ? lines : row_prefetcher.lines();
         });
       }
-      softmax_backward(dropout, factor, lanes);
+      if (score_terms.on()) softmax_backward_scored(score_terms, dkdv_blocks.terms, dropout, factor, lanes);
+      else softmax_backward(dropout, factor, lanes);
+      finish_weights();
       dkdv_.add(c, weights(), dout_rows_, ds(), query_rows_, terms);
       if (num_chunks && num_chunks % kChunksPerSum == 0) flush_dq(num_chunks == kChunksPerSum);
       add_dq(lanes, num_chunks % kChunksPerSum == 0, prefetcher);
@@ -129,7 +137,7 @@ class Backward {
       }
       transpose_from_lanes(dq_, dim_, dq_rows_, ld_);
     }
-    if (row_block.any_gathered()) touched |= add_gathered(row_block, q, dout, dropout, dkdv_blocks);
+    if (row_block.any_gathered()) touched |= add_gathered(row_block, q, dout, dropout, score_terms, dkdv_blocks);
     finish(row_block, touched);
   }
 
@@ -200,6 +208,7 @@ class Backward {
       lse_[s] = call_.lse[at] == -INFINITY ? -kInitialMax : call_.row_stats ? call_.row_stats[at].row_sum : call_.lse[at];
       if (call_.row_stats) reference_[s] = call_.row_stats[at].row_max;
       delta_[s] = dot(dout.row(row_block.row[s]), out.row(row_block.row[s]), dim_) - (call_.dlse ? call_.dlse[at] : 0.0f);
+      if (call_.terms.delta && row_block.piece->part[item_.entry] == 0) call_.terms.delta[at] = delta_[s];
     }
   }
 
@@ -244,9 +253,25 @@ class Backward {
         store_weights(i, g, p, ds);
       }
     }
+  }
+
+  // The same under terms, whose gradients are added to the slab's sums.
+  void softmax_backward_scored(const BlockTerms& terms, const TermSums& sums, const DropoutMask& dropout, float factor,
+                               int lanes) {
+    const Chunk& c = *chunk_;
+    float* const slope = call_.terms.cap != 0.0f ? slope_ : nullptr;
+    terms.apply(c, 0, c.n, 0, lanes, factor, scores_, slope, nullptr);
+    if (call_.row_stats) subtract_references(scores_, c.n, reference_);
+    scored_softmax_backward<Traits>(c, terms, dropout, lse_, delta_, call_.scale, lanes, scores_, ds_, slope, ds_of_terms_,
+                                    [&](int i, int g, const F(&p)[kV], const F(&ds)[kV]) { store_weights(i, g, p, ds); });
+    if (terms.wants_gradients(sums)) terms.add_gradients(c, ds_of_terms_, sums);
+  }
+
+  // Brings the stored P and dS into the layout of the next products.
+  void finish_weights() {
     if constexpr (uses_pairs<Traits>) {
-      if (uses_amx<Traits>) clear_padding();
-      interleave_ds();
+      if (uses_amx<Traits>) clear_padding<Traits>(*chunk_, weight_rows_, ds_rows_, kWeights);
+      interleave_ds<Traits>(*chunk_, ds_rows_, ds_columns_, kWeights);
     }
   }
 
@@ -264,34 +289,6 @@ class Backward {
         store(ds_ + i * kRows + g + v * W, ds[v]);
       }
     }
-  }
-
-  // Zeroes the weights of padding keys.
-  void clear_padding() {
-    const int64_t padding = chunk_->blocks * kM - chunk_->n;
-    for (int p = 0; padding && p < num_parts<Traits>; ++p) {
-      const int64_t at = p * kWeights + chunk_->n * kRows / 2, bytes = padding * kRows / 2 * static_cast<int64_t>(sizeof(Word));
-      std::memset(weight_rows_ + at, 0, bytes);
-      std::memset(ds_rows_ + at, 0, bytes);
-    }
-  }
-
-  // Interleaves dS along keys, as the right operand of dQ^T += K^T dS^T.
-  void interleave_ds() {
-#if defined(FARLIGHT_BF16_PAIRS)
-    const int n = uses_amx<Traits> ? chunk_->blocks * kM : chunk_->n;
-    for (int p = 0; p < num_parts<Traits>; ++p) {
-      const Word* rows = ds_rows_ + p * kWeights;
-      Word* columns = ds_columns_ + p * kWeights;
-      for (int i = 0; i < n; i += 2) {
-        I low, high;
-        const I second = i + 1 < n ? load_i(rows + (i + 1) * kRows / 2) : broadcast_i(0);
-        interleave(load_i(rows + i * kRows / 2), second, low, high);
-        store_i(columns + i / 2 * kRows, low);
-        store_i(columns + i / 2 * kRows + W, high);
-      }
-    }
-#endif
   }
 
   // P and dS as operands, [key][row].
@@ -325,8 +322,8 @@ class Backward {
 
   // Processes gathered keys; returns the mask of rows that have any.
   uint32_t add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const HeadRows<T>& dout, const DropoutMask& dropout,
-                        const DkDvBlocks& dkdv_blocks) {
-    GatheredGradients<T> gradients(row_block, q, dout, keys_.source(), values_.source(), dim_, call_.scale, dropout,
+                        const BlockTerms& terms, const DkDvBlocks& dkdv_blocks) {
+    GatheredGradients<T> gradients(row_block, q, dout, keys_.source(), values_.source(), dim_, call_.scale, dropout, terms,
                                    dkdv_blocks, reference_, lse_, delta_, dq_rows_, ld_);
     uint32_t touched = 0;
     for (int i = 0; i < row_block.piece->layer_count; ++i)
@@ -382,6 +379,7 @@ class Backward {
   Transposed<Traits> queries_, dout_;
   Chunk *chunks_, *chunk_ = nullptr;  // double buffer; the current chunk
   Word *query_rows_, *dout_rows_, *weight_rows_ = nullptr, *ds_rows_ = nullptr, *ds_columns_ = nullptr;
+  float *slope_ = nullptr, *ds_of_terms_ = nullptr;  // with terms only: derivative of softcap, gradient of the scores
   float *scores_, *ds_, *dq_, *dq_total_, *dq_rows_, *row_buffer_;
   // lse_ is relative to reference_, which is 0 unless the call has RowStats
   float reference_[kRows], lse_[kRows], delta_[kRows];

@@ -11,7 +11,7 @@
 
 #include "gathered.h"
 #include "row_prefetch.h"
-#include "scores.h"
+#include "score_terms.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -51,6 +51,7 @@ class Forward {
   void run(int first_row, const WorkItem* next) {
     const RowBlock row_block(*call_.plan, item_, first_row);
     const DropoutMask dropout(call_.dropout, *call_.plan, row_block);
+    const BlockTerms terms(call_, row_block);
     const HeadRows<T> q(call_.q, item_.batch, item_.head);
     const auto [before, factor] = scale_of<Traits>(call_.scale);
     RowPrefetcher row_prefetcher(*call_.plan, PrefetchLines::lines_per_row<T>(dim_));
@@ -75,10 +76,10 @@ class Forward {
       KeyPrefetcher<Traits> prefetcher(has_next ? chunks_ + (slot ^ 1) : nullptr, keys_, values_, packed_, gather_prefetcher,
                                        recent_, dim_);
       if constexpr (uses_amx<Traits>) {
-        process_chunk_amx(prefetcher, dropout, factor, lanes, first_chunk);
+        process_chunk_amx(prefetcher, dropout, terms, factor, lanes, first_chunk);
         row_prefetcher.issue_some(kRows / 4);
       } else {
-        process_chunk(prefetcher, row_prefetcher, dropout, factor, lanes, first_chunk);
+        process_chunk(prefetcher, row_prefetcher, dropout, terms, factor, lanes, first_chunk);
       }
       first_chunk = false;
     }
@@ -87,7 +88,7 @@ class Forward {
     } else {
       transpose_from_lanes(acc_, dim_, out_rows_, ld_);
     }
-    if (row_block.any_gathered()) add_gathered(row_block, q, dropout);
+    if (row_block.any_gathered()) add_gathered(row_block, q, dropout, terms);
     finish(row_block, dropout.keep_scale());
   }
 
@@ -100,25 +101,36 @@ class Forward {
 
   // One chunk by vector products: scores, running maximum, weights, values.
   FARLIGHT_INLINE void process_chunk(KeyPrefetcher<Traits>& prefetcher, RowPrefetcher& row_prefetcher,
-                                     const DropoutMask& dropout, float factor, int lanes, bool first_chunk) {
+                                     const DropoutMask& dropout, const BlockTerms& terms, float factor, int lanes,
+                                     bool first_chunk) {
     float row_max[kRows];
     keys_.fetch_row_major(*chunk_);
-    score<Traits, true>(*chunk_, keys_, queries_, lanes, scores_, row_max, [&](int block) {
+    const auto lines_for = [&](int block) {
       const PrefetchLines* lines = prefetcher.lines(block);
       return lines ? lines : row_prefetcher.lines();
-    });
-    for (int g = 0; !q_prescaled<Traits> && g < lanes; g += W) store(row_max + g, mul(load(row_max + g), broadcast(factor)));
+    };
+    if (terms.on()) {
+      score_with_terms(*chunk_, terms, keys_, queries_, lanes, factor, scores_, row_max, lines_for);
+      factor = 1.0f;
+    } else {
+      score<Traits, true>(*chunk_, keys_, queries_, lanes, scores_, row_max, lines_for);
+      for (int g = 0; !q_prescaled<Traits> && g < lanes; g += W) store(row_max + g, mul(load(row_max + g), broadcast(factor)));
+    }
     const bool rescales = raise_max(row_max, lanes, first_chunk);
     compute_weights(dropout, broadcast(scale_large(factor, lanes)), lanes);
     add_pv(lanes, first_chunk, rescales);
   }
 
   // One chunk by AMX tile products.
-  FARLIGHT_INLINE void process_chunk_amx(KeyPrefetcher<Traits>& prefetcher, const DropoutMask& dropout, float factor, int lanes,
-                                         bool first_chunk) {
+  FARLIGHT_INLINE void process_chunk_amx(KeyPrefetcher<Traits>& prefetcher, const DropoutMask& dropout,
+                                         const BlockTerms& terms, float factor, int lanes, bool first_chunk) {
 #if defined(FARLIGHT_ISA_AMX)
     const int groups = packed_.fetch(*chunk_);
     score_amx(*chunk_, keys_, packed_, 0, queries_, scores_, prefetcher);
+    if (terms.on()) {
+      terms.apply(*chunk_, 0, chunk_->blocks * kM, 0, lanes, factor, scores_, nullptr, nullptr);
+      factor = 1.0f;
+    }
     F sums[kRows / W];
     if (kMaxSlack == 0.0f || first_chunk || compute_weights_amx(dropout, factor, lanes, sums)) {
       float row_max[kRows];
@@ -130,7 +142,7 @@ class Forward {
     accumulate_key_groups<num_parts<Traits>>(acc_, packed_.groups, packed_.part(), weights_, kWeights, groups, dim_,
                                              first_chunk, [&] { prefetcher.issue_some(); });
 #else
-    (void)prefetcher, (void)dropout, (void)factor, (void)lanes, (void)first_chunk;
+    (void)prefetcher, (void)dropout, (void)terms, (void)factor, (void)lanes, (void)first_chunk;
 #endif
   }
 
@@ -275,8 +287,8 @@ class Forward {
   }
 
   // Continues the softmax over gathered keys.
-  void add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const DropoutMask& dropout) {
-    GatheredSoftmax<T> softmax(row_block, q, keys_.source(), values_.source(), dim_, call_.scale * kLog2E, dropout,
+  void add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const DropoutMask& dropout, const BlockTerms& terms) {
+    GatheredSoftmax<T> softmax(row_block, q, keys_.source(), values_.source(), dim_, call_.scale * kLog2E, dropout, terms,
                                {row_max_, row_sum_, out_rows_, ld_, row_buffer_});
     for (int i = 0; i < row_block.piece->layer_count; ++i)
       if (row_block.has_gathered(row_block.piece->layers[i])) softmax.process_layer(row_block.piece->layers[i]);
@@ -343,9 +355,10 @@ class Forward {
       if (keep_masked_rows(call_, item_)) return;
       std::memset(sum, 0, dim_ * sizeof(float));
       write_row(call_.out_type, call_.result, at * dim_, sum, dim_);
-      call_.lse[at] = -INFINITY;
+      call_.lse[at] = call_.terms.sinks ? call_.terms.sinks[item_.head] * kLn2 : -INFINITY;
       return;
     }
+    if (call_.terms.sinks) add_sink(call_.terms.sinks[item_.head], row_max, row_sum, keep_scale);
     float factor = keep_scale / row_sum;
     RowStats* const previous = call_.row_stats ? call_.row_stats + at : nullptr;
     if (call_.merges && previous->row_sum != 0.0f) {

@@ -4,7 +4,7 @@
 
 #include "operands.h"
 #include "packed_cache.h"
-#include "scores.h"
+#include "score_terms.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -43,7 +43,7 @@ template <class T>
 class GatheredSoftmax {
  public:
   GatheredSoftmax(const RowBlock& row_block, const HeadRows<T>& queries, const HeadRows<T>& keys, const HeadRows<T>& values,
-                  int64_t dim, float scale, const DropoutMask& dropout, const SoftmaxRows& state)
+                  int64_t dim, float scale, const DropoutMask& dropout, const BlockTerms& terms, const SoftmaxRows& state)
       : row_block_(row_block),
         queries_(queries),
         keys_(keys),
@@ -51,6 +51,7 @@ class GatheredSoftmax {
         dim_(dim),
         scale_(scale),
         dropout_(dropout),
+        terms_(terms),
         state_(state) {}
 
   // Processes all gathered keys of a layer.
@@ -88,7 +89,9 @@ class GatheredSoftmax {
       copy_as_float(queries_.row(row_block_.row[s]), state_.query, dim_);
       float largest = kMaskedScore;
       for (int i = from; i < to; ++i) {
-        weight_[i] = dot(state_.query, keys_.row(layer.point_keys[x + i]), dim_) * scale_;
+        const int32_t key = layer.point_keys[x + i];
+        float slope;
+        weight_[i] = terms_.pair(dot(state_.query, keys_.row(key), dim_) * scale_, s, key, &slope);
         largest = weight_[i] > largest ? weight_[i] : largest;
       }
       if (largest > state_.row_max[s]) {
@@ -125,6 +128,7 @@ class GatheredSoftmax {
   int64_t dim_;
   float scale_;
   const DropoutMask& dropout_;
+  const BlockTerms& terms_;
   SoftmaxRows state_;
   float weight_[kGatherBatch], reference_[kGatherBatch];
 };

@@ -12,7 +12,7 @@ class GatheredGradients {
  public:
   // reference, lse, delta: per row of the block (lse relative to reference, see Backward); dq: rows `ld` floats apart.
   GatheredGradients(const RowBlock& row_block, const HeadRows<T>& queries, const HeadRows<T>& dout, const HeadRows<T>& keys,
-                    const HeadRows<T>& values, int64_t dim, float scale, const DropoutMask& dropout,
+                    const HeadRows<T>& values, int64_t dim, float scale, const DropoutMask& dropout, const BlockTerms& terms,
                     const DkDvBlocks& dkdv_blocks, const float* reference, const float* lse, const float* delta, float* dq,
                     int64_t ld)
       : row_block_(row_block),
@@ -23,6 +23,7 @@ class GatheredGradients {
         dim_(dim),
         scale_(scale),
         dropout_(dropout),
+        terms_(terms),
         dkdv_blocks_(dkdv_blocks),
         reference_(reference),
         lse_(lse),
@@ -60,7 +61,8 @@ class GatheredGradients {
       const int64_t row = row_block_.row[row_[i]];
       prefetch_row_for_write(dk(keys[i]), dim_);
       prefetch_row_for_write(dv(keys[i]), dim_);
-      weight_[i] = dot(queries_.row(row), keys_.row(keys[i]), dim_) * (scale_ * kLog2E);
+      const float score = dot(queries_.row(row), keys_.row(keys[i]), dim_) * (scale_ * kLog2E);
+      weight_[i] = terms_.pair(score, row_[i], keys[i], slope_ + i);
       ds_[i] = dot(dout_.row(row), values_.row(keys[i]), dim_);
       row_reference_[i] = reference_[row_[i]];
       row_lse_[i] = lse_[row_[i]];
@@ -75,7 +77,9 @@ class GatheredGradients {
             exp2_poly<5>(fma(load(row_lse_ + i), broadcast(-kLog2E), sub(load(weight_ + i), load(row_reference_ + i)))));
     for (int i = 0; i < n; ++i) {
       const float keep = !dropout_.on() ? 1.0f : dropout_.keeps_pair(keys[i], row_[i]) ? dropout_.keep_scale() : 0.0f;
-      ds_[i] = weight_[i] * scale_ * (ds_[i] * keep - delta_[row_[i]]);
+      const float ds = weight_[i] * (ds_[i] * keep - delta_[row_[i]]);
+      if (terms_.on()) terms_.add_gradient(ds, row_[i], keys[i], dkdv_blocks_.terms);
+      ds_[i] = ds * scale_ * slope_[i];
       weight_[i] *= keep;
     }
   }
@@ -101,12 +105,13 @@ class GatheredGradients {
   int64_t dim_;
   float scale_;
   const DropoutMask& dropout_;
+  const BlockTerms& terms_;
   const DkDvBlocks& dkdv_blocks_;
   const float *reference_, *lse_, *delta_;
   float* dq_;
   int64_t ld_;
   int row_[kBatch];
-  float weight_[kBatch], ds_[kBatch], row_reference_[kBatch], row_lse_[kBatch];
+  float weight_[kBatch], ds_[kBatch], slope_[kBatch], row_reference_[kBatch], row_lse_[kBatch];
 };
 
 }  // namespace farlight::FARLIGHT_NS

@@ -25,6 +25,7 @@ FARLIGHT_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 FARLIGHT_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 FARLIGHT_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 FARLIGHT_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+FARLIGHT_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 // max(a, b), min(a, b); b where either is NaN.
 FARLIGHT_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 FARLIGHT_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }

@@ -30,6 +30,7 @@ FARLIGHT_INLINE F fma(F a, F b, F c) { return a * b + c; }
 FARLIGHT_INLINE F add(F a, F b) { return a + b; }
 FARLIGHT_INLINE F sub(F a, F b) { return a - b; }
 FARLIGHT_INLINE F mul(F a, F b) { return a * b; }
+FARLIGHT_INLINE F div(F a, F b) { return a / b; }
 FARLIGHT_INLINE F max(F a, F b) { return a > b ? a : b; }
 FARLIGHT_INLINE I bit_xor(I a, I b) { return a ^ b; }
 FARLIGHT_INLINE I mul(I a, I b) { return a * b; }
@@ -91,6 +92,7 @@ FARLIGHT_INLINE F fma(F a, F b, F c) { FARLIGHT_LANES(F, a.v[i] * b.v[i] + c.v[i
 FARLIGHT_INLINE F add(F a, F b) { FARLIGHT_LANES(F, a.v[i] + b.v[i]); }
 FARLIGHT_INLINE F sub(F a, F b) { FARLIGHT_LANES(F, a.v[i] - b.v[i]); }
 FARLIGHT_INLINE F mul(F a, F b) { FARLIGHT_LANES(F, a.v[i] * b.v[i]); }
+FARLIGHT_INLINE F div(F a, F b) { FARLIGHT_LANES(F, a.v[i] / b.v[i]); }
 FARLIGHT_INLINE F max(F a, F b) { FARLIGHT_LANES(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 FARLIGHT_INLINE I bit_xor(I a, I b) { FARLIGHT_LANES(I, a.v[i] ^ b.v[i]); }
 FARLIGHT_INLINE I mul(I a, I b) { FARLIGHT_LANES(I, a.v[i] * b.v[i]); }

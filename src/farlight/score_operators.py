@@ -18,7 +18,6 @@ from farlight.errors import UnsupportedError
 from farlight.first_order import refuse_forward_mode
 from farlight.kernels import registry
 from farlight.kernels.backend import Backend, Call, Request, Saved, ScoringBackend
-from farlight.kernels.sinks import sink_gradient
 from farlight.ops import is_plain, pattern_of
 from farlight.patterns.expression import Sizes
 from farlight.plan.tables import PlanLike
@@ -70,7 +69,7 @@ class _AttendScored(torch.autograd.Function):
             grads = _gradients(*operands, list(pattern._tables), seed, *options)
         else:
             terms = ScoreTerms(ctx.cap, ctx.first, distance, key_bias, sinks)
-            call = Call(q, k, v, ctx.plan, ctx.scale, request.dropout, seed, terms)
+            call = Call(q, k, v, ctx.plan, ctx.scale, request.dropout, seed, terms, ctx.needs_input_grad[3:6])
             grads = _all_gradients(ctx.backend, call, Saved(out, lse), dout, dlse)
         return *grads, *(None,) * 7
 
@@ -83,9 +82,8 @@ def _all_gradients(
     backend: Backend, call: Call, saved: Saved, dout: Tensor, dlse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of q, k, v, distance, key_bias and sinks, None for a term that is not there."""
-    grads, of_tables = cast(ScoringBackend, backend).score_backward(call, saved, dout, dlse)
-    sinks = None if call.terms is None else call.terms.sinks
-    return *grads, *of_tables, None if sinks is None else sink_gradient(saved.out, saved.lse, dout, dlse, sinks)
+    grads, of_terms = cast(ScoringBackend, backend).score_backward(call, saved, dout, dlse)
+    return *grads, *of_terms
 
 
 # ---- the operators' kernels and fakes -----------------------------------------------------------------------------------

@@ -431,9 +431,7 @@ def test_no_mask_means_what_it_means_for_sdpa(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     "name, value, text",
     [
-        ("softcap", 30.0, "passes softcap, which squashes the scores"),
         ("sinks", torch.zeros(2), "passes sinks, which adds a sink of its own for each query"),
-        ("position_bias", torch.zeros(1, 1, 5, 5), "passes position_bias, which adds a bias"),
         ("seq_idx", torch.zeros(1, 5), "passes seq_idx, which packs several sequences"),
         ("cu_seq_lens_q", torch.zeros(2), "passes cu_seq_lens_q, which packs several sequences"),
         ("cache", object(), "passes cache, which reads keys and values from a paged cache"),

@@ -9,7 +9,7 @@ import torch
 from score_formula import TERMS, compare_scored, make_terms
 
 import farlight as fl
-from farlight.kernels import registry
+from farlight.kernels import cpu, registry
 from farlight.testing import Case, case
 from parity import BACKENDS, DTYPES, dtype_name
 
@@ -93,3 +93,16 @@ def test_split_rows(backend: str) -> None:
 
 def test_every_backend_with_a_kernel_takes_sinks() -> None:
     assert all(supports(name, ("sinks",), CASES[0], torch.float32) for name in BACKENDS if name not in ("dense",))
+
+
+@pytest.mark.parametrize("isa", cpu.available() if cpu.unavailable() is None else [])
+def test_every_isa_computes_every_term(isa: str) -> None:
+    """Rows in order and sorted, gathered pairs, masks; both dtypes."""
+    before = cpu.isa()
+    cpu.use(isa)
+    try:
+        for of in (CASES[0], CASES[3], CASES[8], CASES[13]):
+            for dtype in (torch.float32, torch.bfloat16):
+                compare_scored(of, make_terms(TERMS, of), "cpu", dtype)
+    finally:
+        cpu.use(before)

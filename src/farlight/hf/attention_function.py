@@ -15,7 +15,7 @@ refused with UnsupportedError.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from torch.nn import functional
 from farlight.attention import attention
 from farlight.errors import UnsupportedError
 from farlight.hf.cached_tensors import cache_layer_of
-from farlight.hf.keyword_arguments import indexer_pattern, merge_sinks, refuse_unknown
+from farlight.hf.keyword_arguments import check_sinks, indexer_pattern, refuse_unknown
 from farlight.hf.lazy_mask import LazyMask, ModelMask
 from farlight.hf.masks import tensor_mask
+from farlight.hf.model_score import model_score
 from farlight.hf.positions import resolve_named_positions
 from farlight.hf.probabilities import check_length, probabilities, wants_probabilities
 from farlight.hf.setting import LayerPattern, Observation, setting_of
@@ -38,6 +39,7 @@ from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 from farlight.routing.gist import gist_attention
 from farlight.routing.gist_router import Gist
+from farlight.score import Score
 
 __all__ = ["attention_forward", "mark_for_compilers"]
 
@@ -51,6 +53,7 @@ class _Options:
     backend: str
     sinks: Tensor | None  # (H,) logits
     has_indexer: bool  # the model's own indexer lists the keys of each query
+    score: Score | None = None  # softcap and position_bias of the model
 
 
 def attention_forward(
@@ -81,6 +84,8 @@ def attention_forward(
     if returns_probabilities:
         check_length(module, query.shape[2], key.shape[2])
         _refuse_probabilities(module, cache_layer is not None or isinstance(setting.pattern, Gist))
+    if returns_probabilities or cache_layer is not None:
+        _refuse_score(module, kwargs)
     if cache_layer is not None and setting.has_layer_number:
         out = cache_layer.attend(
             module, query, key, value, attention_mask, setting.pattern, scaling, dropout, sinks=options.sinks, indices=indices
@@ -98,6 +103,8 @@ def attention_forward(
     if setting.observer is not None:
         setting.observer(Observation(module, query, key, value, scaling, mask.pattern, mask.q_offset, mask.key_real))
     pattern = _layer_pattern(module, setting.pattern, mask, query, key)
+    score = model_score(module, kwargs, query.shape[1], query.shape[2], key.shape[2], mask.q_offset)
+    options = replace(options, score=score)
     listed_keys = indexer_pattern(module, kwargs, query, key.shape[2])
     if listed_keys is not None:
         pattern = pattern & listed_keys
@@ -132,10 +139,10 @@ def _attend(module: nn.Module, mask: ModelMask, q: Tensor, k: Tensor, v: Tensor,
     arguments: dict[str, Any] = {"q_offset": mask.q_offset, "dropout": options.dropout, "backend": options.backend}
     out: Tensor | tuple[Tensor, Tensor]
     if options.sinks is None:
-        out = attention(q, k, v, pattern, scale=scale, **arguments)
+        out = attention(q, k, v, pattern, scale=scale, score=options.score, **arguments)
     else:
-        out, lse = attention(q, k, v, pattern, scale=scale, return_lse=True, **arguments)
-        out = merge_sinks(module, out, lse, options.sinks)
+        check_sinks(module, options.sinks, q.shape[1])
+        out = attention(q, k, v, pattern, scale=scale, score=options.score, sinks=options.sinks.flatten(), **arguments)
     assert isinstance(out, Tensor)
     return out[..., :value_dim]
 
@@ -144,11 +151,12 @@ def _attend_gist(
     module: nn.Module, router: Gist, mask: ModelMask, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: _Options
 ) -> Tensor:
     """`(B, H, n_q, D_v)`: attention over `pattern` and the summaries of uncovered blocks that the model's mask allows."""
-    supported = options.sinks is None and not options.has_indexer and not options.dropout
+    supported = options.sinks is None and options.score is None and not options.has_indexer and not options.dropout
     if not supported or not _is_causality_and_padding(mask.pattern) or mask.q_offset != k.shape[2] - q.shape[2]:
         raise UnsupportedError(
             f"{type(module).__name__}: a gist of what is not seen knows full and causal attention over a text and its padding; "
-            "this layer has sinks, dropout, keys chosen by the model, or a mask of its own. Use the same router without "
+            "this layer has sinks, terms on its scores, dropout, keys chosen by the model, or a mask of its own. Use the same "
+            "router without "
             "gist(…)."
         )
     value_dim = v.shape[3]
@@ -290,3 +298,14 @@ def _refuse_probabilities(module: nn.Module, has_no_matrix: bool) -> None:
             f"output_attentions=True needs the attention probabilities of {type(module).__name__}, but under a SparseCache or "
             "a gist there is no matrix of queries and keys; use another cache and router, or leave the option out."
         )
+
+
+def _refuse_score(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise where terms on the scores meet output_attentions or a SparseCache, which do not compute them."""
+    for name in ("softcap", "position_bias"):
+        value = kwargs.get(name)
+        if value is not None and not (isinstance(value, Tensor) and not value.requires_grad and not bool(value.any())):
+            raise UnsupportedError(
+                f"{type(module).__name__} passes {name}, which output_attentions=True and a SparseCache do not compute; "
+                "leave the option out, or use another cache."
+            )

@@ -16,7 +16,7 @@ from farlight.errors import UnsupportedError
 from farlight.patterns import chosen_blocks, chosen_keys
 from farlight.patterns.expression import Pattern
 
-__all__ = ["indexer_pattern", "merge_sinks", "refuse_unknown"]
+__all__ = ["check_sinks", "indexer_pattern", "merge_sinks", "refuse_unknown"]
 
 # Bookkeeping of the caller, arguments of transformers' losses (models forward all keywords), hints for other kernels, and
 # `sliding_window`, which is already part of the model's mask.
@@ -26,13 +26,11 @@ _NO_EFFECT = frozenset({
     "sliding_window", "use_cache",
 })  # fmt: skip
 
-_SUPPORTED = frozenset({"block_indices", "indices", "output_attentions", "s_aux"})
+_SUPPORTED = frozenset({"block_indices", "indices", "output_attentions", "position_bias", "s_aux", "softcap"})
 
 _PACKED = "packs several sequences into one; pass position_ids instead, from which farlight finds them"
 _MEANING = {
-    "softcap": "squashes the scores before the softmax",
     "sinks": "adds a sink of its own for each query to the softmax",
-    "position_bias": "adds a bias to the scores",
     "cu_seq_lens_q": _PACKED,
     "cu_seq_lens_k": _PACKED,
     "max_length_q": _PACKED,
@@ -93,16 +91,21 @@ def _check_indices(module: nn.Module, name: str, indices: Any, leading: tuple[in
         )
 
 
+def check_sinks(module: nn.Module, sinks: Tensor, heads: int) -> None:
+    """Raise UnsupportedError unless there is one sink for each head."""
+    if sinks.numel() != heads:
+        raise UnsupportedError(
+            f"{type(module).__name__} passes {sinks.numel()} attention sinks for {heads} heads; farlight merges one "
+            "for each head. Use 'eager' for this model."
+        )
+
+
 def merge_sinks(module: nn.Module, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """Attention sinks: one more key of score `sinks[h]` and value 0 in every row, out · σ(lse - sinks).
 
     `out` `(B, H, n_q, D)`, `lse` `(B, H, n_q)`, `sinks` `(H,)` learned logits, as in GPT-OSS. A row that sees no other key
     gives 0. Gradients reach q, k, v and the sinks. Raises UnsupportedError unless there is one sink for each head.
     """
-    if sinks.numel() != out.shape[1]:
-        raise UnsupportedError(
-            f"{type(module).__name__} passes {sinks.numel()} attention sinks for {out.shape[1]} heads; farlight merges one "
-            "for each head. Use 'eager' for this model."
-        )
+    check_sinks(module, sinks, out.shape[1])
     weight = torch.sigmoid(lse - sinks.reshape(1, -1, 1).to(lse.dtype))
     return (out.to(lse.dtype) * weight.unsqueeze(-1)).to(out.dtype)

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Grads: TypeAlias = tuple[Tensor, Tensor, Tensor]
-ScoreGrads: TypeAlias = tuple[Tensor | None, Tensor | None]
+ScoreGrads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,8 @@ class Request:
 class Call(NamedTuple):
     """The operands of one execution of a plan: q `(B, H, n_q, D)`; k, v `(B, H_kv, n_k, D)`; `seed` a 0-d int64 tensor.
 
-    `terms`: what is added to the scores, for a `ScoringBackend`.
+    `terms`: what is added to the scores, for a `ScoringBackend`; `wanted`: whether the gradients of distance, key_bias and
+    sinks are needed.
     """
 
     q: Tensor
@@ -77,6 +78,7 @@ class Call(NamedTuple):
     dropout: float
     seed: Tensor
     terms: ScoreTerms | None = None
+    wanted: tuple[bool, bool, bool] = (True, True, True)
 
 
 class Saved(NamedTuple):
@@ -110,8 +112,7 @@ class ScoringBackend(Backend, Protocol):
     """A plan backend that honours the terms of `score_terms` (`ScoreTerms.names`); others are refused calls with any.
 
     `forward` reads `call.terms`; out and lse are those with the sinks. `score_backward`: beside the gradients of q, k and v
-    those of `distance` and `key_bias`, None where the call has none. That of the sinks follows from out and lse
-    (`kernels/sinks.py`).
+    those of `distance`, `key_bias` and `sinks`, None where the call has none or wants none (`kernels/sinks.py` for sinks).
     """
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["sink_gradient", "with_sinks"]
+__all__ = ["gradient_of_delta", "sink_gradient", "with_sinks"]
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,8 +22,11 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
 
 def sink_gradient(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, sinks: Tensor) -> Tensor:
     """The gradient `(H,)`: -Σ exp(sink - lse) · (Σ dO ∘ out - dlse) over batch and rows; out and lse with the sinks."""
-    exact = lse.dtype
-    delta = torch.linalg.vecdot(dout.to(exact), out.to(exact)) - dlse
-    grads = torch.exp(sinks.to(exact)[:, None] - lse) * delta
+    return gradient_of_delta(torch.linalg.vecdot(dout.to(lse.dtype), out.to(lse.dtype)) - dlse, lse, sinks)
+
+
+def gradient_of_delta(delta: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """The same from delta = Σ dO ∘ out - dlse, `(B, H, n_q)`."""
+    grads = torch.exp(sinks.to(lse.dtype)[:, None] - lse) * delta
     total: Tensor = -grads.sum((0, 2)).to(sinks.dtype)
     return total

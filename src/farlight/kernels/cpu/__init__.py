@@ -13,8 +13,9 @@ from farlight.kernels.checks import any_host_plan, refused
 from farlight.kernels.cpu.content import content_plan
 from farlight.kernels.cpu.launch import backward, forward
 from farlight.kernels.cpu.native import available, fma_gflops, isa, unavailable, use, warn_if_missing
-from farlight.kernels.sinks import with_sinks
+from farlight.kernels.cpu.terms import NativeTerms
 from farlight.plan.tables import Plan, TileShape
+from farlight.score.lowered import ALL_TERMS
 
 __all__ = ["BACKEND", "SHAPE", "available", "backward", "fma_gflops", "forward", "isa", "unavailable", "use", "warn_if_missing"]
 
@@ -26,7 +27,7 @@ class CpuBackend:
 
     name = "cpu"
     tile_shape = SHAPE
-    score_terms = frozenset({"sinks"})
+    score_terms = ALL_TERMS
 
     def reasons(self, request: Request) -> list[str]:
         """Why the native kernels cannot serve the request; empty when they can."""
@@ -43,9 +44,7 @@ class CpuBackend:
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """(out, lse) of the planned pairs."""
         plan = any_host_plan(call.plan)
-        out, lse = forward(call.q, call.k, call.v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
-        sinks = None if call.terms is None else call.terms.sinks
-        return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
+        return forward(call.q, call.k, call.v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed, terms=call.terms)
 
     def backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> Grads:
         """(dq, dk, dv) from the gradients of out and lse."""
@@ -54,7 +53,12 @@ class CpuBackend:
 
     def score_backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> tuple[Grads, ScoreGrads]:
         """The same, and the gradients of the tables of the terms."""
-        return self.backward(call, saved, dout, dlse), (None, None)
+        assert call.terms is not None
+        plan, (q, k, v, *_) = any_host_plan(call.plan), call
+        terms = NativeTerms(call.terms, plan.sizes.batch, plan.sizes.heads)
+        terms.want_gradients(call.wanted, dlse)
+        grads = backward(dout, dlse, q, k, v, *saved, plan, scale=call.scale, dropout=call.dropout, seed=call.seed, terms=terms)
+        return grads, terms.gradients(saved.lse)
 
 
 BACKEND = CpuBackend()

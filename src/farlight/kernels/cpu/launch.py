@@ -12,7 +12,10 @@ from torch import Tensor
 
 from farlight.kernels.checks import addressable, check_gradients, check_plan, check_tensors, dropped
 from farlight.kernels.cpu.native import module, native_plan
+from farlight.kernels.cpu.terms import NativeTerms
+from farlight.kernels.sinks import with_sinks
 from farlight.plan.tables import Plan
+from farlight.score.lowered import ScoreTerms
 
 __all__ = ["as_operand", "backward", "forward", "strided_address"]
 
@@ -21,7 +24,15 @@ _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # enum Type in csrc/views.h
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, dropout: float = 0.0, seed: int | Tensor = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    seed: int | Tensor = 0,
+    terms: ScoreTerms | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the planned pairs: `(B, H, n_q, D)` in q's dtype, contiguous, and `(B, H, n_q)` in float32.
 
@@ -35,6 +46,10 @@ def forward(
     q, k, v = as_operand(q, "q"), as_operand(k, "k"), as_operand(v, "v")
     native = native_plan(plan)
     out_dtype = torch.float32 if native.overlapping else q.dtype
+    sinks = None if terms is None else terms.sinks
+    # Where a row is written several times, or by no tile, its sink is added at the end.
+    is_written_once = not native.overlapping and native.covers_all_rows
+    lowered = None if terms is None else NativeTerms(terms, shape[0], shape[1], with_sinks=is_written_once)
     out, lse = torch.empty(q.shape, dtype=out_dtype, device=_CPU), torch.empty(q.shape[:3], dtype=torch.float32, device=_CPU)
     if out.numel():
         schedule_bytes = module().forward(
@@ -49,10 +64,13 @@ def forward(
             lse.data_ptr(),
             scale,
             *_dropout_arguments(dropout, seed),
+            *(([], 0.0) if lowered is None else lowered.arguments()),
             torch.get_num_threads(),
         )
         if schedule_bytes:  # a schedule was built for this batch size and number of heads
             plan.derived.charge(schedule_bytes)
+    if sinks is not None and not is_written_once:
+        out, lse = with_sinks(out, lse, sinks)
     return out.to(dtype), lse
 
 
@@ -69,11 +87,13 @@ def backward(
     scale: float,
     dropout: float = 0.0,
     seed: int | Tensor = 0,
+    terms: NativeTerms | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in the dtypes of q, k and v, contiguous. Accumulated in float32 in a fixed order: deterministic.
 
     dout, out: `(B, H, n_q, D)`; lse, and dlse, the gradient with respect to lse, or None: `(B, H, n_q)`.
-    scale, dropout, seed: as in the forward call. Raises ArgumentError as forward does.
+    scale, dropout, seed: as in the forward call. `terms` receives the gradients of the terms. Raises ArgumentError as forward
+    does.
     """
     dtype = q.dtype
     shape = check_tensors(q, k, v, "the native kernels take", _CPU)
@@ -105,6 +125,7 @@ def backward(
             dv.data_ptr(),
             scale,
             *_dropout_arguments(dropout, seed),
+            *(([], 0.0) if terms is None else terms.arguments()),
             torch.get_num_threads(),
         )
         if schedule_bytes:  # a schedule was built for this batch size and number of heads

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from farlight.kernels.backend import Call, Grads, Request, Saved, ScoreGrads
 from farlight.kernels.checks import host_plan
+from farlight.kernels.sinks import sink_gradient
 from farlight.kernels.torch_tiled.backward import backward
 from farlight.kernels.torch_tiled.forward import forward, tile_terms
 from farlight.plan.tables import TileShape
@@ -46,7 +47,9 @@ class TorchBackend:
         plan, (q, k, v, *_) = host_plan(call.plan), call
         terms = tile_terms(call.terms, plan)
         grads = backward(dout, dlse, q, k, v, *saved, plan, scale=call.scale, dropout=call.dropout, seed=call.seed, terms=terms)
-        return grads, (None, None) if terms is None else terms.gradients()
+        of_tables = (None, None) if terms is None else terms.gradients()
+        sinks = None if call.terms is None else call.terms.sinks
+        return grads, (*of_tables, None if sinks is None else sink_gradient(*saved, dout, dlse, sinks))
 
 
 BACKEND = TorchBackend()

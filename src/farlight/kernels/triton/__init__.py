@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farlight.kernels.backend import Call, Grads, Request, Saved, ScoreGrads
 from farlight.kernels.checks import host_plan, refused
-from farlight.kernels.sinks import with_sinks
+from farlight.kernels.sinks import sink_gradient, with_sinks
 from farlight.kernels.triton.device_caps import interpreted, missing, not_installed, unfit
 from farlight.kernels.triton.launch import backward, forward
 from farlight.kernels.triton.lowering_cache import SHAPE
@@ -52,7 +52,9 @@ class TritonBackend:
 
     def score_backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> tuple[Grads, ScoreGrads]:
         """The same, and the gradients of the tables of the terms."""
-        return self.backward(call, saved, dout, dlse), (None, None)
+        sinks = None if call.terms is None else call.terms.sinks
+        of_sinks = None if sinks is None else sink_gradient(*saved, dout, dlse, sinks)
+        return self.backward(call, saved, dout, dlse), (None, None, of_sinks)
 
 
 def _executable(plan: PlanLike) -> Plan | RoutedPlan:

@@ -1,0 +1,39 @@
+// Layouts of P and dS as operands of bfloat16 pairs, in the backward pass.
+#pragma once
+
+#include "kernel_traits.h"
+
+namespace farlight::FARLIGHT_NS {
+
+// Zeroes P and dS of padding keys; `part` words between the parts of split operands.
+template <class Traits>
+inline void clear_padding(const Chunk& c, uint32_t* weight_rows, uint32_t* ds_rows, int64_t part) {
+  const int64_t padding = c.blocks * kM - c.n;
+  for (int p = 0; padding && p < num_parts<Traits>; ++p) {
+    const int64_t at = p * part + c.n * kRows / 2, bytes = padding * kRows / 2 * static_cast<int64_t>(sizeof(uint32_t));
+    std::memset(weight_rows + at, 0, bytes);
+    std::memset(ds_rows + at, 0, bytes);
+  }
+}
+
+// Interleaves dS along keys, as the right operand of dQ^T += K^T dS^T.
+template <class Traits>
+inline void interleave_ds([[maybe_unused]] const Chunk& c, [[maybe_unused]] const uint32_t* ds_rows,
+                          [[maybe_unused]] uint32_t* ds_columns, [[maybe_unused]] int64_t part) {
+#if defined(FARLIGHT_BF16_PAIRS)
+  const int n = uses_amx<Traits> ? c.blocks * kM : c.n;
+  for (int p = 0; p < num_parts<Traits>; ++p) {
+    const uint32_t* rows = ds_rows + p * part;
+    uint32_t* columns = ds_columns + p * part;
+    for (int i = 0; i < n; i += 2) {
+      I low, high;
+      const I second = i + 1 < n ? load_i(rows + (i + 1) * kRows / 2) : broadcast_i(0);
+      interleave(load_i(rows + i * kRows / 2), second, low, high);
+      store_i(columns + i / 2 * kRows, low);
+      store_i(columns + i / 2 * kRows + W, high);
+    }
+  }
+#endif
+}
+
+}  // namespace farlight::FARLIGHT_NS
