@@ -1,13 +1,13 @@
 """farlight: exact sparse attention for long texts, and a measure of what was lost by not looking."""
 
-from farlight import hf, nn, routing, score
+from farlight import distributed, hf, nn, routing, score
 from farlight._version import __version__ as __version__
 from farlight.analysis.fit import Fit, fit
 from farlight.analysis.graph import Path, Reach, SmallWorld, path, reach, smallworld
 from farlight.analysis.loss.retention import Retention, retention
 from farlight.attention import attention, explain
 from farlight.decoding import KVCache, decode
-from farlight.errors import ArgumentError, FarlightError, PatternError, PlanError, UnsupportedError
+from farlight.errors import ArgumentError, DistributedError, FarlightError, PatternError, PlanError, UnsupportedError
 from farlight.merge import merge
 from farlight.patterns import (
     Pattern,
@@ -39,6 +39,7 @@ from farlight.planning import plan
 
 __all__ = [
     "ArgumentError",
+    "DistributedError",
     "FarlightError",
     "Fit",
     "KVCache",
@@ -59,6 +60,7 @@ __all__ = [
     "chosen_keys",
     "clusters",
     "decode",
+    "distributed",
     "documents",
     "explain",
     "fit",

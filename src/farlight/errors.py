@@ -10,6 +10,7 @@ import reprlib
 
 __all__ = [
     "ArgumentError",
+    "DistributedError",
     "FarlightError",
     "OperandError",
     "PatternError",
@@ -43,6 +44,10 @@ class PlanError(FarlightError, ValueError):
 
 class UnsupportedError(FarlightError, NotImplementedError):
     """The request is meaningful, but the named backend or model cannot serve it."""
+
+
+class DistributedError(FarlightError, RuntimeError):
+    """A collective among ranks failed: a rank is lost, took too long, or asked for something else."""
 
 
 _FEW = 6

@@ -12,7 +12,7 @@ from farlight.patterns import Pattern, Sizes
 from farlight.patterns.spans import Spans
 from farlight.plan import TileShape
 from farlight.plan.build import build, count_pairs
-from farlight.plan.layout import Chunk, Layout
+from farlight.plan.layout import Chunk, TermLayout
 from farlight.plan.normal_form import terms_of
 from farlight.testing.cases import bits, table
 from farlight.testing.strategies import problems
@@ -56,18 +56,18 @@ def test_the_links_are_those_of_the_pattern(pattern: Pattern, shape: TileShape) 
 @pytest.mark.parametrize("pattern", BLOCK_PATTERNS, ids=repr)
 def test_block_patterns_are_planned_by_tile(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    tile_spans = Layout.tile_spans
+    tile_spans = TermLayout.tile_spans
 
-    def counting(self: Layout, chunk: Chunk) -> object:
+    def counting(self: TermLayout, chunk: Chunk) -> object:
         nonlocal calls
         spans = tile_spans(self, chunk)
         calls += spans is not None
         return spans
 
-    monkeypatch.setattr(Layout, "tile_spans", counting)
+    monkeypatch.setattr(TermLayout, "tile_spans", counting)
     by_tile = build(pattern, SIZES, TILES)
     assert calls > 0
-    monkeypatch.setattr(Layout, "tile_spans", lambda *_: None)
+    monkeypatch.setattr(TermLayout, "tile_spans", lambda *_: None)
     by_row = build(pattern, SIZES, TILES)
     assert (by_tile.pairs, by_tile.overlapping) == (by_row.pairs, by_row.overlapping)
     assert torch.equal(by_tile.dense(), by_row.dense())
@@ -75,7 +75,7 @@ def test_block_patterns_are_planned_by_tile(pattern: Pattern, monkeypatch: pytes
 
 def test_blocks_smaller_than_a_tile_are_planned_by_row() -> None:
     term = terms_of(fl.random_blocks(2, block=6), SIZES)[0]
-    layout = Layout(term, SIZES, 8)
+    layout = TermLayout(term, SIZES, 8)
     assert all(layout.tile_spans(chunk) is None for chunk in layout.chunks())
 
 

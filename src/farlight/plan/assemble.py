@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from farlight.plan.layout import Layout, RowOrder
+from farlight.plan.layout import RowOrder, TermLayout
 from farlight.plan.tables import Layer, Piece, TileShape
 from farlight.plan.tiling import MaskStore, add_unmasked, tile_runs
 from farlight.ragged import exclusive_cumsum, expand_counts
@@ -72,7 +72,7 @@ class PieceBuilder:
         self.layers: list[_LayerBuilder] = []
         self.pairs = self.visited = 0
 
-    def add(self, layout: Layout, masks: MaskStore, shape: TileShape) -> None:
+    def add(self, layout: TermLayout, masks: MaskStore, shape: TileShape) -> None:
         """Append the term of `layout` as a layer; its row order is this piece's."""
         order, identity, n_q = self.order, self.order.rows is None, layout.sizes.n_q
         tiles, copies, variants = order.start.numel(), layout.variants if identity else 1, torch.arange(layout.variants)

@@ -1,6 +1,6 @@
 """Plan construction: expression → disjoint terms → layouts → tiles → tables.
 
-`terms_of` (normal_form) splits a pattern into disjoint terms. `Layout` gives each a row and a key order. `PieceBuilder`
+`terms_of` (normal_form) splits a pattern into disjoint terms. `TermLayout` gives each a row and a key order. `PieceBuilder`
 (assemble) tiles them and writes the tables. Terms in identity order share one piece, or join the piece of a term with a row
 order of its own (`shared_row_order`). Memory is that of the result plus one chunk of rows.
 """
@@ -11,7 +11,7 @@ import torch
 
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan.assemble import PieceBuilder, overlapping
-from farlight.plan.layout import Layout, RowOrder
+from farlight.plan.layout import RowOrder, TermLayout
 from farlight.plan.normal_form import terms_of
 from farlight.plan.tables import Plan, TileShape
 from farlight.plan.tiling import MaskStore
@@ -24,7 +24,7 @@ def build(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Plan:
     pattern.check(sizes)
     masks = MaskStore()
     terms = terms_of(pattern, sizes) if sizes.n_q and sizes.n_k else ()
-    layouts = [Layout(term, sizes, shape.tile) for term in terms]
+    layouts = [TermLayout(term, sizes, shape.tile) for term in terms]
     host = shared_row_order(layouts)
     identity = PieceBuilder(torch.zeros(1, 1, dtype=torch.int64, device="cpu"), RowOrder.identity(sizes, shape.tile))
     pieces: list[PieceBuilder] = []
@@ -54,7 +54,7 @@ def build(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Plan:
     )
 
 
-def shared_row_order(layouts: list[Layout]) -> Layout | None:
+def shared_row_order(layouts: list[TermLayout]) -> TermLayout | None:
     """The layout whose row order all terms in identity order can adopt, so that no row's results need merging; None without.
 
     It has one variant and holds all rows. The adopting terms must keep their runs dense in any row order: points, or
@@ -77,7 +77,7 @@ def count_pairs(pattern: Pattern, sizes: Sizes) -> int:
         return 0
     total = 0
     # All layouts are made first: one that has too many pairs to evaluate raises before any time is spent on the others.
-    for layout in [Layout(term, sizes, TileShape().tile) for term in terms_of(pattern, sizes)]:
+    for layout in [TermLayout(term, sizes, TileShape().tile) for term in terms_of(pattern, sizes)]:
         multiplicity = layout.multiplicity()
         for chunk in layout.chunks():
             if layout.term.points:

@@ -10,7 +10,7 @@ of a chunk's rows follow in three steps, the next one only where the one before 
 
 1. interval arithmetic on `Spans`: the term's own intervals minus those of earlier interval terms;
 2. subtraction of an earlier labelled term whose labels are constant within this term's label groups (stride 4 after stride 2);
-3. evaluation pair by pair (`Layout.pairwise`): exceptions that are no intervals, and the other earlier terms.
+3. evaluation pair by pair (`TermLayout.pairwise`): exceptions that are no intervals, and the other earlier terms.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from farlight.plan.normal_form import Conjunction, Term
 from farlight.plan.tile_bounds import TileSpans, tile_spans
 from farlight.ragged import expand_counts
 
-__all__ = ["Chunk", "KeyOrder", "Layout", "RowOrder"]
+__all__ = ["Chunk", "KeyOrder", "RowOrder", "TermLayout"]
 
 # Rows of a chunk; pairs or unmerged intervals of a chunk; pairs evaluated at a time.
 _MAX_ROWS, _MAX_INTERVALS, _MAX_PAIRS = 1 << 15, 1 << 22, 1 << 22
@@ -170,7 +170,7 @@ def constant_rows(labels: Labels, earlier: Term, sizes: Sizes, b: Tensor, h: Ten
     return all_equal[base + labels.query.clamp(min=0)] & (labels.query >= 0)
 
 
-class Layout:
+class TermLayout:
     """One term laid out in tiles of `tile` rows.
 
     variation: (B|1, H|1) int64, the variant of each (batch, head); variants: their number; order, keys: the row and key order

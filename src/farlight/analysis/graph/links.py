@@ -22,7 +22,7 @@ from farlight.analysis.graph.sizes import sizes_of
 from farlight.errors import ArgumentError, show
 from farlight.patterns.expression import Pattern
 from farlight.patterns.spans import Spans
-from farlight.plan.layout import Layout
+from farlight.plan.layout import TermLayout
 from farlight.plan.normal_form import terms_of
 
 __all__ = ["Array", "KeyRuns", "LazyLinks", "Links", "RunTable", "expand_ranges"]
@@ -74,9 +74,9 @@ class LazyLinks:
         self.sizes = sizes_of(pattern, n, batch, head)
         self.n = self.sizes.n_k
         self.pattern, self.batch, self.head = pattern, int(batch), int(head)
-        self._layouts = [self._with_members(Layout(term, self.sizes, 32)) for term in terms_of(pattern, self.sizes)]
+        self._layouts = [self._with_members(TermLayout(term, self.sizes, 32)) for term in terms_of(pattern, self.sizes)]
 
-    def _with_members(self, layout: Layout) -> tuple[Layout, int, Array | None, Array | None]:
+    def _with_members(self, layout: TermLayout) -> tuple[TermLayout, int, Array | None, Array | None]:
         """(layout, variant of this batch item and head, (n,) bool member rows or None for all, permutation of keys or None)."""
         table = layout.variation
         variant = int(table[self.batch if table.shape[0] > 1 else 0, self.head if table.shape[1] > 1 else 0])

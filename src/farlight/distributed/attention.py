@@ -1,0 +1,239 @@
+"""`fl.distributed.attention`: check the arguments, agree on them, compute this rank's part."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from farlight import ops
+from farlight.distributed.agreement import agree, agree_on_seed, layout_of_lengths
+from farlight.distributed.collectives import Channel
+from farlight.distributed.communication import problem_of
+from farlight.distributed.computation import Run, SpreadAttention
+from farlight.distributed.dtensors import local_operands, spread_result
+from farlight.distributed.exchange import Problem
+from farlight.distributed.layout import Layout
+from farlight.distributed.routes import route_of
+from farlight.distributed.traffic import TravelWidths
+from farlight.errors import ArgumentError, FarlightError, UnsupportedError, refuse_tracing
+from farlight.inputs import autocast_inputs, check_tensors, read_dropout, read_offset, read_scale, read_seed, without_autocast
+from farlight.kernels import registry
+from farlight.patterns.expression import Pattern, Sizes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["attention"]
+
+# What the ranks of a group have agreed on already, by group.
+_agreed: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of a call beside its tensors and ranks."""
+
+    pattern: Pattern
+    layout: Layout | None
+    q_layout: Layout | None
+    scale: float | None
+    q_offset: int | None
+    dropout: float
+    seed: int | Tensor | None
+    backend: str
+    move: str
+
+    def fields(self, q: Tensor, k: Tensor) -> dict[str, object]:
+        """What the ranks must have in common, by name; the layouts are known by now."""
+        return {
+            "pattern": self.pattern.key if isinstance(self.pattern, Pattern) else self.pattern,
+            "layout of the keys": self.layout,
+            "layout of the queries": self.q_layout,
+            "batch, heads and head_dim": (q.shape[:2], k.shape[1:2], q.shape[-1:]),
+            "dtype": q.dtype,
+            "scale": self.scale,
+            "q_offset": self.q_offset,
+            "dropout": self.dropout,
+            "choice of what moves": self.move,
+        }
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    mesh: DeviceMesh | None = None,
+    group: ProcessGroup | None = None,
+    layout: Layout | None = None,
+    q_layout: Layout | None = None,
+    scale: float | None = None,
+    q_offset: int | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    move: str = "cheapest",
+    sinks: Tensor | None = None,
+    score: object = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`fl.attention` of a sequence that is spread over the ranks of a process group; exact, differentiable. Collective.
+
+    Every rank passes its own tokens and gets the output of its own queries. The pattern is that of the whole sequence,
+    positions are absolute. Every rank derives from it which keys or queries travel, and only these do: windows move the keys at
+    the borders of the shards, global tokens their queries, which bring back partial results that are merged exactly. Gradients
+    travel back the same way, summed in float32 in rank order: the same bits in every run.
+
+    Args:
+        q: `(B, H, n_q_local, D)`; k, v: `(B, H_kv, n_k_local, D)`, H a multiple of H_kv; a shard may be empty. Or DTensors
+            `Shard(2)` on a mesh of one dimension; the output is one then.
+        pattern: as for `fl.attention`, made for the whole sequence (padding, documents, per-head patterns included).
+        mesh, group: the ranks: a `DeviceMesh` of one dimension, or a process group; neither: the default group. gloo or NCCL.
+        layout: who owns which keys; None: contiguous shards in rank order, whose lengths are gathered in each call.
+        q_layout: who owns which query rows, where there are others than keys; None: `layout`, or by the local lengths.
+        scale, q_offset, dropout, seed, return_lse: as for `fl.attention`. `seed=None` with dropout takes the seed of the first
+            rank's default generator. Dropout and random keys are functions of absolute positions: the same for every layout.
+        backend: "auto" or a backend that executes plans; one that is named never falls back.
+        move: "cheapest", keys or queries, whichever are fewer bytes; or "keys", so that every rank computes the pairs of its
+            own queries: more bytes, but balanced where dense rows dominate, as in plain causal attention.
+        sinks: `(H,)`, as for `fl.attention`; equal on all ranks. Its gradient is that of the local rows.
+        score: not served over ranks; must be None.
+
+    Returns:
+        out `(B, H, n_q_local, D)`; with `return_lse` also lse `(B, H, n_q_local)`.
+
+    Raises ArgumentError on all ranks where they ask for different attentions, PatternError, UnsupportedError, DistributedError
+    where a rank is lost or does not answer within the group's time-out.
+    """
+    refuse_tracing("fl.distributed.attention")
+    if dist.is_available() and any(type(x).__name__ == "DTensor" for x in (q, k, v)):
+        local, mesh = local_operands(q, k, v, mesh, group)
+        result = attention(
+            *local, pattern, mesh=mesh, layout=layout, q_layout=q_layout, scale=scale, q_offset=q_offset,
+            dropout=dropout, seed=seed, return_lse=return_lse, backend=backend, move=move, sinks=sinks, score=score,
+        )  # fmt: skip
+        spread: Tensor | tuple[Tensor, Tensor] = spread_result(result, q, mesh)
+        return spread
+    channel = Channel(_group(mesh, group))
+    if score is not None:
+        raise UnsupportedError(
+            "score terms over ranks are not served: they are functions of positions that the pieces of a rank renumber. Pass "
+            "score=None; sinks are served."
+        )
+    asked = _Request(pattern, layout, q_layout, scale, q_offset, dropout, seed, backend, move)
+    if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
+        q, k, v = autocast_inputs(q, k, v)
+        with without_autocast(q):
+            out, lse = _attend(channel, q, k, v, asked)
+    else:
+        out, lse = _attend(channel, q, k, v, asked)
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks)
+    return (out, lse) if return_lse else out
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) with one more key of score `sinks[h]` and value 0 in each row: out · σ(lse - sinks)."""
+    if sinks.shape != out.shape[1:2]:
+        raise ArgumentError(f"sinks have shape {tuple(sinks.shape)}; pass one logit for each of the {out.shape[1]} heads.")
+    logits = sinks.to(lse.dtype).view(1, -1, 1)
+    share = torch.sigmoid(lse - logits)
+    return (out.to(lse.dtype) * share.unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, logits.expand_as(lse))
+
+
+def _attend(channel: Channel, q: Tensor, k: Tensor, v: Tensor, asked: _Request) -> tuple[Tensor, Tensor]:
+    """(out, lse) of plain tensors, after the ranks have agreed on the arguments."""
+    device = q.device if isinstance(q, Tensor) else torch.device("cpu")
+    asked = _with_layouts(channel, q, k, asked, device)
+    trouble, found = None, None
+    try:
+        found = _problem(channel, q, k, v, asked)
+    except FarlightError as error:
+        trouble = error
+    known = _agreed.setdefault(dist.group.WORLD if channel.group is None else channel.group, set())
+    request = hash((found, replace(asked, seed=None), q.dtype, q.device.type)) if found is not None else 0
+    if request not in known or trouble is not None:
+        agree(channel, asked.fields(q, k), trouble, device)
+        known.add(request)
+    assert found is not None
+    problem, widths, scale = found
+    seed = read_seed(asked.seed, asked.dropout)
+    if asked.dropout:
+        seed = agree_on_seed(channel, seed, asked.seed is not None, device)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    run = Run(route_of(problem, channel.rank, widths), channel, scale, asked.dropout, seed, asked.backend, needs_grad)
+    out, lse = SpreadAttention.apply(q, k, v, run)
+    return out, lse
+
+
+def _group(mesh: DeviceMesh | None, group: ProcessGroup | None) -> ProcessGroup | None:
+    """The process group of the ranks."""
+    if mesh is None:
+        return group
+    if group is not None:
+        raise ArgumentError("pass a mesh or a group, not both: each says which ranks share the sequence.")
+    if mesh.ndim != 1:
+        raise ArgumentError(
+            f"the mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}; pass that over which the sequence is spread, as in "
+            "mesh['cp']."
+        )
+    return mesh.get_group()
+
+
+def _with_layouts(channel: Channel, q: Tensor, k: Tensor, asked: _Request, device: torch.device) -> _Request:
+    """The request with both layouts; without one, the lengths of all ranks say it."""
+    if asked.layout is not None:
+        return asked if asked.q_layout is not None else replace(asked, q_layout=asked.layout)
+    has_tokens = isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == k.dim() == 4
+    lengths = (q.shape[2], k.shape[2]) if has_tokens else (0, 0)
+    keys, queries = layout_of_lengths(channel, *lengths, device)
+    return replace(asked, layout=keys, q_layout=queries if asked.q_layout is None else asked.q_layout)
+
+
+def _problem(channel: Channel, q: Tensor, k: Tensor, v: Tensor, asked: _Request) -> tuple[Problem, TravelWidths, float]:
+    """The whole problem, from this rank's tensors and the layouts, and the scale. Raises what is wrong on this rank."""
+    check_tensors(q, k, v)
+    registry.check_name(asked.backend)
+    if asked.backend != "auto" and asked.backend not in registry.plan_backends():
+        raise UnsupportedError(
+            f"backend {asked.backend!r} attends under a dense mask and gives no partial results to merge; use 'auto' or one of "
+            f"{', '.join(map(repr, registry.plan_backends()))}."
+        )
+    if read_dropout(asked.dropout):
+        raise UnsupportedError(
+            "dropout over ranks is not served: the kernels draw by local positions, so every layout would drop other links. "
+            "Pass dropout=0.0."
+        )
+    if not ops.is_plain(q, k, v):
+        raise UnsupportedError(
+            "fl.distributed.attention was called on traced, transformed or wrapped tensors; its collectives cannot be traced. "
+            "Call it outside torch.compile and torch.func (torch.compiler.disable)."
+        )
+    if not isinstance(asked.pattern, Pattern):
+        raise ArgumentError(f"the pattern is {type(asked.pattern).__name__}; pass a pattern such as fl.window(256).")
+    if not q.shape[0]:
+        raise ArgumentError("a batch of no items has nothing to spread; skip the call on all ranks.")
+    keys, queries = asked.layout, asked.q_layout
+    assert keys is not None
+    assert queries is not None
+    for what, layout, n in (("queries", queries, q.shape[2]), ("keys", keys, k.shape[2])):
+        if layout.world != channel.world:
+            raise ArgumentError(f"the layout is for {layout.world} ranks, but the group has {channel.world}; make one for it.")
+        if layout.lengths[channel.rank] != n:
+            raise ArgumentError(
+                f"rank {channel.rank} has {n} {what}, but the layout gives it {layout.lengths[channel.rank]}; pass the shard "
+                "of layout.shard(x, 2, rank), or the layout of the tensors."
+            )
+    offset = keys.n - queries.n if asked.q_offset is None else read_offset(asked.q_offset)
+    sizes = Sizes(queries.n, keys.n, offset, q.shape[0], q.shape[1])
+    asked.pattern.check(sizes)
+    widths = TravelWidths(k.shape[3], v.shape[3], q.dtype.itemsize, 8 if q.dtype == torch.float64 else 4)
+    problem = problem_of(asked.pattern, sizes, k.shape[1], queries, keys, widths, asked.move)
+    return problem, widths, read_scale(asked.scale, q.shape[-1])
