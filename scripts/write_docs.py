@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import farlight as fl
-from farlight.patterns import CONSTRUCTORS
+from farlight.patterns import CONSTRUCTORS, CONVERTERS
 
 TARGET = Path(__file__).parent.parent / "docs" / "patterns.md"
 
@@ -53,8 +53,14 @@ def section(name: str, prefix: str, value: object) -> str:
 
 def document() -> str:
     primitives = [section(name, "fl.", getattr(fl, name)) for name in CONSTRUCTORS]
+    converters = [section(name, "fl.", getattr(fl, name)) for name in CONVERTERS]
     presets = [section(name, "fl.presets.", getattr(fl.presets, name)) for name in fl.presets.__all__]
-    return "\n\n".join([HEAD.strip(), "## Primitives", *primitives, "## Presets", *presets]) + "\n"
+    return (
+        "\n\n".join(
+            [HEAD.strip(), "## Primitives", *primitives, "## Patterns of what others have", *converters, "## Presets", *presets]
+        )
+        + "\n"
+    )
 
 
 def main() -> int:

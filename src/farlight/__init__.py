@@ -5,9 +5,10 @@ from farlight._version import __version__ as __version__
 from farlight.analysis.fit import Fit, fit
 from farlight.analysis.graph import Path, Reach, SmallWorld, path, reach, smallworld
 from farlight.analysis.loss.retention import Retention, retention
-from farlight.attention import attention, explain
+from farlight.attention import attention
 from farlight.decoding import KVCache, decode
 from farlight.errors import ArgumentError, DistributedError, FarlightError, PatternError, PlanError, UnsupportedError
+from farlight.explanation import Explanation, explain
 from farlight.merge import merge
 from farlight.patterns import (
     Pattern,
@@ -18,6 +19,12 @@ from farlight.patterns import (
     chosen_keys,
     clusters,
     documents,
+    from_block_mask,
+    from_dense,
+    from_edges,
+    from_graph,
+    from_mask_mod,
+    from_sparse,
     full,
     global_tokens,
     landmarks,
@@ -40,6 +47,7 @@ from farlight.planning import plan
 __all__ = [
     "ArgumentError",
     "DistributedError",
+    "Explanation",
     "FarlightError",
     "Fit",
     "KVCache",
@@ -64,6 +72,12 @@ __all__ = [
     "documents",
     "explain",
     "fit",
+    "from_block_mask",
+    "from_dense",
+    "from_edges",
+    "from_graph",
+    "from_mask_mod",
+    "from_sparse",
     "full",
     "global_tokens",
     "hf",

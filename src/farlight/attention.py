@@ -1,21 +1,20 @@
-"""`fl.attention`: check the arguments, select a backend, compute. And `fl.explain`: what would be selected, and why."""
+"""`fl.attention`: check the arguments, select a backend, compute."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import cast
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
 
 from farlight import flops, ops, score_operators
-from farlight.errors import ArgumentError, PlanError, refuse_tracing, shorten
+from farlight.errors import refuse_tracing
 from farlight.first_order import FirstOrderOnly
 from farlight.inputs import (
     autocast_inputs,
     check_tensors,
     read_dropout,
-    read_offset,
     read_scale,
     read_seed,
     refuse_distributed,
@@ -26,10 +25,65 @@ from farlight.kernels.backend import Backend, MaskBackend, Request
 from farlight.patterns.chooser import Chooser
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import Plan
+from farlight.requests import chosen, read_pattern, read_request, read_sizes
 from farlight.score.lowered import ScoreTerms, lower
 from farlight.score.terms import Score
 
-__all__ = ["attention", "explain"]
+__all__ = ["attention"]
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Plan | Chooser,
+    *,
+    scale: float | None = ...,
+    q_offset: int | None = ...,
+    dropout: float = ...,
+    seed: int | Tensor | None = ...,
+    score: Score | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Plan | Chooser,
+    *,
+    scale: float | None = ...,
+    q_offset: int | None = ...,
+    dropout: float = ...,
+    seed: int | Tensor | None = ...,
+    score: Score | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Plan | Chooser,
+    *,
+    scale: float | None = ...,
+    q_offset: int | None = ...,
+    dropout: float = ...,
+    seed: int | Tensor | None = ...,
+    score: Score | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: bool,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -104,11 +158,11 @@ def attention(
     check_tensors(q, k, v)
     registry.check_name(backend)
     scale, dropout = read_scale(scale, q.shape[-1]), read_dropout(dropout)
-    sizes = _sizes(q, k, q_offset)
+    sizes = read_sizes(q, k, q_offset)
     if isinstance(pattern, Chooser):
-        pattern = _chosen(pattern, q, k, sizes)
+        pattern = chosen(pattern, q, k, sizes)
     plan = pattern if isinstance(pattern, Plan) else None
-    expression = _read_pattern(pattern, sizes)
+    expression = read_pattern(pattern, sizes)
     drawn = read_seed(seed, dropout)
     terms = lower(score, sinks, sizes, q.device, q.dtype)
     is_plain = ops.is_plain(q, k, v, *(() if terms is None else terms.tensors))
@@ -119,7 +173,7 @@ def attention(
             expression.check(sizes)
         out, lse = _empty_batch(q, k, v, scale, terms)
     elif is_plain and not q.is_meta:
-        request = _request(q, k, v, expression, sizes, dropout, return_lse, terms)
+        request = read_request(q, k, v, expression, sizes, dropout, return_lse, terms)
         out, lse = _eager(q, k, v, request, backend, plan, scale, drawn, terms)
     else:
         if plan is not None and backend == "auto":
@@ -187,7 +241,7 @@ def _traced(
             out, lse = score_operators.attend_scored(q, k, v, *tensors, list(pattern._tables), seed, *options, *more)
         return out, lse
     if return_lse or dropout or terms is not None:  # the operators below have no place where a refusal would be noticed
-        registry.require(backend, _request(q, k, v, pattern, sizes, dropout, return_lse, terms))
+        registry.require(backend, read_request(q, k, v, pattern, sizes, dropout, return_lse, terms))
     executor = cast(MaskBackend, registry.backend_named(backend))
     if executor is not dense.BACKEND or torch.compiler.is_compiling():
         return _masked(q, k, v, pattern, sizes, executor, scale, dropout, seed, terms)
@@ -225,102 +279,9 @@ def _masked(
     return backend.attend(q, k, v, mask, scale=scale, q_offset=sizes.q_offset, dropout=dropout, seed=seed, **more)
 
 
-def explain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern | Plan | Chooser,
-    *,
-    q_offset: int | None = None,
-    dropout: float = 0.0,
-    score: Score | None = None,
-    sinks: Tensor | None = None,
-    return_lse: bool = False,
-) -> str:
-    """Which backend `fl.attention` would take for these arguments, why each other cannot, and the expected cost.
-
-    >>> import torch, farlight as fl
-    >>> q = torch.randn(1, 1, 64, 8)
-    >>> print(fl.explain(q, q, q, fl.window(4)).splitlines()[0])
-    window(4) on batch 1, 1 heads, 64 queries, 64 keys, head_dim 8, float32 on cpu
-    """
-    q, k, v = autocast_inputs(q, k, v)
-    check_tensors(q, k, v)
-    sizes = _sizes(q, k, q_offset)
-    if isinstance(pattern, Chooser):
-        pattern = _chosen(pattern, q, k, sizes)
-    expression = _read_pattern(pattern, sizes)
-    terms = lower(score, sinks, sizes, q.device, q.dtype)
-    request = _request(q, k, v, expression, sizes, read_dropout(dropout), return_lse, terms)
-    expression.check(sizes)
-    selection = registry.select(request)
-    taken = registry.select(request, plan=pattern) if isinstance(pattern, Plan) else selection
-    sparse, full = selection.sparse, selection.full
-    assert sparse is not None
-    assert full is not None
-    lines = [f"{shorten(repr(expression), 200)} on {request.describe()}", f"auto takes {taken.backend.name!r}"]
-    for name in registry.names():
-        refusals = registry.reasons(name, request)
-        lines.append(f"  {name}: {'cannot: ' + '; '.join(refusals) if refusals else 'can'}")
-    lines.append(f"sparse computes {sparse.pairs:,} pairs, expected {sparse.seconds * 1e3:.2f} ms")
-    lines.append(f"full attention computes {full.pairs:,} pairs, expected {full.seconds * 1e3:.2f} ms")
-    lines.append(f"sparse is expected to be {selection.speedup:.1f} × as fast as full attention")
-    return "\n".join(lines)
-
-
 def _empty_batch(q: Tensor, k: Tensor, v: Tensor, scale: float, terms: ScoreTerms | None) -> tuple[Tensor, Tensor]:
     """The answer to a batch of no items, through which gradients of no items flow."""
     out = dense.attend(q, k, v, None, scale=scale)
     for x in () if terms is None else terms.tensors:
         out = out + 0 * x.sum().to(out.dtype)
     return out, out.sum(-1, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-
-
-def _chosen(chooser: Chooser, q: Tensor, k: Tensor, sizes: Sizes) -> Pattern:
-    """The pattern that a router chooses for q and k."""
-    if sizes.q_offset != sizes.n_k - sizes.n_q:
-        raise ArgumentError(
-            f"q_offset = {sizes.q_offset} was given with a router, but a router takes the queries for the last of the "
-            f"{sizes.n_k} tokens (q_offset = {sizes.n_k - sizes.n_q}); leave q_offset out, or pass a pattern."
-        )
-    return chooser.pattern_of(q, k)
-
-
-def _read_pattern(pattern: Pattern | Plan, sizes: Sizes) -> Pattern:
-    """The pattern, or that of a plan made for these sizes."""
-    if isinstance(pattern, Pattern):
-        return pattern
-    if not isinstance(pattern, Plan):
-        raise ArgumentError(
-            f"the pattern is {type(pattern).__name__}; pass a pattern such as fl.window(256), or a plan from fl.plan."
-        )
-    made = pattern.sizes
-    if sizes != made:
-        raise PlanError(
-            f"the plan was made for n_q={made.n_q}, n_k={made.n_k}, batch={made.batch}, heads={made.heads}, "
-            f"q_offset={made.q_offset}, but the tensors have n_q={sizes.n_q}, n_k={sizes.n_k}, batch={sizes.batch}, "
-            f"heads={sizes.heads}, q_offset={sizes.q_offset}; make one with fl.plan(pattern, …) for these sizes, or pass "
-            "the pattern itself."
-        )
-    return pattern.pattern
-
-
-def _sizes(q: Tensor, k: Tensor, q_offset: int | None) -> Sizes:
-    offset = k.shape[2] - q.shape[2] if q_offset is None else read_offset(q_offset)
-    return Sizes(q.shape[2], k.shape[2], offset, q.shape[0], q.shape[1])
-
-
-def _request(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    sizes: Sizes,
-    dropout: float,
-    return_lse: bool,
-    terms: ScoreTerms | None,
-) -> Request:
-    names: frozenset[str] = frozenset() if terms is None else terms.names
-    tensors = (q, k, v) if terms is None else (q, k, v, *terms.tensors)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return Request(pattern, sizes, k.shape[1], q.shape[3], q.dtype, q.device, needs_grad, dropout, return_lse, names)

@@ -123,7 +123,7 @@ TABLE: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         attend(pattern=torch.ones(10, 12) > 0),
         ArgumentError,
-        "the pattern is Tensor; pass a pattern such as fl.window(256), or a plan from fl.plan.",
+        "the pattern is Tensor; make one of a mask by fl.from_dense(mask), of links by fl.from_edges(rows, cols, n).",
     ),
     (
         attend(backend="cuda"),

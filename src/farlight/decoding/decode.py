@@ -6,6 +6,8 @@ evicted (planned, `fl.attention`); anything else (the pattern's definition evalu
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +27,18 @@ __all__ = ["decode"]
 _PLANNED_QUERIES = 64
 # Entries of a mask that is evaluated at a time.
 _MAX_MASK = 1 << 19
+
+
+@overload
+def decode(q: Tensor, cache: KVCache, *, scale: float | None = ..., return_lse: Literal[False] = ...) -> Tensor: ...
+
+
+@overload
+def decode(q: Tensor, cache: KVCache, *, scale: float | None = ..., return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def decode(q: Tensor, cache: KVCache, *, scale: float | None = ..., return_lse: bool) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def decode(

@@ -36,3 +36,8 @@ def __getattr__(name: str) -> Any:
 
         return fit_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names alone: no submodules, no imports."""
+    return sorted(__all__)

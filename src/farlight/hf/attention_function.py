@@ -137,13 +137,11 @@ def _attend(module: nn.Module, mask: ModelMask, q: Tensor, k: Tensor, v: Tensor,
     value_dim = v.shape[3]
     q, k, v, scale = _equal_head_dims(q, k, v, options.scale)
     arguments: dict[str, Any] = {"q_offset": mask.q_offset, "dropout": options.dropout, "backend": options.backend}
-    out: Tensor | tuple[Tensor, Tensor]
     if options.sinks is None:
-        out = attention(q, k, v, pattern, scale=scale, score=options.score, **arguments)
+        out: Tensor = attention(q, k, v, pattern, scale=scale, score=options.score, **arguments)
     else:
         check_sinks(module, options.sinks, q.shape[1])
         out = attention(q, k, v, pattern, scale=scale, score=options.score, sinks=options.sinks.flatten(), **arguments)
-    assert isinstance(out, Tensor)
     return out[..., :value_dim]
 
 

@@ -16,3 +16,8 @@ __all__ = [
     "SparseEncoder",
     "SparseEncoderLayer",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone: no submodules, no imports."""
+    return sorted(__all__)

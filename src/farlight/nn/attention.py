@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -228,7 +228,7 @@ class SparseAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         options: dict[str, Any] = {"q_offset": offset, "dropout": dropout, "backend": self.backend}
         if not need_weights:
-            return self._project_out(attention(q, k, v, pattern, **options)), None  # type: ignore[arg-type]
+            return self._project_out(attention(q, k, v, pattern, **options)), None
         if batch * self.num_heads * n_q * n_k > _MAX_WEIGHTS:
             raise UnsupportedError(
                 f"SparseAttention: need_weights=True for {batch} x {self.num_heads} x {n_q} x {n_k} pairs would form "
@@ -237,6 +237,9 @@ class SparseAttention(nn.Module):
         out, lse = attention(q, k, v, pattern, return_lse=True, **options)
         weights = self._weights(q, k, lse, pattern, offset)
         return self._project_out(out), weights.mean(1) if average_attn_weights else weights
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         for name, x, dim in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,9 @@ class SparseDecoderLayer(Block):
 
         return self.apply_branches(tgt, attend_self, *([] if memory is None else [attend_memory]))
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class SparseDecoder(Stack):
     """A stack of `SparseDecoderLayer`: embeddings `(B, N, embed_dim)` in, states of the same shape out; causal.
@@ -166,3 +169,6 @@ class SparseDecoder(Stack):
             return out
 
         return self.run(tgt, step)
+
+    if TYPE_CHECKING:
+        __call__ = forward

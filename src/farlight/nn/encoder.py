@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
@@ -81,11 +83,14 @@ class SparseEncoderLayer(Block):
         """`(B, N, embed_dim)` to the same; masks and `chosen` as in SparseAttention."""
 
         def attend(x: Tensor) -> Tensor:
-            masks = {"attn_mask": src_mask, "is_causal": is_causal, "chosen": chosen}
+            masks: Any = {"attn_mask": src_mask, "is_causal": is_causal, "chosen": chosen}
             out: Tensor = self.self_attn(x, x, x, src_key_padding_mask, **masks)[0]
             return out
 
         return self.apply_branches(src, attend)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class SparseEncoder(Stack):
@@ -124,3 +129,6 @@ class SparseEncoder(Stack):
         """`(B, N, embed_dim)` to the same; masks as in SparseAttention, for every layer."""
         allowed = self.self_attention_mask(src, mask, bool(is_causal))
         return self.run(src, lambda layer, x, chosen: layer(x, allowed, src_key_padding_mask, chosen=chosen))
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -120,6 +122,9 @@ class NativeSparseAttention(nn.Module):
         out = sum(gate.unsqueeze(-1) * branch for gate, branch in zip(gates, branches, strict=True))
         projected: Tensor = self.out_proj(out.transpose(1, 2).reshape(batch, n, -1))
         return projected
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _pool_segments(self, x: Tensor, which: int, pool: nn.Module) -> Tensor:
         """`(B, H_kv, segments, D)`: each complete segment of `compress` tokens as one; `which`: 0 = keys, 1 = values."""

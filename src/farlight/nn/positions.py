@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,9 @@ class RotaryPositions(nn.Module):
         a, b = x[..., :half], x[..., half:]
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 def read_rotary(owner: str, rotary: RotaryPositions | Rotation | bool | None, head_dim: int) -> Rotation | None:
     """The rotation that a `rotary` argument means: None and False none, True `RotaryPositions(head_dim)`, else the function.
@@ -117,3 +121,6 @@ class LearnedPositions(nn.Module):
                 f"{self.max_positions}; make it larger, cut the text, or use rotary positions, which have no end."
             )
         return x + self.weight[offset : offset + n]
+
+    if TYPE_CHECKING:
+        __call__ = forward

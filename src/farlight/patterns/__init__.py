@@ -5,6 +5,7 @@
 | `sizes`, `forms`, `spans` | problem sizes, the forms of a primitive, sorted key intervals |
 | `expression`, `algebra` | `Pattern` and `Atom`; union, intersection, difference, complement, `per_head` |
 | `positional`, `named`, `packing`, `random`, `tables`, `membership`, `multi_label`, `uncovered` | the primitives |
+| `intervals`, `converters` | key intervals by row, and patterns of masks, edges, graphs, mask functions, block masks |
 | `presets` | published patterns, composed of primitives |
 | `arguments`, `deferred` | validation of constructor arguments; tensors whose values cannot be read yet |
 | `registry`, `notation`, `json_format`, `table_codec` | patterns as text and as JSON |
@@ -14,7 +15,9 @@
 
 from farlight.patterns import presets
 from farlight.patterns.algebra import per_head
+from farlight.patterns.converters import from_block_mask, from_dense, from_edges, from_graph, from_mask_mod, from_sparse
 from farlight.patterns.expression import Pattern
+from farlight.patterns.intervals import intervals
 from farlight.patterns.membership import between, rooms
 from farlight.patterns.multi_label import meets
 from farlight.patterns.named import global_tokens, seen_by_all, sees_all
@@ -51,16 +54,20 @@ CONSTRUCTORS = (
     "window",
 )
 
+# Functions that make patterns of what others have; their results are written with the primitives.
+CONVERTERS = ("from_block_mask", "from_dense", "from_edges", "from_graph", "from_mask_mod", "from_sparse")
+
 for _name in CONSTRUCTORS:
     register(globals()[_name], _name)
 for _name in presets.__all__:
     register(getattr(presets, _name), _name, f"presets.{_name}")
-# Primitives that routers produce; public as `farlight.routing.*`.
-for _constructor in (between, meets, rooms, unseen):
+# Primitives that routers produce, public as `farlight.routing.*`, and the one that converters produce.
+for _constructor in (between, intervals, meets, rooms, unseen):
     register(_constructor)
 
 __all__ = [
     "CONSTRUCTORS",
+    "CONVERTERS",
     "Pattern",
     "Sizes",
     "blocked_window",
@@ -70,6 +77,12 @@ __all__ = [
     "chosen_keys",
     "clusters",
     "documents",
+    "from_block_mask",
+    "from_dense",
+    "from_edges",
+    "from_graph",
+    "from_mask_mod",
+    "from_sparse",
     "full",
     "global_tokens",
     "landmarks",

@@ -138,3 +138,8 @@ def logsparse() -> Pattern:
     [1, 0, 0, 0, 1, 0, 1, 1, 1]
     """
     return offsets([0, *(-(1 << k) for k in range(40))])
+
+
+def __dir__() -> list[str]:
+    """The public names alone: no submodules, no imports."""
+    return sorted(__all__)

@@ -31,3 +31,8 @@ __all__ = [
     "rooms",
     "unseen",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone: no submodules, no imports."""
+    return sorted(__all__)

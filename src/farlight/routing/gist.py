@@ -7,6 +7,7 @@ means of that level's cells under the pattern `unseen`. A cell's size n_c enters
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +23,57 @@ from farlight.patterns.uncovered import unseen
 from farlight.routing.pooling import block_mean, block_sizes
 
 __all__ = ["gist_attention"]
+
+
+@overload
+def gist_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    block: int = ...,
+    levels: int | None = ...,
+    causal: bool = ...,
+    key_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def gist_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    block: int = ...,
+    levels: int | None = ...,
+    causal: bool = ...,
+    key_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def gist_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    block: int = ...,
+    levels: int | None = ...,
+    causal: bool = ...,
+    key_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: bool,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def gist_attention(

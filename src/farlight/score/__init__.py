@@ -11,3 +11,8 @@ from farlight.score.lowered import ScoreTerms, lower
 from farlight.score.terms import Score, alibi, key_bias, relative, softcap, t5
 
 __all__ = ["Score", "ScoreTerms", "alibi", "key_bias", "lower", "relative", "softcap", "t5"]
+
+
+def __dir__() -> list[str]:
+    """The public names alone: no submodules, no imports."""
+    return sorted(__all__)
