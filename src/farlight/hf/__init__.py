@@ -7,6 +7,7 @@ from farlight.hf.interface import register, use_pattern
 from farlight.hf.lengthen import lengthen
 from farlight.hf.setting import Observation
 from farlight.hf.sparsify import restore, sparsify
+from farlight.hf.spread import sequence_collator
 
 if TYPE_CHECKING:
     from farlight.analysis.fit.whole_model import fit_model as fit
@@ -19,6 +20,7 @@ __all__ = [
     "read_layers",
     "register",
     "restore",
+    "sequence_collator",
     "sparsify",
     "use_pattern",
     "write_layers",

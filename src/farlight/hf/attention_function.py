@@ -32,6 +32,7 @@ from farlight.hf.model_score import model_score
 from farlight.hf.positions import resolve_named_positions
 from farlight.hf.probabilities import check_length, probabilities, wants_probabilities
 from farlight.hf.setting import LayerPattern, Observation, setting_of
+from farlight.hf.spread import attend_spread
 from farlight.hf.tracing import refuse_jit_trace
 from farlight.patterns import causal, full, offsets, padding, strided, window
 from farlight.patterns.algebra import Intersection, looks_back
@@ -96,6 +97,18 @@ def attention_forward(
         _refuse_hidden_end(module, mask, query.shape[2], key.shape[2])
     if not setting.has_layer_number:
         raise _unnumbered(module)
+    if setting.spread is not None:
+        softcap_or_bias = model_score(module, kwargs, query.shape[1], query.shape[2], key.shape[2], mask.q_offset)
+        if returns_probabilities or options.has_indexer or softcap_or_bias is not None or setting.observer is not None:
+            raise UnsupportedError(
+                f"{type(module).__name__} over ranks: output_attentions, key indexers, the model's score terms and observers "
+                "are not served; run it in one process."
+            )
+        out = attend_spread(
+            module, setting.spread, mask.pattern, query, key, value, setting.pattern,
+            scale=scaling, dropout=dropout, backend=setting.backend, sinks=options.sinks,
+        )  # fmt: skip
+        return out.transpose(1, 2).contiguous(), None
     num_columns = key.shape[2]
     key, value, mask = _with_dropped_keys(module, mask, setting.pattern, key, value, options.has_indexer)
     num_slots = key.shape[2]

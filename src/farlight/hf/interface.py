@@ -29,6 +29,7 @@ from farlight.hf.layers import (
     patterns_by_module,
 )
 from farlight.hf.setting import ATTN_IMPLEMENTATION, SETTING, LayerPattern, Observation, Setting
+from farlight.hf.spread import Spread
 from farlight.kernels import registry
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
@@ -115,6 +116,7 @@ def install_pattern(
     *,
     backend: str = "auto",
     observer: Callable[[Observation], None] | None = None,
+    spread: Spread | None = None,
 ) -> Undo:
     """Set `pattern` on the model as `use_pattern` says, until the returned `Undo` is called. On errors nothing changes."""
     register()
@@ -142,12 +144,12 @@ def install_pattern(
         if isinstance(pattern, Mapping):
             by_module, numbered = patterns_by_module(model, pattern), set(attention_layers(model).values())
             for module, _ in undo.settings:
-                module.__dict__[SETTING] = Setting(by_module.get(module), backend, observer, module in numbered)
+                module.__dict__[SETTING] = Setting(by_module.get(module), backend, observer, module in numbered, spread)
         else:
             if pattern is not None:
                 _refuse_unreached_attention(model)
             for module, _ in undo.settings:
-                module.__dict__[SETTING] = Setting(pattern, backend, observer)
+                module.__dict__[SETTING] = Setting(pattern, backend, observer, spread=spread)
     except BaseException:
         undo()
         raise
@@ -181,7 +183,13 @@ def unpickle_setting(*values: Any) -> Setting:
 
 
 def _reduce_setting(setting: Setting) -> tuple[Any, ...]:
-    return unpickle_setting, (setting.pattern, setting.backend, setting.observer, setting.has_layer_number)
+    return unpickle_setting, (
+        setting.pattern,
+        setting.backend,
+        setting.observer,
+        setting.has_layer_number,
+        setting.spread,
+    )
 
 
 copyreg.pickle(Setting, _reduce_setting)

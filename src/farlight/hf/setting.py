@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from farlight.hf.spread import Spread
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 
@@ -57,6 +58,7 @@ class Setting:
         pattern: a pattern, a router, or None for the model's own attention.
         backend: as in `fl.attention`.
         observer: called with an `Observation` before each call; None for none.
+        spread: the ranks over which the sequence is spread; None: this process has all of it.
         has_layer_number: False where patterns are given by layer number and this module has none; its attention raises.
     """
 
@@ -64,6 +66,7 @@ class Setting:
     backend: str = "auto"
     observer: Callable[[Observation], None] | None = None
     has_layer_number: bool = True
+    spread: Spread | None = None
 
 
 def setting_of(module: nn.Module) -> Setting:

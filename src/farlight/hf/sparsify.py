@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from farlight.errors import ArgumentError
+from farlight.distributed import Layout
+from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf import bigbird, longformer, swap
 from farlight.hf.fit_file import read_layers
 from farlight.hf.interface import install_pattern
 from farlight.hf.setting import LayerPattern
+from farlight.hf.spread import Spread
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["restore", "sparsify"]
 
@@ -27,6 +32,8 @@ def sparsify(
     pattern: LayerPattern | Mapping[int, LayerPattern] | str | os.PathLike[str] = None,
     *,
     backend: str = "auto",
+    mesh: DeviceMesh | None = None,
+    layout: Layout | None = None,
     **options: Any,
 ) -> Any:
     """Make a Hugging Face model compute its attention with farlight, under `pattern`; the model is changed and returned.
@@ -43,6 +50,10 @@ def sparsify(
             written by `fl.fit` or `write_layers`; or None, the model's own attention computed by farlight. Layers that
             are not named keep the model's own attention.
         backend: as for `fl.attention`.
+        mesh: a `DeviceMesh` of one dimension over whose ranks the sequence is spread (docs/distributed.md). Each rank calls the
+            model with its own tokens and their `position_ids`, as `fl.hf.sequence_collator` gives them, and without a cache.
+            `pattern` is that of the whole sequence; the model's own causality and sliding windows are kept.
+        layout: who owns which tokens; None: contiguous shards in rank order, whose lengths are gathered.
 
     `copy.deepcopy` and pickle keep the setting. `save_pretrained` writes the dense model: call `sparsify` again after
     `from_pretrained`, with the same pattern or file. Calling it on a sparse model replaces the pattern.
@@ -61,8 +72,15 @@ def sparsify(
     ...     model(torch.arange(6)[None]).last_hidden_state.shape
     torch.Size([1, 6, 8])
     """
+    spread = None if mesh is None else Spread(mesh, layout)
+    if mesh is None and layout is not None:
+        raise ArgumentError("sparsify: a layout says how a sequence is spread over the ranks of a mesh; pass mesh=, too.")
     for family in (longformer, bigbird):
         if family.replaces(model):
+            if spread is not None:
+                raise UnsupportedError(
+                    f"{type(model).__name__} over ranks is not served: it brings a sparse attention of its own."
+                )
             if pattern is not None:
                 raise ArgumentError(
                     f"{type(model).__name__} brings a sparse attention of its own, which farlight computes as it is; leave "
@@ -74,7 +92,7 @@ def sparsify(
             f"sparsify: {next(iter(options))!r} is not an option for {type(model).__name__}; it takes a pattern and backend."
         )
     layer_patterns: Any = read_layers(pattern) if isinstance(pattern, str | os.PathLike) else pattern
-    undo = install_pattern(model, layer_patterns, backend=backend)
+    undo = install_pattern(model, layer_patterns, backend=backend, spread=spread)
     # `restore` goes back to the state before the first call.
     model.__dict__.setdefault(_UNDO, undo)
     return model
