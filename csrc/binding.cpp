@@ -21,6 +21,10 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
+namespace farlight {
+void bind_decode(nb::module_& m);  // decode_binding.cpp
+}
+
 namespace {
 
 using namespace farlight;
@@ -333,4 +337,5 @@ NB_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(farlight::kernels().name); });
   m.def("available", &available_isas);
   m.def("use", &use_isa);
+  farlight::bind_decode(m);
 }

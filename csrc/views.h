@@ -148,6 +148,8 @@ struct WorkItem {
   int32_t piece, batch, head, entry;
 };
 
+struct DecodeKernels;  // decode.h
+
 // The kernels of one ISA.
 struct Kernels {
   const char* name;
@@ -165,6 +167,7 @@ struct Kernels {
   void (*pool_softmax)(float* scores, int64_t num_rows, int64_t ld, int64_t width, float factor, const float* bias, float* weights);
   float (*peak_fma)(int64_t iterations);  // register-only multiply-adds, `peak_fma_flops` operations per iteration
   int64_t peak_fma_flops;
+  const DecodeKernels* decode;
 };
 
 // The variant of (batch item b, head h) in a (batch_extent, head_extent) table whose extents of 1 are broadcast.

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         "PYTHONMALLOC": "malloc",
         _MODULE_VARIABLE: str(module),
     }
-    rest = arguments[1:] or ["tests/kernels/test_cpu_kernel.py", *_TESTS[first]]
+    rest = arguments[1:] or ["tests/kernels/test_cpu_kernel.py", "tests/kernels/test_cpu_decode.py", *_TESTS[first]]
     # A sanitizer writes its report to file descriptor 2 and aborts, so pytest must not capture at the descriptor level.
     command = [sys.executable, __file__, "--run", "-q", "--capture=sys", "-p", "no:cacheprovider", *rest]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode

@@ -103,6 +103,7 @@ constexpr int64_t kZeroedBytes = sizeof(CacheTags);
 #else
 constexpr int64_t kZeroedBytes = 0;
 #endif
+extern const DecodeKernels decode_kernels;  // decode_kernel.cpp
 extern const Kernels kernels;
 const Kernels kernels{FARLIGHT_STRINGIFY(FARLIGHT_NS),
                       kZeroedBytes,
@@ -113,6 +114,7 @@ const Kernels kernels{FARLIGHT_STRINGIFY(FARLIGHT_NS),
                       block_scores,
                       pool_softmax,
                       peak_fma,
-                      2 * kChains * W};
+                      2 * kChains * W,
+                      &decode_kernels};
 
 }  // namespace farlight::FARLIGHT_NS

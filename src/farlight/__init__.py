@@ -6,7 +6,7 @@ from farlight.analysis.fit import Fit, fit
 from farlight.analysis.graph import Path, Reach, SmallWorld, path, reach, smallworld
 from farlight.analysis.loss.retention import Retention, retention
 from farlight.attention import attention
-from farlight.decoding import KVCache, decode
+from farlight.decoding import KVCache, decode, step
 from farlight.errors import ArgumentError, DistributedError, FarlightError, PatternError, PlanError, UnsupportedError
 from farlight.explanation import Explanation, explain
 from farlight.merge import merge
@@ -101,6 +101,7 @@ __all__ = [
     "seen_by_all",
     "sees_all",
     "smallworld",
+    "step",
     "strided",
     "window",
 ]

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import farlight as fl
+from farlight.routing import TopBlocks
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -212,6 +213,28 @@ def test_beams_and_samples() -> None:
     assert cache.layers[0].cache.batch == 2
 
 
+@pytest.mark.parametrize("dtype", [None, "int8"], ids=str)
+@pytest.mark.parametrize("rule", ["streaming", "router"])
+def test_assisted_generation_and_prompt_lookup_write_what_greedy_search_writes(rule: str, dtype: Any) -> None:
+    """Drafts are refused again and again, so tokens are taken back; the text is that of one token at a time."""
+    model, draft = model_of("llama"), model_of("llama", seed=1)
+    draft.set_attn_implementation("eager")
+    pattern = fl.presets.streaming(2, 6) if rule == "streaming" else TopBlocks(2, 4, causal=True) | fl.window(3)
+    given = {"input_ids": torch.arange(30)[None] % 7 + 3, "attention_mask": torch.ones(1, 30, dtype=torch.int64)}
+
+    def written(**options: Any) -> list[int]:
+        cache = fl.hf.SparseCache(model, pattern, dtype=dtype)
+        out = model.generate(**given, past_key_values=cache, max_new_tokens=24, do_sample=False, **options)
+        assert cache.get_seq_length() <= out.shape[1]
+        text: list[int] = out[0].tolist()
+        return text
+
+    plain = written()
+    assert written(prompt_lookup_num_tokens=3) == plain
+    assert written(assistant_model=draft) == plain
+    assert written(assistant_model=model_of("llama", seed=2)) == plain
+
+
 def test_a_cache_refuses_an_attention_that_does_not_know_what_is_left() -> None:
     model = model_of("llama")
     model.set_attn_implementation("sdpa")
@@ -252,11 +275,21 @@ def test_a_model_under_another_pattern_is_refused() -> None:
 
 
 def test_what_was_dropped_is_not_taken_back() -> None:
-    cache = fl.hf.SparseCache(model_of("llama"), fl.window(3))
+    """Beyond the last pass and `keep_back` tokens more, keys are gone; a refused crop changes nothing."""
+    model, pattern, given = model_of("llama"), fl.presets.streaming(1, 5), prompt()
+    cache = fl.hf.SparseCache(model, pattern, keep_back=2)
     cache.crop(0)
-    with pytest.raises(fl.UnsupportedError, match="2 tokens cannot be taken back"):
-        cache.crop(-2)
-    assert not cache.is_croppable
+    ids = model.generate(**given, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    with pytest.raises(fl.UnsupportedError, match=r"7 tokens cannot be taken back.*it can go back to 38.*keep_back"):
+        cache.crop(-7)
+    with pytest.raises(fl.ArgumentError, match="pass a negative number"):
+        cache.crop(3)
+    assert cache.get_seq_length() == 41
+    cache.crop(-2)
+    assert cache.get_seq_length() == 39
+    longer = model.generate(ids[:, :40], past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert longer.tolist() == said(model, pattern, given, 16, use_cache=False).tolist()
+    assert cache.is_croppable
     with pytest.raises(fl.UnsupportedError, match="stays on the model's device"):
         cache.layers[0].offload()
 

@@ -2,5 +2,6 @@
 
 from farlight.decoding.cache import KVCache
 from farlight.decoding.decode import decode
+from farlight.decoding.step import step
 
-__all__ = ["KVCache", "decode"]
+__all__ = ["KVCache", "decode", "step"]

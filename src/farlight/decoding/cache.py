@@ -1,12 +1,13 @@
 """`fl.KVCache`: a key-value cache that evicts a key once no query of a later token can see it.
 
-Three layers: `EvictionRule` (until when each key is needed), `KeyStore` (buffers and slots, one store per distinct rule), and
-this class (the positions of a batch of texts, checks, rollback). Under a router there is one store that evicts nothing, and
+Three layers: `EvictionRule` (until when each key is needed), `KeyStore` (pages and slots, one store per distinct rule), and
+this class (the positions of a batch of texts, rollback, branches). Under a router there is one store that evicts nothing, and
 `RouterState` holds block summaries beside it.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from farlight.decoding.checks import check_real, check_tokens, read_dtype
 from farlight.decoding.last_use import eviction_rules
+from farlight.decoding.native import NativeStores, is_native
+from farlight.decoding.pages import Pages
 from farlight.decoding.routed import RouterState
 from farlight.decoding.store import KeyStore
-from farlight.errors import ArgumentError, UnsupportedError, refuse_tracing, show
-from farlight.inputs import even_widths, refuse_layouts
+from farlight.errors import ArgumentError, show
 from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.liveness import liveness_sizes
@@ -29,22 +31,21 @@ from farlight.routing.base import Router
 
 __all__ = ["KVCache"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 class KVCache:
     """Keys and values of every position that a query from now on can see; all others are evicted.
 
-    One decoding step is an `append` of the new tokens' keys and values, then a `decode` of their queries:
+    One decoding step is an `append` of the new tokens' keys and values, then a `decode` of their queries, or both in one call:
 
         cache.append(k, v);  out = fl.decode(q, cache)
+        out = fl.step(q, k, v, cache)
 
     `out` has the rows that `fl.attention` gives for these queries over every key ever appended. After an append of tokens at
     positions t, t + 1, … the cache holds exactly the appended keys j with
 
         max { i : pattern allows (i, j) } >= t        (i < max_length, where that is given)
 
-    unchanged, in the appended dtype. A window with sinks takes constant memory; `causal()` evicts nothing. docs/decoding.md
+    unchanged, in `dtype`. A window with sinks takes constant memory; `causal()` evicts nothing. docs/decoding.md
     gives the set for each primitive, and the cases that keep more than needed. Eviction happens in `append` and `forget`.
 
     Args:
@@ -56,8 +57,11 @@ class KVCache:
             a text of this length, of which a prefix has been appended: negative positions count from its end, tables have one
             entry for each of its tokens. None: no end; the pattern must not depend on the length.
         heads: number of query heads. None: as many as the pattern's tables name, else as many as key heads. Required with
-        grouped
-            queries where the pattern differs between heads.
+            grouped queries where the pattern differs between heads.
+        dtype: element type of stored keys and values. None: that of the appended ones; torch.bfloat16 or another: rounded to
+            it; "int8": codes of int8 with one float32 scale for each token, head and K or V, so that an element differs by at
+            most max |row| / 254 from the appended one. Queries and outputs keep their own dtype.
+        keep_back: keys are evicted that many tokens after their last use, so that `crop` can take that many tokens back.
 
     Raises ArgumentError for another type of pattern, and PatternError when the pattern depends on the length of the text and
     `max_length` is not given, or does not fit.
@@ -72,7 +76,15 @@ class KVCache:
     (100, 20, [0, 1, 2, 3, 84, 85])
     """
 
-    def __init__(self, pattern: Pattern | Router, *, max_length: int | None = None, heads: int | None = None) -> None:
+    def __init__(
+        self,
+        pattern: Pattern | Router,
+        *,
+        max_length: int | None = None,
+        heads: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        keep_back: int = 0,
+    ) -> None:
         if not isinstance(pattern, Pattern | Router):
             raise ArgumentError(
                 f"KVCache: the pattern is {type(pattern).__name__}; pass a pattern such as fl.presets.streaming(4, 1024), or a "
@@ -82,7 +94,9 @@ class KVCache:
         self.pattern: Pattern = full() if isinstance(pattern, Router) else pattern
         self.max_length = None if max_length is None else whole("KVCache: max_length", max_length, 1)
         self.heads = None if heads is None else whole("KVCache: heads", heads, 1)
+        self.dtype, self.keep_back = read_dtype(dtype), whole("KVCache: keep_back", keep_back, 0)
         self._stores: list[KeyStore] = []
+        self._native: NativeStores | None = None  # addresses of the stores, until one of them is reallocated
         self._sizes: Sizes
         # Tokens so far in each row. One row serves the batch until `real` makes its items differ.
         self._lengths = [0]
@@ -143,6 +157,15 @@ class KVCache:
         rule = self.pattern if self._router_state is None else self._router_state.router
         return f"KVCache({rule!r}{end}): {self.kept} of {self.length} keys, {self.nbytes:,} bytes"
 
+    def _native_stores(self) -> NativeStores | None:
+        """The native side of the stores; None where the native kernels do not serve them."""
+        if self._native is None and self._stores and self._stores[0].pages.is_paged and self.batch:
+            self._native = NativeStores(self)
+        return self._native
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_native": None}
+
     # ---- updates ---------------------------------------------------------------------------------------------------------
     def append(self, k: Tensor, v: Tensor, *, real: Tensor | Sequence[Sequence[bool]] | None = None) -> None:
         """Append the keys and values `(B, H_kv, n, D)` of the next n tokens; evict keys that no query of these or later sees.
@@ -156,8 +179,8 @@ class KVCache:
         `real` under a router.
         """
         self._rollback_unfinished()
-        self._check(k, v)
-        mask = None if real is None or not k.shape[0] else self._check_real(real, k)
+        check_tokens(self, k, v)
+        mask = None if real is None or not k.shape[0] else check_real(real, k)
         batch, n = k.shape[0], k.shape[2]
         if mask is not None and self._router_state is not None:
             raise ArgumentError(
@@ -167,7 +190,7 @@ class KVCache:
             self._allocate(k, batch)
         if mask is not None and len(self._lengths) < batch:
             stores = [store.with_rows(batch) for store in self._stores]
-            vars(self).update(_stores=stores, _lengths=self._lengths * batch)
+            vars(self).update(_stores=stores, _native=None, _lengths=self._lengths * batch)
         if mask is None:
             new, columns = [n] * len(self._lengths), None
         else:
@@ -180,12 +203,12 @@ class KVCache:
             )
         # Tensors made in inference mode could not be written by a later call outside it.
         with torch.inference_mode(False), torch.no_grad():
-            self._appending = True
+            self._appending, self._native = True, None
             for store in self._stores:
                 store.append(k, v, self._lengths, new, columns)
                 store.rule.discard_before(min(self._lengths))
             if self._router_state is not None:
-                self._router_state.append(self._stores[0].k[:, :, : self._lengths[0] + n])
+                self._router_state.append(self._stores[0], k.dtype)
         lengths = [a + b for a, b in zip(self._lengths, new, strict=True)]
         # One call, so that no signal handler runs between these assignments.
         vars(self).update(
@@ -203,13 +226,13 @@ class KVCache:
         self._rollback_unfinished()
         self._truncate(self._last_start, self._num_columns - self._last_width)
 
-    def _truncate(self, lengths: list[int], num_columns: int) -> None:
+    def _truncate(self, lengths: list[int], num_columns: int, stores: list[KeyStore] | None = None) -> None:
         """Drop tokens from position `lengths[row]` on. Exact for later queries: an append evicts only keys that none sees."""
         with torch.inference_mode(False), torch.no_grad():
-            stores = [store.truncated(lengths) for store in self._stores]
+            stores = [store.truncated(lengths) for store in self._stores] if stores is None else stores
             router_state = None if self._router_state is None else self._router_state.truncated(lengths[0])
         vars(self).update(
-            _stores=stores, _router_state=router_state, _lengths=lengths, _last_start=lengths,
+            _stores=stores, _router_state=router_state, _native=None, _lengths=lengths, _last_start=lengths,
             _last_width=0, _last_columns=None, _num_columns=num_columns, _appending=False,
         )  # fmt: skip
 
@@ -220,7 +243,7 @@ class KVCache:
         """
         if self._stores and self._last_width:
             batch, kv_heads, dim = self._shape or (1, 1, 1)
-            empty = self._stores[0].k.new_zeros(batch, kv_heads, 0, dim)
+            empty = torch.zeros(batch, kv_heads, 0, dim, dtype=self._dtype, device=self._device)
             self.append(empty, empty)
 
     def select(self, items: Tensor | Sequence[int]) -> None:
@@ -237,23 +260,70 @@ class KVCache:
         batch, kv_heads, dim = self._shape
         if int(index.min()) < 0 or int(index.max()) >= batch:
             raise ArgumentError(f"KVCache.select: {show(index)} for a batch of {batch}; use 0 … {batch - 1}.")
-        if self.pattern.varies_over_batch and index.tolist() != list(range(batch)):
+        order = index.tolist()
+        if order == list(range(batch)):
+            return
+        if self.pattern.varies_over_batch:
             raise ArgumentError(
                 "KVCache.select: the pattern has tables of its own for each batch item, which cannot follow; use one pattern "
                 "for all, and `real` for texts of different lengths."
             )
-        order = index.tolist()
         with torch.inference_mode(False), torch.no_grad():
-            stores = [store.select(index.to(store.k.device)) for store in self._stores]
+            stores = [store.select(index.to(self._device)) for store in self._stores]
             router_state = self._router_state
             if router_state is not None:
-                router_state = router_state.select(index.to(self._stores[0].k.device))
-        new: dict[str, Any] = {"_stores": stores, "_router_state": router_state, "_shape": (index.numel(), kv_heads, dim)}
+                router_state = router_state.select(index.to(self._device))
+        new: dict[str, Any] = {
+            "_stores": stores,
+            "_native": None,
+            "_router_state": router_state,
+            "_shape": (index.numel(), kv_heads, dim),
+        }
         if len(self._lengths) > 1:
             new |= {name: [getattr(self, name)[i] for i in order] for name in ("_lengths", "_last_start")}
             new["_last_columns"] = None if self._last_columns is None else [self._last_columns[i] for i in order]
         sizes = Sizes(self._sizes.n_q, self._sizes.n_k, 0, index.numel(), self._sizes.heads)
         vars(self).update(new, _sizes=sizes)
+
+    # ---- branches --------------------------------------------------------------------------------------------------------
+    def crop(self, length: int) -> None:
+        """Take tokens back: keep the first `length` of each text, as if no more had been appended.
+
+        Exact where every key that a query from `length` on sees is still held: back to the beginning of the last append,
+        `keep_back` tokens further, and anywhere for patterns that evict nothing that is needed. The queries of the tokens
+        before are not decoded again. Raises ArgumentError where a key that is needed was evicted, and for a length out of
+        range; the cache is then unchanged.
+        """
+        self._rollback_unfinished()
+        length = whole("KVCache.crop: length", length, 0)
+        if length > self.length:
+            raise ArgumentError(f"KVCache.crop: length = {length}, but only {self.length} tokens were appended.")
+        if length == self.length:
+            return
+        lengths = [min(length, present) for present in self._lengths]
+        if any(store.missing(lengths) for store in self._stores):
+            oldest = min(max(store.horizon for store in self._stores), self.length)
+            raise ArgumentError(
+                f"KVCache.crop: {self.length - length} tokens were to be taken back from {self.length}, but keys that queries "
+                f"from position {length} on see are evicted; it can go back to {oldest}. Make the cache with "
+                f"keep_back={self.length - length + self._last_width} to go further back."
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            stores = [store.cropped(lengths) for store in self._stores]
+        self._truncate(lengths, self._num_columns - (self.length - length), stores)
+
+    def fork(self) -> KVCache:
+        """A cache of the same keys that goes on by itself: for beams, drafts, and texts with a common beginning.
+
+        Copy on write by pages of 64 slots: both share the memory of a page until one of them writes to it. `nbytes` counts
+        shared pages in each. Where the native kernels do not run, the first write copies the whole store.
+        """
+        self._rollback_unfinished()
+        new = copy.copy(self)
+        state = None if self._router_state is None else self._router_state.fork()
+        vars(new).update(_stores=[store.fork() for store in self._stores], _router_state=state, _native=None)
+        self._native = None
+        return new
 
     def _allocate(self, k: Tensor, batch: int) -> None:
         """Make empty stores for a batch like k `(B, H_kv, n, D)`. Raises ArgumentError and PatternError."""
@@ -268,65 +338,12 @@ class KVCache:
         sizes = liveness_sizes(self.pattern, self.max_length, batch=batch, heads=heads)
         rows = batch if self.pattern.varies_over_batch else 1
         rules = eviction_rules(self.pattern, sizes, kv_heads, self.max_length is None)
-        stores = [KeyStore(rule, k, rows) for rule in rules]
-        shape = (batch, kv_heads, k.shape[3])
+        shape, stored = (batch, kv_heads, k.shape[3]), k.dtype if self.dtype is None else self.dtype
+        paged = is_native(k.device, k.dtype, stored, k.shape[3])
+        stores = [
+            KeyStore(rule, Pages((batch, len(rule.kv_heads), k.shape[3]), stored, k.device, paged), rows, self.keep_back)
+            for rule in rules
+        ]
         vars(self).update(
             _sizes=sizes, _lengths=[0] * rows, _stores=stores, _shape=shape, _dtype=k.dtype, _device=k.device
         )  # fmt: skip
-
-    def _check(self, k: Tensor, v: Tensor) -> None:
-        """Raise ArgumentError unless k and v are alike, of a supported dtype, and fit the cache."""
-        refuse_layouts(k=k, v=v)
-        for name, x in (("k", k), ("v", v)):
-            if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in _DTYPES:
-                actual = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-                raise ArgumentError(
-                    f"KVCache.append: {name} is {actual}; (B, H_kv, n, D) in float16, bfloat16, float32 or float64 is needed."
-                )
-        if k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
-            raise ArgumentError(
-                f"KVCache.append: k is {tuple(k.shape)} of {k.dtype} on {k.device}, v is {tuple(v.shape)} of {v.dtype} on "
-                f"{v.device}; they must agree"
-                + (f": {even_widths(k.shape[3], v.shape[3])}" if k.shape[3] != v.shape[3] else ".")
-            )
-        refuse_gradients("KVCache.append", k, v)
-        if self._shape is None:
-            if not (k.shape[1] and k.shape[3]):
-                raise ArgumentError(f"KVCache.append: k is {tuple(k.shape)}: heads and head_dim must be at least 1.")
-            return
-        if (k.shape[0], k.shape[1], k.shape[3]) != self._shape:
-            b, h, d = self._shape
-            raise ArgumentError(
-                f"KVCache.append: k is {tuple(k.shape)}, but the cache holds ({b}, {h}, …, {d}); use a new cache."
-            )
-        if (k.dtype, k.device) != (self._dtype, self._device):
-            raise ArgumentError(
-                f"KVCache.append: k is {k.dtype} on {k.device}, but the cache holds {self._dtype} on {self._device}; "
-                "cast or move it, or use a new cache."
-            )
-
-    def _check_real(self, real: Any, k: Tensor) -> Tensor:
-        """`real` as a bool CPU tensor `(B, n)`. Raises ArgumentError."""
-        mask = torch.as_tensor(real, device="cpu")
-        shape = (k.shape[0], k.shape[2])
-        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-            raise ArgumentError(
-                f"KVCache.append: real is {tuple(mask.shape)} of {mask.dtype}; bool {shape}, True where there is a token, "
-                "is needed."
-            )
-        return mask
-
-
-def refuse_gradients(what: str, *tensors: Tensor) -> None:
-    """Raise where autograd, forward-mode AD or tracing would record the call `what`: decoding has no derivatives."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise ArgumentError(
-            f"{what}: an input requires grad, but decoding records no gradients, since evicted keys could get none. "
-            "Use torch.no_grad() or .detach(); for training use fl.attention."
-        )
-    if forward_ad._current_level >= 0:
-        raise UnsupportedError(
-            f"{what}: called inside a forward-mode derivative (jvp, jacfwd, linearize, dual numbers), but decoding records no "
-            "derivatives. Use fl.attention(…, backend='reference')."
-        )
-    refuse_tracing(what)

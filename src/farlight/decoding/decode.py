@@ -1,7 +1,9 @@
 """`fl.decode`: attention of the newest queries over the keys that a cache holds.
 
-Three paths, by what the queries see: every slot of the store (no mask, one fused attention); a prompt of which nothing has been
-evicted (planned, `fl.attention`); anything else (the pattern's definition evaluated on the slots' positions gives a mask).
+On a CPU the native kernels attend for a few queries, in one call for all stores; what a query sees is a program that they
+evaluate, or a mask. Elsewhere three paths, by what the queries see: every slot of the store (no mask, one fused attention); a
+prompt of which nothing has been evicted (planned, `fl.attention`); anything else (the pattern's definition evaluated on the
+positions of the slots gives a mask).
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import torch
 from torch import Tensor
 
 from farlight.attention import attention
-from farlight.decoding.cache import KVCache, refuse_gradients
+from farlight.decoding.cache import KVCache
+from farlight.decoding.checks import refuse_gradients
 from farlight.decoding.kept_attention import attend_kept
+from farlight.decoding.native import NativeStores, readable
 from farlight.decoding.slots import IntArray
 from farlight.decoding.store import KeyStore
 from farlight.errors import ArgumentError, PatternError
@@ -73,10 +77,16 @@ def masked_decode(
         dtype = torch.promote_types(q.dtype, torch.float32)
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype) if return_lse else None
     with torch.no_grad():
+        native = cache._native_stores() if q.shape[2] < _PLANNED_QUERIES and q.numel() else None
         if cache._router_state is not None:
-            store = cache._stores[0]
-            k, v = store.k[:, :, : store.kept], store.v[:, :, : store.kept]
+            first = cache._last_start[0] + start
+            result = None if native is None else native.attend_routed(readable(q, "q"), first, scale, return_lse)
+            if result is not None:
+                return result
+            k, v = cache._stores[0].read(_compute_dtype(q, cache._stores[0]))
             return cache._router_state.attend(q, k, v, scale, return_lse)
+        if native is not None:
+            return _attend_native(readable(q, "q"), cache, native, start, scale, return_lse, extra)
         if len(cache._stores) == 1:
             return _attend_store(q, cache, cache._stores[0], start, scale, return_lse, extra)
         out = torch.empty_like(q)
@@ -125,16 +135,70 @@ def _check(q: Tensor, cache: KVCache) -> int:
     return cache._last_width - q.shape[2]
 
 
+def _compute_dtype(q: Tensor, store: KeyStore) -> torch.dtype | None:
+    """The dtype that keys are read in: None = as stored, which is q's. Rounded keys are multiplied in float32 at least."""
+    return None if store.pages.dtype == q.dtype else torch.promote_types(q.dtype, torch.float32)
+
+
+def _attend_native(
+    q: Tensor, cache: KVCache, native: NativeStores, start: int, scale: float, return_lse: bool, extra: Pattern | None
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse or None) of a few queries by the native kernels, over all stores."""
+    i = _query_positions(cache, start)
+    if extra is None:
+        result = native.attend(q, i, scale, return_lse)
+        if result is not None:
+            return result
+    num_masks = (
+        sum(
+            store.kept * (1 if not _pattern_of(store, extra).varies_over_heads else len(store.rule.heads))
+            for store in cache._stores
+        )
+        * q.shape[0]
+    )
+    step = max(1, _MAX_MASK // max(1, num_masks))
+    parts = []
+    for first in range(0, q.shape[2], step):
+        masks = [_mask(cache, store, i[:, first : first + step], extra) for store in cache._stores]
+        parts.append(native.attend_masked(q[:, :, first : first + step], masks, scale, return_lse))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([out for out, _ in parts], 2), torch.cat(
+        [lse for _, lse in parts if lse is not None], 2
+    ) if return_lse else None
+
+
+def _pattern_of(store: KeyStore, extra: Pattern | None) -> Pattern:
+    return store.rule.pattern if extra is None else extra & store.rule.pattern
+
+
 def _attend_store(
     q: Tensor, cache: KVCache, store: KeyStore, start: int, scale: float, return_lse: bool, extra: Pattern | None
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None) of the query heads of one store; q's first query is column `start` of the last append."""
-    kept = store.kept
     i = _query_positions(cache, start)
-    k, v = store.k[:, :, :kept], store.v[:, :, :kept]
+    k, v = store.read(_compute_dtype(q, store))
+    dtype, q = q.dtype, q.to(k.dtype)
+    out, lse = _attend_tensors(q, k, v, cache, store, i, scale, return_lse, extra)
+    return out.to(dtype), lse
+
+
+def _attend_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: KVCache,
+    store: KeyStore,
+    i: IntArray,
+    scale: float,
+    return_lse: bool,
+    extra: Pattern | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse or None) of q at positions i over k and v, the slots of one store; all of one dtype."""
+    kept = store.kept
     if extra is None and q.shape[2] == 1 and _sees_every_slot(store, kept, i):
         return attend_kept(q, k, v, None, scale=scale, return_lse=return_lse)
-    pattern = store.rule.pattern if extra is None else extra & store.rule.pattern
+    pattern = _pattern_of(store, extra)
     if q.shape[2] >= _PLANNED_QUERIES and _nothing_evicted(cache, store, pattern):
         return _attend_prompt(q, k, v, store, pattern, i, scale, return_lse)
     num_masks = (q.shape[0] if pattern.varies_over_batch else len(i)) * (q.shape[1] if pattern.varies_over_heads else 1)
@@ -167,9 +231,8 @@ def _query_positions(cache: KVCache, start: int) -> IntArray:
 def _sees_every_slot(store: KeyStore, kept: int, i: IntArray) -> bool:
     """Whether the single query of each row sees slots 0 … kept - 1: all in use, all gapless, none past its last use."""
     slots = store.slots
-    return all(
-        slots.count[row] == kept and not slots.num_gapped[row] and slots.min_last_use[row] >= i[row, 0] >= 0
-        for row in range(slots.rows)
+    return slots.count == [kept] * slots.rows and all(
+        slots.every_slot_is_seen(row, int(i[row, 0])) for row in range(slots.rows)
     )
 
 
@@ -218,7 +281,7 @@ def _fits(pattern: Pattern, sizes: Sizes) -> bool:
 
 def _mask(cache: KVCache, store: KeyStore, i: IntArray, extra: Pattern | None) -> Tensor:
     """`(B or 1, H or 1, n, kept)` bool: which slots the queries at positions i `(rows, n)` see."""
-    device, slots, kept = store.k.device, store.slots, store.kept
+    device, slots, kept = store.pages.device, store.slots, store.kept
     query = torch.from_numpy(np.ascontiguousarray(i)).to(device)[:, None, :, None]
     key = torch.from_numpy(slots.position[:, :kept]).to(device)[:, None, None, :]
     mask = _allowed(store.rule.pattern, cache._sizes, store, query, key.clamp(min=0)) & (query >= 0)

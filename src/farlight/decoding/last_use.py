@@ -7,10 +7,13 @@ store, one slot table and one mask.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from farlight.decoding.visibility import Program, compile_program
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.liveness import LastUse, for_head, last_use
 
@@ -50,11 +53,23 @@ class EvictionRule:
 
     def liveness(self, item: int, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """(last_use, gapless) of the keys at positions start … stop - 1 in one batch item, each `(stop - start,)`."""
+        if start < self._start:  # the text was cropped to a position before the tables
+            empty = self._last_use[:, :0], self._gapless[:, :0]
+            vars(self).update(_last_use=empty[0], _gapless=empty[1], _start=start, _stop=start)
         if stop > self._stop:
             self._extend(stop)
         window = slice(start - self._start, stop - self._start)
         item = item if self.items > 1 else 0
         return self._last_use[item, window], self._gapless[item, window]
+
+    def tables(self) -> tuple[NDArray[np.int64], NDArray[np.bool_], int, int]:
+        """(last_use, gapless, start, stop) of the positions start … stop - 1 that are evaluated, of the first batch item."""
+        return self._last_use[0], self._gapless[0], self._start, self._stop
+
+    @functools.cached_property
+    def program(self) -> Program | None:
+        """What the queries see, for the native kernels; None where the pattern has no such form."""
+        return compile_program(self.pattern, self.sizes)
 
     def discard_before(self, position: int) -> None:
         """Drop table entries before `position`, which no later call reads; amortised over 2048 positions."""

@@ -1,6 +1,7 @@
 """Decoding under a router: every key is kept, since any may be chosen later, and block summaries of keys are kept beside them.
 
-`TopBlocks` scores the stored summaries and reads only the keys of the selected blocks: N / block scores a step instead of N.
+`TopBlocks` scores the stored summaries and reads only the keys of the selected blocks: N / block scores a step instead of N. On
+a CPU scores, selection and attention are one native call, also where `|`, `&` and `-` join them with constant patterns.
 Other routers score every key at every step, as without a cache.
 """
 
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from farlight.attention import attention
 from farlight.decoding.kept_attention import attend_kept
+from farlight.decoding.native_router import RouterProgram, router_program
+from farlight.decoding.store import KeyStore
+from farlight.decoding.summaries import BlockSummaries
 from farlight.errors import ArgumentError
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.routing import Router, TopBlocks
@@ -35,6 +39,7 @@ class RouterState:
     def __init__(self, router: Router) -> None:
         self.router = router
         self._summaries = {module: BlockSummaries(module) for module in router.modules() if isinstance(module, TopBlocks)}
+        self._program: RouterProgram | None = router_program(router)
         for module in self._summaries:
             if not module.causal or module.query_block != 1:
                 raise ArgumentError(
@@ -46,10 +51,25 @@ class RouterState:
     def nbytes(self) -> int:
         return sum(table.nbytes for summary in self._summaries.values() for table in summary.tables)
 
-    def append(self, k: Tensor) -> None:
-        """Summarise the blocks that have become complete. k: `(B, H_kv, N, D)`, every key so far, by position."""
+    def native_arguments(self, head_dim: int) -> tuple[object, ...] | None:
+        """The arguments of `Decoder.set_router`; None where the router has no native form."""
+        if self._program is None:
+            return None
+        return self._program.arguments(self._summaries, head_dim)
+
+    def set_length(self, length: int) -> None:
+        """After a native append, which has summarised the blocks that became complete."""
         for summary in self._summaries.values():
-            summary.extend(k)
+            summary.count = length // summary.router.block
+
+    def append(self, store: KeyStore, dtype: torch.dtype) -> None:
+        """Summarise the blocks that have become complete; slot s of the store holds position s. dtype: of the appended keys."""
+        for summary in self._summaries.values():
+            summary.extend(store, torch.promote_types(dtype, torch.float32))
+
+    def fork(self) -> RouterState:
+        """A state of its own."""
+        return self._with({module: summary.fork() for module, summary in self._summaries.items()})
 
     def select(self, items: Tensor) -> RouterState:
         """The state of these batch items."""
@@ -69,12 +89,15 @@ class RouterState:
 
         q `(B, H, n_q, D)`; k, v `(B, H_kv, N, D)`, every key so far, by position.
         """
+        dtype, q = q.dtype, q.to(k.dtype)
         if q.shape[2] >= _PLANNED_QUERIES:
             result = attention(q, k, v, self.router(q, k), scale=scale, return_lse=return_lse)
-            return result if isinstance(result, tuple) else (result, None)
-        mask = self._mask(self.router, q, k)
-        mask = mask.expand(torch.broadcast_shapes(mask.shape, (1, 1, q.shape[2], k.shape[2])))
-        return attend_kept(q, k, v, mask, scale=scale, return_lse=return_lse)
+            out, lse = result if isinstance(result, tuple) else (result, None)
+        else:
+            mask = self._mask(self.router, q, k)
+            mask = mask.expand(torch.broadcast_shapes(mask.shape, (1, 1, q.shape[2], k.shape[2])))
+            out, lse = attend_kept(q, k, v, mask, scale=scale, return_lse=return_lse)
+        return out.to(dtype), lse
 
     def _mask(self, part: Router | Pattern, q: Tensor, k: Tensor) -> Tensor:
         """The pairs that `part` allows, bool, broadcastable to `(B, H, n_q, N)`."""
@@ -98,47 +121,3 @@ class RouterState:
         b = torch.arange(sizes.batch if pattern.varies_over_batch else 1, device=q.device).view(-1, 1, 1, 1)
         h = torch.arange(sizes.heads if pattern.varies_over_heads else 1, device=q.device).view(1, -1, 1, 1)
         return pattern._allows(sizes, b, h, i, j)
-
-
-class BlockSummaries:
-    """The summaries of one `TopBlocks`, `(B, H_kv, capacity, D)` float32 or float64 each, for complete blocks 0 … count - 1.
-
-    The last, incomplete block overlaps every query that may still come, so it is never scored and has no summary.
-    """
-
-    def __init__(self, router: TopBlocks) -> None:
-        self.router = router
-        self.tables: list[Tensor] = []
-        self.count = 0
-
-    def complete(self) -> list[Tensor]:
-        """Views of the summaries in use, `(B, H_kv, count, D)` each."""
-        return [table[:, :, : self.count] for table in self.tables]
-
-    def select(self, items: Tensor) -> BlockSummaries:
-        new = copy.copy(self)
-        new.tables = [table.index_select(0, items) for table in self.tables]
-        return new
-
-    def truncated(self, length: int) -> BlockSummaries:
-        new = copy.copy(self)
-        new.count = min(self.count, length // self.router.block)
-        return new
-
-    def extend(self, k: Tensor) -> None:
-        """Add the blocks that are complete in k `(B, H_kv, N, D)`, every key so far; the tables grow by an eighth at a time."""
-        block = self.router.block
-        complete = k.shape[2] // block
-        if complete == self.count and self.tables:
-            return
-        dtype = torch.promote_types(k.dtype, torch.float32)
-        new = self.router.summary(k[:, :, self.count * block : complete * block].to(dtype))
-        if not self.tables or complete > self.tables[0].shape[2]:
-            capacity = complete + complete // 8 + 8
-            grown = [table.new_zeros(*table.shape[:2], capacity, table.shape[3]) for table in new]
-            for table, old in zip(grown, self.tables, strict=False):
-                table[:, :, : self.count] = old[:, :, : self.count]
-            self.tables = grown
-        for table, added in zip(self.tables, new, strict=True):
-            table[:, :, self.count : complete] = added
-        self.count = complete

@@ -24,7 +24,7 @@ class SlotUpdate:
     """The writes of one append to one row, in order: copy slots `move_from` to `move_to`, write new tokens, set the count.
 
     new_tokens: the indices, among the appended tokens, of those that are stored; write_to: their slots. Only slots of expired
-    keys and slots from the old count on are overwritten.
+    keys and slots from the old count on are overwritten. most: slots in use at any moment.
     """
 
     move_to: IntArray
@@ -32,6 +32,7 @@ class SlotUpdate:
     write_to: IntArray
     new_tokens: IntArray
     count: int
+    most: int
 
 
 class Slots:
@@ -40,7 +41,8 @@ class Slots:
     position: int64, the position of the slot's key; last_use: int64, the last query position that sees it (FOREVER: no end);
     gapless: bool, whether every query from the key's own position to last_use sees it. Per row: count, slots in use;
     min_last_use, the smallest last_use in use, so that most steps find nothing expired without a scan; num_gapped, slots in use
-    that are not gapless.
+    that are not gapless; horizon, 1 + the greatest last use of an evicted key. These four are the columns of `state`
+    `(rows, 4)` int64, which the native append reads and writes.
     """
 
     _TABLES = (("position", -1), ("last_use", -1), ("gapless", False))
@@ -49,13 +51,17 @@ class Slots:
         self.position = np.full((rows, 0), -1, np.int64)
         self.last_use = np.full((rows, 0), -1, np.int64)
         self.gapless = np.zeros((rows, 0), np.bool_)
-        self.count = [0] * rows
-        self.min_last_use = [FOREVER] * rows
-        self.num_gapped = [0] * rows
+        self.state = np.tile(np.array([0, FOREVER, 0, 0], np.int64), (rows, 1))
 
     @property
     def rows(self) -> int:
-        return len(self.count)
+        return len(self.state)
+
+    @property
+    def count(self) -> list[int]:
+        """Slots in use in each row."""
+        counts: list[int] = self.state[:, 0].tolist()
+        return counts
 
     @property
     def capacity(self) -> int:
@@ -63,7 +69,7 @@ class Slots:
 
     @property
     def nbytes(self) -> int:
-        return self.position.nbytes + self.last_use.nbytes + self.gapless.nbytes
+        return self.position.nbytes + self.last_use.nbytes + self.gapless.nbytes + self.state.nbytes
 
     def resize(self, capacity: int) -> None:
         """Reallocate the tables with `capacity` slots, at least as many as are in use."""
@@ -76,37 +82,42 @@ class Slots:
 
     def expired(self, row: int, position: int) -> IntArray:
         """The slots whose key no query at `position` or later sees, ascending."""
-        if self.min_last_use[row] >= position:
+        if self.state[row, 1] >= position:
             return _EMPTY
-        return (self.last_use[row, : self.count[row]] < position).nonzero()[0]
+        return (self.last_use[row, : self.state[row, 0]] < position).nonzero()[0]
 
-    # ---- one token in one row: the fast path of a decoding step ----------------------------------------------------------
+    def every_slot_is_seen(self, row: int, position: int) -> bool:
+        """Whether a query at `position` sees every slot in use: all gapless, none past its last use."""
+        return bool(not self.state[row, 2] and self.state[row, 1] >= position >= 0)
+
+    # ---- one token in one row: the fast path of a decoding step (decode.cpp has the native one) --------------------------
     def slot_for_token(self, position: int, last_use: int) -> int:
-        """The slot for one new token of row 0: a new slot, or that of the only expired key. Changes nothing.
+        """The slot for one new token of row 0: a new slot, or that of the only key expired before `position`. Changes nothing.
 
-        -1 where this needs the general path: the token is never seen, several keys expired, or the capacity is used up.
+        -1 where this needs the general path: the token is not stored, several keys expired, or the capacity is used up.
         """
-        count = self.count[0]
+        count, min_last_use, _, _ = self.state[0].tolist()
         if last_use < position:
             return -1
-        if self.min_last_use[0] >= position:
+        if min_last_use >= position:
             return count if count < self.capacity else -1
         expired = (self.last_use[0, :count] < position).nonzero()[0]
         return int(expired[0]) if expired.size == 1 else -1
 
     def write_token(self, slot: int, position: int, last_use: int, gapless: bool) -> None:
         """Enter one token into the slot of `slot_for_token`, in the order of writes of `commit`."""
-        count, last_uses = self.count[0], self.last_use[0]
+        count, min_last_use, num_gapped, horizon = self.state[0].tolist()
+        last_uses = self.last_use[0]
         is_new = slot == count
-        num_gapped = self.num_gapped[0] - gapless + (1 if is_new else bool(self.gapless[0, slot]))
+        horizon = horizon if is_new else max(horizon, int(last_uses[slot]) + 1)
+        num_gapped += (1 if is_new else bool(self.gapless[0, slot])) - gapless
         self.position[0, slot] = position
         self.gapless[0, slot] = gapless
         last_uses[slot] = last_use
-        self.count[0] = count + is_new
-        self.num_gapped[0] = num_gapped
-        self.min_last_use[0] = min(self.min_last_use[0], last_use) if is_new else int(last_uses[:count].min())
+        min_last_use = min(min_last_use, last_use) if is_new else int(last_uses[:count].min())
+        self.state[0] = count + is_new, min_last_use, num_gapped, horizon
 
-    # ---- the general path -------------------------------------------------------------------------------------------------
+    # ---- append ----------------------------------------------------------------------------------------------------------
     def plan(self, row: int, expired: IntArray, last_use: IntArray, position: int) -> SlotUpdate:
         """The update that frees the slots `expired` and stores those new tokens that a query at `position` or later sees.
 
@@ -126,7 +137,7 @@ class Slots:
             move_to = holes[holes < count]
             tail = np.arange(count, count + holes.size)
             move_from = tail[~np.isin(tail, holes)]
-        return SlotUpdate(move_to, move_from, write_to, new_tokens, count)
+        return SlotUpdate(move_to, move_from, write_to, new_tokens, count, max(count, int(self.state[row, 0])))
 
     def commit(self, row: int, update: SlotUpdate, start: int, last_use: IntArray, gapless: NDArray[np.bool_]) -> None:
         """Enter an update whose keys and values have been written; the new tokens have positions start, start + 1, ….
@@ -139,32 +150,37 @@ class Slots:
         self.position[row, update.write_to] = update.new_tokens + start
         self.gapless[row, update.write_to] = gapless[update.new_tokens]
         self.last_use[row, update.write_to] = last_use[update.new_tokens]
-        old_count, count = self.count[row], update.count
-        self.count[row] = count
+        old_count, count = int(self.state[row, 0]), update.count
+        self.state[row, 0] = count
         if update.write_to.size or count < old_count:
             self._summarize(row)
 
+    def raise_horizon(self, row: int, evicted: IntArray) -> None:
+        """Enter that keys of these last uses are evicted from a row, or not stored."""
+        self.state[row, 3] = max(int(self.state[row, 3]), int(evicted.max(initial=-1)) + 1)
+
     def _summarize(self, row: int) -> None:
         """Recompute min_last_use and num_gapped of a row from its tables."""
-        count = self.count[row]
-        self.min_last_use[row] = int(self.last_use[row, :count].min()) if count else FOREVER
-        self.num_gapped[row] = count - int(np.count_nonzero(self.gapless[row, :count]))
+        count = int(self.state[row, 0])
+        self.state[row, 1] = self.last_use[row, :count].min() if count else FOREVER
+        self.state[row, 2] = count - np.count_nonzero(self.gapless[row, :count])
 
-    def live(self, row: int, length: int) -> IntArray:
-        """The slots of the first `length` tokens that some query at a position >= `length` sees, each token once.
+    def live(self, row: int, length: int, position: int) -> IntArray:
+        """The slots of the first `length` tokens that some query at or after `position` sees, each token once.
 
         An interrupted compaction may leave a token in two slots.
         """
         count = self.count[row]
-        slots = ((self.position[row, :count] < length) & (self.last_use[row, :count] >= length)).nonzero()[0]
+        slots = ((self.position[row, :count] < length) & (self.last_use[row, :count] >= position)).nonzero()[0]
         return np.sort(slots[np.unique(self.position[row, slots], return_index=True)[1]])
 
     def compacted(self, slots: list[IntArray]) -> Slots:
         """New tables of these slots of each row only."""
         new = Slots(self.rows)
+        new.state[:, 3] = self.state[:, 3]
         new.resize(max(row_slots.size for row_slots in slots))
         for row, row_slots in enumerate(slots):
-            count = new.count[row] = row_slots.size
+            count = new.state[row, 0] = row_slots.size
             for name, _ in self._TABLES:
                 getattr(new, name)[row, :count] = getattr(self, name)[row, row_slots]
             new._summarize(row)
@@ -173,10 +189,8 @@ class Slots:
     def select_rows(self, rows: list[int]) -> Slots:
         """New tables of these rows, in this order; rows may repeat."""
         new = Slots(len(rows))
-        for name, _ in self._TABLES:
+        for name in (*(name for name, _ in self._TABLES), "state"):
             setattr(new, name, getattr(self, name)[rows])
-        for name in ("count", "min_last_use", "num_gapped"):
-            setattr(new, name, [getattr(self, name)[row] for row in rows])
         return new
 
 

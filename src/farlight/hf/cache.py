@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache
@@ -47,11 +48,13 @@ class SparseCache(Cache):
             `fl.hf.sparsify(model, pattern)` does; or its configuration, which switches nothing.
         pattern: one pattern or router for all layers, or {layer number: pattern or router}, where layers that are not named
             follow the model's own attention. None: what `fl.hf.sparsify` gave the model, else its own attention.
-        max_length: the greatest length of prompt and answer together, for patterns that need to know it: see `fl.KVCache`.
+        max_length, dtype, keep_back: the greatest length of prompt and answer together, for patterns that need to know it; the
+            element type of stored keys and values ("int8", torch.bfloat16, …); tokens that `crop` can take back beyond the last
+            pass: see `fl.KVCache`.
 
     In a batch that is padded on the left, named positions count the tokens of each text, as in the model without a cache.
-    `cache.nbytes` is the memory in use, `cache.kept` the number of keys. Beam search works; removing tokens (`crop`, assisted
-    generation) raises, since the keys dropped meanwhile are gone.
+    `cache.nbytes` is the memory in use, `cache.kept` the number of keys. Beam search, assisted generation and prompt lookup
+    work; `crop` takes back tokens of the last pass, and raises beyond it where keys that are needed again are gone.
 
     Raises:
         ArgumentError: the pattern is no pattern, or names a layer that the model does not have.
@@ -74,6 +77,8 @@ class SparseCache(Cache):
         pattern: LayerPattern | Mapping[int, LayerPattern] = None,
         *,
         max_length: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        keep_back: int = 0,
     ) -> None:
         config = getattr(model_or_config, "config", model_or_config)
         if not hasattr(config, "get_text_config"):
@@ -91,8 +96,9 @@ class SparseCache(Cache):
             switched: Any = model_or_config.config  # a switched model has a new configuration
             config = switched.get_text_config(decoder=True)
         heads = config.num_attention_heads
+        options = {"max_length": max_length, "heads": heads, "dtype": dtype, "keep_back": keep_back}
         layers = [
-            cache_utils.DummyLayer() if rule is None else SparseLayer(config, rule, patterns.get(n), max_length, heads, n)
+            cache_utils.DummyLayer() if rule is None else SparseLayer(config, rule, patterns.get(n), n, options)
             for n, rule in enumerate(rules)
         ]
         super().__init__(layers=layers)
@@ -144,7 +150,8 @@ class SparseCache(Cache):
                     f"attending over them. {REMEDY}"
                 )
             # The memory of a first prompt is freed layer by layer. In later steps `_roll_back` may need the dropped keys.
-            if last is not None and last is not layer and not self._step_start and not self._has_keyless_layers:
+            is_whole = last is not None and last is not layer and not self._has_keyless_layers
+            if last is not None and is_whole and not self._step_start and not last.record_past:
                 last.cache.forget()
         elif self._has_equal_lengths():
             self._step_start = layer.num_seen
@@ -169,7 +176,7 @@ class SparseCache(Cache):
         """Between two steps: drop the keys that only queries of the last one could see."""
         if self._step_start != self._sparse_layers[0].num_seen and self._has_equal_lengths():
             for layer in self._sparse_layers:
-                if layer.cache._last_width > 1:
+                if layer.cache._last_width > 1 and not layer.record_past:
                     layer.cache.forget()
             self._step_start, self._last_updated = self._sparse_layers[0].num_seen, None
 
@@ -181,6 +188,23 @@ class SparseCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last `-tokens_to_remove` tokens back, in every layer or in none."""
+        self._refuse_half_reordered()
+        self._end_step()
+        if tokens_to_remove > 0:
+            raise ArgumentError(
+                f"SparseCache.crop: {tokens_to_remove}: pass a negative number, the tokens to take back, as transformers does."
+            )
+        forks = [layer.cache.fork() for layer in self._sparse_layers] if tokens_to_remove else []
+        try:
+            super().crop(tokens_to_remove)
+        except UnsupportedError:
+            for layer, before in zip(self._sparse_layers, forks, strict=True):
+                layer.cache = before
+            raise
+        self._step_start, self._last_updated = self._sparse_layers[0].num_seen, None
 
     def reset(self) -> None:
         super().reset()

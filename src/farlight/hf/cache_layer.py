@@ -18,7 +18,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from farlight.decoding.cache import KVCache
 from farlight.decoding.decode import masked_decode
-from farlight.errors import UnsupportedError
+from farlight.decoding.step import step
+from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.cached_tensors import CachedTensor
 from farlight.hf.keyword_arguments import merge_sinks
 from farlight.hf.lazy_mask import LazyMask, ModelMask
@@ -62,31 +63,32 @@ class SparseLayer(CacheLayerMixin):
         config: the model's configuration; its attention implementation is checked at each update.
         model_rule: the layer's own mask, see `model_rule_of`.
         pattern: what the layer runs under beside it; None for nothing.
-        max_length: as in `fl.KVCache`.
-        heads: number of query heads.
         number: the layer's number.
+        options: `heads`, `max_length`, `dtype` and `keep_back` of `fl.KVCache`.
 
     Attributes:
         cache: the `KVCache` under `pattern & model_rule`.
         num_updates: how often `update` was called; identifies the tensors of the latest one.
         appended_update: number of the update whose keys were appended last; -1 before the first.
         awaits_attention: whether `update` was called and the attention function not yet.
+        record_past: whether keys that only queries of the last step see are held until the next step, so that `crop` can take
+            tokens of the last step back. transformers sets and resets it.
     """
 
     is_sliding = False
+    is_croppable = True
     supports_early_init = False
 
-    def __init__(
-        self, config: Any, model_rule: Pattern, pattern: LayerPattern, max_length: int | None, heads: int, number: int
-    ) -> None:
+    def __init__(self, config: Any, model_rule: Pattern, pattern: LayerPattern, number: int, options: dict[str, Any]) -> None:
         super().__init__()
-        self.config, self.pattern, self.max_length, self.heads = config, pattern, max_length, heads
+        self.config, self.pattern, self.options = config, pattern, options
         self.model_rule, self.number, self.num_updates = model_rule, number, 0
+        self.record_past = False
         self.reset()
 
     def reset(self) -> None:
         rule = self.model_rule if self.pattern is None else self.pattern & self.model_rule
-        self.cache = KVCache(rule, max_length=self.max_length, heads=self.heads)
+        self.cache = KVCache(rule, **self.options)
         self.awaits_attention, self.appended_update, self.is_initialized = False, -1, False
 
     @property
@@ -160,6 +162,12 @@ class SparseLayer(CacheLayerMixin):
         # A layer that attends twice over the same keys, or over those of another layer, finds them appended.
         if is_new:
             self._check_padding(name, num_before, real, query.shape[0])
+        if is_new and real is None and residual is None and sinks is None and key.shape[2] == query.shape[2]:
+            fused = step(query, key.data_tensor, value.data_tensor, self.cache, scale=scaling)
+            assert isinstance(fused, Tensor)
+            self.appended_update = self.num_updates
+            return fused.transpose(1, 2).contiguous()
+        if is_new:
             self.cache.append(key.data_tensor, value.data_tensor, real=None if real is None else real[:, num_before:])
             self.appended_update = self.num_updates
         out, lse = masked_decode(query, self.cache, scaling, sinks is not None, residual)
@@ -256,7 +264,8 @@ class SparseLayer(CacheLayerMixin):
         return self.num_seen + query_length, 0
 
     def get_max_length(self) -> int:
-        return -1 if self.max_length is None else self.max_length
+        max_length = self.cache.max_length
+        return -1 if max_length is None else max_length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:
@@ -271,12 +280,26 @@ class SparseLayer(CacheLayerMixin):
             batch = torch.arange(self.cache.batch)
             self.cache.select(batch.repeat_interleave(repeats))
 
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
+        """Take the last `-tokens_to_remove` tokens back. Raises UnsupportedError where a key that is needed is gone."""
+        num_removed = abs(tokens_to_remove)
+        if not num_removed or not self.is_initialized:
+            return
+        if len(self.cache.lengths) > 1:
             raise UnsupportedError(
-                f"SparseCache: {abs(tokens_to_remove)} tokens cannot be taken back, since keys that only they made unneeded "
-                "are gone; generate without an assistant, or with the cache that transformers makes."
+                f"SparseCache: {num_removed} tokens cannot be taken back from a padded batch whose texts have positions of "
+                "their own; generate for one text at a time."
             )
+        try:
+            self.cache.crop(max(0, self.cache.length - num_removed))
+        except ArgumentError as error:
+            raise UnsupportedError(
+                f"SparseCache: {num_removed} tokens cannot be taken back, since keys that only they made unneeded are gone. "
+                f"{error} SparseCache(…, keep_back=…) passes it on."
+            ) from error
 
     def offload(self) -> None:
         raise UnsupportedError("SparseCache stays on the model's device; make it without offloading.")

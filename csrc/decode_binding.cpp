@@ -1,0 +1,130 @@
+// Python's side of decoding: `farlight._cpu.Decoder`. Tensors are passed as addresses and strides, as in binding.cpp; dtypes,
+// devices, shapes and lifetimes are the caller's duty (farlight/decoding/native.py).
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
+
+#include "decoder.h"
+#include "dispatch.h"
+
+namespace nb = nanobind;
+
+namespace farlight {
+
+namespace {
+
+using StridedAddress = std::vector<int64_t>;  // (address, batch stride, head stride, row stride)
+
+TokenTensor token_tensor(const StridedAddress& from, int type) {
+  if (from.size() != 4) throw std::invalid_argument("a tensor is (address, batch stride, head stride, row stride)");
+  if (type < 0 || type > 2) throw std::invalid_argument("type is 0 (float32), 1 (bfloat16) or 2 (float16)");
+  return {{reinterpret_cast<const void*>(from[0]), from[1], from[2], from[3]}, static_cast<KeyType>(type)};
+}
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// pages: (k, v, k scale, v scale, capacity, 1 = shared) of each; tables: addresses of position, last_use, gapless and state; rule: addresses
+// of last_use and gapless, first position and end.
+void add_store(Decoder& decoder, const std::vector<int64_t>& pages, int page_shift, const std::vector<int32_t>& kv_heads,
+               int64_t rows, int64_t capacity, const std::vector<int64_t>& tables, const std::vector<int64_t>& rule,
+               std::vector<int64_t> program, int64_t program_depth) {
+  if (pages.size() % 6 || tables.size() != 4 || rule.size() != 4) throw std::invalid_argument("malformed store");
+  DecodeStore store;
+  for (size_t p = 0; p < pages.size(); p += 6)
+    store.pages.push_back({pointer<char>(pages[p]), pointer<char>(pages[p + 1]), pointer<float>(pages[p + 2]),
+                           pointer<float>(pages[p + 3]), pages[p + 4], static_cast<int32_t>(pages[p + 5])});
+  store.page_shift = page_shift;
+  store.kv_heads = kv_heads;
+  store.rows = rows, store.capacity = capacity;
+  store.position = pointer<int64_t>(tables[0]), store.last_use = pointer<int64_t>(tables[1]);
+  store.gapless = pointer<uint8_t>(tables[2]), store.state = pointer<int64_t>(tables[3]);
+  store.rule_last_use = pointer<const int64_t>(rule[0]), store.rule_gapless = pointer<const uint8_t>(rule[1]);
+  store.rule_start = rule[2], store.rule_stop = rule[3];
+  store.program = std::move(program), store.program_depth = program_depth;
+  decoder.add_store(std::move(store));
+}
+
+// shape: (query heads, queries of each).
+DecodeQueries queries_of(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape, int64_t positions, int64_t rows, int64_t first,
+                         double scale, int64_t out, int64_t lse, int threads) {
+  if (shape.size() != 2 || shape[0] < 1 || shape[0] % decoder.kv_heads())
+    throw std::invalid_argument("heads do not fit the key heads");
+  return {token_tensor(q, type), shape[0], shape[1], pointer<const int64_t>(positions), rows, first, static_cast<float>(scale),
+          pointer<void>(out),    pointer<float>(lse), threads};
+}
+
+bool attend(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape, int64_t positions,
+            int64_t rows, int64_t first, double scale, int64_t out, int64_t lse, int threads) {
+  const DecodeQueries queries = queries_of(decoder, q, type, shape, positions, rows, first, scale, out, lse, threads);
+  const nb::gil_scoped_release release;
+  return decoder.attend(queries);
+}
+
+// The mask: (address, batch stride, head stride, query stride) in bytes.
+void attend_masked(const Decoder& decoder, int64_t store, const StridedAddress& mask, const StridedAddress& q, int type,
+                   const std::vector<int64_t>& shape, double scale, int64_t out, int64_t lse, int threads) {
+  const DecodeQueries queries = queries_of(decoder, q, type, shape, 0, 1, 0, scale, out, lse, threads);
+  const SlotMask slot_mask{pointer<const uint8_t>(mask.at(0)), mask.at(1), mask.at(2), mask.at(3)};
+  const nb::gil_scoped_release release;
+  decoder.attend_masked(queries, store, slot_mask);
+}
+
+bool attend_routed(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape, int64_t first,
+                   double scale, int64_t out, int64_t lse, int threads) {
+  const DecodeQueries queries = queries_of(decoder, q, type, shape, 0, 1, first, scale, out, lse, threads);
+  const nb::gil_scoped_release release;
+  return decoder.attend_routed(queries);
+}
+
+// nodes: (kind, index) of each; rules: (block, budget, address of mean, lower and upper, capacity) of each, amounts: (amount,
+// scale); patterns: (depth, code).
+void set_router(Decoder& decoder, const std::vector<std::vector<int64_t>>& nodes, const std::vector<std::vector<int64_t>>& rules,
+                const std::vector<std::vector<double>>& amounts, const std::vector<std::vector<int64_t>>& patterns) {
+  std::vector<RouterNode> router;
+  for (const auto& node : nodes) router.push_back({static_cast<RouterNode::Kind>(node.at(0)), node.at(1)});
+  std::vector<BlockRule> blocks;
+  for (size_t r = 0; r < rules.size(); ++r) {
+    const auto& rule = rules[r];
+    blocks.push_back({rule.at(0), static_cast<BlockBudget>(rule.at(1)), amounts.at(r).at(0), static_cast<float>(amounts.at(r).at(1)),
+                      pointer<float>(rule.at(2)), pointer<float>(rule.at(3)), pointer<float>(rule.at(4)), rule.at(5)});
+  }
+  std::vector<RouterPattern> programs;
+  for (const auto& pattern : patterns) programs.push_back({{pattern.begin() + 1, pattern.end()}, pattern.at(0)});
+  decoder.set_router(std::move(router), std::move(blocks), std::move(programs));
+}
+
+bool append(Decoder& decoder, const StridedAddress& k, const StridedAddress& v, int type, int64_t position) {
+  return decoder.append(token_tensor(k, type), token_tensor(v, type), position);
+}
+
+// What the query at position i sees of `count` positions at an address: one byte each. For tests.
+std::vector<int> visible(const std::vector<int64_t>& code, int64_t depth, int64_t positions, int64_t count, int64_t i) {
+  std::vector<uint8_t> to(count), stack(depth * count);
+  const VisibilityProgram program{code.data(), static_cast<int64_t>(code.size()), depth};
+  kernels().decode->visible(program, pointer<const int64_t>(positions), count, i, to.data(), stack.data());
+  return {to.begin(), to.end()};
+}
+
+}  // namespace
+
+void bind_decode(nb::module_& m) {
+  nb::class_<Decoder>(m, "Decoder")
+      .def("__init__",
+           [](Decoder* self, int64_t batch, int64_t kv_heads, int64_t dim, int type, int64_t keep_back) {
+             if (dim < 1 || dim > kMaxDim) throw std::invalid_argument("head_dim is outside 1 ... 256");
+             if (batch < 1 || kv_heads < 1 || keep_back < 0) throw std::invalid_argument("malformed cache");
+             if (type < 0 || type > 3) throw std::invalid_argument("type is 0, 1, 2 or 3");
+             new (self) Decoder(batch, kv_heads, dim, static_cast<KeyType>(type), keep_back);
+           })
+      .def("add_store", &add_store)
+      .def("append", &append)
+      .def("attend", &attend)
+      .def("attend_masked", &attend_masked)
+      .def("set_router", &set_router)
+      .def("attend_routed", &attend_routed);
+  m.def("visible", &visible);
+}
+
+}  // namespace farlight

@@ -1,0 +1,146 @@
+"""The native side of a cache: one `farlight._cpu.Decoder` with the addresses of a cache's pages and slot tables.
+
+It is made anew whenever one of them is reallocated, and serves an append of one token and the attention of a few queries in one
+call each, for all stores, heads and batch items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farlight.decoding.slots import IntArray
+from farlight.decoding.store import KeyStore
+from farlight.kernels.checks import MOST_DIMS, addressable
+from farlight.kernels.cpu import unavailable
+from farlight.kernels.cpu.native import module
+
+if TYPE_CHECKING:
+    from farlight.decoding.cache import KVCache
+
+__all__ = ["NativeStores", "is_native", "readable"]
+
+# enum KeyType in csrc/decode.h
+_KEY_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
+
+def is_native(device: torch.device, tokens: torch.dtype, stored: torch.dtype, dim: int) -> bool:
+    """Whether the native kernels decode queries and tokens of one dtype over keys stored in another."""
+    types = tokens in _KEY_TYPES and stored in _KEY_TYPES
+    return device.type == "cpu" and types and tokens != torch.int8 and dim <= MOST_DIMS and unavailable() is None
+
+
+class NativeStores:
+    """A `Decoder` over the stores of a cache, and what the fast path of a step compares its arguments with."""
+
+    def __init__(self, cache: KVCache) -> None:
+        assert cache._shape is not None
+        batch, kv_heads, dim = cache._shape
+        self.token_shape, self.batch_and_dim = (batch, kv_heads, 1, dim), (batch, dim)
+        # The number of query heads, where it matters.
+        self.heads = cache._sizes.heads if cache.pattern.varies_over_heads else None
+        self.dtype, self.type = cache._dtype, _KEY_TYPES[cache._dtype]
+        self.decoder = module().Decoder(batch, kv_heads, dim, _KEY_TYPES[cache._stores[0].pages.dtype], cache.keep_back)
+        self._owned: list[object] = []  # what the addresses point into
+        for store in cache._stores:
+            self._add(store)
+        self.router_state = cache._router_state
+        if self.router_state is not None:
+            router = self.router_state.native_arguments(dim)
+            self.serves_router = router is not None
+            if router is not None:
+                self.decoder.set_router(*router)
+
+    def _add(self, store: KeyStore) -> None:
+        slots, rule, pages = store.slots, store.rule, store.pages
+        tables = (slots.position, slots.last_use, slots.gapless, slots.state)
+        last_use, gapless, start, stop = rule.tables()
+        program = rule.program
+        self._owned += [pages.pages, tables, last_use, gapless]
+        self.decoder.add_store(
+            [number for page in pages.pages for number in page.addresses()],
+            pages.shift,
+            rule.kv_heads,
+            slots.rows,
+            slots.capacity,
+            [table.ctypes.data for table in tables],
+            [last_use.ctypes.data, gapless.ctypes.data, start, stop],
+            () if program is None else program.code,
+            0 if program is None else program.depth,
+        )
+
+    def append(self, k: Tensor, v: Tensor, position: int) -> bool:
+        """Append one token `(B, H_kv, 1, D)`; False, and nothing changed, where that needs the general path."""
+        done: bool = self.decoder.append(_strided_address(k), _strided_address(v), self.type, position)
+        return done
+
+    def attend_routed(self, q: Tensor, first: int, scale: float, return_lse: bool) -> tuple[Tensor, Tensor | None] | None:
+        """(out, lse or None) of the newest queries, from position `first` on, over what the router chooses; None where the
+        kernels cannot choose."""
+        if not self.serves_router:
+            return None
+        out, lse, address = self._outputs(q, return_lse)
+        done = self.decoder.attend_routed(
+            _strided_address(q), self.type, tuple(q.shape[1:3]), first, scale, out.data_ptr(), address, torch.get_num_threads()
+        )
+        return (out, lse) if done else None
+
+    def attend(
+        self, q: Tensor, positions: int | IntArray, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """(out, lse or None) of q `(B, H, n, D)` by the stores' visibility programs; None where a store has none.
+
+        positions: that of the first query of every batch item, or `(rows, n)`, -1 = no token.
+        """
+        out, lse, address = self._outputs(q, return_lse)
+        first, table = (positions, None) if isinstance(positions, int) else (0, np.ascontiguousarray(positions))
+        done = self.decoder.attend(
+            _strided_address(q),
+            self.type,
+            (q.shape[1], q.shape[2]),
+            0 if table is None else table.ctypes.data,
+            1 if table is None else table.shape[0],
+            first,
+            scale,
+            out.data_ptr(),
+            address,
+            torch.get_num_threads(),
+        )
+        return (out, lse) if done else None
+
+    def attend_masked(self, q: Tensor, masks: Sequence[Tensor], scale: float, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """(out, lse or None) of q under one mask for each store, `(B or 1, heads of the store or 1, n, slots)` bool."""
+        out, lse, address = self._outputs(q, return_lse)
+        for number, mask in enumerate(masks):
+            mask = mask.contiguous()
+            batch, head, query, _ = (0 if n == 1 else stride for n, stride in zip(mask.shape, mask.stride(), strict=True))
+            place = (mask.data_ptr(), batch, head, query)
+            threads = torch.get_num_threads()
+            self.decoder.attend_masked(
+                number, place, _strided_address(q), self.type, tuple(q.shape[1:3]), scale, out.data_ptr(), address, threads
+            )
+        return out, lse
+
+    def _outputs(self, q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor | None, int]:
+        """Empty out and lse, and the address of the lse or 0."""
+        out = torch.empty(q.shape, dtype=q.dtype, device="cpu")
+        if not return_lse:
+            return out, None, 0
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
+        return out, lse, lse.data_ptr()
+
+
+def readable(x: Tensor, name: str) -> Tensor:
+    """x, or a copy whose memory holds its values with contiguous rows."""
+    x = addressable(x, name)
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _strided_address(x: Tensor) -> tuple[int, int, int, int]:
+    """(address, batch stride, head stride, row stride) of a `readable` tensor."""
+    batch, head, row, _ = x.stride()
+    return x.data_ptr(), batch, head, row

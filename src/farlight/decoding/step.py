@@ -1,0 +1,114 @@
+"""`fl.step`: append one token and attend over the cache in one call, the loop body of generation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from farlight.decoding.cache import KVCache
+from farlight.decoding.decode import decode
+from farlight.errors import ArgumentError
+from farlight.inputs import read_scale
+from farlight.kernels.checks import addressable
+
+__all__ = ["step"]
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, cache: KVCache, *, scale: float | None = None, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`cache.append(k, v)`, then `fl.decode(q, cache)`: the attention of new tokens over every key the pattern allows them.
+
+        out_i = Σ_j softmax_j(scale · q_i · k_j) v_j      over the appended j, these tokens included, that the pattern allows i
+
+    For one token on a CPU both are one call of the native kernels.
+
+    Args:
+        q: `(B, H, n, D)`; k, v: `(B, H_kv, n, D)`: queries, keys and values of the next n tokens, as for `KVCache.append` and
+            `fl.decode`.
+        scale: None means D^-½.
+        return_lse: also return the natural log of each row's sum of exponentials, `(B, H, n)` float32 (float64 for float64).
+
+    Returns out `(B, H, n, D)` in q's dtype. Raises ArgumentError as `append` and `decode` do; where q does not fit, before
+    anything is appended.
+
+    >>> import torch, farlight as fl
+    >>> cache = fl.KVCache(fl.presets.streaming(4, 16))
+    >>> for _ in range(100):
+    ...     out = fl.step(*torch.randn(3, 1, 2, 1, 8).unbind(0), cache)
+    >>> out.shape, cache.length, cache.kept
+    (torch.Size([1, 2, 1, 8]), 100, 20)
+    """
+    fast = _native_step(q, k, v, cache, scale, return_lse)
+    if fast is not None:
+        return fast
+    _check(q, k, cache)
+    cache.append(k, v)
+    return decode(q, cache, scale=scale, return_lse=return_lse)
+
+
+def _check(q: Tensor, k: Tensor, cache: KVCache) -> None:
+    """Raise ArgumentError where q cannot be the queries of the tokens k."""
+    if not isinstance(cache, KVCache):
+        raise ArgumentError(f"step: the cache is {type(cache).__name__}; pass a fl.KVCache.")
+    if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k)):
+        raise ArgumentError("step: q and k must be tensors (B, H, n, D) and (B, H_kv, n, D).")
+    fits = q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:] and k.shape[1] and not q.shape[1] % k.shape[1]
+    if not fits or (q.dtype, q.device) != (k.dtype, k.device):
+        raise ArgumentError(
+            f"step: q is {tuple(q.shape)} of {q.dtype} on {q.device}, k is {tuple(k.shape)} of {k.dtype} on {k.device}; "
+            "all but the heads must agree, and the heads of q be a multiple."
+        )
+
+
+def _native_step(
+    q: Tensor, k: Tensor, v: Tensor, cache: KVCache, scale: float | None, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """One token by the native kernels; None, and nothing changed, where the general path must check or reallocate."""
+    native = cache._native if type(cache) is KVCache else None
+    if native is None or (native.router_state is not None and not native.serves_router):
+        return None
+    if cache._appending or cache._last_columns is not None or not _is_plain(q, k, v):
+        return None
+    shape = q.shape
+    is_token = k.shape == v.shape == native.token_shape and q.dtype == k.dtype == v.dtype == native.dtype
+    if not is_token or len(shape) != 4 or shape[2] != 1 or (shape[0], shape[3]) != native.batch_and_dim:
+        return None
+    position = cache._lengths[0]
+    if shape[1] % native.token_shape[1] or position == cache.max_length or (native.heads and shape[1] != native.heads):
+        return None
+    scale = read_scale(scale, shape[3])
+    cache._appending = True
+    if not native.append(k, v, position):
+        cache._appending = False
+        return None
+    if native.router_state is not None:
+        native.router_state.set_length(position + 1)
+    vars(cache).update(
+        _last_start=cache._lengths,
+        _last_width=1,
+        _lengths=[position + 1],
+        _num_columns=cache._num_columns + 1,
+        _appending=False,
+    )
+    attend = native.attend if native.router_state is None else native.attend_routed
+    result = attend(q, position, scale, return_lse)
+    if result is None:
+        return decode(q, cache, scale=scale, return_lse=return_lse)
+    return result if result[1] is not None else result[0]  # type: ignore[return-value]
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether the tensors are host memory with contiguous rows, and nothing records or transforms this call."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if type(x) is not Tensor or not x.is_cpu or x.layout is not torch.strided or (grad and x.requires_grad):
+            return False
+        if x.dim() != 4 or (x.stride(3) != 1 and x.shape[3] != 1) or addressable(x, "x") is not x:
+            return False
+    return True

@@ -1,0 +1,247 @@
+"""`fl.step`, stored dtypes, `crop`, `fork` and `keep_back`: what they promise, and their errors."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import farlight as fl
+from farlight.kernels.cpu import unavailable
+from farlight.patterns import Pattern
+from farlight.routing import TopBlocks
+
+needs_native = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+
+def tensors(
+    n: int, heads: int, kv_heads: int, dim: int = 8, batch: int = 1, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(n + heads)
+    return [torch.randn(batch, h, n, dim, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads)]
+
+
+PATTERNS = {
+    "streaming": fl.presets.streaming(4, 60),
+    "dilated": fl.causal() & fl.window(8, dilation=8),
+    "strided": fl.causal() & (fl.window(15, 0) | fl.strided(16)),
+    "phases": fl.causal() & (fl.window(9) | fl.strided(7, phase=2)),
+    "heads": fl.causal() & fl.per_head([fl.window(8), fl.window(40)] * 2),
+    "groups": fl.causal() & fl.per_head([fl.window(8), fl.window(8), fl.window(40), fl.window(3, dilation=5)]),
+    "documents": fl.causal() & fl.documents(lengths=[70, 20, 90, 120]),
+    "random": fl.causal() & (fl.window(8) | fl.random_keys(2, seed=3, causal=True)),
+    "everything": fl.causal(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_step_is_an_append_and_a_decode(name: str, dtype: torch.dtype) -> None:
+    pattern = PATTERNS[name]
+    q, k, v = tensors(300, 4, 4 if name == "heads" else 2, dtype=dtype, batch=2)
+    caches = [fl.KVCache(pattern, max_length=300, heads=4) for _ in range(2)]
+    for cache in caches:
+        cache.append(k[:, :, :50], v[:, :, :50])
+        fl.decode(q[:, :, 49:50], cache)
+    true, true_lse = fl.attention(q, k, v, pattern, return_lse=True, backend="reference")
+    for t in range(50, 300):
+        token = [x[:, :, t : t + 1] for x in (q, k, v)]
+        out, lse = fl.step(*token, caches[0], return_lse=True)
+        caches[1].append(*token[1:])
+        other = fl.decode(token[0], caches[1])
+        close = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(out, true[:, :, t : t + 1], atol=close, rtol=close)
+        torch.testing.assert_close(lse, true_lse[:, :, t : t + 1].to(lse.dtype), atol=max(close, 2e-6) * 2, rtol=close)
+        torch.testing.assert_close(out, other, atol=close, rtol=close)
+        assert torch.equal(caches[0].positions, caches[1].positions)
+
+
+@needs_native
+def test_steps_of_a_full_window_are_one_native_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    from farlight.decoding import store
+
+    q, k, v = tensors(400, 2, 2)
+    cache = fl.KVCache(fl.presets.streaming(4, 64) | fl.window(3, 0, dilation=9))
+    for t in range(200):
+        fl.step(*(x[:, :, t : t + 1] for x in (q, k, v)), cache)
+
+    def never(*args: Any) -> None:
+        raise AssertionError("the general path was taken")
+
+    monkeypatch.setattr(store.KeyStore, "append", never)
+    for t in range(200, 400):
+        fl.step(*(x[:, :, t : t + 1] for x in (q, k, v)), cache)
+    assert cache.length == 400
+
+
+@pytest.mark.parametrize("pattern", [fl.presets.streaming(2, 40), TopBlocks(2, 8, causal=True)], ids=["streaming", "router"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "int8"], ids=str)
+@pytest.mark.parametrize("tokens", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_stored_dtypes_bound_the_error(pattern: Any, dtype: Any, tokens: torch.dtype) -> None:
+    """An element differs by at most half a unit of its type, so an output by at most that of V plus the weights' change."""
+    q, k, v = tensors(200, 4, 2, dim=64, batch=2, dtype=tokens)
+    cache, exact = fl.KVCache(pattern, dtype=dtype, heads=4), fl.KVCache(pattern, heads=4)
+    cache.append(k[:, :, :150], v[:, :, :150])
+    exact.append(k[:, :, :150], v[:, :, :150])
+    for t in range(150, 200):
+        out = fl.step(*(x[:, :, t : t + 1] for x in (q, k, v)), cache)
+        true = fl.step(*(x[:, :, t : t + 1] for x in (q, k, v)), exact)
+        assert out.dtype == tokens
+        if isinstance(pattern, Pattern):  # a router may choose another block where two scores are close
+            half_unit = 1 / 254 if dtype == "int8" else torch.finfo(dtype).eps / 2
+            k_error, v_error = ((x.float().abs().amax(-1) * half_unit).amax() for x in (k, v))
+            score_error = float(q[:, :, t].float().norm(dim=-1).max()) * float(k_error) * 64**0.5 * 64**-0.5
+            bound = (
+                float(v_error)
+                + (torch.tensor(2 * score_error).exp().item() - 1) * float(v.float().abs().max())
+                + 2e-2 * (tokens == torch.bfloat16)
+            )
+            assert float((out - true).abs().max()) <= bound
+        cosine = torch.nn.functional.cosine_similarity(out.double(), true.double(), dim=-1)
+        if isinstance(pattern, Pattern):
+            assert float(cosine.min()) >= 0.999
+
+
+def test_nbytes_tells_the_size_of_the_stored_type() -> None:
+    _, k, v = tensors(4096, 2, 2, dim=64)
+    sizes = {}
+    for dtype in (None, torch.bfloat16, "int8"):
+        cache = fl.KVCache(fl.causal(), dtype=dtype)
+        cache.append(k, v)
+        tables = cache._stores[0].slots.nbytes
+        sizes[dtype] = cache.nbytes - tables
+    rows = 2 * 2 * 4096
+    assert sizes == {None: rows * 64 * 4, torch.bfloat16: rows * 64 * 2, "int8": rows * (64 + 4)}
+
+
+def test_crop_takes_back_the_last_append_and_keep_back_tokens_more() -> None:
+    q, k, v = tensors(100, 2, 2)
+    pattern = fl.presets.streaming(2, 16)
+    cache = fl.KVCache(pattern, keep_back=4)
+    for t in range(90):
+        fl.step(*(x[:, :, t : t + 1] for x in (q, k, v)), cache)
+    cache.crop(90)
+    with pytest.raises(fl.ArgumentError, match=r"position 80 on see are evicted; it can go back to 85. Make"):
+        cache.crop(80)
+    cache.crop(85)
+    assert cache.length == 85
+    with pytest.raises(fl.ArgumentError, match="1 queries, but the last append brought 0 tokens"):
+        fl.decode(q[:, :, :1], cache)
+    for t in range(85, 100):
+        out = fl.step(*(x[:, :, t : t + 1] for x in (q, k, v)), cache)
+        true = fl.attention(q[:, :, : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], pattern)[:, :, -1:]
+        torch.testing.assert_close(out, true, atol=2e-6, rtol=2e-6)
+    everything = fl.KVCache(fl.causal())
+    everything.append(k, v)
+    everything.crop(0)
+    assert (everything.length, everything.kept) == (0, 0)
+
+
+@needs_native
+def test_a_fork_copies_the_pages_that_are_written_only() -> None:
+    q, k, v = tensors(2000, 2, 2, dim=64)
+    cache = fl.KVCache(fl.causal())
+    cache.append(k, v)
+    branches = [cache.fork() for _ in range(3)]
+    for number, branch in enumerate(branches):
+        fl.step(*(x[:, :, number : number + 1] for x in (q, k, v)), branch)
+    first = {id(page) for page in cache._stores[0].pages.pages}
+    for branch in branches:
+        pages = branch._stores[0].pages.pages
+        assert sum(id(page) not in first for page in pages) == 1
+    assert cache.length == 2000
+    assert [branch.length for branch in branches] == [2001] * 3
+    del branches, branch
+    gc.collect()
+    assert not any(page.is_shared for page in cache._stores[0].pages.pages)
+
+
+BAD = {
+    "dtype": (lambda: fl.KVCache(fl.causal(), dtype="int4"), "KVCache: dtype = 'int4': use 'int8', torch.float16"),
+    "keep_back": (lambda: fl.KVCache(fl.causal(), keep_back=-1), "keep_back = -1: it must be a whole number >= 0"),
+    "crop": (lambda: cache_of(3).crop(4), "crop: length = 4, but only 3 tokens were appended"),
+    "crop type": (lambda: cache_of(3).crop(1.5), "crop: length = 1.5"),
+    "no cache": (lambda: fl.step(*tensors(1, 2, 2), None), "step: the cache is NoneType; pass a fl.KVCache"),
+    "no tensor": (lambda: fl.step(None, *tensors(1, 2, 2)[1:], cache_of(3)), "step: q and k must be tensors"),
+    "q": (
+        lambda: fl.step(torch.zeros(1, 3, 1, 8), *tensors(1, 2, 2)[1:], cache_of(3)),
+        r"step: q is \(1, 3, 1, 8\) of torch.float32",
+    ),
+    "grad": (lambda: fl.step(tensors(1, 2, 2)[0].requires_grad_(), *tensors(1, 2, 2)[1:], cache_of(3)), "requires grad"),
+}
+
+
+def cache_of(n: int) -> fl.KVCache:
+    q, k, v = tensors(n, 2, 2)
+    cache = fl.KVCache(fl.causal())
+    cache.append(k, v)
+    fl.decode(q, cache)
+    return cache
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_error(name: str) -> None:
+    call, why = BAD[name]
+    with pytest.raises((fl.ArgumentError, fl.PatternError), match=why):
+        call()
+
+
+ROUTERS = {
+    "count": TopBlocks(3, 8, causal=True),
+    "share": TopBlocks(share=0.3, block=8, causal=True),
+    "mass": TopBlocks(mass=0.6, block=8, causal=True, scale=0.4),
+    "bounds": TopBlocks(2, 16, causal=True, score="minmax"),
+    "union": TopBlocks(2, 16, causal=True) | fl.presets.streaming(2, 5),
+    "difference": TopBlocks(4, 8, causal=True) - fl.window(3) | fl.window(0),
+    "intersection": TopBlocks(6, 8, causal=True) & (fl.strided(3) | fl.window(9)),
+    "two": TopBlocks(2, 8, causal=True) | TopBlocks(1, 32, causal=True, score="minmax"),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("stored", [None, torch.bfloat16, "int8"], ids=str)
+@pytest.mark.parametrize("name", ROUTERS)
+def test_blocks_are_chosen_natively_as_the_router_chooses(name: str, stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps and chunks of a few queries: the links of `router(q, k)` over the stored keys, chosen in one native call."""
+    from farlight.decoding import routed
+
+    router = ROUTERS[name]
+    q, k, v = tensors(200, 4, 2, dim=32, batch=2)
+    cache = fl.KVCache(router, heads=4, dtype=stored)
+    cache.append(k[:, :, :60], v[:, :, :60])
+
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("the keys were read in torch")
+
+    monkeypatch.setattr(routed, "attend_kept", never)
+    stops = [*range(61, 150), 153, 160, 161, 190, *range(191, 201)]
+    for start, stop in zip([60, *stops], stops, strict=False):
+        token = [x[:, :, start:stop] for x in (q, k, v)]
+        out, lse = fl.step(*token, cache, return_lse=True)
+        held = [x[:, :, :stop] for x in cache._stores[0].read(torch.float32)]
+        pattern = router(token[0], held[0])
+        true, true_lse = fl.attention(token[0], *held, pattern, return_lse=True, backend="reference")
+        torch.testing.assert_close(out, true, atol=3e-6, rtol=3e-6)
+        torch.testing.assert_close(lse, true_lse, atol=3e-6, rtol=3e-6)
+    cache.crop(101)
+    branch = cache.fork()
+    for cache_ in (branch, cache):
+        out = fl.step(*(x[:, :, 101:102] for x in (q, k, v)), cache_)
+        held = [x[:, :, :102] for x in cache_._stores[0].read(torch.float32)]
+        true = fl.attention(q[:, :, 101:102], *held, router(q[:, :, 101:102], held[0]))
+        torch.testing.assert_close(out, true, atol=3e-6, rtol=3e-6)
+
+
+@needs_native
+def test_scores_that_are_not_finite_are_left_to_the_router() -> None:
+    q, k, v = tensors(64, 2, 2)
+    k[0, 1, 5] = float("nan")
+    router = TopBlocks(2, 8, causal=True)
+    cache = fl.KVCache(router)
+    cache.append(k[:, :, :63], v[:, :, :63])
+    out = fl.step(*(x[:, :, 63:] for x in (q, k, v)), cache)
+    true = fl.attention(q[:, :, 63:], k, v, router(q[:, :, 63:], k))
+    torch.testing.assert_close(out[:, :1], true[:, :1], atol=3e-6, rtol=3e-6)
