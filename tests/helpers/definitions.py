@@ -98,6 +98,36 @@ def window_rule(left: int, right: int, dilation: int) -> Rule:
     return lambda b, h, i, j, n: -left * dilation <= j - i <= right * dilation and (j - i) % dilation == 0
 
 
+def neighborhood_rule(shape: list[int], window: list[int], dilation: list[int], causal: list[bool]) -> Rule:
+    """Axis by axis, from the list of all keys of the query's residue: the w of them around it, moved into the list."""
+
+    def place(token: int) -> list[int]:
+        out = []
+        for length in reversed(shape):
+            out.append(token % length)
+            token //= length
+        return out[::-1]
+
+    def on_axis(x: int, y: int, length: int, w: int, d: int, causal: bool) -> bool:
+        own = list(range(x % d, length, d))
+        at = own.index(x)
+        if causal:
+            return y in own[max(0, at - w + 1) : at + 1]
+        begin = at - w // 2
+        while begin < 0:
+            begin += 1
+        while begin + w > len(own):
+            begin -= 1
+        return y in own[begin : begin + w]
+
+    def rule(b: int, h: int, i: int, j: int, n: int) -> bool:
+        tokens = functools.reduce(lambda a, c: a * c, shape, 1)
+        axes = zip(place(i), place(j), shape, window, dilation, causal, strict=True)
+        return 0 <= i < tokens and j < tokens and all(on_axis(*axis) for axis in axes)
+
+    return rule
+
+
 def positional() -> list[Defined]:
     return [
         Defined("full", fl.full(), lambda b, h, i, j, n: True),
@@ -116,6 +146,22 @@ def positional() -> list[Defined]:
         Defined("blocked_window", fl.blocked_window(1, 2, block=4), lambda b, h, i, j, n: -1 <= j // 4 - i // 4 <= 2),
         Defined("segments", fl.blocked_window(0, block=7), lambda b, h, i, j, n: j // 7 == i // 7),
         Defined("landmarks", fl.landmarks(6, 2), lambda b, h, i, j, n: j % 6 in (4, 5)),
+        Defined("neighborhood 1-D", fl.neighborhood([23], 5), neighborhood_rule([23], [5], [1], [False])),
+        Defined("neighborhood 2-D", fl.neighborhood((4, 5), 3), neighborhood_rule([4, 5], [3, 3], [1, 1], [False, False])),
+        Defined(
+            "neighborhood, even", fl.neighborhood((3, 7), (2, 4)), neighborhood_rule([3, 7], [2, 4], [1, 1], [False, False])
+        ),
+        Defined("neighborhood, dilated", fl.neighborhood([22], 3, 4), neighborhood_rule([22], [3], [4], [False])),
+        Defined(
+            "neighborhood, causal axis",
+            fl.neighborhood((4, 5), (3, 2), (1, 2), (True, False)),
+            neighborhood_rule([4, 5], [3, 2], [1, 2], [True, False]),
+        ),
+        Defined(
+            "neighborhood 3-D",
+            fl.neighborhood((2, 3, 3), (2, 3, 1), causal=(False, True, True)),
+            neighborhood_rule([2, 3, 3], [2, 3, 1], [1, 1, 1], [False, True, True]),
+        ),
         Defined("offsets", fl.offsets([0, -3, 7]), lambda b, h, i, j, n: j - i in (0, -3, 7)),
     ]
 

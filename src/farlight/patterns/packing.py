@@ -16,9 +16,10 @@ from farlight.patterns.arguments import check_leading, read_integers, read_list,
 from farlight.patterns.deferred import DeferredPattern, has_no_items, is_unreadable
 from farlight.patterns.expression import Atom, ColumnChanges, Form, Labels, Pattern, Sizes, equal_items
 from farlight.patterns.named import seen_by_all
+from farlight.patterns.positional import causal
 from farlight.patterns.spans import Spans
 
-__all__ = ["documents", "padding"]
+__all__ = ["documents", "padding", "prefix_lm"]
 
 # The document ends of all batch items share one sorted list; those of item b are offset by b · _ITEM_STRIDE.
 _ITEM_STRIDE = 2**42
@@ -239,3 +240,16 @@ class padding(Atom):
 
     def _rows_equal(self, sizes: Sizes, first: Tensor, last: Tensor) -> Tensor:
         return torch.ones_like(first, dtype=torch.bool)
+
+
+def prefix_lm(lengths: Any) -> Pattern:
+    """Prefix language model: every token sees the prefix and the past: j < lengths[b] or j <= i.
+
+    `causal() | padding(lengths)`; `lengths` as in `padding`: one number, or one for each batch item (or a bool mask, True =
+    in the prefix). Raffel et al. 2020, "Exploring the Limits of Transfer Learning", arXiv:1910.10683.
+
+    >>> import farlight as fl
+    >>> fl.prefix_lm([2]).dense(4).int()[0, 0].tolist()
+    [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    """
+    return causal() | padding(lengths)

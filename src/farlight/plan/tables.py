@@ -64,6 +64,8 @@ from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan.footprint import Derived
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
     from farlight.plan.transpose import Transposed
 
 __all__ = ["BITS", "BITS_KEYS", "BITS_WORDS", "BOUNDS", "EMPTY", "Layer", "Masks", "Piece", "Plan", "PlanLike", "TileShape"]
@@ -250,6 +252,21 @@ class Plan:
         from farlight.plan.validate import dense
 
         return dense(self)
+
+    def to_block_mask(self, block: int = 128, *, device: torch.device | str | None = None) -> BlockMask:
+        """The pairs as a BlockMask for `torch.nn.attention.flex_attention`: query rows and keys by index, as Flex counts them.
+
+        Blocks are skipped, full, or read from a table of the blocks that are allowed in part; batch and heads are 1 where the
+        pattern does not depend on them. Memory is that of the partial blocks. `device`: None means the CPU.
+
+        >>> import farlight as fl
+        >>> mask = fl.plan(fl.window(100), 1000).to_block_mask()
+        >>> fl.from_block_mask(mask).count(1000) == fl.window(100).count(1000)
+        True
+        """
+        from farlight.plan.to_block_mask import to_block_mask
+
+        return to_block_mask(self, block, self.device if device is None else device)
 
     def transposed(self, block: int = 64) -> Transposed:
         """The transposed (CSC) tables: per block of `block` key slots the runs that touch it, per key the rows that gather it.

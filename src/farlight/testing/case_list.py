@@ -86,6 +86,12 @@ def _tokens() -> Iterator[Case]:
     yield Case("seen by all, consecutive", fl.seen_by_all(range(20, 50)), 70)
     yield Case("seen by all, scattered", fl.seen_by_all([0, 9, 63, 64]), 100)
     yield Case("seen by all, by mask per item", fl.seen_by_all(bits(3, 2, 70, share=0.3)), 40, 70, batch=2)
+    yield Case("neighborhood of a picture", fl.neighborhood((9, 11), 5), 99)
+    yield Case("neighborhood, dilated and causal", fl.neighborhood((8, 10), (3, 4), (2, 1), (False, True)), 80, heads=3)
+    yield Case(
+        "neighborhood of a film, in a text", fl.neighborhood((3, 5, 6), (2, 3, 3), (1, 1, 2)) | fl.global_tokens([-1]), 92
+    )
+    yield Case("prefix of a language model", fl.prefix_lm([20, 0]), 50, batch=2)
     yield Case("documents by length", fl.documents(lengths=[1, 30, 33, 2]), 70)
     yield Case("documents by length, per item", fl.documents(lengths=[[40, 30], [7, 0, 20]]), 70, batch=2)
     yield Case("documents by id", fl.documents([0] * 20 + [7] * 33 + [3] * 14), 67)

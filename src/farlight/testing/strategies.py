@@ -5,6 +5,8 @@ Not imported by `farlight.testing`: the only module of farlight that needs hypot
 
 from __future__ import annotations
 
+import math
+
 import torch
 from hypothesis import strategies as st
 
@@ -17,7 +19,7 @@ __all__ = ["PRIMITIVES", "atoms", "cases", "patterns", "problems", "sizes"]
 Strategy = st.SearchStrategy
 
 PRIMITIVES = (
-    *("full", "causal", "window", "strided", "blocked_window", "landmarks", "offsets"),
+    *("full", "causal", "window", "strided", "blocked_window", "landmarks", "offsets", "neighborhood"),
     *("global_tokens", "sees_all", "seen_by_all", "documents", "padding"),
     *("random_keys", "random_blocks"),
     *("pairs", "blocks", "clusters", "chosen_blocks", "chosen_keys", "per_head"),
@@ -44,6 +46,18 @@ def _rows(draw: st.DrawFn, at: Sizes, unit: int = 1) -> int:
     return -(-draw(st.sampled_from([at.n_k, at.n_q])) // unit)
 
 
+def _neighborhood(draw: st.DrawFn, n: int) -> Pattern:
+    """A grid of at most n tokens with windows that fit; where there is no token, another pattern."""
+    axes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    while math.prod(axes) > n:
+        axes.pop()
+    if not axes:
+        return fl.causal()
+    dilation = [draw(st.integers(1, min(2, length))) for length in axes]
+    window = [draw(st.integers(1, length // d)) for length, d in zip(axes, dilation, strict=True)]
+    return fl.neighborhood(axes, window, dilation, [draw(st.booleans()) for _ in axes])
+
+
 @st.composite
 def atoms(draw: st.DrawFn, at: Sizes) -> Pattern:
     """A primitive that fits these sizes."""
@@ -66,6 +80,8 @@ def atoms(draw: st.DrawFn, at: Sizes) -> Pattern:
             return fl.blocked_window(draw(st.integers(0, 2)), draw(st.none() | st.integers(0, 2)), block=block)
         case "landmarks":
             return fl.landmarks(block, draw(st.integers(1, block)))
+        case "neighborhood":
+            return _neighborhood(draw, n)
         case "offsets":
             return fl.offsets(draw(st.lists(st.integers(-20, 20), max_size=5)))
         case "global_tokens" | "sees_all" | "seen_by_all" as name:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from farlight.patterns.algebra import Complement, Difference, HeadsOf, Intersection, PerHead, Union
 from farlight.patterns.expression import Atom, Pattern
+from farlight.patterns.grid import neighborhood
 from farlight.patterns.named import global_tokens, seen_by_all, sees_all
 from farlight.patterns.packing import documents, padding
 from farlight.patterns.positional import blocked_window, causal, full, landmarks, offsets, strided, window
@@ -34,6 +35,7 @@ _REACH: dict[type[Pattern], str] = {
     strided: "stride",
     landmarks: "landmark",
     offsets: "offset",
+    neighborhood: "neighborhood",
     random_keys: "random key",
     random_blocks: "random block",
     blocks: "block",
