@@ -28,10 +28,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import farlight as fl
-from farlight.cli.inputs import load_model, read_text
+from farlight.cli.inputs import read_text
 from farlight.embedding.book import ChapterPart, split_parts
 from farlight.embedding.chapters import sentences, split_chapters
 from farlight.embedding.reading import Embedder, Encoding
+from farlight.hf.loading import load_model
 
 PLAIN_LENGTH = 512
 PATTERNS = (

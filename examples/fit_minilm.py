@@ -33,7 +33,8 @@ from farlight.analysis.fit.whole_model import fit_profile
 from farlight.analysis.loss.fidelity import Fidelity, measure_fidelity
 from farlight.analysis.passages import cut_passages
 from farlight.analysis.plot import plot_heads
-from farlight.cli.inputs import load_model, read_text
+from farlight.cli.inputs import read_text
+from farlight.hf.loading import load_model
 
 NEAR = "window(2) | seen_by_all([0, -1])"
 PLAIN = {

@@ -1,6 +1,6 @@
 """farlight: exact sparse attention for long texts, and a measure of what was lost by not looking."""
 
-from farlight import distributed, hf, nn, routing, score
+from farlight import distributed, embedding, hf, nn, routing, score
 from farlight._version import __version__ as __version__
 from farlight.analysis.fit import Fit, fit
 from farlight.analysis.graph import Path, Reach, SmallWorld, path, reach, smallworld
@@ -72,6 +72,7 @@ __all__ = [
     "decode",
     "distributed",
     "documents",
+    "embedding",
     "explain",
     "fit",
     "from_block_mask",

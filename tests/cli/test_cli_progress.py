@@ -11,6 +11,7 @@ import pytest
 from test_audit import encoder, tokenizer, words
 
 from farlight.cli import main
+from farlight.cli.progress import TimeLeft
 
 
 class Recorder:
@@ -64,3 +65,22 @@ def test_announced_steps_are_reported(
     assert len(recorder.stages) == stages
     for announced, reported in recorder.stages:
         assert Counter(reported) == Counter(announced)
+
+
+def test_the_estimate_does_not_jump() -> None:
+    """Kinds of steps that differ thirtyfold: the end that is shown moves by half of what the plain estimate moves at most."""
+    durations = {"full attention": 3.0, "window": 0.4, "timed: full": 6.0, "timed: window": 0.9, "long text: window": 12.0}
+    steps = ["full attention", "window"] * 6 + ["timed: full", "timed: window"] + ["long text: window"] * 2
+    now = [0.0]
+    left = TimeLeft(steps, lambda: now[0])
+    shown, total = [], sum(durations[name] for name in steps)
+    for name in steps:
+        left.begin(name)
+        plain, text = now[0] + left.seconds(), left.text()
+        if text.startswith("about"):
+            end = now[0] + float(text.split()[1])
+            assert not shown or abs(end - shown[-1]) <= abs(plain - shown[-1]) / 2 + 1
+            shown.append(end)
+        now[0] += durations[name]
+    assert len(shown) == len(steps) - 1
+    assert shown[-1] == pytest.approx(total, rel=0.2)

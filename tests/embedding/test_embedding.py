@@ -127,7 +127,7 @@ NEAR = "window(4) | global_tokens([0, -1])"
 
 
 def fresh(pattern: str = NEAR, positions: int = 1024) -> Embedder:
-    from farlight.cli.inputs import load_model
+    from farlight.hf.loading import load_model
 
     loaded = load_model(None)
     return Embedder(loaded.model, loaded.tokenizer, fl.parse(pattern), positions=positions)
@@ -140,7 +140,7 @@ def embedder() -> Embedder:
 
 def test_a_short_text_under_full_attention_is_the_models_own_embedding() -> None:
     embedder = fresh("full()", 600)
-    from farlight.cli.inputs import load_model
+    from farlight.hf.loading import load_model
 
     plain = load_model(None)
     text = "The children stole the raisins from the bowl."
@@ -209,7 +209,7 @@ def test_a_question_finds_its_passage(embedder: Embedder) -> None:
 
 def test_attended_words_are_the_models_own_attention(embedder: Embedder) -> None:
     """Shares against probabilities computed densely, under the pattern's mask, from the model's own eager attention."""
-    from farlight.cli.inputs import load_model
+    from farlight.hf.loading import load_model
 
     library = read_books(embedder, [("story", STORY)], passage=24)
     query = embedder.read(embedder.tokens("honey").ids).vector

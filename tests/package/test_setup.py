@@ -73,7 +73,7 @@ def test_no_triton_is_asked_for_where_none_is_published(system: str, machine: st
 
 
 def test_all_is_every_feature() -> None:
-    assert names(brought("all")) == {"typer", "rich", "transformers", "matplotlib", "triton"}
+    assert names(brought("all")) == {"typer", "rich", "transformers", "matplotlib", "scipy", "triton"}
     assert names(brought("cli")) == {"typer", "rich"}
     assert names(brought("all")) | names(brought("demo")) < names(brought("test"))
     assert {Requirement(text).name for text in PROJECT["dependencies"]} == {"torch", "numpy"}

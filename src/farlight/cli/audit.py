@@ -11,7 +11,7 @@ import typer
 
 from farlight.cli import audit_tables
 from farlight.cli.numbers import count
-from farlight.cli.outputs import check_place, writing
+from farlight.cli.outputs import check_place, one_format, writing
 from farlight.cli.progress import progress_bar
 from farlight.cli.screen import screen_width, show
 from farlight.errors import ArgumentError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from farlight.analysis.fit.model_fit import ModelFit
     from farlight.analysis.passages import Passages
     from farlight.analysis.progress import Progress
-    from farlight.cli.inputs import LoadedModel
+    from farlight.hf.loading import LoadedModel
     from farlight.patterns.expression import Pattern
     from farlight.routing import Router
 
@@ -124,8 +124,8 @@ def audit_command(
     Where a terminal is narrow, patterns are numbered and columns dropped: backend, memory, predicted speed-up, spread and
     so on; --wide keeps them.
     """
-    from farlight.cli.inputs import load_model, read_judged, read_text
-    from farlight.cli.outputs import one_format
+    from farlight.cli.inputs import read_judged, read_text
+    from farlight.hf.loading import load_model
     from farlight.kernels import registry
 
     # Cheap checks come before the model is loaded.

@@ -1,96 +1,232 @@
-"""`farlight embed`: embeds books chapter by chapter, one pass each, and ranks their passages against queries."""
+"""`farlight embed`: embeds documents chapter by chapter, one pass each, and ranks their passages against queries."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farlight.errors import ArgumentError
+from farlight.cli.numbers import count
+from farlight.cli.progress import progress_bar
+from farlight.errors import ArgumentError, FarlightError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from farlight.analysis.progress import Progress
+    from farlight.cli.documents import Document
     from farlight.embedding.book import Library
+    from farlight.embedding.index import Index
     from farlight.embedding.reading import Embedder
+    from farlight.patterns.expression import Pattern
 
-__all__ = ["DEFAULT_PATTERN", "EXAMPLES", "embed_command"]
+__all__ = ["EXAMPLES", "embed_command"]
 
 EXAMPLES = (
     "farlight embed book.txt --query 'Who was kind to the prisoner?'",
-    "farlight embed book.txt --save vectors.npz",
+    "farlight embed letters/ 'notes/**/*.md' --index letters.index",
+    "farlight embed --index letters.index --query 'a duel in the snow' --json",
+    "cat pages.jsonl | farlight embed - --field body --save vectors.parquet",
 )
-
-# The first and last token ([CLS] and [SEP], say) are global.
-DEFAULT_PATTERN = "window(128) | global_tokens([0, -1])"
-# Characters of a passage in the printed answer.
-_MAX_CHARACTERS = 300
 _TRACE_STEP = "finding what was looked at"
+_WORDS = 6
 
 
 def embed_command(
-    files: Annotated[list[Path], typer.Argument(help="UTF-8 text files.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Texts, folders, globs, JSON lines (.jsonl), .parquet, or - for standard input."),
+    ] = None,
     query: Annotated[list[str] | None, typer.Option("--query", help="A question or a sentence. Repeat for several.")] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option("--index", help="A folder that keeps the vectors: work is resumed, queries read nothing again."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="An encoder: a folder or a Hugging Face name. Default: the packaged MiniLM."),
     ] = None,
-    pattern: Annotated[str, typer.Option("--pattern", help="Who looks at whom while a chapter is read.")] = DEFAULT_PATTERN,
-    positions: Annotated[int, typer.Option("--positions", help="Tokens in one pass; the model is lengthened to this.")] = 8192,
-    passage: Annotated[int, typer.Option("--passage", help="Tokens in a passage, at most; it ends with a sentence.")] = 128,
+    pattern: Annotated[
+        str | None,
+        typer.Option("--pattern", help='Who looks at whom. Default: "window(128) | global_tokens([0, -1])".'),
+    ] = None,
+    positions: Annotated[
+        int,
+        typer.Option("--positions", parser=count, metavar="TOKENS", help="In one pass; the model is lengthened to this."),
+    ] = 8192,
+    passage: Annotated[
+        int | None,
+        typer.Option(
+            "--passage", parser=count, metavar="TOKENS", help="In a passage, at most; it ends with a sentence. Default: 128."
+        ),
+    ] = None,
     top: Annotated[int, typer.Option("--top", help="How many passages to show for each query.")] = 5,
-    words: Annotated[int, typer.Option("--words", help="How many words that carried the attention to show.")] = 6,
+    words: Annotated[
+        int | None, typer.Option("--words", help=f"How many words that carried the attention to show. Default: {_WORDS}.")
+    ] = None,
     heading: Annotated[
         str | None,
         typer.Option("--heading", help="A regular expression that finds headings. Default: CHAPTER IV and the like."),
     ] = None,
-    save: Annotated[Path | None, typer.Option("--save", help="Also write the vectors to this .npz file.")] = None,
+    field: Annotated[str, typer.Option("--field", help="The text's key in JSON lines, its column in parquet.")] = "text",
+    save: Annotated[
+        Path | None, typer.Option("--save", help="Also write the vectors: .npz, .npy, .jsonl or .parquet by its name.")
+    ] = None,
     backend: Annotated[str, typer.Option("--backend", help="Which backend computes sparse attention.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Read books chapter by chapter, each in one pass, and rank the passages that answer a query."""
-    from farlight.cli.inputs import load_model, read_patterns, read_text
-    from farlight.cli.progress import progress_bar
+    """Read documents chapter by chapter, each in one pass, and rank the passages that answer a query.
+
+    A document that cannot be read is skipped with a note.
+    """
+    from farlight.cli.documents import find_files, read_documents
+    from farlight.cli.embed_report import show_answers
+    from farlight.cli.inputs import read_patterns
     from farlight.kernels import registry
 
     # Cheap checks come before the model is loaded.
-    (parsed,) = read_patterns([pattern])
+    parsed = None if pattern is None else read_patterns([pattern])[0]
     registry.check_name(backend)
-    queries = list(query or [])
-    _check_options(queries, save, {"positions": (positions, 8), "passage": (passage, 1), "top": (top, 1), "words": (words, 0)})
-    books = [read_text(path) for path in files]
+    queries, shown_words = list(query or []), _WORDS if words is None else words
+    _check_options(queries, files or [], index, save, words)
+    _check_numbers({"positions": (positions, 8), "passage": (passage or 128, 1), "top": (top, 1), "words": (shown_words, 0)})
+    paths = find_files(files or [])
+    documents = read_documents(paths, field)
+    if index is None:
+        documents = iter(list(documents))
+    skipped: list[dict[str, str]] = []
     with progress_bar() as progress:
-        progress.start(["loading the model"])
-        progress.step("loading the model")
-        loaded = load_model(model)
+        embedder = _load(model, parsed, index, positions, backend, progress)
+        vectors = [_query_vector(embedder, text) for text in queries]
+        if index is not None:
+            opened, result = _read_into_index(index, embedder, documents, len(paths), passage, heading, skipped, progress)
+            asked = zip(queries, vectors, strict=True)
+            result["queries"] = [_index_answer(opened, text, vector, top) for text, vector in asked]
+        else:
+            texts = _readable(documents, skipped)
+            result = _read_at_once(embedder, texts, queries, vectors, passage or 128, heading, top, shown_words, save, progress)
+    result = {"model": embedder.name, "pattern": repr(embedder.pattern), "positions": positions} | result
+    result["skipped"] = skipped
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        show_answers(result)
 
-        from farlight.embedding.book import read_books
-        from farlight.embedding.reading import Embedder
 
-        embedder = Embedder(loaded.model, loaded.tokenizer, parsed, positions=positions, backend=backend)
-        query_vectors = [_query_vector(embedder, text) for text in queries]
-        library = read_books(
-            embedder,
-            books,
-            passage=passage,
-            heading=heading,
-            start=lambda parts: progress.start(["reading"] * parts),
-            step=lambda title: progress.step("reading"),
-        )
-        progress.start([_TRACE_STEP] * (min(top, len(library.owners)) * len(queries)))
-        answers = [
-            _answer(library, embedder, text, vector, top, words, progress)
-            for text, vector in zip(queries, query_vectors, strict=True)
-        ]
+def _load(
+    model: str | None, pattern: Pattern | None, index: Path | None, positions: int, backend: str, progress: Progress
+) -> Embedder:
+    """The embedder that the options ask for; an index that exists says which model and pattern where they do not."""
+    from farlight.embedding.index import Index
+    from farlight.embedding.reading import Embedder
+    from farlight.patterns import parse
+
+    progress.start(["loading the model"])
+    progress.step("loading the model")
+    settings = None if index is None else Index.settings_of(index)
+    if settings is not None:
+        packaged = settings["model"] == "all-MiniLM-L6-v2"
+        model = model if model is not None or packaged else settings["model"]
+        pattern = parse(settings["pattern"]) if pattern is None else pattern
+    return Embedder.load(model, pattern, positions=positions, backend=backend)
+
+
+def _note(name: str, error: FarlightError, skipped: list[dict[str, str]]) -> None:
+    """Note a document that is skipped, on standard error and in the result."""
+    skipped.append({"document": name, "why": str(error)})
+    print(f"farlight: skipped: {error}", file=sys.stderr, flush=True)
+
+
+def _readable(documents: Iterator[Document], skipped: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """The documents that can be read. Raises the error of the only document, or where none can be read."""
+    documents_list = list(documents)
+    good = [(document.name, document.text) for document in documents_list if document.error is None]
+    errors = [document for document in documents_list if document.error is not None]
+    if errors and not good:
+        assert errors[0].error is not None
+        raise errors[0].error
+    for document in errors:
+        assert document.error is not None
+        _note(document.name, document.error, skipped)
+    return good
+
+
+def _read_into_index(
+    folder: Path,
+    embedder: Embedder,
+    documents: Iterator[Document],
+    files: int,
+    passage: int | None,
+    heading: str | None,
+    skipped: list[dict[str, str]],
+    progress: Progress,
+) -> tuple[Index, dict[str, Any]]:
+    """(the index with these documents, what was done)."""
+    from farlight.embedding.index import Index
+
+    index = Index(folder, embedder, passage=passage, heading=heading)
+    progress.start(["reading"] * files)
+
+    def readable() -> Iterator[tuple[str, str]]:
+        for document in documents:
+            if document.error is not None:
+                _note(document.name, document.error, skipped)
+            else:
+                yield document.name, document.text
+
+    added = index.add(
+        readable(), step=lambda name: progress.step("reading"), skip=lambda name, error: _note(name, error, skipped)
+    )
+    if skipped and not len(index):
+        raise ArgumentError(f"none of the documents can be read; the first: {skipped[0]['why']}")
+    done = {"index": str(folder), "documents": len(index), "added": added}
+    return index, done | {"passage_tokens": index.settings["passage"]}
+
+
+def _index_answer(index: Index, text: str, vector: Tensor, top: int) -> dict[str, Any]:
+    """The best passages of an index for a query, as plain values."""
+    passages = [
+        {"score": hit.score, "book": hit.document, "title": hit.title, "start": hit.start, "stop": hit.stop, "text": hit.text}
+        for hit in index.search(vector, top)
+    ]
+    return {"query": text, "passages": passages}
+
+
+def _read_at_once(
+    embedder: Embedder,
+    texts: list[tuple[str, str]],
+    queries: list[str],
+    vectors: list[Tensor],
+    passage: int,
+    heading: str | None,
+    top: int,
+    words: int,
+    save: Path | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Encode the texts, answer the queries, write the vectors; what was done, as plain values."""
+    from farlight.cli.vectors import save_vectors
+    from farlight.embedding.book import read_books
+
+    library = read_books(
+        embedder,
+        texts,
+        passage=passage,
+        heading=heading,
+        start=lambda parts: progress.start(["reading"] * parts),
+        step=lambda title: progress.step("reading"),
+    )
+    progress.start([_TRACE_STEP] * (min(top, len(library.owners)) * len(queries)))
+    answers = [
+        _answer(library, embedder, text, vector, top, words, progress) for text, vector in zip(queries, vectors, strict=True)
+    ]
     if save is not None:
-        _save(save, library)
-    report = {
-        "model": loaded.name,
-        "pattern": repr(parsed),
-        "positions": positions,
+        save_vectors(save, library)
+    return {
         "passage_tokens": passage,
         "seconds": library.seconds,
         "tokens": sum(len(part.tokens) for part in library.parts),
@@ -100,29 +236,35 @@ def embed_command(
         ],
         "queries": answers,
     }
-    if as_json:
-        print(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False))
-    else:
-        _show(report)
 
 
-def _check_options(queries: list[str], save: Path | None, numbers: dict[str, tuple[int, int]]) -> None:
-    """Raise ArgumentError for options that cannot be used; `numbers`: name -> (value, smallest valid value)."""
-    from farlight.cli.outputs import check_place
+def _check_options(queries: list[str], files: list[Path], index: Path | None, save: Path | None, words: int | None) -> None:
+    """Raise ArgumentError for options that cannot be used together."""
+    from farlight.cli.vectors import check_format
 
-    if not queries and save is None:
-        raise ArgumentError('nothing was asked: give --query "…", or --save vectors.npz to keep the vectors.')
+    if not files and index is None:
+        raise ArgumentError("no text was given; name files, folders or globs, or - for standard input.")
+    if not queries and save is None and index is None:
+        raise ArgumentError('nothing was asked: give --query "…", or --save vectors.npz or --index to keep the vectors.')
+    if not files and not queries:
+        raise ArgumentError('nothing was asked: give texts to read into the index, or --query "…".')
     if any(not text.strip() for text in queries):
         raise ArgumentError("a --query is empty; write a question or a sentence.")
     if any("\ud800" <= mark <= "\udfff" for text in queries for mark in text):
         raise ArgumentError("a --query is not UTF-8; write it in the encoding of this terminal.")
+    if index is not None and save is not None:
+        raise ArgumentError("--index keeps the vectors already; leave out --save.")
+    if index is not None and words:
+        raise ArgumentError("--words reads the chapter again, which an index does not keep; leave out --index, or --words.")
+    if save is not None:
+        check_format(save)
+
+
+def _check_numbers(numbers: dict[str, tuple[int, int]]) -> None:
+    """Raise ArgumentError for a number below its smallest; `numbers`: name -> (value, smallest valid value)."""
     for name, (value, least) in numbers.items():
         if value < least:
             raise ArgumentError(f"--{name} {value}: at least {least} is needed.")
-    if save is not None and save.suffix != ".npz":
-        raise ArgumentError(f"--save {str(save)!r}: the vectors are written as .npz; let the name end so.")
-    if save is not None:
-        check_place("--save", save)
 
 
 def _query_vector(embedder: Embedder, text: str) -> Tensor:
@@ -169,60 +311,3 @@ def _answer(
         for part, score in matches.chapters
     ]
     return {"query": text, "passages": passages, "chapters": chapters}
-
-
-def _save(path: Path, library: Library) -> None:
-    """Write chapter and passage vectors with their places in the books as .npz."""
-    import numpy as np
-
-    from farlight.cli.outputs import writing
-
-    spans = [library.parts[part].span(passage) for part, passage in library.owners]
-    with writing("--save", path):
-        np.savez(
-            path,
-            chapters=library.chapter_vectors.numpy(),
-            titles=np.array([part.title for part in library.parts]),
-            passages=library.passage_vectors.numpy(),
-            passage_part=np.array([part for part, _ in library.owners]),
-            passage_start=np.array([start for start, _ in spans]),
-            passage_stop=np.array([stop for _, stop in spans]),
-            books=np.array(library.names),
-            part_book=np.array([part.book for part in library.parts]),
-        )
-
-
-def _show(report: dict[str, Any]) -> None:
-    """Print the answers."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    longest = max(chapter["tokens"] for chapter in report["chapters"])
-    console.print(
-        f"{report['model']} under {report['pattern']}: {report['tokens']:,} tokens in {len(report['chapters'])} passes of at "
-        f"most {longest:,}, {report['passages']:,} passages, {report['seconds']:.1f} s",
-        markup=False,
-        highlight=False,
-    )
-    several = len({chapter["book"] for chapter in report["chapters"]}) > 1
-
-    def title(of: dict[str, Any]) -> str:
-        return f"{of['book']}: {of['title']}" if several and of["title"] != of["book"] else str(of["title"])
-
-    for answer in report["queries"]:
-        console.print(Text(f"\n{answer['query']}", style="bold"))
-        for rank, passage in enumerate(answer["passages"], 1):
-            console.print(Text(f"\n{rank}. {passage['score']:.3f}  {title(passage)}", style="cyan"))
-            text = " ".join(passage["text"].split())
-            console.print(Text(text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 1] + "…"))
-            if passage["words"]:
-                words = ", ".join(
-                    f"{word['word']} {word['share']:.1%}" + ("" if word["inside"] else " (elsewhere)")
-                    for word in passage["words"]
-                )
-                console.print(Text(f"looked at: {words}", style="dim"))
-        chapters = "; ".join(f"{title(chapter)} {chapter['score']:.3f}" for chapter in answer["chapters"])
-        console.print(Text(f"\nnearest chapters: {chapters}", style="dim"))

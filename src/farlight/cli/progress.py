@@ -2,8 +2,8 @@
 
 Steps differ in length: a passage under full attention takes many times as long as under a pattern. So a stage is a list of
 step names, durations are recorded per name, and the time left is the sum over the remaining names of their mean duration. A
-name without a duration takes the mean of its kind (the names with the same text before ": "); where its kind has none
-either, it is left out of the sum and the estimate reads "at least".
+name without a duration takes the mean of its kind (the names with the same text before ": "); where its kind has none either,
+that of all steps. What is shown is smoothed, so that it does not jump when a step of a new kind turns out long or short.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ _LOG_INTERVAL = 20.0
 class TimeLeft:
     """Time left of a stage of named steps, from the durations of completed steps of each name.
 
-    total: number of steps; done: completed ones.
+    total: number of steps; done: completed ones. `seconds` is the plain estimate; `text` shows it smoothed: each new estimate
+    moves the moment at which the stage is expected to end by half of the difference.
 
-    >>> moments = iter([0.0, 10.0, 11.0])
+    >>> moments = iter([0.0, 10.0, 11.0, 11.0, 11.0])
     >>> left = TimeLeft(["read", "judge", "read", "judge", "sum up"], lambda: next(moments))
     >>> for name in ("read", "judge", "read"):
     ...     left.begin(name)
-    >>> left.seconds(), left.text()  # read 10 s, judge 1 s, sum up unknown
-    ((11.0, False), 'at least 11 s left')
+    >>> left.seconds()  # read 10 s, judge 1 s, sum up not known: the mean of those, 5.5 s
+    16.5
     """
 
     def __init__(self, steps: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,6 +42,7 @@ class TimeLeft:
         self.total, self.done = len(steps), 0
         self._durations: dict[str, list[float]] = {}
         self._running: tuple[str, float] | None = None
+        self._end: float | None = None  # when the stage is expected to end
 
     def begin(self, name: str) -> None:
         """The step of this name begins; the one before it is complete."""
@@ -51,28 +53,34 @@ class TimeLeft:
             self.done += 1
         self._running = (name, now)
 
-    def seconds(self) -> tuple[float, bool]:
-        """(seconds left, whether a duration is known for every kind of step that is left)."""
-        total, complete = 0.0, True
-        completed = Counter({name: len(durations) for name, durations in self._durations.items()})
-        for name, count in (self.steps - completed).items():
-            kind = name.partition(": ")[0] + ": "
-            durations = self._durations.get(name) or [
-                duration for other, known in self._durations.items() if other.startswith(kind) for duration in known
-            ]
-            complete = complete and bool(durations)
-            total += count * sum(durations) / max(1, len(durations))
-        return total, complete
+    def seconds(self) -> float:
+        """Expected seconds left, the running step included."""
+        remaining = self.steps - Counter({name: len(durations) for name, durations in self._durations.items()})
+        total = sum(count * self._expected(name) for name, count in remaining.items())
+        if self._running is not None:
+            name, start = self._running
+            total -= min(self.clock() - start, self._expected(name))
+        return max(0.0, total)
+
+    def _expected(self, name: str) -> float:
+        """Mean duration of the steps of a name; of its kind, where it has none yet; of all, where its kind has none."""
+        kind = name.partition(": ")[0] + ": "
+        of_kind = [seconds for other, known in self._durations.items() if other.startswith(kind) for seconds in known]
+        durations = self._durations.get(name) or of_kind or [s for known in self._durations.values() for s in known]
+        return sum(durations) / max(1, len(durations))
 
     def text(self) -> str:
-        """`about 5 s left`, `at least 2 min left` or `time left not known yet`."""
-        seconds, complete = self.seconds()
-        if not self._durations or (not complete and seconds < 1):
+        """`about 5 s left` or `time left not known yet`."""
+        if not self._durations:
             return "time left not known yet"
+        now = self.clock()
+        estimate = now + self.seconds()
+        self._end = estimate if self._end is None else self._end + (estimate - self._end) / 2
+        seconds = max(0.0, self._end - now)
         amount = (
             f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
         )
-        return f"{'about' if complete else 'at least'} {amount} left"
+        return f"about {amount} left"
 
 
 class _Bar:

@@ -18,7 +18,10 @@ from farlight.embedding.chapters import Chapter, sentences, split_chapters
 from farlight.embedding.reading import AttendedWord, Embedder, Tokens
 from farlight.errors import ArgumentError
 
-__all__ = ["ChapterPart", "Library", "PassageHit", "SearchResult", "read_books", "split_parts"]
+__all__ = [
+    "ChapterPart", "EncodedDocument", "Library", "PassageHit", "SearchResult", "document_parts", "encode_document",
+    "read_books", "split_parts",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,39 @@ def _sentence_ends(spans: Sequence[tuple[int, int]], sentence_spans: Sequence[tu
     return [*ends[:-1], len(spans)]
 
 
+@dataclass(frozen=True)
+class EncodedDocument:
+    """The parts of one text with their unit vectors: chapters `(parts, features)`, passages `(passages, features)`."""
+
+    parts: list[ChapterPart]
+    chapters: Tensor
+    passages: Tensor
+
+
+def document_parts(
+    embedder: Embedder, name: str, text: str, *, passage: int, heading: str | None, number: int = 0
+) -> list[ChapterPart]:
+    """The parts of all chapters of a text. Raises ArgumentError where it has no words."""
+    parts = [
+        part
+        for chapter in split_chapters(text, heading)
+        for part in split_parts(embedder, text, chapter, chapter.title or name, number, passage)
+    ]
+    if not parts:
+        raise ArgumentError(f"text {name!r} holds no chapter with words in it; give a text, or another --heading.")
+    return parts
+
+
+def encode_document(
+    embedder: Embedder, name: str, text: str, *, passage: int = 128, heading: str | None = None
+) -> EncodedDocument:
+    """Encode one text, a forward pass for each part. Raises ArgumentError where it has no words."""
+    parts = document_parts(embedder, name, text, passage=passage, heading=heading)
+    encodings = [embedder.read(part.tokens.ids) for part in parts]
+    passages = [encoding.passages(part.passages) for encoding, part in zip(encodings, parts, strict=True)]
+    return EncodedDocument(parts, torch.stack([encoding.vector for encoding in encodings]), torch.cat(passages))
+
+
 def read_books(
     embedder: Embedder,
     books: Sequence[tuple[str, str]],
@@ -176,11 +212,7 @@ def read_books(
         raise ArgumentError(f"passages of {passage} tokens cannot be; use at least 1.")
     parts: list[ChapterPart] = []
     for number, (name, text) in enumerate(books):
-        num_parts = len(parts)
-        for chapter in split_chapters(text, heading):
-            parts += split_parts(embedder, text, chapter, chapter.title or name, number, passage)
-        if len(parts) == num_parts:
-            raise ArgumentError(f"text {name!r} holds no chapter with words in it; give a text, or another --heading.")
+        parts += document_parts(embedder, name, text, passage=passage, heading=heading, number=number)
     if not parts:
         raise ArgumentError("no text was given; give at least one.")
     start(len(parts))

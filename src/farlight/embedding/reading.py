@@ -20,10 +20,15 @@ from farlight.attention import attention
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.interface import Observation, use_pattern
 from farlight.hf.lengthen import lengthen, positions_of
+from farlight.hf.loading import load_model
+from farlight.patterns import parse
 from farlight.patterns.expression import Pattern
 from farlight.patterns.positional import full
 
-__all__ = ["AttendedWord", "Embedder", "Encoding", "Tokens"]
+__all__ = ["DEFAULT_PATTERN", "AttendedWord", "Embedder", "Encoding", "Tokens"]
+
+# The first and last token ([CLS] and [SEP], say) are global.
+DEFAULT_PATTERN = "window(128) | global_tokens([0, -1])"
 
 _WORD = re.compile(r"[^\W_]+(?:[’'-][^\W_]+)*")
 
@@ -78,11 +83,26 @@ class Embedder:
     """An encoder model under a pattern, for texts of up to `positions` tokens, special tokens included.
 
     The model is put in evaluation mode, and lengthened in place when it has fewer positions. `max_tokens`: tokens of one pass
-    without special ones. Raises UnsupportedError for a tokenizer without character offsets, ArgumentError for too few
-    positions, and what `fl.hf.lengthen` and `fl.hf.use_pattern` raise.
+    without special ones; `name`: of the model. Raises UnsupportedError for a tokenizer without character offsets, ArgumentError
+    for too few positions, and what `fl.hf.lengthen` and `fl.hf.use_pattern` raise.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, pattern: Pattern, *, positions: int, backend: str = "auto") -> None:
+    @classmethod
+    def load(
+        cls, model: str | None = None, pattern: Pattern | None = None, *, positions: int = 8192, backend: str = "auto"
+    ) -> Embedder:
+        """The embedder of a folder or a name of the Hugging Face hub; None: the packaged all-MiniLM-L6-v2.
+
+        pattern: by default `window(128) | global_tokens([0, -1])`. Raises as `load_model` and the constructor.
+        """
+        loaded = load_model(model)
+        pattern = parse(DEFAULT_PATTERN) if pattern is None else pattern
+        # A language model comes with its head, whose first output are logits.
+        embedder = cls(loaded.model.base_model, loaded.tokenizer, pattern, positions=positions, backend=backend)
+        embedder.name = loaded.name
+        return embedder
+
+    def __init__(self, model: Any, tokenizer: Any, pattern: Pattern, *, positions: int = 8192, backend: str = "auto") -> None:
         from farlight.analysis.passages import frame
 
         if not getattr(tokenizer, "is_fast", False):
@@ -93,10 +113,24 @@ class Embedder:
         if model_positions is not None and model_positions < positions:
             lengthen(model, positions, tokenizer=tokenizer)
         self.model, self.tokenizer, self.pattern, self.backend = model.eval(), tokenizer, pattern, backend
+        self.name: str = getattr(model, "name_or_path", "") or type(model).__name__
         self.prefix_ids, self.suffix_ids = frame(tokenizer)
         self.max_tokens = positions - len(self.prefix_ids) - len(self.suffix_ids)
         if self.max_tokens < 1:
             raise ArgumentError(f"{positions} positions leave no room beside the special tokens; use more.")
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """`(texts, features)` float32 unit vectors, one pass for each text. Raises ArgumentError for one longer than a pass."""
+        encodings = []
+        for text in texts:
+            ids = self.tokens(text).ids
+            if len(ids) > self.max_tokens:
+                raise ArgumentError(
+                    f"a text has {len(ids)} tokens, more than the {self.max_tokens} that one pass reads; shorten it, or cut it "
+                    "with read_books."
+                )
+            encodings.append(self.read(ids).vector)
+        return torch.stack(encodings)
 
     def tokens(self, text: str) -> Tokens:
         """The tokens of `text`, of any length."""

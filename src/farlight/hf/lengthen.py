@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.configs import copy_configs, restore_configs
+from farlight.hf.sentence_encoders import unwrap
 from farlight.patterns.arguments import whole
 
 __all__ = ["lengthen", "positions_of"]
@@ -68,8 +69,9 @@ def lengthen(model: Any, max_positions: int, *, rope: str = "dynamic", tokenizer
     Full attention over a lengthened text costs what it costs: run the model under a pattern (`fl.hf.use_pattern`).
 
     Args:
-        model: a PreTrainedModel; it gets an updated configuration of its own, so that it can be stored and loaded. The
-            configuration object that it was built from, which other models may hold, stays as it is.
+        model: a PreTrainedModel, or a SentenceTransformer that holds one, whose `max_seq_length` and tokenizer follow; it
+            gets an updated configuration of its own, so that it can be stored and loaded. The configuration object that it was
+            built from, which other models may hold, stays as it is.
         max_positions: the longest text, in tokens, special ones included.
         rope: which scaling, for rotary positions.
         tokenizer: also let this tokenizer cut at `max_positions` only (its `model_max_length`).
@@ -85,6 +87,11 @@ def lengthen(model: Any, max_positions: int, *, rope: str = "dynamic", tokenizer
     >>> fl.hf.lengthen(model, 100)(torch.ones(1, 100, dtype=torch.long)).last_hidden_state.shape
     torch.Size([1, 100, 8])
     """
+    inner, holder = unwrap(model)
+    if holder is not None:
+        lengthen(inner, max_positions, rope=rope, tokenizer=holder.tokenizer if tokenizer is None else tokenizer)
+        holder.max_seq_length = max_positions
+        return model
     name = type(model).__name__
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or config is None or not hasattr(config, "get_text_config"):

@@ -16,6 +16,7 @@ from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf import bigbird, longformer, swap
 from farlight.hf.fit_file import read_layers
 from farlight.hf.interface import install_pattern
+from farlight.hf.sentence_encoders import unwrap
 from farlight.hf.setting import LayerPattern
 from farlight.hf.spread import Spread
 
@@ -45,7 +46,8 @@ def sparsify(
     (`farlight.hf.longformer`, `farlight.hf.bigbird`); `pattern` must be None for them, and `options` are theirs.
 
     Args:
-        model: a PreTrainedModel of these, or one that takes its attention from AttentionInterface.
+        model: a PreTrainedModel of these, or one that takes its attention from AttentionInterface; or a SentenceTransformer
+            that holds one.
         pattern: one pattern or router for all layers; a mapping {layer number: pattern, router or None}; the path of a file
             written by `fl.fit` or `write_layers`; or None, the model's own attention computed by farlight. Layers that
             are not named keep the model's own attention.
@@ -72,6 +74,10 @@ def sparsify(
     ...     model(torch.arange(6)[None]).last_hidden_state.shape
     torch.Size([1, 6, 8])
     """
+    inner, _ = unwrap(model)
+    if inner is not model:
+        sparsify(inner, pattern, mesh=mesh, layout=layout, backend=backend, **options)
+        return model
     spread = None if mesh is None else Spread(mesh, layout)
     if mesh is None and layout is not None:
         raise ArgumentError("sparsify: a layout says how a sequence is spread over the ranks of a mesh; pass mesh=, too.")
@@ -103,6 +109,10 @@ def restore(model: Any) -> Any:
 
     Raises ArgumentError when the model is not sparse, or when only the model around it or a part of it was made so.
     """
+    inner, _ = unwrap(model)
+    if inner is not model:
+        restore(inner)
+        return model
     undo = model.__dict__.pop(_UNDO, None)
     if undo is None and swap.contains(model, swap.Replacement):
         return swap.restore(model)

@@ -5,6 +5,7 @@ from farlight.nn.decoder import SparseDecoder, SparseDecoderLayer
 from farlight.nn.encoder import SparseEncoder, SparseEncoderLayer
 from farlight.nn.native_sparse import NativeSparseAttention
 from farlight.nn.positions import LearnedPositions, RotaryPositions
+from farlight.nn.sparsify import scaled_dot_product_attention, sparsify
 
 __all__ = [
     "LearnedPositions",
@@ -15,6 +16,8 @@ __all__ = [
     "SparseDecoderLayer",
     "SparseEncoder",
     "SparseEncoderLayer",
+    "scaled_dot_product_attention",
+    "sparsify",
 ]
 
 

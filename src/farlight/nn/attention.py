@@ -26,7 +26,7 @@ _MAX_WEIGHTS = 1 << 28
 
 
 class SparseAttention(nn.Module):
-    """Multi-head attention over the pairs that a pattern allows: a drop-in for `nn.MultiheadAttention(batch_first=True)`.
+    """Multi-head attention over the pairs that a pattern allows: a drop-in for `nn.MultiheadAttention`.
 
         out = concat_h(softmax_{j allowed}(scale · q_h k_hᵀ) v_h) W_oᵀ + b_o,    q, k, v = x W_inᵀ + b_in
 
@@ -44,6 +44,7 @@ class SparseAttention(nn.Module):
         route_before_rotary: pass a router the queries and keys before the rotation, so that it clusters by content alone.
             By default it receives what attention compares.
         backend: as in `fl.attention`.
+        batch_first: False: inputs and out are `(tokens, batch, dim)`, as torch's default.
 
     Masks as in torch: `key_padding_mask` `(B, n_k)`, True (or -inf) = ignore this key; `attn_mask` `(n_q, n_k)` or
     `(B · H, n_q, n_k)`, True (or -inf) = forbidden. Both narrow the pattern. `attn_mask` may also be a pattern, such as
@@ -62,7 +63,6 @@ class SparseAttention(nn.Module):
     (torch.Size([2, 100, 32]), None)
     """
 
-    batch_first = True
     # Read by torch's own encoder layers: were it True, they would take the weights in evaluation and compute full attention
     # without calling this module.
     _qkv_same_embed_dim = False
@@ -84,10 +84,12 @@ class SparseAttention(nn.Module):
         kdim: int | None = None,
         vdim: int | None = None,
         backend: str = "auto",
+        batch_first: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.batch_first = bool(batch_first)
         name = "SparseAttention"
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embed_dim, self.num_heads = whole(f"{name}: embed_dim", embed_dim, 1), whole(f"{name}: num_heads", num_heads, 1)
@@ -127,8 +129,7 @@ class SparseAttention(nn.Module):
     def from_dense(cls, module: nn.MultiheadAttention, pattern: Pattern | Router, **options: Any) -> SparseAttention:
         """A sparse layer that shares the parameters of a dense one.
 
-        `options` are those of SparseAttention. Raises UnsupportedError for `batch_first=False`, `add_bias_kv` and
-        `add_zero_attn`.
+        `options` are those of SparseAttention. Raises UnsupportedError for `add_bias_kv` and `add_zero_attn`.
 
         >>> import torch, farlight as fl
         >>> layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True)
@@ -139,10 +140,6 @@ class SparseAttention(nn.Module):
         if not isinstance(module, nn.MultiheadAttention):
             raise ArgumentError(f"from_dense: {type(module).__name__} is not an nn.MultiheadAttention; pass one.")
         for present, what in (
-            (
-                not module.batch_first,
-                "batch_first=False: its inputs are (tokens, batch, embed_dim); build it with batch_first=True",
-            ),
             (module.bias_k is not None, "add_bias_kv: a learned key that stands in no text; build it without"),
             (module.add_zero_attn, "add_zero_attn: a zero key that stands in no text; build it without"),
         ):
@@ -153,6 +150,7 @@ class SparseAttention(nn.Module):
             "dropout": module.dropout,
             "kdim": module.kdim,
             "vdim": module.vdim,
+            "batch_first": module.batch_first,
         } | options
         layer = cls(module.embed_dim, module.num_heads, pattern, device="meta", **options)
         if layer.kv_heads != layer.num_heads:
@@ -197,10 +195,11 @@ class SparseAttention(nn.Module):
         router, so that a recomputed forward pass attends over the same links.
         """
         if query.dim() == 2 and key.dim() == value.dim() == 2:
+            batch_dim = 0 if self.batch_first else 1
             out, weights = self.forward(
-                query[None],
-                key[None],
-                value[None],
+                query.unsqueeze(batch_dim),
+                key.unsqueeze(batch_dim),
+                value.unsqueeze(batch_dim),
                 None if key_padding_mask is None else key_padding_mask[None],
                 need_weights,
                 attn_mask,
@@ -209,7 +208,9 @@ class SparseAttention(nn.Module):
                 q_offset=q_offset,
                 chosen=chosen,
             )
-            return out[0], None if weights is None else weights[0]
+            return out.squeeze(0 if self.batch_first else 1), None if weights is None else weights[0]
+        if not self.batch_first:
+            query, key, value = _transposed(query, key, value)
         self._check_inputs(query, key, value)
         batch, n_q, n_k = query.shape[0], query.shape[1], key.shape[1]
         offset = n_k - n_q if q_offset is None else q_offset
@@ -298,9 +299,9 @@ class SparseAttention(nn.Module):
         return without_padding(pattern, real)
 
     def _project_out(self, out: Tensor) -> Tensor:
-        """`(B, H, N, D)` to `(B, N, embed_dim)`."""
+        """`(B, H, N, D)` to `(B, N, embed_dim)`, `(N, B, embed_dim)` unless batch_first."""
         projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return projected
+        return projected if self.batch_first else projected.transpose(0, 1)
 
     def _weights(self, q: Tensor, k: Tensor, lse: Tensor, pattern: Pattern, offset: int) -> Tensor:
         """`(B, H, n_q, n_k)` exp(score - lse) over the allowed pairs; 0 elsewhere, and in rows that see nothing."""
@@ -314,3 +315,9 @@ class SparseAttention(nn.Module):
         norm = torch.where(lse == float("-inf"), 0.0, lse)
         weights: Tensor = (scores - norm[..., None]).masked_fill(~mask, float("-inf")).exp()
         return weights
+
+
+def _transposed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch and tokens exchanged; tensors that are one object stay one, so that one projection serves them."""
+    q, k, v = (x.transpose(0, 1) if not x.is_nested and x.dim() == 3 else x for x in (query, key, value))
+    return q, q if key is query else k, q if value is query else v
