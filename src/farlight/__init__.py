@@ -5,6 +5,7 @@ from farlight._version import __version__ as __version__
 from farlight.analysis.fit import Fit, fit
 from farlight.analysis.graph import Path, Reach, SmallWorld, path, reach, smallworld
 from farlight.analysis.loss.retention import Retention, retention
+from farlight.analysis.recall import evaluate
 from farlight.attention import attention
 from farlight.decoding import KVCache, decode, step
 from farlight.errors import ArgumentError, DistributedError, FarlightError, PatternError, PlanError, UnsupportedError
@@ -73,6 +74,7 @@ __all__ = [
     "distributed",
     "documents",
     "embedding",
+    "evaluate",
     "explain",
     "fit",
     "from_block_mask",

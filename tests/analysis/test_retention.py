@@ -62,6 +62,8 @@ def brute(
         "best": ordered.gather(-1, links.unsqueeze(-1)).squeeze(-1),
         "curve": ordered,
         "error": (sparse @ v - full @ v).flatten(2).norm(dim=-1) / (full @ v).flatten(2).norm(dim=-1),
+        "lost_output": ((full * ~allowed) @ v).flatten(2).norm(dim=-1) / (full @ v).flatten(2).norm(dim=-1),
+        "without_sink": (full * allowed)[..., 1:].sum((-1, -2)) / full[..., 1:].sum((-1, -2)),
     }
 
 
@@ -74,6 +76,10 @@ def check(found: Retention, true: dict[str, Tensor], tolerance: float) -> None:
     torch.testing.assert_close(found.density, true["links"] / true["base_links"].double(), rtol=0, atol=1e-12)
     assert (found.best <= true["best"] + tolerance).all(), "best is promised never to lie above the truth"
     assert (true["best"] <= found.best + found.best_slack + tolerance).all(), "best is promised to lie within its slack"
+    if found.mass_without_sink is not None:
+        torch.testing.assert_close(found.mass_without_sink.double(), true["without_sink"], rtol=0, atol=tolerance)
+    if found.lost_output is not None:
+        torch.testing.assert_close(found.lost_output.double(), true["lost_output"], rtol=0, atol=10 * tolerance)
     if found.error is not None:
         torch.testing.assert_close(found.error.double(), true["error"], rtol=0, atol=10 * tolerance)
 
@@ -293,3 +299,21 @@ def test_memory_grows_with_the_length_not_its_square() -> None:
     peak(1024)
     # 256 x 65 536 x 2 heads would be 128 MiB of scores, several times over.
     assert peak(65_536) < 120 * 2**20
+
+
+@pytest.mark.parametrize("with_values", [False, True], ids=["gathered", "masked"])
+def test_a_sink_of_no_value_counts_for_the_plain_share_alone(with_values: bool) -> None:
+    """Every query gives nine tenths to a first key whose value is zero; the pattern keeps that key and nothing else."""
+    n = 200
+    q = torch.ones(1, 1, n, 1, dtype=torch.float64)
+    k, v = torch.zeros_like(q), torch.ones_like(q)
+    k[:, :, 0], v[:, :, 0] = torch.tensor(9.0 * (n - 1)).log(), 0.0
+    result = retention(q, k, fl.seen_by_all([0]), v if with_values else None, scale=1.0)
+    assert result.mass.item() == pytest.approx(0.9)
+    assert result.mass_without_sink is not None
+    assert result.mass_without_sink.item() == 0.0
+    assert result.lost_output is None or result.lost_output.item() == pytest.approx(1.0)
+    assert (result.lost_output is None) == (not with_values)
+    plain = retention(q, k, fl.seen_by_all([0]), scale=1.0, sinks=0)
+    assert plain.mass_without_sink is not None
+    assert plain.mass_without_sink.item() == pytest.approx(0.9)

@@ -72,7 +72,7 @@ class Timing:
     """Median seconds of `runs` calls, and `spread`: half the interquartile range of their seconds.
 
     >>> Timing.of([1.0, 2.0, 3.0, 10.0])
-    Timing(seconds=2.5, spread=2.0, runs=4)
+    Timing(seconds=2.5, spread=1.5, runs=4)
     """
 
     seconds: float

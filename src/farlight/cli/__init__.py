@@ -55,7 +55,7 @@ def _app() -> Any:
     """The typer application. Making it, and printing its help, loads neither torch nor the library."""
     import typer
 
-    from farlight.cli import audit, bench, doctor, embed, map
+    from farlight.cli import audit, bench, doctor, embed, map, recall
 
     settings = {"help_option_names": ["-h", "--help"]}
     app = typer.Typer(
@@ -78,6 +78,7 @@ def _app() -> Any:
         ("doctor", doctor.doctor_command, doctor.EXAMPLES),
         ("embed", embed.embed_command, embed.EXAMPLES),
         ("map", map.map_command, map.EXAMPLES),
+        ("recall", recall.recall_command, recall.EXAMPLES),
     ):
         epilog = "Examples:\n\n" + "\n\n".join(examples)
         app.command(name, epilog=epilog, context_settings=settings)(_with_library(command))

@@ -239,13 +239,31 @@ class _Growth:
 
 
 def row_shares(profile: HeadProfile, state: GrowthState) -> torch.Tensor:
-    """`(n_q,)` float64: the share that each row keeps. Needs a profile by single pairs (`profile.block == 1`)."""
+    """`(n_q,)` float64: the share that each row keeps. Needs a profile by single pairs (`profile.block == 1`).
+
+    A run of distances is a range of keys in each row, whose sum is a difference of two prefix sums: O(n_q · (runs + keys)).
+    """
     assert profile.block == 1
-    lowest = 1 - profile.n_q - profile.q_offset
-    by_distance = torch.zeros(profile.n_q + profile.n_k - 1, dtype=torch.bool, device="cpu")
-    for start, stop in state.runs:
-        by_distance[start - lowest : stop - lowest] = True
-    # Row r covers the n_k distances from index n_q - 1 - r on: the windows of `unfold`, in reverse order.
-    mask = by_distance.unfold(0, profile.n_k, 1).flip(0)
-    mask[:, list(state.keys)] = True
-    return (profile.cells * mask).sum(1)
+    runs = _joined(state.runs)
+    position = torch.arange(profile.n_q, device="cpu")[:, None] + profile.q_offset
+    ends = torch.tensor(runs, device="cpu", dtype=torch.int64).view(-1, 2)
+    first, stop = ((position + ends[:, side]).clamp(0, profile.n_k) for side in (0, 1))
+    prefix = profile.prefix
+    shares = (prefix.gather(1, stop) - prefix.gather(1, first)).sum(1)
+    if state.keys:
+        keys = torch.tensor(state.keys, device="cpu")
+        distance = (keys - position)[..., None]
+        in_runs = ((distance >= ends[:, 0]) & (distance < ends[:, 1])).any(-1)
+        shares += profile.cells[:, keys].masked_fill(in_runs, 0.0).sum(1)
+    return shares
+
+
+def _joined(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges in rising order, adjoining ones joined."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(runs):
+        if joined and joined[-1][1] >= start:
+            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+        else:
+            joined.append((start, stop))
+    return joined

@@ -11,6 +11,7 @@ Every sum has a twin that counts the pairs that the base allows (`…_links`).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,11 @@ class HeadProfile:
     column_links: Tensor
     cells: Tensor
     cell_links: Tensor
+
+    @functools.cached_property
+    def prefix(self) -> Tensor:
+        """`(rows of cells, columns of cells + 1)`: exclusive prefix sums of `cells` along the keys."""
+        return torch.nn.functional.pad(self.cells.cumsum(1), (1, 0))
 
 
 class LayerProfile:

@@ -49,6 +49,12 @@ class Tile:
         mask = _tile_mask(pattern, self.rows, self.items, self.heads, self.probability.shape[3], sizes, self.probability.device)
         return mask if self.allowed is None else mask & self.allowed
 
+    def first_keys_kept(self, pattern: Pattern, sizes: Sizes, count: int) -> Tensor:
+        """`(B', H', rows)`: probability kept on the first `count` keys."""
+        probability = self.probability[..., :count]
+        mask = _tile_mask(pattern, self.rows, self.items, self.heads, probability.shape[3], sizes, probability.device)
+        return (probability * mask).sum(-1)
+
     def gather_kept(self, pattern: Pattern, base: Pattern | None, sizes: Sizes) -> tuple[Tensor, Tensor] | None:
         """(kept probability per row `(B', H', rows)`, number of pairs `(1, 1)`) of `pattern` & `base`, without a dense mask.
 

@@ -26,7 +26,8 @@ from farlight.analysis.loss.probabilities import (
 )
 from farlight.analysis.loss.top_losses import LostLinkCollector, LostLinks
 from farlight.errors import ArgumentError, show
-from farlight.patterns.expression import Pattern
+from farlight.patterns.arguments import whole
+from farlight.patterns.expression import Pattern, Sizes
 
 __all__ = ["Retention", "retention", "retentions"]
 
@@ -42,6 +43,10 @@ class Retention:
         best: `(B, H)` float64, a lower bound of the mean share kept by the best pattern with as many links in that head.
         best_slack: `(B, H)` float64; the true value lies in [best, best + best_slack].
         error: `(B, H)` relative L2 error of the head's output, ‖sparse - full‖ / ‖full‖; None without v.
+        lost_output: `(B, H)` float64, ‖Σ_lost p·v‖ / ‖Σ p·v‖ over all rows: the part of the full output that came over links
+            outside the pattern. Unlike a share of attention it does not count a key whose value is near zero. None without v.
+        mass_without_sink: `(B, H)` float64, the share of probability kept among the keys from `sinks` on (1 where these have
+            none): a first key that takes most of the attention says little about the others. `mass` for sinks = 0.
         lost: the heaviest links outside the pattern; None without `lost=`.
     """
 
@@ -52,6 +57,8 @@ class Retention:
     best_slack: Tensor
     error: Tensor | None = None
     lost: LostLinks | None = None
+    lost_output: Tensor | None = None
+    mass_without_sink: Tensor | None = None
     _histogram: Histogram = field(repr=False, kw_only=True)
 
     @property
@@ -96,6 +103,7 @@ def retention(
     scale: float | None = None,
     q_offset: int | None = None,
     lost: int = 0,
+    sinks: int = 1,
 ) -> Retention:
     """The share of full attention probability that `pattern` keeps, per head and row, against the best of its size.
 
@@ -112,6 +120,7 @@ def retention(
         scale: factor on the scores; None means D^-0.5.
         q_offset: position of the first query; None means n_k - n_q.
         lost: number of the heaviest links outside the pattern to list, over all heads and rows.
+        sinks: number of first keys that `mass_without_sink` leaves out.
 
     Raises:
         ArgumentError: shapes or dtypes that do not fit. PatternError: a pattern that does not fit the sizes.
@@ -124,7 +133,7 @@ def retention(
     >>> result.mass.item(), result.best.item(), result.density.item()
     (0.125, 0.125, 0.125)
     """
-    return retentions(q, k, [pattern], v, base=base, scale=scale, q_offset=q_offset, lost=lost)[0]
+    return retentions(q, k, [pattern], v, base=base, scale=scale, q_offset=q_offset, lost=lost, sinks=sinks)[0]
 
 
 def retentions(
@@ -138,6 +147,7 @@ def retentions(
     q_offset: int | None = None,
     lost: int = 0,
     by_head: bool = False,
+    sinks: int = 1,
 ) -> list[Retention]:
     """`retention` of several patterns in one pass over the full probabilities.
 
@@ -146,8 +156,9 @@ def retentions(
     check_problem(q, k, v, scale)
     if isinstance(lost, bool) or not isinstance(lost, int) or lost < 0:
         raise ArgumentError(f"lost = {show(lost)}: the number of lost links to list is a whole number >= 0; the default is 0.")
+    whole("sinks", sinks, 0)
     with torch.no_grad():
-        return _measure(q, k, patterns, v, base, scale, q_offset, lost, by_head)
+        return _measure(q, k, patterns, v, base, scale, q_offset, lost, by_head, sinks)
 
 
 def _measure(
@@ -160,6 +171,7 @@ def _measure(
     q_offset: int | None,
     lost: int,
     by_head: bool,
+    sinks: int,
 ) -> list[Retention]:
     batch, heads, n_q, _ = q.shape
     sizes = sizes_of(q, k, q_offset)
@@ -167,11 +179,13 @@ def _measure(
     base_links = torch.zeros(batch, heads, dtype=torch.int64, device=q.device)
     builder = HistogramBuilder(batch, heads, q.device)
     full_norm = torch.zeros(batch, heads, dtype=torch.float64, device=q.device)  # sum of squares of the full output
+    beyond = torch.zeros_like(full_norm)  # probability of the keys that are no sinks
 
     for tile in tiles(q, k, base, scale, sizes):
         tile_pairs = (tile.rows.stop - tile.rows.start) * k.shape[2]
         base_links[tile.items, tile.heads] += tile_pairs if tile.allowed is None else tile.allowed.sum((-1, -2))
         builder.add(tile.probability, tile.items, tile.heads)
+        beyond[tile.items, tile.heads] += tile.probability[..., sinks:].sum((-1, -2), dtype=torch.float64)
         values = None if v is None else v[tile.items, tile.kv_heads, : tile.probability.shape[3]].to(tile.probability.dtype)
         out = None if values is None else weighted_values(tile.probability, values)
         if out is not None:
@@ -180,12 +194,11 @@ def _measure(
             # The output error and the lost links need the mask; the kept share alone may not.
             gathered = None if v is not None or lost else tile.gather_kept(pattern_sums.pattern, base, sizes)
             if gathered is not None:
-                pattern_sums.kept[tile.items, tile.heads, tile.rows] = gathered[0]
-                pattern_sums.links[tile.items, tile.heads] += gathered[1]
+                pattern_sums.add_gathered(tile, gathered, sizes, sinks)
             else:
-                pattern_sums.add(tile, tile.mask(pattern_sums.pattern, sizes), values, out, sizes.q_offset)
+                pattern_sums.add(tile, tile.mask(pattern_sums.pattern, sizes), values, out, sizes.q_offset, sinks)
     histogram = builder.finish(n_q, base_links)
-    return [pattern_sums.finish(base_links, histogram, full_norm) for pattern_sums in sums]
+    return [pattern_sums.finish(base_links, histogram, full_norm, beyond) for pattern_sums in sums]
 
 
 class _PatternSums:
@@ -197,15 +210,21 @@ class _PatternSums:
         self.pattern = pattern
         self.kept = torch.zeros(batch, heads, n_q, dtype=dtype, device=q.device)
         self.links = torch.zeros(batch, heads, dtype=torch.int64, device=q.device)
-        self.squared_error = torch.zeros(batch, heads, dtype=torch.float64, device=q.device) if with_output else None
+        self.beyond = torch.zeros(batch, heads, dtype=torch.float64, device=q.device)  # kept, of the keys that are no sinks
+        self.squared_error = torch.zeros_like(self.beyond) if with_output else None
+        self.squared_loss = torch.zeros_like(self.beyond) if with_output else None
         self.lost = LostLinkCollector(lost, dtype, q.device, heads if by_head else None) if lost else None
 
-    def add(self, tile: Tile, mask: Tensor, values: Tensor | None, out: Tensor | None, q_offset: int) -> None:
+    def add(self, tile: Tile, mask: Tensor, values: Tensor | None, out: Tensor | None, q_offset: int, sinks: int) -> None:
         """Add a tile under `mask` (pattern & base); `values` and the full attention output `out` where the error is
         measured."""
         items, heads = tile.items, tile.heads
-        self.kept[items, heads, tile.rows] = (tile.probability * mask).sum(-1)
+        kept = tile.probability * mask
+        self.kept[items, heads, tile.rows] = kept.sum(-1)
+        self.beyond[items, heads] += kept[..., sinks:].sum((-1, -2), dtype=torch.float64)
         self.links[items, heads] += mask.sum((-1, -2))
+        if self.squared_loss is not None and values is not None and out is not None:
+            self.squared_loss[items, heads] += (out - weighted_values(kept, values)).double().square().sum((-1, -2))
         if self.squared_error is not None and values is not None and out is not None:
             # softmax over the masked scores: rescaling `probability` by 1 / kept loses all digits where kept is near 0.
             sparse = weighted_values(softmax(tile.scores.masked_fill(~mask, -torch.inf)), values)
@@ -213,11 +232,22 @@ class _PatternSums:
         if self.lost is not None:
             self.lost.add(tile, mask, q_offset)
 
-    def finish(self, base_links: Tensor, histogram: Histogram, full_norm: Tensor) -> Retention:
+    def add_gathered(self, tile: Tile, gathered: tuple[Tensor, Tensor], sizes: Sizes, sinks: int) -> None:
+        """Add a tile whose kept shares and links were gathered (`Tile.gather_kept`)."""
+        kept, links = gathered
+        self.kept[tile.items, tile.heads, tile.rows] = kept
+        self.links[tile.items, tile.heads] += links
+        first = tile.first_keys_kept(self.pattern, sizes, sinks)
+        self.beyond[tile.items, tile.heads] += (kept - first).clamp(min=0).sum(-1, dtype=torch.float64)
+
+    def finish(self, base_links: Tensor, histogram: Histogram, full_norm: Tensor, beyond: Tensor) -> Retention:
         best, slack = histogram.best(self.links)
-        error = None
+        error = lost_output = None
         if self.squared_error is not None:
             # Equal outputs have error 0, also where the full output is zero (0 / 0).
             error = torch.where(self.squared_error == 0, 0.0, (self.squared_error / full_norm).sqrt()).to(self.kept.dtype)
+        if self.squared_loss is not None:
+            lost_output = torch.where(self.squared_loss == 0, 0.0, (self.squared_loss / full_norm).sqrt())
         lost = None if self.lost is None else self.lost.finish()
-        return Retention(self.kept, self.links, base_links, best, slack, error, lost, _histogram=histogram)
+        others = torch.where(beyond > 0, self.beyond / beyond, 1.0)
+        return Retention(self.kept, self.links, base_links, best, slack, error, lost, lost_output, others, _histogram=histogram)
