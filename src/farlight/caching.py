@@ -53,6 +53,9 @@ def trim() -> None:
 
 T = TypeVar("T")
 
+# A trim takes about a millisecond, a plan at least as long to build.
+_PUTS_PER_TRIM = 64
+
 
 @dataclass(frozen=True)
 class CacheInfo:
@@ -84,7 +87,7 @@ class SizedCache(Generic[T]):
 
     def __init__(self, limit: int = 512 * 2**20, weigh: Callable[[T], int] = _nbytes) -> None:
         self._limit, self._weigh = limit, weigh
-        self._freed = 0  # bytes evicted since the last trim
+        self._freed = self._put = 0  # bytes evicted and values put since the last trim
         self._values: OrderedDict[object, T] = OrderedDict()
         self._sizes: dict[object, int] = {}
         self._nbytes = self._hits = self._misses = 0
@@ -119,6 +122,7 @@ class SizedCache(Generic[T]):
             self._values[key] = value
             self._sizes[key] = size
             self._nbytes += size
+            self._put += 1
             self._evict_to_limit()
         self._trim_if_due()
 
@@ -145,11 +149,15 @@ class SizedCache(Generic[T]):
             self._evict(next(iter(self._values)))
 
     def _trim_if_due(self) -> None:
-        """Trim after every limit / 8 bytes evicted: fragmentation keeps the allocator from returning them by itself."""
+        """Trim after every limit / 8 bytes evicted, and every 64 values put.
+
+        Fragmentation keeps the allocator from returning the bytes by itself. Values that stay also break up the free memory of
+        what came and went between them: without a trim, each new plan may cost the process one more output tensor.
+        """
         with self._lock:
-            if 8 * self._freed < self._limit:
+            if 8 * self._freed < self._limit and self._put < _PUTS_PER_TRIM:
                 return
-            self._freed = 0
+            self._freed = self._put = 0
         trim()
 
     @property

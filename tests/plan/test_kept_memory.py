@@ -166,3 +166,31 @@ def test_every_cache_of_the_package_is_listed_with_its_bound() -> None:
     assert files
     missing = sorted(file for file in files if f"`{file}`" not in documented)
     assert not missing, f"docs/architecture.md says of no bound for caches in {missing}"
+
+
+OUTPUTS = """
+import gc, torch
+torch.set_num_threads(1)
+import farlight as fl
+from farlight.plan.cache import plans
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+q = torch.zeros(1, 1, 2048, 64).expand(1, 8, 2048, 64)
+fl.attention(q, q, q, fl.window(8), backend="cpu")
+gc.collect()
+start = resident()
+for i in range(1, 201):
+    fl.attention(q, q, q, fl.window(8 + i), backend="cpu")
+gc.collect()
+print((resident() - start) / 2**20, plans.info().nbytes / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_outputs_between_new_plans_do_not_stay() -> None:
+    """200 outputs of 4 MiB, each freed before the next: plans that stay must not keep the allocator from using it again."""
+    done = subprocess.run([sys.executable, "-c", OUTPUTS], capture_output=True, text=True, check=True, timeout=120)
+    growth, held = map(float, done.stdout.split())
+    assert growth < held + 64 * 4 + 32  # 64 values put between two trims
