@@ -2,8 +2,9 @@
 
 transformers passes masks through a model as tensors: `generate` with a static cache reads their dimensions, models read
 their dtype and shape, DeepSeek's indexers read their entries. A `LazyMask` has the shape, dtype and device of the dense bool
-mask and carries a `ModelMask`. `mask[:, 0]` materialises the single head. All other arithmetic is refused: a model made for
-additive masks (0 = allowed) would compute the opposite with a bool mask (True = allowed).
+mask and carries a `ModelMask`. `mask[:, 0]` materialises the single head, as a bool mask that adds to scores like the additive
+mask of its meaning (`_HeadMask`). All other arithmetic is refused: a model made for additive masks (0 = allowed) would compute
+the opposite with a bool mask (True = allowed).
 """
 
 from __future__ import annotations
@@ -85,11 +86,25 @@ class LazyMask(Tensor):
             if device_copy or identity or (func is aten.slice.Tensor and _is_full_slice(mask, *args[1:])):
                 return cls(mask.model_mask, batch, n_q, n_k, keywords.get("device") or mask.device)
             if func is aten.select.int and args[1:] == (1, 0):
-                return mask.model_mask.dense(batch, n_q, n_k, mask.device)[:, 0]
+                return mask.model_mask.dense(batch, n_q, n_k, mask.device)[:, 0].as_subclass(_HeadMask)
         raise UnsupportedError(
             f"this model computes with its own attention mask ({func}), which attn_implementation='farlight' does not write "
             "out, because it cannot know whether a bool or an additive mask is meant. Use 'eager' or 'sdpa' for this model."
         )
+
+
+class _HeadMask(Tensor):
+    """A bool mask, True = allowed, that DeepSeek's indexers may also add to their scores (transformers up to 5.21 does)."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__) and len(args) == 2 and not kwargs:
+                mask, scores = args if isinstance(args[0], cls) else args[::-1]
+                return scores.masked_fill(~mask.as_subclass(Tensor), -torch.inf)
+            out = func(*args, **(kwargs or {}))
+            keeps_values = func in (Tensor.__getitem__, Tensor.to, Tensor.expand) and out.dtype == torch.bool
+            return out.as_subclass(cls) if keeps_values else out
 
 
 def _is_full_slice(mask: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
