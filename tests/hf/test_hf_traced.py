@@ -128,7 +128,65 @@ def test_a_static_cache_leaves_the_graph_and_computes_the_same() -> None:
 
 
 LONGFORMER = {"attention_window": 4}
-BIGBIRD = {"block_size": 4, "num_random_blocks": 1}
+BIGBIRD = {"block_size": 2, "num_random_blocks": 1}
+SEQ2SEQ = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 50, "init_std": 0.3, "use_cache": False,
+}  # fmt: skip
+REPLACED: dict[str, Callable[[], Any]] = {
+    "Longformer": lambda: hf.LongformerModel(hf.LongformerConfig(**SMALL | LONGFORMER)),
+    "LED": lambda: hf.LEDModel(hf.LEDConfig(**SEQ2SEQ | LONGFORMER)),
+    "BigBird": lambda: hf.BigBirdModel(hf.BigBirdConfig(**SMALL | BIGBIRD)),
+    "BigBird-Pegasus": lambda: hf.BigBirdPegasusModel(hf.BigBirdPegasusConfig(**SEQ2SEQ | BIGBIRD)),
+}
+
+
+def replaced(name: str) -> Any:
+    torch.manual_seed(0)
+    return sparsify(REPLACED[name]().eval())
+
+
+def texts(name: str, padded: slice | None, chosen: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    """A batch of 24 tokens, where BigBird is block-sparse; `chosen` are the global tokens of the second text."""
+    ids = torch.randint(3, 50, (2, 24), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if padded is not None:
+        given["attention_mask"][1, padded] = 0
+    if name in ("LED", "BigBird-Pegasus"):
+        given["decoder_input_ids"] = ids[:, :5]
+    if name in ("LED", "Longformer"):
+        given["global_attention_mask"] = torch.zeros_like(ids)
+        given["global_attention_mask"][1, list(chosen)] = 1
+    return given
+
+
+@pytest.mark.parametrize("traced", ["compiled", "exported"])
+@pytest.mark.parametrize("name", REPLACED)
+@torch.no_grad()
+def test_one_program_of_a_replaced_attention_serves_every_mask(name: str, traced: str) -> None:
+    """Padding and global tokens are inputs of the program, none at all included."""
+    model, first = replaced(name), texts(name, slice(20, 24))
+    program = (
+        torch.compile(model, fullgraph=True, backend="aot_eager")
+        if traced == "compiled"
+        else torch.export.export(model, (), first).module()
+    )
+    for given in (first, texts(name, None, (0, 9)), texts(name, slice(3, 24)), texts(name, slice(0, 5), ())):
+        actual, expected = program(**given)[0], model(**given)[0]
+        rows = given["attention_mask"].bool() if actual.shape[1] == 24 else slice(None)
+        torch.testing.assert_close(actual[rows], expected[rows], rtol=0, atol=2e-5)
+
+
+def test_gradients_of_a_compiled_longformer() -> None:
+    model, grads = replaced("Longformer"), []
+    for f in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        f(**texts("Longformer", slice(15, 24), (0, 9)))[0].square().sum().backward()
+        # The graph gives the unused pooler a gradient of 0.
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()})
+    assert grads[0].keys() == grads[1].keys()
+    for name, a in grads[0].items():
+        torch.testing.assert_close(grads[1][name], a, rtol=1e-4, atol=1e-3 * float(a.abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -28,14 +28,16 @@ from torch import Tensor, nn
 from farlight.attention import attention
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.bigbird_training import training_blocks
+from farlight.hf.probabilities import check_length, probabilities, wants_probabilities
 from farlight.hf.swap import (
     Replacement,
     TensorVersion,
+    capture_probabilities,
     collapse_batch,
     contains,
     loaded_class,
     merge_heads,
-    refuse_probabilities,
+    reset_output_capturing,
     restore,
     set_attribute,
     split_heads,
@@ -59,6 +61,8 @@ _CLASSES = (
         "BigBirdPegasusBlockSparseAttention",
     ),
 )
+# The attention whose probabilities transformers records from the class of its child, which is replaced.
+_RECORDED_BY_CLASS = ("big_bird.modeling_big_bird", "BigBirdAttention")
 # Numbers of blocks for which a layer caches its random blocks.
 _MAX_CACHED_LENGTHS = 8
 # A pattern and how often its pairs count in the softmax.
@@ -117,10 +121,13 @@ def sparsify(model: Any, *, semantics: str = "hf_eval", seed: int = 0, backend: 
                 'too); load it with attention_type="original_full" or with is_decoder=False.'
             )
         texts = _TextCache()
+        reset_output_capturing(owner)
         # A short text switches Hugging Face's model to full attention for good; this switches it back.
         owner.set_attention_type("block_sparse")
         for layer, module in enumerate(m for m in owner.modules() if isinstance(m, attention_class)):
             module.self = BigBirdAttention(module.self, owner.config, semantics, seed + layer, backend, texts)
+            if attention_class is loaded_class(*_RECORDED_BY_CLASS):
+                module.self.register_forward_hook(capture_probabilities)
         _install_forward(owner, attention_class)
     return model
 
@@ -156,6 +163,11 @@ class _PaddingForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(functools.partial(type(self.owner).forward, self.owner))
+
+    @property
+    def __code__(self) -> Any:
+        """That of the model's own method: torch.export names the inputs' place in the source by it."""
+        return type(self.owner).forward.__code__
 
     def __call__(self, input_ids: Tensor | None = None, attention_mask: Any = None, *args: Any, **options: Any) -> Any:
         x = options.get("inputs_embeds") if input_ids is None else input_ids
@@ -195,6 +207,7 @@ class BigBirdAttention(Replacement):
         texts: Any = None,
     ) -> None:
         super().__init__(original)
+        self.config = config
         self.heads: int = config.num_attention_heads
         self.block: int = config.block_size
         self.random: int = config.num_random_blocks
@@ -212,10 +225,16 @@ class BigBirdAttention(Replacement):
         encoder_attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """`(B, N, E)` to `(B, N, E)`, N any number; `attention_mask` `(B, 1, 1, N)`, 0 = padding."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(B, N, E)` to `(B, N, E)`, N any number; `attention_mask` `(B, 1, 1, N)`, 0 = padding.
+
+        The second result is None, or under `output_attentions` the probabilities `(B, H, N, N)` that multiply the values: a
+        block that counts m times has m times its weight. Raises UnsupportedError for those of long texts.
+        """
         refuse_jit_trace(self)
-        refuse_probabilities(self, kwargs.get("output_attentions"))
+        returns_probabilities = wants_probabilities(self, kwargs.get("output_attentions"))
+        if returns_probabilities:
+            check_length(self, *hidden_states.shape[1:2] * 2)
         if encoder_hidden_states is not None or past_key_values is not None:
             raise UnsupportedError(
                 f"{type(self).__name__} was given encoder_hidden_states or past_key_values, but block-sparse attention has "
@@ -238,7 +257,7 @@ class BigBirdAttention(Replacement):
             for pattern, _ in pieces
         ]
         out: Any = merge(partials, [w for _, w in pieces])[0] if len(pieces) > 1 else partials[0]  # type: ignore[arg-type]
-        return merge_heads(out), None
+        return merge_heads(out), probabilities(q, k, pieces, None) if returns_probabilities else None
 
     def _paper(self, tokens: int) -> list[Weighted]:
         """The preset of the published pattern; texts of up to two blocks, all global, have full attention."""

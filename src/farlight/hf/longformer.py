@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from farlight.attention import attention
 from farlight.errors import ArgumentError, UnsupportedError
+from farlight.hf.longformer_probabilities import global_probabilities, local_probabilities
+from farlight.hf.probabilities import check_length
 from farlight.hf.swap import (
     Replacement,
     TensorVersion,
@@ -31,7 +33,6 @@ from farlight.hf.swap import (
     contains,
     loaded_class,
     merge_heads,
-    refuse_probabilities,
     restore,
     set_attribute,
     split_heads,
@@ -144,13 +145,15 @@ class LongformerAttention(Replacement):
         is_index_global_attn: Tensor | None = None,
         is_global_attn: bool | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor]:
+    ) -> tuple[Tensor, ...]:
         """`(B, N, E)` to `(B, N, E)`; masks `(B, N)` as the encoder prepares them.
 
-        `attention_mask`: negative = padding, 0 = local, positive = global. Raises UnsupportedError for other shapes.
+        `attention_mask`: negative = padding, 0 = local, positive = global. Under `output_attentions` the probabilities follow,
+        as `longformer_probabilities` lays them out. Raises UnsupportedError for other shapes, and for those of long texts.
         """
         refuse_jit_trace(self)
-        refuse_probabilities(self, output_attentions)
+        if output_attentions:
+            check_length(self, *hidden_states.shape[1:2] * 2)
         for mask in (attention_mask, is_index_masked, is_index_global_attn):
             if mask is not None and mask.shape != hidden_states.shape[:2]:
                 raise UnsupportedError(
@@ -159,20 +162,34 @@ class LongformerAttention(Replacement):
                     "for each text."
                 )
         roles = self._roles(attention_mask, is_index_masked, is_index_global_attn, is_global_attn)
+        if output_attentions and roles.is_global is not None and roles.index is None:
+            raise UnsupportedError(
+                "output_attentions=True in a compiled or exported program: the number of columns is that of the global tokens, "
+                "which is not known there; call the model itself for the probabilities."
+            )
         q, k, v = (split_heads(f(hidden_states), self.num_heads) for f in (self.query, self.key, self.value))
-        out = merge_heads(self._attend(q, k, v, roles.local(self.window_pattern, self.autoregressive)))
-        if roles.index is None:
-            return (out,)
+        pattern = roles.local(self.window_pattern, self.autoregressive)
+        out = merge_heads(self._attend(q, k, v, pattern))
+        weights: tuple[Tensor, ...] = ()
+        if output_attentions:
+            weights = (local_probabilities(q, k, pattern, self.window_pattern, roles.is_global, roles.index, roles.used),)
+        if roles.is_global is None:
+            return (out, *weights)
+        k, v = (split_heads(f(hidden_states), self.num_heads) for f in (self.key_global, self.value_global))
+        if self.autoregressive or roles.index is None:
+            # Causality needs the positions of the queries, and a traced program does not know how many there are.
+            q, rows = split_heads(self.query_global(hidden_states), self.num_heads), roles.global_rows(self.autoregressive)
+            out = out + merge_heads(self._attend(q, k, v, rows))
+            if output_attentions:
+                weights += (global_probabilities(q, k, rows, roles.index, roles.used),)
+            return (out, *weights)
         # The rows of global tokens are 0, so scatter_add writes them.
         index = roles.index[:, :, None].expand(-1, -1, hidden_states.shape[2])
-        q = self.query_global(hidden_states.gather(1, index))
-        k, v = (split_heads(f(hidden_states), self.num_heads) for f in (self.key_global, self.value_global))
-        if self.autoregressive:
-            # Causality needs the positions of the queries, so they are scattered back to their rows.
-            q = torch.zeros_like(hidden_states, dtype=q.dtype).scatter_add(1, index, roles.zero_fill(q))
-            return (out + merge_heads(self._attend(split_heads(q, self.num_heads), k, v, roles.global_rows())),)
-        global_out = merge_heads(self._attend(split_heads(q, self.num_heads), k, v, roles.real()))
-        return (out.scatter_add(1, index, roles.zero_fill(global_out)),)
+        q = split_heads(self.query_global(hidden_states.gather(1, index)), self.num_heads)
+        out = out.scatter_add(1, index, roles.zero_fill(merge_heads(self._attend(q, k, v, roles.real()))))
+        if output_attentions:
+            weights += (global_probabilities(q, k, roles.real(), None, roles.used),)
+        return (out, *weights)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         dropout = self.dropout if self.training else 0.0
@@ -187,17 +204,18 @@ class _TokenRoles:
     Attributes:
         masked, is_global: `(B|1, N)` bool; None where no token is padding, or global.
         index: `(B, G)` int64, positions of the global tokens, G the largest number of them in a text; shorter rows are filled
-            up with other positions.
+            up with other positions. None where no token is global, or G is unknown (in a traced program).
         used: `(B, G)` bool, False for the fill; None where there is none.
     """
 
     def __init__(self, masked: Tensor | None, is_global: Tensor | None) -> None:
-        self.masked = None if masked is None or not bool(masked.any()) else collapse_batch(masked)
+        traced = torch.compiler.is_compiling()
+        self.masked = collapse_batch(masked) if masked is not None and (traced or bool(masked.any())) else None
+        self.is_global = collapse_batch(is_global) if is_global is not None and (traced or bool(is_global.any())) else None
         self.index: Tensor | None = None
         self.used: Tensor | None = None
-        self.is_global = None if is_global is None or not bool(is_global.any()) else collapse_batch(is_global)
         self._local: dict[tuple[Pattern, bool], Pattern] = {}
-        if is_global is not None and self.is_global is not None:
+        if is_global is not None and self.is_global is not None and not traced:
             count = is_global.sum(1)
             max_count = int(count.max())
             self.index = is_global.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :max_count]
@@ -223,10 +241,11 @@ class _TokenRoles:
         """All pairs with a real key."""
         return full() if self.masked is None else padding(~self.masked)
 
-    def global_rows(self) -> Pattern:
-        """The causal pairs of the global rows."""
+    def global_rows(self, autoregressive: bool) -> Pattern:
+        """The allowed pairs of the global rows; no other row sees a key."""
         assert self.is_global is not None
-        return causal() & self.real() & sees_all(self.is_global)
+        pattern = self.real() & sees_all(self.is_global)
+        return causal() & pattern if autoregressive else pattern
 
     def zero_fill(self, rows: Tensor) -> Tensor:
         """`(B, G, …)` rows of global tokens, with 0 in the fill of texts that have fewer."""
@@ -250,6 +269,8 @@ class _RolesCache:
             is_global = mask > 0 if is_global is None else is_global
         if any_global is False:
             is_global = None
+        if torch.compiler.is_compiling():
+            return _TokenRoles(masked, is_global)
         last = self._last
         if last is not None and last[0].is_unchanged(masked) and last[1].is_unchanged(is_global):
             return last[2]
@@ -286,12 +307,17 @@ def _keep_length(
     input_ids: Any, attention_mask: Any, token_type_ids: Any, position_ids: Any, inputs_embeds: Any, pad_token_id: int
 ) -> tuple[Any, ...]:
     """Replaces `LongformerModel._pad_to_window_size`: no padding is needed."""
-    return 0, input_ids, attention_mask.as_subclass(_OneRowMask), token_type_ids, position_ids, inputs_embeds
+    return 0, input_ids, _one_row(attention_mask), token_type_ids, position_ids, inputs_embeds
 
 
 def _keep_length_led(input_ids: Any, attention_mask: Any, inputs_embeds: Any, pad_token_id: int) -> tuple[Any, ...]:
     """Replaces `LEDEncoder._pad_to_window_size`."""
-    return 0, input_ids, attention_mask.as_subclass(_OneRowMask), inputs_embeds
+    return 0, input_ids, _one_row(attention_mask), inputs_embeds
+
+
+def _one_row(mask: Tensor) -> Tensor:
+    """The mask that is not expanded; in a traced program, whose compiler drops the rows that nobody reads, itself."""
+    return mask if torch.compiler.is_compiling() else mask.as_subclass(_OneRowMask)
 
 
 class _OneRowMask(Tensor):

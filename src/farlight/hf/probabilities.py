@@ -5,6 +5,8 @@ Farlight's attention never materialises it. It is computed separately, from the 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,18 +38,28 @@ def check_length(module: nn.Module, n_q: int, n_k: int) -> None:
 
 
 def probabilities(
-    q: Tensor, k: Tensor, pattern: Pattern, scale: float | None, q_offset: int | None = None, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    pattern: Pattern | Sequence[tuple[Pattern, float]],
+    scale: float | None,
+    q_offset: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ) over the allowed pairs, `(B, H, n_q, n_k)` in q's dtype, dropout left out.
 
-    `q` `(B, H, n_q, D)`, `k` `(B, H_kv, n_k, D)`, `sinks` `(H,)` logits that join each row's softmax. A row that sees nothing
-    is 0.
+    `q` `(B, H, n_q, D)`, `k` `(B, H_kv, n_k, D)`, `sinks` `(H,)` logits that join each row's softmax. Of a list of disjoint
+    patterns with weights, a pair counts as often as its weight says. A row that sees nothing is 0.
     """
     (batch, heads, n_q, head_dim), n_k = q.shape, k.shape[2]
     k = k.repeat_interleave(heads // k.shape[1], 1)
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(dtype) @ k.to(dtype).mT * (head_dim**-0.5 if scale is None else scale)
-    allowed = pattern.dense(n_q, n_k, batch=batch, heads=heads, q_offset=q_offset, device=q.device)
+    allowed = torch.zeros((), dtype=torch.bool, device=q.device)
+    for part, weight in [(pattern, 1.0)] if isinstance(pattern, Pattern) else pattern:
+        pairs = part.dense(n_q, n_k, batch=batch, heads=heads, q_offset=q_offset, device=q.device)
+        allowed = allowed | pairs
+        if weight != 1.0:
+            scores = torch.where(pairs, scores + math.log(weight), scores)
     scores = scores.masked_fill(~allowed, -torch.inf)
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(dtype).reshape(1, -1, 1, 1).expand(batch, -1, n_q, 1)), 3)

@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from farlight.errors import UnsupportedError
-
 __all__ = [
     "Replacement",
     "TensorVersion",
+    "capture_probabilities",
     "children",
     "collapse_batch",
     "contains",
     "loaded_class",
     "merge_heads",
-    "refuse_probabilities",
+    "reset_output_capturing",
     "restore",
     "set_attribute",
     "split_heads",
@@ -82,7 +81,7 @@ def restore(model: Any) -> Any:
                 setattr(module, name, child.restore_original())
         saved += module.__dict__.pop(_SAVED_ATTRIBUTES, [])
     if saved:
-        _reset_output_capturing(model)
+        reset_output_capturing(model)
     for target, name, was_set, value in reversed(saved):
         if was_set:
             vars(target)[name] = value
@@ -91,13 +90,22 @@ def restore(model: Any) -> Any:
     return model
 
 
-def _reset_output_capturing(model: nn.Module) -> None:
-    """Remove transformers' hooks for `output_attentions`: installed once, by class, they miss restored modules."""
+def reset_output_capturing(model: nn.Module) -> None:
+    """Remove the hooks for `output_attentions`: transformers installs them once, by class, and misses replaced modules."""
     for module in model.modules():
         module.__dict__.pop("_output_capturing_hooks_installed", None)
         for number, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
+            if hook is capture_probabilities or getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
                 del module._forward_hooks[number]
+
+
+def capture_probabilities(module: nn.Module, args: Any, output: tuple[Tensor, Tensor | None]) -> None:
+    """A forward hook that hands the second output to transformers' collector, as its hooks on the original's class do."""
+    from transformers.utils.output_capturing import _active_collector
+
+    collected = _active_collector.get()
+    if collected is not None and "attentions" in collected and output[1] is not None:
+        collected["attentions"].append(output[1])
 
 
 def children(model: nn.Module, cls: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -124,15 +132,6 @@ def collapse_batch(mask: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # the values are unknown
         return mask
     return mask[:1] if mask.shape[0] > 1 and torch.equal(mask, mask[:1].expand_as(mask)) else mask
-
-
-def refuse_probabilities(module: nn.Module, output_attentions: Any) -> None:
-    """Raise UnsupportedError under `output_attentions=True`."""
-    if output_attentions:
-        raise UnsupportedError(
-            f"output_attentions=True needs the attention probabilities of {type(module).__name__}, which farlight never "
-            "forms here; call restore(model) to get them from Hugging Face's own modules, or leave the option out."
-        )
 
 
 class TensorVersion:
