@@ -86,7 +86,7 @@ def test_a_compiled_call_with_lse_and_a_scale(backend: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "name"), [(backend, "skim") for backend in ("auto", "cpu", "torch", "dense")] + [("auto", "per head")]
 )
-def test_a_change_of_length_compiles_nothing_anew(backend: str, name: str) -> None:
+def test_a_change_of_length_recompiles_nothing(backend: str, name: str) -> None:
     f = module(PATTERNS[name], backend=backend)
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=True)
     run(compiled, *qkv(40))
@@ -128,7 +128,7 @@ def test_no_mask_enters_the_graph() -> None:
     assert "window(5) | global_tokens([0, -1]) | random_keys(2)" in str(called[0].args) + str(called[0].kwargs)
 
 
-def test_dropout_in_a_compiled_program_is_drawn_anew_and_can_be_seeded() -> None:
+def test_dropout_in_a_compiled_program_differs_by_call_and_can_be_seeded() -> None:
     compiled = torch.compile(module(PATTERNS["skim"], dropout=0.5), backend="aot_eager", fullgraph=True)
     given = qkv()
     first, second = compiled(*given), compiled(*given)

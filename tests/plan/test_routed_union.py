@@ -121,7 +121,7 @@ def test_the_fixed_part_is_lowered_once_for_all_choices(here: None) -> None:
             assert plan is not None
             found.append((plan, plan.queries(config, 2), plan.keys(config, 2)))
         asked.append([what.split()[0] for what in syncs.calls])
-    assert asked[1] == asked[2] == ["tolist", "tolist", "tolist"]  # one for the passes to come, one for each asked for here
+    assert asked[1] == asked[2] == ["tolist", "tolist", "tolist"]  # one for the passes to come, one for each requested here
     (first, *works), *others = found
     for other, *more in others:
         assert other.fixed is first.fixed
