@@ -12,7 +12,9 @@
 #include <mutex>
 
 #include "content/choose.h"
+#include "content/lost_bound.h"
 #include "content/plan_content.h"
+#include "content/sorted_piece.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "run.h"
@@ -97,17 +99,12 @@ Piece piece(nb::handle from) {
 class NativePlan {
  public:
   explicit NativePlan(nb::handle plan) {
-    const nb::object sizes = plan.attr("sizes"), masks = plan.attr("masks");
-    tables_.n_q = nb::cast<int64_t>(sizes.attr("n_q"));
-    tables_.n_k = nb::cast<int64_t>(sizes.attr("n_k"));
-    tables_.q_offset = nb::cast<int64_t>(sizes.attr("q_offset"));
-    tables_.tile = nb::cast<int64_t>(plan.attr("tile"));
-    tables_.overlapping = nb::cast<bool>(plan.attr("overlapping"));
-    tables_.masks = {table<int32_t>(masks, "kind"), table<int32_t>(masks, "start"), table<int32_t>(masks, "core_lo"),
-                     table<int32_t>(masks, "core_hi"), table<int32_t>(masks, "data")};
-    for (const nb::handle element : plan.attr("pieces")) tables_.pieces.push_back(piece(element));
+    read(plan);
     tables_.finish();
   }
+  // The plan of clusterings, and of a fixed pattern (None without one) that shares no pair with them. sizes: (batch, heads,
+  // n_q, n_k, q_offset); pieces: see `sorted_links_of`.
+  NativePlan(nb::handle fixed, const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& pieces);
   // The plan of a content pattern. sizes: (batch, heads, n_q, n_k, q_offset); clauses: see `clause_of`.
   NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, int64_t gather, int threads);
   NativePlan(const NativePlan&) = delete;
@@ -131,6 +128,19 @@ class NativePlan {
   int64_t take_grown_bytes() { return grown_bytes_.exchange(0, std::memory_order_relaxed); }
 
  private:
+  // Appends the tables of a farlight.plan.tables.Plan.
+  void read(nb::handle plan) {
+    const nb::object sizes = plan.attr("sizes"), masks = plan.attr("masks");
+    tables_.n_q = nb::cast<int64_t>(sizes.attr("n_q"));
+    tables_.n_k = nb::cast<int64_t>(sizes.attr("n_k"));
+    tables_.q_offset = nb::cast<int64_t>(sizes.attr("q_offset"));
+    tables_.tile = nb::cast<int64_t>(plan.attr("tile"));
+    tables_.overlapping = nb::cast<bool>(plan.attr("overlapping"));
+    tables_.masks = {table<int32_t>(masks, "kind"), table<int32_t>(masks, "start"), table<int32_t>(masks, "core_lo"),
+                     table<int32_t>(masks, "core_hi"), table<int32_t>(masks, "data")};
+    for (const nb::handle element : plan.attr("pieces")) tables_.pieces.push_back(piece(element));
+  }
+
   std::atomic<int64_t> grown_bytes_{0};
   Tables tables_;
   ContentCounts counts_;  // of a content pattern; else zero
@@ -169,14 +179,42 @@ Clause clause_of(const std::vector<int64_t>& from) {
           from[13]};
 }
 
-NativePlan::NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, int64_t gather,
-                       int threads) {
+ContentPattern content_pattern_of(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses) {
   if (sizes.size() != 5) throw std::invalid_argument("sizes has 5 numbers");
   ContentPattern pattern{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], {}};
   for (const auto& clause : clauses) pattern.clauses.push_back(clause_of(clause));
+  return pattern;
+}
+
+NativePlan::NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, int64_t gather,
+                       int threads) {
+  const ContentPattern pattern = content_pattern_of(sizes, clauses);
   InterruptCheck interrupt = signal_check();
   const nb::gil_scoped_release release;
   plan_content(pattern, gather, threads, interrupt, tables_, counts_);
+}
+
+// Sorted links from (batch, heads, n_q, n_k, rows, row_count, keys, key_count, lo, hi).
+SortedLinks sorted_links_of(const std::vector<int64_t>& from) {
+  if (from.size() != 10) throw std::invalid_argument("sorted links have 10 numbers");
+  const auto table = [&](int i) { return reinterpret_cast<const int64_t*>(from[i]); };
+  return {from[0], from[1], from[2], from[3], table(4), table(5), table(6), table(7), table(8), table(9)};
+}
+
+NativePlan::NativePlan(nb::handle fixed, const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& pieces) {
+  if (sizes.size() != 5) throw std::invalid_argument("sizes has 5 numbers");
+  tables_.n_q = sizes[2], tables_.n_k = sizes[3], tables_.q_offset = sizes[4], tables_.tile = kRows;
+  if (!fixed.is_none()) {
+    read(fixed);
+    counts_ = {nb::cast<int64_t>(fixed.attr("pairs")), nb::cast<int64_t>(fixed.attr("visited"))};
+  }
+  const nb::gil_scoped_release release;
+  for (const auto& numbers : pieces) {
+    const SortedLinks links = sorted_links_of(numbers);
+    add_sorted_piece(links, sizes[0] * sizes[1] / (links.batch * links.heads), tables_, counts_);
+  }
+  tables_.overlapping = tables_.overlapping || tables_.pieces.size() > 1;
+  tables_.finish();
 }
 
 // (address, batch stride, head stride, row stride); strides count elements.
@@ -262,38 +300,56 @@ int64_t backward(NativePlan& plan, int type, int out_type, const std::vector<int
   return plan.take_grown_bytes();
 }
 
-// The chosen key blocks of a router. numbers: (type, batch, heads, kv_heads, n_q, n_k, dim, query_mask, key_mask, mask_batch,
+// The tensors and the rule of a choice. numbers: (type, batch, heads, kv_heads, n_q, n_k, dim, query_mask, key_mask, mask_batch,
 // block, query_block, offset, first, causal, shared, score, budget).
-ChosenLists choose(const std::vector<int64_t>& numbers, const StridedAddress& q, const StridedAddress& k, double amount,
-                   double scale, int threads) {
+ChoiceProblem choice_of(const std::vector<int64_t>& numbers, const StridedAddress& q, const StridedAddress& k, double amount,
+                        double scale) {
   if (numbers.size() != 18) throw std::invalid_argument("a choice has 18 numbers");
   const int64_t* n = numbers.data();
-  const ChoiceProblem problem{static_cast<Type>(n[0]),
-                              tensor_view(q),
-                              tensor_view(k),
-                              n[1],
-                              n[2],
-                              n[3],
-                              n[4],
-                              n[5],
-                              n[6],
-                              reinterpret_cast<const uint8_t*>(n[7]),
-                              reinterpret_cast<const uint8_t*>(n[8]),
-                              n[9],
-                              n[10],
-                              n[11],
-                              n[12],
-                              n[13],
-                              n[14] != 0,
-                              n[15] != 0,
-                              static_cast<BlockScore>(n[16]),
-                              static_cast<BudgetKind>(n[17]),
-                              amount,
-                              static_cast<float>(scale)};
+  return {static_cast<Type>(n[0]),
+          tensor_view(q),
+          tensor_view(k),
+          n[1],
+          n[2],
+          n[3],
+          n[4],
+          n[5],
+          n[6],
+          reinterpret_cast<const uint8_t*>(n[7]),
+          reinterpret_cast<const uint8_t*>(n[8]),
+          n[9],
+          n[10],
+          n[11],
+          n[12],
+          n[13],
+          n[14] != 0,
+          n[15] != 0,
+          static_cast<BlockScore>(n[16]),
+          static_cast<BudgetKind>(n[17]),
+          amount,
+          static_cast<float>(scale)};
+}
+
+// The chosen key blocks of a router.
+ChosenLists choose(const std::vector<int64_t>& numbers, const StridedAddress& q, const StridedAddress& k, double amount,
+                   double scale, int threads) {
+  const ChoiceProblem problem = choice_of(numbers, q, k, amount, scale);
   const Kernels& kernels_of_isa = kernels();
   InterruptCheck interrupt = signal_check();
   const nb::gil_scoped_release release;
   return choose_blocks(kernels_of_isa, problem, threads, interrupt);
+}
+
+// See lost_bound.h. sizes and clauses: as for a plan; numbers: see choice_of.
+void lost(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, const std::vector<int64_t>& numbers,
+          const StridedAddress& q, const StridedAddress& k, double scale, int64_t lse, int64_t to, int threads) {
+  const ContentPattern pattern = content_pattern_of(sizes, clauses);
+  const LostProblem problem{pattern, choice_of(numbers, q, k, 0.0, scale), reinterpret_cast<const float*>(lse),
+                            reinterpret_cast<float*>(to)};
+  const Kernels& kernels_of_isa = kernels();
+  InterruptCheck interrupt = signal_check();
+  const nb::gil_scoped_release release;
+  lost_bound(kernels_of_isa, problem, threads, interrupt);
 }
 
 // GFLOP/s of register-only float32 multiply-adds on `threads` threads: the upper bound of vector products on this CPU.
@@ -317,6 +373,8 @@ NB_MODULE(_cpu, m) {
   main_thread = nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"));
   nb::class_<NativePlan>(m, "Plan", nb::is_weak_referenceable())
       .def(nb::init<nb::handle>(), "plan"_a)
+      .def(nb::init<nb::handle, const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&>(), "fixed"_a.none(), "sizes"_a,
+           "pieces"_a)
       .def(nb::init<const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&, int64_t, int>())
       .def_prop_ro("nbytes", [](const NativePlan& plan) { return plan.tables().bytes(); })
       .def_prop_ro("overlapping", &NativePlan::overlapping)
@@ -331,6 +389,7 @@ NB_MODULE(_cpu, m) {
       .def_ro("width", &ChosenLists::width)
       .def("copy_to", [](const ChosenLists& lists, int64_t address) { lists.copy_to(reinterpret_cast<int64_t*>(address)); });
   m.def("choose", &choose);
+  m.def("lost", &lost);
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("fma_gflops", &fma_gflops, "threads"_a);

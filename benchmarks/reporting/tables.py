@@ -116,6 +116,19 @@ def routing(results: dict[str, Any]) -> str:
     )
 
 
+def content(results: dict[str, Any]) -> str:
+    rows = measured(rows_of(results, "content"))
+    head = ["tokens", "router", "", "links of the causal ones", "choosing", "planning", "attending", "together"]
+    body = []
+    for row in rows:
+        cells = [f"{row['tokens']:,}", code(row["pattern"]), kind(row), percent(row["density"])]
+        cells += [seconds(row[f"{part}_seconds"]) for part in ("choose", "plan", "attend")]
+        sdpa = row["sdpa_seconds"]
+        cells += [seconds(row["seconds"]), seconds(row["full_seconds"]), times(row["times_full"])]
+        body.append([*cells, seconds(sdpa), times(None if sdpa is None else sdpa / row["seconds"])])
+    return table([*head, "full causal", "times as fast", "causal SDPA", "times as fast"], body) if rows else ""
+
+
 def dims(results: dict[str, Any]) -> str:
     rows = measured(rows_of(results, "dims"))
     kinds = distinct(rows, "dtype", "pass")
@@ -279,6 +292,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "length": length,
     "patterns": patterns,
     "routing": routing,
+    "content": content,
     "dims": dims,
     "models": models,
     "scaling": scaling,

@@ -11,6 +11,7 @@ from typing import Any
 
 from suite.allocator import kept_memory
 from suite.breakeven import breakeven_rows
+from suite.content import content_rows
 from suite.decode import decode_rows
 from suite.dims import dims_rows
 from suite.gpu.parity import parity_rows
@@ -49,7 +50,7 @@ class Section:
     device: str = "cpu"
 
 
-# Those of the CPU take 35 minutes together, those of a GPU less than eight.
+# Those of the CPU take 40 minutes together, those of a GPU less than eight.
 _ALL = (
     Section(
         "headline",
@@ -61,6 +62,7 @@ _ALL = (
     Section("length", "From which length on does it win, and how does it grow?", 300, length_rows),
     Section("patterns", "Does a harder pattern keep the rate of the plain window?", 335, pattern_rows, keeps=True),
     Section("routing", "What does it cost to let content decide?", 220, routing_rows),
+    Section("content", "Do causal routers beat full causal attention, choosing and planning included?", 300, content_rows),
     Section("dims", "Does the rate depend on the head dimension?", 150, dims_rows, keeps=True),
     Section("models", "How fast beside Hugging Face's Longformer and BigBird?", 250, model_rows),
     Section("scaling", "How does it scale: threads, tiny calls, a million tokens?", 150, scaling_rows),

@@ -43,6 +43,17 @@ FARLIGHT_INLINE float largest_lane(F x) {
   return y;
 }
 
+// sum over c < panels * kPanel of counts[c] * 2^(factor * row[c] + shift).
+inline float weighted_exponentials(const float* row, const float* counts, int64_t panels, float factor, float shift) {
+  const F f = broadcast(factor), s = broadcast(shift);
+  F total = broadcast(0.0f);
+  for (int64_t c = 0; c < panels * kPanel; c += W) {
+    const F x = fma(load(row + c), f, s), largest = broadcast(126.0f);  // a sum this large bounds nothing
+    total = fma(load(counts + c), exp2_poly<5>(select(greater(x, largest), largest, x)), total);
+  }
+  return sum(total);
+}
+
 // Softmax numerators of one row in place: row[c] = 2^(factor * row[c] + bias[c] - max) for c < width, 0 in the padding of the
 // last panel. Returns the reciprocal of their sum.
 inline float exponentials(float* row, int64_t width, float factor, const float* bias) {

@@ -113,6 +113,7 @@ const Kernels kernels{FARLIGHT_STRINGIFY(FARLIGHT_NS),
                       reduce,
                       block_scores,
                       pool_softmax,
+                      weighted_exponentials,
                       peak_fma,
                       2 * kChains * W,
                       &decode_kernels};

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from farlight import flops, ops, score_operators
-from farlight.errors import refuse_tracing
+from farlight.errors import UnsupportedError, refuse_tracing
 from farlight.first_order import FirstOrderOnly
 from farlight.inputs import (
     autocast_inputs,
@@ -86,6 +86,25 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Plan | Chooser,
+    *,
+    scale: float | None = ...,
+    q_offset: int | None = ...,
+    dropout: float = ...,
+    seed: int | Tensor | None = ...,
+    score: Score | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: bool = ...,
+    return_lost: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, ...]: ...
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -99,8 +118,9 @@ def attention(
     score: Score | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    return_lost: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Exact softmax attention over the pairs that a pattern allows; differentiable, by `torch.func` and under vmap too.
 
         out[i] = Σ_j P[i, j] v[j],   P[i, j] = exp(S[i, j] - lse[i]) over allowed (i, j),   S = scale · q kᵀ
@@ -120,10 +140,13 @@ def attention(
         sinks: `(H,)`; each row sees one more key of this score and value 0, which the lse counts. A row without keys then
             gives 0 and the sink.
         return_lse: also return the natural log of each row's sum of exponentials, `(B, H, n_q)`, differentiable.
+        return_lost: also return, last, a proven upper bound of the share of full attention that each row has missed,
+            `(B, H, n_q)` float32, without gradient; for routers' lists in union with windows and named tokens, on the CPU.
         backend: "auto", or one of "cpu", "triton", "torch", "dense", "reference"; one that is named never falls back.
 
     Returns:
-        out `(B, H, n_q, D)` in q's dtype; with `return_lse` also lse, float32 (float64 for float64 inputs). A row that sees
+        out `(B, H, n_q, D)` in q's dtype; with `return_lse` also lse, float32 (float64 for float64 inputs); with `return_lost`
+        also the bound. A row that sees
         nothing gives 0, -inf and zero gradients. Sums are in float32, for float64 in float64. Under autocast the inputs are
         cast as for torch's own attention.
 
@@ -153,6 +176,7 @@ def attention(
                 score=score,
                 sinks=sinks,
                 return_lse=return_lse,
+                return_lost=return_lost,
                 backend=backend,
             )
     check_tensors(q, k, v)
@@ -168,21 +192,35 @@ def attention(
     is_plain = ops.is_plain(q, k, v, *(() if terms is None else terms.tensors))
     out: Tensor
     lse: Tensor | None
+    if return_lost:
+        _check_lost(is_plain and not q.is_meta and bool(sizes.batch), terms)
     if not sizes.batch:
         if is_plain:
             expression.check(sizes)
         out, lse = _empty_batch(q, k, v, scale, terms)
     elif is_plain and not q.is_meta:
-        request = read_request(q, k, v, expression, sizes, dropout, return_lse, terms)
+        request = read_request(q, k, v, expression, sizes, dropout, return_lse or return_lost, terms)
         out, lse = _eager(q, k, v, request, backend, plan, scale, drawn, terms)
     else:
         if plan is not None and backend == "auto":
             backend = plan.backend or backend
         out, lse = _traced(q, k, v, expression, sizes, backend, scale, dropout, drawn, return_lse, terms)
-    if not return_lse:
+    if not return_lse and not return_lost:
         return out
     assert lse is not None
-    return out, lse
+    lost = (registry.lost_bound(q, k, expression, sizes, lse, scale),) if return_lost else ()
+    return (out, lse, *lost) if return_lse else (out, *lost)
+
+
+def _check_lost(is_plain: bool, terms: ScoreTerms | None) -> None:
+    """Raise UnsupportedError where `return_lost` has no bound, whatever the pattern."""
+    if not is_plain:
+        raise UnsupportedError(
+            "return_lost: the bound is computed for plain tensors of at least one batch item, outside torch.compile, export "
+            "and torch.func; call fl.attention there without it."
+        )
+    if terms is not None:
+        raise UnsupportedError("return_lost: the bound is of scale · q·k alone, but score or sinks were given; leave one out.")
 
 
 def _eager(

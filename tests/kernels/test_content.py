@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import farlight as fl
 from farlight.kernels import cpu
 from farlight.kernels.cpu.content import content_plan
 from farlight.patterns.expression import Pattern, Sizes
+from farlight.plan import TileShape
 from farlight.plan.content import ContentPlan
-from farlight.routing import Router, TopBlocks, topblocks
+from farlight.routing import Router, TopBlocks, meets, topblocks
 from farlight.testing import assert_matches, attend
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the native module")
@@ -70,7 +72,7 @@ def test_the_native_plan_holds_the_pairs_of_the_pattern(seed: int) -> None:
     planned = 0
     for _ in range(40):
         pattern, sizes = random_pattern(rng)
-        plan = content_plan(pattern, sizes, gather=rng.choice([1, 8, 100]))
+        plan = content_plan(pattern, sizes, TileShape(gather=rng.choice([1, 8, 100])))
         assert isinstance(plan, ContentPlan)
         shape = (sizes.batch, sizes.heads, sizes.n_q, sizes.n_k)
         dense = pattern.dense(sizes.n_q, sizes.n_k, batch=sizes.batch, heads=sizes.heads, q_offset=sizes.q_offset).expand(shape)
@@ -78,6 +80,49 @@ def test_the_native_plan_holds_the_pairs_of_the_pattern(seed: int) -> None:
         assert plan.pairs == int(dense.sum()) <= plan.visited
         planned += 1
     assert planned == 40
+
+
+def random_clustering(rng: random.Random) -> tuple[Pattern, Sizes]:
+    """Labels of one round or two, perhaps causal or padded, in union with a fixed pattern."""
+    batch, heads = rng.choice([1, 2]), rng.choice([1, 3])
+    n_k = rng.choice([1, 5, 31, 64, 100, 257])
+    n_q = rng.choice([n_k, n_k, max(1, n_k - 7), n_k + 3])
+    leading, labels = (rng.choice([1, batch]), rng.choice([1, heads])), rng.choice([1, 3, 9])
+    rounds = () if rng.random() < 0.6 else (2,)
+    tables = [torch.randint(-1, labels, (*leading, n, *rounds)) for n in (n_q, n_k)]
+    pattern: Pattern = meets(*tables) if rounds else fl.clusters(*tables)
+    is_causal = rng.random() < 0.5
+    if is_causal:
+        pattern = pattern & fl.causal()
+    if rng.random() < 0.3:
+        pattern = pattern & fl.padding(torch.rand(rng.choice([1, batch]), n_k) > 0.3)
+    if rng.random() < 0.5:
+        pattern = pattern | fl.window(rng.choice([0, 3, 32]), 0 if is_causal else rng.choice([None, 0, 2]))
+    if rng.random() < 0.4:
+        pattern = pattern | (fl.seen_by_all([0, 3]) & fl.causal() if is_causal else fl.global_tokens([0, -1]))
+    return pattern, Sizes.of(n_q, n_k, batch=batch, heads=heads)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_native_plan_of_labels(seed: int) -> None:
+    """The pairs of the pattern, and the outputs and gradients of the torch backend, which plans the pattern in its own way."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for number in range(25):
+        pattern, sizes = random_clustering(rng)
+        plan = content_plan(pattern, sizes, TileShape())
+        assert isinstance(plan, ContentPlan)
+        shape = (sizes.batch, sizes.heads, sizes.n_q, sizes.n_k)
+        dense = pattern.dense(sizes.n_q, sizes.n_k, batch=sizes.batch, heads=sizes.heads).expand(shape)
+        assert torch.equal(plan.dense(), dense), (pattern, sizes)
+        assert plan.pairs == int(dense.sum()) <= plan.visited
+        if number % 5:
+            continue
+        q, k, v = (torch.randn(*shape[:2], n, 8, requires_grad=True) for n in (sizes.n_q, sizes.n_k, sizes.n_k))
+        outs = [fl.attention(q, k, v, pattern, backend=backend) for backend in ("cpu", "torch")]
+        torch.testing.assert_close(*outs)
+        for native, tiled in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in outs), strict=True):
+            torch.testing.assert_close(native, tiled, rtol=1e-4, atol=1e-5)
 
 
 def random_router(rng: random.Random) -> TopBlocks:
@@ -235,3 +280,65 @@ def test_compiled_attention_under_a_router() -> None:
     router = TopBlocks(3, 8, 16, causal=True, score="softmax") | fl.window(4, 0)
     compiled = torch.compile(lambda q, k, v: fl.attention(q, k, v, router), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), fl.attention(q, k, v, router))
+
+
+def true_loss(q: Tensor, k: Tensor, seen: Tensor, full: Tensor, scale: float) -> Tensor:
+    """The share of full attention that each row has missed, in float64."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).double()
+    scores = (q.double() @ k.transpose(-1, -2)) * scale
+    shares = scores.masked_fill(~full, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return shares.masked_fill(seen, 0.0).sum(-1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bound_of_what_is_lost_is_never_violated(seed: int, isa: str) -> None:
+    """Over the true loss of every row; 0 where everything is seen; equal keys of a granule make it tight."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(12):
+        kv_heads, n, scale = rng.choice([1, 2]), rng.choice([5, 64, 130, 257]), rng.choice([None, 0.5, -0.3, 0.0])
+        dtype, spread = rng.choice([torch.float32, torch.bfloat16]), rng.choice([0.3, 1.0, 6.0])
+        q, k, v = ((torch.randn(2, h, n, 24) * spread).to(dtype) for h in (2 * kv_heads, kv_heads, kv_heads))
+        is_causal = rng.random() < 0.6
+        if rng.random() < 0.3:
+            k = k[:, :, ::8].repeat_interleave(8, 2)[:, :, :n].contiguous()
+        router: Router = TopBlocks(
+            rng.choice([1, 4, 40]), rng.choice([3, 8, 16]), rng.choice([1, 16]), is_causal, score="minmax"
+        )
+        router = router | (fl.window(3, 0) | fl.seen_by_all([0]) & fl.causal() if is_causal else fl.global_tokens([1]))
+        pattern = router(q, k)
+        out, _, lost = fl.attention(q, k, v, pattern, scale=scale, return_lse=True, return_lost=True, backend="cpu")
+        assert torch.equal(out, fl.attention(q, k, v, pattern, scale=scale, backend="cpu"))
+        full = torch.ones(n, n, dtype=torch.bool).tril() if is_causal else torch.ones(n, n, dtype=torch.bool)
+        loss = true_loss(q, k, pattern.dense(n, batch=2, heads=2 * kv_heads), full, 24**-0.5 if scale is None else scale)
+        assert bool((lost.double() >= loss - 1e-15).all()), (router, scale, float((loss - lost).max()))
+        assert bool((lost <= 1).all())
+
+
+def test_nothing_is_lost_where_everything_is_seen() -> None:
+    q = k = v = torch.randn(1, 2, 100, 16)
+    _, lost = fl.attention(q, k, v, TopBlocks(100, 8, 16, causal=True), return_lost=True)
+    assert float(lost.max()) == 0.0
+
+
+def test_the_bound_is_tight_where_the_keys_of_a_granule_are_equal() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 128, 16), torch.randn(1, 1, 16, 16).repeat_interleave(8, 2)
+    pattern = TopBlocks(4, 8, 16, causal=True)(q, k)
+    _, lost = fl.attention(q, k, k, pattern, return_lost=True, backend="cpu")
+    full = torch.ones(128, 128, dtype=torch.bool).tril()
+    torch.testing.assert_close(lost.double(), true_loss(q, k, pattern.dense(128), full, 0.25), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pattern": fl.window(3)}, "the bound is known for listed blocks or keys on the CPU, but the pattern is window(3)"),
+        ({"score": fl.score.softcap(5.0)}, "the bound is of scale · q·k alone, but score or sinks were given"),
+    ],
+)
+def test_where_there_is_no_bound(change: dict[str, Any], message: str) -> None:
+    q = torch.randn(1, 1, 32, 8)
+    options = {"pattern": TopBlocks(2, 8, 8, causal=True), **change}
+    with pytest.raises(fl.errors.UnsupportedError, match=re.escape(message)):
+        fl.attention(q, q, q, options.pop("pattern"), return_lost=True, **options)

@@ -641,7 +641,7 @@ def changed(x: Tensor, at: int, value: int) -> Tensor:
 
 # (pattern, table, index, value or None = one element less, what the refusal says)
 DAMAGE = [
-    (fl.window(5), ("masks", "kind"), 0, 7, "a mask is neither of bounds nor of bits"),
+    (fl.window(5), ("masks", "kind"), 0, 7, "a mask is of no known kind"),
     (fl.window(5), ("masks", "start"), 0, 10**6, "a mask reaches outside the mask data"),
     (fl.window(5), ("masks", "start"), 0, -1, "a mask reaches outside the mask data"),
     (fl.window(5), ("masks", "core_hi"), 0, 1, "core reaches outside its run"),

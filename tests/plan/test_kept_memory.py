@@ -51,7 +51,8 @@ for i in range(count):
     call(i)
 gc.collect()
 info = plans.info()
-assert 0.5 * info.limit < info.nbytes <= info.limit, info
+# The native plan of a router's tables is in no cache: it goes with its pattern.
+assert (varied == "tables" and backend == "cpu") or 0.5 * info.limit < info.nbytes <= info.limit, info
 print(resident() - start)
 """
 

@@ -9,6 +9,7 @@ from farlight.kernels import cpu, dense, reference, torch_tiled, triton
 from farlight.kernels.backend import AnyBackend, Backend, DevicePlanner, MaskBackend, Request
 from farlight.kernels.calibrate import calibrated
 from farlight.kernels.cost import Estimate, estimate
+from farlight.kernels.cpu.content import lost_bound
 from farlight.plan import Plan, PlanLike, plan_for
 from farlight.plan.content import ContentPlan
 
@@ -16,6 +17,7 @@ __all__ = [
     "Selection",
     "backend_named",
     "check_name",
+    "lost_bound",
     "names",
     "plan_backend",
     "plan_backends",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from farlight.errors import PatternError
 from farlight.patterns.arguments import check_leading, query_base, read_table
+from farlight.patterns.deferred import is_unreadable
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.positional import full
 from farlight.patterns.spans import Spans
@@ -105,8 +106,17 @@ class meets(TablePattern):
         return full() & functools.reduce(operator.or_, (clusters(q, k) for q, k in labels))
 
     def _clusterings(self) -> list[tuple[Tensor, Tensor]] | None:
-        # The number of clusterings of rounds depends on the largest label, which would have to be read.
-        return list_clusterings(self._tables[0], self._tables[-1]) if self._is_list and self._tables[0].shape[3] else None
+        query, key = self._tables[0], self._tables[-1]
+        if not query.shape[3]:
+            return None
+        if self._is_list:
+            return list_clusterings(query, key)
+        if query.device.type != "cpu" or is_unreadable(query):
+            return None  # the number of clusterings of rounds depends on the largest label, which would have to be read
+        rounds = [first_meeting_clusterings(query, key, r) for r in range(query.shape[3])]
+        # One clustering of a later round is the fallback, which shares pairs with earlier rounds.
+        is_disjoint = all(len(clusterings) > 1 for clusterings in rounds[1:])
+        return [pair for clusterings in rounds for pair in clusterings] if is_disjoint else None
 
     def _num_labels(self) -> int:
         return max((int(table.max()) + 1 for table in self._tables if table.numel()), default=1)

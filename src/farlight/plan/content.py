@@ -25,7 +25,7 @@ class ContentPlan(Plan):
     def of(pattern: Pattern, sizes: Sizes, native: Any, backend: str = "") -> ContentPlan:
         empty = torch.zeros(0, dtype=torch.int32, device="cpu")
         masks = Masks(empty, empty, empty, empty, empty)
-        plan = ContentPlan(pattern, sizes, 32, 0, (), masks, native.pairs, native.visited, False, backend)
+        plan = ContentPlan(pattern, sizes, 32, 0, (), masks, native.pairs, native.visited, native.overlapping, backend)
         plan.derived[NATIVE_PLAN] = native
         return plan
 

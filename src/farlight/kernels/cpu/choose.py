@@ -10,9 +10,9 @@ from farlight.kernels.checks import KERNEL_DTYPES
 from farlight.kernels.cpu.launch import as_operand, strided_address
 from farlight.kernels.cpu.native import module, unavailable
 
-__all__ = ["can_choose", "choose_blocks"]
+__all__ = ["BUDGETS", "SCORES", "TYPE_CODES", "can_choose", "choose_blocks"]
 
-_TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # enum Type in csrc/views.h
+TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # enum Type in csrc/views.h
 SCORES = ("mean", "minmax", "softmax")  # enum BlockScore in csrc/content/choose.h
 BUDGETS = ("count", "share", "mass")  # enum BudgetKind
 
@@ -44,7 +44,7 @@ def _choose(
     mask_batch = max((mask.shape[0] for mask in masks if mask is not None), default=1)
     shape = [q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]]
     chosen = module().choose(
-        [_TYPE_CODES[q.dtype], *shape, *addresses, mask_batch, *numbers],
+        [TYPE_CODES[q.dtype], *shape, *addresses, mask_batch, *numbers],
         strided_address(q),
         strided_address(k),
         amount,
