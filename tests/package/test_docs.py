@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")])
 # README.zh-CN has the code of README (below), patterns.md that of the docstrings, which are doctests; fits take a minute.
 SLOW = {"README.zh-CN.md", "decoding.md", "fit.md", "patterns.md"}
+# Parts of a program that torchrun starts on several ranks, which has the model and the tensors: read, not run.
+FRAGMENTS = {"distributed.md"}
 LLAMA, MINILM, LONGFORMER = (
     *("meta-llama/Llama-3.2-1B", "sentence-transformers/all-MiniLM-L6-v2", "allenai/longformer-base-4096"),
 )
@@ -61,7 +63,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else []) for page in PAGES if blocks(page)],
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [])
+        for page in PAGES
+        if blocks(page) and page.name not in FRAGMENTS
+    ],
     ids=name_of,
 )
 def test_every_block_of_a_page_runs_as_pasted(
@@ -81,6 +87,12 @@ def test_every_block_of_a_page_runs_as_pasted(
         else:
             exec(compile(code, title, "exec"), names)
     assert set(names) > {"__name__"}
+
+
+@pytest.mark.parametrize("name", sorted(FRAGMENTS))
+def test_fragments_are_python(name: str) -> None:
+    for code in blocks(ROOT / "docs" / name):
+        compile(code, name, "exec")
 
 
 def commands(page: Path) -> list[str]:
