@@ -160,25 +160,32 @@ def attention(
     torch.Size([1, 2, 100, 8])
     """
     refuse_tracing("fl.attention")
+    options = scale, q_offset, dropout, seed, score, sinks, return_lse, return_lost, backend
+    return _attention(q, k, v, pattern, *options)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Plan | Chooser,
+    scale: float | None,
+    q_offset: int | None,
+    dropout: float,
+    seed: int | Tensor | None,
+    score: Score | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+    return_lost: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, ...]:
+    """`attention`, with all of its arguments."""
     if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = autocast_inputs(q, k, v)
         # Cast once, here: inside, autocast would also round the scores and weights that are kept in float32.
         with without_autocast(q):
-            return attention(
-                q,
-                k,
-                v,
-                pattern,
-                scale=scale,
-                q_offset=q_offset,
-                dropout=dropout,
-                seed=seed,
-                score=score,
-                sinks=sinks,
-                return_lse=return_lse,
-                return_lost=return_lost,
-                backend=backend,
-            )
+            options = scale, q_offset, dropout, seed, score, sinks, return_lse, return_lost, backend
+            return _attention(q, k, v, pattern, *options)
     check_tensors(q, k, v)
     registry.check_name(backend)
     scale, dropout = read_scale(scale, q.shape[-1]), read_dropout(dropout)

@@ -58,7 +58,8 @@ def recall_command(
     """
     from farlight.analysis.recall.answers import evaluate, recall_steps
     from farlight.analysis.recall.tasks import TASKS
-    from farlight.cli.inputs import load_model, read_judged
+    from farlight.cli.inputs import read_judged
+    from farlight.hf.loading import load_model
     from farlight.kernels import registry
 
     patterns = read_judged(pattern or ())
