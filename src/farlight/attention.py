@@ -195,7 +195,7 @@ def _attention(
     plan = pattern if isinstance(pattern, Plan) else None
     expression = read_pattern(pattern, sizes)
     drawn = read_seed(seed, dropout)
-    terms = lower(score, sinks, sizes, q.device, q.dtype)
+    terms = None if score is None and sinks is None else lower(score, sinks, sizes, q.device, q.dtype)
     is_plain = ops.is_plain(q, k, v, *(() if terms is None else terms.tensors))
     out: Tensor
     lse: Tensor | None

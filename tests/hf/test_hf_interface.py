@@ -401,6 +401,7 @@ def test_a_named_backend_reaches_attention(monkeypatch: pytest.MonkeyPatch) -> N
         "scale": pytest.approx(8**-0.5),
         "q_offset": 0,
         "dropout": 0.25,
+        "score": None,
         "backend": "torch",
     }
 

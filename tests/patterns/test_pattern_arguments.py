@@ -134,9 +134,7 @@ def test_no_word_of_python_drops_a_router(router: Any, word: str) -> None:
         WORDS[word](router, fl.full())
 
 
-@pytest.mark.parametrize(
-    "other", [3, None, "full()", torch.ones(1000), TopKeys(1)], ids=["int", "None", "str", "tensor", "router"]
-)
+@pytest.mark.parametrize("other", [3, None, "full()", torch.ones(1000)], ids=["int", "None", "str", "tensor"])
 def test_only_patterns_are_combined_with_patterns(other: Any) -> None:
     for combine in (lambda p: p | other, lambda p: p & other, lambda p: p - other, lambda p: fl.per_head([p, other])):
         with pytest.raises(OperandError, match="is not a pattern; combine patterns with patterns") as caught:

@@ -267,9 +267,10 @@ def test_a_list_of_booleans_is_a_mask_or_an_error_but_not_positions() -> None:
 
 
 # ---- every place that raises is in a table ---------------------------------------------------------------------------
-# The primitives of routers have their tables in tests/routing/test_routing_errors.py.
-_OF_ROUTERS = ("membership.py", "multi_label.py", "uncovered.py")
-SOURCES = [path for path in Path(inspect.getfile(Pattern)).parent.glob("*.py") if path.name not in _OF_ROUTERS]
+# The primitives of routers have their tables in tests/routing/test_routing_errors.py, converters, intervals and grids in
+# test_converters.py and test_grid.py.
+_ELSEWHERE = ("membership.py", "multi_label.py", "uncovered.py", "converters.py", "intervals.py", "grid.py")
+SOURCES = [path for path in Path(inspect.getfile(Pattern)).parent.glob("*.py") if path.name not in _ELSEWHERE]
 
 
 def raising_lines() -> set[tuple[str, int, int]]:

@@ -47,7 +47,7 @@ def test_tables_of_a_pattern_are_copies(case) -> None:  # type: ignore[no-untype
 
 
 @pytest.mark.parametrize(
-    "pattern", [fl.window(4), fl.strided(5) | fl.window(3), fl.clusters(torch.arange(50) % 4), fl.random_keys(3)], ids=str
+    "pattern", [fl.window(4), fl.strided(5) | fl.window(3), fl.documents([0] * 20 + [1] * 30), fl.random_keys(3)], ids=str
 )
 def test_tables_of_a_plan_are_copies(pattern: Pattern) -> None:
     q, k, v = torch.randn(3, 1, 2, 50, 8).unbind(0)

@@ -150,3 +150,11 @@ def test_many_random_keys_are_distinct_and_the_same_in_any_chunk(causal: bool, m
     monkeypatch.setattr(drawing, "_FEW_DRAWS", 10**9)  # told apart by comparing
     assert torch.equal(pattern.dense(130, heads=2), marked)
     assert marked.sum(-1)[0, 0].tolist() == [min(70, i + 1) if causal else 70 for i in range(130)]
+
+
+@pytest.mark.parametrize("part", [fl.causal(), fl.window(1, 0), ~fl.strided(2)], ids=repr)
+def test_a_per_head_that_is_not_rewritten_varies_over_heads(part: Pattern) -> None:
+    """Beside two label atoms `per_head` stays whole: its heads must still be told apart, not only its atoms."""
+    named = fl.global_tokens(torch.tensor([[True, False, False, True]]))
+    pattern = named & fl.strided(2) & fl.per_head([fl.full(), part, fl.strided(1)])
+    assert torch.equal(build(pattern, Sizes.of(4, heads=3), TileShape()).dense(), pattern.dense(4, heads=3))

@@ -17,6 +17,7 @@ from farlight.patterns import Pattern, Sizes, parse
 from farlight.patterns.membership import rooms
 from farlight.patterns.multi_label import meets
 from farlight.patterns.uncovered import unseen
+from farlight.plan import TileShape, plan_for
 from farlight.plan.layout import TermLayout
 from farlight.plan.normal_form import terms_of
 from farlight.routing import LSH, Router, TopBlocks, between
@@ -188,9 +189,8 @@ def test_planning_evaluates_no_single_pair(router: Router) -> None:
     x = torch.randn(1, 2, 500, 8, generator=torch.Generator().manual_seed(0))
     pattern, sizes = router(x, x), Sizes(500, 500, 0, 1, 2)
     assert not any(TermLayout(term, sizes, 32).pairwise for term in terms_of(pattern, sizes))
-    # A list of blocks for each query is planned natively on the CPU, as runs of 32 rows that few of them see, or key by key.
-    limit = 2 if isinstance(router, LSH) else 5
-    assert fl.plan(pattern, 500, heads=2).waste < limit
+    # A list of blocks for each query: 32 rows visit the blocks of all of them, or gather keys that few see.
+    assert plan_for(pattern, sizes, TileShape()).waste < (2 if isinstance(router, LSH) else 5)
 
 
 def test_a_long_text_of_clusters_is_planned_by_its_pairs() -> None:

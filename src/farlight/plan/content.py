@@ -23,7 +23,8 @@ class ContentPlan(Plan):
 
     @staticmethod
     def of(pattern: Pattern, sizes: Sizes, native: Any, backend: str = "") -> ContentPlan:
-        empty = torch.zeros(0, dtype=torch.int32, device="cpu")
+        with torch.inference_mode(False):
+            empty = torch.zeros(0, dtype=torch.int32, device="cpu")
         masks = Masks(empty, empty, empty, empty, empty)
         plan = ContentPlan(pattern, sizes, 32, 0, (), masks, native.pairs, native.visited, native.overlapping, backend)
         plan.derived[NATIVE_PLAN] = native

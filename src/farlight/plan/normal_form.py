@@ -251,10 +251,11 @@ class Term:
         return [term for term in self.earlier if not term.is_intervals]
 
     def atoms(self) -> Iterator[Atom]:
-        """The atoms of the parts, without those of the earlier terms."""
+        """The atoms of the parts, without those of the earlier terms; of a `per_head` that was not rewritten also its heads."""
         for part in self.parts:
             for pattern in part.patterns():
                 yield from pattern.atoms()
+                yield from _heads_of(pattern)
 
     def variation(self, sizes: Sizes) -> Tensor:
         """(B|1, H|1) int64 variant of each (batch, head), dense from 0: equal variants have equal links."""
@@ -334,3 +335,11 @@ def terms_of(pattern: Pattern, sizes: Sizes) -> list[Term]:
     for parts in filter(None, groups):
         terms.append(Term(parts, list(terms)))
     return terms
+
+
+def _heads_of(pattern: Pattern) -> Iterator[HeadsOf]:
+    """The groups of heads of every `per_head` in a pattern: what its links vary over, beside its atoms."""
+    if isinstance(pattern, PerHead):
+        yield from (HeadsOf(heads) for _, heads in pattern.groups())
+    for part in getattr(pattern, "parts", ()):
+        yield from _heads_of(part)

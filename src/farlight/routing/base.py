@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from farlight.errors import ArgumentError, OperandError, show
+from farlight.errors import ArgumentError, OperandError, refuse_tracing, show
 from farlight.inputs import without_autocast
 from farlight.patterns.expression import Pattern
 from farlight.patterns.positional import full
@@ -99,6 +99,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def forward(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, query_mask: Tensor | None = None) -> Pattern:
+        refuse_tracing("a router")
         with torch.no_grad():
             inputs = check_inputs(q, k, key_mask, query_mask)
             # Meta tensors and empty batches have no values to choose by, and no output values that depend on the choice.

@@ -39,7 +39,7 @@ class CpuBackend:
 
     def device_plan(self, request: Request) -> Plan | None:
         """The plan of a router's pattern, built natively; None for a pattern that `farlight.plan` builds."""
-        return content_plan(request.pattern, request.sizes, SHAPE)
+        return content_plan(request.pattern, request.sizes, SHAPE) if request.pattern._tables else None
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """(out, lse) of the planned pairs."""
