@@ -47,7 +47,7 @@ class UnsupportedError(FarlightError, NotImplementedError):
 
 
 class DistributedError(FarlightError, RuntimeError):
-    """A collective among ranks failed: a rank is lost, took too long, or asked for something else."""
+    """A collective among ranks failed: a rank is lost, took too long, or called with other arguments."""
 
 
 _FEW = 6

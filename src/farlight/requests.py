@@ -1,4 +1,4 @@
-"""What a call of `fl.attention` asks for: its pattern, sizes, and the `Request` that backends accept or refuse."""
+"""A call of `fl.attention` as values: its pattern, its sizes, and the `Request` that backends accept or refuse."""
 
 from __future__ import annotations
 

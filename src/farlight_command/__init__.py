@@ -1,7 +1,7 @@
 """Starts the `farlight` command without torch: help, version and completion come before the library is loaded.
 
 Importing `farlight.cli` would run `farlight/__init__.py`, which loads torch. Here the package is entered into `sys.modules`
-with its path only; its `__init__` runs when a command asks for one of its names.
+with its path only; its `__init__` runs when a command uses one of its names.
 """
 
 from __future__ import annotations

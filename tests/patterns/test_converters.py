@@ -71,7 +71,9 @@ def test_dense_masks_of_every_sense(shape: tuple[int, ...]) -> None:
         (lambda: fl.from_block_mask(MASK), "is not a BlockMask"),
         (lambda: intervals([[0, 2]], [[0, 2], [1, 3]], 3).dense(1, 3), "sorted, disjoint and within the keys"),
         (lambda: intervals([[0, 2]], [[0, 2]], 3).dense(1, 3), "sorted, disjoint and within the keys"),
-        (lambda: fl.from_edges([0], [0], 3).dense(4), "over 3 keys, but there are 4|3 rows, but there are 4"),
+        (lambda: intervals([[0, 2, 1]], [[0, 2]], 3), r"give \(B, H, N, 2\) and \(M, 2\)"),
+        (lambda: fl.from_edges([0], [0], 3).dense(3, 4), "they are over 3 keys, but there are 4; they must agree"),
+        (lambda: fl.from_edges(["a"], [0], 3), r"rows = \['a'\]; give a list of whole numbers"),
     ],
 )
 def test_refusals(call: Callable[[], object], says: str) -> None:

@@ -13,7 +13,7 @@ __all__ = ["check_place", "one_format", "writing"]
 
 
 def one_format(options: dict[str, bool]) -> str:
-    """The form of output that is asked for, "" for none; `options`: name -> whether given. Raises ArgumentError for two."""
+    """The requested form of output, "" for none; `options`: name -> whether given. Raises ArgumentError for two."""
     asked = [name for name, is_given in options.items() if is_given]
     if len(asked) > 1:
         raise ArgumentError(f"{' and '.join(asked)}: one form of output at a time; give one of them.")

@@ -65,7 +65,7 @@ class RecallScore:
 class Recall:
     """Scores of all patterns, tasks and lengths, the model's own attention first. Returned by `farlight.evaluate`.
 
-    seed, questions: as asked for; the same seed gives every pattern the same questions.
+    seed, questions: those of the call; the same seed gives every pattern the same questions.
     """
 
     model: str
@@ -212,7 +212,7 @@ class _Answers(dict[str, bool]):
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArgumentError(f"results {str(path)!r} is no file of evaluate ({error}); give another name.") from None
         if known != setting:
-            raise ArgumentError(f"results {str(path)!r} holds {known}, but {setting} is asked for; give another name.")
+            raise ArgumentError(f"results {str(path)!r} holds {known}, but the call has {setting}; give another name.")
         self.update(answers)
 
     def __setitem__(self, key: str, value: bool) -> None:

@@ -25,7 +25,7 @@ _NOUNS = (
     "anchor", "basket", "castle", "dragon", "eagle", "feather", "guitar", "harbor", "insect", "jungle", "kitten", "lemon",
     "marble", "napkin", "oyster", "parrot", "rabbit", "silver", "ticket", "velvet", "wagon", "zebra", "butter", "copper",
 )  # fmt: skip
-# Keys beside the one that is asked for; links of a chain of variables; words to be named, and how often.
+# Keys beside the one in the question; links of a chain of variables; words to be named, and how often.
 _OTHER_KEYS, _HOPS, _COMMON, _OFTEN = 3, 3, 3, 10
 
 
