@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import spread_cases
 import spread_properties
+import spread_scores
 import torch
 from ranks import in_ranks
+from score_formula import TERMS
 
-from farlight.testing import CASES, Case
+import farlight as fl
+from farlight.testing import CASES, Case, case
 
-FAST = [case for case in CASES if not case.dropout and case.n_q * case.n_k < 100_000]
+FAST = [of for of in CASES if of.n_q * of.n_k < 100_000]
 
 
 def of_every(step: int, first: int = 0) -> list[Case]:
@@ -49,5 +54,23 @@ def everything(rank: int, world: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4, 8])
 def test_all_shared_cases(world: int) -> None:
-    cases = [case for case in CASES if not case.dropout]
-    in_ranks(world, spread_cases.compare_cases, cases, [torch.float32, torch.bfloat16, torch.float64], [8, 0], seconds=600)
+    in_ranks(world, spread_cases.compare_cases, CASES, [torch.float32, torch.bfloat16, torch.float64], [8, 0], seconds=600)
+
+
+SCORED = [case(name) for name in ("window and a lighthouse, n=65", "random keys, causal", "many heads and items")]
+SCORED.append(Case("scored, over ranks", fl.window(5) | fl.sees_all([0]), 60, 70, heads=4, kv_heads=2, batch=2, dropout=0.3))
+
+
+def test_score_terms_and_dropout_with_all_gradients() -> None:
+    """One term of each kind, and all; the gradients of their tensors are summed over the ranks."""
+    names = [("alibi",), ("relative", "softcap"), ("t5",), ("key_bias",), TERMS]
+    problems = [*zip(itertools.cycle(SCORED), names, strict=False), (SCORED[3], TERMS), (SCORED[0], ("alibi",))]
+    assert in_ranks(2, spread_scores.compare_scores, problems, torch.float32)[0] >= 6 * len(problems)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_every_combination_of_terms(world: int, dtype: torch.dtype) -> None:
+    sets = [names for size in (1, 2) for names in itertools.combinations(TERMS, size)]
+    in_ranks(world, spread_scores.compare_scores, list(itertools.product(SCORED, sets)), dtype, seconds=600)

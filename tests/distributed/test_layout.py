@@ -74,6 +74,12 @@ def test_plain_causal_attention_gets_head_and_tail_pieces() -> None:
     assert pairs.max() == pairs.min()
 
 
+def test_cuts_stay_at_multiples_of_a_block() -> None:
+    layout = Layout.even(100, 3, multiple=16)
+    assert layout.cuts == (0, 32, 64, 100)
+    assert Layout.even(10, 4, multiple=16).cuts == (0, 0, 0, 0, 10)
+
+
 def test_nothing_allowed_is_cut_evenly() -> None:
     assert Layout.balanced(fl.offsets([]), 10, 2) == Layout.even(10, 2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,19 @@ from farlight.distributed.computation import Run, SpreadAttention
 from farlight.distributed.dtensors import local_operands, spread_result
 from farlight.distributed.exchange import Problem
 from farlight.distributed.layout import Layout
+from farlight.distributed.routers import choose_over_ranks, text_of
 from farlight.distributed.routes import route_of
 from farlight.distributed.traffic import TravelWidths
 from farlight.errors import ArgumentError, FarlightError, UnsupportedError, refuse_tracing
 from farlight.inputs import autocast_inputs, check_tensors, read_dropout, read_offset, read_scale, read_seed, without_autocast
 from farlight.kernels import registry
+from farlight.kernels.backend import Request
+from farlight.patterns import full
+from farlight.patterns.chooser import Chooser
 from farlight.patterns.expression import Pattern, Sizes
+from farlight.routing.base import Router
+from farlight.score.lowered import ScoreTerms, lower
+from farlight.score.terms import NAMES, Score
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,7 +46,7 @@ _agreed: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 class _Request:
     """The arguments of a call beside its tensors and ranks."""
 
-    pattern: Pattern
+    pattern: Pattern | Chooser
     layout: Layout | None
     q_layout: Layout | None
     scale: float | None
@@ -48,11 +55,12 @@ class _Request:
     seed: int | Tensor | None
     backend: str
     move: str
+    score: Score | None = None
 
     def fields(self, q: Tensor, k: Tensor) -> dict[str, object]:
         """What the ranks must have in common, by name; the layouts are known by now."""
         return {
-            "pattern": self.pattern.key if isinstance(self.pattern, Pattern) else self.pattern,
+            "pattern": self.pattern.key if isinstance(self.pattern, Pattern) else text_of(self.pattern),
             "layout of the keys": self.layout,
             "layout of the queries": self.q_layout,
             "batch, heads and head_dim": (q.shape[:2], k.shape[1:2], q.shape[-1:]),
@@ -61,14 +69,32 @@ class _Request:
             "q_offset": self.q_offset,
             "dropout": self.dropout,
             "choice of what moves": self.move,
+            "score": _shape_of_score(self.score),
         }
+
+
+class _Found(NamedTuple):
+    """What a rank knows of a call before the first exchange."""
+
+    problem: Problem
+    widths: TravelWidths
+    scale: float
+    terms: ScoreTerms | None
+
+
+def _shape_of_score(score: object) -> str:
+    """The terms of a score by name, numbers and shapes of tensors; their values may be anything."""
+    if not isinstance(score, Score):
+        return repr(score)
+    fields = [(NAMES[type(term)], *vars(term).values()) for term in score.terms]
+    return repr([[tuple(x.shape) if isinstance(x, Tensor) else x for x in values] for values in fields])
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern,
+    pattern: Pattern | Chooser,
     *,
     mesh: DeviceMesh | None = None,
     group: ProcessGroup | None = None,
@@ -82,7 +108,7 @@ def attention(
     backend: str = "auto",
     move: str = "cheapest",
     sinks: Tensor | None = None,
-    score: object = None,
+    score: Score | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`fl.attention` of a sequence that is spread over the ranks of a process group; exact, differentiable. Collective.
 
@@ -94,7 +120,9 @@ def attention(
     Args:
         q: `(B, H, n_q_local, D)`; k, v: `(B, H_kv, n_k_local, D)`, H a multiple of H_kv; a shard may be empty. Or DTensors
             `Shard(2)` on a mesh of one dimension; the output is one then.
-        pattern: as for `fl.attention`, made for the whole sequence (padding, documents, per-head patterns included).
+        pattern: as for `fl.attention`, made for the whole sequence (padding, documents, per-head patterns included); or a
+            router, `KMeans`, `LSH` or `TopBlocks`, alone or joined with others and with patterns: it chooses the links that it
+            would choose in one process.
         mesh, group: the ranks: a `DeviceMesh` of one dimension, or a process group; neither: the default group. gloo or NCCL.
         layout: who owns which keys; None: contiguous shards in rank order, whose lengths are gathered in each call.
         q_layout: who owns which query rows, where there are others than keys; None: `layout`, or by the local lengths.
@@ -104,7 +132,9 @@ def attention(
         move: "cheapest", keys or queries, whichever are fewer bytes; or "keys", so that every rank computes the pairs of its
             own queries: more bytes, but balanced where dense rows dominate, as in plain causal attention.
         sinks: `(H,)`, as for `fl.attention`; equal on all ranks. Its gradient is that of the local rows.
-        score: not served over ranks; must be None.
+        score: terms on the scores, as for `fl.attention`, for the whole sequence (`key_bias` has all n_k keys); equal on all
+            ranks. Distances are those of absolute positions. The gradient of a table is that of the pairs that this rank
+            computes: sum it over the ranks, as the gradients of all weights.
 
     Returns:
         out `(B, H, n_q_local, D)`; with `return_lse` also lse `(B, H, n_q_local)`.
@@ -122,12 +152,7 @@ def attention(
         spread: Tensor | tuple[Tensor, Tensor] = spread_result(result, q, mesh)
         return spread
     channel = Channel(_group(mesh, group))
-    if score is not None:
-        raise UnsupportedError(
-            "score terms over ranks are not served: they are functions of positions that the pieces of a rank renumber. Pass "
-            "score=None; sinks are served."
-        )
-    asked = _Request(pattern, layout, q_layout, scale, q_offset, dropout, seed, backend, move)
+    asked = _Request(pattern, layout, q_layout, scale, q_offset, dropout, seed, backend, move, score)
     if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = autocast_inputs(q, k, v)
         with without_autocast(q):
@@ -153,24 +178,42 @@ def _attend(channel: Channel, q: Tensor, k: Tensor, v: Tensor, asked: _Request) 
     device = q.device if isinstance(q, Tensor) else torch.device("cpu")
     asked = _with_layouts(channel, q, k, asked, device)
     trouble, found = None, None
+    router = asked.pattern if isinstance(asked.pattern, Router) else None
     try:
-        found = _problem(channel, q, k, v, asked)
+        found = _problem(channel, q, k, v, asked if router is None else _checked_router(asked))
     except FarlightError as error:
         trouble = error
     known = _agreed.setdefault(dist.group.WORLD if channel.group is None else channel.group, set())
-    request = hash((found, replace(asked, seed=None), q.dtype, q.device.type)) if found is not None else 0
+    request = 0
+    if found is not None:
+        what = replace(asked, seed=None, pattern=full() if router is not None else asked.pattern)
+        request = hash((found[:3], what, None if router is None else text_of(router), q.dtype, q.device.type))
     if request not in known or trouble is not None:
         agree(channel, asked.fields(q, k), trouble, device)
         known.add(request)
+    if router is not None:
+        assert asked.layout is not None
+        assert asked.q_layout is not None
+        pattern = choose_over_ranks(router, q, k, asked.q_layout, asked.layout, channel)
+        found = _problem(channel, q, k, v, replace(asked, pattern=pattern))
     assert found is not None
-    problem, widths, scale = found
+    problem, widths, scale, terms = found
     seed = read_seed(asked.seed, asked.dropout)
     if asked.dropout:
         seed = agree_on_seed(channel, seed, asked.seed is not None, device)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    run = Run(route_of(problem, channel.rank, widths), channel, scale, asked.dropout, seed, asked.backend, needs_grad)
-    out, lse = SpreadAttention.apply(q, k, v, run)
+    tables = (None, None) if terms is None else (terms.distance, terms.key_bias)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *tables))
+    route = route_of(problem, channel.rank, widths)
+    run = Run(route, channel, scale, asked.dropout, seed, asked.backend, needs_grad, terms)
+    out, lse = SpreadAttention.apply(q, k, v, *tables, run)
     return out, lse
+
+
+def _checked_router(asked: _Request) -> _Request:
+    """The request with any pattern, by which all but the router's choice is checked. Raises ArgumentError with q_offset."""
+    if asked.q_offset is not None:
+        raise ArgumentError("q_offset was given with a router, which takes the queries for the last tokens; leave it out.")
+    return replace(asked, pattern=full())
 
 
 def _group(mesh: DeviceMesh | None, group: ProcessGroup | None) -> ProcessGroup | None:
@@ -197,19 +240,14 @@ def _with_layouts(channel: Channel, q: Tensor, k: Tensor, asked: _Request, devic
     return replace(asked, layout=keys, q_layout=queries if asked.q_layout is None else asked.q_layout)
 
 
-def _problem(channel: Channel, q: Tensor, k: Tensor, v: Tensor, asked: _Request) -> tuple[Problem, TravelWidths, float]:
-    """The whole problem, from this rank's tensors and the layouts, and the scale. Raises what is wrong on this rank."""
+def _problem(channel: Channel, q: Tensor, k: Tensor, v: Tensor, asked: _Request) -> _Found:
+    """The whole problem, from this rank's tensors and the layouts. Raises what is wrong on this rank."""
     check_tensors(q, k, v)
     registry.check_name(asked.backend)
     if asked.backend != "auto" and asked.backend not in registry.plan_backends():
         raise UnsupportedError(
             f"backend {asked.backend!r} attends under a dense mask and gives no partial results to merge; use 'auto' or one of "
             f"{', '.join(map(repr, registry.plan_backends()))}."
-        )
-    if read_dropout(asked.dropout):
-        raise UnsupportedError(
-            "dropout over ranks is not served: the kernels draw by local positions, so every layout would drop other links. "
-            "Pass dropout=0.0."
         )
     if not ops.is_plain(q, k, v):
         raise UnsupportedError(
@@ -236,4 +274,10 @@ def _problem(channel: Channel, q: Tensor, k: Tensor, v: Tensor, asked: _Request)
     asked.pattern.check(sizes)
     widths = TravelWidths(k.shape[3], v.shape[3], q.dtype.itemsize, 8 if q.dtype == torch.float64 else 4)
     problem = problem_of(asked.pattern, sizes, k.shape[1], queries, keys, widths, asked.move)
-    return problem, widths, read_scale(asked.scale, q.shape[-1])
+    terms = lower(asked.score, None, sizes, q.device, q.dtype)
+    # Every rank serves every kind of piece: a backend that is named must honour them all, or all ranks raise here.
+    dropout, names = read_dropout(asked.dropout), frozenset() if terms is None else terms.names
+    at_positions = bool(dropout) or "bias by distance" in names
+    options = asked.pattern, sizes, k.shape[1], q.shape[3], q.dtype, q.device, True, dropout, True, names, at_positions
+    registry.plan_backend(Request(*options), asked.backend)
+    return _Found(problem, widths, read_scale(asked.scale, q.shape[-1]), terms)

@@ -78,6 +78,12 @@ class Channel:
         shapes = [[((n, *x.shape[1:]), x.dtype)] for n in lengths]
         return [unpack(part, [shape])[0][0] for part, shape in zip(parts, shapes, strict=True)]
 
+    def total(self, name: str, x: Tensor) -> Tensor:
+        """The sum over ranks, the same bits on each; x is overwritten."""
+        with self._failing(name):
+            dist.all_reduce(x, group=self.group)
+        return x
+
     def numbers(self, name: str, values: Sequence[int], device: torch.device) -> NDArray[np.int64]:
         """`(world, m)`: m whole numbers of every rank."""
         mine = torch.tensor(list(values), dtype=torch.int64, device=device)

@@ -11,8 +11,8 @@ order: the same bits in every run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,17 +20,19 @@ from torch.autograd.function import once_differentiable
 
 from farlight.distributed.collectives import Channel
 from farlight.distributed.parcels import Field, Returned, add_tokens, all_keys, give_back, put_tokens, ship, take
+from farlight.distributed.piece_terms import PieceTerms, TermSums, piece_terms
 from farlight.distributed.routes import ClassRoute, PieceProblem, Route
 from farlight.kernels import registry
-from farlight.kernels.backend import Backend, Call, Request, Saved
+from farlight.kernels.backend import Backend, Call, Grads, Request, Saved, ScoringBackend
 from farlight.merge import merge
+from farlight.score.lowered import ScoreTerms
 
 __all__ = ["Run", "SpreadAttention"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One call: the route, the channel, and the options that every piece shares."""
+    """One call: the route, the channel, and the options that every piece shares. terms: those of the whole problem."""
 
     route: Route
     channel: Channel
@@ -39,14 +41,37 @@ class Run:
     seed: Tensor
     backend: str
     needs_grad: bool
+    terms: ScoreTerms | None = None
 
-    def prepared(self, piece: PieceProblem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Backend, Call]:
-        """The backend of a piece and its call."""
+    def forward(self, piece: PieceProblem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(out, lse) of a piece."""
+        executor, call, _ = self._prepared(piece, q, k, v)
+        return executor.forward(call)
+
+    def backward(
+        self, piece: PieceProblem, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor, dlse: Tensor, sums: TermSums
+    ) -> Grads:
+        """(dq, dk, dv) of a piece; adds the gradients of its terms to `sums`."""
+        executor, call, terms = self._prepared(piece, q, k, v)
+        if terms.terms is None:
+            return executor.backward(call, saved, dout, dlse)
+        scoring = cast(ScoringBackend, executor)
+        grads, of_terms = scoring.score_backward(call._replace(wanted=sums.wanted), saved, dout, dlse)
+        sums.add(terms, of_terms)
+        return grads
+
+    def _prepared(self, piece: PieceProblem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Backend, Call, PieceTerms]:
+        """The backend of a piece, its call and its terms."""
+        of_piece = piece_terms(self.terms, piece.places, self.dropout)
+        terms = of_piece.terms
         request = Request(
-            piece.pattern, piece.sizes, k.shape[1], q.shape[3], q.dtype, q.device, self.needs_grad, self.dropout, True
-        )
+            piece.pattern, piece.sizes, k.shape[1], q.shape[3], q.dtype, q.device, self.needs_grad, self.dropout, True,
+            frozenset() if terms is None else terms.names, of_piece.origin is not None,
+        )  # fmt: skip
         executor = registry.plan_backend(request, self.backend)
-        return executor, Call(q, k, v, registry.plan_of(executor, request), self.scale, self.dropout, self.seed)
+        plan = registry.plan_of(executor, request)
+        call = Call(q, k, v, plan, self.scale, self.dropout, self.seed, terms, origin=of_piece.origin)
+        return executor, call, of_piece
 
 
 def _total(dtype: torch.dtype) -> torch.dtype:
@@ -69,8 +94,7 @@ def _forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     route, total = run.route, _total(q.dtype)
     fields = [Field(False, k.shape[3], k.dtype), Field(False, v.shape[3], v.dtype), Field(True, q.shape[3], q.dtype)]
     receive = ship(route, run.channel, "keys, values and queries", route.forward, fields, (k, v, q))
-    executor, call = run.prepared(route.local, q, k, v)
-    out, lse = executor.forward(call)
+    out, lse = run.forward(route.local, q, k, v)
     arrived = [_Arrived(*tensors) for tensors in receive()]
     fields = [Field(True, v.shape[3], q.dtype), Field(True, 0, total)]
     guests = [_guest_forward(run, c, x, k, v) for c, x in zip(route.classes, arrived, strict=True)]
@@ -89,8 +113,7 @@ def _guest_forward(run: Run, c: ClassRoute, x: _Arrived, k: Tensor, v: Tensor) -
     if c.guest is None:
         empty = x.q.new_full(x.q.shape[:3], -torch.inf, dtype=_total(x.q.dtype))
         return [x.q.new_zeros((*x.q.shape[:3], v.shape[3])), empty]
-    executor, call = run.prepared(c.guest, x.q, all_keys(k, c), all_keys(v, c))
-    return list(executor.forward(call))
+    return list(run.forward(c.guest, x.q, all_keys(k, c), all_keys(v, c)))
 
 
 def _border_forward(run: Run, c: ClassRoute, x: _Arrived, q: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -98,8 +121,7 @@ def _border_forward(run: Run, c: ClassRoute, x: _Arrived, q: Tensor) -> tuple[Te
     if c.border is None:
         return None
     rows = take(q, c, c.border_rows, run.route.problem.group)
-    executor, call = run.prepared(c.border, rows, x.k.unsqueeze(1), x.v.unsqueeze(1))
-    return executor.forward(call)
+    return run.forward(c.border, rows, x.k.unsqueeze(1), x.v.unsqueeze(1))
 
 
 def _merged_units(sources: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -141,23 +163,30 @@ def _merge_into(out: Tensor, lse: Tensor, c: ClassRoute, parts: list[tuple[Tenso
 
 # ---- backward -----------------------------------------------------------------------------------------------------------
 def _backward(
-    run: Run, q: Tensor, k: Tensor, v: Tensor, saved: Saved, arrived: list[_Arrived], dout: Tensor, dlse: Tensor
+    run: Run,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    saved: Saved,
+    arrived: list[_Arrived],
+    dout: Tensor,
+    dlse: Tensor,
+    terms: TermSums,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of the local tensors."""
+    """(dq, dk, dv) of the local tensors; adds the gradients of the score's tables to `terms`."""
     route, total, group = run.route, _total(q.dtype), run.route.problem.group
     delta = _delta(route, saved, dout, dlse)
     fields = [Field(True, v.shape[3], q.dtype), Field(True, 0, total), Field(True, 0, total)]
     receive = ship(route, run.channel, "output gradients", route.backward, fields, (dout, saved.lse, delta))
-    borders = [_border_backward(run, c, x, q, saved, dout, dlse) for c, x in zip(route.classes, arrived, strict=True)]
-    guests = [_guest_backward(run, c, x, k, v, *g) for c, x, g in zip(route.classes, arrived, receive(), strict=True)]
+    borders = [_border_backward(run, c, x, q, saved, dout, dlse, terms) for c, x in zip(route.classes, arrived, strict=True)]
+    guests = [_guest_backward(run, c, x, k, v, terms, *g) for c, x, g in zip(route.classes, arrived, receive(), strict=True)]
     fields = [Field(False, k.shape[3], k.dtype), Field(False, v.shape[3], v.dtype), Field(True, q.shape[3], q.dtype)]
     results = [[border[1], border[2], guest[0]] for border, guest in zip(borders, guests, strict=True)]
     back = give_back(
         route, run.channel, "gradients", route.backward, fields, results,
         total=total, fill=(0.0, 0.0, 0.0), combine=lambda sources: _summed(sources, total),
     )  # fmt: skip
-    executor, call = run.prepared(route.local, q, k, v)
-    sums = [x.to(total) for x in executor.backward(call, saved, dout, dlse)]
+    sums = [x.to(total) for x in run.backward(route.local, q, k, v, saved, dout, dlse, terms)]
     for c, border, guest, returned in zip(route.classes, borders, guests, back(), strict=True):
         add_tokens(sums[0], c, c.border_rows, border[0].to(total), group)
         if c.guest is not None:
@@ -195,7 +224,7 @@ def _delta(route: Route, saved: Saved, dout: Tensor, dlse: Tensor) -> Tensor:
 
 
 def _border_backward(
-    run: Run, c: ClassRoute, x: _Arrived, q: Tensor, saved: Saved, dout: Tensor, dlse: Tensor
+    run: Run, c: ClassRoute, x: _Arrived, q: Tensor, saved: Saved, dout: Tensor, dlse: Tensor, terms: TermSums
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq of the border rows, dk and dv of the arrived keys."""
     group = run.route.problem.group
@@ -203,13 +232,13 @@ def _border_backward(
     if c.border is None:
         return rows, torch.zeros_like(x.k), torch.zeros_like(x.v)
     out, lse, dout, dlse = (take(y, c, c.border_rows, group) for y in (saved.out, saved.lse, dout, dlse))
-    executor, call = run.prepared(c.border, rows, x.k.unsqueeze(1), x.v.unsqueeze(1))
-    dq, dk, dv = executor.backward(call, Saved(out, lse), dout, dlse)
+    keys, values = x.k.unsqueeze(1), x.v.unsqueeze(1)
+    dq, dk, dv = run.backward(c.border, rows, keys, values, Saved(out, lse), dout, dlse, terms)
     return dq, dk.squeeze(1), dv.squeeze(1)
 
 
 def _guest_backward(
-    run: Run, c: ClassRoute, x: _Arrived, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor
+    run: Run, c: ClassRoute, x: _Arrived, k: Tensor, v: Tensor, terms: TermSums, dout: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq of the guests, dk and dv `(R, 1, n, D)` of the local keys. Only delta of a guest is known: it is handed over as -dlse
     of an output of zeros, which gives the backend the same Δ.
@@ -217,24 +246,33 @@ def _guest_backward(
     keys, values = all_keys(k, c), all_keys(v, c)
     if c.guest is None:
         return torch.zeros_like(x.q), keys, values
-    executor, call = run.prepared(c.guest, x.q, keys, values)
-    return executor.backward(call, Saved(torch.zeros_like(dout), lse), dout, -delta)
+    return run.backward(c.guest, x.q, keys, values, Saved(torch.zeros_like(dout), lse), dout, -delta, terms)
 
 
 class SpreadAttention(torch.autograd.Function):
-    """Attention over ranks as one differentiable operation: (q, k, v, run) → (out, lse)."""
+    """Attention over ranks as one differentiable operation: (q, k, v, biases by distance, biases by key, run) → (out, lse)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, distance: Tensor | None, key_bias: Tensor | None, run: Run
+    ) -> tuple[Tensor, Tensor]:
+        if run.terms is not None:
+            run = replace(run, terms=replace(run.terms, distance=distance, key_bias=key_bias))
         out, lse, arrived = _forward(run, q, k, v)
         if run.needs_grad:
-            ctx.run = run
-            ctx.save_for_backward(q, k, v, out, lse, *(x for a in arrived for x in (a.k, a.v, a.q)))
+            ctx.run = replace(run, terms=None)
+            ctx.terms = run.terms and replace(run.terms, distance=None, key_bias=None)
+            tensors = (x for a in arrived for x in (a.k, a.v, a.q))
+            ctx.save_for_backward(q, k, v, out, lse, distance, key_bias, *tensors)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *rest = ctx.saved_tensors
+        q, k, v, out, lse, distance, key_bias, *rest = ctx.saved_tensors
+        terms = ctx.terms and replace(ctx.terms, distance=distance, key_bias=key_bias)
         arrived = [_Arrived(*rest[first : first + 3]) for first in range(0, len(rest), 3)]
-        return *_backward(ctx.run, q, k, v, Saved(out, lse), arrived, dout, dlse), None
+        sums = TermSums(terms, (*ctx.needs_input_grad[3:5], False))
+        run = replace(ctx.run, terms=terms)
+        grads = _backward(run, q, k, v, Saved(out, lse), arrived, dout, dlse, sums)
+        return *grads, sums.distance, sums.key_bias, None

@@ -66,14 +66,16 @@ class Layout:
 
     # ---- constructors ------------------------------------------------------------------------------------------------
     @staticmethod
-    def even(n: int, world: int) -> Layout:
-        """n tokens in `world` runs whose lengths differ by at most one.
+    def even(n: int, world: int, *, multiple: int = 1) -> Layout:
+        """n tokens in `world` runs whose lengths differ by at most one; or by at most `multiple`, with cuts at its multiples,
+        so that no block of a block pattern or router is cut.
 
         >>> Layout.even(10, 4).lengths
         (2, 3, 2, 3)
         """
-        n, world = _whole(n, "n"), _whole(world, "world", 1)
-        return Layout([n * rank // world for rank in range(world + 1)])
+        n, world, unit = _whole(n, "n"), _whole(world, "world", 1), _whole(multiple, "multiple", 1)
+        blocks = -(-n // unit)
+        return Layout([min(n, blocks * rank // world * unit) for rank in range(world + 1)])
 
     @staticmethod
     def balanced(pattern: Pattern, n: int, world: int, *, batch: int = 1, heads: int = 1, move: str = "cheapest") -> Layout:

@@ -24,6 +24,7 @@ __all__ = [
     "DevicePlanner",
     "Grads",
     "MaskBackend",
+    "Origin",
     "Request",
     "Saved",
     "ScoreGrads",
@@ -48,6 +49,7 @@ class Request:
     dropout: float = 0.0
     return_lse: bool = False
     terms: frozenset[str] = frozenset()  # ScoreTerms.names
+    renumbered: bool = False  # the call has an `Origin`
 
     def describe(self) -> str:
         """The request in one line, for errors and for `fl.explain`."""
@@ -59,15 +61,31 @@ class Request:
             *([f"dropout {self.dropout:g}"] if self.dropout else []),
             *(["returning lse"] if self.return_lse else []),
             *sorted(self.terms),
+            *(["at listed positions"] if self.renumbered else []),
         ]
         return f"batch {s.batch}, {heads}, {s.n_q} queries, {s.n_k} keys, head_dim {self.head_dim}, " + ", ".join(options)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Origin:
+    """Where the rows, keys and heads of a piece stand in the whole problem, which dropout and biases by distance read.
+
+    rows `(n_q,)`: positions of the queries; keys `(n_k,)`: positions of the keys; items, heads `(B, H)`: batch items and query
+    heads. int64, on the CPU.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    items: Tensor
+    heads: Tensor
 
 
 class Call(NamedTuple):
     """The operands of one execution of a plan: q `(B, H, n_q, D)`; k, v `(B, H_kv, n_k, D)`; `seed` a 0-d int64 tensor.
 
     `terms`: what is added to the scores, for a `ScoringBackend`; `wanted`: whether the gradients of distance, key_bias and
-    sinks are needed.
+    sinks are needed. `origin`: for a piece of a larger problem, given to a backend whose attribute `honours_origin`, which it
+    may leave out, is true; `terms.distance` then has a row for each head of the whole.
     """
 
     q: Tensor
@@ -79,6 +97,7 @@ class Call(NamedTuple):
     seed: Tensor
     terms: ScoreTerms | None = None
     wanted: tuple[bool, bool, bool] = (True, True, True)
+    origin: Origin | None = None
 
 
 class Saved(NamedTuple):

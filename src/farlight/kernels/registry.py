@@ -99,6 +99,8 @@ def reasons(name: str, request: Request) -> list[str]:
     honoured: frozenset[str] = getattr(backend, "score_terms", frozenset())
     if not request.terms <= honoured:
         refusals = [*refusals, f"it does not compute {' and '.join(sorted(request.terms - honoured))}"]
+    if request.renumbered and not getattr(backend, "honours_origin", False):
+        refusals = [*refusals, "it draws dropout and reads biases by distance at the tensors' own positions only"]
     return refusals
 
 

@@ -150,6 +150,10 @@ class CombinedRouter(Router):
 
     def choose(self, inputs: RouterInput) -> Pattern:
         left, right = (side.choose(inputs) if isinstance(side, Router) else side for side in (self.left, self.right))
+        return self.joined(left, right)
+
+    def joined(self, left: Pattern, right: Pattern) -> Pattern:
+        """The choices of both sides, joined by the operator."""
         return _OPERATORS[self.symbol](left, right)
 
 

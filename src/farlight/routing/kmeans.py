@@ -131,10 +131,10 @@ class KMeans(Router):
         return f"{heads}, {dim}, {count}{more}{flags}, decay={self.decay:g}"
 
     def choose(self, inputs: RouterInput) -> Pattern:
-        self._check(inputs)
+        self.check(inputs)
         pattern = self._pattern(inputs)
         if self.training and self.decay < 1.0:
-            self._update(inputs)
+            self.update(inputs)
         return pattern
 
     def labels(
@@ -143,7 +143,7 @@ class KMeans(Router):
         """The nearest centroid of each query `(B, H, n_q)` and key `(B, H, n_k)`; -1 for padding."""
         with torch.no_grad():
             inputs = check_inputs(q, k, key_mask, query_mask)
-            self._check(inputs)
+            self.check(inputs)
             with without_autocast(inputs.q):
                 return self._labels(inputs)
 
@@ -169,13 +169,14 @@ class KMeans(Router):
         and all-reduce the member sums.
         """
         inputs = check_inputs(q, k, key_mask, query_mask)
-        self._check(inputs)
+        self.check(inputs)
         with without_autocast(inputs.q):
             self.fit_inputs(inputs, whole("KMeans.fit: steps", steps, 0))
         return self
 
     # ---- the choice --------------------------------------------------------------------------------------------------
-    def _check(self, inputs: RouterInput) -> None:
+    def check(self, inputs: RouterInput) -> None:
+        """Raise ArgumentError for operands of other heads or head_dim than the centroids."""
         self.centroids = _at_least_float32(self.centroids)  # load_state_dict(assign=True) replaces the buffer
         heads, _, dim = self.centroids.shape
         if (inputs.heads, inputs.q.shape[3]) != (heads, dim):
@@ -199,7 +200,10 @@ class KMeans(Router):
     def _pattern(self, inputs: RouterInput) -> Pattern:
         if self.per_cluster is not None and not self.causal:
             return self._balanced(inputs, self.per_cluster)
-        query, key = self._labels(inputs)
+        return self.pattern_of_labels(*self._labels(inputs))
+
+    def pattern_of_labels(self, query: Tensor, key: Tensor) -> Pattern:
+        """The pattern of labels `(B, H, n_q)` and `(B, H, n_k)`, unless the clusters are balanced."""
         pattern: Pattern = clusters(query, key)
         if not self.causal:
             return pattern
@@ -220,17 +224,18 @@ class KMeans(Router):
         keys = (inputs.k, inputs.key_mask_by_head())
         return [keys] if self.shared else [(inputs.q, inputs.query_mask_by_head()), keys]
 
-    def _update(self, inputs: RouterInput) -> None:
+    def update(self, inputs: RouterInput, initial: Callable[[], Tensor] | None = None) -> None:
+        """The step of a training call. initial: the first centroids `(H, C, D)`; None: from the tokens of rank 0."""
         if int(self.updates) == 0:
-            self.fit_inputs(inputs, _INIT_STEPS)
+            self.fit_inputs(inputs, _INIT_STEPS, initial)
         else:
             self._step(self._tokens(inputs), self.decay)
         self.updates += 1
 
-    def fit_inputs(self, inputs: RouterInput, steps: int) -> None:
+    def fit_inputs(self, inputs: RouterInput, steps: int, initial: Callable[[], Tensor] | None = None) -> None:
         """`fit` on checked operands."""
         tokens = self._tokens(inputs)
-        self.centroids.copy_(init_centroids(tokens, self.centroids, self.seed))
+        self.centroids.copy_(init_centroids(tokens, self.centroids, self.seed) if initial is None else initial())
         for _ in range(steps):
             self._step(tokens, 0.0)
         self.updates.clamp_(min=1)

@@ -68,6 +68,10 @@ class LSH(Router):
             query = key[..., inputs.offset :]
         else:
             query = hash_buckets(inputs.q, rotation, inputs.query_mask_by_head())
+        return self.pattern_of_buckets(query, key)
+
+    def pattern_of_buckets(self, query: Tensor, key: Tensor) -> Pattern:
+        """The pattern of buckets `(rounds, B, H, n_q)` and `(rounds, B, H, n_k)`."""
         pattern: Pattern = meets(query.movedim(0, -1), key.movedim(0, -1)) if self.rounds > 1 else clusters(query[0], key[0])
         return pattern & past() if self.causal else pattern
 

@@ -100,6 +100,10 @@ class TopBlocks(Router):
             indices = self._choose_native(inputs, first)
         else:
             indices = self._select(inputs, first, self.summary(inputs.k, inputs.key_mask))
+        return self.pattern_of_lists(indices, inputs, first)
+
+    def pattern_of_lists(self, indices: Tensor, inputs: RouterInput, first: int) -> Pattern:
+        """The pattern of `_select`'s lists, whose first query block begins at position `first`; values are not read."""
         if self.per == "group":
             indices = indices.repeat_interleave(inputs.heads // inputs.kv_heads, 1)
         pattern = block_lists(indices, inputs, first, self.block, self.query_block)
@@ -140,6 +144,12 @@ class TopBlocks(Router):
         missing = -(-inputs.n_k // self.block) - summary[0].shape[2]
         padded = [torch.nn.functional.pad(table, (0, 0, 0, missing)) for table in summary]
         return self._select(inputs, inputs.offset, padded)
+
+    def select_lists(self, inputs: RouterInput, summary: list[Tensor]) -> Tensor:
+        """`(B, H, U, m)` int64: the selected key blocks of each query block, padded with -1, from known summaries. inputs.k is
+        read for its shape only; with per="group" of key heads.
+        """
+        return self._select(inputs, self._first(inputs), summary)
 
     def _first(self, inputs: RouterInput) -> int:
         """The position of the first query block."""

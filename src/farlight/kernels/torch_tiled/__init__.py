@@ -28,6 +28,7 @@ class TorchBackend:
     name = "torch"
     tile_shape = SHAPE
     score_terms = ALL_TERMS
+    honours_origin = True
 
     def reasons(self, request: Request) -> list[str]:
         """Empty: every dtype and device of torch is served."""
@@ -35,8 +36,10 @@ class TorchBackend:
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """(out, lse) of the planned pairs."""
-        plan = host_plan(call.plan)
-        return forward(call.q, call.k, call.v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed, terms=call.terms)
+        plan, (q, k, v, *_) = host_plan(call.plan), call
+        return forward(
+            q, k, v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed, terms=call.terms, origin=call.origin
+        )
 
     def backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> Grads:
         """(dq, dk, dv) from the gradients of out and lse."""
@@ -45,8 +48,11 @@ class TorchBackend:
     def score_backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> tuple[Grads, ScoreGrads]:
         """The same, and the gradients of the tables of the terms."""
         plan, (q, k, v, *_) = host_plan(call.plan), call
-        terms = tile_terms(call.terms, plan)
-        grads = backward(dout, dlse, q, k, v, *saved, plan, scale=call.scale, dropout=call.dropout, seed=call.seed, terms=terms)
+        terms = tile_terms(call.terms, plan, call.origin)
+        grads = backward(
+            dout, dlse, q, k, v, *saved, plan,
+            scale=call.scale, dropout=call.dropout, seed=call.seed, terms=terms, origin=call.origin,
+        )  # fmt: skip
         of_tables = (None, None) if terms is None else terms.gradients()
         sinks = None if call.terms is None else call.terms.sinks
         return grads, (*of_tables, None if sinks is None else sink_gradient(*saved, dout, dlse, sinks))

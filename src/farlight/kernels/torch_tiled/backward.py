@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farlight.kernels.backend import Origin
 from farlight.kernels.torch_tiled.forward import acc_dtype, row_max_and_sum, tile_scores
 from farlight.kernels.torch_tiled.gather import TileBatch, tile_batches
 from farlight.kernels.torch_tiled.schedule import schedule_of
@@ -42,6 +43,7 @@ def backward(
     dropout: float,
     seed: Tensor,
     terms: TileTerms | None = None,
+    origin: Origin | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in the inputs' dtypes, accumulated in float32 (float64 for float64 inputs); `terms` sums its own."""
     dtype = acc_dtype(q)
@@ -64,10 +66,12 @@ def backward(
             factor = None
             if dropout:
                 keys = batch.key_indices(q.device)[:, None]
-                factor = batch.dropout_factor(seed, dropout, plan.sizes.q_offset, keys, dtype)
+                factor = batch.dropout_factor(seed, dropout, plan.sizes.q_offset, keys, dtype, origin)
             tile.add_run_gradients(scores, run_slope, k, v, dq, dk, dv, factor, scale)
         if point_scores is not None and point_keys is not None:
-            factor = batch.dropout_factor(seed, dropout, plan.sizes.q_offset, point_keys, dtype) if dropout else None
+            factor = None
+            if dropout:
+                factor = batch.dropout_factor(seed, dropout, plan.sizes.q_offset, point_keys, dtype, origin)
             tile.add_point_gradients(point_scores, point_slope, point_keys, k, v, dq, dk, dv, factor, scale)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from farlight.kernels.backend import Origin
 from farlight.kernels.sinks import with_sinks
 from farlight.kernels.torch_tiled.gather import TileBatch, tile_batches
 from farlight.kernels.torch_tiled.schedule import schedule_of
@@ -27,18 +28,28 @@ def acc_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def tile_terms(terms: ScoreTerms | None, plan: Plan) -> TileTerms | None:
+def tile_terms(terms: ScoreTerms | None, plan: Plan, origin: Origin | None = None) -> TileTerms | None:
     """The terms as tiles apply them; None where there is none but sinks."""
     if terms is None or not terms.names - {"sinks"}:
         return None
-    return TileTerms(terms, plan.sizes.batch, plan.sizes.heads, plan.sizes.q_offset)
+    return TileTerms(terms, plan.sizes, origin)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, dropout: float, seed: Tensor, terms: ScoreTerms | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    dropout: float,
+    seed: Tensor,
+    terms: ScoreTerms | None = None,
+    origin: Origin | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out `(B, H, n_q, D_v)` in q's dtype, lse `(B, H, n_q)` in `acc_dtype`) over the plan's links; empty rows 0, -inf."""
-    out, row_max, row_sum = _attend(q, k, v, plan, scale, dropout, seed, tile_terms(terms, plan))
+    options = scale, dropout, seed, tile_terms(terms, plan, origin), origin
+    out, row_max, row_sum = _attend(q, k, v, plan, *options)
     lse = row_sum.log() + row_max
     if terms is not None and terms.sinks is not None:
         out, lse = with_sinks(out.to(lse.dtype), lse, terms.sinks)
@@ -49,7 +60,7 @@ def row_max_and_sum(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, terms: TileTerms | None = None
 ) -> tuple[Tensor, Tensor]:
     """(max, sum) of each row's scores, `(B, H, n_q)`: lse = max + log sum; (0, 0) for an empty row."""
-    _, row_max, row_sum = _attend(q, k, v, plan, scale, 0.0, torch.zeros((), dtype=torch.int64), terms)
+    _, row_max, row_sum = _attend(q, k, v, plan, scale, 0.0, torch.zeros((), dtype=torch.int64), terms, None)
     return row_max, row_sum
 
 
@@ -89,7 +100,15 @@ def tile_scores(batch: TileBatch, queries: Tensor, k: Tensor, terms: TileTerms |
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, dropout: float, seed: Tensor, terms: TileTerms | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    dropout: float,
+    seed: Tensor,
+    terms: TileTerms | None,
+    origin: Origin | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, max, sum) of every row."""
     dtype = acc_dtype(q)
@@ -98,7 +117,7 @@ def _attend(
     row_max, row_sum = (torch.zeros(q.shape[:-1], dtype=dtype, device=q.device) for _ in range(2))
     for batch in tile_batches(schedule, q.shape[1], k.shape[1], q.shape[3]):
         queries = batch.take_queries(q).to(dtype) * scale
-        result = _attend_tiles(batch, queries, k, v, plan.sizes.q_offset, dropout, seed, terms)
+        result = _attend_tiles(batch, queries, k, v, plan.sizes.q_offset, dropout, seed, terms, origin)
         # Also without merging, a row that is empty here may have a result of another piece, which must not be overwritten.
         if schedule.merges or bool((result[2] == 0).any()):
             before = (batch.take_queries(out).to(dtype), batch.take_queries(row_max), batch.take_queries(row_sum))
@@ -117,6 +136,7 @@ def _attend_tiles(
     dropout: float,
     seed: Tensor,
     terms: TileTerms | None,
+    origin: Origin | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out `(c, tiles, rows, D_v)`, max, sum `(c, tiles, rows)`) of one batch of tiles."""
     scores, point_scores, point_keys, *_ = tile_scores(batch, queries, k, terms)
@@ -132,11 +152,11 @@ def _attend_tiles(
     if scores is not None:
         if dropout:
             keys = batch.key_indices(queries.device)[:, None]
-            scores *= batch.dropout_factor(seed, dropout, q_offset, keys, queries.dtype)
+            scores *= batch.dropout_factor(seed, dropout, q_offset, keys, queries.dtype, origin)
         out = scores @ batch.take_keys(v, queries.dtype)
     if point_scores is not None and point_keys is not None:
         if dropout:
-            point_scores *= batch.dropout_factor(seed, dropout, q_offset, point_keys, queries.dtype)
+            point_scores *= batch.dropout_factor(seed, dropout, q_offset, point_keys, queries.dtype, origin)
         values = batch.take_points(v, point_keys, queries.dtype)
         by_row = point_scores.unflatten(2, (-1, batch.group.count)).movedim(2, 3)  # (c, tiles, count, heads, m)
         out = out + (by_row @ values).movedim(3, 2).flatten(2, 3)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farlight.kernels.backend import Origin
 from farlight.kernels.torch_tiled.schedule import Schedule, TileGroup
 from farlight.patterns.hashing import dropout_keep
 
@@ -145,14 +146,32 @@ class TileBatch:
         parts = [torch.arange(k.start, k.stop, device=device) if isinstance(k, slice) else k for k in self._key_runs()]
         return torch.cat(parts).view(self.tiles, self.group.width)
 
-    def dropout_factor(self, seed: Tensor, p: float, q_offset: int, keys: Tensor, dtype: torch.dtype) -> Tensor:
-        """`(c, tiles, heads · count, m)`: 1 / (1 - p) for kept links, else 0, of keys `(tiles, 1 or count, m)`."""
-        heads, count, device = self.heads, self.group.count, keys.device
+    def row_positions(self, q_offset: int, origin: Origin | None, device: torch.device) -> Tensor:
+        """`(tiles, count)`: the positions of the query rows; in the whole problem where there is an `origin`."""
         rows = self.rows
         row = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
-        head = torch.arange(heads.q0, heads.q1, device=device).view(1, heads.k1 - heads.k0, 1, -1, 1, 1)
-        i = row.view(1, self.tiles, 1, count, 1) + q_offset
-        batch = torch.as_tensor(heads.batch, device=device).view(-1, 1, 1, 1, 1, 1)
+        row = row.to(device) + q_offset if origin is None else origin.rows.to(device)[row.to(device)]
+        return row.view(self.tiles, self.group.count)
+
+    def items_and_heads(self, origin: Origin | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Batch items and query heads, each broadcastable to `(items, heads)`."""
+        head = torch.arange(self.heads.q0, self.heads.q1, device=device)[None]
+        item = torch.as_tensor(self.heads.batch, device=device).view(-1, 1)
+        if origin is None:
+            return item, head
+        return origin.items.to(device)[item, head], origin.heads.to(device)[item, head]
+
+    def dropout_factor(
+        self, seed: Tensor, p: float, q_offset: int, keys: Tensor, dtype: torch.dtype, origin: Origin | None = None
+    ) -> Tensor:
+        """`(c, tiles, heads · count, m)`: 1 / (1 - p) for kept links, else 0, of keys `(tiles, 1 or count, m)`."""
+        heads, device = self.heads, keys.device
+        i = self.row_positions(q_offset, origin, device).view(1, self.tiles, 1, -1, 1)
+        item, head = self.items_and_heads(origin, device)
+        by_key_head = (-1, heads.k1 - heads.k0, 1, (heads.q1 - heads.q0) // (heads.k1 - heads.k0), 1, 1)
+        head = head.reshape(by_key_head)
+        batch = item.view(-1, 1, 1, 1, 1, 1) if item.shape[1] == 1 else item.reshape(by_key_head)
+        keys = keys if origin is None else origin.keys.to(device)[keys]
         keep = dropout_keep(seed.to(device), p, batch, head, i, keys[None, :, None]).flatten(3, 4).flatten(0, 1)
         return keep.to(dtype) / (1 - p or 1.0)  # p = 1 keeps no link
 

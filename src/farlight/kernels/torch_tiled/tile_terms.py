@@ -8,21 +8,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from farlight.kernels.backend import Origin
 from farlight.kernels.torch_tiled.gather import TileBatch
+from farlight.patterns.expression import Sizes
 from farlight.score.lowered import ScoreTerms
 
-__all__ = ["TileTerms"]
+__all__ = ["TileTerms", "add_at"]
 
 
 class TileTerms:
     """The terms of one call, and in the backward pass the sums of the gradients of its two tables."""
 
-    def __init__(self, terms: ScoreTerms, batch: int, heads: int, q_offset: int) -> None:
-        self.terms, self.q_offset = terms, q_offset
+    def __init__(self, terms: ScoreTerms, sizes: Sizes, origin: Origin | None = None) -> None:
+        self.terms, self.q_offset, self.origin = terms, sizes.q_offset, origin
         self._distance = None if terms.distance is None else torch.zeros_like(terms.distance)
         self._key_bias: Tensor | None = None
         if terms.key_bias is not None:
-            self._key_bias = terms.key_bias.new_zeros(batch, heads, terms.key_bias.shape[2])
+            self._key_bias = terms.key_bias.new_zeros(sizes.batch, sizes.heads, terms.key_bias.shape[2])
 
     def apply(self, batch: TileBatch, scores: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
         """(S, dS/dx) of x = `scores` `(c, tiles, heads · count, m)`; keys `(tiles, 1 or count, m)`; dS/dx None: 1."""
@@ -43,13 +45,17 @@ class TileTerms:
         items = batch.key_heads // (heads.k1 - heads.k0)
         ds = ds.view(items, heads.k1 - heads.k0, batch.tiles, -1, batch.group.count, ds.shape[-1])
         by_head = ds.transpose(2, 3).flatten(1, 2)  # (items, heads, tiles, count, m)
-        if self._distance is not None:
-            _add_at(self._distance[heads.q0 : heads.q1], self._index(batch, keys), by_head.sum(0))
+        if self._distance is not None and self.origin is None:
+            add_at(self._distance[heads.q0 : heads.q1], self._index(batch, keys), by_head.sum(0))
+        elif self._distance is not None:
+            index, width = self._index(batch, keys), self._distance.shape[1]
+            cells = self._heads_of_the_whole(batch, keys.device)[:, :, None, None, None] * width + index
+            add_at(self._distance.view(1, -1), cells, by_head[None])
         if self._key_bias is not None:
             summed = by_head if keys.shape[1] > 1 else by_head.sum(3, keepdim=True)
             item = heads.batch if isinstance(heads.batch, Tensor) else torch.tensor([heads.batch], device="cpu")
             for n, b in enumerate(item.tolist()):
-                _add_at(self._key_bias[b, heads.q0 : heads.q1], keys, summed[n])
+                add_at(self._key_bias[b, heads.q0 : heads.q1], keys, summed[n])
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of `distance` and `key_bias`, in their shapes."""
@@ -62,19 +68,26 @@ class TileTerms:
     def _index(self, batch: TileBatch, keys: Tensor) -> Tensor:
         """`(tiles, count, m)`: the column of the table of distances for each pair."""
         assert self.terms.distance is not None
-        rows = batch.rows
-        row = torch.arange(rows.start, rows.stop, device=keys.device) if isinstance(rows, slice) else rows
-        i = row.view(batch.tiles, batch.group.count, 1) + (self.q_offset + self.terms.first)
+        i = batch.row_positions(self.q_offset, self.origin, keys.device)[..., None] + self.terms.first
+        keys = keys if self.origin is None else self.origin.keys.to(keys.device)[keys]
         return (keys - i).clamp(0, self.terms.distance.shape[1] - 1)
 
+    def _heads_of_the_whole(self, batch: TileBatch, device: torch.device) -> Tensor:
+        """`(items, heads)`: the query heads of a piece as the whole problem numbers them."""
+        item, head = batch.items_and_heads(self.origin, device)
+        return head.expand(item.shape[0], -1)
+
     def _distance_bias(self, batch: TileBatch, keys: Tensor) -> Tensor | None:
-        """`(1, key heads, tiles, heads per key head, count, m)`."""
+        """`(1 or items, key heads, tiles, heads per key head, count, m)`."""
         if self.terms.distance is None:
             return None
         heads, index = batch.heads, self._index(batch, keys)
-        bias = self.terms.distance[heads.q0 : heads.q1][:, index]
-        by_head: Tensor = bias.unflatten(0, (heads.k1 - heads.k0, -1))
-        return by_head.transpose(1, 2)[None]
+        if self.origin is None:
+            bias = self.terms.distance[heads.q0 : heads.q1][:, index][None]
+        else:
+            bias = self.terms.distance[self._heads_of_the_whole(batch, keys.device)[:, :, None, None, None], index]
+        by_head: Tensor = bias.unflatten(1, (heads.k1 - heads.k0, -1))
+        return by_head.transpose(2, 3)
 
     def _bias_of_keys(self, batch: TileBatch, keys: Tensor) -> Tensor | None:
         """`(items or 1, key heads or 1, tiles, heads per key head or 1, 1 or count, m)`."""
@@ -92,7 +105,7 @@ class TileTerms:
         return bias[..., keys].transpose(2, 3)
 
 
-def _add_at(table: Tensor, index: Tensor, value: Tensor) -> None:
+def add_at(table: Tensor, index: Tensor, value: Tensor) -> None:
     """table[:, index] += value, where columns repeat; in a fixed order on every device."""
     if table.device.type == "cpu":
         value = value.reshape(table.shape[0], -1)
