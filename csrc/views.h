@@ -164,7 +164,8 @@ struct Kernels {
   // See kernel/block_scores.h.
   void (*block_scores)(const float* const* rows, int64_t num_rows, const float* panel, int64_t panels, int64_t dim, float* scores,
                        int64_t ld);
-  void (*pool_softmax)(float* scores, int64_t num_rows, int64_t ld, int64_t width, float factor, const float* bias, float* weights);
+  void (*pool_softmax)(float* scores, int64_t num_rows, int64_t ld, int64_t width, float factor, const float* bias, float* weights,
+                       float* largest_exponents);
   float (*weighted_exponentials)(const float* row, const float* counts, int64_t panels, float factor, float shift);
   float (*peak_fma)(int64_t iterations);  // register-only multiply-adds, `peak_fma_flops` operations per iteration
   int64_t peak_fma_flops;

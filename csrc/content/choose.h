@@ -11,7 +11,7 @@
 namespace farlight {
 
 enum class BlockScore : int { kMean = 0, kMinMax = 1, kSoftmax = 2 };
-enum class BudgetKind : int { kCount = 0, kShare = 1, kMass = 2 };
+enum class BudgetKind : int { kCount = 0, kShare = 1, kMass = 2, kLost = 3 };
 
 struct ChoiceProblem {
   Type type;
@@ -27,7 +27,7 @@ struct ChoiceProblem {
   bool shared;  // one choice for the query heads of a key head, by the sum of their scores
   BlockScore score;
   BudgetKind budget;
-  double amount;  // count, share or mass
+  double amount;  // count, share, mass or lost
   float scale;
 };
 

@@ -2,16 +2,13 @@
 
 #include <cmath>
 
+#include "bound_query.h"
 #include "row_masks.h"
-#include "summaries.h"
 #include "tile_clauses.h"
 
 namespace farlight {
 
 namespace {
-
-constexpr int64_t kScoreRows = 16, kRowSlots = 24;  // see choose.cpp
-constexpr float kLog2e = 1.44269504f;
 
 // Scratch memory of one thread.
 struct Scratch {
@@ -21,9 +18,7 @@ struct Scratch {
 class LostBound {
  public:
   LostBound(const Kernels& kernels, const LostProblem& problem, const Summaries& summaries)
-      : kernels_(kernels), p_(problem), t_(problem.tensors), summaries_(summaries), ld_(summaries.padded() + 16) {
-    find_largest_keys();
-  }
+      : kernels_(kernels), p_(problem), t_(problem.tensors), summaries_(summaries), bounds_(problem.tensors, summaries), ld_(summaries.padded() + 16) {}
 
   void run(int64_t b, int64_t h, int64_t tile) const {
     thread_local Scratch s;
@@ -61,23 +56,12 @@ class LostBound {
 
   void bound(Scratch& s, int64_t b, int64_t h, int64_t first, int64_t count, int64_t tile_row) const {
     const int64_t kv_head = h / (t_.heads / t_.kv_heads), width = panels(first + count - 1);
-    const float sign = t_.scale < 0.0f ? -1.0f : 1.0f, factor = sign * t_.scale * kLog2e;
+    const float factor = bounds_.factor();
     const float* row[kRowSlots];
     float slack[kScoreRows];
     for (int64_t r = 0; r < kRowSlots; ++r) {
       row[r] = s.queries.data() + (r < count ? r : 0) * summaries_.dim();
-      if (r >= count) continue;
-      float* q = s.queries.data() + r * summaries_.dim();
-      read_row(t_.type, t_.q, b, h, first + r, t_.dim, q);
-      float size = 0.0f;
-      for (int64_t d = 0; d < t_.dim; ++d) {
-        const float x = sign * q[d];
-        size += std::fabs(x);
-        q[d] = std::max(x, 0.0f);
-        q[t_.dim + d] = std::min(x, 0.0f);
-      }
-      // Rounding of the products and sums in float32: half a unit in the last place for each of 4 dim operations.
-      slack[r] = factor * 4.0f * static_cast<float>(t_.dim) * 0x1p-24f * size * largest_key_[b * t_.kv_heads + kv_head];
+      if (r < count) slack[r] = bounds_.read(b, h, first + r, s.queries.data() + r * summaries_.dim());
     }
     if (width)
       kernels_.block_scores(row, count, summaries_.panels_of(t_, b, kv_head), width, summaries_.dim(), s.scores.data(), ld_);
@@ -100,22 +84,12 @@ class LostBound {
     return std::min(1.0f, u / (1.0f + u) * (1.0f + 0x1p-21f));  // rounded upwards
   }
 
-  // The largest magnitude of an element of k, for each (batch item, key head).
-  void find_largest_keys() {
-    largest_key_.assign(t_.batch * t_.kv_heads, 0.0f);
-    const int64_t width = summaries_.padded() * summaries_.dim();
-    for (size_t i = 0; i < largest_key_.size(); ++i) {
-      const float* x = summaries_.panels_of(t_, static_cast<int64_t>(i) / t_.kv_heads, static_cast<int64_t>(i) % t_.kv_heads);
-      for (int64_t j = 0; j < width; ++j) largest_key_[i] = std::max(largest_key_[i], std::fabs(x[j]));
-    }
-  }
-
   const Kernels& kernels_;
   const LostProblem& p_;
   const ChoiceProblem& t_;
   const Summaries& summaries_;
+  const BoundQueries bounds_;
   const int64_t ld_;
-  std::vector<float> largest_key_;
 };
 
 }  // namespace

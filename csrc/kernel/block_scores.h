@@ -55,8 +55,8 @@ inline float weighted_exponentials(const float* row, const float* counts, int64_
 }
 
 // Softmax numerators of one row in place: row[c] = 2^(factor * row[c] + bias[c] - max) for c < width, 0 in the padding of the
-// last panel. Returns the reciprocal of their sum.
-inline float exponentials(float* row, int64_t width, float factor, const float* bias) {
+// last panel. Returns the reciprocal of their sum, and the maximum in `*largest_exponent`.
+inline float exponentials(float* row, int64_t width, float factor, const float* bias, float* largest_exponent) {
   constexpr int kVectors = kPanel / W;
   const F f = broadcast(factor);
   F largest[kVectors], total[kVectors];
@@ -77,7 +77,8 @@ inline float exponentials(float* row, int64_t width, float factor, const float* 
     }
   }
   for (int v = 1; v < kVectors; ++v) largest[0] = max(largest[v], largest[0]);
-  const F reference = broadcast(largest_lane(largest[0]));
+  *largest_exponent = largest_lane(largest[0]);
+  const F reference = broadcast(*largest_exponent);
   for (int64_t c = 0; c < width; c += kPanel) {
     FARLIGHT_UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -91,20 +92,22 @@ inline float exponentials(float* row, int64_t width, float factor, const float* 
 }
 
 // weights[c] = sum over r < num_rows of softmax over c < width of (factor * scores[r * ld + c] + bias[c]), in base 2; bias may be
-// null. Overwrites the scores, the padding of the last panel included.
+// null. Overwrites the scores, the padding of the last panel included, with 2^(factor * scores[r * ld + c] + bias[c] - maximum);
+// the rows' maxima go to largest_exponents[r] unless that is null.
 inline void pool_softmax(float* scores, int64_t num_rows, int64_t ld, int64_t width, float factor, const float* bias,
-                         float* weights) {
+                         float* weights, float* largest_exponents) {
   constexpr int kTogether = 4;  // rows added per sweep, so that the weights are loaded and stored once for four of them
   const int64_t padded = (width + kPanel - 1) / kPanel * kPanel;
   for (int64_t r = 0; r < num_rows; r += kTogether) {
-    float share[kTogether];
+    float share[kTogether], largest;
     for (int i = 0; i < kTogether; ++i) {
       float* row = scores + min(r + i, num_rows - 1) * ld;
       if (r + i >= num_rows) {
         share[i] = 0.0f;
         continue;
       }
-      share[i] = exponentials(row, width, factor, bias);
+      share[i] = exponentials(row, width, factor, bias, &largest);
+      if (largest_exponents) largest_exponents[r + i] = largest;
     }
     const float* row[kTogether];
     for (int i = 0; i < kTogether; ++i) row[i] = scores + min(r + i, num_rows - 1) * ld;

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from content_cases import links, random_masks, random_router, true_loss
 
 import farlight as fl
 from farlight.kernels import cpu
@@ -125,39 +125,17 @@ def test_the_native_plan_of_labels(seed: int) -> None:
             torch.testing.assert_close(native, tiled, rtol=1e-4, atol=1e-5)
 
 
-def random_router(rng: random.Random) -> TopBlocks:
-    amount: dict[str, Any] = rng.choice(
-        [{"count": rng.choice([1, 2, 5, 12])}, {"share": rng.choice([0.1, 0.3, 1.0])}, {"mass": 0.8}]
-    )
-    return TopBlocks(
-        **amount,
-        block=rng.choice([1, 3, 4, 8, 16, 64]),
-        query_block=rng.choice([1, 1, 2, 5, 8, 16, 32, 64]),
-        causal=rng.random() < 0.6,
-        score=rng.choice(["mean", "minmax", "softmax"]),
-        per=rng.choice(["head", "group"]),
-    )
-
-
-def links(router: Router, q: Tensor, k: Tensor, **masks: Tensor | None) -> Tensor:
-    return router(q, k, **masks).dense(q.shape[2], k.shape[2], batch=q.shape[0], heads=q.shape[1])
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_the_native_choice_is_that_of_torch(seed: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On continuous random scores, where no two blocks tie; masks, GQA, more queries than keys, all budgets."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
+def compare_choices(rng: random.Random, draws: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Compare the native choice with that of torch on continuous random scores, where no two blocks tie; masks, GQA, more
+    queries than keys, all budgets. Returns the number compared.
+    """
     compared = 0
-    for _ in range(25):
+    for _ in range(draws):
         kv_heads, n_k = rng.choice([1, 2]), rng.choice([1, 5, 31, 64, 100, 257])
         n_q = rng.choice([n_k, n_k, 1, max(1, n_k - 7), n_k + 3])
         q = torch.randn(2, kv_heads * rng.choice([1, 3]), n_q, 24)
         k = torch.randn(2, kv_heads, n_k, 24)
-        masks: dict[str, Tensor | None] = {}
-        if rng.random() < 0.3:
-            masks = {"key_mask": torch.rand(2, n_k) > 0.3, "query_mask": torch.rand(2, n_q) > 0.3}
-        router = random_router(rng)
+        masks, router = random_masks(rng, 2, n_q, n_k), random_router(rng)
         try:
             native = links(router, q, k, **masks)
         except fl.errors.ArgumentError:
@@ -166,7 +144,19 @@ def test_the_native_choice_is_that_of_torch(seed: int, isa: str, monkeypatch: py
             patch.setattr(topblocks, "can_choose", lambda q: False)
             assert torch.equal(native, links(router, q, k, **masks)), (router, q.shape, k.shape)
         compared += 1
-    assert compared > 15
+    return compared
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_native_choice_is_that_of_torch(seed: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(seed)
+    assert compare_choices(random.Random(seed), 25, monkeypatch) > 15
+
+
+@pytest.mark.slow
+def test_the_native_choice_of_two_thousand_routers(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(7)
+    assert compare_choices(random.Random(7), 2600, monkeypatch) >= 2000
 
 
 def test_equal_scores_go_to_the_earlier_block() -> None:
@@ -282,37 +272,40 @@ def test_compiled_attention_under_a_router() -> None:
     torch.testing.assert_close(compiled(q, k, v), fl.attention(q, k, v, router))
 
 
-def true_loss(q: Tensor, k: Tensor, seen: Tensor, full: Tensor, scale: float) -> Tensor:
-    """The share of full attention that each row has missed, in float64."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).double()
-    scores = (q.double() @ k.transpose(-1, -2)) * scale
-    shares = scores.masked_fill(~full, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return shares.masked_fill(seen, 0.0).sum(-1)
+def check_bound(rng: random.Random, lengths: list[int]) -> int:
+    """Compare the bound with the true loss of every row of one random problem. Returns the number of rows."""
+    kv_heads, n, scale = rng.choice([1, 2]), rng.choice(lengths), rng.choice([None, 0.5, -0.3, 0.0])
+    dtype, spread = rng.choice([torch.float32, torch.bfloat16]), rng.choice([0.3, 1.0, 6.0])
+    q, k, v = ((torch.randn(2, h, n, 24) * spread).to(dtype) for h in (2 * kv_heads, kv_heads, kv_heads))
+    is_causal = rng.random() < 0.6
+    if rng.random() < 0.3:
+        k = k[:, :, ::8].repeat_interleave(8, 2)[:, :, :n].contiguous()
+    router: Router = TopBlocks(rng.choice([1, 4, 40]), rng.choice([3, 8, 16]), rng.choice([1, 16]), is_causal, score="minmax")
+    router = router | (fl.window(3, 0) | fl.seen_by_all([0]) & fl.causal() if is_causal else fl.global_tokens([1]))
+    pattern = router(q, k)
+    out, _, lost = fl.attention(q, k, v, pattern, scale=scale, return_lse=True, return_lost=True, backend="cpu")
+    assert torch.equal(out, fl.attention(q, k, v, pattern, scale=scale, backend="cpu"))
+    full = torch.ones(n, n, dtype=torch.bool).tril() if is_causal else torch.ones(n, n, dtype=torch.bool)
+    loss = true_loss(q, k, pattern.dense(n, batch=2, heads=2 * kv_heads), full, 24**-0.5 if scale is None else scale)
+    assert bool((lost.double() >= loss - 1e-15).all()), (router, scale, float((loss - lost).max()))
+    assert bool((lost <= 1).all())
+    return loss.numel()
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_bound_of_what_is_lost_is_never_violated(seed: int, isa: str) -> None:
     """Over the true loss of every row; 0 where everything is seen; equal keys of a granule make it tight."""
-    rng = random.Random(seed)
     torch.manual_seed(seed)
-    for _ in range(12):
-        kv_heads, n, scale = rng.choice([1, 2]), rng.choice([5, 64, 130, 257]), rng.choice([None, 0.5, -0.3, 0.0])
-        dtype, spread = rng.choice([torch.float32, torch.bfloat16]), rng.choice([0.3, 1.0, 6.0])
-        q, k, v = ((torch.randn(2, h, n, 24) * spread).to(dtype) for h in (2 * kv_heads, kv_heads, kv_heads))
-        is_causal = rng.random() < 0.6
-        if rng.random() < 0.3:
-            k = k[:, :, ::8].repeat_interleave(8, 2)[:, :, :n].contiguous()
-        router: Router = TopBlocks(
-            rng.choice([1, 4, 40]), rng.choice([3, 8, 16]), rng.choice([1, 16]), is_causal, score="minmax"
-        )
-        router = router | (fl.window(3, 0) | fl.seen_by_all([0]) & fl.causal() if is_causal else fl.global_tokens([1]))
-        pattern = router(q, k)
-        out, _, lost = fl.attention(q, k, v, pattern, scale=scale, return_lse=True, return_lost=True, backend="cpu")
-        assert torch.equal(out, fl.attention(q, k, v, pattern, scale=scale, backend="cpu"))
-        full = torch.ones(n, n, dtype=torch.bool).tril() if is_causal else torch.ones(n, n, dtype=torch.bool)
-        loss = true_loss(q, k, pattern.dense(n, batch=2, heads=2 * kv_heads), full, 24**-0.5 if scale is None else scale)
-        assert bool((lost.double() >= loss - 1e-15).all()), (router, scale, float((loss - lost).max()))
-        assert bool((lost <= 1).all())
+    rng = random.Random(seed)
+    assert sum(check_bound(rng, [5, 64, 130, 257]) for _ in range(12)) > 1000
+
+
+@pytest.mark.slow
+def test_the_bound_is_never_violated_on_a_million_rows() -> None:
+    torch.manual_seed(11)
+    rng, rows = random.Random(11), 0
+    while rows < 1_000_000:
+        rows += check_bound(rng, [257, 640, 1024])
 
 
 def test_nothing_is_lost_where_everything_is_seen() -> None:

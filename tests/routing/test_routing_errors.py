@@ -79,7 +79,7 @@ TABLE: list[tuple[Callable[[], object], type[FarlightError], str]] = [
     (
         lambda: TopBlocks(3, share=0.1),
         ArgumentError,
-        "TopBlocks: count and share given; say how much to take by exactly one of count, share and mass.",
+        "TopBlocks: count and share given; say how much to take by exactly one of count, share, mass and lost.",
     ),
     (lambda: TopBlocks(0), PatternError, "TopBlocks: count = 0: it must be a whole number >= 1."),
     (lambda: TopKeys(share=0.0), ArgumentError, "TopKeys: share = 0.0: it must be a number in 0 < share <= 1."),

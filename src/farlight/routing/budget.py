@@ -1,4 +1,4 @@
-"""`Budget`: how many scored entries a row selects, by count, by share of the visible ones, or by probability mass."""
+"""`Budget`: how many scored entries a row selects, by count, share of the visible ones, probability mass, or proven loss."""
 
 from __future__ import annotations
 
@@ -18,26 +18,32 @@ class Budget:
     """The size of a selection; exactly one field is set.
 
     count: that many entries (all, where fewer are visible); share: ⌈share · visible⌉ entries; mass: the fewest entries, in
-    descending order of score, whose softmax probabilities over the scored entries sum to at least `mass`.
+    descending order of score, whose softmax probabilities over the scored entries sum to at least `mass`; lost: entries until
+    the share of attention left out is proven to be at most `lost` (`routing.until_proven`; `select` does not know it).
     """
 
     count: int | None = None
     share: float | None = None
     mass: float | None = None
+    lost: float | None = None
 
     @staticmethod
-    def checked(name: str, count: int | None, share: float | None, mass: float | None) -> Budget:
-        """The budget of these arguments of the router `name`. Raises ArgumentError unless exactly one is given and in range."""
-        fields = [field for field, value in (("count", count), ("share", share), ("mass", mass)) if value is not None]
+    def checked(name: str, **amounts: float | None) -> Budget:
+        """The budget of the router `name`. Raises ArgumentError unless exactly one amount is given and in range."""
+        fields = [field for field, value in amounts.items() if value is not None]
         if len(fields) != 1:
-            actual = " and ".join(fields) if fields else "nothing"
-            raise ArgumentError(f"{name}: {actual} given; say how much to take by exactly one of count, share and mass.")
+            actual, names = " and ".join(fields) if fields else "nothing", list(amounts)
+            choices = f"{', '.join(names[:-1])} and {names[-1]}"
+            raise ArgumentError(f"{name}: {actual} given; say how much to take by exactly one of {choices}.")
+        count, share, mass, lost = (amounts.get(field) for field in ("count", "share", "mass", "lost"))
         if count is not None:
             whole(f"{name}: count", count, 1)
         for field, value in (("share", share), ("mass", mass)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0):
                 raise ArgumentError(f"{name}: {field} = {show(value)}: it must be a number in 0 < {field} <= 1.")
-        return Budget(count, share, mass)
+        if lost is not None and (isinstance(lost, bool) or not isinstance(lost, int | float) or not 0.0 < lost < 1.0):
+            raise ArgumentError(f"{name}: lost = {show(lost)}: it must be a number in 0 < lost < 1.")
+        return Budget(None if count is None else int(count), share, mass, lost)
 
     def __str__(self) -> str:
         return ", ".join(f"{field}={value:g}" for field, value in self.__dict__.items() if value is not None)

@@ -20,6 +20,7 @@ from farlight.patterns.tables import chosen_blocks
 from farlight.routing.base import Router, RouterInput, row_chunks
 from farlight.routing.budget import Budget, concat_selections
 from farlight.routing.pooling import block_bounds, block_mean, block_sizes
+from farlight.routing.until_proven import ProvenChoice
 
 __all__ = ["TopBlocks"]
 
@@ -41,17 +42,24 @@ class TopBlocks(Router):
     and a query block selects `count` key blocks; or ⌈share · visible⌉ of them; or the fewest that hold `mass` of the estimated
     probability `softmax_c(scale · score + log n_c)` over the scored blocks, so rows of concentrated attention select fewer.
 
+    `lost=0.02` adds blocks until each row's missed share of softmax(scale · q kᵀ) is proven to be at most 0.02, or every block
+    is seen. What the blocks left out can hold, Σ_c n_c exp(scale · "minmax" score), is compared with Σ exp(scale · q · k) of
+    the keys seen, rounding included. Order: Σ_q softmax_c(scale · "minmax" score + log n_c) over the queries that choose
+    together, largest first. Links that are united with the choice make the miss smaller still. The keys seen are scored once
+    more for it; where the bounds are loose nearly everything is seen (docs/routing.md).
+
     * not causal: q̄ is the mean of the block's real queries; every block with a real key is visible; `query_block=None` means
       `block`.
     * causal: blocks that end before the query block begins are scored. Blocks that overlap the query block are always selected,
       unscored, since their summaries contain later keys; count and share include them, counted by position, whether or not the
       text has reached them. Keys after the query are removed. `query_block=None` means 1. A larger query block is represented
       by its first real query, since the others are in that query's future; the queries must then begin at a multiple of
-      query_block. With "softmax" all queries of the block choose together: a query attends to no later key, but which earlier
-      blocks it reads depends on up to query_block - 1 later queries.
+      query_block. With "softmax" and `lost` all queries of the block choose together: a query attends to no later key, but
+      which earlier blocks it reads depends on up to query_block - 1 later queries.
 
     Each query head scores the blocks of its own key head. per="head": the heads of a group choose separately; per="group":
-    together, by the sum of their scores. scale: None means D^-½; only mass and "softmax" depend on it. On the CPU native code
+    together, by the sum of their scores. scale: None means D^-½; only mass, lost and "softmax" depend on it. score: None means
+    "mean", with `lost` "minmax", the only one that proves it. On the CPU native code
     scores and selects in one pass, without storing the scores of all blocks; ties go to the earlier block. Raises ArgumentError
     for arguments out of range and for causal queries that begin inside a query block.
 
@@ -74,18 +82,26 @@ class TopBlocks(Router):
         *,
         share: float | None = None,
         mass: float | None = None,
-        score: str = "mean",
+        lost: float | None = None,
+        score: str | None = None,
         scale: float | None = None,
         per: str = "head",
     ) -> None:
         super().__init__()
-        self.budget = Budget.checked("TopBlocks", count, share, mass)
+        self.budget = Budget.checked("TopBlocks", count=count, share=share, mass=mass, lost=lost)
         self.block, self.causal, self.scale = whole("TopBlocks: block", block, 1), bool(causal), scale
         if query_block is None:
             query_block = 1 if causal else self.block
         self.query_block = whole("TopBlocks: query_block", query_block, 1)
+        if score is None:
+            score = "mean" if lost is None else "minmax"
         if score not in _SCORES:
             raise ArgumentError(f"TopBlocks: score = {show(score)} is unknown; use one of {', '.join(map(repr, _SCORES))}.")
+        if lost is not None and score != "minmax":
+            raise ArgumentError(
+                f"TopBlocks: lost = {lost} with score = {score!r}: only bounds prove what is lost; leave score out, or choose "
+                "by count, share or mass."
+            )
         if per not in _PER:
             raise ArgumentError(f"TopBlocks: per = {show(per)} is unknown; use 'head' or 'group'.")
         self.score, self.per = score, per
@@ -98,6 +114,8 @@ class TopBlocks(Router):
         first = self._first(inputs)
         if can_choose(inputs.q):
             indices = self._choose_native(inputs, first)
+        elif self.budget.lost is not None:
+            indices = self._select_proven(inputs, first)
         else:
             indices = self._select(inputs, first, self.summary(inputs.k, inputs.key_mask))
         return self.pattern_of_lists(indices, inputs, first)
@@ -115,8 +133,7 @@ class TopBlocks(Router):
         """`_select` by the native kernels, from the keys themselves."""
         budget, q = self.budget, inputs.q
         num_blocks, num_lists = -(-inputs.n_k // self.block), -(-(inputs.offset + inputs.n_q - first) // self.query_block)
-        amounts = {"count": budget.count, "share": budget.share, "mass": budget.mass}
-        kind, amount = next((name, value) for name, value in amounts.items() if value is not None)
+        kind, amount = next((name, value) for name, value in vars(budget).items() if value is not None)
         width = -1
         if kind == "count" and torch.compiler.is_compiling():
             width = min(max(int(amount), self._max_overlap()), num_blocks)
@@ -156,7 +173,7 @@ class TopBlocks(Router):
         size, offset = self.query_block, inputs.offset
         # Blocks are aligned to position 0; to the first query where queries outnumber keys, so that it has no position in them.
         first = offset // size * size if offset >= 0 else offset
-        if self.causal and first != offset and self.score != "softmax":
+        if self.causal and first != offset and self.score != "softmax" and self.budget.lost is None:
             raise ArgumentError(
                 f"TopBlocks(query_block={size}, causal=True): the first query stands at position {offset}, inside a block, "
                 f"whose choice belongs to the query at {first}; pass queries from there on, or use query_block=1."
@@ -188,17 +205,12 @@ class TopBlocks(Router):
         summary = [table.repeat_interleave(inputs.heads // inputs.kv_heads, 1) for table in summary]
         query_rows, query_mask = self._query_blocks(inputs, first)
         has_query, num_lists = query_mask.any(-1), query_mask.shape[1]
-        key_block = torch.arange(sizes.shape[1], device=device)
-        scores_per_list = inputs.batch * inputs.heads * max(1, key_block.numel())
+        scores_per_list = inputs.batch * inputs.heads * max(1, sizes.shape[1])
         chunks = []
         for rows in row_chunks(num_lists, scores_per_list * (self.query_block if self.score == "softmax" else 1)):
-            visible = (sizes > 0)[:, None, None] & has_query[:, None, rows, None]
-            scored, forced, num_forced = visible, None, None
+            start, scored, forced = self._scored(inputs, first, rows, sizes, has_query)
+            num_forced = None
             if self.causal:
-                start = first + torch.arange(rows.start, rows.stop, device=device)[:, None] * self.query_block
-                ended = (key_block + 1) * block <= start
-                overlapping = (key_block * block < start + self.query_block) & ~ended
-                scored, forced = visible & ended, visible & overlapping
                 # Counted by position, so that decoding, whose text ends inside a block, counts as the parallel pass does.
                 last_block = (start + self.query_block - 1).clamp(min=0) // block
                 num_forced = (last_block - start.clamp(min=0) // block + 1).squeeze(1)
@@ -208,6 +220,47 @@ class TopBlocks(Router):
             chunks.append(self.budget.select(masked, forced, num_forced, self._max_overlap()))
         heads = inputs.kv_heads if self.per == "group" else inputs.heads
         empty = torch.full((inputs.batch, heads, num_lists, 0), -1, device=device)
+        return concat_selections(chunks) if chunks else empty
+
+    def _scored(
+        self, inputs: RouterInput, first: int, rows: slice, sizes: Tensor, has_query: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(first positions `(u, 1)` of the query blocks `rows`, their scored and, causal, their forced blocks: `(B or 1, 1, u,
+        blocks)` bool).
+        """
+        device, block = inputs.q.device, self.block
+        start = first + torch.arange(rows.start, rows.stop, device=device)[:, None] * self.query_block
+        visible = (sizes > 0)[:, None, None] & has_query[:, None, rows, None]
+        if not self.causal:
+            return start, visible, None
+        key_block = torch.arange(sizes.shape[1], device=device)
+        ended = (key_block + 1) * block <= start
+        overlapping = (key_block * block < start + self.query_block) & ~ended
+        return start, visible & ended, visible & overlapping
+
+    def _select_proven(self, inputs: RouterInput, first: int) -> Tensor:
+        """`_select` for the budget `lost`."""
+        sizes = block_sizes(inputs.n_k, self.block, inputs.key_mask, inputs.q.device)
+        query_rows, query_mask = self._query_blocks(inputs, first)
+        num_lists, group = query_mask.shape[1], inputs.heads // inputs.kv_heads
+        k, together = inputs.k, group if self.per == "group" else 1
+        if self.per == "head":
+            k = k.repeat_interleave(group, 1)
+        scale = k.shape[-1] ** -0.5 if self.scale is None else self.scale
+        proven = ProvenChoice(k, inputs.key_mask, self.block, scale, self.budget.lost or 0.0)
+        # The rows of the heads that choose together stand one after the other.
+        query_rows = query_rows.unflatten(1, (-1, together)).transpose(2, 3).flatten(3, 4)
+        chunks = []
+        for rows in row_chunks(num_lists, inputs.batch * inputs.heads * self.query_block * max(1, inputs.n_k)):
+            start, scored, forced = self._scored(inputs, first, rows, sizes, query_mask.any(-1))
+            positions = (start + torch.arange(self.query_block, device=k.device)).repeat(1, together) if self.causal else None
+            mask = query_mask[:, None, rows].repeat(1, 1, 1, together)
+            taken = proven.blocks(query_rows[:, :, rows], mask, positions, scored)
+            taken = taken if forced is None else taken | forced
+            index = torch.where(taken, torch.arange(taken.shape[-1], device=k.device), taken.shape[-1]).sort(-1).values
+            width = int(taken.sum(-1).amax()) if taken.numel() else 0
+            chunks.append(torch.where(index < taken.shape[-1], index, -1)[..., :width])
+        empty = torch.full((inputs.batch, k.shape[1], num_lists, 0), -1, device=k.device)
         return concat_selections(chunks) if chunks else empty
 
     def _scores(

@@ -47,7 +47,7 @@ class TopKeys(Router):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.budget = Budget.checked("TopKeys", count, share, mass)
+        self.budget = Budget.checked("TopKeys", count=count, share=share, mass=mass)
         self.causal, self.scale = bool(causal), scale
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ __all__ = ["BUDGETS", "SCORES", "TYPE_CODES", "can_choose", "choose_blocks"]
 
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # enum Type in csrc/views.h
 SCORES = ("mean", "minmax", "softmax")  # enum BlockScore in csrc/content/choose.h
-BUDGETS = ("count", "share", "mass")  # enum BudgetKind
+BUDGETS = ("count", "share", "mass", "lost")  # enum BudgetKind
 
 
 def can_choose(q: Tensor) -> bool:
