@@ -13,6 +13,7 @@ from torch import Tensor
 import farlight as fl
 from farlight.kernels import cpu
 from farlight.routing import TopBlocks, topblocks
+from farlight.routing.base import check_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the native module")
 
@@ -141,3 +142,6 @@ def test_arguments_that_prove_nothing(arguments: dict[str, Any], message: str) -
 def test_a_cache_refuses_it() -> None:
     with pytest.raises(fl.errors.ArgumentError, match="reads every key to prove what is lost, but a cache scores summaries"):
         fl.KVCache(TopBlocks(lost=0.02, block=8, causal=True))
+    router, x = TopBlocks(lost=0.02, block=8, causal=True), torch.randn(1, 1, 32, 8)
+    with pytest.raises(fl.errors.ArgumentError, match="only summaries of their blocks are known"):
+        router.select_lists(check_inputs(x, x), router.summary(x))

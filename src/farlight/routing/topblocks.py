@@ -200,6 +200,11 @@ class TopBlocks(Router):
 
     def _select(self, inputs: RouterInput, first: int, summary: list[Tensor]) -> Tensor:
         """`(B, H, U, m)` int64: the selected key blocks of each query block, padded with -1; with per="group" of key heads."""
+        if self.budget.lost is not None:
+            raise ArgumentError(
+                f"TopBlocks({self.budget}): what is lost is proven from the keys, but only summaries of their blocks are known "
+                "where a cache or other ranks hold the keys; use count, share or mass there."
+            )
         device, block = inputs.q.device, self.block
         sizes = block_sizes(inputs.n_k, block, inputs.key_mask, device)
         summary = [table.repeat_interleave(inputs.heads // inputs.kv_heads, 1) for table in summary]
