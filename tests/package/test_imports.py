@@ -164,6 +164,7 @@ LAYERS = {
 REACHING_UP = {
     ("farlight.patterns.expression", "farlight.plan.build"): "Pattern.count is a sum over the planner's terms",
     ("farlight.patterns.expression", "farlight.analysis.plot"): "Pattern.plot draws",
+    ("farlight.patterns.expression", "farlight.analysis.notebook"): "a notebook shows the matrix",
     ("farlight.kernels.calibrate", "farlight"): "the file of measured rates carries the version",
     ("farlight.analysis.cost", "farlight"): "times the public attention",
     ("farlight.hf", "farlight.analysis.fit.whole_model"): "fl.hf.fit is analysis under its public name",

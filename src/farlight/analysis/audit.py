@@ -128,7 +128,7 @@ class PatternAudit:
         return self.mass / self.best if self.best else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
     """The setting of an audit and its result for each pattern.
 
@@ -170,6 +170,16 @@ class Audit:
                 row |= {"loss": language.loss, "loss_full": language.loss_full, "loss_lost": language.lost}
                 row |= {"perplexity": language.perplexity, "perplexity_full": language.perplexity_full}
         return fields
+
+    def __repr__(self) -> str:
+        return (
+            f"<Audit of {self.model}: {len(self.patterns)} patterns, {self.passages} passages of {self.passage_tokens} tokens>"
+        )
+
+    def _repr_html_(self) -> str:
+        from farlight.analysis.notebook import audit_html
+
+        return audit_html(self)
 
 
 def steps(passages: Passages, patterns: Sequence[Judged | Subject]) -> list[str]:

@@ -216,6 +216,11 @@ class Pattern:
 
         return plot_pattern(self, n, batch=batch, head=head, ax=ax, pixels=pixels)
 
+    def _repr_html_(self) -> str:
+        from farlight.analysis.notebook import pattern_html
+
+        return pattern_html(self)
+
     # ---- what each pattern implements --------------------------------------------------------------------------------
     @property
     def varies_over_batch(self) -> bool:

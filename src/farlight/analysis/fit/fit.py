@@ -16,6 +16,7 @@ from farlight.analysis.fit.candidates import fixed_options, parse_candidates
 from farlight.analysis.fit.frontier import Option, allocate, concave
 from farlight.analysis.fit.measurements import CandidateMeasurements
 from farlight.analysis.fit.profile import LayerProfile
+from farlight.analysis.notebook import fit_html, head_rows, summary
 from farlight.errors import ArgumentError
 from farlight.patterns import parse, per_head
 from farlight.patterns.algebra import looks_back
@@ -25,8 +26,11 @@ from farlight.routing.notation import is_router, read_router
 
 __all__ = ["Fit", "fit", "head_options", "layer_fit", "read_target"]
 
+# Distinct patterns that a printed fit lists.
+_PRINTED = 8
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Fit:
     """A pattern for each head of one layer. Returned by `farlight.fit`.
 
@@ -78,14 +82,20 @@ class Fit:
         """Mean of `kept` over heads."""
         return float(self.kept.mean())
 
+    def __repr__(self) -> str:
+        return f"<Fit of {len(self.heads)} heads: {summary(self)}>"
+
     def __str__(self) -> str:
-        lines = [f"{self.density:.1%} of all links keep {self.mass:.1%} of full attention"]
-        for number, head in enumerate(self.heads):
-            text = head if isinstance(head, str) else repr(head)
-            share = float(self.links[number] / self.base_links[number].clamp(min=1))
-            text = text if len(text) <= 80 else text[:79] + "…"
-            lines.append(f"head {number:2d}: {share:6.1%} of its links keep {float(self.kept[number]):6.1%}  {text}")
-        return "\n".join(lines)
+        rows = list(head_rows(self))
+        lines = [
+            f"heads {heads}: {links:.1%} of their links keep {kept:.1%}  {text if len(text) <= 80 else text[:79] + '…'}"
+            for heads, text, links, kept in rows[:_PRINTED]
+        ]
+        more = [f"… {len(rows) - _PRINTED} more patterns"] if len(rows) > _PRINTED else []
+        return "\n".join([summary(self), *lines, *more])
+
+    def _repr_html_(self) -> str:
+        return fit_html(self)
 
 
 def fit(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from farlight.analysis.fit.fit import Fit
 from farlight.analysis.loss.fidelity import Fidelity
+from farlight.analysis.notebook import grid
 from farlight.hf.fit_file import write_layers
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
@@ -20,7 +21,7 @@ from farlight.routing.notation import read_router
 __all__ = ["ModelFit", "layer_patterns"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelFit:
     """A pattern for each head of each layer. Returned by `farlight.hf.fit`.
 
@@ -100,6 +101,20 @@ class ModelFit:
             **fidelity,
         }
 
+    def __repr__(self) -> str:
+        return f"<ModelFit of {len(self.layers)} layers: {self.density:.1%} of all links, {self.passages[0]} passages>"
+
+    def _repr_html_(self) -> str:
+        head = ["layer", "links", "kept", "families"]
+        rows = [[str(number), f"{fit.density:.1%}", f"{fit.mass:.1%}", _families(fit)] for number, fit in self.layers.items()]
+        measured = [("fitted to", self.trained), ("held out", self.held_out)]
+        notes = [
+            f"{name}: keeps {_mean(fidelity.mass):.1%}, token cosine {fidelity.token_cosine:.4f}"
+            for name, fidelity in measured
+            if fidelity is not None
+        ]
+        return grid(repr(self), head, rows, "; ".join(notes))
+
     def __str__(self) -> str:
         lines = [
             f"{self.density:.1%} of all links, fitted to {self.passages[0]} passages of {self.passage_tokens} tokens",
@@ -115,8 +130,7 @@ class ModelFit:
             gap = self.held_out.token_cosine - self.trained.token_cosine
             lines.append(f"{'difference':22}{_mean(self.held_out.mass) - _mean(self.trained.mass):8.1%}{'':9}{gap:14.4f}")
         for number, fit in self.layers.items():
-            families = ", ".join(f"{fit.families.count(f)} {f}" for f in dict.fromkeys(fit.families))
-            lines.append(f"layer {number:2d}: {fit.density:6.1%} of its links keep {fit.mass:6.1%}  ({families})")
+            lines.append(f"layer {number:2d}: {fit.density:6.1%} of its links keep {fit.mass:6.1%}  ({_families(fit)})")
         return "\n".join(lines)
 
 
@@ -125,6 +139,11 @@ def layer_patterns(layers: dict[int, Fit], gist: int | None) -> dict[int, Patter
     if gist is None:
         return {number: layer.pattern for number, layer in layers.items()}
     return {number: read_router(f"gist({layer.expression}, block={gist})") for number, layer in layers.items()}
+
+
+def _families(fit: Fit) -> str:
+    """`2 window, 1 blocks`: how many heads chose from which family."""
+    return ", ".join(f"{fit.families.count(family)} {family}" for family in dict.fromkeys(fit.families))
 
 
 def _mean(x: Tensor) -> float:

@@ -71,6 +71,11 @@ class Reach:
 
         return plot_reach(self, ax=ax)
 
+    def _repr_html_(self) -> str:
+        from farlight.analysis.notebook import reach_html
+
+        return reach_html(self)
+
     def __str__(self) -> str:
         method = (
             "every token"

@@ -93,8 +93,14 @@ class SmallWorld:
 
         return plot_hops(self, ax=ax)
 
-    def __str__(self) -> str:
-        rows = [
+    def _repr_html_(self) -> str:
+        from farlight.analysis.notebook import world_html
+
+        return world_html(self)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(metric, value, what to compare it with), as printed."""
+        return [
             (
                 "links",
                 f"{self.links:,}",
@@ -116,6 +122,9 @@ class SmallWorld:
             ("sigma", f"{self.sigma:,.4g}", "far above 1 in a small world"),
             ("omega", f"{self.omega:.2f}", "near 0 in a small world, 1 random, -1 lattice"),
         ]
+
+    def __str__(self) -> str:
+        rows = self.rows()
         method = "every token" if self.exact else f"{self.targets:,} tokens drawn, margins at {self.confidence:.0%} confidence"
         width = max(len(row[1]) for row in rows)
         lines = [f"{name:<13} {value:>{width}}   {note}" for name, value, note in rows]

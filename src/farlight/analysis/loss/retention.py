@@ -32,7 +32,7 @@ from farlight.patterns.expression import Pattern, Sizes
 __all__ = ["Retention", "retention", "retentions"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Retention:
     """Attention probability kept by a pattern. Returned by `farlight.retention`.
 
@@ -60,6 +60,25 @@ class Retention:
     lost_output: Tensor | None = None
     mass_without_sink: Tensor | None = None
     _histogram: Histogram = field(repr=False, kw_only=True)
+
+    def __repr__(self) -> str:
+        """One line, means over texts and heads.
+
+        >>> import torch, farlight as fl
+        >>> fl.retention(*torch.zeros(2, 1, 3, 8, 4), fl.window(0))
+        <Retention: 12.5% of all links keep 12.5% of full attention, at best 12.5%; 1 text, 3 heads, 8 rows>
+        """
+        texts, heads, rows = self.kept.shape
+        shares = [float(share.double().mean()) if share.numel() else 0.0 for share in (self.density, self.mass, self.best)]
+        return (
+            f"<Retention: {shares[0]:.1%} of all links keep {shares[1]:.1%} of full attention, at best {shares[2]:.1%}; "
+            f"{texts} text{'s' * (texts != 1)}, {heads} head{'s' * (heads != 1)}, {rows:,} rows>"
+        )
+
+    def _repr_html_(self) -> str:
+        from farlight.analysis.notebook import retention_html
+
+        return retention_html(self)
 
     @property
     def mass(self) -> Tensor:
