@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
 
+#include "binding.h"
 #include "decoder.h"
 #include "dispatch.h"
 
@@ -12,17 +13,9 @@ namespace farlight {
 
 namespace {
 
-using StridedAddress = std::vector<int64_t>;  // (address, batch stride, head stride, row stride)
-
 TokenTensor token_tensor(const StridedAddress& from, int type) {
-  if (from.size() != 4) throw std::invalid_argument("a tensor is (address, batch stride, head stride, row stride)");
   if (type < 0 || type > 2) throw std::invalid_argument("type is 0 (float32), 1 (bfloat16) or 2 (float16)");
-  return {{reinterpret_cast<const void*>(from[0]), from[1], from[2], from[3]}, static_cast<KeyType>(type)};
-}
-
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(address);
+  return {tensor_view(from), static_cast<KeyType>(type)};
 }
 
 // pages: (k, v, k scale, v scale, capacity, 1 = shared) of each; tables: addresses of position, last_use, gapless and state; rule: addresses

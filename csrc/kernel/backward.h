@@ -1,5 +1,4 @@
-// Backward pass of one work item: recomputes the weights from the lse, then four more products, chunk by chunk, with query rows
-// in lanes.
+// Backward pass of one work item: weights recomputed from the lse, then four products, chunk by chunk, with query rows in lanes.
 //
 //   P = exp(S - lse)    dS = P (dP - delta + dlse)    dV += P^T dO    dK += dS^T Q    dQ = dS K
 //
@@ -8,12 +7,14 @@
 #pragma once
 
 #include <math.h>
+#include <utility>
 
 #include "dkdv_accumulator.h"
 #include "gathered_backward.h"
 #include "pair_operands.h"
 #include "row_prefetch.h"
 #include "score_terms.h"
+#include "split_k.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -85,8 +86,8 @@ class Backward {
     }
     queries_.fetch(q, row_block, q_prescaled<Traits> ? scale_log2 : 1.0f);
     dout_.fetch(dout, row_block, 1.0f);
-    pack_rows(q, row_block, query_rows_);
-    pack_rows(dout, row_block, dout_rows_);
+    pack_rows<Traits>(q, row_block, dim_, ld_, query_rows_);
+    pack_rows<Traits>(dout, row_block, dim_, ld_, dout_rows_);
     prepare(row_block, dout);
     dkdv_.clear_discard();
     const int lanes = static_cast<int>(round_up(row_block.count, kV * W));
@@ -131,9 +132,7 @@ class Backward {
     } else {
       if (num_chunks > kChunksPerSum) {
         flush_dq(false);
-        float* const total = dq_total_;
-        dq_total_ = dq_;
-        dq_ = total;
+        std::swap(dq_, dq_total_);
       }
       transpose_from_lanes(dq_, dim_, dq_rows_, ld_);
     }
@@ -141,25 +140,18 @@ class Backward {
     finish(row_block, touched);
   }
 
-  // Sums dq over the parts of a split-K tile, in their order, and writes the rows.
+  // Sums dq over the parts of a split-K tile and writes its rows.
   void merge_parts() {
-    const PieceView& piece = call_.plan->pieces[item_.piece];
-    const int64_t first = item_.entry - piece.part[item_.entry];
-    for (int first_row = 0; first_row < piece.count[item_.entry]; first_row += kRows) {
-      const RowBlock row_block(*call_.plan, item_, first_row);
-      for (int s = 0; s < row_block.count; ++s) {
-        float* row = dq_rows_ + s * ld_;
-        const int parts = piece.parts[item_.entry];
-        bool touched = false;
-        for (int part = 0; part < parts; ++part) touched |= partial(first + part)[(first_row + s) * (dim_ + 2)] != 0.0f;
-        for (int64_t d = 0; d < dim_; ++d) {
-          double sum = 0.0;  // float64: there may be a thousand parts
-          for (int part = 0; part < parts; ++part) sum += partial(first + part)[(first_row + s) * (dim_ + 2) + 2 + d];
-          row[d] = static_cast<float>(sum);
-        }
-        write(row_block.row[s], row, touched);
+    SplitK(call_, item_).merge([&](int64_t row, int parts, const auto& partial) {
+      bool touched = false;
+      for (int part = 0; part < parts; ++part) touched |= partial(part)[0] != 0.0f;
+      for (int64_t d = 0; d < dim_; ++d) {
+        double sum = 0.0;  // float64: there may be a thousand parts
+        for (int part = 0; part < parts; ++part) sum += partial(part)[2 + d];
+        dq_rows_[d] = static_cast<float>(sum);
       }
-    }
+      write(row, dq_rows_, touched);
+    });
   }
 
  private:
@@ -175,26 +167,6 @@ class Backward {
     for (int64_t i = 0; i < dim_ * kRows; i += W) {
       const F sum = load(dq_ + i);
       store(dq_total_ + i, first ? sum : add(load(dq_total_ + i), sum));
-    }
-  }
-
-  // Packs rows as the right operand of products over query rows; of pairs, word (i, d) holds rows 2i and 2i + 1.
-  void pack_rows(const HeadRows<T>& source, const RowBlock& row_block, Word* to) {
-    if constexpr (uses_pairs<Traits>) {
-#if defined(FARLIGHT_BF16_PAIRS)
-      const int64_t part = kRows / 2 * ld_;
-      for (int s = 0; s < row_block.count; s += 2)
-        interleave_rows(source.row(row_block.row[s]), s + 1 < row_block.count ? source.row(row_block.row[s + 1]) : nullptr,
-                        dim_, to + s / 2 * ld_, part);
-      const int pairs = (row_block.count + 1) / 2;
-      for (int p = 0; uses_amx<Traits> && p < num_parts<Traits>; ++p)
-        std::memset(to + p * part + pairs * ld_, 0, (kRows / 2 - pairs) * ld_ * sizeof(Word));
-#endif
-    } else {
-      for (int s = 0; s < row_block.count; ++s) {
-        copy_as_float(source.row(row_block.row[s]), to + s * ld_, dim_);
-        for (int64_t d = dim_; d < ld_; ++d) to[s * ld_ + d] = 0.0f;
-      }
     }
   }
 
@@ -300,6 +272,10 @@ class Backward {
     if constexpr (uses_pairs<Traits>) return ds_rows_;
     else return ds_;
   }
+  const Word* ds_by_key_pairs() const {
+    if constexpr (uses_pairs<Traits>) return ds_columns_;
+    else return ds_;
+  }
 
   // dQ^T += K^T dS^T.
   void add_dq(int lanes, bool overwrite, KeyPrefetcher<Traits>& prefetcher) {
@@ -312,10 +288,7 @@ class Backward {
 #endif
     } else {
       if constexpr (uses_pairs<Traits>) keys_.fetch_col_major(c, packed_);
-      const Word* ds;
-      if constexpr (uses_pairs<Traits>) ds = ds_columns_;
-      else ds = ds_;
-      accumulate_col_major<Op>(dq_, keys_.col_major, ds, c.spans, dim_, lanes, overwrite);
+      accumulate_col_major<Op>(dq_, keys_.col_major, ds_by_key_pairs(), c.spans, dim_, lanes, overwrite);
       (void)prefetcher;
     }
   }
@@ -331,24 +304,13 @@ class Backward {
     return touched;
   }
 
-  // The partial result of a part of a split-K tile.
-  float* partial(int64_t entry) const {
-    const PieceView& piece = call_.plan->pieces[item_.piece];
-    const int64_t slot =
-        call_.partial_base[item_.piece] + (item_.batch * call_.heads + item_.head) * piece.slots + piece.slot[entry];
-    return call_.partial + slot * call_.plan->tile * (dim_ + 2);
-  }
-
-  // Writes dq, or stores it as a split-K partial: (touched, unused, dim values) per row.
+  // Writes dq, or stores it as a split-K partial: whether the row is touched, and its values.
   void finish(const RowBlock& row_block, uint32_t touched) {
-    if (row_block.piece->slot[item_.entry] < 0) {
-      for (int s = 0; s < row_block.count; ++s) write(row_block.row[s], dq_rows_ + s * ld_, (touched >> s) & 1);
-      return;
-    }
-    float* at = partial(item_.entry) + row_block.first_row * (dim_ + 2);
-    for (int s = 0; s < row_block.count; ++s, at += dim_ + 2) {
-      at[0] = (touched >> s) & 1 ? 1.0f : 0.0f;
-      std::memcpy(at + 2, dq_rows_ + s * ld_, dim_ * sizeof(float));
+    const SplitK split(call_, item_);
+    for (int s = 0; s < row_block.count; ++s) {
+      const bool row_touched = (touched >> s) & 1;
+      if (split.is_part()) split.store(row_block.first_row + s, row_touched ? 1.0f : 0.0f, 0.0f, dq_rows_ + s * ld_);
+      else write(row_block.row[s], dq_rows_ + s * ld_, row_touched);
     }
   }
 

@@ -10,8 +10,10 @@
 #include <math.h>
 
 #include "gathered.h"
+#include "online_softmax.h"
 #include "row_prefetch.h"
 #include "score_terms.h"
+#include "split_k.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -62,11 +64,7 @@ class Forward {
     GatherPrefetcher<T> gather_prefetcher(row_block, keys_.source(), values_.source(), dim_);
     queries_.fetch(q, row_block, before);
     const int lanes = static_cast<int>(round_up(row_block.count, kV * W));
-    for (int g = 0; g < kRows; g += W) {
-      store(row_max_ + g, broadcast(kInitialMax));
-      store(row_sum_ + g, broadcast(0.0f));
-      store(rescale_ + g, broadcast(1.0f));
-    }
+    softmax_.reset();
     bool first_chunk = true;
     KeyWalk walk(row_block, chunk_keys<Traits>, key_group<Traits>);
     bool has_next = walk.next(chunks_[0]);
@@ -116,7 +114,7 @@ class Forward {
       score<Traits, true>(*chunk_, keys_, queries_, lanes, scores_, row_max, lines_for);
       for (int g = 0; !q_prescaled<Traits> && g < lanes; g += W) store(row_max + g, mul(load(row_max + g), broadcast(factor)));
     }
-    const bool rescales = raise_max(row_max, lanes, first_chunk);
+    const bool rescales = softmax_.raise_max(row_max, lanes, first_chunk);
     compute_weights(dropout, broadcast(scale_large(factor, lanes)), lanes);
     add_pv(lanes, first_chunk, rescales);
   }
@@ -132,13 +130,13 @@ class Forward {
       factor = 1.0f;
     }
     F sums[kRows / W];
-    if (kMaxSlack == 0.0f || first_chunk || compute_weights_amx(dropout, factor, lanes, sums)) {
+    if (OnlineSoftmax<Traits>::kMaxSlack == 0.0f || first_chunk || compute_weights_amx(dropout, factor, lanes, sums)) {
       float row_max[kRows];
       row_max_of(*chunk_, scores_, factor, lanes, row_max);
-      if (raise_max(row_max, lanes, first_chunk)) rescale_sums();
+      if (softmax_.raise_max(row_max, lanes, first_chunk)) rescale_sums();
       compute_weights_amx(dropout, scale_large(factor, lanes), lanes, sums);
     }
-    for (int g = 0; g < lanes; g += W) store(row_sum_ + g, add(load(row_sum_ + g), sums[g / W]));
+    for (int g = 0; g < lanes; g += W) softmax_.add_sums(g, sums[g / W]);
     accumulate_key_groups<num_parts<Traits>>(acc_, packed_.groups, packed_.part(), weights_, kWeights, groups, dim_,
                                              first_chunk, [&] { prefetcher.issue_some(); });
 #else
@@ -146,42 +144,10 @@ class Forward {
 #endif
   }
 
-  // The running maximum of a row is raised only when a score exceeds it by more than kMaxSlack, so rescaling is rare; float32
-  // weights up to 2^8 are harmless. Weights rounded to bfloat16 use the exact maximum: numbers just below 1 are rounded half as
-  // coarsely as those just above, which takes a tenth off the rounding error of the results.
-  static constexpr float kMaxSlack = uses_pairs<Traits> && num_parts<Traits> == 1 ? 0.0f : 8.0f;
-
-  // Raises the running maximum to the chunk's where it exceeds the slack, and rescales the row sums. Returns whether the
-  // accumulators must be multiplied by rescale_ as well.
-  bool raise_max(const float* row_max, int lanes, bool first_chunk) {
-    bool rescales = false;
-    for (int g = 0; g < lanes; g += W) {
-      const F previous = load(row_max_ + g), chunk_max = load(row_max + g);
-      const uint32_t raised = greater(chunk_max, add(previous, broadcast(kMaxSlack)));
-      store(rescale_ + g, broadcast(1.0f));
-      if (!raised) continue;
-      const F reference = select(raised, chunk_max, previous);
-      store(row_max_ + g, reference);
-      if (first_chunk) continue;
-      const F rescale = exp2_poly<5>(sub(previous, reference));
-      store(rescale_ + g, rescale);
-      store(row_sum_ + g, mul(load(row_sum_ + g), rescale));
-      rescales = true;
-    }
-    return rescales;
-  }
-
   // The factor still to be applied to the chunk's scores. Where a running maximum is large (kLargeReference) it is applied
   // here.
   float scale_large(float factor, int lanes) {
-    if constexpr (q_prescaled<Traits>) return factor;
-    uint32_t large = 0;
-    for (int g = 0; g < lanes; g += W) {
-      const F row_max = load(row_max_ + g);
-      large |= greater(row_max, broadcast(kLargeReference)) |
-               (greater(broadcast(-kLargeReference), row_max) & greater(row_max, broadcast(kInitialMax)));
-    }
-    if (!large) return factor;
+    if (q_prescaled<Traits> || !softmax_.any_large(lanes)) return factor;
     scale_scores(scores_, chunk_->blocks * kM, factor);
     return 1.0f;
   }
@@ -189,7 +155,10 @@ class Forward {
   // O^T *= rescale.
   void rescale_sums() {
     for (int64_t d = 0; d < dim_; ++d)
-      for (int g = 0; g < kRows; g += W) store(acc_ + d * kRows + g, mul(load(acc_ + d * kRows + g), load(rescale_ + g)));
+      for (int g = 0; g < kRows; g += W) {
+        float* const at = acc_ + d * kRows + g;
+        store(at, mul(load(at), load(softmax_.rescale + g)));
+      }
   }
 
 #if defined(FARLIGHT_ISA_AMX)
@@ -207,7 +176,7 @@ class Forward {
     }
     if (c.masked[block])
       for (int i = 0; i < kM; ++i) w[i] = select(c.row_mask[first + i] >> g, w[i], broadcast(kMaskedScore));
-    if (kMaxSlack > 0.0f) running_max = max(largest(w), running_max);
+    if (OnlineSoftmax<Traits>::kMaxSlack > 0.0f) running_max = max(largest(w), running_max);
     FARLIGHT_UNROLL
     for (int i = 0; i < kM; ++i) w[i] = exp2_poly<Traits::degree>(w[i]);
     const F sum = add(add(add(w[0], w[1]), add(w[2], w[3])), add(add(w[4], w[5]), add(w[6], w[7])));
@@ -224,12 +193,12 @@ class Forward {
   bool compute_weights_amx(const DropoutMask& dropout, float factor, int lanes, F* sums) {
     uint32_t raised = 0;
     for (int g = 0; g < lanes; g += W) {
-      const F reference = load(row_max_ + g);
+      const F reference = load(softmax_.row_max + g);
       F sum = broadcast(0.0f), running_max = broadcast(kMaskedScore);
       for (int block = 0; block < chunk_->blocks; ++block)
         sum = add(sum, weights_of_block(block, g, broadcast(factor), reference, dropout, running_max));
       sums[g / W] = sum;
-      raised |= greater(running_max, broadcast(kMaxSlack));
+      raised |= greater(running_max, broadcast(OnlineSoftmax<Traits>::kMaxSlack));
     }
     return raised != 0;
   }
@@ -248,7 +217,7 @@ class Forward {
     F reference[V], row_sum[V];  // per span: keeps float sums short, see gemm_col_major_block
     FARLIGHT_UNROLL
     for (int v = 0; v < V; ++v) {
-      reference[v] = load(row_max_ + g + v * W);
+      reference[v] = load(softmax_.row_max + g + v * W);
       row_sum[v] = broadcast(0.0f);
     }
     const auto weight = [&](int i, int v) {
@@ -273,7 +242,7 @@ class Forward {
       }
     }
     FARLIGHT_UNROLL
-    for (int v = 0; v < V; ++v) store(row_sum_ + g + v * W, add(load(row_sum_ + g + v * W), row_sum[v]));
+    for (int v = 0; v < V; ++v) softmax_.add_sums(g + v * W, row_sum[v]);
   }
 
   // O^T += V^T P^T. The rescaling is fused into the product when every row block half takes part in the whole chunk.
@@ -283,67 +252,46 @@ class Forward {
     const bool fused = spans.count == 1 && spans.span[0].halves == kBothHalves;
     if (rescales && !fused) rescale_sums();
     accumulate_col_major<typename Traits::Op>(acc_, values_.col_major, weights_, spans, dim_, lanes, first_chunk,
-                                              rescales && fused ? rescale_ : nullptr);
+                                              rescales && fused ? softmax_.rescale : nullptr);
   }
 
   // Continues the softmax over gathered keys.
   void add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const DropoutMask& dropout, const BlockTerms& terms) {
     GatheredSoftmax<T> softmax(row_block, q, keys_.source(), values_.source(), dim_, call_.scale * kLog2E, dropout, terms,
-                               {row_max_, row_sum_, out_rows_, ld_, row_buffer_});
+                               {softmax_.row_max, softmax_.row_sum, out_rows_, ld_, row_buffer_});
     for (int i = 0; i < row_block.piece->layer_count; ++i)
       if (row_block.has_gathered(row_block.piece->layers[i])) softmax.process_layer(row_block.piece->layers[i]);
   }
 
-  // Writes the rows, or stores them as split-K partials: (maximum, sum, dim values) per row.
+  // Writes the rows, or stores them as split-K partials.
   void finish(const RowBlock& row_block, float keep_scale) {
-    const PieceView& piece = *row_block.piece;
-    if (piece.slot[item_.entry] < 0) {
-      for (int s = 0; s < row_block.count; ++s)
-        write(row_block.row[s], row_max_[s], row_sum_[s], out_rows_ + s * ld_, keep_scale);
-      return;
+    const SplitK split(call_, item_);
+    for (int s = 0; s < row_block.count; ++s) {
+      const float row_max = softmax_.row_max[s], row_sum = softmax_.row_sum[s];
+      float* const row = out_rows_ + s * ld_;
+      if (split.is_part()) split.store(row_block.first_row + s, row_max, row_sum, row);
+      else write(row_block.row[s], row_max, row_sum, row, keep_scale);
     }
-    float* at = partial(item_.entry) + row_block.first_row * (dim_ + 2);
-    for (int s = 0; s < row_block.count; ++s, at += dim_ + 2) {
-      at[0] = row_max_[s];
-      at[1] = row_sum_[s];
-      std::memcpy(at + 2, out_rows_ + s * ld_, dim_ * sizeof(float));
-    }
-  }
-
-  // The partial result of a part of a split-K tile.
-  float* partial(int64_t entry) const {
-    const PieceView& piece = call_.plan->pieces[item_.piece];
-    const int64_t slot =
-        call_.partial_base[item_.piece] + (item_.batch * call_.heads + item_.head) * piece.slots + piece.slot[entry];
-    return call_.partial + slot * call_.plan->tile * (dim_ + 2);
   }
 
  public:
-  // Merges the partial results of a split-K tile in the order of its parts (deterministic), and writes the rows. Called by the
-  // thread that finished last.
+  // Merges the partial results of a split-K tile and writes its rows.
   void merge_parts() {
-    const PieceView& piece = call_.plan->pieces[item_.piece];
-    const int64_t first = item_.entry - piece.part[item_.entry];
-    const int parts = piece.parts[item_.entry];
     const float keep_scale = call_.dropout.on ? call_.dropout.keep_scale : 1.0f;
-    for (int first_row = 0; first_row < piece.count[item_.entry]; first_row += kRows) {
-      const RowBlock row_block(*call_.plan, item_, first_row);
-      for (int s = 0; s < row_block.count; ++s) {
-        float row_max = kInitialMax, row_sum = 0.0f;
-        float* row = out_rows_ + s * ld_;
-        std::memset(row, 0, ld_ * sizeof(float));
-        for (int part = 0; part < parts; ++part) {
-          const float* at = partial(first + part) + (first_row + s) * (dim_ + 2);
-          if (at[1] == 0.0f) continue;
-          const float reference = at[0] > row_max ? at[0] : row_max;
-          const float acc_weight = exp2f(row_max - reference), part_weight = exp2f(at[0] - reference);
-          row_sum = row_sum * acc_weight + at[1] * part_weight;
-          for (int64_t d = 0; d < dim_; ++d) row[d] = row[d] * acc_weight + at[2 + d] * part_weight;
-          row_max = reference;
-        }
-        write(row_block.row[s], row_max, row_sum, row, keep_scale);
+    SplitK(call_, item_).merge([&](int64_t row, int parts, const auto& partial) {
+      float row_max = kInitialMax, row_sum = 0.0f;
+      std::memset(out_rows_, 0, ld_ * sizeof(float));
+      for (int part = 0; part < parts; ++part) {
+        const float* at = partial(part);
+        if (at[1] == 0.0f) continue;
+        const float reference = at[0] > row_max ? at[0] : row_max;
+        const float acc_weight = exp2f(row_max - reference), part_weight = exp2f(at[0] - reference);
+        row_sum = row_sum * acc_weight + at[1] * part_weight;
+        for (int64_t d = 0; d < dim_; ++d) out_rows_[d] = out_rows_[d] * acc_weight + at[2 + d] * part_weight;
+        row_max = reference;
       }
-    }
+      write(row, row_max, row_sum, out_rows_, keep_scale);
+    });
   }
 
  private:
@@ -390,9 +338,7 @@ class Forward {
   // Weights overwrite their scores where they have the same size, to keep the working set in L1.
   Word* weights_ = nullptr;
   float *scores_, *acc_, *out_rows_, *row_buffer_;
-  alignas(64) float row_max_[kRows];
-  alignas(64) float row_sum_[kRows];
-  alignas(64) float rescale_[kRows];
+  OnlineSoftmax<Traits> softmax_;
 };
 
 }  // namespace farlight::FARLIGHT_NS

@@ -1,9 +1,34 @@
-// Layouts of P and dS as operands of bfloat16 pairs, in the backward pass.
+// Layouts of the operands of products over query rows, in the backward pass: rows of Q and dO; P and dS as bfloat16 pairs.
 #pragma once
+
+#include <cstring>
 
 #include "kernel_traits.h"
 
 namespace farlight::FARLIGHT_NS {
+
+// Packs rows as the right operand of products over query rows, `ld` words apart; of pairs, word (i, d) holds rows 2i and
+// 2i + 1.
+template <class Traits>
+inline void pack_rows(const HeadRows<typename Traits::T>& source, const RowBlock& row_block, int64_t dim, int64_t ld,
+                      typename Traits::Op::Word* to) {
+  if constexpr (uses_pairs<Traits>) {
+#if defined(FARLIGHT_BF16_PAIRS)
+    const int64_t part = kRows / 2 * ld;
+    for (int s = 0; s < row_block.count; s += 2)
+      interleave_rows(source.row(row_block.row[s]), s + 1 < row_block.count ? source.row(row_block.row[s + 1]) : nullptr, dim,
+                      to + s / 2 * ld, part);
+    const int pairs = (row_block.count + 1) / 2;
+    for (int p = 0; uses_amx<Traits> && p < num_parts<Traits>; ++p)
+      std::memset(to + p * part + pairs * ld, 0, (kRows / 2 - pairs) * ld * sizeof(uint32_t));
+#endif
+  } else {
+    for (int s = 0; s < row_block.count; ++s) {
+      copy_as_float(source.row(row_block.row[s]), to + s * ld, dim);
+      for (int64_t d = dim; d < ld; ++d) to[s * ld + d] = 0.0f;
+    }
+  }
+}
 
 // Zeroes P and dS of padding keys; `part` words between the parts of split operands.
 template <class Traits>

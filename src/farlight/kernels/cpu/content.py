@@ -117,7 +117,7 @@ def lost_bound(q: Tensor, k: Tensor, pattern: Pattern, sizes: Sizes, lse: Tensor
 
 
 def _numbers(clause: ContentClause) -> list[int]:
-    """The numbers of a native clause: `clause_of` in csrc/binding.cpp. They hold addresses of the clause's tables."""
+    """The numbers of a native clause: `clause_of` in csrc/plan_binding.cpp. They hold addresses of the clause's tables."""
     table, real = clause.table, clause.real_keys
     tables = [0, 1, 1, 0, 0] if table is None else [table.data_ptr(), *table.shape]
     masks = [0, 1] if real is None else [real.data_ptr(), real.shape[0]]

@@ -1,0 +1,79 @@
+// Python's side of content/: the choice of key blocks and the bound of what it loses.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
+
+#include "content/choose.h"
+#include "content/lost_bound.h"
+#include "dispatch.h"
+#include "native_plan.h"
+
+namespace nb = nanobind;
+
+namespace farlight {
+
+namespace {
+
+// The tensors and the rule of a choice. numbers: (type, batch, heads, kv_heads, n_q, n_k, dim, query_mask, key_mask, mask_batch,
+// block, query_block, offset, first, causal, shared, score, budget).
+ChoiceProblem choice_of(const std::vector<int64_t>& numbers, const StridedAddress& q, const StridedAddress& k, double amount,
+                        double scale) {
+  if (numbers.size() != 18) throw std::invalid_argument("a choice has 18 numbers");
+  const int64_t* n = numbers.data();
+  return {static_cast<Type>(n[0]),
+          tensor_view(q),
+          tensor_view(k),
+          n[1],
+          n[2],
+          n[3],
+          n[4],
+          n[5],
+          n[6],
+          reinterpret_cast<const uint8_t*>(n[7]),
+          reinterpret_cast<const uint8_t*>(n[8]),
+          n[9],
+          n[10],
+          n[11],
+          n[12],
+          n[13],
+          n[14] != 0,
+          n[15] != 0,
+          static_cast<BlockScore>(n[16]),
+          static_cast<BudgetKind>(n[17]),
+          amount,
+          static_cast<float>(scale)};
+}
+
+// The chosen key blocks of a router.
+ChosenLists choose(const std::vector<int64_t>& numbers, const StridedAddress& q, const StridedAddress& k, double amount,
+                   double scale, int threads) {
+  const ChoiceProblem problem = choice_of(numbers, q, k, amount, scale);
+  const Kernels& kernels_of_isa = kernels();
+  InterruptCheck interrupt = signal_check();
+  const nb::gil_scoped_release release;
+  return choose_blocks(kernels_of_isa, problem, threads, interrupt);
+}
+
+// See lost_bound.h. sizes and clauses: as for a plan; numbers: see choice_of.
+void lost(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses,
+          const std::vector<int64_t>& numbers, const StridedAddress& q, const StridedAddress& k, double scale, int64_t lse,
+          int64_t to, int threads) {
+  const ContentPattern pattern = content_pattern_of(sizes, clauses);
+  const LostProblem problem{pattern, choice_of(numbers, q, k, 0.0, scale), reinterpret_cast<const float*>(lse),
+                            reinterpret_cast<float*>(to)};
+  const Kernels& kernels_of_isa = kernels();
+  InterruptCheck interrupt = signal_check();
+  const nb::gil_scoped_release release;
+  lost_bound(kernels_of_isa, problem, threads, interrupt);
+}
+
+}  // namespace
+
+void bind_content(nb::module_& m) {
+  nb::class_<ChosenLists>(m, "ChosenLists")
+      .def_ro("width", &ChosenLists::width)
+      .def("copy_to", [](const ChosenLists& lists, int64_t address) { lists.copy_to(reinterpret_cast<int64_t*>(address)); });
+  m.def("choose", &choose);
+  m.def("lost", &lost);
+}
+
+}  // namespace farlight

@@ -1,0 +1,174 @@
+// Python's side of a plan (farlight._cpu.Plan): reads the tables of farlight.plan, or the addresses of a choice.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+
+#include "content/sorted_piece.h"
+#include "native_plan.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace farlight {
+
+namespace {
+
+// A plan's int tensor as a contiguous array view. Throws MalformedPlan for any other dtype, rank, layout or device.
+template <class T, int Dims>
+auto array_of(nb::handle owner, const char* name) {
+  nb::ndarray<const T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu> array;
+  if (!nb::try_cast(owner.attr(name), array, false) || !array.is_valid())  // None converts to an invalid array
+    throw MalformedPlan(std::string(name) + " is not a contiguous " + std::to_string(Dims) + "-dimensional int" +
+                        std::to_string(8 * sizeof(T)) + " tensor in the host's memory");
+  return array;
+}
+
+// A copy of a one-dimensional table.
+template <class T>
+std::vector<T> table(nb::handle owner, const char* name) {
+  const auto array = array_of<T, 1>(owner, name);
+  return std::vector<T>(array.data(), array.data() + array.shape(0));
+}
+
+// The variant table of a piece or layer.
+Variants variants(nb::handle owner) {
+  const auto array = array_of<int32_t, 2>(owner, "variant");
+  Variants v;
+  v.batch = static_cast<int32_t>(array.shape(0));
+  v.heads = static_cast<int32_t>(array.shape(1));
+  v.of.assign(array.data(), array.data() + array.size());
+  return v;
+}
+
+// Whether an optional table is present.
+bool has_table(nb::handle owner, const char* name) { return !owner.attr(name).is_none(); }
+
+// The tables of a farlight.plan.tables.Layer.
+Layer layer(nb::handle from) {
+  Layer l;
+  l.variant = variants(from);
+  l.entry_base = table<int64_t>(from, "entry_base");
+  l.place_base = table<int64_t>(from, "place_base");
+  l.indptr = table<int64_t>(from, "indptr");
+  l.lo = table<int32_t>(from, "lo");
+  l.hi = table<int32_t>(from, "hi");
+  l.mask = table<int32_t>(from, "mask");
+  l.has_keys = has_table(from, "keys");
+  if (l.has_keys) l.keys = table<int32_t>(from, "keys");
+  l.has_points = has_table(from, "point_indptr");
+  if (l.has_points) l.point_indptr = table<int64_t>(from, "point_indptr");
+  if (has_table(from, "point_keys")) l.point_keys = table<int32_t>(from, "point_keys");
+  return l;
+}
+
+// The tables of a farlight.plan.tables.Piece.
+Piece piece(nb::handle from) {
+  Piece p;
+  p.variant = variants(from);
+  p.has_rows = has_table(from, "rows");
+  if (p.has_rows) p.rows = table<int32_t>(from, "rows");
+  p.row_first = table<int64_t>(from, "row_first");
+  p.first = table<int64_t>(from, "first");
+  p.start = table<int32_t>(from, "start");
+  p.count = table<int32_t>(from, "count");
+  p.part = table<int32_t>(from, "part");
+  p.parts = table<int32_t>(from, "parts");
+  for (const nb::handle element : from.attr("layers")) p.layers.push_back(layer(element));
+  return p;
+}
+
+// A clause from (kind, causal, indices, batch, heads, lists, width, block, query_block, base, left, right, key_mask, mask_batch).
+Clause clause_of(const std::vector<int64_t>& from) {
+  if (from.size() != 14) throw std::invalid_argument("a clause has 14 numbers");
+  return {static_cast<ClauseKind>(from[0]),
+          from[1] != 0,
+          reinterpret_cast<const int64_t*>(from[2]),
+          from[3],
+          from[4],
+          from[5],
+          from[6],
+          from[7],
+          from[8],
+          from[9],
+          from[10],
+          from[11],
+          reinterpret_cast<const uint8_t*>(from[12]),
+          from[13]};
+}
+
+// Sorted links from (batch, heads, n_q, n_k, rows, row_count, keys, key_count, lo, hi).
+SortedLinks sorted_links_of(const std::vector<int64_t>& from) {
+  if (from.size() != 10) throw std::invalid_argument("sorted links have 10 numbers");
+  const auto table = [&](int i) { return reinterpret_cast<const int64_t*>(from[i]); };
+  return {from[0], from[1], from[2], from[3], table(4), table(5), table(6), table(7), table(8), table(9)};
+}
+
+}  // namespace
+
+ContentPattern content_pattern_of(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses) {
+  if (sizes.size() != 5) throw std::invalid_argument("sizes has 5 numbers");
+  ContentPattern pattern{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], {}};
+  for (const auto& clause : clauses) pattern.clauses.push_back(clause_of(clause));
+  return pattern;
+}
+
+NativePlan::NativePlan(nb::handle plan) {
+  read(plan);
+  tables_.finish();
+}
+
+NativePlan::NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, int64_t gather,
+                       int threads) {
+  const ContentPattern pattern = content_pattern_of(sizes, clauses);
+  InterruptCheck interrupt = signal_check();
+  const nb::gil_scoped_release release;
+  plan_content(pattern, gather, threads, interrupt, tables_, counts_);
+}
+
+NativePlan::NativePlan(nb::handle fixed, const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& pieces) {
+  if (sizes.size() != 5) throw std::invalid_argument("sizes has 5 numbers");
+  tables_.n_q = sizes[2], tables_.n_k = sizes[3], tables_.q_offset = sizes[4], tables_.tile = kRows;
+  if (!fixed.is_none()) {
+    read(fixed);
+    counts_ = {nb::cast<int64_t>(fixed.attr("pairs")), nb::cast<int64_t>(fixed.attr("visited"))};
+  }
+  const nb::gil_scoped_release release;
+  for (const auto& numbers : pieces) {
+    const SortedLinks links = sorted_links_of(numbers);
+    add_sorted_piece(links, sizes[0] * sizes[1] / (links.batch * links.heads), tables_, counts_);
+  }
+  tables_.overlapping = tables_.overlapping || tables_.pieces.size() > 1;
+  tables_.finish();
+}
+
+void NativePlan::read(nb::handle plan) {
+  const nb::object sizes = plan.attr("sizes"), masks = plan.attr("masks");
+  tables_.n_q = nb::cast<int64_t>(sizes.attr("n_q"));
+  tables_.n_k = nb::cast<int64_t>(sizes.attr("n_k"));
+  tables_.q_offset = nb::cast<int64_t>(sizes.attr("q_offset"));
+  tables_.tile = nb::cast<int64_t>(plan.attr("tile"));
+  tables_.overlapping = nb::cast<bool>(plan.attr("overlapping"));
+  tables_.masks = {table<int32_t>(masks, "kind"), table<int32_t>(masks, "start"), table<int32_t>(masks, "core_lo"),
+                   table<int32_t>(masks, "core_hi"), table<int32_t>(masks, "data")};
+  for (const nb::handle element : plan.attr("pieces")) tables_.pieces.push_back(piece(element));
+}
+
+void bind_plan(nb::module_& m) {
+  nb::class_<NativePlan>(m, "Plan", nb::is_weak_referenceable())
+      .def(nb::init<nb::handle>(), "plan"_a)
+      .def(nb::init<nb::handle, const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&>(), "fixed"_a.none(), "sizes"_a,
+           "pieces"_a)
+      .def(nb::init<const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&, int64_t, int>())
+      .def_prop_ro("nbytes", [](const NativePlan& plan) { return plan.tables().bytes(); })
+      .def_prop_ro("overlapping", &NativePlan::overlapping)
+      .def_prop_ro("covers_all_rows", &NativePlan::covers_all_rows)
+      .def_prop_ro("pairs", [](const NativePlan& plan) { return plan.counts().pairs; })
+      .def_prop_ro("visited", [](const NativePlan& plan) { return plan.counts().visited; })
+      .def("dense", [](const NativePlan& plan, int64_t batch, int64_t heads, int64_t address) {
+        plan.tables().check_heads(batch, heads);
+        plan.tables().dense(batch, heads, reinterpret_cast<uint8_t*>(address));
+      });
+}
+
+}  // namespace farlight
