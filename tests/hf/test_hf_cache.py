@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import (
     DynamicCache,
     Gemma2Config,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
@@ -95,7 +96,7 @@ def test_generation_is_that_of_the_sparse_model_without_a_cache(name: str, patte
     assert cache.get_seq_length() == 45
     if pattern == "streaming" and name != "mistral, sliding window":
         assert cache.kept == 15
-        dense = model.generate(**given, max_new_tokens=16, do_sample=False)
+        dense = said(model, None, given, 16)
         assert dense.tolist() != true.sequences.tolist()
 
 
@@ -242,16 +243,18 @@ def test_a_cache_refuses_an_attention_that_does_not_know_what_is_left() -> None:
         model(**prompt(), past_key_values=fl.hf.SparseCache(model.config, PATTERNS["streaming"]))
 
 
-@pytest.mark.parametrize("before", ["untouched", "sparse under another pattern", "sparse under its own", "sparse by layers"])
+@pytest.mark.parametrize("before", ["untouched", "farlight", "sparse under another pattern", "its own", "sparse by layers"])
 def test_a_cache_switches_the_model(before: str) -> None:
     """As README prints it: no `register`, no other call, whatever the model ran under."""
     model, pattern, given = model_of("llama"), fl.presets.streaming(2, 6), prompt()
     expected = said(model, pattern, given, 12, use_cache=False).tolist()
     model.set_attn_implementation("sdpa")
     assert model.generate(**given, max_new_tokens=12, do_sample=False).tolist() != expected
+    if before == "farlight":
+        fl.hf.sparsify(model)
     if before == "sparse under another pattern":
         fl.hf.sparsify(model, fl.causal() & fl.window(2))
-    if before == "sparse under its own":
+    if before == "its own":
         fl.hf.sparsify(model, pattern)
     if before == "sparse by layers":
         fl.hf.sparsify(model, {1: fl.window(2)})
@@ -261,6 +264,13 @@ def test_a_cache_switches_the_model(before: str) -> None:
     assert model.generate(**given, use_cache=False, max_new_tokens=12, do_sample=False).tolist() == expected
     fl.hf.restore(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_continuous_batching_is_refused_under_farlight() -> None:
+    """transformers' paged caches know other attentions only; nothing is generated without the pattern."""
+    model = fl.hf.sparsify(model_of("llama"), PATTERNS["streaming"])
+    with pytest.raises(ValueError, match="farlight is not supported for continuous batching"):
+        model.generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1))
 
 
 def test_a_model_under_another_pattern_is_refused() -> None:

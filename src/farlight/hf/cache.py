@@ -26,7 +26,7 @@ from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.cache_layer import SparseLayer, model_rule_of
 from farlight.hf.cached_tensors import REMEDY
 from farlight.hf.layers import attention_layers
-from farlight.hf.setting import ATTN_IMPLEMENTATION, SETTING, LayerPattern
+from farlight.hf.setting import ATTN_IMPLEMENTATION, SETTING, LayerPattern, setting_of
 from farlight.hf.sparsify import sparsify
 from farlight.patterns.expression import Pattern
 from farlight.routing import Router
@@ -44,7 +44,7 @@ class SparseCache(Cache):
     attn_implementation="farlight" only.
 
     Args:
-        model_or_config: the model, which is switched to farlight's attention, and from another pattern to this one, as
+        model_or_config: the model, which is switched to farlight's attention and to this pattern, as
             `fl.hf.sparsify(model, pattern)` does; or its configuration, which switches nothing.
         pattern: one pattern or router for all layers, or {layer number: pattern or router}, where layers that are not named
             follow the model's own attention. None: what `fl.hf.sparsify` gave the model, else its own attention.
@@ -235,11 +235,11 @@ class SparseCache(Cache):
 
 
 def _switch(model: nn.Module, config: Any, pattern: LayerPattern | Mapping[int, LayerPattern]) -> None:
-    """Let the model run under farlight and `pattern`; one under farlight's attention without a pattern stays as it is."""
-    current = _patterns_of(model)
-    is_farlight = config._attn_implementation == ATTN_IMPLEMENTATION
-    wanted = pattern if isinstance(pattern, Mapping) else dict.fromkeys(current, pattern)
-    if not is_farlight or any(own is not None and own != wanted.get(number) for number, own in current.items()):
+    """Let every layer of the model run under farlight and its pattern; a model that does so already stays as it is."""
+    layers = attention_layers(model)
+    wanted = pattern if isinstance(pattern, Mapping) else dict.fromkeys(layers, pattern)
+    is_switched = all(setting_of(module).pattern == wanted.get(number) for number, module in layers.items())
+    if config._attn_implementation != ATTN_IMPLEMENTATION or not is_switched:
         sparsify(model, pattern)
 
 
