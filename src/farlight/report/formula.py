@@ -153,7 +153,13 @@ class _RuleWriter:
                 f"tokens, more than the {_MAX_INTERVALS:,} that a page may hold; use fewer tokens."
             )
         first = np.searchsorted(row.numpy(), np.arange(self.n + 1))
-        return {"is": "stretches", "first": pack(first), "lo": pack(lo.numpy()), "hi": pack(hi.numpy())}
+        return {
+            "is": "stretches",
+            "name": type(atom).__name__,
+            "first": pack(first),
+            "lo": pack(lo.numpy()),
+            "hi": pack(hi.numpy()),
+        }
 
 
 def _runs(member: Tensor) -> Any:

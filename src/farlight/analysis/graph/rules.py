@@ -55,10 +55,13 @@ def rules_of(pattern: Pattern, i: int, j: int, head: int, holds: Holds) -> tuple
     >>> p = fl.causal() & (fl.window(4) | fl.global_tokens([0]))
     >>> rules_of(p, 3, 0, 0, lambda part: part.allows(3, 0, 9)), rules_of(p, 8, 0, 0, lambda part: part.allows(8, 0, 9))
     (('window within the past', 'global token 0 within the past'), ('global token 0 within the past',))
+    >>> p = fl.window(4) | fl.global_tokens([0]) | fl.random_keys(1)
+    >>> rules_of(p, 8, 0, 0, lambda part: part.allows(8, 0, 9))
+    ('global token 0', 'random key')
     """
     match pattern:
-        case Union(parts=(left, right)):
-            rules = [rule for part in (left, right) if holds(part) for rule in rules_of(part, i, j, head, holds)]
+        case Union(parts=parts):
+            rules = [rule for part in parts if holds(part) for rule in rules_of(part, i, j, head, holds)]
         case Intersection(parts=parts):
             rules = _intersection_rules([(part, rules_of(part, i, j, head, holds)) for part in parts])
         case Difference(parts=(left, _)):

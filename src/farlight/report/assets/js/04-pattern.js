@@ -220,9 +220,9 @@
   const UNIVERSE = new Pieces();
 
   const OPERATORS = {
-    or: ([p, q]) => ({ allows: (i, j) => p.allows(i, j) || q.allows(i, j) }),
-    and: ([p, q]) => ({ allows: (i, j) => p.allows(i, j) && q.allows(i, j) }),
-    sub: ([p, q]) => ({ allows: (i, j) => p.allows(i, j) && !q.allows(i, j) }),
+    or: (parts) => ({ allows: (i, j) => parts.some((part) => part.allows(i, j)) }),
+    and: (parts) => ({ allows: (i, j) => parts.every((part) => part.allows(i, j)) }),
+    sub: ([p, ...others]) => ({ allows: (i, j) => p.allows(i, j) && !others.some((part) => part.allows(i, j)) }),
     not: ([p]) => ({
       allows: (i, j) => !p.allows(i, j),
       fill: (i, a, b, out) => {
@@ -232,14 +232,25 @@
     }),
   };
 
+  /* Fills a row: that of parts[0] combined with that of parts[1], then with parts[2], and so on, into `out`. */
+  function folded(parts, operator) {
+    const between = parts.slice(2).map(() => new Pieces());
+    return (i, a, b, out) => {
+      let left = parts[0].row(i, a, b);
+      for (let x = 1; x < parts.length; x++) {
+        const to = x === parts.length - 1 ? out : between[x - 1].clear();
+        left = combine(left, parts[x].row(i, a, b), operator, a, b, to);
+      }
+    };
+  }
+
   /* Compiles an unpacked rule over n tokens. The pattern keeps `rule` and `parts` for the names of hops. `row` returns one
      buffer per pattern, overwritten by the next call. */
   FL.compile = (rule, n) => {
     const out = new Pieces(), operator = rule.is;
     const parts = rule.parts ? rule.parts.map((part) => FL.compile(part, n)) : [];
     const evaluator = OPERATORS[operator] ? OPERATORS[operator](parts) : ATOMS[operator](rule, n);
-    const fill = evaluator.fill
-      || ((i, a, b) => combine(parts[0].row(i, a, b), parts[1].row(i, a, b), operator, a, b, out));
+    const fill = evaluator.fill || folded(parts, operator);
     return {
       n, rule, parts,
       allows: evaluator.allows,

@@ -134,6 +134,7 @@
     if (rule.is === "sees_all") return { reach: [{ global: i }] };
     if (rule.is === "seen_by_all") return { reach: [{ global: j }] };
     if (rule.is === "global_tokens") return { reach: [{ global: FL.inRuns(rule.runs, j) ? j : i }] };
+    if (rule.is === "stretches" && rule.name === "neighborhood") return { reach: [rule.name] };
     return { reach: [REACH[rule.is] || RESTRICT[rule.is]] };
   }
 
