@@ -132,6 +132,14 @@ def test_random_expressions_are_the_same_set(seed: int, map_open: browser.Page) 
         compare_dense(map_open, pattern, 61)
 
 
+def test_combinations_of_many_parts_are_the_same_set(map_open: browser.Page) -> None:
+    """A union or intersection of three and more is one node of the tree."""
+    many = fl.window(1) | fl.global_tokens([0]) | fl.random_keys(1) | fl.strided(9) | fl.landmarks(11)
+    both = fl.causal() & fl.window(20) & fl.strided(2) & fl.strided(3)
+    for pattern in (many, both, many & both & fl.window(9), both | many | fl.random_keys(2, seed=5), fl.full() - many - both):
+        compare_dense(map_open, pattern, 61)
+
+
 def test_the_comparison_detects_a_wrong_rule(map_open: browser.Page) -> None:
     """One pair too many, one different hash, one missing key."""
     for right, wrong in ((fl.window(3), fl.window(4)), (fl.random_keys(3), fl.random_keys(3, seed=1))):
@@ -469,6 +477,50 @@ def test_language_and_theme(audit_open: browser.Page) -> None:
     assert page.js("return document.documentElement.dataset.theme") == "dark"
     assert page.js(back) != light
     assert page.js("return document.getElementById('theme').getAttribute('aria-pressed')") == "true"
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_head_map_is_legible(dark: bool, audit_open: browser.Page) -> None:
+    """Contrast of at least 4.5 in every cell, as WCAG 2 AA asks of small text, for shares over the whole range."""
+    page = audit_open
+    page.js("document.documentElement.dataset.theme = arguments[0]", "dark" if dark else "light")
+    page.js(
+        "farlight.row().audit.mass_by_head = farlight.row().audit.mass_by_head.map((r, l) => r.map((_, h) => (4 * l + h) / 11))"
+    )
+    page.js("farlight.tell('theme')")
+    code = """
+    const light = (text) => text.match(/\\d+/g).slice(0, 3).map((x) => x / 255)
+      .map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4))
+      .reduce((sum, x, c) => sum + x * [0.2126, 0.7152, 0.0722][c], 0);
+    return [...document.querySelectorAll("#heat button")].map((b) => {
+      const s = getComputedStyle(b), a = light(s.color), c = light(s.backgroundColor);
+      return (Math.max(a, c) + 0.05) / (Math.min(a, c) + 0.05);
+    });
+    """
+    contrasts = page.js(code)
+    assert len(contrasts) == 12
+    assert min(contrasts) >= 4.5
+
+
+def test_a_map_opens_with_the_path_asked_for(chromium: browser.Page, tmp_path: Path) -> None:
+    """`farlight map --from 5 --to -1 --html`."""
+    pattern, n = fl.window(4) | fl.random_keys(1), 300
+    chain = fl.path(pattern, n, 5, -1)
+    data = report.map_data(pattern, n, fl.smallworld(pattern, n), fl.reach(pattern, n, 3), chain=chain)
+    report.write(report.render(data), tmp_path / "ends.html")
+    chromium.open(tmp_path / "ends.html")
+    assert chromium.js("return [farlight.state.source, farlight.state.target]") == [5, n - 1]
+    chromium.wait(lambda: chromium.js("return farlight.path_ && farlight.path_.positions") == list(chain.positions), "the path")
+
+
+def test_chinese_buttons_stay_on_one_line_on_a_phone(audit_page: tuple[Path, dict[str, Any]]) -> None:
+    with browser.browser(390, 844) as phone:
+        phone.open(audit_page[0])
+        phone.click("#language")
+        phone.settle()
+        tall = "return [...document.querySelectorAll('main .buttons button, .top button')].map((b) => b.clientHeight)"
+        assert max(phone.js(tall)) < 40
+        assert phone.js("return document.documentElement.scrollWidth") <= 390
 
 
 def test_the_theme_follows_the_system_and_a_phone_shows_all(audit_page: tuple[Path, dict[str, Any]]) -> None:

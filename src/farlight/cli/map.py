@@ -54,7 +54,7 @@ def map_command(
     if page is not None:
         from farlight import report
 
-        report.write(report.render(report.map_data(parsed, tokens, world, reach, head=head)), page)
+        report.write(report.render(report.map_data(parsed, tokens, world, reach, head=head, chain=chain)), page)
     if as_json:
         out: dict[str, Any] = {"smallworld": world.to_dict(), "reach": reach.to_dict()}
         if chain is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from farlight.analysis.audit import Audit, PatternAudit
 from farlight.analysis.candidates_by_layer import Judged, Subject, subjects
+from farlight.analysis.graph.paths import Path
 from farlight.analysis.graph.reachability import Reach
 from farlight.analysis.graph.small_world import SmallWorld
 from farlight.analysis.loss.top_losses import LostLink
@@ -33,15 +34,22 @@ def steps(patterns: Sequence[Judged | Subject]) -> list[str]:
     return [f"reach: {subject.name}" for subject in subjects(patterns)]
 
 
-def map_data(pattern: Pattern, n: int, world: SmallWorld, reach: Reach, *, head: int = 0) -> dict[str, Any]:
-    """The page of one pattern over n tokens without a text, from its `fl.smallworld` and `fl.reach`."""
+def map_data(
+    pattern: Pattern, n: int, world: SmallWorld, reach: Reach, *, head: int = 0, chain: Path | None = None
+) -> dict[str, Any]:
+    """The page of one pattern over n tokens without a text, from its `fl.smallworld` and `fl.reach`.
+
+    chain: an `fl.path`; the page opens with its two ends, else with two tokens far apart.
+    """
     cost = curve(pattern, None, n, {n: world.links}, 1)
     row = {
         "text": repr(pattern),
         "views": {"text": view(pattern, n, [head], reach.layers, known_reach=reach, world=world)},
         "cost": cost,
     }
-    return {"kind": "map", "name": repr(pattern), "layers": reach.layers, "scopes": [{"id": "text", "n": n}], "patterns": [row]}
+    ends = None if chain is None else {"source": chain.source, "target": chain.target}
+    scopes = [{"id": "text", "n": n}]
+    return {"kind": "map", "name": repr(pattern), "layers": reach.layers, "scopes": scopes, "patterns": [row], "ends": ends}
 
 
 def audit_data(

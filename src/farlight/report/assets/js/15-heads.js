@@ -1,7 +1,20 @@
 /* Attention mass kept by layer and head, and the heaviest links that the pattern lacks. */
 "use strict";
 (() => {
+  /* Relative luminance of an sRGB colour, as in WCAG 2. */
+  const luminance = (rgb) => rgb.map((x) => x / 255).map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, x, c) => sum + x * [0.2126, 0.7152, 0.0722][c], 0);
+
+  /* Ink at this opacity on the paper, and black or white upon it: one of the two has a contrast of at least 4.58. */
+  function colours(opacity, ink, paper) {
+    const mixed = paper.map((x, c) => Math.round(x + (ink[c] - x) * opacity)), light = luminance(mixed);
+    return { background: `rgb(${mixed.join(" ")})`, color: (light + 0.05) / 0.05 >= 1.05 / (light + 0.05) ? "#000" : "#fff" };
+  }
+
   function heat() {
+    const style = getComputedStyle(document.documentElement);
+    const ink = style.getPropertyValue("--ink").trim().split(/\s+/).map(Number);
+    const paper = getComputedStyle(document.body).backgroundColor.match(/\d+/g).slice(0, 3).map(Number);
     const { mass_by_head: mass, best_by_head: best } = FL.row().audit, table = FL.id("heat");
     const head = FL.el("tr", {}, FL.el("th", { scope: "col", text: FL.say("heads.layer") }));
     (mass[0] || []).forEach((_, h) => head.append(FL.el("th", { scope: "col", text: h })));
@@ -17,8 +30,7 @@
           onfocus: () => { FL.id("heat-says").textContent = says; },
           onmouseenter: () => { FL.id("heat-says").textContent = says; },
         });
-        cell.style.background = `rgb(var(--ink) / ${0.05 + 0.95 * share ** 1.5})`;
-        cell.style.color = share > 0.62 ? "var(--paper)" : "var(--text)";
+        Object.assign(cell.style, colours(0.05 + 0.95 * share ** 1.5, ink, paper));
         line.append(FL.el("td", {}, cell));
       });
       return line;

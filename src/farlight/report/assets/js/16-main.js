@@ -130,7 +130,7 @@
     FL.state.layer = Math.min(2, data.layers);
     FL.translate();
     await FL.loadWords();
-    Object.assign(FL.state, FL.farApart());
+    Object.assign(FL.state, data.ends || FL.farApart());
     FL.tell("start");
     FL.ready = true;
     document.documentElement.dataset.ready = "true";
