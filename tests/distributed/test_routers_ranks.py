@@ -31,3 +31,9 @@ def test_results_are_those_of_one_process(name: str) -> None:
     out.square().sum().backward()
     for actual, expected in zip(found[1], [out.detach(), *(x.grad for x in leaves)], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_rank_refuses_a_choice_that_needs_every_key() -> None:
+    """Also the rank without queries, which would wait for the others."""
+    found = in_ranks(2, spread_routers.refusal_over_ranks)
+    assert all(text.startswith("attention over ranks: TopBlocks(") and "use count, share or mass" in text for text in found)

@@ -12,7 +12,7 @@ from farlight.distributed.routers import choose_over_ranks
 from farlight.patterns import Pattern
 from farlight.routing import LSH, KMeans, PerHeadRouter, Router, TopBlocks
 
-__all__ = ["N", "answers_over_ranks", "links_over_ranks", "operands", "routers"]
+__all__ = ["N", "answers_over_ranks", "links_over_ranks", "operands", "refusal_over_ranks", "routers"]
 
 N, BLOCK = 90, 8
 
@@ -64,3 +64,14 @@ def answers_over_ranks(rank: int, world: int, name: str) -> list[Tensor]:
     assert isinstance(out, Tensor)
     out.square().sum().backward()
     return [layout.unshard(x.detach(), 2) for x in (out, q.grad, k.grad, v.grad) if x is not None]
+
+
+def refusal_over_ranks(rank: int, world: int) -> str:
+    """What each rank raises for a router that needs every key, where the last rank has no token."""
+    layout = Layout([0, N, N])
+    q, k, _ = (layout.shard(x, 2, rank) for x in operands())
+    try:
+        choose_over_ranks(TopBlocks(lost=0.1, block=BLOCK), q, k, layout, layout, Channel())
+    except fl.errors.ArgumentError as error:
+        return str(error)
+    return ""

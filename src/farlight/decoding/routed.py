@@ -41,11 +41,7 @@ class RouterState:
         self._summaries = {module: BlockSummaries(module) for module in router.modules() if isinstance(module, TopBlocks)}
         self._program: RouterProgram | None = router_program(router)
         for module in self._summaries:
-            if module.budget.lost is not None:
-                raise ArgumentError(
-                    f"KVCache: TopBlocks({module.extra_repr()}) reads every key to prove what is lost, but a cache scores "
-                    "summaries of blocks; use count, share or mass."
-                )
+            module.require_summaries("KVCache")
             if not module.causal or module.query_block != 1:
                 raise ArgumentError(
                     f"KVCache: TopBlocks({module.extra_repr()}) decides for blocks of queries or looks ahead, but decoding has "

@@ -70,7 +70,8 @@ def text_of(router: object) -> str:
 def choose_over_ranks(router: Router, q: Tensor, k: Tensor, queries: Layout, keys: Layout, channel: Channel) -> Pattern:
     """The pattern that the router chooses for the whole sequence, equal on all ranks. Collective.
 
-    Raises UnsupportedError for a router without a choice over ranks, and for layouts that cut its blocks.
+    Raises UnsupportedError for a router without a choice over ranks, and for layouts that cut its blocks; ArgumentError for
+    `TopBlocks(lost=…)`.
     """
     inputs = check_inputs(q, k)
     with without_autocast(inputs.q):
@@ -196,6 +197,8 @@ class _Run(RouterInput):
 
 
 def _blocks(router: TopBlocks, shards: _Shards) -> Pattern:
+    # Before anything is sent, on all ranks: a rank without queries would not meet the refusal in its own choice.
+    router.require_summaries("attention over ranks")
     inputs, channel = shards.local, shards.channel
     key_blocks = _in_blocks(shards.keys, router.block, 0, "keys")
     query_blocks = _in_blocks(shards.queries, router.query_block, shards.offset, "queries")

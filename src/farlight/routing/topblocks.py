@@ -46,7 +46,7 @@ class TopBlocks(Router):
     is seen. What the blocks left out can hold, Σ_c n_c exp(scale · "minmax" score), is compared with Σ exp(scale · q · k) of
     the keys seen, rounding included. Order: Σ_q softmax_c(scale · "minmax" score + log n_c) over the queries that choose
     together, largest first. Links that are united with the choice make the miss smaller still. The keys seen are scored once
-    more for it; where the bounds are loose nearly everything is seen (docs/routing.md).
+    more for it; where the bounds are loose nearly everything is seen.
 
     * not causal: q̄ is the mean of the block's real queries; every block with a real key is visible; `query_block=None` means
       `block`.
@@ -152,6 +152,14 @@ class TopBlocks(Router):
         """The block summaries that the score reads, each `(B, H_kv, blocks, D)`: [mean], or [min, max] for "minmax"."""
         return list(block_bounds(k, self.block, real)) if self.score == "minmax" else [block_mean(k, self.block, real)]
 
+    def require_summaries(self, where: str) -> None:
+        """Raise ArgumentError for the budget `lost`, which needs the keys themselves; `where`: what holds their summaries."""
+        if self.budget.lost is not None:
+            raise ArgumentError(
+                f"{where}: TopBlocks({self.extra_repr()}) reads every key to prove what is lost, but only summaries of key "
+                "blocks are known there; use count, share or mass."
+            )
+
     def select_blocks(self, inputs: RouterInput, summary: list[Tensor]) -> Tensor:
         """`(B, H, n_q, m)` int64: the selected key blocks of each query, padded with -1, from known summaries (query_block =
         1).
@@ -200,11 +208,7 @@ class TopBlocks(Router):
 
     def _select(self, inputs: RouterInput, first: int, summary: list[Tensor]) -> Tensor:
         """`(B, H, U, m)` int64: the selected key blocks of each query block, padded with -1; with per="group" of key heads."""
-        if self.budget.lost is not None:
-            raise ArgumentError(
-                f"TopBlocks({self.budget}): what is lost is proven from the keys, but only summaries of their blocks are known "
-                "where a cache or other ranks hold the keys; use count, share or mass there."
-            )
+        self.require_summaries("a choice from summaries")
         device, block = inputs.q.device, self.block
         sizes = block_sizes(inputs.n_k, block, inputs.key_mask, device)
         summary = [table.repeat_interleave(inputs.heads // inputs.kv_heads, 1) for table in summary]
