@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from content_cases import links, random_masks, true_loss
+from content_cases import assert_same_choice, links, random_masks, true_loss
 from torch import Tensor
 
 import farlight as fl
@@ -58,7 +58,8 @@ def check_problems(seeds: range, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = links(router, q, k, **masks)
         with monkeypatch.context() as patch:
             patch.setattr(topblocks, "can_choose", lambda q: False)
-            assert torch.equal(seen, links(router, q, k, **masks)), (seed, router)
+            other = links(router, q, k, **masks)
+        assert_same_choice(seen, other, router, q, k, **masks)
         loss = missed(router, q, k, seen.expand(*q.shape[:3], k.shape[2]), masks)
         assert float(loss.max()) <= router.budget.lost, (seed, router)  # type: ignore[operator]
         rows += loss.numel()
@@ -140,8 +141,10 @@ def test_arguments_that_prove_nothing(arguments: dict[str, Any], message: str) -
 
 
 def test_a_cache_refuses_it() -> None:
-    with pytest.raises(fl.errors.ArgumentError, match="reads every key to prove what is lost, but a cache scores summaries"):
+    with pytest.raises(
+        fl.errors.ArgumentError, match="KVCache: TopBlocks.* reads every key to prove what is lost, but only summaries"
+    ):
         fl.KVCache(TopBlocks(lost=0.02, block=8, causal=True))
     router, x = TopBlocks(lost=0.02, block=8, causal=True), torch.randn(1, 1, 32, 8)
-    with pytest.raises(fl.errors.ArgumentError, match="only summaries of their blocks are known"):
+    with pytest.raises(fl.errors.ArgumentError, match="a choice from summaries: TopBlocks.* reads every key"):
         router.select_lists(check_inputs(x, x), router.summary(x))
