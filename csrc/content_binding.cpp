@@ -19,6 +19,9 @@ ChoiceProblem choice_of(const std::vector<int64_t>& numbers, const StridedAddres
                         double scale) {
   if (numbers.size() != 18) throw std::invalid_argument("a choice has 18 numbers");
   const int64_t* n = numbers.data();
+  if (n[16] < 0 || n[16] > static_cast<int64_t>(BlockScore::kSoftmax) || n[17] < 0 ||
+      n[17] > static_cast<int64_t>(BudgetKind::kLost))
+    throw std::invalid_argument("unknown score or budget of a choice");
   return {static_cast<Type>(n[0]),
           tensor_view(q),
           tensor_view(k),

@@ -18,7 +18,7 @@ struct UntilProven::Scratch {
   std::vector<Candidate> candidates;
 };
 
-// Candidates in order, sorted as far as they are asked for.
+// Candidates in order; only a prefix is sorted, which grows as later places are read.
 class UntilProven::Order {
  public:
   explicit Order(std::vector<Candidate>& candidates) : candidates_(candidates) {}
