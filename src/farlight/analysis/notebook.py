@@ -124,15 +124,14 @@ def grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: s
 def world_html(world: SmallWorld) -> str:
     """Metrics, values and what to compare them with."""
     title, *_ = str(world).split("\n")
-    return grid(title, ["", "", "compare"], [list(row) for row in world.rows()])
+    return grid(title, ["", "", "compare"], world.rows())
 
 
 def reach_html(reach: Reach) -> str:
     """Mean and worst share heard of, layer by layer."""
-    title, _, *lines = str(reach).split("\n")
-    layers = [line.split(maxsplit=1) for line in lines if line.strip()[:1].isdigit()]
-    rows = [[layer, *rest.rsplit(maxsplit=1)] for layer, rest in layers]
-    return grid(title, ["layer", "mean heard of", "worst"], rows, "" if reach.capacity is None else str(reach.capacity))
+    title, *_ = str(reach).split("\n")
+    note = "" if reach.capacity is None else str(reach.capacity)
+    return grid(title, ["layer", "mean heard of", "worst"], reach.rows(), note)
 
 
 def audit_html(audit: Audit) -> str:

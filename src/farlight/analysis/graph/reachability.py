@@ -76,6 +76,17 @@ class Reach:
 
         return reach_html(self)
 
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(layer, mean with its margin, worst), as printed."""
+        return [
+            (
+                str(layer),
+                _percent(self.mean[layer]) + (f" ± {_percent(self.margin[layer])}" if self.margin[layer] else ""),
+                _percent(self.worst[layer]),
+            )
+            for layer in _printed_layers(self.layers)
+        ]
+
     def __str__(self) -> str:
         method = (
             "every token"
@@ -83,10 +94,7 @@ class Reach:
             else f"{self.positions.size:,} tokens drawn, margins at {self.confidence:.0%} confidence"
         )
         lines = [f"{self.pattern!r} over {self.n:,} tokens ({method})", "layer   mean heard of   worst"]
-        for layer in _printed_layers(self.layers):
-            mean, margin = self.mean[layer], self.margin[layer]
-            mean_text = _percent(mean) + (f" ± {_percent(margin)}" if margin else "")
-            lines.append(f"{layer:>5}   {mean_text:>13}   {_percent(self.worst[layer])}")
+        lines += [f"{layer:>5}   {mean:>13}   {worst}" for layer, mean, worst in self.rows()]
         return "\n".join([*lines, *([] if self.capacity is None else [str(self.capacity)])])
 
 
