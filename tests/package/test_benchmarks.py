@@ -27,7 +27,8 @@ from suite.timing import Contender, interleaved
 CPU_SECTIONS = sections_of("cpu")
 
 
-@pytest.mark.parametrize("name", CPU_SECTIONS)
+# The section of a whole Llama takes as long as all others together.
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x == "llama" else x for x in CPU_SECTIONS])
 def test_every_section_measures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Processes of their own are tested below; here their work is done in this one, to save the time of importing torch.
     monkeypatch.setattr(scaling, "fresh_rows", lambda target, given, limit: scaling.long_rows(**given))
