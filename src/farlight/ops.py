@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 Options: TypeAlias = tuple[str, float, int, float, str]  # pattern text, scale, q_offset, dropout, backend
+Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, Sequence[Tensor], Tensor, str, float, int, float, str]  # those of `attend`
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -65,16 +66,18 @@ def attend_selected(
     return out, lse
 
 
-class _Context(Protocol):
-    """What the forward pass leaves for the backward pass."""
+class _SavingContext(Protocol):
+    """What a forward pass leaves for its backward pass."""
 
-    saved_tensors: tuple[Tensor, ...]
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+class _Context(_SavingContext, Protocol):
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     request: Request
     backend: Backend
     plan: PlanLike
     scale: float
-
-    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _Attend(torch.autograd.Function):
@@ -235,11 +238,17 @@ def _gradients(
     return grads
 
 
-def _cotangents(grads: Sequence[Tensor], inputs: Sequence[Any], outputs: Sequence[Tensor]) -> Grads:
+def _cotangents(grads: tuple[Tensor, Tensor], inputs: Inputs, outputs: tuple[Tensor, Tensor]) -> Grads:
     """Those of q, k and v from those of out and lse."""
-    q, k, v, tables, seed, *options = inputs
-    (dout, dlse), (out, lse) = grads, outputs
-    return _gradients(dout, dlse, q, k, v, out, lse, tables, seed, *options)
+    q, k, v, tables, seed, text, scale, q_offset, dropout, backend = inputs
+    return _gradients(*grads, q, k, v, *outputs, tables, seed, text, scale, q_offset, dropout, backend)
+
+
+class _AgainContext(_SavingContext, Protocol):
+    saved_tensors: tuple[Tensor, Tensor, Tensor]
+    pattern: Pattern
+    scale: float
+    q_offset: int
 
 
 class _Again(torch.autograd.Function):
@@ -249,20 +258,22 @@ class _Again(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *options: Any) -> Tensor:
+    def forward(
+        ctx: _AgainContext, out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float, q_offset: int
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.pattern, ctx.options = pattern, options
+        ctx.pattern, ctx.scale, ctx.q_offset = pattern, scale, q_offset
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _AgainContext, dout: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
             return dout, None, None, None, None, None, None
         q, k, v = ctx.saved_tensors
         tables, seed = list(ctx.pattern._tables), torch.zeros((), dtype=torch.int64)
-        settings = ctx.pattern.text, *ctx.options, 0.0, "auto"
-        out, lse = attend(q, k, v, tables, seed, *settings)
-        grads = _gradients(dout, torch.zeros_like(lse), q, k, v, out, lse, tables, seed, *settings)
+        options = ctx.pattern.text, ctx.scale, ctx.q_offset, 0.0, "auto"
+        out, lse = attend(q, k, v, tables, seed, *options)
+        grads = _gradients(dout, torch.zeros_like(lse), q, k, v, out, lse, tables, seed, *options)
         return None, *grads, None, None, None
 
 

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import farlight as fl
 from farlight import ops
+from farlight.kernels import dense, registry
+from farlight.kernels.cost import Estimate
 from farlight.patterns import Pattern
 from farlight.testing import Case, case, inputs
 from parity import BACKENDS, request_of, same, skip_unless_supported
@@ -95,6 +97,33 @@ def test_a_change_of_length_recompiles_nothing(backend: str, name: str) -> None:
             given = qkv(n)
             for a, b in zip(run(compiled, *given), run(f, *given), strict=True):
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_auto_traced_is_auto_eager_with_the_lse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where full attention is estimated to be faster, an eager call without the lse takes it, and no other call does."""
+    monkeypatch.setattr(registry, "estimate", lambda name, *_: Estimate(1.0 if name == "dense" else 9.0, 1))
+    taken: list[str] = []
+
+    def record(owner: Any, name: str, kind: str) -> None:
+        run = getattr(owner, name)
+
+        def recorded(*args: Any, **more: Any) -> Any:
+            taken.append(kind)
+            return run(*args, **more)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(dense, "attend", "dense")
+    for name in ("cpu", "torch"):
+        record(registry.backend_named(name), "forward", "plan")
+    q, k, v = (x.detach() for x in qkv())
+    compiled = torch.compile(lambda q: fl.attention(q, k, v, CLUSTERED), backend="eager", fullgraph=True)
+    out = fl.attention(q, k, v, CLUSTERED)
+    with_lse, _ = fl.attention(q, k, v, CLUSTERED, return_lse=True)
+    traced = [compiled(q), torch.vmap(lambda q: fl.attention(q, k, v, CLUSTERED))(q[None])[0]]
+    assert taken == ["dense", "plan", "plan", "plan"]
+    torch.testing.assert_close(out, with_lse, atol=1e-6, rtol=1e-6)
+    assert all(torch.equal(x, with_lse) for x in traced)
 
 
 def test_queries_and_keys_change_their_numbers_apart() -> None:
