@@ -108,8 +108,12 @@ def _reset_mark() -> bool:
 
 
 def _return_free_memory() -> None:
-    """Collect garbage and trim the C allocator's heap."""
-    gc.collect()
+    """Collect recent garbage and trim the C allocator's heap.
+
+    Objects that have survived several collections are part of the level at the start; to search them all takes a second in a
+    process with large libraries.
+    """
+    gc.collect(1)
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
 
