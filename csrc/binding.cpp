@@ -26,17 +26,19 @@ void run_handlers() {
   if (PyErr_CheckSignals() != 0) throw nb::python_error();
 }
 
-// The part of a call that forward and backward share. shape: (batch, heads, kv_heads, dim); dropout: (threshold, seed low, seed
-// high), threshold 0 for none; keep_scale: 1 / (1 - p).
+// The part of a call that forward and backward share. shape: (batch, heads, kv_heads, dim, value_dim); dropout: (threshold, seed
+// low, seed high), threshold 0 for none; keep_scale: 1 / (1 - p).
 Call prepare(NativePlan& plan, int type, const std::vector<int64_t>& shape, double scale, const std::vector<int64_t>& dropout,
              double keep_scale) {
-  if (shape.size() != 4 || dropout.size() != 3) throw std::invalid_argument("shape has 4 numbers, dropout 3");
+  if (shape.size() != 5 || dropout.size() != 3) throw std::invalid_argument("shape has 5 numbers, dropout 3");
   if (type != 0 && type != 1) throw std::invalid_argument("type is 0 (float32) or 1 (bfloat16)");
   Call call{};
   call.plan = &plan.tables().view();
   call.type = call.out_type = static_cast<Type>(type);
-  call.batch = shape[0], call.heads = shape[1], call.kv_heads = shape[2], call.dim = shape[3];
-  if (call.dim < 1 || call.dim > kMaxDim) throw std::invalid_argument("head_dim is outside 1 ... 256");
+  call.batch = shape[0], call.heads = shape[1], call.kv_heads = shape[2];
+  call.dim = shape[3], call.value_dim = shape[4];
+  for (const int64_t dim : {call.dim, call.value_dim})
+    if (dim < 1 || dim > kMaxDim) throw std::invalid_argument("head_dim is outside 1 ... 256");
   if (call.batch < 1 || call.kv_heads < 1 || call.heads % call.kv_heads)
     throw std::invalid_argument("heads do not fit kv_heads");
   call.scale = static_cast<float>(scale);
@@ -70,7 +72,7 @@ int64_t forward(NativePlan& plan, int type, int out_type, const std::vector<int6
   call.terms = terms_view(terms, cap);
   call.out_type = static_cast<Type>(out_type);
   call.q = tensor_view(q), call.k = tensor_view(k), call.v = tensor_view(v);
-  call.result = reinterpret_cast<void*>(out);
+  call.result = reinterpret_cast<void*>(out), call.result_dim = call.value_dim;
   call.lse = reinterpret_cast<float*>(lse);
   const Kernels& kernels_of_isa = kernels();
   InterruptCheck interrupt = signal_check();
@@ -92,7 +94,7 @@ int64_t backward(NativePlan& plan, int type, int out_type, const std::vector<int
   call.out = tensor_view(out), call.dout = tensor_view(dout);
   call.lse = reinterpret_cast<float*>(lse);
   call.dlse = reinterpret_cast<const float*>(dlse);
-  call.result = reinterpret_cast<void*>(dq);
+  call.result = reinterpret_cast<void*>(dq), call.result_dim = call.dim;
   const Kernels& kernels_of_isa = kernels();
   InterruptCheck interrupt = signal_check();
   const nb::gil_scoped_release release;

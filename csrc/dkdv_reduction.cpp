@@ -10,10 +10,8 @@ DkDvReduction::DkDvReduction(const Kernels& kernels, const Call& call, const Sch
     : kernels_(kernels),
       call_(call),
       schedule_(schedule),
-      dk_(dk),
-      dv_(dv),
-      stride_((call.dim + 15) / 16 * 16),
-      sums_in_output_(call.type == Type::f32 && call.dim % 16 == 0),
+      dk_(dk, call.dim, call.type),
+      dv_(dv, call.value_dim, call.type),
       slabs_(schedule.groups() * schedule.slab_count),
       slabs_left_(new std::atomic<int32_t>[schedule.groups()]) {
   for (int64_t g = 0; g < schedule.groups(); ++g)
@@ -45,41 +43,37 @@ void DkDvReduction::open_slab(int64_t slab_index) {
   SlabSums& sums = slabs_[slab_index];
   sums.dk.assign(schedule_.blocks, nullptr);
   sums.dv.assign(schedule_.blocks, nullptr);
-  const int64_t size = kBlock * stride_;
   float* next = nullptr;
   for (const int32_t block : key_blocks.blocks) {
-    float *dk, *dv;
-    int64_t rows = kBlock;
     const auto touched_by = [&](int64_t s) {
       const std::vector<int32_t>& list = schedule_.key_blocks_of(group, s).blocks;
       return std::binary_search(list.begin(), list.end(), block);
     };
-    bool first = sums_in_output_;
+    bool first = dk_.sums_in_output || dv_.sums_in_output;
     for (int64_t s = 0; first && s < slab; ++s) first = !touched_by(s);
-    if (first) {
-      const int64_t at = (group * call_.plan->n_k + block * int64_t{kBlock}) * stride_;
-      rows = std::min<int64_t>(kBlock, call_.plan->n_k - block * int64_t{kBlock});
-      dk = static_cast<float*>(dk_) + at;
-      dv = static_cast<float*>(dv_) + at;
-    } else {
-      if (!next) {
-        sums.buffer =
-            take_buffer(2 * static_cast<int64_t>(key_blocks.blocks.size()) * size * static_cast<int64_t>(sizeof(float)));
-        next = sums.buffer.as<float>();
-      }
-      dk = next;
-      dv = next + size;
-      next += 2 * size;
+    const bool dk_in_output = first && dk_.sums_in_output, dv_in_output = first && dv_.sums_in_output;
+    if (!next && !(dk_in_output && dv_in_output)) {
+      const int64_t floats = static_cast<int64_t>(key_blocks.blocks.size()) * kBlock * (dk_.stride + dv_.stride);
+      sums.buffer = take_buffer(floats * static_cast<int64_t>(sizeof(float)));
+      next = sums.buffer.as<float>();
     }
-    std::memset(dk, 0, rows * stride_ * sizeof(float));
-    std::memset(dv, 0, rows * stride_ * sizeof(float));
-    sums.dk[block] = dk;
-    sums.dv[block] = dv;
+    sums.dk[block] = zeroed_block(dk_, dk_in_output, group, block, next);
+    sums.dv[block] = zeroed_block(dv_, dv_in_output, group, block, next);
   }
 }
 
+float* DkDvReduction::zeroed_block(const Gradient& gradient, bool in_output, int64_t group, int64_t block, float*& next) const {
+  const int64_t first = block * int64_t{kBlock};
+  const int64_t rows = in_output ? std::min<int64_t>(kBlock, call_.plan->n_k - first) : kBlock;
+  float* to = next;
+  if (in_output) to = static_cast<float*>(gradient.data) + (group * call_.plan->n_k + first) * gradient.stride;
+  else next += kBlock * gradient.stride;
+  std::memset(to, 0, rows * gradient.stride * sizeof(float));
+  return to;
+}
+
 DkDvBlocks DkDvReduction::blocks_of(int64_t slab_index) const {
-  return {slabs_[slab_index].dk.data(), slabs_[slab_index].dv.data(), stride_, {}};
+  return {slabs_[slab_index].dk.data(), slabs_[slab_index].dv.data(), dk_.stride, dv_.stride, {}};
 }
 
 bool DkDvReduction::finish_slab(int64_t slab_index) {
@@ -91,16 +85,17 @@ void DkDvReduction::reduce_block(int64_t group, int64_t block) {
   reduce_tensor(dv_, group, block, &SlabSums::dv);
 }
 
-void DkDvReduction::reduce_tensor(void* out, int64_t group, int64_t block, std::vector<float*> SlabSums::* side) {
-  const int64_t dim = call_.dim, first = group * call_.plan->n_k + block * kBlock;
+void DkDvReduction::reduce_tensor(const Gradient& gradient, int64_t group, int64_t block,
+                                  std::vector<float*> SlabSums::* side) {
+  const int64_t dim = gradient.dim, first = group * call_.plan->n_k + block * kBlock;
   const int64_t rows = std::min<int64_t>(kBlock, call_.plan->n_k - block * kBlock);
   const int64_t width = call_.type == Type::f32 ? 4 : 2;
-  char* out_rows = static_cast<char*>(out) + first * dim * width;
+  char* out_rows = static_cast<char*>(gradient.data) + first * dim * width;
   std::vector<float*> addends;
   for (int64_t s = 0; s < schedule_.slab_count; ++s)
     if (float* sums = (slabs_[group * schedule_.slab_count + s].*side)[block]) addends.push_back(sums);
   if (addends.empty()) std::memset(out_rows, 0, rows * dim * width);
-  else kernels_.reduce(addends.data(), static_cast<int64_t>(addends.size()), rows, stride_, dim, call_.type, out_rows);
+  else kernels_.reduce(addends.data(), static_cast<int64_t>(addends.size()), rows, gradient.stride, dim, call_.type, out_rows);
 }
 
 void DkDvReduction::release_group(int64_t group) {

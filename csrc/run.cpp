@@ -54,7 +54,7 @@ uint64_t next_call_id() {
 class PartialResults {
  public:
   PartialResults(Call& call, const Schedule& schedule)
-      : values_(schedule.partials * call.plan->tile * (call.dim + 2) * static_cast<int64_t>(sizeof(float))),
+      : values_(schedule.partials * call.plan->tile * (call.result_dim + 2) * static_cast<int64_t>(sizeof(float))),
         pending_(schedule.parts.empty() ? nullptr : new std::atomic<int32_t>[schedule.parts.size()]) {
     for (size_t i = 0; i < schedule.parts.size(); ++i) pending_[i].store(schedule.parts[i], std::memory_order_relaxed);
     call.partial = values_.as<float>();
@@ -68,14 +68,14 @@ class PartialResults {
   std::unique_ptr<std::atomic<int32_t>[]> pending_;
 };
 
-// Bytes of a contiguous (B, heads, rows, D) tensor.
-int64_t rows_bytes(const Call& call, Type type, int64_t heads, int64_t rows) {
-  return call.batch * heads * rows * call.dim * (type == Type::f32 ? 4 : 2);
+// Bytes of a contiguous (B, heads, rows, dim) tensor.
+int64_t rows_bytes(const Call& call, Type type, int64_t heads, int64_t rows, int64_t dim) {
+  return call.batch * heads * rows * dim * (type == Type::f32 ? 4 : 2);
 }
 
 // Initialises rows that possibly no tile writes: zeros, and an lse of -inf.
 void initialise_result(const Call& call, const Schedule& schedule, bool with_lse, int threads, InterruptCheck& interrupt) {
-  advise_huge_pages(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q));
+  advise_huge_pages(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q, call.result_dim));
   constexpr int64_t range_rows = 4096;  // rows per parallel item
   struct RowRange {
     int64_t first, last;
@@ -83,7 +83,7 @@ void initialise_result(const Call& call, const Schedule& schedule, bool with_lse
   std::vector<RowRange> row_ranges;
   for (const auto& [first, last] : schedule.unwritten_rows())
     for (int64_t i = first; i < last; i += range_rows) row_ranges.push_back({i, std::min(i + range_rows, last)});
-  const int64_t width = call.dim * (call.out_type == Type::f32 ? 4 : 2), num_ranges = static_cast<int64_t>(row_ranges.size());
+  const int64_t width = call.result_dim * (call.out_type == Type::f32 ? 4 : 2), num_ranges = static_cast<int64_t>(row_ranges.size());
   parallel_for(call.batch * call.heads * num_ranges, threads, interrupt, [&](int64_t i) {
     const RowRange& rows = row_ranges[i % num_ranges];
     const int64_t at = i / num_ranges * call.plan->n_q + rows.first, count = rows.last - rows.first;
@@ -134,11 +134,13 @@ Buffer exact_row_stats(const Kernels& kernels, const Call& call, const Schedule&
                        InterruptCheck& interrupt) {
   Buffer row_stats = zeroed_row_stats(call);
   const int64_t rows = rows_of(call);
-  const Buffer out(rows_bytes(call, call.type, call.heads, call.plan->n_q)), lse(rows * static_cast<int64_t>(sizeof(float)));
+  const Buffer out(rows_bytes(call, call.type, call.heads, call.plan->n_q, call.value_dim)),
+      lse(rows * static_cast<int64_t>(sizeof(float)));
   Call recompute = call;
   recompute.out_type = call.type;
   recompute.dropout.on = false;
   recompute.result = out.as<void>();
+  recompute.result_dim = call.value_dim;
   recompute.lse = lse.as<float>();
   recompute.row_stats = row_stats.as<RowStats>();
   run_forward(kernels, recompute, schedule, threads, interrupt);
@@ -180,7 +182,8 @@ void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, v
   const uint64_t call_id = next_call_id();
   if (schedule.cost * call.dim < kMinParallelWork) threads = 1;
   initialise_result(call, schedule, false, threads, interrupt);
-  for (void* grad : {dk, dv}) advise_huge_pages(grad, rows_bytes(call, call.type, call.kv_heads, call.plan->n_k));
+  advise_huge_pages(dk, rows_bytes(call, call.type, call.kv_heads, call.plan->n_k, call.dim));
+  advise_huge_pages(dv, rows_bytes(call, call.type, call.kv_heads, call.plan->n_k, call.value_dim));
   const int64_t num_slabs = schedule.groups() * schedule.slab_count;
   // With one phase and at least a group per thread, the thread that finishes a group's last slab reduces it and recycles its
   // buffers for the next group. Otherwise all threads reduce all groups at the end.

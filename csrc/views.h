@@ -115,7 +115,8 @@ struct TermSums {
 struct Call {
   const PlanView* plan;
   Type type, out_type;  // of q, k, v, dout; of the result (float32 where pieces are merged into it)
-  int64_t batch, heads, kv_heads, dim;
+  int64_t batch, heads, kv_heads;
+  int64_t dim, value_dim;  // of a row of q and k; of v, out and dout
   float scale;
   Dropout dropout;
   TermsView terms;
@@ -125,21 +126,22 @@ struct Call {
   // (B, H, n_q) or null. Forward: read and written when pieces merge; zero at the start. Backward: row_sum holds its natural
   // logarithm instead.
   RowStats* row_stats;
-  void* result;  // forward: out; backward: dq; contiguous (B, H, n_q, D)
+  void* result;        // forward: out; backward: dq; contiguous (B, H, n_q, result_dim)
+  int64_t result_dim;  // forward: value_dim; backward: dim
   bool merges;   // pieces overlap in rows: a row may already hold a result, to be merged with (forward) or added to (dq)
   bool keep_masked_rows;  // a row that sees no key in a tile keeps its present result (initialised before the tiles run)
-  // Split-K: partial results (dim + 2 floats per row) and the number of parts still to finish, with base offsets per piece.
+  // Split-K: partial results (result_dim + 2 floats per row) and the number of parts still to finish, with base offsets per piece.
   float* partial;
   std::atomic<int32_t>* pending;
   const int64_t *partial_base, *pending_base;
 };
 
 // Float32 accumulators of dk and dv for one (batch item, key head): a pointer per block of kBlock keys (null: block not touched
-// by this slab), rows `stride` floats apart.
+// by this slab), rows `dk_stride` and `dv_stride` floats apart.
 struct DkDvBlocks {
   float* const* dk;
   float* const* dv;
-  int64_t stride;
+  int64_t dk_stride, dv_stride;
   TermSums terms;
 };
 

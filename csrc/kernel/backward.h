@@ -33,14 +33,17 @@ class Backward {
       : call_(call),
         item_(item),
         dim_(call.dim),
+        value_dim_(call.value_dim),
+        shared_dim_(min(call.dim, call.value_dim)),
         ld_(round_up(call.dim, 32)),
+        value_ld_(round_up(call.value_dim, 32)),
         keys_({call.k, item.batch, kv_head()}, dim_, call.plan->n_k),
-        values_({call.v, item.batch, kv_head()}, dim_, call.plan->n_k),
+        values_({call.v, item.batch, kv_head()}, value_dim_, call.plan->n_k),
         sources_{keys_.source(), values_.source()},
         packed_(keys_.source(), sources_, kCachedRowOperands, dim_, item.batch * call.kv_heads + kv_head()),
-        dkdv_(dim_),
+        dkdv_(dim_, value_dim_),
         queries_(dim_),
-        dout_(dim_) {
+        dout_(value_dim_) {
     packed_.reserve(arena);
     recent_ = arena.allocate<RecentBlocks>(1);
     chunks_ = arena.allocate<Chunk>(2);
@@ -49,7 +52,7 @@ class Backward {
     queries_.reserve(arena);
     dout_.reserve(arena);
     query_rows_ = arena.allocate<Word>(num_parts<Traits> * kRows * ld_ / Op::per);
-    dout_rows_ = arena.allocate<Word>(num_parts<Traits> * kRows * ld_ / Op::per);
+    dout_rows_ = arena.allocate<Word>(num_parts<Traits> * kRows * value_ld_ / Op::per);
     scores_ = arena.allocate<float>(kChunkKeys * kRows);
     ds_ = arena.allocate<float>(kChunkKeys * kRows);
     if (uses_pairs<Traits>) {
@@ -75,9 +78,10 @@ class Backward {
     const BlockTerms score_terms(call_, row_block);
     const HeadRows<T> q(call_.q, item_.batch, item_.head), dout(call_.dout, item_.batch, item_.head);
     const float scale_log2 = call_.scale * kLog2E, factor = q_prescaled<Traits> ? 1.0f : scale_log2;
-    GatherPrefetcher<T> gather_prefetcher(row_block, keys_.source(), values_.source(), dim_);
-    [[maybe_unused]] DkDvPrefetcher dkdv_prefetcher(row_block, dkdv_blocks, PrefetchLines::lines_per_row<T>(dim_), dim_);
-    [[maybe_unused]] RowPrefetcher row_prefetcher(*call_.plan, PrefetchLines::lines_per_row<T>(dim_));
+    GatherPrefetcher<T> gather_prefetcher(row_block, keys_.source(), values_.source(), shared_dim_);
+    const int64_t lines = PrefetchLines::lines_per_row<T>(shared_dim_);
+    [[maybe_unused]] DkDvPrefetcher dkdv_prefetcher(row_block, dkdv_blocks, lines, shared_dim_);
+    [[maybe_unused]] RowPrefetcher row_prefetcher(*call_.plan, lines);
     const RowBlockId next_block = RowBlockId{&item_, first_row}.next(*call_.plan, next);
     if constexpr (!uses_amx<Traits>) {
       row_prefetcher.add(next_block, call_.q, sizeof(T));
@@ -87,7 +91,7 @@ class Backward {
     queries_.fetch(q, row_block, q_prescaled<Traits> ? scale_log2 : 1.0f);
     dout_.fetch(dout, row_block, 1.0f);
     pack_rows<Traits>(q, row_block, dim_, ld_, query_rows_);
-    pack_rows<Traits>(dout, row_block, dim_, ld_, dout_rows_);
+    pack_rows<Traits>(dout, row_block, value_dim_, value_ld_, dout_rows_);
     prepare(row_block, dout);
     dkdv_.clear_discard();
     const int lanes = static_cast<int>(round_up(row_block.count, kV * W));
@@ -101,7 +105,7 @@ class Backward {
       has_next = walk.next(chunks_[slot ^ 1]);
       const Chunk& c = *chunk_;
       KeyPrefetcher<Traits> prefetcher(has_next ? chunks_ + (slot ^ 1) : nullptr, keys_, values_, packed_, gather_prefetcher,
-                                       recent_, dim_);
+                                       recent_, shared_dim_);
       for (int i = 0; i < c.n; ++i) touched |= c.row_mask[i];
       dkdv_.locate(c, dkdv_blocks);
       if constexpr (uses_amx<Traits>) {
@@ -179,7 +183,7 @@ class Backward {
       const int64_t at = (item_.batch * call_.heads + item_.head) * call_.plan->n_q + row_block.row[s];
       lse_[s] = call_.lse[at] == -INFINITY ? -kInitialMax : call_.row_stats ? call_.row_stats[at].row_sum : call_.lse[at];
       if (call_.row_stats) reference_[s] = call_.row_stats[at].row_max;
-      delta_[s] = dot(dout.row(row_block.row[s]), out.row(row_block.row[s]), dim_) - (call_.dlse ? call_.dlse[at] : 0.0f);
+      delta_[s] = dot(dout.row(row_block.row[s]), out.row(row_block.row[s]), value_dim_) - (call_.dlse ? call_.dlse[at] : 0.0f);
       if (call_.terms.delta && row_block.piece->part[item_.entry] == 0) call_.terms.delta[at] = delta_[s];
     }
   }
@@ -263,22 +267,17 @@ class Backward {
     }
   }
 
-  // P and dS as operands, [key][row].
-  const Word* weights() const {
-    if constexpr (uses_pairs<Traits>) return weight_rows_;
-    else return scores_;
+  // P and dS as operands, [key][row]; dS also [pair of keys][row].
+  static const Word* operand([[maybe_unused]] const Word* words, [[maybe_unused]] const float* floats) {
+    if constexpr (uses_pairs<Traits>) return words;
+    else return floats;
   }
-  const Word* ds() const {
-    if constexpr (uses_pairs<Traits>) return ds_rows_;
-    else return ds_;
-  }
-  const Word* ds_by_key_pairs() const {
-    if constexpr (uses_pairs<Traits>) return ds_columns_;
-    else return ds_;
-  }
+  const Word* weights() const { return operand(weight_rows_, scores_); }
+  const Word* ds() const { return operand(ds_rows_, ds_); }
+  const Word* ds_by_key_pairs() const { return operand(ds_columns_, ds_); }
 
   // dQ^T += K^T dS^T.
-  void add_dq(int lanes, bool overwrite, KeyPrefetcher<Traits>& prefetcher) {
+  void add_dq(int lanes, bool overwrite, [[maybe_unused]] KeyPrefetcher<Traits>& prefetcher) {
     const Chunk& c = *chunk_;
     if constexpr (uses_amx<Traits>) {
 #if defined(FARLIGHT_ISA_AMX)
@@ -289,15 +288,14 @@ class Backward {
     } else {
       if constexpr (uses_pairs<Traits>) keys_.fetch_col_major(c, packed_);
       accumulate_col_major<Op>(dq_, keys_.col_major, ds_by_key_pairs(), c.spans, dim_, lanes, overwrite);
-      (void)prefetcher;
     }
   }
 
   // Processes gathered keys; returns the mask of rows that have any.
   uint32_t add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const HeadRows<T>& dout, const DropoutMask& dropout,
                         const BlockTerms& terms, const DkDvBlocks& dkdv_blocks) {
-    GatheredGradients<T> gradients(row_block, q, dout, keys_.source(), values_.source(), dim_, call_.scale, dropout, terms,
-                                   dkdv_blocks, reference_, lse_, delta_, dq_rows_, ld_);
+    GatheredGradients<T> gradients(row_block, q, dout, keys_.source(), values_.source(), dim_, value_dim_, call_.scale, dropout,
+                                   terms, dkdv_blocks, reference_, lse_, delta_, dq_rows_, ld_);
     uint32_t touched = 0;
     for (int i = 0; i < row_block.piece->layer_count; ++i)
       if (row_block.has_gathered(row_block.piece->layers[i])) touched |= gradients.process_layer(row_block.piece->layers[i]);
@@ -332,7 +330,9 @@ class Backward {
 
   const Call& call_;
   const WorkItem& item_;
-  int64_t dim_, ld_;
+  int64_t dim_, value_dim_;  // of rows of Q, K and dq; of V, out and dO
+  int64_t shared_dim_;       // the smaller one, which prefetches follow
+  int64_t ld_, value_ld_;
   Operand<Traits> keys_, values_;
   HeadRows<T> sources_[2];
   PackedCacheOf<Traits> packed_;

@@ -31,10 +31,12 @@ class Forward {
       : call_(call),
         item_(item),
         dim_(call.dim),
-        ld_(round_up(call.dim, 16)),
+        value_dim_(call.value_dim),
+        shared_dim_(min(call.dim, call.value_dim)),
+        ld_(round_up(call.value_dim, 16)),
         keys_({call.k, item.batch, kv_head()}, dim_, call.plan->n_k),
-        values_({call.v, item.batch, kv_head()}, dim_, call.plan->n_k),
-        packed_(values_.source(), &keys_.source(), kCachedRowOperands, dim_, item.batch * call.kv_heads + kv_head()),
+        values_({call.v, item.batch, kv_head()}, value_dim_, call.plan->n_k),
+        packed_(values_.source(), &keys_.source(), kCachedRowOperands, value_dim_, item.batch * call.kv_heads + kv_head()),
         queries_(dim_) {
     packed_.reserve(arena);
     recent_ = arena.allocate<RecentBlocks>(1);
@@ -44,9 +46,9 @@ class Forward {
     queries_.reserve(arena);
     scores_ = arena.allocate<float>(kChunkKeys * kRows);
     weights_ = num_parts<Traits> > 1 ? arena.allocate<Word>(num_parts<Traits> * kWeights) : reinterpret_cast<Word*>(scores_);
-    acc_ = arena.allocate<float>(round_up(dim_, 16) * kRows);
+    acc_ = arena.allocate<float>(round_up(value_dim_, 16) * kRows);
     out_rows_ = arena.allocate<float>(kRows * ld_);
-    row_buffer_ = arena.allocate<float>(ld_);
+    row_buffer_ = arena.allocate<float>(round_up(max(dim_, value_dim_), 16));
   }
 
   // Processes rows [first_row, first_row + kRows) of the item's tile.
@@ -56,12 +58,12 @@ class Forward {
     const BlockTerms terms(call_, row_block);
     const HeadRows<T> q(call_.q, item_.batch, item_.head);
     const auto [before, factor] = scale_of<Traits>(call_.scale);
-    RowPrefetcher row_prefetcher(*call_.plan, PrefetchLines::lines_per_row<T>(dim_));
+    RowPrefetcher row_prefetcher(*call_.plan, PrefetchLines::lines_per_row<T>(shared_dim_));
     const RowBlockId current{&item_, first_row};
     row_prefetcher.add(current, results(), call_.out_type == Type::f32 ? 4 : 2);
     if (uses_amx<Traits>) row_prefetcher.issue_some(kRows);
     row_prefetcher.add(current.next(*call_.plan, next), call_.q, sizeof(T));
-    GatherPrefetcher<T> gather_prefetcher(row_block, keys_.source(), values_.source(), dim_);
+    GatherPrefetcher<T> gather_prefetcher(row_block, keys_.source(), values_.source(), shared_dim_);
     queries_.fetch(q, row_block, before);
     const int lanes = static_cast<int>(round_up(row_block.count, kV * W));
     softmax_.reset();
@@ -72,7 +74,7 @@ class Forward {
       chunk_ = chunks_ + slot;
       has_next = walk.next(chunks_[slot ^ 1]);
       KeyPrefetcher<Traits> prefetcher(has_next ? chunks_ + (slot ^ 1) : nullptr, keys_, values_, packed_, gather_prefetcher,
-                                       recent_, dim_);
+                                       recent_, shared_dim_);
       if constexpr (uses_amx<Traits>) {
         process_chunk_amx(prefetcher, dropout, terms, factor, lanes, first_chunk);
         row_prefetcher.issue_some(kRows / 4);
@@ -84,7 +86,7 @@ class Forward {
     if (first_chunk) {
       for (int s = 0; s < row_block.count; ++s) std::memset(out_rows_ + s * ld_, 0, ld_ * sizeof(float));
     } else {
-      transpose_from_lanes(acc_, dim_, out_rows_, ld_);
+      transpose_from_lanes(acc_, value_dim_, out_rows_, ld_);
     }
     if (row_block.any_gathered()) add_gathered(row_block, q, dropout, terms);
     finish(row_block, dropout.keep_scale());
@@ -95,7 +97,9 @@ class Forward {
   int64_t kv_head() const { return item_.head / (call_.heads / call_.kv_heads); }
 
   // The result tensor as a view, for prefetching its rows.
-  TensorView results() const { return {call_.result, call_.heads * call_.plan->n_q * dim_, call_.plan->n_q * dim_, dim_}; }
+  TensorView results() const {
+    return {call_.result, call_.heads * call_.plan->n_q * value_dim_, call_.plan->n_q * value_dim_, value_dim_};
+  }
 
   // One chunk by vector products: scores, running maximum, weights, values.
   FARLIGHT_INLINE void process_chunk(KeyPrefetcher<Traits>& prefetcher, RowPrefetcher& row_prefetcher,
@@ -137,7 +141,7 @@ class Forward {
       compute_weights_amx(dropout, scale_large(factor, lanes), lanes, sums);
     }
     for (int g = 0; g < lanes; g += W) softmax_.add_sums(g, sums[g / W]);
-    accumulate_key_groups<num_parts<Traits>>(acc_, packed_.groups, packed_.part(), weights_, kWeights, groups, dim_,
+    accumulate_key_groups<num_parts<Traits>>(acc_, packed_.groups, packed_.part(), weights_, kWeights, groups, value_dim_,
                                              first_chunk, [&] { prefetcher.issue_some(); });
 #else
     (void)prefetcher, (void)dropout, (void)terms, (void)factor, (void)lanes, (void)first_chunk;
@@ -154,7 +158,7 @@ class Forward {
 
   // O^T *= rescale.
   void rescale_sums() {
-    for (int64_t d = 0; d < dim_; ++d)
+    for (int64_t d = 0; d < value_dim_; ++d)
       for (int g = 0; g < kRows; g += W) {
         float* const at = acc_ + d * kRows + g;
         store(at, mul(load(at), load(softmax_.rescale + g)));
@@ -251,14 +255,14 @@ class Forward {
     const Spans& spans = chunk_->spans;
     const bool fused = spans.count == 1 && spans.span[0].halves == kBothHalves;
     if (rescales && !fused) rescale_sums();
-    accumulate_col_major<typename Traits::Op>(acc_, values_.col_major, weights_, spans, dim_, lanes, first_chunk,
+    accumulate_col_major<typename Traits::Op>(acc_, values_.col_major, weights_, spans, value_dim_, lanes, first_chunk,
                                               rescales && fused ? softmax_.rescale : nullptr);
   }
 
   // Continues the softmax over gathered keys.
   void add_gathered(const RowBlock& row_block, const HeadRows<T>& q, const DropoutMask& dropout, const BlockTerms& terms) {
-    GatheredSoftmax<T> softmax(row_block, q, keys_.source(), values_.source(), dim_, call_.scale * kLog2E, dropout, terms,
-                               {softmax_.row_max, softmax_.row_sum, out_rows_, ld_, row_buffer_});
+    GatheredSoftmax<T> softmax(row_block, q, keys_.source(), values_.source(), dim_, value_dim_, call_.scale * kLog2E,
+                               dropout, terms, {softmax_.row_max, softmax_.row_sum, out_rows_, ld_, row_buffer_});
     for (int i = 0; i < row_block.piece->layer_count; ++i)
       if (row_block.has_gathered(row_block.piece->layers[i])) softmax.process_layer(row_block.piece->layers[i]);
   }
@@ -287,7 +291,7 @@ class Forward {
         const float reference = at[0] > row_max ? at[0] : row_max;
         const float acc_weight = exp2f(row_max - reference), part_weight = exp2f(at[0] - reference);
         row_sum = row_sum * acc_weight + at[1] * part_weight;
-        for (int64_t d = 0; d < dim_; ++d) out_rows_[d] = out_rows_[d] * acc_weight + at[2 + d] * part_weight;
+        for (int64_t d = 0; d < value_dim_; ++d) out_rows_[d] = out_rows_[d] * acc_weight + at[2 + d] * part_weight;
         row_max = reference;
       }
       write(row, row_max, row_sum, out_rows_, keep_scale);
@@ -301,8 +305,8 @@ class Forward {
     const int64_t at = (item_.batch * call_.heads + item_.head) * call_.plan->n_q + row;
     if (row_sum == 0.0f) {
       if (keep_masked_rows(call_, item_)) return;
-      std::memset(sum, 0, dim_ * sizeof(float));
-      write_row(call_.out_type, call_.result, at * dim_, sum, dim_);
+      std::memset(sum, 0, value_dim_ * sizeof(float));
+      write_row(call_.out_type, call_.result, at * value_dim_, sum, value_dim_);
       call_.lse[at] = call_.terms.sinks ? call_.terms.sinks[item_.head] * kLn2 : -INFINITY;
       return;
     }
@@ -314,22 +318,24 @@ class Forward {
       const float previous_weight = previous->row_sum * exp2f(previous->row_max - merged_max),
                   acc_weight = row_sum * exp2f(row_max - merged_max), merged_sum = previous_weight + acc_weight;
       factor *= acc_weight / merged_sum;
-      read_row(call_.out_type, call_.result, at * dim_, row_buffer_, dim_);
-      for (int64_t d = 0; d < dim_; ++d) sum[d] = sum[d] * factor + row_buffer_[d] * (previous_weight / merged_sum);
+      read_row(call_.out_type, call_.result, at * value_dim_, row_buffer_, value_dim_);
+      for (int64_t d = 0; d < value_dim_; ++d) sum[d] = sum[d] * factor + row_buffer_[d] * (previous_weight / merged_sum);
       factor = 1.0f;
       row_max = merged_max;
       row_sum = merged_sum;
     }
     if (previous) *previous = {row_max, row_sum};
     call_.lse[at] = row_max * kLn2 + logf(row_sum);
-    write_row(call_.out_type, call_.result, at * dim_, sum, dim_, factor);
+    write_row(call_.out_type, call_.result, at * value_dim_, sum, value_dim_, factor);
   }
 
   static constexpr int64_t kWeights = kChunkKeys / 2 * kRows;  // words between the parts of the weights of a chunk
 
   const Call& call_;
   const WorkItem& item_;
-  int64_t dim_, ld_;
+  int64_t dim_, value_dim_;  // of rows of Q and K; of V and out
+  int64_t shared_dim_;       // the smaller one, which prefetches follow
+  int64_t ld_;
   Operand<Traits> keys_, values_;
   PackedCacheOf<Traits> packed_;
   RecentBlocks* recent_ = nullptr;

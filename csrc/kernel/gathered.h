@@ -43,12 +43,14 @@ template <class T>
 class GatheredSoftmax {
  public:
   GatheredSoftmax(const RowBlock& row_block, const HeadRows<T>& queries, const HeadRows<T>& keys, const HeadRows<T>& values,
-                  int64_t dim, float scale, const DropoutMask& dropout, const BlockTerms& terms, const SoftmaxRows& state)
+                  int64_t dim, int64_t value_dim, float scale, const DropoutMask& dropout, const BlockTerms& terms,
+                  const SoftmaxRows& state)
       : row_block_(row_block),
         queries_(queries),
         keys_(keys),
         values_(values),
         dim_(dim),
+        value_dim_(value_dim),
         scale_(scale),
         dropout_(dropout),
         terms_(terms),
@@ -97,7 +99,7 @@ class GatheredSoftmax {
       if (largest > state_.row_max[s]) {
         float rescale[W];
         store(rescale, exp2_poly<5>(broadcast(state_.row_max[s] - largest)));
-        for (int64_t d = 0; d < dim_; ++d) state_.rows[s * state_.ld + d] *= rescale[0];
+        for (int64_t d = 0; d < value_dim_; ++d) state_.rows[s * state_.ld + d] *= rescale[0];
         state_.row_sum[s] *= rescale[0];
         state_.row_max[s] = largest;
       }
@@ -113,19 +115,19 @@ class GatheredSoftmax {
     float sum = 0.0f, *row = state_.rows + s * state_.ld;
     if (!dropout_.on()) {
       for (int i = from; i < to; ++i) sum += weight_[i];
-      if (from < to) accumulate_rows(row, weight_ + from, key + from, to - from, values_, dim_);
+      if (from < to) accumulate_rows(row, weight_ + from, key + from, to - from, values_, value_dim_);
       return sum;
     }
     for (int i = from; i < to; ++i) {
       sum += weight_[i];
-      if (dropout_.keeps_pair(key[i], s)) axpy(row, weight_[i], values_.row(key[i]), dim_);
+      if (dropout_.keeps_pair(key[i], s)) axpy(row, weight_[i], values_.row(key[i]), value_dim_);
     }
     return sum;
   }
 
   const RowBlock& row_block_;
   const HeadRows<T>&queries_, &keys_, &values_;
-  int64_t dim_;
+  int64_t dim_, value_dim_;
   float scale_;
   const DropoutMask& dropout_;
   const BlockTerms& terms_;

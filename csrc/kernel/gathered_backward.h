@@ -12,15 +12,16 @@ class GatheredGradients {
  public:
   // reference, lse, delta: per row of the block (lse relative to reference, see Backward); dq: rows `ld` floats apart.
   GatheredGradients(const RowBlock& row_block, const HeadRows<T>& queries, const HeadRows<T>& dout, const HeadRows<T>& keys,
-                    const HeadRows<T>& values, int64_t dim, float scale, const DropoutMask& dropout, const BlockTerms& terms,
-                    const DkDvBlocks& dkdv_blocks, const float* reference, const float* lse, const float* delta, float* dq,
-                    int64_t ld)
+                    const HeadRows<T>& values, int64_t dim, int64_t value_dim, float scale, const DropoutMask& dropout,
+                    const BlockTerms& terms, const DkDvBlocks& dkdv_blocks, const float* reference, const float* lse,
+                    const float* delta, float* dq, int64_t ld)
       : row_block_(row_block),
         queries_(queries),
         dout_(dout),
         keys_(keys),
         values_(values),
         dim_(dim),
+        value_dim_(value_dim),
         scale_(scale),
         dropout_(dropout),
         terms_(terms),
@@ -60,10 +61,10 @@ class GatheredGradients {
     for (int i = 0; i < n; ++i) {
       const int64_t row = row_block_.row[row_[i]];
       prefetch_row_for_write(dk(keys[i]), dim_);
-      prefetch_row_for_write(dv(keys[i]), dim_);
+      prefetch_row_for_write(dv(keys[i]), value_dim_);
       const float score = dot(queries_.row(row), keys_.row(keys[i]), dim_) * (scale_ * kLog2E);
       weight_[i] = terms_.pair(score, row_[i], keys[i], slope_ + i);
-      ds_[i] = dot(dout_.row(row), values_.row(keys[i]), dim_);
+      ds_[i] = dot(dout_.row(row), values_.row(keys[i]), value_dim_);
       row_reference_[i] = reference_[row_[i]];
       row_lse_[i] = lse_[row_[i]];
     }
@@ -92,17 +93,17 @@ class GatheredGradients {
       const int64_t row = row_block_.row[row_[i]];
       for (int at = i; at < next; ++at) {
         axpy(dk(keys[at]), ds_[at], queries_.row(row), dim_);
-        axpy(dv(keys[at]), weight_[at], dout_.row(row), dim_);
+        axpy(dv(keys[at]), weight_[at], dout_.row(row), value_dim_);
       }
     }
   }
 
-  float* dk(int32_t key) const { return dkdv_blocks_.dk[key / kBlock] + key % kBlock * dkdv_blocks_.stride; }
-  float* dv(int32_t key) const { return dkdv_blocks_.dv[key / kBlock] + key % kBlock * dkdv_blocks_.stride; }
+  float* dk(int32_t key) const { return dkdv_blocks_.dk[key / kBlock] + key % kBlock * dkdv_blocks_.dk_stride; }
+  float* dv(int32_t key) const { return dkdv_blocks_.dv[key / kBlock] + key % kBlock * dkdv_blocks_.dv_stride; }
 
   const RowBlock& row_block_;
   const HeadRows<T>&queries_, &dout_, &keys_, &values_;
-  int64_t dim_;
+  int64_t dim_, value_dim_;
   float scale_;
   const DropoutMask& dropout_;
   const BlockTerms& terms_;

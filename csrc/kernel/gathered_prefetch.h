@@ -11,7 +11,7 @@ namespace farlight::FARLIGHT_NS {
 struct PrefetchLines {
   static constexpr int kRanges = 2 * kM;
   const char* start[kRanges];
-  int64_t count;  // whole lines per range, those of a row of K
+  int64_t count;  // whole lines per range, those of the narrower row of K and V
 
   // Whole cache lines of a row of `dim` elements.
   template <class T>
@@ -119,8 +119,9 @@ class DkDvPrefetcher {
     const int n = queue_.take(kM / ranges_per_row_, key);
     for (int i = 0; i < kM; ++i) {
       const int32_t at = key[min(i / ranges_per_row_, n - 1)];
-      const int64_t from = at % kBlock * sums_.stride + i % ranges_per_row_ * lines_.count * 16;
-      lines_.set_pair(i, sums_.dk[at / kBlock] + from, sums_.dv[at / kBlock] + from);
+      const int64_t key_in_block = at % kBlock, column = i % ranges_per_row_ * lines_.count * 16;
+      lines_.set_pair(i, sums_.dk[at / kBlock] + key_in_block * sums_.dk_stride + column,
+                      sums_.dv[at / kBlock] + key_in_block * sums_.dv_stride + column);
     }
     return &lines_;
   }

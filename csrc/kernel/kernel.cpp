@@ -61,11 +61,12 @@ void run_item(const Call& call, const WorkItem& item, char* scratch, const Rest&
 }
 
 // Selects the traits for an item. AMX on float32 pays only while the item's keys fit the cache of split operands: beyond that
-// every tile would split all its keys again, and FMA is faster.
+// every tile would split all its keys again, and FMA is faster. That cache holds K and V of one width.
 template <template <class> class PassOf, class... Rest>
 void run(const Call& call, const WorkItem& item, char* scratch, const Rest&... rest) {
   if (call.type != Type::f32) run_item<PassOf<TraitsBf16>>(call, item, scratch, rest...);
-  else if (PackedCacheOf<TraitsF32>::fits(call.dim, PassOf<TraitsF32>::kCachedRowOperands, visited_keys(*call.plan, item)))
+  else if (call.dim == call.value_dim &&
+           PackedCacheOf<TraitsF32>::fits(call.dim, PassOf<TraitsF32>::kCachedRowOperands, visited_keys(*call.plan, item)))
     run_item<PassOf<TraitsF32>>(call, item, scratch, rest...);
   else run_item<PassOf<F32>>(call, item, scratch + measure_split<PassOf>(call), rest...);
 }

@@ -8,7 +8,7 @@
 
 namespace farlight::FARLIGHT_NS {
 
-// The partial results of the tile of one work item: two statistics and dim values per row and part.
+// The partial results of the tile of one work item: two statistics and result_dim values per row and part.
 class SplitK {
  public:
   SplitK(const Call& call, const WorkItem& item)
@@ -23,7 +23,7 @@ class SplitK {
     float* const at = partial(item_.entry, row);
     at[0] = first;
     at[1] = second;
-    std::memcpy(at + 2, values, call_.dim * sizeof(float));
+    std::memcpy(at + 2, values, call_.result_dim * sizeof(float));
   }
   // Calls merge_row(row of the tensors, number of parts, part -> partial result) for every row of the tile.
   template <class MergeRow>
@@ -41,7 +41,7 @@ class SplitK {
   float* partial(int64_t entry, int64_t row) const {
     const int64_t slot =
         call_.partial_base[item_.piece] + (item_.batch * call_.heads + item_.head) * piece_.slots + piece_.slot[entry];
-    return call_.partial + (slot * call_.plan->tile + row) * (call_.dim + 2);
+    return call_.partial + (slot * call_.plan->tile + row) * (call_.result_dim + 2);
   }
 
   const Call& call_;

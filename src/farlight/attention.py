@@ -127,7 +127,8 @@ def attention(
 
     Args:
         q: `(B, H, n_q, D)`; float16, bfloat16, float32 or float64; any strides.
-        k, v: `(B, H_kv, n_k, D)`, H a multiple of H_kv (grouped or multi-query attention; nothing is copied for it).
+        k, v: `(B, H_kv, n_k, D)`, H a multiple of H_kv (grouped or multi-query attention; nothing is copied for it); v may have
+            another head_dim D_v, as in multi-head latent attention.
         pattern: who may look at whom; or a plan of `fl.plan`, which is executed as it is, by the backend it was made for; or
             a router of `fl.routing`, which chooses the links from these q and k: the pattern is then `router(q, k)`.
         scale: None means D^-½; 0.0 means 0.0.
@@ -145,10 +146,9 @@ def attention(
         backend: "auto", or one of "cpu", "triton", "torch", "dense", "reference"; one that is named never falls back.
 
     Returns:
-        out `(B, H, n_q, D)` in q's dtype; with `return_lse` also lse, float32 (float64 for float64 inputs); with `return_lost`
-        also the bound. A row that sees
-        nothing gives 0, -inf and zero gradients. Sums are in float32, for float64 in float64. Under autocast the inputs are
-        cast as for torch's own attention.
+        out `(B, H, n_q, D_v)` in q's dtype; with `return_lse` also lse, float32 (float64 for float64 inputs); with
+        `return_lost` also the bound. A row that sees nothing gives 0, -inf and zero gradients. Sums are in float32, for
+        float64 in float64. Under autocast the inputs are cast as for torch's own attention.
 
     Raises:
         ArgumentError, PatternError, PlanError: an argument cannot be used. UnsupportedError: a named backend cannot run;

@@ -62,14 +62,15 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ArgumentError(f"q has a batch of {q.shape[0]}, but {name} of {x.shape[0]}; they must be equal.")
     if k.shape[3] != q.shape[3]:
         raise ArgumentError(f"q has head_dim {q.shape[3]}, but k has {k.shape[3]}; they must be equal.")
-    if v.shape[3] != k.shape[3]:
+    if k.shape[:3] != v.shape[:3]:
         raise ArgumentError(
-            f"q and k have head_dim {k.shape[3]}, but v has {v.shape[3]}; {even_widths(k.shape[3], v.shape[3])}"
+            f"k has shape {tuple(k.shape)}, but v has {tuple(v.shape)}; they must have equal heads and tokens: only the "
+            "last dimension, head_dim, may differ."
         )
-    if k.shape != v.shape:
-        raise ArgumentError(f"k has shape {tuple(k.shape)}, but v has {tuple(v.shape)}; they must be equal.")
-    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[3] == 0:
-        raise ArgumentError(f"q {tuple(q.shape)}, k {tuple(k.shape)}: heads and head_dim must be at least 1.")
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[3] == 0 or v.shape[3] == 0:
+        raise ArgumentError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: heads and head_dim must be at least 1."
+        )
     if q.shape[1] % k.shape[1]:
         raise ArgumentError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: the first must be a multiple of the second.")
 

@@ -126,11 +126,12 @@ def pattern_of(text: str, tables: Sequence[Tensor]) -> Pattern:
 
 
 def _planned(
-    q: Tensor, k: Tensor, tables: Sequence[Tensor], text: str, q_offset: int, dropout: float, backend: str
+    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], text: str, q_offset: int, dropout: float, backend: str
 ) -> tuple[Backend, PlanLike]:
     """The plan backend for an operator's arguments, and its plan."""
     sizes = Sizes(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1])
-    request = Request(pattern_of(text, tables), sizes, k.shape[1], q.shape[3], q.dtype, q.device, False, dropout, True)
+    shapes = k.shape[1], q.shape[3], q.dtype, q.device
+    request = Request(pattern_of(text, tables), sizes, *shapes, False, dropout, True, value_dim=v.shape[3])
     executor = registry.plan_backend(request, backend)
     return executor, registry.plan_of(executor, request)
 
@@ -148,7 +149,7 @@ def _attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) over the pairs that the pattern allows, by a plan backend."""
-    executor, plan = _planned(q, k, tables, pattern, q_offset, dropout, backend)
+    executor, plan = _planned(q, k, v, tables, pattern, q_offset, dropout, backend)
     return executor.forward(Call(q, k, v, plan, scale, dropout, seed))
 
 
@@ -190,7 +191,7 @@ def _attend_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of `attend`."""
-    executor, plan = _planned(q, k, tables, pattern, q_offset, dropout, backend)
+    executor, plan = _planned(q, k, v, tables, pattern, q_offset, dropout, backend)
     return executor.backward(Call(q, k, v, plan, scale, dropout, seed), Saved(out, lse), dout, dlse)
 
 

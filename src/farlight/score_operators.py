@@ -88,11 +88,19 @@ def _all_gradients(
 
 # ---- the operators' kernels and fakes -----------------------------------------------------------------------------------
 def _planned(
-    q: Tensor, k: Tensor, terms: ScoreTerms, tables: Sequence[Tensor], text: str, q_offset: int, dropout: float, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: ScoreTerms,
+    tables: Sequence[Tensor],
+    text: str,
+    q_offset: int,
+    dropout: float,
+    backend: str,
 ) -> tuple[Backend, PlanLike]:
     sizes = Sizes(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1])
-    pattern = pattern_of(text, tables)
-    request = Request(pattern, sizes, k.shape[1], q.shape[3], q.dtype, q.device, False, dropout, True, terms.names)
+    shapes, options = (k.shape[1], q.shape[3], q.dtype, q.device), (False, dropout, True, terms.names)
+    request = Request(pattern_of(text, tables), sizes, *shapes, *options, value_dim=v.shape[3])
     executor = registry.plan_backend(request, backend)
     return executor, registry.plan_of(executor, request)
 
@@ -116,7 +124,7 @@ def _attend_scored(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) over the pairs that the pattern allows, under the terms, by a plan backend."""
     terms = ScoreTerms(cap, first, distance, key_bias, sinks)
-    executor, plan = _planned(q, k, terms, tables, pattern, q_offset, dropout, backend)
+    executor, plan = _planned(q, k, v, terms, tables, pattern, q_offset, dropout, backend)
     return executor.forward(Call(q, k, v, plan, scale, dropout, seed, terms))
 
 
@@ -153,7 +161,7 @@ def _attend_scored_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, distance, key_bias and sinks; of a term that is not there an empty tensor."""
     terms = ScoreTerms(cap, first, distance, key_bias, sinks)
-    executor, plan = _planned(q, k, terms, tables, pattern, q_offset, dropout, backend)
+    executor, plan = _planned(q, k, v, terms, tables, pattern, q_offset, dropout, backend)
     call = Call(q, k, v, plan, scale, dropout, seed, terms)
     grads = _all_gradients(executor, call, Saved(out, lse), dout, dlse)
     of_terms = [q.new_empty(0, dtype=lse.dtype) if grad is None else grad for grad in grads[3:]]

@@ -154,6 +154,16 @@ def test_head_dims(isa: str, dim: int, dtype: torch.dtype) -> None:
     check(Case(f"dim {dim}", fl.window(9) | fl.global_tokens([0]) | fl.random_keys(2), 41, 61, head_dim=dim), dtype)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
+@pytest.mark.parametrize("dims", ((192, 128), (8, 64), (65, 31), (1, 33), (16, 256), (256, 8)), ids=str)
+def test_head_dims_of_values(isa: str, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    """Runs, masks, gathered keys, split rows and two pieces, with v narrower and wider than k."""
+    sizes = {"head_dim": dims[0], "value_dim": dims[1]}
+    pattern = fl.window(9) | fl.global_tokens([0]) | fl.random_keys(2)
+    check(Case(f"dims {dims}", pattern, 41, 61, heads=4, kv_heads=2, **sizes), dtype)
+    check(Case(f"dims {dims}, pieces", fl.strided(3) | fl.window(4), 70, heads=1, **sizes), dtype, SHAPES["split"])
+
+
 @pytest.mark.parametrize("layout", ("tokens first", "every other", "packed", "backwards", "repeated"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("f32", "bf16"))
 def test_strides(isa: str, layout: Any, dtype: torch.dtype) -> None:

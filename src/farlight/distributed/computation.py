@@ -67,6 +67,7 @@ class Run:
         request = Request(
             piece.pattern, piece.sizes, k.shape[1], q.shape[3], q.dtype, q.device, self.needs_grad, self.dropout, True,
             frozenset() if terms is None else terms.names, of_piece.origin is not None,
+            value_dim=v.shape[3],
         )  # fmt: skip
         executor = registry.plan_backend(request, self.backend)
         plan = registry.plan_of(executor, request)

@@ -147,15 +147,15 @@ _outside_graph: Callable[..., tuple[Tensor, Tensor | None]] = attention_forward
 # ---- attention ----------------------------------------------------------------------------------------------------------
 def _attend(module: nn.Module, mask: ModelMask, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: _Options) -> Tensor:
     """`(B, H, n_q, D_v)`: attention with values of any head_dim, and with sinks in the softmax where the model has them."""
-    value_dim = v.shape[3]
-    q, k, v, scale = _equal_head_dims(q, k, v, options.scale)
-    arguments: dict[str, Any] = {"q_offset": mask.q_offset, "dropout": options.dropout, "backend": options.backend}
-    if options.sinks is None:
-        out: Tensor = attention(q, k, v, pattern, scale=scale, score=options.score, **arguments)
-    else:
+    sinks = None
+    if options.sinks is not None:
         check_sinks(module, options.sinks, q.shape[1])
-        out = attention(q, k, v, pattern, scale=scale, score=options.score, sinks=options.sinks.flatten(), **arguments)
-    return out[..., :value_dim]
+        sinks = options.sinks.flatten()
+    out: Tensor = attention(
+        q, k, v, pattern, scale=options.scale, q_offset=mask.q_offset, dropout=options.dropout, score=options.score,
+        sinks=sinks, backend=options.backend,
+    )  # fmt: skip
+    return out
 
 
 def _attend_gist(
@@ -170,25 +170,12 @@ def _attend_gist(
             "router without "
             "gist(…)."
         )
-    value_dim = v.shape[3]
-    q, k, v, scale = _equal_head_dims(q, k, v, options.scale)
     out = gist_attention(
-        q, k, v, pattern, block=router.block, causal=looks_back(mask.pattern), key_mask=mask.key_real, scale=scale,
+        q, k, v, pattern, block=router.block, causal=looks_back(mask.pattern), key_mask=mask.key_real, scale=options.scale,
         backend=options.backend,
     )  # fmt: skip
     assert isinstance(out, Tensor)
-    return out[..., :value_dim]
-
-
-def _equal_head_dims(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor, float | None]:
-    """q, k, v zero-padded to one head_dim: zeros change neither the scores nor the first D_v entries of the output."""
-    missing = k.shape[3] - v.shape[3]
-    if missing > 0:
-        return q, k, functional.pad(v, (0, missing)), scale
-    if missing < 0:
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        return functional.pad(q, (0, -missing)), functional.pad(k, (0, -missing)), v, scale
-    return q, k, v, scale
+    return out
 
 
 # ---- masks and patterns ---------------------------------------------------------------------------------------------------

@@ -50,6 +50,11 @@ class Request:
     return_lse: bool = False
     terms: frozenset[str] = frozenset()  # ScoreTerms.names
     renumbered: bool = False  # the call has an `Origin`
+    value_dim: int = 0  # of v and out; 0: head_dim, that of q and k
+
+    def __post_init__(self) -> None:
+        if not self.value_dim:
+            object.__setattr__(self, "value_dim", self.head_dim)
 
     def describe(self) -> str:
         """The request in one line, for errors and for `fl.explain`."""
@@ -63,7 +68,10 @@ class Request:
             *sorted(self.terms),
             *(["at listed positions"] if self.renumbered else []),
         ]
-        return f"batch {s.batch}, {heads}, {s.n_q} queries, {s.n_k} keys, head_dim {self.head_dim}, " + ", ".join(options)
+        widths = f"head_dim {self.head_dim}"
+        if self.value_dim != self.head_dim:
+            widths += f" of q and k, {self.value_dim} of v"
+        return f"batch {s.batch}, {heads}, {s.n_q} queries, {s.n_k} keys, {widths}, " + ", ".join(options)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -81,7 +89,8 @@ class Origin:
 
 
 class Call(NamedTuple):
-    """The operands of one execution of a plan: q `(B, H, n_q, D)`; k, v `(B, H_kv, n_k, D)`; `seed` a 0-d int64 tensor.
+    """The operands of one execution of a plan: q `(B, H, n_q, D)`; k `(B, H_kv, n_k, D)`; v `(B, H_kv, n_k, D_v)`; `seed` a
+    0-d int64 tensor.
 
     `terms`: what is added to the scores, for a `ScoringBackend`; `wanted`: whether the gradients of distance, key_bias and
     sinks are needed. `origin`: for a piece of a larger problem, given to a backend whose attribute `honours_origin`, which it
@@ -101,7 +110,7 @@ class Call(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Results of the forward pass that the backward pass reads: out `(B, H, n_q, D)` and lse `(B, H, n_q)`."""
+    """Results of the forward pass that the backward pass reads: out `(B, H, n_q, D_v)` and lse `(B, H, n_q)`."""
 
     out: Tensor
     lse: Tensor

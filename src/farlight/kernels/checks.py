@@ -36,8 +36,9 @@ def refused(request: Request) -> list[str]:
     found = []
     if request.dtype not in KERNEL_DTYPES:
         found.append(f"{str(request.dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16")
-    if not 1 <= request.head_dim <= MOST_DIMS:
-        found.append(f"head_dim {request.head_dim} is outside 1 … {MOST_DIMS}")
+    for dim in dict.fromkeys((request.head_dim, request.value_dim)):
+        if not 1 <= dim <= MOST_DIMS:
+            found.append(f"head_dim {dim} is outside 1 … {MOST_DIMS}")
     return found
 
 
@@ -87,8 +88,12 @@ class _Planned(Protocol):
     def sizes(self) -> Sizes: ...
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, who: str, device: torch.device) -> tuple[int, int, int, int]:
-    """(batch, heads, kv heads, head_dim) of tensors that `who` can take on `device`. Raises ArgumentError."""
+def check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, who: str, device: torch.device, *, one_width: bool = False
+) -> tuple[int, int, int, int, int]:
+    """(batch, heads, kv heads, head_dim, head_dim of v) of tensors that `who` can take on `device`; `one_width`: only with
+    equal head_dims. Raises ArgumentError.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or x.device != device or x.dtype not in KERNEL_DTYPES or x.dtype != q.dtype:
             raise ArgumentError(
@@ -97,14 +102,16 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, who: str, device: torch.devic
             )
     batch, heads, _, dim = q.shape
     kv_heads, n_k = k.shape[1], k.shape[2]
-    if k.shape != (batch, kv_heads, n_k, dim) or v.shape != k.shape or not kv_heads or heads % kv_heads:
+    if k.shape != (batch, kv_heads, n_k, dim) or v.shape[:3] != k.shape[:3] or not kv_heads or heads % kv_heads:
         raise ArgumentError(
-            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; they must be (B, H, n_q, D) and twice "
-            "(B, H_kv, n_k, D), with H a multiple of H_kv."
+            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; they must be (B, H, n_q, D), "
+            "(B, H_kv, n_k, D) and (B, H_kv, n_k, D_v), with H a multiple of H_kv."
         )
-    if not 1 <= dim <= MOST_DIMS:
-        raise ArgumentError(f"head_dim {dim} is outside 1 … {MOST_DIMS}.")
-    return batch, heads, kv_heads, dim
+    if not 1 <= min(dim, v.shape[3]) <= max(dim, v.shape[3]) <= MOST_DIMS:
+        raise ArgumentError(f"head_dim {dim} of q and k or {v.shape[3]} of v is outside 1 … {MOST_DIMS}.")
+    if one_width and v.shape[3] != dim:
+        raise ArgumentError(f"q and k have head_dim {dim}, v has {v.shape[3]}; {who} equal ones: pad with zeros.")
+    return batch, heads, kv_heads, dim, v.shape[3]
 
 
 def check_plan(q: Tensor, k: Tensor, plan: _Planned) -> None:
@@ -116,16 +123,17 @@ def check_plan(q: Tensor, k: Tensor, plan: _Planned) -> None:
         )
 
 
-def check_gradients(q: Tensor, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
-    """Raise ArgumentError where something has not the shape that q gives it."""
+def check_gradients(q: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
+    """Raise ArgumentError where something has not the shape that q and v give it."""
+    of_out = (*q.shape[:3], v.shape[3])
     for name, x, size in (
-        ("dout", dout, q.shape),
-        ("out", out, q.shape),
+        ("dout", dout, of_out),
+        ("out", out, of_out),
         ("lse", lse, q.shape[:3]),
         ("dlse", dlse, q.shape[:3]),
     ):
         if x is not None and x.shape != size:
-            raise ArgumentError(f"{name} has shape {tuple(x.shape)}, but q needs {tuple(size)}.")
+            raise ArgumentError(f"{name} has shape {tuple(x.shape)}, but q and v need {tuple(size)}.")
 
 
 def dropped(dropout: float) -> tuple[int, float]:

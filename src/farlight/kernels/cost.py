@@ -53,5 +53,5 @@ def estimate(backend: str, request: Request, visited: int | None, rates: Rates |
     # A backend without rates of its own is priced like the torch backend.
     rated = backend if (backend, torch.float32) in rates else "torch"
     rate, fixed = rates.get((rated, request.dtype), rates[rated, torch.float32])
-    seconds = 4 * request.head_dim * pairs / (rate * 1e9) + fixed
+    seconds = 2 * (request.head_dim + request.value_dim) * pairs / (rate * 1e9) + fixed
     return Estimate(seconds * (_WITH_BACKWARD[rated] if request.needs_grad else 1.0), pairs)

@@ -212,7 +212,7 @@ def _presets() -> Iterator[Case]:
 
 
 def _tensors() -> Iterator[Case]:
-    """Properties other than the pattern: head dimensions, grouped heads, strides, dropout, scale."""
+    """Properties other than the pattern: head dimensions, also of v, grouped heads, strides, dropout, scale."""
     skim = fl.window(6) | fl.global_tokens([0]) | fl.random_keys(2)
     for dim in (1, 3, 7, 33, 40, 64, 72, 80, 96, 127, 128):
         yield Case(f"head_dim {dim}", skim, 67, head_dim=dim, heads=1)
@@ -220,6 +220,9 @@ def _tensors() -> Iterator[Case]:
     yield Case("grouped heads, three to one", fl.per_head([fl.window(w) for w in range(6)]), 50, heads=6, kv_heads=2, batch=2)
     yield Case("one key head", skim, 70, 90, heads=3, kv_heads=1, batch=2)
     yield Case("one key head, clusters", fl.clusters(table(40, 2, 4, 66, high=4)), 66, heads=4, kv_heads=1, batch=2)
+    yield Case("v narrower than k", skim, 70, 90, head_dim=24, value_dim=16)
+    yield Case("v wider than k, grouped heads", skim, 67, heads=4, kv_heads=2, batch=2, head_dim=8, value_dim=20, dropout=0.2)
+    yield Case("v narrower, two pieces", fl.strided(4) | fl.window(6), 100, head_dim=40, value_dim=33, layout="every other")
     layouts: tuple[Layout, ...] = ("tokens first", "every other", "packed", "backwards", "repeated")
     for layout in layouts:
         yield Case(f"strides, {layout}", skim, 65, batch=2, heads=3, layout=layout)

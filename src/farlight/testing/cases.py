@@ -30,6 +30,7 @@ class Case:
         pattern: fits the sizes below.
         n_q, n_k: queries and keys; n_k = -1 means n_q.
         batch, heads, kv_heads, head_dim: kv_heads = 0 means as many as heads.
+        value_dim: head_dim of v; 0 means that of q and k.
         q_offset, dropout, scale: as in `farlight.attention`.
         seed: of the tensors.
         layout: memory layout of q, k and v (see `_with_layout`).
@@ -48,11 +49,13 @@ class Case:
     scale: float | None = None
     seed: int = 0
     layout: Layout = "contiguous"
+    value_dim: int = 0
 
     def __post_init__(self) -> None:
         # Defaults that depend on other fields; object.__setattr__ because the dataclass is frozen.
         object.__setattr__(self, "n_k", self.n_q if self.n_k < 0 else self.n_k)
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
 
     @property
     def sizes(self) -> Sizes:
@@ -70,8 +73,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q `(B, H, n_q, D)`, k and v `(B, H_kv, n_k, D)`; gradients of the output `(B, H, n_q, D)` and of the lse `(B, H,
-    n_q)`."""
+    """q `(B, H, n_q, D)`, k `(B, H_kv, n_k, D)`, v `(B, H_kv, n_k, D_v)`; gradients of the output `(B, H, n_q, D_v)` and of
+    the lse `(B, H, n_q)`."""
 
     q: Tensor
     k: Tensor
@@ -92,12 +95,12 @@ def inputs(
     `requires_grad`: q, k and v are leaves that require gradients.
     """
     generator = torch.Generator().manual_seed(case.seed * 2**32 + zlib.crc32(case.name.encode()))
-    heads, dim = (case.heads, case.kv_heads, case.kv_heads), case.head_dim
+    heads, dims = (case.heads, case.kv_heads, case.kv_heads), (case.head_dim, case.head_dim, case.value_dim)
     drawn = [
         torch.randn(case.batch, h, n, dim, generator=generator, dtype=torch.float64)
-        for h, n in zip(heads, (case.n_q, case.n_k, case.n_k), strict=True)
+        for h, n, dim in zip(heads, (case.n_q, case.n_k, case.n_k), dims, strict=True)
     ]
-    grad_out = torch.randn(case.batch, case.heads, case.n_q, dim, generator=generator, dtype=torch.float64)
+    grad_out = torch.randn(case.batch, case.heads, case.n_q, case.value_dim, generator=generator, dtype=torch.float64)
     grad_lse = torch.randn(case.batch, case.heads, case.n_q, generator=generator, dtype=torch.float64)
     strided = _with_layout([x.to(device, dtype) for x in drawn], case.layout)
     q, k, v = (x.requires_grad_(requires_grad) for x in strided)
@@ -106,7 +109,7 @@ def inputs(
 
 
 def _with_layout(tensors: list[Tensor], layout: Layout) -> list[Tensor]:
-    """The same values with other strides; shapes stay `(B, heads, tokens, head_dim)`."""
+    """The same values with other strides; shapes stay `(B, heads, tokens, head_dim)`. "packed" is for one head_dim."""
     match layout:
         case "contiguous":
             return tensors

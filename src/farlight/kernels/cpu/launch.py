@@ -34,9 +34,10 @@ def forward(
     seed: int | Tensor = 0,
     terms: ScoreTerms | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the planned pairs: `(B, H, n_q, D)` in q's dtype, contiguous, and `(B, H, n_q)` in float32.
+    """(out, lse) of the planned pairs: `(B, H, n_q, D_v)` in q's dtype, contiguous, and `(B, H, n_q)` in float32.
 
-    q: `(B, H, n_q, D)`; k, v: `(B, H_kv, n_k, D)`; float32, bfloat16 or float16, any strides. scale multiplies q kᵀ.
+    q: `(B, H, n_q, D)`; k: `(B, H_kv, n_k, D)`; v: `(B, H_kv, n_k, D_v)`; float32, bfloat16 or float16, any strides.
+    scale multiplies q kᵀ.
     lse: natural logarithm of the sum of exp(score); -inf for a row without keys, whose out is zero.
     Raises ArgumentError for tensors the kernels do not take or that do not fit the plan.
     """
@@ -50,7 +51,8 @@ def forward(
     # Where a row is written several times, or by no tile, its sink is added at the end.
     is_written_once = not native.overlapping and native.covers_all_rows
     lowered = None if terms is None else NativeTerms(terms, shape[0], shape[1], with_sinks=is_written_once)
-    out, lse = torch.empty(q.shape, dtype=out_dtype, device=_CPU), torch.empty(q.shape[:3], dtype=torch.float32, device=_CPU)
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=out_dtype, device=_CPU)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=_CPU)
     if out.numel():
         schedule_bytes = module().forward(
             native,
@@ -91,14 +93,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in the dtypes of q, k and v, contiguous. Accumulated in float32 in a fixed order: deterministic.
 
-    dout, out: `(B, H, n_q, D)`; lse, and dlse, the gradient with respect to lse, or None: `(B, H, n_q)`.
+    dout, out: `(B, H, n_q, D_v)`; lse, and dlse, the gradient with respect to lse, or None: `(B, H, n_q)`.
     scale, dropout, seed: as in the forward call. `terms` receives the gradients of the terms. Raises ArgumentError as forward
     does.
     """
     dtype = q.dtype
     shape = check_tensors(q, k, v, "the native kernels take", _CPU)
     check_plan(q, k, plan)
-    check_gradients(q, dout, out, lse, dlse)
+    check_gradients(q, v, dout, out, lse, dlse)
     q, k, v = as_operand(q, "q"), as_operand(k, "k"), as_operand(v, "v")
     out, dout = as_operand(out.to(dtype), "out"), as_operand(dout.to(dtype), "dout")
     lse = addressable(lse.to(torch.float32).contiguous(), "lse")

@@ -7,6 +7,7 @@ addresses and strides. `jit/` holds the kernels; nothing here imports triton bef
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional
 
 from farlight.kernels.backend import Call, Grads, Request, Saved, ScoreGrads
 from farlight.kernels.checks import host_plan, refused
@@ -40,21 +41,30 @@ class TritonBackend:
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """(out, lse) of the planned pairs."""
-        plan, (q, k, v, *_) = _executable(call.plan), call
+        plan, (q, k, v) = _executable(call.plan), _of_one_width(call.q, call.k, call.v)
         out, lse = forward(q, k, v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+        out = out[..., : call.v.shape[3]]
         sinks = None if call.terms is None else call.terms.sinks
         return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
 
     def backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> Grads:
         """(dq, dk, dv) from the gradients of out and lse."""
-        plan, (q, k, v, *_) = _executable(call.plan), call
-        return backward(dout, dlse, q, k, v, *saved, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
+        plan, (q, k, v, dout, out) = _executable(call.plan), _of_one_width(call.q, call.k, call.v, dout, saved.out)
+        operands = dout, dlse, q, k, v, out, saved.lse, plan
+        dq, dk, dv = backward(*operands, scale=call.scale, dropout=call.dropout, seed=call.seed)
+        return dq[..., : call.q.shape[3]], dk[..., : call.k.shape[3]], dv[..., : call.v.shape[3]]
 
     def score_backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> tuple[Grads, ScoreGrads]:
         """The same, and the gradients of the tables of the terms."""
         sinks = None if call.terms is None else call.terms.sinks
         of_sinks = None if sinks is None else sink_gradient(*saved, dout, dlse, sinks)
         return self.backward(call, saved, dout, dlse), (None, None, of_sinks)
+
+
+def _of_one_width(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, those that are narrower than the widest padded with zeros: these kernels take one head_dim."""
+    widest = max(x.shape[3] for x in tensors)
+    return [x if x.shape[3] == widest else functional.pad(x, (0, widest - x.shape[3])) for x in tensors]
 
 
 def _executable(plan: PlanLike) -> Plan | RoutedPlan:

@@ -50,7 +50,7 @@ def decode(
 
     Raises ArgumentError where shapes or types do not fit, UnsupportedError where the kernels cannot run.
     """
-    batch, heads, kv_heads, head_dim = check_tensors(q, k, v, "decoding takes", q.device)
+    batch, heads, kv_heads, head_dim, _ = check_tensors(q, k, v, "decoding takes", q.device, one_width=True)
     _check_device(q.device)
     n_q, n_k = q.shape[2], k.shape[2]
     if lengths is not None and (lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64)):

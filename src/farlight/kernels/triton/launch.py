@@ -105,7 +105,7 @@ def backward(
     2^-24 · |lse|: gradients in float32 lose digits from |lse| = 10³ on, those in bfloat16 from 10⁵ on.
     """
     _check(q, k, v, plan)
-    check_gradients(q, dout, out, lse, dlse)
+    check_gradients(q, v, dout, out, lse, dlse)
     q, k, v = (addressable(x.detach(), name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
     dout, out = addressable(dout.detach().to(q.dtype), "dout"), addressable(out.detach().contiguous(), "out")
     lse = addressable(lse.detach().contiguous(), "lse")
@@ -123,7 +123,7 @@ def backward(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan) -> None:
-    batch, heads, _, _ = check_tensors(q, k, v, "the Triton kernels take", q.device)
+    batch, heads, _, _, _ = check_tensors(q, k, v, "the Triton kernels take", q.device, one_width=True)
     check_plan(q, k, plan)
     # Work items name their batch item and head.
     if (batch, heads) != (plan.sizes.batch, plan.sizes.heads):
