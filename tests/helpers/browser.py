@@ -69,6 +69,17 @@ class Page:
     def click(self, selector: str) -> None:
         self.js("document.querySelector(arguments[0]).click()", selector)
 
+    def tap(self, selector: str) -> None:
+        """A touch on the middle of an element."""
+        from selenium.webdriver.common.by import By
+
+        node = self.driver.find_element(By.CSS_SELECTOR, selector)
+        self.js("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", node)
+        box = self.js("const b = arguments[0].getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]", node)
+        point = [{"x": box[0], "y": box[1]}]
+        for kind, points in (("touchStart", point), ("touchEnd", [])):
+            self.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
     def press(self, selector: str, *keys: str) -> None:
         """Real key presses on an element that has the focus first."""
         from selenium.webdriver.common.by import By
@@ -115,6 +126,8 @@ def browser(width: int = 1280, height: int = 900, dark: bool = False) -> Iterato
         driver.set_script_timeout(120)
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        if width < 600:
+            driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
         yield Page(driver)

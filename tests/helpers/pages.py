@@ -53,7 +53,8 @@ def audited(patterns: Sequence[Judged] = PATTERNS) -> tuple[Audit, Passages, dic
     encoder, text_tokenizer, content = model(), tokenizer(), text()
     passages = cut_passages(content, text_tokenizer, 48, 3)
     result = audit(encoder, passages, patterns, model_name="small", text_name=HOSTILE)
-    return result, passages, report.audit_data(result, patterns, passages, report.words_of(content, text_tokenizer))
+    data = report.audit_data(result, patterns, passages, report.words_of(content, text_tokenizer))
+    return result, passages, data | {"weights": report.weights(encoder, result, patterns, passages)}
 
 
 def mapped(pattern: fl.Pattern, n: int, layers: int = 3) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def test_every_string_exists_in_both_languages_and_is_used() -> None:
     source = "".join(path.read_text() for path in (ASSETS / "report.html", *sorted((ASSETS / "js").glob("*.js"))))
     asked = set(re.findall(r'data-t(?:-label|-hint)?="([\w.-]+)"', source)) | set(re.findall(r'FL\.say\("([\w.-]+)"', source))
     assert asked <= set(words["en"]), asked - set(words["en"])
-    stems = set(re.findall(r"`(\w+)\.\$\{", source)) | {"path", "matrix", "text", "title", "summary", "rule", "cost"}
+    stems = set(re.findall(r"`(\w+)\.\$\{", source)) | {"path", "matrix", "text", "title", "summary", "rule", "cost", "attends"}
     unused = {name for name in words["en"] if name not in asked and name.split(".")[0] not in stems}
     assert not unused, unused
 

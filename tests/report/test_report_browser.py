@@ -17,6 +17,7 @@ import torch
 
 import farlight as fl
 from farlight import report
+from farlight.analysis.passages import cut_passages
 from farlight.analysis.plot import densities
 from farlight.patterns import Sizes
 from farlight.report.formula import formula
@@ -329,6 +330,89 @@ def test_clicking_two_words_highlights_their_path(audit_open: browser.Page) -> N
     assert page.text("told").startswith(f"“{word}” (40) hears of ")
 
 
+SHOWN = """
+const cells = (row, name) => [row.querySelector(`[data-${name}]`)].map((c) => [Number(c.dataset[name]), c.textContent])[0];
+return [...document.querySelectorAll("#attends-keys tbody tr")].map((row) =>
+  [Number(row.dataset.key), cells(row, "full"), cells(row, "under"), row.querySelector(".tag").textContent]);
+"""
+
+
+def true_weights(layer: int, head: int, query: int, pattern: fl.Pattern) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention weights of one row of the middle passage, full and under the pattern: values that are unit vectors read them
+    from `fl.attention` on the model's own queries and keys."""
+    from farlight.hf.interface import use_pattern
+
+    calls: list[Any] = []
+    passage = cut_passages(pages.text(), pages.tokenizer(), 48, 3).ids[1:2]
+    model = pages.model()
+    with torch.no_grad(), use_pattern(model, None, observer=calls.append):
+        model(passage)
+    wide = torch.nn.functional.pad  # to the width of the unit vectors, which changes no score
+    q, k = (wide(x.double(), (0, 48 - x.shape[3])) for x in (calls[layer].q, calls[layer].k))
+    unit, scale = torch.eye(48, dtype=torch.float64).expand(1, q.shape[1], 48, 48), calls[layer].q.shape[3] ** -0.5
+    full, sparse = (fl.attention(q, k, unit, p, scale=scale, backend="reference") for p in (fl.full(), pattern))
+    return full[0, head, query], sparse[0, head, query]
+
+
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_a_word_that_is_pointed_at_shows_what_it_attends_to(chosen: int, audit_open: browser.Page) -> None:
+    """Mouse, then another head; every listed weight is Python's to four digits, kept and lost are the pattern's."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+
+    page, pattern = audit_open, pages.PATTERNS[chosen]
+    page.click(f'#patterns input[value="{chosen}"]')
+    for index, query in ((0, 20), (7, 31)):
+        page.js(
+            "const s = document.getElementById('attends-head'); s.value = arguments[0]; s.dispatchEvent(new Event('change'))",
+            index,
+        )
+        head = page.js("return farlight.data.weights.heads[arguments[0]].head", index)
+        layer = page.js("return farlight.data.weights.heads[arguments[0]].layer", index)
+        word = page.driver.find_element(By.CSS_SELECTOR, f'#tokens [data-at="{query}"]')
+        page.js("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", word)
+        ActionChains(page.driver).move_to_element(word).perform()
+        start = f"“{word.text}” ({query}) in layer {layer}, head {head}: "
+        page.wait(lambda start=start: page.text("attends-says").startswith(start), "the weights")
+        full, sparse = true_weights(layer, head, query, pattern)
+        shown = page.js(SHOWN)
+        assert len(shown) == 10
+        for key, (full_value, full_text), (under_value, under_text), fate in shown:
+            allowed = pattern.allows(query, key, 48, head=head)
+            assert fate == ("kept" if allowed else "lost")
+            assert full_value == pytest.approx(full[key].item(), rel=3e-4)
+            assert under_value == pytest.approx(sparse[key].item(), rel=6e-4, abs=1e-12)
+            for text, value in ((full_text, full[key].item()), (under_text, sparse[key].item())):
+                assert float(text.rstrip("%")) == pytest.approx(100 * value, rel=6e-4, abs=0.051 if value > 0.001 else 5e-4)
+        heaviest = full.argsort(descending=True)[:5].tolist()
+        assert heaviest == [key for key, *_ in shown if key in heaviest]
+        heaviest_under = sparse.argsort(descending=True)[: min(5, int((sparse > 0).sum()))].tolist()
+        assert set(heaviest_under) <= {key for key, *_ in shown}
+        keeps = page.text("attends-says").rpartition("keeps ")[2].partition("%")[0]
+        mask = torch.tensor([pattern.allows(query, key, 48, head=head) for key in range(48)])
+        assert float(keeps) == pytest.approx(100 * full[mask].sum().item(), abs=0.06)
+        tinted = page.js("return [...document.querySelectorAll('#tokens .attended')].map((s) => Number(s.dataset.at))")
+        assert set(full.argsort(descending=True)[:16].tolist()) <= set(tinted)
+        lost = page.js("return [...document.querySelectorAll('#tokens .attended.gone')].map((s) => Number(s.dataset.at))")
+        assert all(not pattern.allows(query, key, 48, head=head) for key in lost)
+
+
+def test_a_tap_and_the_keyboard_show_weights_too(audit_page: tuple[Path, dict[str, Any]]) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    with browser.browser(390, 844) as phone:
+        phone.open(audit_page[0])
+        phone.tap('#tokens [data-at="12"]')
+        phone.wait(lambda: "(12) in layer" in phone.text("attends-says"), "the weights of a tapped word")
+        phone.press('#tokens [tabindex="0"]', Keys.ARROW_RIGHT)
+        phone.wait(lambda: "(13) in layer" in phone.text("attends-says"), "the weights of the next word")
+        phone.js("farlight.set({passage: 0})")
+        phone.wait(lambda: phone.text("attends-says") == "Weights are carried for passage 2.", "the other passage")
+        phone.click("#attends-elsewhere")
+        assert phone.js("return farlight.state.passage") == 1
+        assert phone.console() == []
+
+
 def test_words_by_keyboard(audit_open: browser.Page) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -365,6 +449,7 @@ def test_the_slider_tells_the_reach(audit_open: browser.Page, audit_page: tuple[
     page.click('#patterns input[value="0"]')
     page.settle()
     page.js("farlight.set({source: 2, target: 20})")
+    page.click('#tint [value="relays"]')
     page.wait(lambda: page.js("return farlight.levels !== null"), "the levels")
     want = fl.reach(pages.PATTERNS[0], 48, 3)
     for layer in (0, 1, 3):
@@ -446,7 +531,7 @@ def test_what_differs_by_layer_shows_heads_and_losses(chromium: browser.Page, tm
     chromium.open(tmp_path / "fit.html")
     hidden = "return ['matrix', 'words', 'reach', 'cost', 'heads', 'lost'].filter((n) => document.getElementById(n).hidden)"
     chromium.click('#patterns input[value="0"]')
-    assert chromium.js(hidden) == ["matrix", "words", "reach", "cost"]
+    assert chromium.js(hidden) == ["matrix", "reach", "cost"]
     assert not chromium.js("return document.getElementById('no-matrix').hidden")
     chromium.click("#language")
     chromium.click("#language")

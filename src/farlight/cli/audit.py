@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -114,6 +115,14 @@ def audit_command(
     ] = None,
     backend: Annotated[str, typer.Option("--backend", help="Which backend computes sparse attention.")] = "auto",
     page: Annotated[Path | None, typer.Option("--html", help="Write a report to look into, as one HTML file.")] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--head",
+            metavar="LAYER:HEAD",
+            help="A head whose attention weights the report shows, e.g. 5:2. Repeat for several. Default: some of each layer.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row per pattern, every column.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
@@ -137,6 +146,7 @@ def audit_command(
     elif candidate or save is not None:
         raise ArgumentError("--candidate and --save belong to a fit: add --keep 0.95 or --density 0.1.")
     registry.check_name(backend)
+    heads = _heads(head, page)
     num_passages = _num_passages(passages, _PASSAGES if page is None else _REPORT_PASSAGES)
     if page is not None:
         check_place("--html", page)
@@ -166,7 +176,7 @@ def audit_command(
             if save is not None:
                 with writing("--save", save):
                     fitted.save(save)
-        progress.start(steps(cut, judged) + (report.steps(judged) if page is not None else []))
+        progress.start(steps(cut, judged) + ([*report.steps(judged), "attention weights"] if page is not None else []))
         result = audit(
             loaded.model,
             cut,
@@ -178,12 +188,30 @@ def audit_command(
             step=progress.step,
         )
         if page is not None:
-            words = report.words_of(content, loaded.tokenizer)
-            report.write(report.render(report.audit_data(result, judged, cut, words, progress=progress)), page)
+            _write_page(page, result, judged, cut, content, loaded, heads, progress)
     if form:
         _print_data(result, fitted, form)
     else:
         _show(result, fitted, _fit_name(keep, density) if fitting else "", page, save, screen_width(wide))
+
+
+def _write_page(
+    page: Path,
+    result: Audit,
+    judged: Sequence[Pattern | Router | Subject],
+    passages: Passages,
+    content: str,
+    loaded: LoadedModel,
+    heads: list[tuple[int, int]] | None,
+    progress: Progress,
+) -> None:
+    """Write the report of an audit; `heads`: those whose attention weights it carries, None for a choice."""
+    from farlight import report
+
+    data = report.audit_data(result, judged, passages, report.words_of(content, loaded.tokenizer), progress=progress)
+    progress.step("attention weights")
+    data["weights"] = report.weights(loaded.model, result, judged, passages, heads)
+    report.write(report.render(data), page)
 
 
 def _passage_length(length: int | None, loaded: LoadedModel) -> int:
@@ -262,6 +290,19 @@ def _fit(
     profile = profile_model(model, passages.ids[:half], candidates, step=progress.step)
     fitted = fit_profile(profile, passages.ids[half:], keep=keep, density=density, step=progress.step)
     return fitted, replace(passages, ids=passages.ids[half:], starts=passages.starts[half:])
+
+
+def _heads(heads: list[str] | None, page: Path | None) -> list[tuple[int, int]] | None:
+    """The values of --head as (layer, head). Raises ArgumentError for anything but two numbers, and without --html."""
+    if not heads:
+        return None
+    if page is None:
+        raise ArgumentError("--head belongs to a report: add --html report.html.")
+    parts = [text.split(":") for text in heads]
+    wrong = next((text for text, part in zip(heads, parts, strict=True) if [x.isdecimal() for x in part] != [True] * 2), None)
+    if wrong is not None:
+        raise ArgumentError(f"--head {wrong}: a layer and a head are needed, both numbered from 0, such as 5:2.")
+    return [(int(layer), int(head)) for layer, head in parts]
 
 
 def _num_passages(passages: str | None, default: int) -> int | None:

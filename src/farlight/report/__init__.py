@@ -2,6 +2,7 @@
 
 from farlight.report.data import audit_data, map_data, steps
 from farlight.report.page import render, write
+from farlight.report.weights import weights
 from farlight.report.words import words_of
 
-__all__ = ["audit_data", "map_data", "render", "steps", "words_of", "write"]
+__all__ = ["audit_data", "map_data", "render", "steps", "weights", "words_of", "write"]

@@ -62,7 +62,8 @@ def audit_data(
 ) -> dict[str, Any]:
     """The page of an audit: per pattern its views of a passage and of the whole text, mass by head, and its top losses.
 
-    patterns, passages: those of the audit. words: the whole text. progress: receives the steps of `steps(patterns)`.
+    patterns, passages: those of the audit. words: the whole text. progress: receives the steps of `steps(patterns)`. The
+    weights of its words are added as `data["weights"] = report.weights(…)`.
     """
     progress = progress or SilentProgress()
     base = parse(result.own)
@@ -86,6 +87,7 @@ def audit_data(
         "scopes": scopes,
         "patterns": rows,
         "words": words.to_page(),
+        "weights": None,
         "passages": {"starts": list(passages.starts), "length": passages.length, "of": passages.tokens},
     }
 

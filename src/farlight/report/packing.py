@@ -12,11 +12,12 @@ __all__ = ["pack", "pack_text", "unpack"]
 
 # Lists up to this length stay plain JSON: smaller, and readable in the page's source.
 _MAX_PLAIN = 48
-_DTYPES: dict[str, np.dtype[Any]] = {"i4": np.dtype("<i4"), "u1": np.dtype("u1"), "f4": np.dtype("<f4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"i4": np.dtype("<i4"), "u2": np.dtype("<u2"), "u1": np.dtype("u1"), "f4": np.dtype("<f4")}
 
 
 def pack(values: Any, kind: str = "i4") -> list[float] | dict[str, Any]:
-    """Numbers as a list up to `_MAX_PLAIN`, else `{"kind", "size", "data"}`; kind: i4 (int32), u1 (uint8) or f4 (float32).
+    """Numbers as a list up to `_MAX_PLAIN`, else `{"kind", "size", "data"}`; kind: i4 (int32), u2 (uint16), u1
+    (uint8) or f4 (float32).
 
     >>> pack([1, 2, 3]), unpack(pack(np.arange(1000)))[-1].item()
     ([1, 2, 3], 999)

@@ -3,7 +3,7 @@
 const FL = (window.farlight = {});
 
 (() => {
-  const KINDS = { i4: Int32Array, u1: Uint8Array, f4: Float32Array };
+  const KINDS = { i4: Int32Array, u2: Uint16Array, u1: Uint8Array, f4: Float32Array };
 
   async function inflate(data) {
     const raw = atob(data);

@@ -4,7 +4,7 @@
   const listeners = [];
   const compiled = new Map();
   FL.data = JSON.parse(document.getElementById("data").textContent);
-  FL.state = { pattern: 0, scope: FL.data.scopes[0].id, passage: 0, head: 0, source: null, target: null, layer: 1, page: 0 };
+  FL.state = { pattern: 0, scope: FL.data.scopes[0].id, passage: 0, head: 0, source: null, target: null, layer: 1, page: 0, weights: 0, tint: "full" };
   FL.path_ = null; // the result of FL.path for source and target, or null
   FL.levels = null; // the result of FL.heardOf for the target, or null
 

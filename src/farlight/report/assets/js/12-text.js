@@ -30,6 +30,8 @@
     mark();
   }
 
+  FL.tokenAt = (position) => box.querySelector(`[data-at="${position}"]`);
+
   function mark() {
     const { source, target, layer } = FL.state, relays = new Set(FL.path_ ? FL.path_.positions.slice(1, -1) : []);
     for (const span of box.children) {
@@ -44,7 +46,7 @@
   }
 
   function rove(position, take = true) {
-    const was = box.querySelector('[tabindex="0"]'), now = box.querySelector(`[data-at="${position}"]`);
+    const was = box.querySelector('[tabindex="0"]'), now = FL.tokenAt(position);
     if (was) was.tabIndex = -1;
     if (!now) return;
     focus = position;
@@ -54,6 +56,8 @@
 
   /* The first token picked is the source, the second the target, the third a new source. */
   function pick(position) {
+    rove(position, false);
+    if (!FL.hasView()) return;
     if (next === "source" || FL.state.source === null) {
       next = "target";
       FL.set({ source: position, target: null });
@@ -61,13 +65,12 @@
       next = "source";
       FL.set({ target: position });
     }
-    rove(position, false);
   }
 
   FL.goTo = (position, take) => {
     if (FL.state.scope !== "passage") FL.set({ page: Math.min(FL.pages() - 1, FL.pageOf(position)) });
     rove(position, take);
-    const span = box.querySelector(`[data-at="${position}"]`);
+    const span = FL.tokenAt(position);
     if (span) span.scrollIntoView({ block: "center" });
   };
 

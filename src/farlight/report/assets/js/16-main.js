@@ -111,10 +111,11 @@
   FL.on((changed) => {
     if (!["start", "language", "pattern", "scope", "head"].some((name) => changed.has(name))) return;
     for (const name of ["matrix", "words", "reach", "cost"]) {
-      const gone = !FL.hasView() || (name === "words" && !audit);
+      const gone = name === "words" ? !audit || (!FL.hasView() && !data.weights) : !FL.hasView();
       FL.id(name).hidden = document.querySelector(`.jump [href="#${name}"]`).hidden = gone;
     }
     FL.id("no-matrix").hidden = FL.hasView();
+    if (!FL.hasView() && FL.state.scope !== data.scopes[0].id) return FL.set({ scope: data.scopes[0].id });
     if (FL.hasView() && !FL.row().views[FL.state.scope]) return scope(Object.keys(FL.row().views)[0]);
     head();
     patterns();
@@ -127,6 +128,7 @@
     document.documentElement.dataset.theme = dark.matches ? "dark" : "light";
     // Start with the pattern whose mass is closest to the best of its number of links.
     if (audit) FL.state.pattern = data.patterns.reduce((best, row, p) => (row.audit.of_best > data.patterns[best].audit.of_best ? p : best), 0);
+    if (data.weights) Object.assign(FL.state, { passage: data.weights.passage, head: data.weights.heads[0].head });
     FL.state.layer = Math.min(2, data.layers);
     FL.translate();
     await FL.loadWords();
