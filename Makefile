@@ -20,7 +20,7 @@ setup: $(READY)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 # torch comes first and by its constrained version, so that nothing else draws in another build of it.
-$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernel/*)
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy
 	$(PIP) -e '.[demo]'
