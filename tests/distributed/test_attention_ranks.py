@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import itertools
 
+import hypothesis
 import pytest
 import spread_cases
 import spread_properties
 import spread_scores
+import spread_travel
 import torch
 from ranks import in_ranks
 from score_formula import TERMS
 
 import farlight as fl
-from farlight.testing import CASES, Case, case
+from farlight.testing import CASES, Case, case, strategies
 
 FAST = [of for of in CASES if of.n_q * of.n_k < 100_000]
+
+
+TRAVELLING = [
+    Case("over ranks: window", fl.window(4), 60, head_dim=8),
+    Case("over ranks: window and global tokens", fl.window(3) | fl.global_tokens([0, 31]), 60, head_dim=8),
+    Case("over ranks: causal window", fl.causal() & (fl.window(5) | fl.seen_by_all([2])), 60, head_dim=8),
+    Case("over ranks: random keys", fl.random_keys(2) | fl.window(1), 60, head_dim=8),
+    Case("over ranks: windows per head", fl.per_head([fl.window(2), fl.window(9, dilation=2)]), 60, head_dim=8),
+]
 
 
 def of_every(step: int, first: int = 0) -> list[Case]:
@@ -41,20 +52,42 @@ def test_properties(world: int) -> None:
 
 def everything(rank: int, world: int) -> int:
     """All properties in one group of processes."""
-    count = spread_properties.split_sizes_are_those_predicted(rank, world)
     spread_properties.the_same_bits_in_every_run(rank, world)
     spread_properties.lengths_say_the_layout(rank, world)
     spread_properties.dtensors_in_and_out(rank, world)
     spread_properties.ranks_that_disagree_all_raise(rank, world)
     spread_properties.sinks_join_every_row(rank, world)
     spread_properties.refusals(rank, world)
-    return count + (spread_properties.what_does_not_travel_does_not_matter(rank, world) if world == 2 else 0)
+    checks = (
+        spread_travel.split_sizes_are_those_predicted,
+        spread_travel.unsent_keys_do_not_matter,
+        spread_travel.sent_keys_matter,
+    )
+    return min(check(rank, world, TRAVELLING) for check in checks) if world == 2 else 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4, 8])
 def test_all_shared_cases(world: int) -> None:
     in_ranks(world, spread_cases.compare_cases, CASES, [torch.float32, torch.bfloat16, torch.float64], [8, 0], seconds=600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@hypothesis.given(strategies.cases())
+@hypothesis.settings(max_examples=100)
+def test_random_expressions(world: int, of: Case) -> None:
+    """On an even and on a random layout, with all gradients."""
+    assert in_ranks(world, spread_cases.compare_cases, [of], [torch.float32], [8, 0], seconds=600)[0] == 2 * 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("check", ["split_sizes_are_those_predicted", "unsent_keys_do_not_matter", "sent_keys_matter"])
+def test_what_travels_for_all_shared_cases(world: int, check: str) -> None:
+    """Split sizes as predicted and of the least weight; every unsent key NaN; every sent key changed, one by one."""
+    small = [of for of in CASES if of.n_q * of.n_k < (8_000 if check == "sent_keys_matter" else 100_000)]
+    assert min(in_ranks(world, getattr(spread_travel, check), [*TRAVELLING, *small], seconds=600)) > 0
 
 
 SCORED = [case(name) for name in ("window and a lighthouse, n=65", "random keys, causal", "many heads and items")]

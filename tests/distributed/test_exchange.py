@@ -18,7 +18,7 @@ from farlight.distributed.communication import problem_of
 from farlight.distributed.cover import minimum_cover
 from farlight.distributed.exchange import ClassExchange, Exchange, exchange
 from farlight.distributed.links import row_spans
-from farlight.distributed.traffic import TravelWidths
+from farlight.distributed.traffic import TravelWidths, forward_traffic
 from farlight.patterns import Pattern, Sizes
 from farlight.testing import CASES, Case
 from farlight.testing.strategies import problems
@@ -127,6 +127,32 @@ def test_the_cover_is_the_cheapest(links: list[list[bool]], rows: list[int], row
     assert not (mask & ~moved & ~cover.groups[:, None]).any()
     weight = key_weight * int(moved.sum()) + row_weight * int(np.array(rows)[cover.groups].sum())
     assert weight == cover.weight == brute_force(mask, rows, row_weight, key_weight)
+
+
+@pytest.mark.slow
+@hypothesis.given(problems(max_length=10), st.integers(1, 3), st.integers(0, 2**20))
+@hypothesis.settings(max_examples=300)
+def test_what_travels_is_the_cheapest_that_serves_all_links(problem: tuple[Pattern, Sizes], world: int, seed: int) -> None:
+    """Bytes handed over = weight of the covers = brute force over all sets of moved queries, for each pair of ranks."""
+    pattern, sizes = problem
+    found = exchanged(pattern, sizes, world, seed)
+    asked = found.problem
+    mask = pattern.dense(sizes.n_q, sizes.n_k, batch=sizes.batch, heads=sizes.heads, q_offset=sizes.q_offset)
+    mask = mask.expand(sizes.batch, sizes.heads, -1, -1)
+    reader, owner = asked.queries.owner_of(np.arange(sizes.n_q)), asked.keys.owner_of(np.arange(sizes.n_k))
+    least = sent = 0
+    for moved in found.classes:
+        sent += len(moved.heads.rows) * moved.weight
+        # The heads of a class see the same, or share a key head: their links travel together.
+        for row in moved.heads.rows:
+            b, kv_head = divmod(row, asked.kv_heads)
+            links = mask[b, kv_head * asked.group : (kv_head + 1) * asked.group].any(0).numpy()
+            for here, there in itertools.permutations(range(world), 2):
+                block = links[np.ix_(reader == here, owner == there)]
+                if block.any():
+                    least += brute_force(block, [1] * len(block), asked.group * asked.row_bytes, asked.key_bytes)
+    traffic = forward_traffic(found, WIDTHS)
+    assert least == sent == int((traffic.direct + traffic.results).sum())
 
 
 def test_a_window_moves_keys_and_lighthouses_move_queries() -> None:

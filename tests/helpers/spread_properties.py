@@ -1,4 +1,4 @@
-"""Properties of attention over ranks beside its numbers: what travels, what depends on it, agreement, and errors.
+"""Properties of attention over ranks beside its numbers: the same bits, layouts from lengths, agreement, and errors.
 
 Functions here run inside the processes of `ranks.in_ranks`; each returns or asserts on every rank.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,20 +15,8 @@ from torch import Tensor
 
 import farlight as fl
 from farlight.distributed import Layout, attention
-from farlight.distributed.collectives import Channel
-from farlight.distributed.communication import problem_of
-from farlight.distributed.exchange import exchange_of
-from farlight.distributed.traffic import Traffic, TravelWidths, backward_traffic, forward_traffic
-from farlight.patterns import Pattern, Sizes
 
 N, HEADS, DIM = 60, 2, 8
-PATTERNS = [
-    fl.window(4),
-    fl.window(3) | fl.global_tokens([0, 31]),
-    fl.causal() & (fl.window(5) | fl.seen_by_all([2])),
-    fl.random_keys(2) | fl.window(1),
-    fl.per_head([fl.window(2), fl.window(9, dilation=2)]),
-]
 
 
 def tensors(n: int = N, *, seed: int = 0, heads: int = HEADS) -> list[Tensor]:
@@ -40,74 +27,6 @@ def tensors(n: int = N, *, seed: int = 0, heads: int = HEADS) -> list[Tensor]:
 
 def sharded(layout: Layout, rank: int, whole: list[Tensor]) -> list[Tensor]:
     return [layout.shard(x, 2, rank).detach().clone() for x in whole]
-
-
-def what_does_not_travel_does_not_matter(rank: int, world: int) -> int:
-    """For every pair of ranks: other numbers in all keys that the reader's results cannot depend on change no bit of them;
-    another number in each single key that was sent changes some. Returns the number of keys changed one by one.
-    """
-    layout, changed = Layout.even(N, world), 0
-    for pattern in PATTERNS:
-        widths = TravelWidths(DIM, DIM, 4, 4)
-        (*classes,) = exchange_of(
-            problem_of(pattern, Sizes.of(N, heads=HEADS), HEADS, layout, layout, widths, "cheapest")
-        ).classes
-        mask = pattern.dense(N, heads=HEADS).expand(1, HEADS, N, N)[0]
-        q, k, v, _ = tensors()
-        before = attention(*sharded(layout, rank, [q, k, v]), pattern, layout=layout)
-        for reader in range(world):
-            reads = mask[:, layout.position_ids(reader)].any(1)  # (H, N): keys that some query of the reader sees
-            garbage = torch.where(reads[..., None], 0.0, 100.0)
-            after = attention(*sharded(layout, rank, [q, k + garbage, v - garbage]), pattern, layout=layout)
-            assert rank != reader or torch.equal(before, after), f"{pattern}: an unsent key changed rank {reader}"
-            for moved in classes:
-                to_reader = moved.keys.between(None, reader)
-                for lo, hi in zip(to_reader.lo.tolist(), to_reader.hi.tolist(), strict=True):
-                    for position in range(lo, hi):
-                        touched = v.clone()
-                        touched[0, list(moved.heads.rows), position] += 1.0
-                        after = attention(*sharded(layout, rank, [q, k, touched]), pattern, layout=layout)
-                        assert rank != reader or not torch.equal(before, after), f"{pattern}: key {position} was sent in vain"
-                        changed += 1
-    return changed
-
-
-def split_sizes_are_those_predicted(rank: int, world: int) -> int:
-    """What is handed to the collectives is what `forward_traffic` and `backward_traffic` say. Returns the number of them."""
-    handed: list[tuple[list[int], list[int]]] = []
-    Channel.observers.append(lambda name, sent, received: handed.append((sent, received)))
-    count = 0
-    try:
-        for pattern in PATTERNS[::2]:
-            for layout in (Layout.even(N, world), Layout([0, 5, 5, N], [0, 1, 1], world=world)):
-                for above in (8, 0):
-                    with broadcasting(above):
-                        count += _compare_sizes(rank, layout, pattern, handed)
-    finally:
-        Channel.observers.clear()
-    return count
-
-
-def _compare_sizes(rank: int, layout: Layout, pattern: Pattern, handed: list[tuple[list[int], list[int]]]) -> int:
-    handed.clear()
-    q, k, v, dout = sharded(layout, rank, tensors())
-    out = attention(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), pattern, layout=layout)
-    assert isinstance(out, Tensor)
-    out.backward(dout)
-    widths = TravelWidths(DIM, DIM, 4, 4)
-    exchange = exchange_of(problem_of(pattern, Sizes.of(N, heads=HEADS), HEADS, layout, layout, widths, "cheapest"))
-    expected: list[tuple[list[int], list[int]]] = []
-    for traffic in (forward_traffic(exchange, widths), backward_traffic(exchange, widths)):
-        expected += [(m[rank].tolist(), m[:, rank].tolist()) for m in _matrices(traffic)]
-    assert sorted(handed) == sorted(expected), f"{pattern}, {layout}: {handed} != {expected}"
-    return len(handed)
-
-
-def _matrices(traffic: Traffic) -> list[np.ndarray]:
-    """The all-to-alls that take place."""
-    names = [name for name in ("direct", "results") if getattr(traffic, name).any()]
-    names += ["scatter"] * bool(traffic.chunk) + ["reduce", "collect"] * bool(traffic.reduce.any())
-    return [getattr(traffic, name) for name in names]
 
 
 def the_same_bits_in_every_run(rank: int, world: int) -> list[Tensor]:

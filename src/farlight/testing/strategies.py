@@ -49,7 +49,7 @@ def _rows(draw: st.DrawFn, at: Sizes, unit: int = 1) -> int:
 def _neighborhood(draw: st.DrawFn, n: int) -> Pattern:
     """A grid of at most n tokens with windows that fit; where there is no token, another pattern."""
     axes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
-    while math.prod(axes) > n:
+    while axes and math.prod(axes) > n:
         axes.pop()
     if not axes:
         return fl.causal()
