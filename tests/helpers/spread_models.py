@@ -40,6 +40,86 @@ def models() -> dict[str, Any]:
     }
 
 
+def decoder(**changed: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changed}))
+
+
+def routers_choose_as_in_one_process(rank: int, world: int) -> int:
+    """A Llama under routers, joined with its causality: loss and gradients. Returns the routers checked."""
+    mesh = dist.init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    layout = Layout.even(N, world, multiple=8)
+    tokens = torch.randint(0, 50, (1, N), generator=torch.Generator().manual_seed(2))
+    batch, model = fl.hf.sequence_collator(layout, rank)({"input_ids": tokens}), decoder()
+    generator = torch.Generator().manual_seed(3)
+    centroids = torch.randn(4, 3, 8, generator=generator)
+    routers = {
+        "TopBlocks": fl.routing.TopBlocks(2, 8, causal=True),
+        "LSH": fl.routing.LSH(4, rounds=2) | fl.window(3, 0),
+        "KMeans": fl.routing.KMeans(4, 8, 3).eval(),
+    }
+    with torch.no_grad():
+        routers["KMeans"].centroids.copy_(centroids)
+    for name, router in routers.items():
+        results = []
+        for spread in (False, True):
+            fl.hf.sparsify(model, router, **({"mesh": mesh, "layout": layout} if spread else {}))
+            model.zero_grad()
+            loss = model(**(batch if spread else {"input_ids": tokens, "labels": tokens}), use_cache=False).loss
+            loss.backward()
+            fl.hf.restore(model)
+            values = [loss.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            for x in values if spread else []:
+                dist.all_reduce(x)
+                x /= world
+            results.append(values)
+        for x, expected in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(x, expected, rtol=2e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+    return len(routers)
+
+
+def gradients_beside_data_parallelism(rank: int, world: int, kind: str) -> int:
+    """Two groups of ranks with texts of their own: the mean over all ranks, by DDP or FSDP2, is the gradient of the mean loss
+    of both texts. The mesh is torch's, or that of accelerate's ParallelismConfig. Returns the weights checked.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    if kind == "accelerate":
+        from accelerate.parallelism_config import ParallelismConfig
+
+        mesh = ParallelismConfig(dp_replicate_size=2, cp_size=world // 2).build_device_mesh("cpu")
+        groups, group = 2, mesh["dp_replicate"].get_local_rank()
+        everyone = mesh["dp_replicate", "cp"]._flatten("everyone")
+    else:
+        mesh = dist.init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "cp"))
+        groups, group = 2, mesh["dp"].get_local_rank()
+        everyone = mesh["dp", "cp"]._flatten("everyone")
+    pattern = fl.window(8, 0) | fl.seen_by_all([0])
+    layout = Layout.even(N, world // 2)
+    texts = torch.randint(0, 50, (groups, N), generator=torch.Generator().manual_seed(4))
+    whole = fl.hf.sparsify(decoder(), pattern)
+    for text in texts:
+        (whole(text[None], labels=text[None], use_cache=False).loss / groups).backward()
+    model = fl.hf.sparsify(decoder(), pattern, mesh=mesh["cp"], layout=layout)
+    if kind == "FSDP2":
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=everyone)
+        trained = fully_shard(model, mesh=everyone)
+    else:
+        trained = DistributedDataParallel(model, process_group=everyone.get_group())
+    batch = fl.hf.sequence_collator(layout, mesh["cp"].get_local_rank())({"input_ids": texts[group : group + 1]})
+    trained(**batch, use_cache=False).loss.backward()
+    expected = dict(whole.named_parameters())
+    for name, weight in model.named_parameters():
+        grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
+        torch.testing.assert_close(grad, expected[name].grad, rtol=2e-3, atol=2e-5)
+    return len(expected)
+
+
 def losses_and_gradients_are_those_of_one_process(rank: int, world: int) -> int:
     """The mean over ranks of loss and gradients, as DDP and FSDP take it, equals the whole model's. Returns the models
     checked.

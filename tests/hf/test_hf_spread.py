@@ -17,6 +17,25 @@ def test_losses_and_gradients_are_those_of_one_process() -> None:
     assert in_ranks(2, spread_models.losses_and_gradients_are_those_of_one_process) == [8, 8]
 
 
+def test_routers_choose_as_in_one_process() -> None:
+    assert in_ranks(2, spread_models.routers_choose_as_in_one_process) == [3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [3, 4])
+def test_models_and_routers_on_more_ranks(world: int) -> None:
+    assert in_ranks(world, spread_models.losses_and_gradients_are_those_of_one_process, seconds=600) == [8] * world
+    assert in_ranks(world, spread_models.routers_choose_as_in_one_process, seconds=600) == [3] * world
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2", "accelerate"])
+def test_gradients_beside_data_parallelism(kind: str) -> None:
+    if kind == "accelerate":
+        pytest.importorskip("accelerate")
+    assert min(in_ranks(4, spread_models.gradients_beside_data_parallelism, kind, seconds=600)) > 10
+
+
 def test_a_mask_that_hides_tokens_is_refused() -> None:
     collate = fl.hf.sequence_collator(Layout.even(4, 2), 0)
     with pytest.raises(fl.ArgumentError, match="the attention_mask hides tokens"):

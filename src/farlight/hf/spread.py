@@ -19,6 +19,7 @@ from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.keyword_arguments import merge_sinks
 from farlight.patterns import causal, full, window
 from farlight.patterns.expression import Pattern
+from farlight.routing.base import Router
 
 __all__ = ["Spread", "attend_spread", "sequence_collator"]
 
@@ -38,14 +39,14 @@ def attend_spread(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: object,
+    pattern: Pattern | Router | None,
     *,
     scale: float | None,
     dropout: float,
     backend: str,
     sinks: Tensor | None,
 ) -> Tensor:
-    """`(B, H, n_local, D)`: attention of the whole sequence under the layer's own mask `own` and the model's pattern."""
+    """`(B, H, n_local, D)`: attention of the whole sequence under the layer's own mask and the model's pattern or router."""
     name = type(module).__name__
     unknown = [atom for atom in own.atoms() if not isinstance(atom, causal | full | window)]
     if unknown:
@@ -59,9 +60,7 @@ def attend_spread(
             f"{name} attends with {q.shape[2]} queries of head_dim {q.shape[3]} to {k.shape[2]} keys with values of "
             f"{v.shape[3]}; a sequence over ranks is served without a cache (use_cache=False) and with values as wide as keys."
         )
-    if not isinstance(pattern, Pattern | None):
-        raise UnsupportedError(f"{name}: a router chooses among the tokens of one rank; give a pattern for a model over ranks.")
-    joined = own if pattern is None else pattern if own.text == full().text else own & pattern
+    joined: Any = own if pattern is None else pattern if own.text == full().text else pattern & own
     result = attention(
         q, k, v, joined, mesh=spread.mesh, layout=spread.layout, scale=scale, dropout=dropout, backend=backend, return_lse=True
     )
