@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,24 +65,44 @@ def _files_of(place: Path) -> list[Path]:
     return [place]
 
 
-def read_documents(paths: Sequence[Path], field: str = "text") -> Iterator[Document]:
+def read_documents(
+    paths: Sequence[Path], field: str = "text", is_mine: Callable[[int], bool] | None = None
+) -> Iterator[Document]:
     """The documents of these files in order; one that cannot be read carries its error.
 
-    field: the key of the text in JSON lines, the column in parquet.
+    field: the key of the text in JSON lines, the column in parquet. is_mine: for each document's number, counted from 0,
+    whether it is wanted; None: all are. A text file that is not wanted is not read.
     """
+    number = 0
     for path in paths:
-        try:
-            if str(path) == _STDIN:
-                yield from _standard_input(field)
-            elif path.suffix.lower() in _LINES:
-                name, text = read_text(path)
-                yield from _lines(name, text, field)
-            elif path.suffix.lower() == ".parquet":
-                yield from _parquet(path, field)
-            else:
-                yield Document(*read_text(path))
-        except FarlightError as error:
-            yield Document(printable(path), error=error)
+        for document in _file_of_many(path, field) if _holds_many(path) else [None]:
+            if is_mine is None or is_mine(number):
+                yield _text_file(path) if document is None else document
+            number += 1
+
+
+def _holds_many(path: Path) -> bool:
+    return str(path) == _STDIN or path.suffix.lower() in (*_LINES, ".parquet")
+
+
+def _text_file(path: Path) -> Document:
+    try:
+        return Document(*read_text(path))
+    except FarlightError as error:
+        return Document(printable(path), error=error)
+
+
+def _file_of_many(path: Path, field: str) -> Iterator[Document]:
+    try:
+        if str(path) == _STDIN:
+            yield from _standard_input(field)
+        elif path.suffix.lower() in _LINES:
+            name, text = read_text(path)
+            yield from _lines(name, text, field)
+        else:
+            yield from _parquet(path, field)
+    except FarlightError as error:
+        yield Document(printable(path), error=error)
 
 
 def _standard_input(field: str) -> Iterator[Document]:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from farlight.analysis.progress import Progress
     from farlight.cli.documents import Document
+    from farlight.cli.ranks import Ranks
     from farlight.embedding.book import Library
-    from farlight.embedding.index import Index
     from farlight.embedding.reading import Embedder
     from farlight.patterns.expression import Pattern
 
@@ -81,11 +81,13 @@ def embed_command(
 ) -> None:
     """Read documents chapter by chapter, each in one pass, and rank the passages that answer a query.
 
-    A document that cannot be read is skipped with a note.
+    A document that cannot be read is skipped with a note. Under torchrun the processes share the documents and write one index.
     """
     from farlight.cli.documents import find_files, read_documents
+    from farlight.cli.embed_index import answer_of_index, read_into_index
     from farlight.cli.embed_report import show_answers
     from farlight.cli.inputs import read_patterns
+    from farlight.cli.ranks import Ranks
     from farlight.kernels import registry
 
     # Cheap checks come before the model is loaded.
@@ -95,7 +97,9 @@ def embed_command(
     _check_options(queries, files or [], index, save, words)
     _check_numbers({"positions": (positions, 8), "passage": (passage or 128, 1), "top": (top, 1), "words": (shown_words, 0)})
     paths = find_files(files or [])
-    documents = read_documents(paths, field)
+    ranks = Ranks.of_torchrun()
+    _check_ranks(ranks, index, paths)
+    documents = read_documents(paths, field, None if ranks is None else ranks.claims())
     if index is None:
         documents = iter(list(documents))
     skipped: list[dict[str, str]] = []
@@ -103,9 +107,13 @@ def embed_command(
         embedder = _load(model, parsed, index, positions, backend, progress)
         vectors = [_query_vector(embedder, text) for text in queries]
         if index is not None:
-            opened, result = _read_into_index(index, embedder, documents, len(paths), passage, heading, skipped, progress)
+            note = lambda name, error: _note(name, error, skipped)  # noqa: E731
+            done = read_into_index(index, embedder, documents, len(paths), passage, heading, note, ranks, progress)
+            if done is None:
+                return
+            opened, result = done
             asked = zip(queries, vectors, strict=True)
-            result["queries"] = [_index_answer(opened, text, vector, top) for text, vector in asked]
+            result["queries"] = [answer_of_index(opened, text, vector, top) for text, vector in asked]
         else:
             texts = _readable(documents, skipped)
             result = _read_at_once(embedder, texts, queries, vectors, passage or 128, heading, top, shown_words, save, progress)
@@ -153,47 +161,6 @@ def _readable(documents: Iterator[Document], skipped: list[dict[str, str]]) -> l
         assert document.error is not None
         _note(document.name, document.error, skipped)
     return good
-
-
-def _read_into_index(
-    folder: Path,
-    embedder: Embedder,
-    documents: Iterator[Document],
-    files: int,
-    passage: int | None,
-    heading: str | None,
-    skipped: list[dict[str, str]],
-    progress: Progress,
-) -> tuple[Index, dict[str, Any]]:
-    """(the index with these documents, what was done)."""
-    from farlight.embedding.index import Index
-
-    index = Index(folder, embedder, passage=passage, heading=heading)
-    progress.start(["reading"] * files)
-
-    def readable() -> Iterator[tuple[str, str]]:
-        for document in documents:
-            if document.error is not None:
-                _note(document.name, document.error, skipped)
-            else:
-                yield document.name, document.text
-
-    added = index.add(
-        readable(), step=lambda name: progress.step("reading"), skip=lambda name, error: _note(name, error, skipped)
-    )
-    if skipped and not len(index):
-        raise ArgumentError(f"none of the documents can be read; the first: {skipped[0]['why']}")
-    done = {"index": str(folder), "documents": len(index), "added": added}
-    return index, done | {"passage_tokens": index.settings["passage"]}
-
-
-def _index_answer(index: Index, text: str, vector: Tensor, top: int) -> dict[str, Any]:
-    """The best passages of an index for a query, as plain values."""
-    passages = [
-        {"score": hit.score, "book": hit.document, "title": hit.title, "start": hit.start, "stop": hit.stop, "text": hit.text}
-        for hit in index.search(vector, top)
-    ]
-    return {"query": text, "passages": passages}
 
 
 def _read_at_once(
@@ -258,6 +225,16 @@ def _check_options(queries: list[str], files: list[Path], index: Path | None, sa
         raise ArgumentError("--words reads the chapter again, which an index does not keep; leave out --index, or --words.")
     if save is not None:
         check_format(save)
+
+
+def _check_ranks(ranks: Ranks | None, index: Path | None, paths: list[Path]) -> None:
+    """Raise ArgumentError for what several processes cannot do together."""
+    if ranks is None:
+        return
+    if index is None:
+        raise ArgumentError("under torchrun each process reads a share of the documents; give --index, where all keep theirs.")
+    if any(str(path) == "-" for path in paths):
+        raise ArgumentError("standard input goes to one process; under torchrun name files, folders or globs.")
 
 
 def _check_numbers(numbers: dict[str, tuple[int, int]]) -> None:
