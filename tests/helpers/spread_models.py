@@ -91,9 +91,8 @@ def gradients_beside_data_parallelism(rank: int, world: int, kind: str) -> int:
     if kind == "accelerate":
         from accelerate.parallelism_config import ParallelismConfig
 
-        mesh = ParallelismConfig(dp_replicate_size=2, cp_size=world // 2).build_device_mesh("cpu")
-        groups, group = 2, mesh["dp_replicate"].get_local_rank()
-        everyone = mesh["dp_replicate", "cp"]._flatten("everyone")
+        mesh = ParallelismConfig(dp_shard_size=2, cp_size=world // 2).build_device_mesh("cpu")
+        groups, group, everyone = 2, mesh["dp_shard"].get_local_rank(), mesh["dp_shard_cp"]
     else:
         mesh = dist.init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "cp"))
         groups, group = 2, mesh["dp"].get_local_rank()
@@ -105,7 +104,7 @@ def gradients_beside_data_parallelism(rank: int, world: int, kind: str) -> int:
     for text in texts:
         (whole(text[None], labels=text[None], use_cache=False).loss / groups).backward()
     model = fl.hf.sparsify(decoder(), pattern, mesh=mesh["cp"], layout=layout)
-    if kind == "FSDP2":
+    if kind != "DDP":
         for layer in model.model.layers:
             fully_shard(layer, mesh=everyone)
         trained = fully_shard(model, mesh=everyone)
