@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,14 @@ def missing() -> str | None:
     for names in (CHROMIUM, ("chromedriver",)):
         if not any(shutil.which(name) for name in names):
             return f"{NEEDED} ({names[0]} is missing)"
+    return None
+
+
+def axe() -> str | None:
+    """The source of axe-core (accessibility checks) from the file that AXE_CORE names, or from node_modules; None without."""
+    for place in (os.environ.get("AXE_CORE"), "node_modules/axe-core/axe.min.js"):
+        if place and Path(place).is_file():
+            return Path(place).read_text(encoding="utf-8")
     return None
 
 

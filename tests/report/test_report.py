@@ -159,7 +159,17 @@ def test_every_string_exists_in_both_languages_and_is_used() -> None:
     source = "".join(path.read_text() for path in (ASSETS / "report.html", *sorted((ASSETS / "js").glob("*.js"))))
     asked = set(re.findall(r'data-t(?:-label|-hint)?="([\w.-]+)"', source)) | set(re.findall(r'FL\.say\("([\w.-]+)"', source))
     assert asked <= set(words["en"]), asked - set(words["en"])
-    stems = set(re.findall(r"`(\w+)\.\$\{", source)) | {"path", "matrix", "text", "title", "summary", "rule", "cost", "attends"}
+    stems = set(re.findall(r"`(\w+)\.\$\{", source)) | {
+        "path",
+        "matrix",
+        "text",
+        "title",
+        "summary",
+        "rule",
+        "cost",
+        "attends",
+        "gallery",
+    }
     unused = {name for name in words["en"] if name not in asked and name.split(".")[0] not in stems}
     assert not unused, unused
 
@@ -336,6 +346,22 @@ def test_map_writes_a_report(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert (code, err) == (0, "")
     assert out.endswith(f"report: {page}\n")
     assert Reader(page.read_text()).held("data")["patterns"][0]["cost"]["tokens"] == [64, 200]
+
+
+def test_map_compares_several_patterns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page, texts = tmp_path / "map.html", ["window(3)", "window(3) | global_tokens([0])"]
+    code, out, err = run(capsys, "map", *texts, "--tokens", "100", "--html", str(page))
+    assert (code, err) == (0, "")
+    worlds = [fl.smallworld(fl.window(3), 100), fl.smallworld(fl.window(3) | fl.global_tokens([0]), 100)]
+    for text, world in zip(texts, worlds, strict=True):
+        assert re.search(rf"\d {re.escape(text)} +{world.density:.3%} .* {world.hops:.2f} +{world.diameter} ", out)
+        assert str(world) in out
+    held = Reader(page.read_text()).held("data")
+    assert [row["text"] for row in held["patterns"]] == texts
+    code, out, _ = run(capsys, "map", *texts, "--tokens", "100", "--json")
+    assert [each["smallworld"]["hops"] for each in json.loads(out)["patterns"]] == [world.hops for world in worlds]
+    code, _, err = run(capsys, "map", *texts, "--tokens", "100", "--png", str(tmp_path / "x.png"))
+    assert (code, "--png draws one pattern, and 2 were given; --html shows several" in " ".join(err.split())) == (2, True)
 
 
 def test_audit_writes_a_report_on_the_whole_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

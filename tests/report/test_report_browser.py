@@ -479,7 +479,10 @@ def test_the_whole_text_scope(audit_open: browser.Page, audit_page: tuple[Path, 
     assert pages.HOSTILE.split()[0][:2] in spoken[:40]
     assert page.js("return document.querySelectorAll('main img').length") == 0
     page.js("document.getElementById('find-word').value = 'peace'; document.getElementById('find').requestSubmit()")
-    assert page.text("find-says") == f"at {spoken.index('peace')}"
+    assert page.text("find-says") == "1 of 1"
+    assert page.js("return [...document.querySelectorAll('#tokens .hit')].map((s) => Number(s.dataset.at))") == [
+        spoken.index("peace")
+    ]
     page.press("#target", "\b" * 6 + str(n - 1) + "\n")
     page.press("#source", "\b" * 6 + "4\n")
     want = fl.path(pages.PATTERNS[page.js("return farlight.state.pattern")], n, 4, n - 1)
@@ -615,3 +618,170 @@ def test_the_theme_follows_the_system_and_a_phone_shows_all(audit_page: tuple[Pa
         # Nothing sticks out sideways.
         assert phone.js("return document.documentElement.scrollWidth") <= 390
         assert phone.console() == []
+
+
+# ---- kinds of rules, schematic, search --------------------------------------------------------------------------------------
+KINDS = """
+const [rules, n] = args, pattern = farlight.compile(await farlight.unpackAll(rules), n), out = {};
+for (const { kind, pattern: part } of farlight.byKind(pattern)) {
+  out[kind] = Array.from({ length: n }, (_, i) => Array.from({ length: n }, (_, j) => (part.allows(i, j) ? 1 : 0)).join(""));
+}
+return out;
+"""
+
+
+def test_links_by_kind_of_rule_are_the_parts_of_the_pattern(map_open: browser.Page) -> None:
+    """Every kind is the pattern with the other kinds left out; all kinds together are the pattern."""
+    near, named, drawn = fl.window(3), fl.global_tokens([0, 20]), fl.random_keys(1)
+    chosen = fl.clusters(torch.arange(40) % 5)
+    cases: list[tuple[fl.Pattern, dict[str, fl.Pattern]]] = [
+        (near | named | drawn, {"window": near, "global": named, "random": drawn}),
+        (fl.causal() & (near | drawn), {"window": fl.causal() & near, "random": fl.causal() & drawn}),
+        ((near | chosen) - fl.window(0), {"window": near - fl.window(0), "content": chosen - fl.window(0)}),
+        (
+            fl.strided(4) | fl.blocked_window(1, 0, block=5),
+            {"other": fl.strided(4), "window": fl.blocked_window(1, 0, block=5)},
+        ),
+        (fl.causal(), {"other": fl.causal()}),
+    ]
+    for pattern, parts in cases:
+        kinds = map_open.run(KINDS, json.loads(json.dumps(formula(pattern, 40))), 40)
+        want = {name: ["".join(map(str, row)) for row in part.dense(40)[0, 0].int().tolist()] for name, part in parts.items()}
+        assert kinds == want, pattern
+
+
+def test_links_are_coloured_and_ticked_by_rule(map_open: browser.Page, map_page: tuple[Path, fl.Pattern, int]) -> None:
+    page, (_, pattern, n) = map_open, map_page
+    assert page.js("return [...document.querySelectorAll('#kinds input')].map((i) => i.value)") == [
+        "global",
+        "window",
+        "random",
+    ]
+    page.js("farlight.matrix.show({top: 0, left: 0, span: 64})")
+    page.settle()
+    code = """
+    const c = document.getElementById("grid"), side = c.width / 64, context = c.getContext("2d"), names = {}, out = [];
+    for (const kind of ["global", "window", "random"]) names[farlight.colourOf(kind).join()] = kind;
+    const data = context.getImageData(0, 0, c.width, c.width).data;
+    for (let i = 0; i < 64; i++) for (let j = 0; j < 64; j++) {
+      const at = 4 * (Math.floor((i + .5) * side) * c.width + Math.floor((j + .5) * side));
+      const [r, g, b, a] = data.slice(at, at + 4);
+      out.push(a ? names[[r, g, b].join()] : "");
+    }
+    return out;
+    """
+    colours = np.array(page.js(code)).reshape(64, 64)
+    rows = lambda part: part.dense_rows(0, 64, Sizes.of(n))[0, 0, :, :64].numpy()  # noqa: E731
+    named, near = rows(fl.global_tokens([0, -1])), rows(fl.window(40))
+    want = np.where(named, "global", np.where(near, "window", np.where(rows(pattern), "random", "")))
+    assert (colours == want).all()
+    page.click('#kinds [value="window"]')
+    page.settle()
+    shown = np.array(page.run("return Array.from(farlight.matrix.shares)")).reshape(64, 64) > 0.5
+    assert np.array_equal(shown, rows(fl.global_tokens([0, -1]) | fl.random_keys(2)))
+    page.click('#kinds [value="window"]')
+    places = page.js("return [...document.querySelectorAll('#over .place')].map((t) => t.textContent)")
+    assert {"20", "40"} <= set(places)
+
+
+def test_a_hairline_is_shown_as_a_schematic_first(chromium: browser.Page, tmp_path: Path) -> None:
+    pattern, n = fl.window(4, 0) | fl.global_tokens([0, -1]), 20_000
+    report.write(report.render(pages.mapped(pattern, n)), tmp_path / "long.html")
+    chromium.open(tmp_path / "long.html")
+    chromium.wait(lambda: not chromium.js("return document.getElementById('sketch').hidden"), "the schematic")
+    assert "48 × 48 cells stand for 20,000 tokens" in chromium.text("sketch-says")
+    small = "const p = await farlight.pattern(); const s = farlight.compile(farlight.schematic(p.rule, farlight.n()), 48);"
+    seen = np.array(
+        chromium.run(
+            f"{small} return Array.from({{length: 48}}, (_, i) => Array.from({{length: 48}}, (_, j) => +s.allows(i, j)))"
+        )
+    )
+    i, j = np.indices((48, 48))
+    assert np.array_equal(seen > 0, (np.isin(i, (0, 47)) | np.isin(j, (0, 47))) | ((i - j >= 0) & (i - j <= 1)))
+    chromium.click('#scale-pick [value="scale"]')
+    assert chromium.js("return document.getElementById('sketch').hidden")
+    assert chromium.js("return getComputedStyle(document.getElementById('grid')).visibility") == "visible"
+    assert chromium.console() == []
+
+
+def test_search_marks_every_hit_of_the_whole_text(audit_open: browser.Page) -> None:
+    page, text = audit_open, pages.text()
+    count = text.count("the war")
+    assert count > 3
+    page.js("document.getElementById('find-word').value = 'The War'; document.getElementById('find').requestSubmit()")
+    shown: set[str] = set()
+    for _ in range(count):
+        shown.add(page.text("find-says"))
+        now = page.js("return [...document.querySelectorAll('#tokens .hit.now')].map((s) => s.textContent)")
+        assert [word.strip() for word in now] == ["the", "war"]
+        page.click("#find-next")
+    assert shown == {f"{number} of {count}" for number in range(1, count + 1)}
+    page.click('#scopes [data-scope="text"]')
+    marked = page.js("return [...document.querySelectorAll('#tokens .hit')].map((s) => s.textContent.trim())")
+    assert marked == ["the", "war"] * count
+    assert page.js("return document.querySelectorAll('#hits rect').length") == count
+    page.js("document.getElementById('find-word').value = 'nobody'; document.getElementById('find').requestSubmit()")
+    assert page.text("find-says") == "not found"
+    assert page.js("return document.querySelectorAll('#tokens .hit').length") == 0
+
+
+def test_several_patterns_stand_side_by_side(chromium: browser.Page, tmp_path: Path) -> None:
+    """`farlight map A B C --html`: a picture and the numbers of each; a click chooses one everywhere."""
+    parsed, n = [fl.window(3), fl.window(3) | fl.global_tokens([0]), fl.window(2) | fl.random_keys(2)], 64
+    worlds, reaches = [fl.smallworld(p, n) for p in parsed], [fl.reach(p, n, 3) for p in parsed]
+    report.write(report.render(report.maps_data(parsed, n, worlds, reaches)), tmp_path / "maps.html")
+    page = chromium
+    page.open(tmp_path / "maps.html")
+    page.wait(lambda: page.js("return document.getElementById('gallery').dataset.drawn") == "3", "the pictures")
+    read = """
+    return [...document.querySelectorAll("#gallery button")].map((b) => [...b.children].map((c) => c.textContent).slice(1));
+    """
+    told = page.js(read)
+    assert [texts[0] for texts in told] == [repr(p) for p in parsed]
+    for texts, world, reach in zip(told, worlds, reaches, strict=True):
+        assert texts[2] == f"{world.hops:.2f} hops on average"
+        assert reach.capacity is not None
+        assert texts[3] == f"{round(reach.capacity.bottleneck)} tokens share one relay"
+    ink = """
+    return [...document.querySelectorAll("#gallery canvas")].map((c) => {
+      const side = c.width / 64, data = c.getContext("2d").getImageData(0, 0, c.width, c.width).data;
+      return Array.from({ length: 4096 }, (_, x) =>
+        +(data[4 * (Math.floor((Math.floor(x / 64) + .5) * side) * c.width + Math.floor(((x % 64) + .5) * side)) + 3] > 0));
+    });
+    """
+    for shown, pattern in zip(page.js(ink), parsed, strict=True):
+        assert np.array_equal(np.array(shown).reshape(64, 64) > 0, pattern.dense(n)[0, 0].numpy())
+    page.click('#gallery [data-pattern="2"]')
+    page.settle()
+    assert page.js("return document.querySelector('#patterns input:checked').value") == "2"
+    shown = np.array(page.run("return Array.from(farlight.matrix.shares)")).reshape(64, 64) > 0.5
+    assert np.array_equal(shown, parsed[2].dense(n)[0, 0].numpy())
+    assert page.text("facts").startswith("Links")
+    assert page.console() == []
+
+
+AXE = """
+const found = await window.axe.run(document, { resultTypes: ["violations"] });
+return found.violations.filter((v) => ["serious", "critical"].includes(v.impact))
+  .map((v) => [v.id, v.nodes.slice(0, 3).map((node) => node.target.join(" "))]);
+"""
+
+
+@pytest.mark.skipif(browser.axe() is None, reason="needs axe-core: npm install axe-core, AXE_CORE=…/axe.min.js")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("dark", [False, True])
+def test_axe_finds_no_serious_fault(
+    width: int, dark: bool, audit_page: tuple[Path, dict[str, Any]], map_page: tuple[Path, fl.Pattern, int]
+) -> None:
+    """Both pages, both languages, and nothing wider than the screen."""
+    source = browser.axe()
+    assert source is not None
+    with browser.browser(width, 844 if width < 600 else 900, dark) as page:
+        for file in (audit_page[0], map_page[0]):
+            page.open(file)
+            for _ in ("en", "zh"):
+                page.js(source)
+                assert page.run(AXE) == [], file
+                assert page.js("return document.documentElement.scrollWidth") <= width
+                page.click("#language")
+                page.settle()

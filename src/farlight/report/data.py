@@ -14,7 +14,7 @@ from farlight.analysis.audit import Audit, PatternAudit
 from farlight.analysis.candidates_by_layer import Judged, Subject, subjects
 from farlight.analysis.graph.paths import Path
 from farlight.analysis.graph.reachability import Reach
-from farlight.analysis.graph.small_world import SmallWorld
+from farlight.analysis.graph.small_world import SmallWorld, smallworld
 from farlight.analysis.loss.top_losses import LostLink
 from farlight.analysis.passages import Passages
 from farlight.analysis.progress import Progress, SilentProgress
@@ -23,10 +23,12 @@ from farlight.patterns.expression import Pattern
 from farlight.report.views import curve, view
 from farlight.report.words import Words
 
-__all__ = ["audit_data", "map_data", "steps"]
+__all__ = ["audit_data", "map_data", "maps_data", "steps"]
 
 # Rules are carried for at most this many heads; the heat map has them all.
 _MAX_HEADS = 64
+# Small-world metrics of a passage are exact and quick up to this many tokens.
+_MAX_WORLD = 1 << 12
 
 
 def steps(patterns: Sequence[Judged | Subject]) -> list[str]:
@@ -41,15 +43,31 @@ def map_data(
 
     chain: an `fl.path`; the page opens with its two ends, else with two tokens far apart.
     """
-    cost = curve(pattern, None, n, {n: world.links}, 1)
-    row = {
-        "text": repr(pattern),
-        "views": {"text": view(pattern, n, [head], reach.layers, known_reach=reach, world=world)},
-        "cost": cost,
+    return maps_data([pattern], n, [world], [reach], head=head, chain=chain)
+
+
+def maps_data(
+    patterns: Sequence[Pattern],
+    n: int,
+    worlds: Sequence[SmallWorld],
+    reaches: Sequence[Reach],
+    *,
+    head: int = 0,
+    chain: Path | None = None,
+) -> dict[str, Any]:
+    """The page of several patterns side by side over the same n tokens; arguments as in `map_data`, one for each."""
+    rows = []
+    for pattern, world, reach in zip(patterns, worlds, reaches, strict=True):
+        views = {"text": view(pattern, n, [head], reach.layers, known_reach=reach, world=world)}
+        rows.append({"text": repr(pattern), "views": views, "cost": curve(pattern, None, n, {n: world.links}, 1)})
+    return {
+        "kind": "map",
+        "name": ", ".join(repr(pattern) for pattern in patterns),
+        "layers": reaches[0].layers,
+        "scopes": [{"id": "text", "n": n}],
+        "patterns": rows,
+        "ends": None if chain is None else {"source": chain.source, "target": chain.target},
     }
-    ends = None if chain is None else {"source": chain.source, "target": chain.target}
-    scopes = [{"id": "text", "n": n}]
-    return {"kind": "map", "name": repr(pattern), "layers": reach.layers, "scopes": scopes, "patterns": [row], "ends": ends}
 
 
 def audit_data(
@@ -97,7 +115,8 @@ def _pattern_views(
 ) -> dict[str, Any]:
     """Views and cost curve, which only a single pattern for all layers and texts has."""
     allowed = pattern if base == full() else base & pattern
-    views = {"passage": view(allowed, passages.length, heads, result.layers)}
+    world = smallworld(allowed, passages.length) if passages.length <= _MAX_WORLD else None
+    views = {"passage": view(allowed, passages.length, heads, result.layers, world=world)}
     known: dict[int, float] = {}
     if audited.long_text.why_not is None:
         views["text"] = view(allowed, passages.tokens, heads, result.layers)

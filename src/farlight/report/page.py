@@ -23,7 +23,7 @@ from farlight.errors import ArgumentError
 __all__ = ["LANGUAGES", "MOST_BYTES", "render", "strings", "write"]
 
 LANGUAGES = ("en", "zh")
-MOST_BYTES = 5_000_000
+MOST_BYTES = 6_000_000
 
 
 def strings() -> dict[str, dict[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from farlight.analysis.graph.capacity import Capacity
 from farlight.analysis.graph.reachability import Reach, reach
 from farlight.analysis.graph.small_world import SmallWorld
 from farlight.analysis.plot import densities
@@ -24,6 +25,8 @@ _PICTURE_PIXELS = 1024
 # Reach is exact up to this many tokens; beyond, it is estimated from a sample of targets.
 _MAX_EXACT_REACH = 1 << 13
 _SAMPLED_TARGETS = 512
+# Tokens whose relays are counted for the capacity of a passage.
+_READERS = 32
 
 
 def view(
@@ -35,7 +38,8 @@ def view(
     known_reach: Reach | None = None,
     world: SmallWorld | None = None,
 ) -> dict[str, Any]:
-    """The pattern over n tokens: {"n", "rules" by head, "picture" or None, "reach" by layer, "world" or None}.
+    """The pattern over n tokens: {"n", "rules" by head, "picture" or None, "reach" by layer, "world" and "capacity"
+    or None}.
 
     Reach and picture are of the first of `heads`; `known_reach` spares the search. Raises as `formula` does.
     """
@@ -45,13 +49,14 @@ def view(
         rules = {"every": next(iter(rules.values()))}
     if known_reach is None:
         targets = None if n <= _MAX_EXACT_REACH else _SAMPLED_TARGETS
-        known_reach = reach(pattern, n, layers, head=head, targets=targets, readers=0)
+        known_reach = reach(pattern, n, layers, head=head, targets=targets, readers=_READERS if n <= _MAX_EXACT_REACH else 0)
     return {
         "n": n,
         "rules": rules,
         "picture": picture(pattern, n, head) if needs_picture(pattern, n) else None,
         "reach": _reach_values(known_reach),
         "world": None if world is None else world.to_dict(),
+        "capacity": None if known_reach.capacity is None else _capacity_values(known_reach.capacity),
     }
 
 
@@ -88,6 +93,12 @@ def _reach_values(result: Reach) -> dict[str, Any]:
         "positions": pack(result.positions[order]),
         "share": [pack(row[order], "f4") for row in result.share],
     }
+
+
+def _capacity_values(result: Capacity) -> dict[str, Any]:
+    """The loads of relays without their list, and the busiest one's position."""
+    busiest = result.busiest[0].position if result.busiest else None
+    return {**result.to_dict(), "busiest": busiest}
 
 
 def curve(pattern: Pattern, base: Pattern | None, longest: int, known: dict[int, float], heads: int) -> dict[str, Any]:

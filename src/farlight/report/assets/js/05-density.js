@@ -55,18 +55,24 @@
     return ((work + FL.work - before) / samples) * view.span;
   };
 
-  /* Calls `line(r, shares)` for each line of pixels from the top; returns false when `alive()` turned false before the end.
-     A view is a square: `span` positions from `top` down and from `left` across. */
-  FL.density = async (pattern, view, pixels, line, alive) => {
+  /* Calls `line(r, shares, ofParts)` for each line of pixels from the top, the shares of the pattern and of each of `patterns`;
+     returns false when `alive()` turned false before the end. A view is a square: `span` positions from `top` down and from
+     `left` across. */
+  FL.density = async (pattern, view, pixels, line, alive, patterns = []) => {
     const { top, left, span } = view;
     const down = FL.edges(top, span, pixels), across = FL.edges(left, span, pixels);
-    const part = new Float64Array(pixels), whole = new Float64Array(pixels + 1), shares = new Float32Array(pixels);
+    const sums = [pattern, ...patterns].map((each) => ({
+      pattern: each, part: new Float64Array(pixels), whole: new Float64Array(pixels + 1), shares: new Float32Array(pixels),
+    }));
+    const [{ shares }, ...others] = sums, ofParts = others.map((each) => each.shares);
     let sliceStart = performance.now();
     for (let r = 0; r < pixels; r++) {
-      part.fill(0);
-      whole.fill(0);
+      for (const { part, whole } of sums) {
+        part.fill(0);
+        whole.fill(0);
+      }
       for (let i = down[r]; i < down[r + 1]; i++) {
-        addRow(pattern.row(i, left, left + span), across, left, span, pixels, part, whole);
+        for (const each of sums) addRow(each.pattern.row(i, left, left + span), across, left, span, pixels, each.part, each.whole);
         if ((i & 63) === 0 && performance.now() - sliceStart > 14) {
           await FL.breathe();
           if (!alive()) return false;
@@ -74,13 +80,15 @@
         }
       }
       const rows = down[r + 1] - down[r];
-      let full = 0;
-      for (let p = 0; p < pixels; p++) {
-        full += whole[p];
-        const wide = across[p + 1] - across[p];
-        shares[p] = (part[p] + full * wide) / (rows * wide);
+      for (const { part, whole, shares: out } of sums) {
+        let full = 0;
+        for (let p = 0; p < pixels; p++) {
+          full += whole[p];
+          const wide = across[p + 1] - across[p];
+          out[p] = (part[p] + full * wide) / (rows * wide);
+        }
       }
-      line(r, shares);
+      line(r, shares, ofParts);
     }
     return true;
   };

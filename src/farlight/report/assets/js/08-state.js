@@ -4,7 +4,7 @@
   const listeners = [];
   const compiled = new Map();
   FL.data = JSON.parse(document.getElementById("data").textContent);
-  FL.state = { pattern: 0, scope: FL.data.scopes[0].id, passage: 0, head: 0, source: null, target: null, layer: 1, page: 0, weights: 0, tint: "full" };
+  FL.state = { pattern: 0, scope: FL.data.scopes[0].id, passage: 0, head: 0, source: null, target: null, layer: 1, page: 0, weights: 0, tint: "full", hidden: "", schematic: false };
   FL.path_ = null; // the result of FL.path for source and target, or null
   FL.levels = null; // the result of FL.heardOf for the target, or null
 
@@ -34,15 +34,20 @@
     reach: { mean: layers, margin: layers, worst: layers, exact: true, confidence: 0.95, positions: [], share: layers.map(() => []) },
   };
   FL.hasView = () => Object.keys(FL.row().views).length > 0;
-  FL.view = () => FL.row().views[FL.state.scope] || Object.values(FL.row().views)[0] || NONE;
+  FL.viewOf = (p) => {
+    const { views } = FL.data.patterns[p];
+    return views[FL.state.scope] || Object.values(views)[0] || NONE;
+  };
+  FL.view = () => FL.viewOf(FL.state.pattern);
   FL.n = () => FL.view().n;
 
-  FL.pattern = async () => {
-    const view = FL.view(), head = view.rules.every ? "every" : String(FL.state.head in view.rules ? FL.state.head : Object.keys(view.rules)[0]);
-    const name = `${FL.state.pattern}/${FL.row().views.text === view}/${head}`;
+  FL.patternOf = async (p) => {
+    const view = FL.viewOf(p), head = view.rules.every ? "every" : String(FL.state.head in view.rules ? FL.state.head : Object.keys(view.rules)[0]);
+    const name = `${p}/${FL.data.patterns[p].views.text === view}/${head}`;
     if (!compiled.has(name)) compiled.set(name, FL.unpackAll(view.rules[head]).then((rule) => FL.compile(rule, view.n)));
     return compiled.get(name);
   };
+  FL.pattern = () => FL.patternOf(FL.state.pattern);
 
   FL.el = (tag, settings = {}, ...children) => {
     const node = document.createElement(tag);

@@ -72,25 +72,45 @@
     return [FL.state.page * PAGE, Math.min(ends.length, (FL.state.page + 1) * PAGE)];
   };
 
-  /* The next position after `from` at which this word begins, wrapping around once; -1 if there is none. */
-  FL.findWord = (word, from) => {
-    const needle = word.toLowerCase(), text = FL.lower || (FL.lower = content.toLowerCase());
-    const offset = FL.state.scope === "passage"
-      ? { base: FL.data.passages.starts[FL.state.passage], shift: FL.data.words.before.length } : { base: 0, shift: 0 };
-    const last = FL.state.scope === "passage"
-      ? Math.min(ends.length, offset.base + FL.data.passages.length - FL.data.words.before.length - FL.data.words.after.length) : ends.length;
-    const startOf = (t) => (t > 0 ? ends[t - 1] : 0);
-    const low = startOf(offset.base), high = last ? ends[last - 1] : 0;
-    const begin = from === null ? low : startOf(Math.min(last, Math.max(offset.base, from - offset.shift + offset.base + 1)));
-    let at = text.indexOf(needle, begin);
-    if (at < 0 || at >= high) at = text.indexOf(needle, low);
-    if (at < 0 || at >= high) return -1;
+  /* The token of the text at a position of the scope; null for a special token and beyond the text that the page carries. */
+  FL.tokenOf = (position) => {
+    const { words, passages } = FL.data;
+    if (FL.state.scope !== "passage") return position < ends.length ? position : null;
+    const inside = passages.length - words.before.length - words.after.length, token = position - words.before.length;
+    return token < 0 || token >= inside ? null : passages.starts[FL.state.passage] + token;
+  };
+
+  /* The passage that contains a token, the current one first; -1 for none. */
+  FL.passageOf = (token) => {
+    const { words, passages } = FL.data, inside = passages.length - words.before.length - words.after.length;
+    const holds = (start) => start <= token && token < start + inside;
+    return holds(passages.starts[FL.state.passage]) ? FL.state.passage : passages.starts.findIndex(holds);
+  };
+
+  FL.tokensShown = () => ends.length;
+
+  /* Lower case, character by character where the whole changes its length. */
+  function lower() {
+    const all = content.toLowerCase();
+    return all.length === content.length ? all : Array.from(content, (c) => (c.toLowerCase().length === c.length ? c.toLowerCase() : c)).join("");
+  }
+
+  function tokenAtCharacter(at) {
     let a = 0, b = ends.length;
     while (a < b) {
       const middle = (a + b) >> 1;
       if (ends[middle] <= at) a = middle + 1;
       else b = middle;
     }
-    return a - offset.base + offset.shift;
+    return a;
+  }
+
+  /* Every place of the whole text where these characters stand, as [first token, last token]. */
+  FL.findAll = (word) => {
+    const needle = word.toLowerCase(), text = FL.lower || (FL.lower = lower()), hits = [];
+    for (let at = text.indexOf(needle); needle && at >= 0; at = text.indexOf(needle, at + needle.length)) {
+      hits.push([tokenAtCharacter(at), tokenAtCharacter(at + needle.length - 1)]);
+    }
+    return hits;
   };
 })();

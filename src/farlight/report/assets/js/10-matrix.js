@@ -12,7 +12,7 @@
     return { top: place(top), left: place(left), span: size };
   };
 
-  const colour = () => getComputedStyle(document.documentElement).getPropertyValue("--ink").trim().split(/\s+/).map(Number);
+  const shownKinds = () => FL.KINDS.filter((name) => !FL.state.hidden.split(" ").includes(name));
 
   /* Darkness of a density: itself where a pixel is one pair, else its fourth root, which keeps a single global token visible. */
   const darkness = (share, cells) => (cells ? share : share ** 0.25);
@@ -24,6 +24,8 @@
     FL.id("zoom").value = Math.round(zoomOf(span));
     FL.id("span").textContent = FL.say("matrix.span", { tokens: FL.number(span) });
     FL.id("zoom").setAttribute("aria-valuetext", FL.id("span").textContent);
+    // A finger on the whole picture scrolls the page; zoomed in, it moves the picture.
+    canvas.style.touchAction = span === FL.n() ? "pan-y" : "none";
     draw();
     overlay();
     here();
@@ -52,12 +54,13 @@
     context.clearRect(0, 0, size, size);
     stretch(context, size);
     state("busy");
-    const pattern = await FL.pattern(), view = matrix.view, pixels = Math.min(view.span, size), cells = pixels === view.span;
+    const whole = await FL.pattern(), view = matrix.view, pixels = Math.min(view.span, size), cells = pixels === view.span;
     if (!alive()) return;
-    const shares = new Float32Array(pixels * pixels), [red, green, blue] = colour();
+    const pattern = FL.ofKinds(whole, shownKinds()), parts = FL.byKind(whole).filter(({ kind }) => shownKinds().includes(kind));
+    const colours = parts.map(({ kind }) => FL.colourOf(kind)), shares = new Float32Array(pixels * pixels), single = colours[0] || [0, 0, 0];
     sheet.width = sheet.height = pixels;
     const paper = sheet.getContext("2d"), image = paper.createImageData(pixels, pixels);
-    const ink = (at, dark) => {
+    const ink = (at, dark, [red, green, blue] = single) => {
       image.data[4 * at] = red;
       image.data[4 * at + 1] = green;
       image.data[4 * at + 2] = blue;
@@ -75,21 +78,21 @@
     };
     const picture = FL.view().picture;
     let exact = true;
-    if (picture && FL.workOf(pattern, view, pixels) > MOST_WORK) {
+    if (picture && pattern === whole && FL.workOf(pattern, view, pixels) > MOST_WORK) {
       exact = false;
       await fromPicture(picture, view, pixels, shares, ink);
       if (!alive()) return;
     } else {
       let painted = performance.now();
-      const done = await FL.density(pattern, view, pixels, (r, line) => {
+      const done = await FL.density(pattern, view, pixels, (r, line, ofParts) => {
         shares.set(line, r * pixels);
-        for (let p = 0; p < pixels; p++) ink(r * pixels + p, darkness(line[p], cells));
+        for (let p = 0; p < pixels; p++) ink(r * pixels + p, darkness(line[p], cells), mixed(ofParts, p, colours, cells));
         if (performance.now() - painted > 120) {
           painted = performance.now();
           paint(r + 1);
           canvas.dataset.done = String(Math.round((100 * r) / pixels));
         }
-      }, alive);
+      }, alive, parts.length > 1 ? parts.map((part) => part.pattern) : []);
       if (!done) return;
     }
     paint(pixels);
@@ -101,6 +104,21 @@
     Object.assign(matrix, { shares, pixels });
     state(exact ? "exact" : "picture");
     here();
+  }
+
+  /* The colour of a pixel: that of the first kind where it is one pair, else the mean of its kinds by the root of their shares. */
+  function mixed(ofParts, p, colours, cells) {
+    if (!ofParts.length) return colours[0];
+    if (cells) return colours[Math.max(0, ofParts.findIndex((line) => line[p] > 0))];
+    const sum = [0, 0, 0];
+    let total = 0;
+    for (let k = 0; k < ofParts.length; k++) {
+      const weight = Math.sqrt(ofParts[k][p]);
+      if (!weight) continue;
+      total += weight;
+      for (let c = 0; c < 3; c++) sum[c] += weight * colours[k][c];
+    }
+    return total ? sum.map((x) => x / total) : colours[0];
   }
 
   function lines(context, size, pixels) {
@@ -144,6 +162,7 @@
     over.setAttribute("viewBox", "0 0 1000 1000");
     over.replaceChildren();
     const { i, j } = matrix.cursor, cell = 1000 / matrix.view.span;
+    ticks();
     over.append(FL.svg("path", { class: "cross", d: `M0 ${y(i)}H1000M${x(j)} 0V1000`, "vector-effect": "non-scaling-stroke" }));
     const path = FL.path_;
     if (!path || !path.positions.length) return;
@@ -160,6 +179,55 @@
     end(positions[0], "source");
     if (positions.length > 1) end(positions[positions.length - 1], "target");
   }
+
+  /* Positions along the left and the lower edge, at steps of 1, 2 or 5 times a power of ten. */
+  function ticks() {
+    const { top, left, span } = matrix.view, unit = 1000 / Math.max(120, canvas.clientWidth || 1000), rough = span / (canvas.clientWidth < 420 ? 3 : 5);
+    const power = 10 ** Math.floor(Math.log10(Math.max(1, rough))), step = power * ([1, 2, 5, 10].find((x) => x * power >= rough) || 10);
+    const text = (x, y, anchor, value) => FL.svg("text", { class: "place", x, y, "text-anchor": anchor, "font-size": 11.5 * unit, "stroke-width": 3 * unit }, value);
+    const mark = (value) => FL.short(value).length < FL.number(value).length && value >= 10000 && value % 100 === 0 && span > 5000 ? FL.short(value) : FL.number(value);
+    for (let at = Math.ceil(left / step) * step; at < left + span; at += step) {
+      const place = x(at);
+      over.append(FL.svg("path", { class: "tick-line", d: `M${place} 1000v${-7 * unit}`, "vector-effect": "non-scaling-stroke" }));
+      if (place > 40 * unit && place < 1000 - 30 * unit) over.append(text(place, 1000 - 11 * unit, "middle", mark(at)));
+    }
+    for (let at = Math.ceil(top / step) * step; at < top + span; at += step) {
+      const place = y(at);
+      over.append(FL.svg("path", { class: "tick-line", d: `M0 ${place}h${7 * unit}`, "vector-effect": "non-scaling-stroke" }));
+      if (place > 12 * unit && place < 1000 - 30 * unit) over.append(text(11 * unit, place + 4 * unit, "start", mark(at)));
+    }
+  }
+
+  // ---- kinds of rules and the schematic ---------------------------------------------------------------------------
+  const sketch = FL.id("sketch");
+
+  async function legend() {
+    const box = FL.id("kinds"), kinds = FL.byKind(await FL.pattern()).map(({ kind }) => kind), hidden = new Set(FL.state.hidden.split(" "));
+    box.replaceChildren(FL.el("legend", { class: "hidden", text: FL.say("kind.legend") }), ...kinds.map((kind) => {
+      const tick = FL.el("input", { type: "checkbox", value: kind, onchange: () => {
+        const out = FL.KINDS.filter((name) => (name === kind ? hidden.has(name) === false : hidden.has(name)));
+        FL.set({ hidden: out.join(" ") });
+      } });
+      tick.checked = !hidden.has(kind);
+      return FL.el("label", { class: "kind" }, tick, FL.el("i", { class: `swatch ${kind}` }), FL.el("span", { text: FL.say(`kind.${kind}`) }));
+    }));
+  }
+
+  async function schematic() {
+    const pattern = await FL.pattern(), hairline = FL.isHairline(pattern.rule, FL.n()), shown = hairline && FL.state.schematic;
+    FL.id("scale-pick").hidden = !hairline;
+    for (const button of FL.id("scale-pick").children) button.setAttribute("aria-checked", String((button.value === "schematic") === shown));
+    sketch.hidden = !shown;
+    for (const part of [canvas, over]) part.classList.toggle("under", shown);
+    const says = FL.id("sketch-says");
+    says.hidden = !shown;
+    if (!shown) return;
+    says.textContent = FL.say("sketch.says", { cells: FL.CELLS, n: FL.number(FL.n()) });
+    sketch.setAttribute("aria-label", says.textContent);
+    FL.drawCells(sketch, FL.compile(FL.schematic(pattern.rule, FL.n()), FL.CELLS), shownKinds(), 16 * FL.CELLS);
+  }
+  for (const button of FL.id("scale-pick").children) button.addEventListener("click", () => FL.set({ schematic: button.value === "schematic" }));
+  sketch.addEventListener("click", () => FL.set({ schematic: false }));
 
   const named = (position) => {
     const word = FL.word(position);
@@ -267,6 +335,8 @@
   });
 
   const whole = () => show({ top: 0, left: 0, span: FL.n() });
+  for (const name of ["closer", "wider", "whole"]) FL.id(name).addEventListener("click", () => FL.set({ schematic: false }));
+  FL.id("zoom").addEventListener("input", () => FL.set({ schematic: false }));
   FL.id("closer").addEventListener("click", () => zoom(0.5, inView() ? matrix.cursor : null));
   FL.id("wider").addEventListener("click", () => zoom(2, inView() ? matrix.cursor : null));
   FL.id("whole").addEventListener("click", whole);
@@ -279,16 +349,21 @@
 
   FL.on((changed) => {
     if (changed.has("scope") || changed.has("start")) {
+      FL.state.schematic = true;
       matrix.held = null;
       matrix.view = null;
       matrix.cursor = { i: Math.min(FL.n() - 1, FL.state.target || 0), j: Math.min(FL.n() - 1, FL.state.source || 0) };
       whole();
-    } else if (changed.has("pattern") || changed.has("head") || changed.has("theme")) {
+    } else if (changed.has("pattern") || changed.has("head") || changed.has("theme") || changed.has("hidden")) {
       matrix.held = null;
       show(matrix.view.span > FL.n() ? { top: 0, left: 0, span: FL.n() } : matrix.view);
     } else if (changed.has("language")) show(matrix.view);
     else if (changed.has("path")) overlay();
     if (changed.has("passage")) here();
+    if (["scope", "start", "pattern", "head", "theme", "language", "hidden", "schematic"].some((name) => changed.has(name))) {
+      legend();
+      schematic();
+    }
   });
-  Object.assign(matrix, { show, zoom });
+  Object.assign(matrix, { show, zoom, mixed, darkness });
 })();

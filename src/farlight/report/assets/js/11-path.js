@@ -43,14 +43,14 @@
   function told() {
     const { source, target } = FL.state, path = FL.path_, list = FL.id("hops");
     list.replaceChildren();
-    arcs();
     if (!path) {
       FL.id("told").textContent = FL.say(source === null || target === null ? "path.none" : "path.busy");
-      return;
+      return arcs();
     }
     const holes = { target: named(target), source: named(source), layers: FL.number(path.hops.length) };
     const name = source === target ? "path.same" : !path.positions.length ? "path.never" : path.hops.length === 1 ? "path.one" : "path.found";
     FL.id("told").textContent = FL.say(name, { ...holes, heard: FL.number(path.heard || 0), n: FL.number(FL.n()) });
+    arcs();
     path.hops.forEach((hop, x) => {
       if (x === SHOWN / 2 && path.hops.length > SHOWN) {
         list.append(FL.el("li", { class: "note", value: x + 1, text: FL.say("path.more", { count: FL.number(path.hops.length - SHOWN) }) }));

@@ -25,6 +25,7 @@
     box.replaceChildren(...parts);
     if (focus < from || focus >= to) focus = from;
     rove(focus, false);
+    FL.markHits();
     const { shown, tokens } = FL.data.words;
     FL.id("ended").textContent = shown < tokens ? FL.say("text.ended", { shown: FL.number(shown), tokens: FL.number(tokens) }) : "";
     mark();
@@ -100,16 +101,6 @@
   page.addEventListener("input", () => turn(Number(page.value)));
   FL.id("back").addEventListener("click", () => turn(Number(page.value) - 1));
   FL.id("forth").addEventListener("click", () => turn(Number(page.value) + 1));
-  FL.id("find").addEventListener("submit", (event) => {
-    event.preventDefault();
-    const word = FL.id("find-word").value.trim();
-    if (!word) return;
-    const position = FL.findWord(word, FL.found === word ? focus : null);
-    FL.found = word;
-    FL.id("find-says").textContent = position < 0 ? FL.say("text.nowhere") : FL.say("text.found", { position: FL.number(position) });
-    if (position >= 0) FL.goTo(position, false);
-  });
-
   FL.on((changed) => {
     if (["scope", "start"].some((name) => changed.has(name))) {
       focus = 0;

@@ -19,12 +19,14 @@
     const head = FL.el("tr", {}, FL.el("th", { scope: "col", text: FL.say("heads.layer") }));
     (mass[0] || []).forEach((_, h) => head.append(FL.el("th", { scope: "col", text: h })));
     table.tHead.replaceChildren(head);
+    table.classList.toggle("many", (mass[0] || []).length > 16);
     table.tBodies[0].replaceChildren(...mass.map((row, l) => {
       const line = FL.el("tr", {}, FL.el("th", { scope: "row", text: l }));
       row.forEach((share, h) => {
         const says = FL.say("heads.cell", { layer: l, head: h, mass: FL.percent(share), best: FL.percent(best[l][h]) });
+        const shown = share >= 0.9995 ? "100" : FL.fixed(100 * share, 0);
         const cell = FL.el("button", {
-          type: "button", text: share >= 0.9995 ? "100" : FL.fixed(100 * share, 0), "aria-label": says, title: says,
+          type: "button", text: shown, "aria-label": `${shown}. ${says}`, title: says,
           class: h === FL.state.head ? "chosen" : "",
           onclick: () => { FL.set({ head: h }); FL.id("heat-says").textContent = says; },
           onfocus: () => { FL.id("heat-says").textContent = says; },
@@ -41,9 +43,9 @@
     });
   }
 
-  const around = (position, name) => {
+  const around = (position, name, label) => {
     const [before, after] = FL.context(position), piece = FL.piece(position);
-    return FL.el("td", {}, FL.el("span", { class: "context", text: before + (piece && piece.space ? " " : "") }),
+    return FL.el("td", { "data-label": FL.say(label) }, FL.el("span", { class: "context", text: before + (piece && piece.space ? " " : "") }),
       FL.el("span", { class: `word ${name}`, text: piece ? piece.word : FL.number(position) }), FL.el("span", { class: "context", text: after }));
   };
 
@@ -54,10 +56,10 @@
     const rows = links.map((link) => {
       // FL.context reads the state: set it to the passage of the link while its row is built.
       Object.assign(FL.state, { scope: "passage", passage: link.passage });
-      const row = FL.el("tr", {}, around(link.query, "target"), around(link.key, "source"),
-        FL.el("td", { class: "num", text: FL.percent(link.share) }),
-        FL.el("td", { class: "num", text: FL.say("lost.at", { layer: link.layer, head: link.head }) }),
-        FL.el("td", { class: "num", text: FL.number(link.heads) }),
+      const row = FL.el("tr", {}, around(link.query, "target", "lost.reader"), around(link.key, "source", "lost.read"),
+        FL.el("td", { class: "num", "data-label": FL.say("lost.share"), text: FL.percent(link.share) }),
+        FL.el("td", { class: "num", "data-label": FL.say("lost.where"), text: FL.say("lost.at", { layer: link.layer, head: link.head }) }),
+        FL.el("td", { class: "num", "data-label": FL.say("lost.heads"), text: FL.number(link.heads) }),
         FL.el("td", {}, FL.hasView() ? FL.el("button", { type: "button", text: FL.say("lost.show"), onclick: () => show(link) }) : ""));
       return row;
     });

@@ -7,8 +7,8 @@
     FL.id("title").textContent = audit ? FL.say("title.audit", { name: data.name.split(/[\\/]/).pop() }) : data.name;
     const holes = audit
       ? { ...data.model, n: FL.number(data.passages.of), passages: FL.number(data.passages.starts.length), length: FL.number(data.passages.length), count: data.patterns.length }
-      : { n: FL.number(FL.n()) };
-    FL.id("summary").textContent = FL.say(audit ? "summary.audit" : "summary.map", holes);
+      : { n: FL.number(FL.n()), count: data.patterns.length };
+    FL.id("summary").textContent = FL.say(audit ? "summary.audit" : data.patterns.length > 1 ? "summary.maps" : "summary.map", holes);
     FL.id("made").textContent = FL.say("made", { version: data.version });
     document.title = `farlight: ${data.name}`;
   }
@@ -17,6 +17,12 @@
     ["density", (row) => bar(row.density)], ["mass", (row) => bar(row.mass)], ["of_best", (row) => FL.percent(row.of_best)],
     ["worst_head", (row) => FL.percent(row.worst_head)], ["token_cosine", (row) => FL.fixed(row.token_cosine, 3)],
     ["pooled_cosine", (row) => FL.fixed(row.pooled_cosine, 3)], ["speedup", (row) => speedup(row.long_text)],
+  ];
+  const world = (row) => row.views.text.world, hops = (value) => (value === null ? "–" : FL.fixed(value, 2));
+  const MAP_COLUMNS = [
+    ["density", (row) => bar(world(row).density)], ["hops", (row) => hops(world(row).hops)],
+    ["diameter", (row) => (world(row).exact ? "" : "≥ ") + FL.number(world(row).diameter)], ["clustering", (row) => FL.fixed(world(row).clustering, 3)],
+    ["relay", (row) => (row.views.text.capacity ? FL.short(Math.round(row.views.text.capacity.bottleneck)) : "–")],
   ];
   const speedup = (long) => (long.why_not || !long.seconds ? "–" : FL.say("times", { times: FL.fixed(long.full_seconds / long.seconds, long.full_seconds > 10 * long.seconds ? 0 : 1) }));
 
@@ -29,24 +35,25 @@
 
   function patterns() {
     const table = FL.id("patterns");
-    table.hidden = !audit;
-    if (!audit) return;
+    table.hidden = !audit && data.patterns.length < 2;
+    if (table.hidden) return;
+    const columns = audit ? COLUMNS : MAP_COLUMNS;
     table.tHead.replaceChildren(FL.el("tr", {}, FL.el("th", { scope: "col", text: FL.say("patterns.pattern") }),
-      ...COLUMNS.map(([name]) => FL.el("th", { scope: "col", class: "num", text: FL.say(`patterns.${name}`) }))));
+      ...columns.map(([name]) => FL.el("th", { scope: "col", class: "num", text: FL.say(`patterns.${name}`) }))));
     const focused = document.activeElement && document.activeElement.name === "pattern";
     table.tBodies[0].replaceChildren(...data.patterns.map((row, p) => {
       const radio = FL.el("input", { type: "radio", name: "pattern", value: p, onchange: () => FL.set({ pattern: p }) });
       radio.checked = p === FL.state.pattern;
       const line = FL.el("tr", { class: radio.checked ? "chosen" : "", onclick: (event) => event.target.tagName === "INPUT" || FL.set({ pattern: p }) },
         FL.el("th", { scope: "row" }, FL.el("label", {}, radio, FL.el("span", { text: row.text }))));
-      for (const [, cell] of COLUMNS) line.append(FL.el("td", { class: "num" }, cell(row.audit)));
+      for (const [name, cell] of columns) line.append(FL.el("td", { class: "num", "data-label": FL.say(`patterns.${name}`) }, cell(audit ? row.audit : row)));
       return line;
     }));
     if (focused) table.querySelector("input:checked").focus();
   }
 
   function facts() {
-    const world = FL.view().world, box = FL.id("facts");
+    const { world, capacity } = FL.view(), box = FL.id("facts");
     box.hidden = !world;
     if (!world) return;
     const fact = (name, value, note, spread = 0) => FL.el("div", {}, FL.el("dt", { text: FL.say(`fact.${name}`) }),
@@ -58,6 +65,8 @@
       fact("diameter", (world.exact ? "" : "≥ ") + FL.number(world.diameter), FL.say("fact.unreachable", { share: FL.percent(world.unreachable) })),
       fact("clustering", number(world.clustering, 3), FL.say("fact.random", { random: number(world.random_clustering, 3), lattice: number(world.lattice_clustering, 3) }), world.clustering_margin),
       fact("sigma", world.sigma === null ? "–" : FL.short(world.sigma), FL.say("fact.sigma.note")),
+      ...(capacity ? [fact("relay", capacity.relayed ? FL.short(Math.round(capacity.bottleneck)) : "–", capacity.relayed
+        ? FL.say("fact.relay.note", { relays: FL.short(Math.round(capacity.relays)), sole: FL.short(Math.round(capacity.sole)) }) : FL.say("fact.relay.none"))] : []),
       fact("omega", number(world.omega), FL.say("fact.omega.note")),
     );
   }
