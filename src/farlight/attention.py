@@ -190,8 +190,10 @@ def _attention(
     registry.check_name(backend)
     scale, dropout = read_scale(scale, q.shape[-1]), read_dropout(dropout)
     sizes = read_sizes(q, k, q_offset)
+    choice = 0
     # A Protocol's isinstance takes as long as a quarter of a short call: patterns and plans are told apart first.
     if not isinstance(pattern, (Pattern, Plan)) and isinstance(pattern, Chooser):
+        choice = pattern.products(sizes)
         pattern = chosen(pattern, q, k, sizes)
     plan = pattern if isinstance(pattern, Plan) else None
     expression = read_pattern(pattern, sizes)
@@ -207,7 +209,7 @@ def _attention(
             expression.check(sizes)
         out, lse = _empty_batch(q, k, v, scale, terms)
     elif is_plain and not q.is_meta:
-        request = read_request(q, k, v, expression, sizes, dropout, return_lse or return_lost, terms)
+        request = read_request(q, k, v, expression, sizes, dropout, return_lse or return_lost, terms, choice)
         out, lse = _eager(q, k, v, request, backend, plan, scale, drawn, terms)
     else:
         if plan is not None and backend == "auto":

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 from torch import Tensor
 
 from farlight.errors import shorten
 from farlight.inputs import autocast_inputs, check_tensors, read_dropout
 from farlight.kernels import registry
 from farlight.kernels.backend import Request
-from farlight.kernels.cost import Estimate
+from farlight.kernels.cost import Estimate, Rates, estimate
 from farlight.patterns.chooser import Chooser
 from farlight.patterns.expression import Pattern
+from farlight.patterns.positional import causal, window
+from farlight.patterns.positional import full as full_pattern
 from farlight.plan import Plan
+from farlight.plan.clauses import clauses_of
 from farlight.requests import chosen, read_pattern, read_request, read_sizes
 from farlight.score.lowered import lower
 from farlight.score.terms import Score
@@ -27,6 +33,8 @@ class Explanation(str):
         refusals: for each backend the reasons why it cannot serve the call; empty where it can.
         sparse, full: the estimates of the sparse computation and of full attention: `.pairs` and `.seconds`.
         speedup: full.seconds / sparse.seconds.
+        unrouted: for a router, the estimate of attention over every link without it (every causal one where its links are);
+            None for a pattern.
         request: the call, without its tensors.
     """
 
@@ -35,6 +43,7 @@ class Explanation(str):
     sparse: Estimate
     full: Estimate
     speedup: float
+    unrouted: Estimate | None
     request: Request
 
     def __repr__(self) -> str:
@@ -67,11 +76,13 @@ def explain(
     q, k, v = autocast_inputs(q, k, v)
     check_tensors(q, k, v)
     sizes = read_sizes(q, k, q_offset)
+    choice: int | None = None
     if isinstance(pattern, Chooser):
+        choice = pattern.products(sizes)
         pattern = chosen(pattern, q, k, sizes)
     expression = read_pattern(pattern, sizes)
     terms = lower(score, sinks, sizes, q.device, q.dtype)
-    request = read_request(q, k, v, expression, sizes, read_dropout(dropout), return_lse, terms)
+    request = read_request(q, k, v, expression, sizes, read_dropout(dropout), return_lse, terms, choice or 0)
     expression.check(sizes)
     selection = registry.select(request)
     taken = registry.select(request, plan=pattern) if isinstance(pattern, Plan) else selection
@@ -81,10 +92,49 @@ def explain(
     lines = [f"{shorten(repr(expression), 200)} on {request.describe()}", f"auto takes {taken.backend.name!r}"]
     refusals = {name: registry.reasons(name, request) for name in registry.names()}
     lines += [f"  {name}: {'cannot: ' + '; '.join(why) if why else 'can'}" for name, why in refusals.items()]
-    lines.append(f"sparse computes {sparse.pairs:,} pairs, expected {sparse.seconds * 1e3:.2f} ms")
-    lines.append(f"full attention computes {full.pairs:,} pairs, expected {full.seconds * 1e3:.2f} ms")
+    lines.append(f"sparse computes {sparse.pairs:,} pairs, expected {_milliseconds(sparse)}")
+    lines.append(f"full attention computes {full.pairs:,} pairs, expected {_milliseconds(full)}")
     lines.append(f"sparse is expected to be {selection.speedup:.1f} × as fast as full attention")
+    unrouted = None if choice is None else _unrouted(request, selection.rates)
+    if unrouted is not None:
+        lines.append(_verdict(min(sparse.seconds, full.seconds), unrouted))
     explanation = Explanation("\n".join(lines))
     explanation.backend, explanation.refusals, explanation.request = taken.backend.name, refusals, request
     explanation.sparse, explanation.full, explanation.speedup = sparse, full, selection.speedup
+    explanation.unrouted = unrouted
     return explanation
+
+
+def _milliseconds(estimate: Estimate) -> str:
+    """The expected time, and its parts where the links are chosen in the call."""
+    text = f"{estimate.seconds * 1e3:.2f} ms"
+    if not estimate.choosing and not estimate.planning:
+        return text
+    parts = (("choosing", estimate.choosing), ("planning", estimate.planning), ("attending", estimate.remaining))
+    return f"{text}: " + ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in parts)
+
+
+def _unrouted(request: Request, rates: Rates | None) -> Estimate:
+    """The cost of attention without a router: over every link, or every causal one where the router's links are causal."""
+    sizes, is_causal = request.sizes, _is_causal(request.pattern)
+    without = replace(request, pattern=causal() if is_causal else full_pattern(), choice=0)
+    seen = sizes.q_offset + np.arange(1, sizes.n_q + 1) if is_causal else np.full(sizes.n_q, sizes.n_k)
+    pairs = sizes.batch * sizes.heads * int(seen.clip(0, sizes.n_k).sum())
+    sparse = estimate(registry.plan_backend(without).name, without, pairs, rates)
+    return min(sparse, estimate("dense", without, None, rates), key=lambda cost: cost.seconds)
+
+
+def _is_causal(pattern: Pattern) -> bool:
+    """Whether every clause of the union is causal."""
+    clauses = clauses_of(pattern)
+    return bool(clauses) and all(
+        any(isinstance(atom, causal) or (isinstance(atom, window) and atom.right <= 0) for atom in clause) for clause in clauses
+    )
+
+
+def _verdict(routed: float, unrouted: Estimate) -> str:
+    """Whether the router saves time. `auto` never changes its links: other links would be another result."""
+    text = f"without the router every link takes {unrouted.seconds * 1e3:.2f} ms"
+    if routed <= unrouted.seconds:
+        return f"{text}: the router is expected to save {(unrouted.seconds - routed) * 1e3:.2f} ms"
+    return f"{text}, so that choosing costs more than it saves here; the router's links are kept all the same"

@@ -76,10 +76,11 @@ def read_request(
     dropout: float,
     return_lse: bool,
     terms: ScoreTerms | None,
+    choice: int = 0,
 ) -> Request:
-    """The call without its tensors."""
+    """The call without its tensors; choice: products by which a router has chosen the pattern."""
     names: frozenset[str] = frozenset() if terms is None else terms.names
     tensors = (q, k, v) if terms is None else (q, k, v, *terms.tensors)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     shapes, options = (k.shape[1], q.shape[3], q.dtype, q.device), (needs_grad, dropout, return_lse, names)
-    return Request(pattern, sizes, *shapes, *options, value_dim=v.shape[3])
+    return Request(pattern, sizes, *shapes, *options, value_dim=v.shape[3], choice=choice)

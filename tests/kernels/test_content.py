@@ -251,6 +251,21 @@ def test_an_index_out_of_range_is_named() -> None:
         fl.attention(q, k, v, pattern, backend="cpu")
 
 
+@pytest.mark.parametrize("index", [-2, 64, 2**62, -(2**63)])
+@pytest.mark.parametrize("query_block", [1, 16])
+def test_malformed_lists_are_refused(index: int, query_block: int) -> None:
+    """Wherever the index stands, in lists of blocks and of keys, and by the bound of what is lost too."""
+    q = torch.randn(1, 1, 64, 8)
+    for place in ((0, 0), (64 // query_block - 1, 1)):
+        table = torch.zeros(1, 1, 64 // query_block, 2, dtype=torch.int64)
+        table[0, 0][place] = index
+        lists: list[Pattern] = [fl.chosen_blocks(table, block=1, query_block=query_block)]
+        lists += [fl.chosen_keys(table)] if query_block == 1 else []
+        for pattern in lists:
+            with pytest.raises(fl.errors.PatternError, match=str(index)):
+                fl.attention(q, q, q, pattern | fl.window(2), return_lost=True, backend="cpu")
+
+
 def test_a_router_has_its_queries_at_the_end() -> None:
     q = k = v = torch.randn(1, 1, 64, 8)
     with pytest.raises(fl.errors.ArgumentError, match="q_offset = 3 was given with a router"):
@@ -315,6 +330,17 @@ def test_nothing_is_lost_where_everything_is_seen() -> None:
     assert float(lost.max()) == 0.0
 
 
+@pytest.mark.parametrize("pattern", [fl.window(5), fl.window(5, 0) | fl.seen_by_all([0]) & fl.causal()], ids=repr)
+def test_a_fixed_pattern_has_a_bound_too(pattern: Pattern) -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, 70, 16) / 64, torch.randn(1, 2, 70, 16)
+    _, lost = fl.attention(q, k, k, pattern, return_lost=True, backend="cpu")
+    full = torch.ones(70, 70, dtype=torch.bool)
+    loss = true_loss(q, k, pattern.dense(70, heads=4), full.tril() if "causal" in repr(pattern) else full, 0.25)
+    assert bool((lost.double() >= loss).all())
+    assert float((lost - loss).max()) < 0.05
+
+
 def test_the_bound_is_tight_where_the_keys_of_a_granule_are_equal() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 128, 16), torch.randn(1, 1, 16, 16).repeat_interleave(8, 2)
@@ -327,7 +353,10 @@ def test_the_bound_is_tight_where_the_keys_of_a_granule_are_equal() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pattern": fl.window(3)}, "the bound is known for listed blocks or keys on the CPU, but the pattern is window(3)"),
+        (
+            {"pattern": fl.strided(3)},
+            "the bound is known for listed blocks or keys, windows and named tokens, on the CPU, but the pattern is strided(3)",
+        ),
         ({"score": fl.score.softcap(5.0)}, "the bound is of scale · q·k alone, but score or sinks were given"),
     ],
 )

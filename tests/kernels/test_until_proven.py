@@ -105,6 +105,27 @@ def test_everything_is_seen_where_nothing_is_proven() -> None:
         assert torch.equal(chosen.dense(64)[0, 0], torch.ones(64, 64, dtype=torch.bool).tril())
 
 
+def test_later_query_blocks_change_no_choice_and_every_isa_proves_it() -> None:
+    torch.manual_seed(3)
+    q, k = torch.randn(1, 4, 128, 16), torch.randn(1, 2, 16, 16).repeat_interleave(8, 2) + 0.05 * torch.randn(1, 2, 128, 16)
+    usual = cpu.isa()
+    try:
+        for isa in cpu.available():
+            cpu.use(isa)
+            for query_block in (1, 16):
+                router = TopBlocks(lost=0.3, block=8, query_block=query_block, causal=True)
+                before = links(router, q, k)
+                assert int(before.sum()) < 0.9 * 4 * fl.causal().count(128)
+                assert float(missed(router, q, k, before, {}).max()) <= 0.3
+                for position in (16, 112):
+                    changed = [x.clone() for x in (q, k)]
+                    for x in changed:
+                        x[:, :, position:] = torch.randn_like(x[:, :, position:]) * 5
+                    assert torch.equal(links(router, *changed)[:, :, :position], before[:, :, :position])
+    finally:
+        cpu.use(usual)
+
+
 def test_threads_and_attention_choose_the_same() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(1, 4, 200, 16) * 3, torch.randn(1, 2, 25, 16).repeat_interleave(8, 2)

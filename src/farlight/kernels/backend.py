@@ -51,6 +51,7 @@ class Request:
     terms: frozenset[str] = frozenset()  # ScoreTerms.names
     renumbered: bool = False  # the call has an `Origin`
     value_dim: int = 0  # of v and out; 0: head_dim, that of q and k
+    choice: int = 0  # products of head_dim by which a router has chosen the pattern in this call
 
     def __post_init__(self) -> None:
         if not self.value_dim:

@@ -35,17 +35,35 @@ ACCELERATOR_RATES: Rates = {
 # Forward and backward together against forward alone.
 _WITH_BACKWARD = {"cpu": 3.3, "triton": 3.5, "torch": 3.5, "dense": 3.5}
 
+# Choices, plans of choices and masks of choices: seconds beside their work, and the float32 operations in whose time a visited
+# pair is planned, or written into a mask.
+_CHOICE_FIXED, _PLAN_FIXED = 200e-6, 100e-6
+_PLANNED_PAIR, _MASKED_PAIR = 20.0, 300.0
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """Expected seconds of one call and the pairs that it computes."""
+    """Expected seconds of one call and the pairs that it computes. Of the seconds, those that a router takes to choose and
+    those that its choice takes to be planned, both anew in each call; 0 for a pattern, whose plan is kept.
+    """
 
     seconds: float
     pairs: int
+    choosing: float = 0.0
+    planning: float = 0.0
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that a call still takes once its links are chosen and planned."""
+        return self.seconds - self.choosing - self.planning
 
 
-def estimate(backend: str, request: Request, visited: int | None, rates: Rates | None = None) -> Estimate:
-    """The expected cost of a call; `visited` is the plan's, None for all pairs."""
+def estimate(
+    backend: str, request: Request, visited: int | None, rates: Rates | None = None, *, planned_anew: bool = False
+) -> Estimate:
+    """The expected cost of a call; `visited` is the plan's, None for all pairs. planned_anew: no other call has this plan, or
+    for full attention this mask.
+    """
     if rates is None:
         rates = DEFAULT_RATES if request.device.type == "cpu" else ACCELERATOR_RATES
     sizes = request.sizes
@@ -53,5 +71,21 @@ def estimate(backend: str, request: Request, visited: int | None, rates: Rates |
     # A backend without rates of its own is priced like the torch backend.
     rated = backend if (backend, torch.float32) in rates else "torch"
     rate, fixed = rates.get((rated, request.dtype), rates[rated, torch.float32])
-    seconds = 2 * (request.head_dim + request.value_dim) * pairs / (rate * 1e9) + fixed
-    return Estimate(seconds * (_WITH_BACKWARD[rated] if request.needs_grad else 1.0), pairs)
+    attending = 2 * (request.head_dim + request.value_dim) * pairs / (rate * 1e9) + fixed
+    attending *= _WITH_BACKWARD[rated] if request.needs_grad else 1.0
+    choosing, planning = _choosing(request, rates), _planning(backend, pairs, rates) if planned_anew else 0.0
+    return Estimate(choosing + planning + attending, pairs, choosing, planning)
+
+
+def _choosing(request: Request, rates: Rates) -> float:
+    """Seconds of a router's choice: products of head_dim in float32, whatever the dtype."""
+    if not request.choice:
+        return 0.0
+    rate, _ = rates.get(("cpu", torch.float32), rates["torch", torch.float32])
+    return 2 * request.head_dim * request.choice / (rate * 1e9) + _CHOICE_FIXED
+
+
+def _planning(backend: str, pairs: int, rates: Rates) -> float:
+    """Seconds of the native planner for visited pairs, for full attention of forming the mask of all pairs."""
+    rate, _ = rates.get(("cpu", torch.float32), rates["torch", torch.float32])
+    return (_MASKED_PAIR if backend == "dense" else _PLANNED_PAIR) * pairs / (rate * 1e9) + _PLAN_FIXED

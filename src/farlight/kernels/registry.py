@@ -8,7 +8,7 @@ from farlight.errors import ArgumentError, PlanError, UnsupportedError, show
 from farlight.kernels import cpu, dense, reference, torch_tiled, triton
 from farlight.kernels.backend import AnyBackend, Backend, DevicePlanner, MaskBackend, Request
 from farlight.kernels.calibrate import calibrated
-from farlight.kernels.cost import Estimate, estimate
+from farlight.kernels.cost import Estimate, Rates, estimate
 from farlight.kernels.cpu.content import lost_bound
 from farlight.plan import Plan, PlanLike, plan_for
 from farlight.plan.content import ContentPlan
@@ -41,13 +41,14 @@ _CLOSE = 4.0
 class Selection:
     """The backend that serves a request, and the plan that it executes (None: a mask backend).
 
-    `sparse` estimates the best plan backend and `full` torch's full attention; None where a backend was named.
+    `sparse` estimates the best plan backend and `full` torch's full attention, by `rates`; None where a backend was named.
     """
 
     backend: AnyBackend
     plan: PlanLike | None
     sparse: Estimate | None = None
     full: Estimate | None = None
+    rates: Rates | None = None
 
     @property
     def speedup(self) -> float:
@@ -153,14 +154,24 @@ def select(request: Request, backend: str = "auto", plan: Plan | None = None) ->
     built = plan_of(executor, request)
     if backend != "auto":
         return Selection(executor, built)
-    sparse, full = estimate(executor.name, request, built.visited), estimate("dense", request, None)
+    rates: Rates | None = None
+    sparse, full = _estimates(executor, request, built)
     if 1 / _CLOSE < full.seconds / sparse.seconds < _CLOSE and request.device.type == "cpu":
         rates = calibrated()
-        sparse, full = estimate(executor.name, request, built.visited, rates), estimate("dense", request, None, rates)
+        sparse, full = _estimates(executor, request, built, rates)
+    # The links are the same for both. By now they are chosen and planned; the mask of a choice would still be formed.
     # Under terms the dense mask is n_q · n_k numbers of each head, which the rates of full attention do not know.
-    if full.seconds < sparse.seconds and not request.terms and not reasons("dense", request):
-        return Selection(_MASK_BACKENDS["dense"], None, sparse, full)
-    return Selection(executor, built, sparse, full)
+    is_full_faster = full.remaining + full.planning < sparse.remaining
+    if is_full_faster and not request.terms and not reasons("dense", request):
+        return Selection(_MASK_BACKENDS["dense"], None, sparse, full, rates)
+    return Selection(executor, built, sparse, full, rates)
+
+
+def _estimates(executor: Backend, request: Request, plan: PlanLike, rates: Rates | None = None) -> tuple[Estimate, Estimate]:
+    """The costs of the plan and of full attention under the mask of the same links."""
+    anew = isinstance(plan, ContentPlan)
+    sparse = estimate(executor.name, request, plan.visited, rates, planned_anew=anew)
+    return sparse, estimate("dense", request, None, rates, planned_anew=anew)
 
 
 def _selection_of(plan: Plan, request: Request, backend: str) -> Selection:

@@ -8,12 +8,17 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from farlight.patterns.expression import Pattern
+    from farlight.patterns.sizes import Sizes
 
 __all__ = ["Chooser"]
 
 
 @runtime_checkable
 class Chooser(Protocol):
-    """`pattern_of(q, k)` is the pattern for q `(B, H, n_q, D)` and k `(B, H_kv, n_k, D)`; the queries are the last tokens."""
+    """`pattern_of(q, k)` is the pattern for q `(B, H, n_q, D)` and k `(B, H_kv, n_k, D)`; the queries are the last tokens.
+    `products(sizes)`: about how many products of head_dim elements that takes, for estimates.
+    """
 
     def pattern_of(self, q: Tensor, k: Tensor) -> Pattern: ...
+
+    def products(self, sizes: Sizes) -> int: ...

@@ -17,11 +17,11 @@ from farlight.patterns.arguments import query_base
 from farlight.patterns.expression import Atom, Pattern, Sizes
 from farlight.patterns.named import global_tokens, seen_by_all, sees_all
 from farlight.patterns.packing import padding
-from farlight.patterns.positional import causal, window
+from farlight.patterns.positional import causal, full, window
 from farlight.patterns.tables import check_lists, chosen_blocks, chosen_keys
 from farlight.plan.clauses import Clause, clauses_of
 
-__all__ = ["ClauseKind", "ContentClause", "content_clauses"]
+__all__ = ["ClauseKind", "ContentClause", "content_clauses", "listed_clauses"]
 
 
 class ClauseKind(IntEnum):
@@ -53,15 +53,23 @@ class ContentClause:
     real_keys: Tensor | None = None
 
 
+def listed_clauses(pattern: Pattern, sizes: Sizes) -> list[ContentClause] | None:
+    """`content_clauses` of a pattern with lists of blocks or keys; None for any other pattern."""
+    lists = chosen_blocks | chosen_keys
+    if not pattern._tables or not any(isinstance(atom, lists) for clause in clauses_of(pattern) for atom in clause):
+        return None
+    return content_clauses(pattern, sizes)
+
+
 def content_clauses(pattern: Pattern, sizes: Sizes) -> list[ContentClause] | None:
-    """The clauses of a pattern with lists of blocks or keys in memory of the host; None for any other pattern.
+    """The clauses of a pattern, whose tables are in memory of the host; None where one is not supported.
 
     Raises PatternError where a table does not fit the sizes; its indices are not read here.
     """
-    if not pattern._tables or any(table.device.type != "cpu" for table in pattern._tables) or not sizes.n_q or not sizes.n_k:
+    if any(table.device.type != "cpu" for table in pattern._tables) or not sizes.n_q or not sizes.n_k:
         return None
     clauses = [half for clause in clauses_of(pattern) for half in _halves(clause)]
-    if not any(isinstance(atom, chosen_blocks | chosen_keys) for clause in clauses for atom in clause):
+    if not clauses:
         return None
     supported = []
     for clause in clauses:
@@ -83,12 +91,12 @@ def _halves(clause: Clause) -> list[Clause]:
 def _read(clause: Clause, sizes: Sizes) -> ContentClause | None:
     masks = [atom for atom in clause if isinstance(atom, padding)]
     atoms = [atom for atom in clause if not isinstance(atom, causal | padding)]
-    if len(atoms) != 1:
+    if len(atoms) > 1:
         return None
     for atom in clause:
         if not isinstance(atom, chosen_blocks | chosen_keys):
             atom.check(sizes)
-    read = _read_atom(atoms[0], sizes)
+    read = _read_atom(atoms[0] if atoms else full(), sizes)
     if read is None:
         return None
     is_causal = any(isinstance(atom, causal) for atom in clause)
@@ -102,8 +110,10 @@ def _read_atom(atom: Atom, sizes: Sizes) -> ContentClause | None:
         table = atom._tables[0].contiguous()
         base = query_base(atom._query_argument, table.shape[2], sizes, query_block)
         return ContentClause(ClauseKind.BLOCKS, table=table, block=block, query_block=query_block, base=base)
+    limit = sizes.n_q + sizes.n_k + abs(sizes.q_offset)  # no window reaches further
+    if isinstance(atom, full):
+        return ContentClause(ClauseKind.BAND, left=limit, right=limit)
     if isinstance(atom, window) and atom.dilation == 1:
-        limit = sizes.n_q + sizes.n_k + abs(sizes.q_offset)
         return ContentClause(ClauseKind.BAND, left=min(atom.left, limit), right=min(atom.right, limit))
     if isinstance(atom, seen_by_all | sees_all) and not atom._tables:
         ranges = atom._edges(sizes, torch.device("cpu")).view(1, 1, -1, 2).contiguous()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from farlight.errors import ArgumentError, OperandError, refuse_tracing, show
 from farlight.inputs import without_autocast
-from farlight.patterns.expression import Pattern
+from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.positional import full
 
 __all__ = ["CombinedRouter", "ConstantRouter", "Router", "RouterInput", "check_inputs", "combine", "row_chunks"]
@@ -119,6 +119,12 @@ class Router(nn.Module):
         pattern: Pattern = self(q, k)
         return pattern
 
+    def products(self, sizes: Sizes) -> int:
+        """About how many products of head_dim elements a choice takes, from which `fl.explain` and `auto` estimate its time; 0
+        for a router that does not say.
+        """
+        return 0
+
     def __or__(self, other: Router | Pattern) -> Router:
         return combine(self, other, "|")
 
@@ -151,6 +157,9 @@ class CombinedRouter(Router):
     def choose(self, inputs: RouterInput) -> Pattern:
         left, right = (side.choose(inputs) if isinstance(side, Router) else side for side in (self.left, self.right))
         return self.joined(left, right)
+
+    def products(self, sizes: Sizes) -> int:
+        return sum(side.products(sizes) for side in (self.left, self.right) if isinstance(side, Router))
 
     def joined(self, left: Pattern, right: Pattern) -> Pattern:
         """The choices of both sides, joined by the operator."""

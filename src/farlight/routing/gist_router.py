@@ -40,6 +40,9 @@ class Gist(Router):
     def extra_repr(self) -> str:
         return f"block={self.block}"
 
+    def products(self, sizes: Sizes) -> int:
+        return self.inner.products(sizes) if isinstance(self.inner, Router) else 0
+
     def choose(self, inputs: RouterInput) -> Pattern:
         return self.inner.choose(inputs) if isinstance(self.inner, Router) else self.inner
 

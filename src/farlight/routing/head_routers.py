@@ -9,7 +9,7 @@ from torch import nn
 
 from farlight.errors import ArgumentError
 from farlight.patterns import per_head
-from farlight.patterns.expression import Pattern
+from farlight.patterns.expression import Pattern, Sizes
 from farlight.routing.base import Router, RouterInput
 
 __all__ = ["PerHeadRouter"]
@@ -37,6 +37,10 @@ class PerHeadRouter(Router):
                 )
         self.parts = list(parts)
         self.routers = nn.ModuleList(part for part in parts if isinstance(part, Router))
+
+    def products(self, sizes: Sizes) -> int:
+        by_head = replace(sizes, heads=1)
+        return sum(part.products(by_head) for part in self.parts if isinstance(part, Router))
 
     def choose(self, inputs: RouterInput) -> Pattern:
         if inputs.heads != len(self.parts):

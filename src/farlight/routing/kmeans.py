@@ -15,7 +15,7 @@ from torch import Tensor
 from farlight.errors import ArgumentError
 from farlight.inputs import without_autocast
 from farlight.patterns.arguments import whole
-from farlight.patterns.expression import Pattern
+from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.membership import between, rooms
 from farlight.patterns.positional import causal as past
 from farlight.patterns.tables import clusters
@@ -136,6 +136,10 @@ class KMeans(Router):
         if self.training and self.decay < 1.0:
             self.update(inputs)
         return pattern
+
+    def products(self, sizes: Sizes) -> int:
+        tokens = sizes.n_k + (0 if self.shared else sizes.n_q)
+        return sizes.batch * sizes.heads * tokens * self.clusters
 
     def labels(
         self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, query_mask: Tensor | None = None

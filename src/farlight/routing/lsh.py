@@ -12,7 +12,7 @@ from torch import Tensor
 
 from farlight.errors import ArgumentError
 from farlight.patterns.arguments import whole
-from farlight.patterns.expression import Pattern
+from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.hashing import hash_words
 from farlight.patterns.multi_label import meets
 from farlight.patterns.positional import causal as past
@@ -69,6 +69,10 @@ class LSH(Router):
         else:
             query = hash_buckets(inputs.q, rotation, inputs.query_mask_by_head())
         return self.pattern_of_buckets(query, key)
+
+    def products(self, sizes: Sizes) -> int:
+        tokens = sizes.n_k + (0 if self.shared else sizes.n_q)
+        return sizes.batch * sizes.heads * tokens * self.rounds * self.buckets // 2
 
     def pattern_of_buckets(self, query: Tensor, key: Tensor) -> Pattern:
         """The pattern of buckets `(rounds, B, H, n_q)` and `(rounds, B, H, n_k)`."""

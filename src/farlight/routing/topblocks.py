@@ -12,10 +12,11 @@ from torch import Tensor
 from farlight.errors import ArgumentError, show
 from farlight.kernels.cpu.choose import BUDGETS, SCORES, can_choose, choose_blocks
 from farlight.patterns.arguments import whole
-from farlight.patterns.expression import Pattern
+from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.multi_label import meets
 from farlight.patterns.packing import padding
 from farlight.patterns.positional import causal as past
+from farlight.patterns.positional import full
 from farlight.patterns.tables import chosen_blocks
 from farlight.routing.base import Router, RouterInput, row_chunks
 from farlight.routing.budget import Budget, concat_selections
@@ -112,6 +113,8 @@ class TopBlocks(Router):
 
     def choose(self, inputs: RouterInput) -> Pattern:
         first = self._first(inputs)
+        if self._takes_everything(inputs):
+            return past() if self.causal else full()
         if can_choose(inputs.q):
             indices = self._choose_native(inputs, first)
         elif self.budget.lost is not None:
@@ -119,6 +122,21 @@ class TopBlocks(Router):
         else:
             indices = self._select(inputs, first, self.summary(inputs.k, inputs.key_mask))
         return self.pattern_of_lists(indices, inputs, first)
+
+    def products(self, sizes: Sizes) -> int:
+        by_row = self.score == "softmax" or self.budget.lost is not None
+        rows = sizes.n_q if by_row else -(-sizes.n_q // self.query_block)
+        # Causal, a query scores the blocks before it, on average those of the middle query.
+        keys = max(0, sizes.q_offset + sizes.n_q // 2) if self.causal else sizes.n_k
+        bounds = 2 if self.score == "minmax" else 1
+        return sizes.batch * sizes.heads * rows * -(-min(keys, sizes.n_k) // self.block) * bounds
+
+    def _takes_everything(self, inputs: RouterInput) -> bool:
+        """Whether the count reaches every block of the text, so that there is nothing to choose."""
+        if self.budget.count is None or inputs.key_mask is not None or inputs.query_mask is not None:
+            return False
+        # Forced blocks are counted to the end of their query block, which may lie behind the text.
+        return self.budget.count >= -(-inputs.n_k // self.block) + (self._max_overlap() if self.causal else 0)
 
     def pattern_of_lists(self, indices: Tensor, inputs: RouterInput, first: int) -> Pattern:
         """The pattern of `_select`'s lists, whose first query block begins at position `first`; values are not read."""

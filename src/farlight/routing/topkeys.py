@@ -7,7 +7,7 @@ from torch import Tensor
 
 from farlight.errors import ArgumentError
 from farlight.patterns.arguments import whole
-from farlight.patterns.expression import Pattern
+from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.positional import causal as past
 from farlight.patterns.tables import chosen_blocks, chosen_keys
 from farlight.routing.base import Router, RouterInput, row_chunks
@@ -74,6 +74,9 @@ class TopKeys(Router):
         return chosen_keys(
             concat_selections(chunks) if chunks else torch.full((inputs.batch, inputs.heads, 0, 0), -1, device="cpu")
         )
+
+    def products(self, sizes: Sizes) -> int:
+        return sizes.batch * sizes.heads * sizes.n_q * sizes.n_k
 
 
 def from_indices(indices: Tensor, *, block: int | None = None, query_block: int = 1, causal: bool = False) -> Pattern:

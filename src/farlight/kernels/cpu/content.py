@@ -16,7 +16,7 @@ from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import plan_for
 from farlight.plan.chosen_links import ChosenLinks
 from farlight.plan.content import ContentPlan
-from farlight.plan.content_clauses import ClauseKind, ContentClause, content_clauses
+from farlight.plan.content_clauses import ClauseKind, ContentClause, content_clauses, listed_clauses
 from farlight.plan.routed_union import split_routed
 from farlight.plan.tables import TileShape
 
@@ -46,7 +46,7 @@ def _build(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Any:
     """The native plan, or None."""
     extents = [sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, sizes.q_offset]
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        clauses = content_clauses(pattern, sizes)
+        clauses = listed_clauses(pattern, sizes)
         if clauses is None:
             return _build_sorted(pattern, sizes, shape, extents)
     numbers = [_numbers(clause) for clause in clauses]
@@ -89,14 +89,14 @@ def lost_bound(q: Tensor, k: Tensor, pattern: Pattern, sizes: Sizes, lse: Tensor
     channel-wise bounds of its keys; lost = u / (1 + u), u the sum of these over exp(lse). Full attention ends at the query
     where every clause of the pattern does, and leaves out padding that no clause sees. Rounding is added to the bound.
 
-    Raises UnsupportedError for a pattern whose links are not lists in union with windows and named tokens, and without the
-    native module.
+    Raises UnsupportedError for a pattern that is not a union of lists, windows and named tokens, and without the native module.
     """
     missing = unavailable()
     clauses = None if missing is not None else content_clauses(pattern, sizes)
     if clauses is None:
+        why = missing or "the bound is known for listed blocks or keys, windows and named tokens, on the CPU"
         raise UnsupportedError(
-            f"return_lost: {missing or 'the bound is known for listed blocks or keys on the CPU'}, but the pattern is "
+            f"return_lost: {why}, but the pattern is "
             f"{shorten(repr(pattern), 80)}; pass a router such as fl.routing.TopBlocks, perhaps | fl.window(…)."
         )
     is_causal = all(clause.causal or (clause.kind == ClauseKind.BAND and clause.right == 0) for clause in clauses)
