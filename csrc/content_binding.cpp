@@ -2,6 +2,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "content/choose.h"
 #include "content/lost_bound.h"
 #include "dispatch.h"
@@ -22,6 +24,9 @@ ChoiceProblem choice_of(const std::vector<int64_t>& numbers, const StridedAddres
   if (n[16] < 0 || n[16] > static_cast<int64_t>(BlockScore::kSoftmax) || n[17] < 0 ||
       n[17] > static_cast<int64_t>(BudgetKind::kLost))
     throw std::invalid_argument("unknown score or budget of a choice");
+  if (std::any_of(n + 1, n + 7, [](int64_t size) { return size < 0; }) || n[3] < 1 || n[2] % n[3] || n[9] < 1 || n[10] < 1 ||
+      n[11] < 1 || n[13] > n[12])
+    throw std::invalid_argument("malformed sizes of a choice");
   return {static_cast<Type>(n[0]),
           tensor_view(q),
           tensor_view(k),

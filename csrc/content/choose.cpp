@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "choose_until.h"
 #include "query_blocks.h"
@@ -18,6 +17,7 @@ namespace {
 struct Scratch {
   std::vector<float> queries, scores, weights, row, total;
   std::vector<Candidate> candidates;
+  std::vector<int32_t> keys, chosen;
 };
 
 class Chooser : QueryBlocks {
@@ -133,12 +133,12 @@ class Chooser : QueryBlocks {
 
   // Selects the blocks of query block u from the weights of the scored blocks.
   void select(Scratch& s, int64_t b, int64_t u, bool has_query, const float* weights, ChosenLists::Part& to) const {
+    s.chosen.clear();
     if (has_query) {
-      const int32_t* sizes = summaries_.sizes(p_, b);
-      if (p_.budget == BudgetKind::kMass) take_mass(s, sizes, scored(u), weights);
-      else take(s, sizes, scored(u), wanted(b, u), weights);
+      if (p_.budget == BudgetKind::kMass) take_mass(s, b, scored(u), weights);
+      else take(s, b, scored(u), wanted(b, u), weights);
     }
-    append_list(b, u, has_query, s.candidates.data(), static_cast<int64_t>(s.candidates.size()), to);
+    append_list(b, u, has_query, s.chosen.data(), static_cast<int64_t>(s.chosen.size()), to);
   }
 
   // Scored blocks with a real key.
@@ -163,37 +163,27 @@ class Chooser : QueryBlocks {
   // Whether every scored block is chosen, whatever its score.
   bool takes_all(int64_t b, int64_t u) const { return p_.budget != BudgetKind::kMass && wanted(b, u) == visible(b, u); }
 
-  // The `count` best of the scored blocks. Candidates above the count-th best so far are collected, and reduced to the best
-  // `count` whenever they are twice as many.
-  static void take(Scratch& s, const int32_t* sizes, int64_t width, int64_t count, const float* weights) {
-    auto& best = s.candidates;
-    best.clear();
+  // The `count` best of the scored blocks.
+  void take(Scratch& s, int64_t b, int64_t width, int64_t count, const float* weights) const {
     if (!count) return;
-    float threshold = -std::numeric_limits<float>::infinity();
-    bool full = false;
-    const auto reduce = [&] {
-      std::nth_element(best.begin(), best.begin() + (count - 1), best.end());
-      best.resize(count);
-      threshold = best.back().weight;
-      full = true;
-    };
-    for (int64_t c = 0; c < width; ++c) {
-      if ((full && !(weights[c] > threshold)) || !sizes[c]) continue;
-      best.push_back(candidate(weights[c], c));
-      if (static_cast<int64_t>(best.size()) == 2 * count + 64) reduce();
-    }
-    if (static_cast<int64_t>(best.size()) > count) reduce();
+    s.keys.resize(ld_);
+    s.chosen.resize(count);
+    const int32_t* sizes = p_.key_mask ? summaries_.sizes(p_, b) : nullptr;
+    kernels_.select_largest(weights, sizes, width, count, s.keys.data(), s.chosen.data());
   }
 
   // The fewest of the scored blocks, best first, whose weights reach the share `mass` of all weights.
-  void take_mass(Scratch& s, const int32_t* sizes, int64_t width, const float* weights) const {
-    take(s, sizes, width, width, weights);
+  void take_mass(Scratch& s, int64_t b, int64_t width, const float* weights) const {
+    const int32_t* sizes = summaries_.sizes(p_, b);
+    s.candidates.clear();
+    for (int64_t c = 0; c < width; ++c)
+      if (sizes[c]) s.candidates.push_back(candidate(weights[c], c));
     std::sort(s.candidates.begin(), s.candidates.end());
     double total = 0.0, before = 0.0;
     for (const Candidate& c : s.candidates) total += c.weight;
     size_t count = 0;
     for (; count < s.candidates.size() && before < p_.amount * total; ++count) before += s.candidates[count].weight;
-    s.candidates.resize(count);
+    blocks_of(s.candidates.data(), static_cast<int64_t>(count), s.chosen);
   }
 
   const Kernels& kernels_;

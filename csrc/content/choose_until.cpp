@@ -16,6 +16,7 @@ struct UntilProven::Scratch {
   float slack[kRowSlots], largest[kRowSlots];
   double left_out[kRowSlots], seen[kRowSlots], unresolved[kRowSlots];
   std::vector<Candidate> candidates;
+  std::vector<int32_t> chosen;
 };
 
 // Candidates in order; only a prefix is sorted, which grows as later places are read.
@@ -84,7 +85,8 @@ void UntilProven::run(int64_t b, int64_t h, int64_t item, ChosenLists::Part& to)
       }
       needed = std::max(needed, count_needed(s, b, h, u, order, rows + r, together ? first : 0, some));
     }
-    append_list(b, u, count > 0, s.candidates.data(), needed, to);
+    blocks_of(s.candidates.data(), needed, s.chosen);
+    append_list(b, u, count > 0, s.chosen.data(), needed, to);
   }
 }
 

@@ -4,7 +4,6 @@
 
 #include <array>
 #include <map>
-#include <unordered_map>
 #include <utility>
 
 #include "row_masks.h"
@@ -121,12 +120,15 @@ class ChunkPlanner {
   }
 
   // Mask numbers of the chunk: 2 m for the m-th row mask, 2 m + 1 for the m-th bit mask.
+  // Row masks that are in use are found again in a table with one place for each hash: where another mask has taken the place,
+  // the mask gets a second number.
   int32_t number_of(uint32_t rows) {
-    if (!to_.row_masks.empty() && rows == latest_rows_) return latest_number_;
-    const auto [at, fresh] = row_mask_number_.try_emplace(rows, static_cast<int32_t>(to_.row_masks.size()));
-    if (fresh) to_.row_masks.push_back(rows);
-    latest_rows_ = rows;
-    return latest_number_ = 2 * at->second;
+    Numbered& place = numbered_[(rows * 0x9e3779b1u) >> (32 - kNumberedBits)];
+    if (place.rows != rows || place.number < 0) {
+      place = {rows, static_cast<int32_t>(to_.row_masks.size())};
+      to_.row_masks.push_back(rows);
+    }
+    return 2 * place.number;
   }
   int32_t number_of(const Bits& bits) {
     const auto [at, fresh] = bit_mask_number_.try_emplace(bits, static_cast<int32_t>(to_.bit_masks.size()));
@@ -144,9 +146,12 @@ class ChunkPlanner {
   std::vector<Run> runs_;
   std::vector<Edge> edges_;
   std::array<std::vector<int32_t>, kRows> points_;
-  std::unordered_map<uint32_t, int32_t> row_mask_number_;
-  uint32_t latest_rows_ = 0;
-  int32_t latest_number_ = 0;
+  struct Numbered {
+    uint32_t rows = 0;
+    int32_t number = -1;
+  };
+  static constexpr int kNumberedBits = 10;
+  std::array<Numbered, size_t{1} << kNumberedBits> numbered_;
   std::map<Bits, int32_t> bit_mask_number_;
 };
 
@@ -237,7 +242,12 @@ void plan_content(const ContentPattern& pattern, int64_t gather, int threads, In
   for (const ChunkTables& part : parts) {
     total.runs += static_cast<int64_t>(part.lo.size());
     total.points += static_cast<int64_t>(part.point_keys.size());
+    total.masks += static_cast<int64_t>(part.row_masks.size() + part.bit_masks.size());
+    total.words += static_cast<int64_t>(part.row_masks.size() + part.bit_masks.size() * Bits().size());
   }
+  for (std::vector<int32_t>* column : {&tables.masks.kind, &tables.masks.start, &tables.masks.core_lo, &tables.masks.core_hi})
+    column->reserve(total.masks);
+  tables.masks.data.reserve(total.words);
   layer.lo.reserve(total.runs), layer.hi.reserve(total.runs), layer.mask.reserve(total.runs);
   layer.indptr.reserve(variants * tiles + 1), layer.point_keys.reserve(total.points);
   layer.indptr.push_back(0);

@@ -29,6 +29,13 @@ inline Candidate candidate(float weight, int64_t block) {
   return {weight == weight ? weight : -std::numeric_limits<float>::infinity(), static_cast<int32_t>(block)};
 }
 
+// The blocks of the first `count` candidates, ascending.
+inline void blocks_of(const Candidate* candidates, int64_t count, std::vector<int32_t>& blocks) {
+  blocks.clear();
+  for (int64_t i = 0; i < count; ++i) blocks.push_back(candidates[i].block);
+  std::sort(blocks.begin(), blocks.end());
+}
+
 class QueryBlocks {
  public:
   QueryBlocks(const ChoiceProblem& problem, const Summaries& summaries) : p_(problem), summaries_(summaries) {
@@ -62,17 +69,16 @@ class QueryBlocks {
     return p_.causal && last >= 0 ? std::min(last / p_.block + 1, summaries_.blocks()) : scored(u);
   }
 
-  // Appends the list of query block u: the chosen scored blocks and the forced ones, ascending; empty without a real query.
-  void append_list(int64_t b, int64_t u, bool has_query, const Candidate* chosen, int64_t count, ChosenLists::Part& to) const {
-    const auto first = static_cast<std::ptrdiff_t>(to.blocks.size());
+  // Appends the list of query block u: the chosen scored blocks, ascending, and the forced ones; empty without a real query.
+  void append_list(int64_t b, int64_t u, bool has_query, const int32_t* chosen, int64_t count, ChosenLists::Part& to) const {
+    const size_t first = to.blocks.size();
     if (has_query) {
-      for (int64_t i = 0; i < count; ++i) to.blocks.push_back(chosen[i].block);
-      std::sort(to.blocks.begin() + first, to.blocks.end());
+      to.blocks.insert(to.blocks.end(), chosen, chosen + count);
       const int32_t* sizes = summaries_.sizes(p_, b);
       for (int64_t c = scored(u); c < end_of_forced(u); ++c)
         if (sizes[c] > 0) to.blocks.push_back(static_cast<int32_t>(c));
     }
-    to.counts.push_back(static_cast<int32_t>(static_cast<std::ptrdiff_t>(to.blocks.size()) - first));
+    to.counts.push_back(static_cast<int32_t>(to.blocks.size() - first));
   }
 
   const ChoiceProblem& p_;

@@ -4,7 +4,8 @@
 //
 // This header defines the portability macros (forced inlining, unrolling, software prefetch), includes the SIMD layer of the
 // ISA, and defines min and max. FARLIGHT_BF16_PAIRS: the ISA has dot products of bfloat16 pairs (AVX512-BF16 or AMX-BF16).
-// FARLIGHT_PREFETCH fetches into L1, FARLIGHT_PREFETCH_L2 into L2. FARLIGHT_NO_UNROLL: sanitizer builds keep loops rolled.
+// FARLIGHT_PREFETCH fetches into L1, FARLIGHT_PREFETCH_L2 into L2. FARLIGHT_LOWEST_BIT: index of the lowest bit set.
+// FARLIGHT_NO_UNROLL: sanitizer builds keep loops rolled.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,10 @@
 #endif
 #define FARLIGHT_PREFETCH(p) __builtin_prefetch(p)
 #define FARLIGHT_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
+#define FARLIGHT_COUNT_BITS(x) __builtin_popcount(x)
+#define FARLIGHT_LOWEST_BIT(x) __builtin_ctz(x)
 #else
+#include <intrin.h>
 #define FARLIGHT_INLINE __forceinline
 #define FARLIGHT_NOINLINE __declspec(noinline)
 #define FARLIGHT_UNROLL
@@ -31,6 +35,8 @@
 #define FARLIGHT_UNROLL_4
 #define FARLIGHT_PREFETCH(p) ((void)(p))
 #define FARLIGHT_PREFETCH_L2(p) ((void)(p))
+#define FARLIGHT_COUNT_BITS(x) static_cast<int>(__popcnt(x))
+#define FARLIGHT_LOWEST_BIT(x) static_cast<int>(_tzcnt_u32(x))
 #endif
 
 #if defined(FARLIGHT_ISA_AMX)

@@ -6,6 +6,7 @@
 #include "block_scores.h"
 #include "forward.h"
 #include "peak_fma.h"
+#include "select_largest.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -115,6 +116,7 @@ const Kernels kernels{FARLIGHT_STRINGIFY(FARLIGHT_NS),
                       block_scores,
                       pool_softmax,
                       weighted_exponentials,
+                      select_largest,
                       peak_fma,
                       2 * kChains * W,
                       &decode_kernels};

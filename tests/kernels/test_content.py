@@ -13,6 +13,8 @@ from content_cases import assert_same_choice, links, random_masks, random_router
 import farlight as fl
 from farlight.kernels import cpu
 from farlight.kernels.cpu.content import content_plan
+from farlight.kernels.cpu.launch import strided_address
+from farlight.kernels.cpu.native import module
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import TileShape
 from farlight.plan.content import ContentPlan
@@ -264,6 +266,30 @@ def test_malformed_lists_are_refused(index: int, query_block: int) -> None:
         for pattern in lists:
             with pytest.raises(fl.errors.PatternError, match=str(index)):
                 fl.attention(q, q, q, pattern | fl.window(2), return_lost=True, backend="cpu")
+
+
+def test_malformed_numbers_of_a_choice_are_refused() -> None:
+    x = torch.randn(1, 2, 16, 8)
+    view = strided_address(x)
+    right = [0, 1, 2, 2, 16, 16, 8, 0, 0, 1, 4, 4, 0, 0, 0, 0, 0, 0]
+    module().choose(right, view, view, 2.0, 1.0, 1)
+    for place, number in ((1, -1), (3, 0), (3, 3), (4, -1), (9, 0), (10, 0), (11, 0), (13, 1), (16, 3), (16, -1), (17, 4)):
+        wrong = [number if at == place else usual for at, usual in enumerate(right)]
+        with pytest.raises(ValueError, match="of a choice"):
+            module().choose(wrong, view, view, 2.0, 1.0, 1)
+    with pytest.raises(ValueError, match="a choice has 18 numbers"):
+        module().choose(right[:-1], view, view, 2.0, 1.0, 1)
+
+
+def test_weights_that_are_not_numbers_are_chosen_last(isa: str) -> None:
+    """And infinite ones in their order; the widths reach over several vectors of every ISA."""
+    q, k = torch.ones(1, 1, 1, 1), torch.randn(1, 1, 100, 1)
+    k[0, 0, [3, 50, 97], 0] = torch.tensor([float("nan"), float("inf"), float("-inf")])
+    order = sorted((place for place in range(100) if place not in (3, 97)), key=lambda place: -float(k[0, 0, place, 0]))
+    order += [97, 3]
+    for count in (1, 2, 31, 97, 98, 99):
+        chosen = TopBlocks(count, 1, 1)(q, k).dense(1, 100)[0, 0, 0]
+        assert chosen.nonzero().flatten().tolist() == sorted(order[:count])
 
 
 def test_a_router_has_its_queries_at_the_end() -> None:

@@ -107,7 +107,7 @@ def test_everything_is_seen_where_nothing_is_proven() -> None:
 
 def test_later_query_blocks_change_no_choice_and_every_isa_proves_it() -> None:
     torch.manual_seed(3)
-    q, k = torch.randn(1, 4, 128, 16), torch.randn(1, 2, 16, 16).repeat_interleave(8, 2) + 0.05 * torch.randn(1, 2, 128, 16)
+    q, k = torch.randn(1, 4, 128, 24), torch.randn(1, 2, 16, 24).repeat_interleave(8, 2) + 0.05 * torch.randn(1, 2, 128, 24)
     usual = cpu.isa()
     try:
         for isa in cpu.available():
@@ -115,7 +115,7 @@ def test_later_query_blocks_change_no_choice_and_every_isa_proves_it() -> None:
             for query_block in (1, 16):
                 router = TopBlocks(lost=0.3, block=8, query_block=query_block, causal=True)
                 before = links(router, q, k)
-                assert int(before.sum()) < 0.9 * 4 * fl.causal().count(128)
+                assert int(before.sum()) < 0.95 * 4 * fl.causal().count(128)
                 assert float(missed(router, q, k, before, {}).max()) <= 0.3
                 for position in (16, 112):
                     changed = [x.clone() for x in (q, k)]
