@@ -275,7 +275,7 @@ def _fit(
 ) -> tuple[ModelFit, Passages]:
     """(fit to the first half of the passages, the second half). Raises ArgumentError for fewer than two passages."""
     from farlight.analysis.fit.model_profile import profile_model
-    from farlight.analysis.fit.whole_model import fit_profile
+    from farlight.analysis.fit.whole_model import fit_profile, fit_to_loss, fits_by_loss, loss_fit_steps
     from farlight.analysis.loss.fidelity import BATCH_TOKENS
 
     if passages.count < 2:
@@ -284,12 +284,16 @@ def _fit(
             "another to be judged on. Give a longer text, or a smaller --length."
         )
     half = passages.count // 2
+    others = replace(passages, ids=passages.ids[half:], starts=passages.starts[half:])
+    if fits_by_loss(model, None, density, candidates):
+        progress.start(loss_fit_steps(half))
+        return fit_to_loss(model, passages.ids[:half], others.ids, density or 1.0, candidates, step=progress.step), others
     batch = max(1, BATCH_TOKENS // passages.length)
     read_steps = [f"reading: {min(first + batch, half)} of {half} passages" for first in range(0, half, batch)]
     progress.start([*read_steps, "frontiers of all heads", "judged on what it was fitted to", "judged on other text"])
     profile = profile_model(model, passages.ids[:half], candidates, step=progress.step)
     fitted = fit_profile(profile, passages.ids[half:], keep=keep, density=density, step=progress.step)
-    return fitted, replace(passages, ids=passages.ids[half:], starts=passages.starts[half:])
+    return fitted, others
 
 
 def _heads(heads: list[str] | None, page: Path | None) -> list[tuple[int, int]] | None:

@@ -113,8 +113,8 @@ def attention_forward(
     key, value, mask = _with_dropped_keys(module, mask, setting.pattern, key, value, options.has_indexer)
     num_slots = key.shape[2]
     key, value = key[:, :, : mask.n_k], value[:, :, : mask.n_k]
-    if setting.observer is not None:
-        setting.observer(Observation(module, query, key, value, scaling, mask.pattern, mask.q_offset, mask.key_real))
+    call = Observation(module, query, key, value, scaling, mask.pattern, mask.q_offset, mask.key_real)
+    observe_output = None if setting.observer is None else setting.observer(call)
     pattern = _layer_pattern(module, setting.pattern, mask, query, key)
     score = model_score(module, kwargs, query.shape[1], query.shape[2], key.shape[2], mask.q_offset)
     options = replace(options, score=score)
@@ -125,6 +125,8 @@ def attention_forward(
         out = _attend_gist(module, setting.pattern, mask, query, key, value, pattern, options)
     else:
         out = _attend(module, mask, query, key, value, pattern, options)
+    if observe_output is not None:
+        observe_output(out)
     weights = None
     if returns_probabilities:
         weights = probabilities(query, key, pattern, scaling, mask.q_offset, options.sinks)

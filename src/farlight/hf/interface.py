@@ -10,7 +10,7 @@ configuration to attn_implementation="farlight". `Undo` holds what was there bef
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ from farlight.hf.layers import (
     other_mixers,
     patterns_by_module,
 )
-from farlight.hf.setting import ATTN_IMPLEMENTATION, SETTING, LayerPattern, Observation, Setting
+from farlight.hf.setting import ATTN_IMPLEMENTATION, SETTING, LayerPattern, Observation, Observer, Setting
 from farlight.hf.spread import Spread
 from farlight.kernels import registry
 from farlight.patterns.expression import Pattern
@@ -59,7 +59,7 @@ def use_pattern(
     pattern: LayerPattern | Mapping[int, LayerPattern],
     *,
     backend: str = "auto",
-    observer: Callable[[Observation], None] | None = None,
+    observer: Observer | None = None,
 ) -> Iterator[Any]:
     """Run a Hugging Face model under `pattern` inside a `with` block; the model's attention is restored at its end.
 
@@ -115,7 +115,7 @@ def install_pattern(
     pattern: LayerPattern | Mapping[int, LayerPattern],
     *,
     backend: str = "auto",
-    observer: Callable[[Observation], None] | None = None,
+    observer: Observer | None = None,
     spread: Spread | None = None,
 ) -> Undo:
     """Set `pattern` on the model as `use_pattern` says, until the returned `Undo` is called. On errors nothing changes."""

@@ -16,7 +16,7 @@ from farlight.hf.spread import Spread
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 
-__all__ = ["ATTN_IMPLEMENTATION", "SETTING", "LayerPattern", "Observation", "Setting", "setting_of"]
+__all__ = ["ATTN_IMPLEMENTATION", "SETTING", "LayerPattern", "Observation", "Observer", "Setting", "setting_of"]
 
 # The name under which transformers knows farlight: `attn_implementation="farlight"`.
 ATTN_IMPLEMENTATION = "farlight"
@@ -24,6 +24,8 @@ SETTING = "_farlight_setting"
 
 # What a layer runs under: a pattern, a router that chooses one in each call, or None for the model's own attention.
 LayerPattern = Pattern | Router | None
+
+Observer = Callable[["Observation"], Callable[[Tensor], None] | None]
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,15 @@ class Setting:
     Args:
         pattern: a pattern, a router, or None for the model's own attention.
         backend: as in `fl.attention`.
-        observer: called with an `Observation` before each call; None for none.
+        observer: called with an `Observation` before each call; None for none. What it returns, unless None, is called with the
+            output `(B, H, n_q, D_v)`.
         spread: the ranks over which the sequence is spread; None: this process has all of it.
         has_layer_number: False where patterns are given by layer number and this module has none; its attention raises.
     """
 
     pattern: LayerPattern = None
     backend: str = "auto"
-    observer: Callable[[Observation], None] | None = None
+    observer: Observer | None = None
     has_layer_number: bool = True
     spread: Spread | None = None
 

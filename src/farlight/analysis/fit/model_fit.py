@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from farlight.analysis.fit.fit import Fit
+from farlight.analysis.fit.loss_fit import LossFit
 from farlight.analysis.loss.fidelity import Fidelity
+from farlight.analysis.loss.language import LanguageLoss
 from farlight.analysis.notebook import grid
 from farlight.hf.fit_file import write_layers
 from farlight.patterns.expression import Pattern
@@ -33,6 +35,7 @@ class ModelFit:
         passages: number of passages (fitted to, held out).
         passage_tokens: tokens of a passage.
         model: what the saved file says of the model.
+        loss: what the loss was predicted to be, of a fit by loss.
         gist: tokens of a block that is attended through its summary where none of its keys is allowed; None: without summaries.
     """
 
@@ -44,6 +47,7 @@ class ModelFit:
     passage_tokens: int
     model: dict[str, Any]
     gist: int | None = None
+    loss: LossFit | None = None
 
     @property
     def patterns(self) -> dict[int, Pattern | Router]:
@@ -76,6 +80,8 @@ class ModelFit:
         header = self.model | {"passage_tokens": self.passage_tokens, "density": self.density, "kept": _mean(self.trained.mass)}
         if self.held_out is not None:
             header |= {"held_out_kept": _mean(self.held_out.mass), "held_out_token_cosine": self.held_out.token_cosine}
+            if self.held_out.language is not None:
+                header |= {"held_out_lost_nats": self.held_out.language.lost}
         return write_layers(self.patterns, path, model=header)
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +93,7 @@ class ModelFit:
                 "token_cosine": measured.token_cosine,
                 "pooled_cosine": measured.pooled_cosine,
             }
+            | _language_figures(measured.language)
             for name, measured in (("trained", self.trained), ("held_out", self.held_out))
             if measured is not None
         }
@@ -98,6 +105,7 @@ class ModelFit:
             "kept_by_head": self.kept_by_head.tolist(),
             "density_by_head": self.density_by_head.tolist(),
             "families": [list(fit.families) for fit in self.fits],
+            **({} if self.loss is None else self.loss.to_dict()),
             **fidelity,
         }
 
@@ -129,9 +137,29 @@ class ModelFit:
         if self.held_out is not None:
             gap = self.held_out.token_cosine - self.trained.token_cosine
             lines.append(f"{'difference':22}{_mean(self.held_out.mass) - _mean(self.trained.mass):8.1%}{'':9}{gap:14.4f}")
+        lines += self._loss_lines()
         for number, fit in self.layers.items():
             lines.append(f"layer {number:2d}: {fit.density:6.1%} of its links keep {fit.mass:6.1%}  ({_families(fit)})")
         return "\n".join(lines)
+
+    def _loss_lines(self) -> list[str]:
+        """What the fit loses in nats per token, of a causal language model, and what was predicted."""
+        lines = []
+        for name, measured in (("fitted to", self.trained), ("held out", self.held_out)):
+            if measured is not None and measured.language is not None:
+                lines.append(f"{name}: {measured.language.lost:+.4f} nats per token ({measured.language.loss_full:.4f} full)")
+        if self.loss is not None:
+            lines.append(f"predicted: {self.loss.predicted:+.4f} nats per token")
+            if self.loss.uniform is not None:
+                lines.append(f"best single candidate: {self.loss.uniform:+.4f} predicted, {self.loss.uniform_expression}")
+        return lines
+
+
+def _language_figures(language: LanguageLoss | None) -> dict[str, Any]:
+    """JSON-serialisable loss of a causal language model; nothing for others."""
+    if language is None:
+        return {}
+    return {"loss": language.loss, "loss_full": language.loss_full, "lost_interval": language.interval}
 
 
 def layer_patterns(layers: dict[int, Fit], gist: int | None) -> dict[int, Pattern | Router]:

@@ -3,6 +3,7 @@
 1. `profile_model` runs the model on passages with full attention and profiles every head.
 2. `frontier.allocate` walks the frontiers of all heads of all layers together; with `weigh`, twice: the first fit is used to
    measure how far sparsity in each layer alone moves the output, and those weights scale the values of the second.
+   For causal language models the frontiers are those of predicted loss (`loss_fit`).
 3. The model runs under the fit on passages it was fitted to and on held-out ones. The gap between the two is the overfit.
 """
 
@@ -16,20 +17,23 @@ from torch import Tensor
 from farlight.analysis.candidates_by_layer import Subject
 from farlight.analysis.fit.fit import Fit, layer_fit, read_target
 from farlight.analysis.fit.frontier import allocate
+from farlight.analysis.fit.loss_fit import LossFit, loss_expressions, profile_loss, profile_steps
 from farlight.analysis.fit.model_fit import ModelFit, layer_patterns
 from farlight.analysis.fit.model_profile import ModelProfile, profile_model
 from farlight.analysis.fit.profile import MAX_DENSE_TOKENS
 from farlight.analysis.loss.fidelity import last_hidden_states, measure_fidelity, token_cosine
+from farlight.analysis.loss.language import is_language_model
 from farlight.analysis.passages import cut_passages
-from farlight.errors import ArgumentError
+from farlight.errors import ArgumentError, show
 from farlight.hf.interface import use_pattern
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 
-__all__ = ["fit_model", "fit_profile"]
+__all__ = ["fit_model", "fit_profile", "fit_to_loss", "fits_by_loss", "loss_fit_steps"]
 
 # Passages on which the weights of layers are measured.
 _WEIGHT_PASSAGES = 4
+_JUDGED_FITTED, _JUDGED_OTHER = "judged on what it was fitted to", "judged on other text"
 
 
 def fit_model(
@@ -46,6 +50,7 @@ def fit_model(
     even: bool | None = None,
     weigh: bool = False,
     gist: int | None = None,
+    by: str | None = None,
     step: Callable[[str], None] = lambda label: None,
 ) -> ModelFit:
     """For each layer and head the cheapest candidate such that `keep` of full attention is kept, or the most within `density`.
@@ -63,6 +68,9 @@ def fit_model(
         weigh: scale the values of each layer by how far losses in that layer move the model's output (see `_layer_weights`).
         gist: attend every block of this many tokens of which a query sees no key through one summary (`gist_attention`). The
             summaries, at most 1 / gist of all links, are part of `density`.
+        by: what a candidate is valued by. "attention": the share that it keeps. "loss": the next-token loss that it is
+            predicted to cost (`analysis.fit.loss_fit`), for causal language models with `density`; candidates are patterns and
+            expressions. None: "loss" where all of that holds and candidates, even, weigh and gist are left out.
         step: called with a label before each piece of work.
 
     Raises:
@@ -84,9 +92,45 @@ def fit_model(
         raise ArgumentError(f"held_out = {held_out}: it is the share of passages to judge on, 0 <= held_out < 1.")
     num_held_out = min(round(ids.shape[0] * held_out), ids.shape[0] - 1)
     num_fitted = ids.shape[0] - num_held_out
-    profile = profile_model(model, ids[:num_fitted], candidates, step=step)
     held_out_ids = ids[num_fitted:] if num_held_out else None
+    if fits_by_loss(model, by, density, candidates, even is not None or weigh or gist is not None):
+        if even or weigh or gist is not None:
+            raise ArgumentError("by='loss' with even, weigh or gist: these belong to shares of attention; leave them out.")
+        return fit_to_loss(model, ids[:num_fitted], held_out_ids, density or 1.0, candidates, step=step)
+    profile = profile_model(model, ids[:num_fitted], candidates, step=step)
     return fit_profile(profile, held_out_ids, keep=keep, density=density, even=even, weigh=weigh, gist=gist, step=step)
+
+
+def fits_by_loss(
+    model: Any, by: str | None, density: float | None, candidates: Sequence[str | Pattern] | None, has_options: bool = False
+) -> bool:
+    """Whether a fit with these arguments is one by predicted loss (see `fit_model`). Raises ArgumentError for a bad `by`."""
+    if by not in (None, "attention", "loss"):
+        raise ArgumentError(f"by = {show(by)} is unknown; use 'attention' or 'loss'.")
+    if by == "loss" and density is None:
+        raise ArgumentError("by='loss' needs density, the links to spend: a share of attention to keep says nothing of loss.")
+    return by == "loss" or (
+        by is None and density is not None and candidates is None and not has_options and is_language_model(model)
+    )
+
+
+def loss_fit_steps(passages: int) -> list[str]:
+    """The labels that `fit_to_loss` passes to its `step`."""
+    return [*profile_steps(passages), _JUDGED_FITTED, _JUDGED_OTHER]
+
+
+def fit_to_loss(
+    model: Any,
+    ids: Tensor,
+    held_out: Tensor | None,
+    density: float,
+    candidates: Sequence[str | Pattern] | None,
+    *,
+    step: Callable[[str], None] = lambda label: None,
+) -> ModelFit:
+    """The candidates of least predicted loss within `density`, judged on the passages `ids` and `held_out`."""
+    result = profile_loss(model, ids, loss_expressions(candidates), step=step).fit(density)
+    return _judged(model, ids, held_out, result.layers, [1.0] * len(result.layers), None, step=step, loss=result)
 
 
 def _token_ids(
@@ -150,22 +194,38 @@ def fit_profile(
     if weigh:
         weights = _layer_weights(model, ids, layers, even, step)
         layers = allocated(weights)
+    return _judged(model, ids, held_out, layers, weights, gist, max_judged=max_judged, step=step)
+
+
+def _judged(
+    model: Any,
+    ids: Tensor,
+    held_out: Tensor | None,
+    layers: dict[int, Fit],
+    weights: Sequence[float],
+    gist: int | None,
+    *,
+    max_judged: int = 16,
+    step: Callable[[str], None],
+    loss: LossFit | None = None,
+) -> ModelFit:
+    """The fit `layers` with its fidelity on passages that it was fitted to, `ids`, and on others."""
     subject = Subject("fitted", layer_patterns(layers, gist))
     backend = _backend(ids, gist is not None)
-    step("judged on what it was fitted to")
+    step(_JUDGED_FITTED)
     trained = measure_fidelity(model, _spread(ids, -(-max_judged // 2)), [subject], backend=backend).patterns[0]
     on_held_out = None
     if held_out is not None:
-        step("judged on other text")
+        step(_JUDGED_OTHER)
         on_held_out = measure_fidelity(model, _spread(held_out, max_judged), [subject], backend=backend).patterns[0]
     about_model = {
         "class": type(model).__name__,
         "type": getattr(model.config, "model_type", None),
         "layers": len(layers),
-        "heads": len(heads) // max(1, len(layers)),
+        "heads": len(next(iter(layers.values())).heads) if layers else 0,
     }
     num_passages = (ids.shape[0], 0 if held_out is None else held_out.shape[0])
-    return ModelFit(layers, tuple(weights), trained, on_held_out, num_passages, ids.shape[1], about_model, gist)
+    return ModelFit(layers, tuple(weights), trained, on_held_out, num_passages, ids.shape[1], about_model, gist, loss)
 
 
 def _link_budget(density: float | None, gist: int | None, base_links: Sequence[Tensor]) -> float | None:

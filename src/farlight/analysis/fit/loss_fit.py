@@ -1,0 +1,231 @@
+"""Fits of causal language models by predicted loss: a budget of links over all heads, spent where the model needs it.
+
+A share of attention says little about the loss: heads differ by orders of magnitude in how far their output moves it. What a
+candidate costs is therefore predicted from one pass and one backward pass of full attention on each passage. With D the change
+of a head's output under the candidate and g the gradient, with respect to that output, of the loss of tokens drawn from the
+model's own predictions, the divergence of the predictions is to second order
+
+    ½ E[(Σ g·D)²]  ≈  ½ Σ_rows (g·D)²        (the Fisher information; errors of different rows and heads taken as independent)
+
+in nats, summed over the judged tokens. Candidates are run by the sparse kernels, so memory is linear in the length: the kept
+share is exp(lse - lse of full attention), and the links are counted as exp(lse) of scores that are all 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from farlight.analysis.fit.fit import Fit, layer_fit
+from farlight.analysis.fit.frontier import Option, allocate
+from farlight.analysis.loss.language import first_judged, is_language_model
+from farlight.attention import attention
+from farlight.errors import ArgumentError, UnsupportedError
+from farlight.hf.interface import Observation, use_pattern
+from farlight.hf.layers import attention_layers
+from farlight.patterns.expression import Pattern
+from farlight.planning import plan
+from farlight.routing.notation import is_router, read_router
+
+__all__ = ["LossFit", "LossProfile", "loss_expressions", "profile_loss", "profile_steps"]
+
+_NEAR = "window(32, 0) | seen_by_all([0, 1, 2, 3])"
+# Head_dim of the zero queries and keys that count links.
+_COUNTING_DIM = 8
+
+
+@dataclass(frozen=True)
+class LossFit:
+    """Layers by number, and the predicted loss in nats per token, of the fit and of the best single candidate of its budget."""
+
+    layers: dict[int, Fit]
+    predicted: float
+    uniform: float | None
+    uniform_expression: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable predictions."""
+        return {"predicted_nats": self.predicted, "uniform_nats": self.uniform, "uniform": self.uniform_expression}
+
+
+@dataclass(frozen=True)
+class LossProfile:
+    """Means over passages, by layer number: `(expressions, 3, H)` float64 of links, kept share and predicted nats per token.
+
+    Attributes:
+        base_links: by layer number, `(H,)` float64, the links of full attention.
+    """
+
+    expressions: list[str]
+    measured: dict[int, Tensor]
+    base_links: dict[int, Tensor]
+
+    def fit(self, density: float) -> LossFit:
+        """The candidates of least predicted loss whose links are at most `density` of all, one for each head.
+
+        Raises ArgumentError where the cheapest candidates have more links.
+        """
+        stacked = torch.stack(list(self.measured.values()))  # (layers, expressions, 3, H)
+        # Values as multiples of a head's mean loss under the cheapest candidate: `allocate` compares them with constants.
+        unit = float(stacked[:, :, 2].sum(-1).sum(0).amax()) / (stacked.shape[0] * stacked.shape[3]) or 1.0
+        options = [
+            [
+                [
+                    Option(links, kept, -nats / unit, partial(str, text), "content" if is_router(text) else "given")
+                    for text, (links, kept, nats) in zip(self.expressions, table[:, :, head].tolist(), strict=True)
+                ]
+                for head in range(table.shape[2])
+            ]
+            for table in self.measured.values()
+        ]
+        budget = density * float(sum(links.sum() for links in self.base_links.values()))
+        picked = allocate([head for layer in options for head in layer], links=budget)
+        chosen = iter(picked)
+        layers = {
+            number: layer_fit(layer, [next(chosen) for _ in layer], self.base_links[number])
+            for number, layer in zip(self.measured, options, strict=True)
+        }
+        totals = stacked.sum((0, 3))  # (expressions, 3)
+        within = [index for index in range(len(self.expressions)) if float(totals[index, 0]) <= budget * (1 + 1e-9)]
+        best = min(within, key=lambda index: float(totals[index, 2]), default=None)
+        uniform = (None, None) if best is None else (float(totals[best, 2]), self.expressions[best])
+        return LossFit(layers, -sum(option.value for option in picked) * unit, *uniform)
+
+
+def loss_expressions(candidates: Sequence[str | Pattern] | None) -> list[str]:
+    """The candidates of a fit by loss as expressions. None: blocks of 4 keys by share and by mass, windows, full attention.
+
+    Raises ArgumentError for a family whose members are grown from attention shares, PatternError for an unreadable expression.
+    """
+    if candidates is None:
+        blocks = 'block=4, query_block=16, causal=True, score="softmax"'
+        budgets = [f"share={share}" for share in (0.02, 0.04, 0.07, 0.11, 0.17, 0.26, 0.4)]
+        budgets += [f"mass={mass}" for mass in (0.5, 0.7, 0.8, 0.9, 0.95)]
+        windows = [f"window({width}, 0) | seen_by_all([0, 1, 2, 3])" for width in (64, 128, 256)]
+        return [_NEAR, *windows, *(f"topblocks({budget}, {blocks}) | {_NEAR}" for budget in budgets), "full()"]
+    texts = [
+        repr(each) if isinstance(each, Pattern) else str(each)
+        for each in ([candidates] if isinstance(candidates, str | Pattern) else candidates)
+    ]
+    for text in texts:
+        if text.isidentifier():
+            raise ArgumentError(
+                f"candidates: {text!r} with by='loss': candidates are run, so each is a pattern or an expression, such as "
+                "'topblocks(share=0.1, block=4, causal=True) | window(32, 0)'; by='attention' knows the families."
+            )
+        read_router(text)
+    if not texts:
+        raise ArgumentError("candidates is empty; give at least one, or None for blocks of 4 keys and windows.")
+    return texts
+
+
+def profile_steps(passages: int) -> list[str]:
+    """The labels that `profile_loss` passes to its `step`."""
+    works = ("full attention and its gradients", "candidates")
+    return [f"{work}: passage {index + 1} of {passages}" for index in range(passages) for work in works]
+
+
+def profile_loss(
+    model: Any, ids: Tensor, expressions: Sequence[str], *, step: Callable[[str], None] = lambda label: None
+) -> LossProfile:
+    """Predicted loss, kept share and links of every expression in every head, means over the passages `(passages, tokens)`.
+
+    Raises UnsupportedError for a model that is no causal language model, or whose attention cannot be observed.
+    """
+    if not is_language_model(model):
+        raise UnsupportedError(
+            f"{type(model).__name__} has no language head, so there is no loss to fit to; load it by AutoModelForCausalLM, or "
+            "fit by='attention'."
+        )
+    routers = [read_router(text) for text in expressions]
+    sums: dict[int, Tensor] = {}
+    base_links: dict[int, Tensor] = {}
+    labels = iter(profile_steps(len(ids)))
+    for index, passage in enumerate(ids):
+        step(next(labels))
+        calls = _calls_with_gradients(model, passage[None], index)
+        step(next(labels))
+        judged = passage.numel() - first_judged(passage.numel())
+        while calls:  # released one by one
+            number = min(calls)
+            call, gradient = calls.pop(number)
+            measured, base = _measure(call, gradient, routers, judged)
+            sums[number] = sums.get(number, 0) + measured / len(ids)
+            base_links[number] = base_links.get(number, 0) + base / len(ids)
+    return LossProfile(list(expressions), sums, base_links)
+
+
+def _measure(call: Observation, gradient: Tensor, routers: Sequence[Any], judged: int) -> tuple[Tensor, Tensor]:
+    """(`(routers, 3, H)` links, kept share and nats per judged token, `(H,)` links of full attention) of one layer's call."""
+    q, k, v = (x.detach() for x in (call.q, call.k, call.v))
+    options: dict[str, Any] = {"scale": call.scale, "q_offset": call.q_offset}
+    zeros = [x.new_zeros(*x.shape[:3], _COUNTING_DIM) for x in (q, k)]
+
+    def run(pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
+        made = plan(pattern, q.shape[2], k.shape[2], heads=q.shape[1], q_offset=call.q_offset)
+        out, lse = attention(q, k, v, made, return_lse=True, **options)
+        links = attention(zeros[0], zeros[1], zeros[1], made, return_lse=True, q_offset=call.q_offset)[1].double().exp().round()
+        return out, lse, links.sum((0, 2)).cpu()
+
+    with torch.no_grad():
+        full_out, full_lse, base_links = run(call.own)
+        rows = []
+        for router in routers:
+            out, lse, links = run(router(q, k) & call.own)
+            kept = (lse - full_lse).double().exp().mean((0, 2)).cpu()
+            nats = ((out - full_out) * gradient).sum(-1).double().square().sum((0, 2)).cpu() / (2 * judged)
+            rows.append(torch.stack([links, kept, nats]))
+    return torch.stack(rows), base_links
+
+
+def _calls_with_gradients(model: Any, ids: Tensor, seed: int) -> dict[int, tuple[Observation, Tensor]]:
+    """By layer number: the attention call of full attention on `ids` `(1, N)`, and the gradient `(1, H, N, D)` with respect to
+    its output of the loss, summed over the judged tokens, of tokens drawn from the model's predictions.
+    """
+    first = first_judged(ids.shape[1])
+    numbers = {}
+    calls: list[Observation] = []
+    outputs: list[Tensor] = []
+
+    def observe(call: Observation) -> Callable[[Tensor], None]:
+        calls.append(call)
+        return observe_output
+
+    def observe_output(out: Tensor) -> None:
+        # The first layer's output is no function of anything that requires a gradient, so it becomes the root of the graph.
+        outputs.append(out if out.requires_grad else out.requires_grad_())
+
+    with _frozen(model), torch.enable_grad(), use_pattern(model, None, observer=observe):
+        numbers = {id(module): number for number, module in attention_layers(model).items()}
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, first - 1 : -1].float()
+        if not calls:
+            raise UnsupportedError(
+                f"{type(model).__name__} accepted another attention implementation but never called it; its attention cannot "
+                "be fitted. Use a model whose layers call transformers' AttentionInterface."
+            )
+        generator = torch.Generator(logits.device).manual_seed(seed)
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        gradients = torch.autograd.grad(functional.cross_entropy(logits, drawn, reduction="sum"), outputs)
+    pairs = zip(calls, gradients, strict=True)
+    return {numbers[id(call.module)]: (call, gradient) for call, gradient in pairs}
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """No parameter requires a gradient inside the block: only what attention gives does."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()

@@ -1,0 +1,108 @@
+"""Fits by predicted loss: the prediction against the divergence of predictions, its shares and links, budgets, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_fit_model import encoder
+from test_language import ids, llama
+
+import farlight as fl
+from farlight.analysis.fit.loss_fit import loss_expressions, profile_loss
+from farlight.errors import FarlightError
+from farlight.hf import use_pattern
+
+NEAR = "window(6, 0)"
+CANDIDATES = [NEAR, "topblocks(share=0.3, block=2, causal=True) | window(6, 0)", "topkeys(4, causal=True)", "full()"]
+
+
+def test_the_prediction_is_the_divergence_of_a_small_change() -> None:
+    """One row of one head loses one key: nothing is approximated but the second order, and the draws are many."""
+    model, text = llama(num_hidden_layers=1), ids(1, 24)
+    mask = torch.ones(4, 24, 24, dtype=torch.bool)
+    mask[2, 20, 7] = False
+    pattern = fl.pairs(mask)
+    table = profile_loss(model, text.expand(60, -1), [repr(pattern)]).measured[0][0]
+    with torch.no_grad():
+        full = model(text).logits[0, 11:-1].double().log_softmax(-1)
+        with use_pattern(model, pattern):
+            sparse = model(text).logits[0, 11:-1].double().log_softmax(-1)
+    divergence = float((full.exp() * (full - sparse)).sum()) / 12
+    assert divergence > 0
+    assert table[2, [0, 1, 3]].tolist() == pytest.approx([0, 0, 0], abs=1e-12)
+    assert float(table[2, 2]) == pytest.approx(divergence, rel=0.3)
+    assert table[0].tolist() == pytest.approx([300, 300, 299, 300])
+
+
+def test_shares_and_links_are_those_of_the_retention() -> None:
+    model, text = llama(), ids(2, 40)
+    profile = profile_loss(model, text, CANDIDATES)
+    calls: list[Any] = []
+    with torch.no_grad(), use_pattern(model, None, observer=calls.append):
+        model(text, use_cache=False)
+    for number, call in enumerate(calls):
+        for index, expression in enumerate(CANDIDATES):
+            router = fl.routing.read_router(expression)
+            kept = fl.retention(call.q, call.k, router(call.q, call.k), call.v, base=call.own)
+            links, share, nats = profile.measured[number][index]
+            assert links.tolist() == pytest.approx(kept.links.double().mean(0).tolist())
+            assert share.tolist() == pytest.approx(kept.kept.double().mean((0, 2)).tolist(), abs=1e-5)
+            assert bool((nats >= 0).all())
+            assert bool((nats < 1e-9).all()) == (expression == "full()")
+    assert all(bool((links == 820).all()) for links in profile.base_links.values())
+
+
+def test_a_budget_is_spent_where_the_loss_is(tmp_path: Path) -> None:
+    model = llama()
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    fit = fl.hf.fit(model, ids(4, 40), density=0.6, by="loss", candidates=CANDIDATES)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+    assert fit.density <= 0.6 + 1e-9
+    assert fit.loss is not None
+    assert fit.loss.uniform is not None
+    assert 0 < fit.loss.predicted <= fit.loss.uniform
+    assert fit.held_out is not None
+    assert fit.held_out.language is not None
+    assert f"held out: {fit.held_out.language.lost:+.4f} nats" in str(fit)
+    assert fit.to_dict()["held_out"]["loss"] == fit.held_out.language.loss
+    fit.save(tmp_path / "fit.json")
+    assert fl.hf.read_layers(tmp_path / "fit.json").keys() == fit.layers.keys()
+    everything = fl.hf.fit(model, ids(4, 40), density=1.0, by="loss", candidates=CANDIDATES)
+    assert everything.loss is not None
+    assert everything.loss.predicted < 1e-9
+    assert everything.trained.language is not None
+    assert abs(everything.trained.language.lost) < 1e-5
+
+
+def test_a_language_model_is_fitted_by_loss_unless_told() -> None:
+    model = llama()
+    fitted = fl.hf.fit(model, ids(2, 48), density=0.95)
+    assert fitted.loss is not None
+    assert {head if isinstance(head, str) else repr(head) for head in fitted.layers[0].heads} <= set(loss_expressions(None))
+    assert fl.hf.fit(model, ids(2, 40), density=0.5, candidates=["window"]).loss is None
+    assert fl.hf.fit(model, ids(2, 40), keep=0.9, candidates=["window"]).loss is None
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"by": "luck", "density": 0.5}, "by = 'luck' is unknown; use 'attention' or 'loss'"),
+        ({"by": "loss", "keep": 0.5}, "by='loss' needs density"),
+        ({"by": "loss", "density": 0.5, "even": True}, "by='loss' with even, weigh or gist"),
+        ({"by": "loss", "density": 0.5, "candidates": ["offsets"]}, "candidates: 'offsets' with by='loss': candidates are run"),
+        ({"by": "loss", "density": 0.5, "candidates": []}, "candidates is empty"),
+        ({"by": "loss", "density": 0.01, "candidates": [NEAR]}, "links are allowed, but the cheapest candidates take"),
+    ],
+)
+def test_bad_fits_by_loss_say_what_is_wrong(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(FarlightError) as raised:
+        fl.hf.fit(llama(), ids(2, 40), **options)
+    assert text in str(raised.value)
+
+
+def test_a_model_without_a_head_has_no_loss() -> None:
+    with pytest.raises(fl.UnsupportedError, match="BertModel has no language head, so there is no loss to fit to"):
+        fl.hf.fit(encoder(), ids(2, 40), density=0.5, by="loss", candidates=[NEAR])
