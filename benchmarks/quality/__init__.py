@@ -1,0 +1,1 @@
+"""Loss of a language model under the rules of the literature; `losses.py` is the program."""

@@ -1,0 +1,55 @@
+"""Fits of the model by predicted loss, one candidate for each head, kept as files beside the results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from farlight.analysis.fit.loss_fit import LossProfile, loss_expressions, profile_loss
+from farlight.analysis.passages import cut_passages
+from farlight.cli.inputs import read_text
+from farlight.errors import ArgumentError
+from farlight.hf import write_layers
+from quality.rules import SINKS, Rule
+
+__all__ = ["CANDIDATES", "FITS", "fit_rules", "profile", "store_fit"]
+
+FITS = Path(__file__).resolve().parents[1] / "results" / "quality"
+# What each fit chooses from: cheap choices, and those that read every score first.
+CANDIDATES = {
+    "blocks": loss_expressions(None),
+    "keys": [
+        f"window(1, 0) | {SINKS}",
+        *(f"topkeys(share={share}, causal=True) | {SINKS}" for share in (0.01, 0.025, 0.05, 0.1, 0.18, 0.3)),
+        "full()",
+    ],
+}
+
+
+def fit_rules() -> list[Rule]:
+    """A rule for each stored fit; its expression is the file's name."""
+    family = "fitted by loss, {}, one for each head"
+    return [Rule(family.format(path.stem.partition("-")[0]), "farlight", path.name) for path in sorted(FITS.glob("*-*.json"))]
+
+
+def profile(
+    model: Any, tokenizer: Any, texts: Sequence[Path | None], expressions: Sequence[str], tokens: int, passages: int
+) -> LossProfile:
+    """The predicted loss of every expression on passages of the first half of each text, of each text in turn."""
+    if passages % len(texts):
+        raise ArgumentError(f"passages = {passages}: {len(texts)} texts share them evenly; give a multiple.")
+    halves = [text[: len(text) // 2] for _, text in map(read_text, texts)]
+    cut = [cut_passages(half, tokenizer, tokens, passages // len(texts), spread=True).ids for half in halves]
+    return profile_loss(model, torch.stack(cut, 1).flatten(0, 1), expressions, step=print)
+
+
+def store_fit(result: LossProfile, name: str, density: float, about: dict[str, Any]) -> Path:
+    """Write the fit of this density as a file; its name says both."""
+    fitted = result.fit(density)
+    path = FITS / f"{name}-{density:g}.json"
+    layers = {number: layer.expression for number, layer in fitted.layers.items()}
+    write_layers(layers, path, model=about | {"density": density, "predicted_nats": round(fitted.predicted, 5)})
+    return path

