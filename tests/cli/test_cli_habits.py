@@ -14,7 +14,7 @@ from farlight.cli import main
 from farlight.cli.numbers import count
 
 SOURCE = str(Path(fl.__file__).parents[1])
-COMMANDS = ["audit", "bench", "doctor", "embed", "map"]
+COMMANDS = ["audit", "bench", "doctor", "embed", "map", "recall"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -32,11 +32,12 @@ def shell(code: str, **options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["-h"], ["--version"], [], *([name, "-h"] for name in COMMANDS)], ids=" ".join
 )
-def test_help_and_version_load_neither_torch_nor_numpy(arguments: list[str]) -> None:
+def test_help_and_version_load_neither_torch_nor_rich(arguments: list[str]) -> None:
     code = (
         "import sys, atexit\n"
         f"sys.argv = ['farlight', *{arguments!r}]\n"
-        "atexit.register(lambda: print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)), file=sys.stderr))\n"
+        "unwanted = {'torch', 'numpy', 'transformers', 'rich'}\n"
+        "atexit.register(lambda: print(sorted(unwanted & set(sys.modules)), file=sys.stderr))\n"
         "from farlight_command import main; main()"
     )
     done = shell(code)
@@ -82,6 +83,9 @@ def test_version_and_examples(capsys: pytest.CaptureFixture[str], monkeypatch: p
         code, out, _ = run(capsys, name, "--help")
         assert code == 0
         assert f"farlight {name}" in out[out.index("Examples:") :]
+    monkeypatch.setenv("COLUMNS", "60")
+    out = run(capsys, "audit", "--help")[1]
+    assert "  farlight audit book.txt --pattern 'window(32)' --pattern 'window(32) | global_tokens([0, -1])'\n" in out
 
 
 def test_completion_is_offered(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib.util
 import io
 import os
 import sys
@@ -19,8 +20,10 @@ _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with 0, or with 2 and one message on stderr for a farlight error."""
     try:
-        import rich  # noqa: F401
         import typer  # noqa: F401
+
+        if importlib.util.find_spec("rich") is None:
+            raise ModuleNotFoundError("No module named 'rich'")
     except ImportError as error:
         print(f"farlight: the command line needs typer and rich ({error}); pip install 'farlight[cli]'.", file=sys.stderr)
         raise SystemExit(2) from None
@@ -32,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from farlight.errors import FarlightError
 
+    if arguments is None and len(sys.argv) == 1:
+        arguments = ["--help"]  # on standard output, and no error
     try:
         try:
             _app()(args=None if arguments is None else list(arguments), prog_name="farlight")
@@ -61,8 +66,8 @@ def _app() -> Any:
     app = typer.Typer(
         name="farlight",
         help="Exact sparse attention for long texts, and a measure of what was lost by not looking.",
-        no_args_is_help=True,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # help and usage errors as plain text: importing rich takes longer than all the rest
         context_settings=settings,
     )
 
@@ -80,7 +85,7 @@ def _app() -> Any:
         ("map", map.map_command, map.EXAMPLES),
         ("recall", recall.recall_command, recall.EXAMPLES),
     ):
-        epilog = "Examples:\n\n" + "\n\n".join(examples)
+        epilog = "Examples:\n\n\b\n" + "\n".join(examples)  # \b: lines stay as they are
         app.command(name, epilog=epilog, context_settings=settings)(_with_library(command))
     return app
 

@@ -72,6 +72,7 @@ def audit_command(
         list[str] | None,
         typer.Option(
             "--pattern",
+            metavar="PATTERN",
             help='A pattern or router, e.g. "window(32) | global_tokens([0])" or "topblocks(share=0.1)". Repeat for several.',
         ),
     ] = None,
@@ -86,6 +87,7 @@ def audit_command(
         list[str] | None,
         typer.Option(
             "--candidate",
+            metavar="KIND",
             help="What a fit chooses from: window, dilated, strided, offsets, blocks, pairs, topblocks, or a pattern.",
         ),
     ] = None,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -147,6 +145,8 @@ def _backends() -> dict[str, list[str]]:
 
 def _package(name: str) -> str:
     """The version of a package, or why it cannot be imported."""
+    import importlib.metadata  # here, because it takes as long as a third of `farlight --help`
+
     module = name.replace("-", "_")
     try:
         version = importlib.metadata.version(name)

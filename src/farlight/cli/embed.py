@@ -41,7 +41,9 @@ def embed_command(
         list[Path] | None,
         typer.Argument(help="Texts, folders, globs, JSON lines (.jsonl), .parquet, or - for standard input."),
     ] = None,
-    query: Annotated[list[str] | None, typer.Option("--query", help="A question or a sentence. Repeat for several.")] = None,
+    query: Annotated[
+        list[str] | None, typer.Option("--query", metavar="TEXT", help="A question or a sentence. Repeat for several.")
+    ] = None,
     index: Annotated[
         Path | None,
         typer.Option("--index", help="A folder that keeps the vectors: work is resumed, queries read nothing again."),

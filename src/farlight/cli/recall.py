@@ -32,11 +32,15 @@ def recall_command(
     model: Annotated[str, typer.Option("--model", help="A causal LM: a folder, a Hugging Face name, or smollm2.")] = "smollm2",
     pattern: Annotated[
         list[str] | None,
-        typer.Option("--pattern", help='A pattern or router, e.g. "streaming(4, 256)". Repeat for several.'),
+        typer.Option("--pattern", metavar="PATTERN", help='A pattern or router, e.g. "streaming(4, 256)". Repeat for several.'),
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help="passkey, keys, lookup, variables or words. Repeat for several. Default: the first two."),
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            help="passkey, keys, lookup, variables or words. Repeat for several. Default: the first two.",
+        ),
     ] = None,
     length: Annotated[
         list[int] | None,
