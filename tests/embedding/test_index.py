@@ -21,6 +21,7 @@ import farlight as fl
 from farlight.cli import main
 from farlight.embedding import Embedder, Index
 from farlight.embedding.book import encode_document
+from farlight.errors import UnsupportedError
 
 NEAR = "window(4) | global_tokens([0, -1])"
 
@@ -318,3 +319,26 @@ def test_a_sentence_transformer_is_made_sparse_and_longer(place: Path) -> None:
         assert np.allclose(model.encode([text], normalize_embeddings=True), embedder.embed([text]).numpy(), atol=1e-5)
     assert fl.hf.restore(model) is model
     assert np.allclose(model.encode([words(40)], normalize_embeddings=True), before, atol=1e-6)
+
+
+def test_a_module_of_sentence_transformers_keeps_its_pattern(place: Path, tmp_path: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    module = fl.embedding.SparseTransformer(str(place / "model"), pattern=NEAR, positions=200)
+    model = sentence_transformers.SentenceTransformer(modules=[module, Pooling(32)], device="cpu")
+    embedder = Embedder.load(str(place / "model"), fl.parse(NEAR), positions=200)
+    texts = [words(40), words(150)]
+    vectors = model.encode(texts, normalize_embeddings=True)
+    assert np.allclose(vectors, embedder.embed(texts).numpy(), atol=1e-5)
+    model.save(str(tmp_path / "long"))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "long"), device="cpu", trust_remote_code=True)
+    assert (again[0].pattern, again[0].positions, again.max_seq_length) == (repr(fl.parse(NEAR)), 200, 200)
+    assert np.allclose(again.encode(texts, normalize_embeddings=True), vectors, atol=1e-6)
+
+
+def test_without_sentence_transformers_the_module_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers.sentence_transformer.modules", None)
+    monkeypatch.delitem(sys.modules, "farlight.embedding.sentence_module", raising=False)
+    with pytest.raises(UnsupportedError, match="pip install 'sentence-transformers>=6'"):
+        _ = fl.embedding.SparseTransformer
