@@ -89,11 +89,19 @@ def test_every_import_is_named() -> None:
                 roots |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 roots.add(str(node.module).split(".")[0])
-    named = {Requirement(text).name for text in PROJECT["dependencies"]} | names(brought("test"))
-    assert roots - sys.stdlib_module_names - {"farlight"} <= named
+    named = {Requirement(text).name for text in PROJECT["dependencies"]} | names(brought("test")) | names(brought("sentence"))
+    assert {canonicalize_name(root) for root in roots - sys.stdlib_module_names - {"farlight"}} <= named
 
 
 def test_continuous_integration_runs_the_suite_everywhere() -> None:
     flow = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
     for words in ("ubuntu-latest", "macos-latest", "windows-latest", "make lint", "make test", "pytest"):
         assert words in flow
+
+
+def test_a_tag_publishes_every_wheel() -> None:
+    flow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text(encoding="utf-8")
+    for words in ('tags: ["v*"]', "cibuildwheel", "--sdist", "needs: [wheels, sdist]", "gh-action-pypi-publish"):
+        assert words in flow
+    assert PROJECT["urls"]["Homepage"].startswith("https://")
+    assert f"version: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

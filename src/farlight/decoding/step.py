@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -15,6 +17,18 @@ from farlight.kernels.checks import addressable
 __all__ = ["step"]
 
 
+@overload
+def step(
+    q: Tensor, k: Tensor, v: Tensor, cache: KVCache, *, scale: float | None = ..., return_lse: Literal[False] = ...
+) -> Tensor: ...
+@overload
+def step(
+    q: Tensor, k: Tensor, v: Tensor, cache: KVCache, *, scale: float | None = ..., return_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def step(
+    q: Tensor, k: Tensor, v: Tensor, cache: KVCache, *, scale: float | None = ..., return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def step(
     q: Tensor, k: Tensor, v: Tensor, cache: KVCache, *, scale: float | None = None, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
