@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo demo-lm test test-slow lint bench sanitize sanitize-thread wheel clean
+.PHONY: help setup demo demo-lm test test-slow lint docs bench sanitize sanitize-thread wheel clean
 
 help:
 	@echo "make demo       audit a real model on a real text (about 2 minutes after setting up): what patterns save and lose"
 	@echo "make demo-lm    the same of a causal language model: loss, and the words that suffered"
 	@echo "make test       run the tests              make test-slow  those that take long"
 	@echo "make lint       ruff and mypy              make bench      measure on this machine"
+	@echo "make docs       build the documentation site: build/docs/site/index.html"
 	@echo "make sanitize   the kernel tests under address and undefined-behaviour sanitizers; sanitize-thread: data races"
 	@echo "make wheel      build a wheel for this Python, install it apart and test it"
 
@@ -57,6 +58,17 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+DOCS := $(VENV)/.docs
+
+$(DOCS): $(INSTALLED)
+	$(PIP) 'farlight[docs]'
+	@touch $@
+
+# A warning ends the build. With the language model of `make demo-lm` its notebook is executed too (two minutes), else shown as it is.
+docs: $(DOCS)
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/site/assemble.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

@@ -7,6 +7,7 @@ Commands are read by the command line; blocks of `>>>` are doctests.
 from __future__ import annotations
 
 import doctest
+import importlib
 import re
 import shlex
 import subprocess
@@ -24,8 +25,11 @@ from farlight.cli import _app
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")])
-# README.zh-CN has the code of README (below), patterns.md that of the docstrings, which are doctests; fits take a minute.
-SLOW = {"README.zh-CN.md", "decoding.md", "fit.md", "patterns.md"}
+# Pages in Chinese and the English pages of the same code.
+TRANSLATED = {page: page.with_name(page.name.replace(".zh.md", ".md")) for page in PAGES if page.name.endswith(".zh.md")}
+TRANSLATED[ROOT / "README.zh-CN.md"] = ROOT / "README.md"
+# Translations have the code of their originals (below), patterns.md that of docstrings, which are doctests; fits take a minute.
+SLOW = {"decoding.md", "fit.md", "patterns.md", *(page.name for page in TRANSLATED)}
 # Parts of a program that torchrun starts on several ranks, which has the model and the tensors: read, not run.
 FRAGMENTS = {"distributed.md"}
 LLAMA, MINILM, LONGFORMER = (
@@ -131,10 +135,33 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
 
 
-def test_both_readmes_have_the_same_code() -> None:
-    """Comments apart, what is pasted from one is what is pasted from the other."""
-    english, chinese = (
-        [[line.partition("#")[0].rstrip() for line in code.splitlines()] for code in blocks(ROOT / name)]
-        for name in ("README.md", "README.zh-CN.md")
-    )
-    assert english == chinese
+@pytest.mark.parametrize("page", sorted(TRANSLATED), ids=name_of)
+def test_a_translation_has_the_code_of_its_original(page: Path) -> None:
+    """Comments and queries apart, what is pasted from one is what is pasted from the other."""
+
+    def code(source: Path, language: str) -> list[str]:
+        lines = "\n".join(blocks(source, language)).splitlines()
+        return [re.sub('--query "[^"]+"', "--query …", line.partition("#")[0]).rstrip() for line in lines]
+
+    for language in ("python", "sh"):
+        assert code(page, language) == code(TRANSLATED[page], language)
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "site"))
+    return importlib.import_module("reference")
+
+
+def test_the_site_has_every_page(reference: Any) -> None:
+    """The navigation names each page of docs/ once; translations follow their originals."""
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = {page.name for page in PAGES if page.parent.name == "docs" and page not in TRANSLATED}
+    pages |= {f"notebooks/{path.stem}.md" for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
+    pages |= {f"api/{name}.md" for name in reference.GROUPS}
+    assert sorted(re.findall(r"([\w/-]+\.md)", navigation)) == sorted({"index.md", "api/index.md", *pages})
+
+
+def test_the_reference_has_every_public_name(reference: Any, tmp_path: Path) -> None:
+    reference.write(tmp_path)
+    assert "fl.attention" in (tmp_path / "api" / "index.md").read_text(encoding="utf-8")
