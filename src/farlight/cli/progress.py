@@ -77,10 +77,10 @@ class TimeLeft:
         estimate = now + self.seconds()
         self._end = estimate if self._end is None else self._end + (estimate - self._end) / 2
         seconds = max(0.0, self._end - now)
-        amount = (
+        duration = (
             f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
         )
-        return f"about {amount} left"
+        return f"about {duration} left"
 
 
 class _Bar:

@@ -1,6 +1,6 @@
 """The native side of a cache: one `farlight._cpu.Decoder` with the addresses of a cache's pages and slot tables.
 
-It is made anew whenever one of them is reallocated, and serves an append of one token and the attention of a few queries in one
+It is rebuilt whenever one of them is reallocated, and serves an append of one token and the attention of a few queries in one
 call each, for all stores, heads and batch items.
 """
 

@@ -2,7 +2,7 @@
 
 Per class of heads and pair of ranks, `cover.minimum_cover` says which keys of the owner travel to the reader, and which queries
 of the reader travel to the owner, who returns partial results. A link whose key travels is computed by the reader, every other
-remote link by the owner. What more than `BROADCAST_ABOVE` ranks and more than half of them need ("lighthouses") is broadcast
+remote link by the owner. What more than `BROADCAST_ABOVE` ranks and more than half of them need is broadcast
 instead of sent to each.
 
 Every rank derives the whole exchange alone; nothing of it is communicated.

@@ -2,7 +2,7 @@
 
 Key heads (of all batch items) whose query heads have equal links form one `HeadClass`; everything is derived once for each.
 Consecutive rows of a rank with equal remote keys are one group: the rows inside a window's borders need no key at all, and all
-rows need the same lighthouses. What remains is proportional to the borders, not to the sequence.
+rows need the same global keys. What remains is proportional to the borders, not to the sequence.
 """
 
 from __future__ import annotations

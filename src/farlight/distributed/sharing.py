@@ -1,4 +1,4 @@
-"""Broadcasts of lighthouses, and sums of what all ranks computed for them, at equal cost for every rank.
+"""Broadcasts of what most ranks need, and sums of what all ranks computed for it, at equal cost for every rank.
 
 `spread`: owners scatter equal chunks, one all-gather completes them. `add_up`: each rank adds a slice of the units in rank
 order and sends the sums to their owners.

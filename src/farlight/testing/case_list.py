@@ -74,7 +74,7 @@ def _positional() -> Iterator[Case]:
 
 
 def _tokens() -> Iterator[Case]:
-    """Patterns of chosen tokens: lighthouses, documents, padding."""
+    """Patterns of chosen tokens: global tokens, documents, padding."""
     yield Case("lighthouses at both ends", fl.global_tokens([0, -1]), 65)
     yield Case("scattered lighthouses", fl.global_tokens([3, 40, 41, 77, -2]), 131)
     yield Case("scattered lighthouses and a window", fl.window(6) | fl.global_tokens([3, 40, 77]), 130, 140)

@@ -2,7 +2,7 @@
 
 Fixed families are derived from a head's profile:
   * window, dilated, strided, offsets: states of greedy growth (`greedy.grow`), each family with its own queues of distances,
-    each joined with lighthouse keys where those have the better price;
+    each joined with global keys where those have the better price;
   * blocks, pairs: cells of a grid. Cells are disjoint, so sorting them by price is optimal and no growth is needed.
 Routers choose pairs by content: each is given as an expression, is one option, and is measured (`measurements.py`).
 """
@@ -49,7 +49,7 @@ def fixed_options(profile: HeadProfile, families: Sequence[str], even: bool) -> 
     return options
 
 
-# ---- families grown from distances and lighthouses -------------------------------------------------------------------
+# ---- families grown from distances and global keys -------------------------------------------------------------------
 def _grown_options(
     states: Iterable[GrowthState], make: Callable[[GrowthState], Pattern], profile: HeadProfile, even: bool, family: str
 ) -> list[Option]:
@@ -74,7 +74,7 @@ def _union(parts: Sequence[Pattern]) -> Pattern:
     return reduce(or_, parts) if parts else offsets([])
 
 
-def _lighthouses(state: GrowthState) -> list[Pattern]:
+def _global_keys(state: GrowthState) -> list[Pattern]:
     return [seen_by_all(sorted(state.keys))] if state.keys else []
 
 
@@ -82,7 +82,7 @@ def _window(state: GrowthState) -> Pattern:
     near = []
     if state.runs:
         near = [_clipped_window(min(start for start, _ in state.runs), max(stop for _, stop in state.runs) - 1)]
-    return _union(near + _lighthouses(state))
+    return _union(near + _global_keys(state))
 
 
 def _clipped_window(lowest: int, highest: int, dilation: int = 1) -> Pattern:
@@ -104,7 +104,7 @@ def _offsets(state: GrowthState) -> Pattern:
         distances -= set(range(-left, right + 1))
     if distances:
         parts.append(offsets(sorted(distances)))
-    return _union(parts + _lighthouses(state))
+    return _union(parts + _global_keys(state))
 
 
 def _sides(units: LinkUnits, step: int = 1) -> list[list[int]]:
@@ -134,7 +134,7 @@ def _dilated(dilation: int, state: GrowthState) -> Pattern:
     if state.runs:
         distances = [distance for distance, _ in state.runs]
         near = [_clipped_window(min(distances), max(distances), dilation)]
-    return _union(near + _lighthouses(state))
+    return _union(near + _global_keys(state))
 
 
 def _dilated_family(profile: HeadProfile, units: LinkUnits, even: bool) -> list[Option]:
@@ -152,7 +152,7 @@ def _strided(stride: int, state: GrowthState) -> Pattern:
     # Multiples of the stride are in every state; the other distances are the window's.
     others = [distance for distance, _ in state.runs if distance % stride]
     near = [_clipped_window(min(others), max(others))] if others else []
-    return _union([strided(stride), *near, *_lighthouses(state)])
+    return _union([strided(stride), *near, *_global_keys(state)])
 
 
 def _strided_family(profile: HeadProfile, units: LinkUnits, even: bool) -> list[Option]:

@@ -123,7 +123,7 @@ def fit(
         density: links as a share of those of full attention. One of keep and density.
         candidates: names of families, patterns, expressions of patterns or routers (see `read_router`). Families:
             "window", "dilated", "strided", "offsets" (the default): windows of any width, dilated, with a stride, any
-            distances; each joined with the lighthouses (`seen_by_all`) that pay for their links.
+            distances; each joined with the global keys (`seen_by_all`) that pay for their links.
             "blocks", "pairs": any cells of 8 x 8, any pairs ("pairs" up to 1024 tokens); for this text length only.
             "topblocks": blocks of 4 keys chosen by content. With a fixed family, `full()` is a candidate too.
         base: the pairs of full attention; None means every pair. Run the result intersected with it.

@@ -1,7 +1,7 @@
-"""Greedy growth of a pattern of distances and lighthouses: at each step the unit with the most kept mass per new link.
+"""Greedy growth of a pattern of distances and global keys: at each step the unit with the most kept mass per new link.
 
 A *unit* is a run of distances j - i (a diagonal band of the attention matrix; one distance in short texts) or one key that
-every query sees (a column, "lighthouse"). Unit u has a gain, the attention probability on its pairs, and a cost, the number of
+every query sees (a column, a global key). Unit u has a gain, the attention probability on its pairs, and a cost, the number of
 its pairs that the base allows. A band and a column cross, so the pairs of a union must not be counted twice.
 
 Data structures, all numpy float64, built once per head from its `HeadProfile`:
@@ -62,7 +62,7 @@ class GrowthState:
 
     @property
     def keys(self) -> tuple[int, ...]:
-        """Positions of the lighthouses, in the order taken."""
+        """Positions of the global keys, in the order taken."""
         return tuple(int(self._units.keys[key]) for key in self._key_units[: self._lengths[1]])
 
 

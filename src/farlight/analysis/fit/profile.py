@@ -3,7 +3,7 @@
 The share that a fixed pattern keeps is linear in the mean probability of each pair, so that mean is all a fit needs. Up to
 `MAX_DENSE_TOKENS` it is stored pair by pair, `(H, n_q, n_k)`. For longer texts four marginals are stored, O(n) memory per head:
   * by distance j - i, `(H, n_q + n_k - 1)`: for windows, dilations, strides, offsets;
-  * by key, `(H, n_k)`: which keys are lighthouse candidates;
+  * by key, `(H, n_k)`: which keys are candidates for global keys;
   * row by row for the `NUM_COLUMNS` heaviest keys, `(H, n_q, columns)`: their overlap with distances;
   * by cells of `block` x `block` pairs, at most `MAX_DENSE_TOKENS` a side: for block patterns.
 Every sum has a twin that counts the pairs that the base allows (`…_links`).

@@ -177,24 +177,24 @@ def question(task: str, tokenizer: Any, length: int, *, depth: float = 0.5, seed
     before, ask, answer = encode(draft.intro), encode(draft.ask), encode(draft.answer)
     before = [*tokenizer("", verbose=False)["input_ids"], *before]
     needles = [encode(needle) for needle in draft.needles]
-    room = length - len(before) - len(ask) - len(answer) - sum(map(len, needles))
-    if room < 0:
-        raise ArgumentError(f"length = {length}: the task {task!r} needs at least {length - room} tokens; give more.")
-    pieces = _filler(draft.filler, encode, room)
+    remaining = length - len(before) - len(ask) - len(answer) - sum(map(len, needles))
+    if remaining < 0:
+        raise ArgumentError(f"length = {length}: the task {task!r} needs at least {length - remaining} tokens; give more.")
+    pieces = _filler(draft.filler, encode, remaining)
     body, first = _placed(pieces, needles, round(depth * len(pieces)), draft.spread, rng)
     prompt = [*before, *body, *ask]
     return Question(task, tuple(prompt), tuple(answer), (len(before) + first) / len(prompt))
 
 
-def _filler(make: Callable[[], str], encode: Callable[[str], list[int]], room: int) -> list[list[int]]:
-    """Pieces of filler with `room` tokens in all; the last is cut."""
+def _filler(make: Callable[[], str], encode: Callable[[str], list[int]], remaining: int) -> list[list[int]]:
+    """Pieces of filler with `remaining` tokens in all; the last is cut."""
     pieces: list[list[int]] = []
     known: dict[str, list[int]] = {}
-    while room > 0:
+    while remaining > 0:
         text = make()
         ids = known.setdefault(text, encode(text) or encode(" "))
-        pieces.append(ids[:room])
-        room -= len(pieces[-1])
+        pieces.append(ids[:remaining])
+        remaining -= len(pieces[-1])
     return pieces
 
 
