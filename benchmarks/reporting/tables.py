@@ -279,6 +279,17 @@ def _append_and_decode(rows: list[dict[str, Any]]) -> str:
     return table(head, body)
 
 
+def scores(results: dict[str, Any]) -> str:
+    body = []
+    for row in measured(rows_of(results, "scores")):
+        times_plain, of_equal, slower = (row.get(name) for name in ("times_plain", "rate_of_equal", "slower_than_farlight"))
+        beside = f"{times_plain:.2f} × the plain call" if times_plain else ""
+        beside = f"{of_equal:.2f} of the rate per operation of equal widths" if of_equal else beside
+        beside = f"{slower:.2f} × farlight's alibi" if slower else beside
+        body.append([code(row["term"]), kind(row), spread(row), beside])
+    return table(["term", "", "time (range)", "against"], body)
+
+
 def llama(results: dict[str, Any]) -> str:
     body = [
         [code(row["pattern"]), f"{row['tokens']:,}", row["pass"], spread(row), times(row["times_dense"])]
@@ -294,6 +305,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "routing": routing,
     "content": content,
     "dims": dims,
+    "scores": scores,
     "models": models,
     "scaling": scaling,
     "decode": decode,

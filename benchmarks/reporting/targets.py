@@ -47,6 +47,10 @@ def targets(results: dict[str, Any]) -> Iterator[Target]:
     yield least("useful rate ÷ FMA peak, float32", 0.7, [(name, rate / peak_rate) for name, rate in rates])
     for dim in (32, 128):
         yield least(f"rate at head_dim {dim} ÷ rate at 64", 0.85, found("dims", "rate_of_usual", head_dim=dim))
+    for term, bound in (("alibi", 1.1), ("relative", 1.2), ("t5", 1.2), ("softcap", 1.25), ("sinks", 1.01)):
+        yield most(f"{term}: time ÷ the plain call's", bound, found("scores", "times_plain", term=term))
+    yield least("head_dim 192 / 128: rate per operation ÷ 128 / 128", 0.9, found("scores", "rate_of_equal"))
+    yield least("FlexAttention with ALiBi: time ÷ farlight's", 2.5, found("scores", "slower_than_farlight"))
     for dtype, bound in (("float32", 3.0), ("bfloat16", 8.0)):
         yield least(f"times as fast as FlexAttention, {dtype}", bound, list(_flex(results, dtype)))
     yield least("times as fast as dense at 1,024 tokens", 1.0, found("length", "times_dense", tokens=1024))

@@ -27,8 +27,10 @@ def _keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return ((i - j).abs() <= 256) | (i < 64) | (j < 64)
 
 
-def compiled_flex(q: Tensor, k: Tensor, v: Tensor) -> Flex:
-    """Build the mask and compile, timed apart. Raises what torch raises where it cannot."""
+def compiled_flex(q: Tensor, k: Tensor, v: Tensor, score_mod: Callable[..., Tensor] | None = None) -> Flex:
+    """Build the mask and compile, timed apart; `score_mod`: torch's function of a score. Raises what torch raises where it
+    cannot.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     n = q.shape[2]
@@ -41,7 +43,7 @@ def compiled_flex(q: Tensor, k: Tensor, v: Tensor) -> Flex:
 
     def call() -> Tensor:
         with torch.no_grad():
-            out = compiled(q, k, v, block_mask=mask)
+            out = compiled(q, k, v, score_mod=score_mod, block_mask=mask)
         assert isinstance(out, Tensor)
         return out
 

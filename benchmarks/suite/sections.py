@@ -27,6 +27,7 @@ from suite.patterns import pattern_rows
 from suite.planning import planning_rows, waste_rows
 from suite.routing import routing_rows
 from suite.scaling import scaling_rows
+from suite.scores import score_rows
 from suite.settings import Box, Settings
 
 __all__ = ["SECTIONS", "Section", "run_section", "sections_of"]
@@ -64,6 +65,7 @@ _ALL = (
     Section("routing", "What does it cost to let content decide?", 220, routing_rows),
     Section("content", "Do causal routers beat full causal attention, choosing and planning included?", 300, content_rows),
     Section("dims", "Does the rate depend on the head dimension?", 150, dims_rows, keeps=True),
+    Section("scores", "What do ALiBi, tables, softcap, sinks and narrow values cost?", 100, score_rows, keeps=True),
     Section("models", "How fast beside Hugging Face's Longformer and BigBird?", 250, model_rows),
     Section("scaling", "How does it scale: threads, tiny calls, a million tokens?", 150, scaling_rows),
     Section("decode", "What does one token cost through a cache?", 90, decode_rows, keeps=True),
