@@ -65,7 +65,7 @@ def automatic(pattern: Pattern, n: int, heads: int, head_dim: int, dtype: torch.
 
 
 def _request(pattern: Pattern, n: int, heads: int, head_dim: int, dtype: torch.dtype, grads: bool) -> Request:
-    return Request(pattern, Sizes.of(n, heads=heads), heads, head_dim, dtype, torch.device("cpu"), grads)
+    return Request(pattern, Sizes.of(n, heads=heads), heads, head_dim, head_dim, dtype, torch.device("cpu"), grads)
 
 
 def sparse() -> tuple[str, ...]:

@@ -130,8 +130,8 @@ def _planned(
 ) -> tuple[Backend, PlanLike]:
     """The plan backend for an operator's arguments, and its plan."""
     sizes = Sizes(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1])
-    shapes = k.shape[1], q.shape[3], q.dtype, q.device
-    request = Request(pattern_of(text, tables), sizes, *shapes, False, dropout, True, value_dim=v.shape[3])
+    shapes = k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device
+    request = Request(pattern_of(text, tables), sizes, *shapes, False, dropout, True)
     executor = registry.plan_backend(request, backend)
     return executor, registry.plan_of(executor, request)
 

@@ -45,7 +45,7 @@ def plan(
     """
     registry.check_name(backend)
     sizes = Sizes.of(n_q, n_k, batch=batch, heads=heads, q_offset=q_offset)
-    request = Request(pattern, sizes, heads, 64, torch.float32, torch.device(device))
+    request = Request(pattern, sizes, heads, 64, 64, torch.float32, torch.device(device))
     if backend != "auto" and backend not in registry.plan_backends():
         choices = ", ".join(map(repr, registry.plan_backends()))
         raise ArgumentError(

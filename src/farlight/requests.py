@@ -82,5 +82,5 @@ def read_request(
     names: frozenset[str] = frozenset() if terms is None else terms.names
     tensors = (q, k, v) if terms is None else (q, k, v, *terms.tensors)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    shapes, options = (k.shape[1], q.shape[3], q.dtype, q.device), (needs_grad, dropout, return_lse, names)
-    return Request(pattern, sizes, *shapes, *options, value_dim=v.shape[3], choice=choice)
+    shapes, options = (k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device), (needs_grad, dropout, return_lse, names)
+    return Request(pattern, sizes, *shapes, *options, choice=choice)

@@ -99,8 +99,8 @@ def _planned(
     backend: str,
 ) -> tuple[Backend, PlanLike]:
     sizes = Sizes(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1])
-    shapes, options = (k.shape[1], q.shape[3], q.dtype, q.device), (False, dropout, True, terms.names)
-    request = Request(pattern_of(text, tables), sizes, *shapes, *options, value_dim=v.shape[3])
+    shapes, options = (k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device), (False, dropout, True, terms.names)
+    request = Request(pattern_of(text, tables), sizes, *shapes, *options)
     executor = registry.plan_backend(request, backend)
     return executor, registry.plan_of(executor, request)
 

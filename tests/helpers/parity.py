@@ -30,8 +30,8 @@ def dtype_name(dtype: object) -> str:
 
 
 def request_of(case: Case, dtype: torch.dtype, *, return_lse: bool) -> Request:
-    shapes = case.kv_heads, case.head_dim, dtype, torch.device("cpu")
-    return Request(case.pattern, case.sizes, *shapes, True, case.dropout, return_lse, value_dim=case.value_dim)
+    shapes = case.kv_heads, case.head_dim, case.value_dim, dtype, torch.device("cpu")
+    return Request(case.pattern, case.sizes, *shapes, True, case.dropout, return_lse)
 
 
 def skip_unless_supported(backend: str, request: Request) -> None:

@@ -402,6 +402,7 @@ def test_a_named_backend_reaches_attention(monkeypatch: pytest.MonkeyPatch) -> N
         "q_offset": 0,
         "dropout": 0.25,
         "score": None,
+        "sinks": None,
         "backend": "torch",
     }
 

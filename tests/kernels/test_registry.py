@@ -58,7 +58,7 @@ def tensors(n: int = 60, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def skip_where_it_cannot_run(backend: str) -> None:
-    if registry.reasons(backend, Request(PATTERN, Sizes.of(60), 2, 8, torch.float32, torch.device("cpu"))):
+    if registry.reasons(backend, Request(PATTERN, Sizes.of(60), 2, 8, 8, torch.float32, torch.device("cpu"))):
         pytest.skip(f"backend {backend} cannot run here")
 
 

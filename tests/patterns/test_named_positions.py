@@ -125,7 +125,7 @@ def test_named_queries_beyond_the_last_key_are_attended_and_differentiated(backe
 
 def _request(n_q: int, n_k: int) -> Request:
     sizes = fl.plan(fl.full(), n_q, n_k).sizes
-    return Request(fl.full(), sizes, 1, 8, torch.float32, torch.device("cpu"), True, 0.0, False)
+    return Request(fl.full(), sizes, 1, 8, 8, torch.float32, torch.device("cpu"), True, 0.0, False)
 
 
 @pytest.mark.parametrize("n_q, n_k, q_offset", [(12, 9, 0), (12, 9, -3), (4, 9, 5), (9, 9, 4)])

@@ -216,7 +216,7 @@ def test_routers_that_take_a_count_choose_without_asking() -> None:
 
 
 def request_for(pattern: Pattern, sizes: Sizes, kv_heads: int) -> Request:
-    return Request(pattern, sizes, kv_heads, 16, torch.float32, torch.device("cpu"))
+    return Request(pattern, sizes, kv_heads, 16, 16, torch.float32, torch.device("cpu"))
 
 
 # ---- unsupported patterns and errors ----------------------------------------------------------------------------------

@@ -61,9 +61,8 @@ def supports(backend: str, names: tuple[str, ...], of: Case, dtype: torch.dtype,
     terms = make_terms(names, of)
     lowered = fl.score.lower(terms.score(), terms.sinks, of.sizes, torch.device("cpu"), dtype)
     assert lowered is not None
-    request = registry.Request(
-        of.pattern, of.sizes, of.kv_heads, of.head_dim, dtype, torch.device("cpu"), True, of.dropout, return_lse, lowered.names
-    )
+    shapes = of.kv_heads, of.head_dim, of.value_dim, dtype, torch.device("cpu")
+    request = registry.Request(of.pattern, of.sizes, *shapes, True, of.dropout, return_lse, lowered.names)
     return not registry.reasons(backend, request)
 
 

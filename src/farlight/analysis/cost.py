@@ -236,7 +236,7 @@ def _first_run(
             start = time.perf_counter()
             # Also plans for the backend; attention then finds the plan in the cache.
             allowed = choose()
-            selection = registry.select(Request(allowed, sizes, k.shape[1], q.shape[3], q.dtype, q.device))
+            selection = registry.select(Request(allowed, sizes, k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device))
             planned = time.perf_counter()
             attend(allowed)
             end = time.perf_counter()

@@ -124,7 +124,7 @@ def bench_row(
     full = timed_call(lambda: scaled_dot_product_attention(q, k, v, is_causal=causal))
     sparse_timing, full_timing = paired_seconds(sparse, full, seconds)
     if backend == "auto":
-        request = Request(pattern, Sizes.of(n, heads=heads), heads, head_dim, torch_dtype, q.device, backward)
+        request = Request(pattern, Sizes.of(n, heads=heads), heads, head_dim, head_dim, torch_dtype, q.device, backward)
         backend = registry.select(request).backend.name
     row = {"pattern": repr(pattern), "tokens": n, "density": pattern.density(n, heads=heads), "backend": backend}
     times = {"seconds": sparse_timing.seconds, "spread": sparse_timing.spread, "runs": sparse_timing.runs}

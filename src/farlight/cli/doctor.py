@@ -139,7 +139,7 @@ def _backends() -> dict[str, list[str]]:
 
     # A request that every backend supports in principle: the reasons are then those of the machine.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    request = Request(window(64), Sizes.of(1024, heads=8), 8, 64, torch.float32, device)
+    request = Request(window(64), Sizes.of(1024, heads=8), 8, 64, 64, torch.float32, device)
     return {name: registry.reasons(name, request) for name in registry.names()}
 
 

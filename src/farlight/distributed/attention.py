@@ -278,6 +278,7 @@ def _problem(channel: Channel, q: Tensor, k: Tensor, v: Tensor, asked: _Request)
     # Every rank serves every kind of piece: a backend that is named must honour them all, or all ranks raise here.
     dropout, names = read_dropout(asked.dropout), frozenset() if terms is None else terms.names
     at_positions = bool(dropout) or "bias by distance" in names
-    options = asked.pattern, sizes, k.shape[1], q.shape[3], q.dtype, q.device, True, dropout, True, names, at_positions
+    shapes = k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device
+    options = asked.pattern, sizes, *shapes, True, dropout, True, names, at_positions
     registry.plan_backend(Request(*options), asked.backend)
     return _Found(problem, widths, read_scale(asked.scale, q.shape[-1]), terms)

@@ -65,9 +65,8 @@ class Run:
         of_piece = piece_terms(self.terms, piece.places, self.dropout)
         terms = of_piece.terms
         request = Request(
-            piece.pattern, piece.sizes, k.shape[1], q.shape[3], q.dtype, q.device, self.needs_grad, self.dropout, True,
-            frozenset() if terms is None else terms.names, of_piece.origin is not None,
-            value_dim=v.shape[3],
+            piece.pattern, piece.sizes, k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, self.needs_grad, self.dropout,
+            True, frozenset() if terms is None else terms.names, of_piece.origin is not None,
         )  # fmt: skip
         executor = registry.plan_backend(request, self.backend)
         plan = registry.plan_of(executor, request)

@@ -43,6 +43,7 @@ class Request:
     sizes: Sizes
     kv_heads: int
     head_dim: int
+    value_dim: int  # of v and out
     dtype: torch.dtype
     device: torch.device
     needs_grad: bool = False
@@ -50,12 +51,7 @@ class Request:
     return_lse: bool = False
     terms: frozenset[str] = frozenset()  # ScoreTerms.names
     renumbered: bool = False  # the call has an `Origin`
-    value_dim: int = 0  # of v and out; 0: head_dim, that of q and k
     choice: int = 0  # products of head_dim by which a router has chosen the pattern in this call
-
-    def __post_init__(self) -> None:
-        if not self.value_dim:
-            object.__setattr__(self, "value_dim", self.head_dim)
 
     def describe(self) -> str:
         """The request in one line, for errors and for `fl.explain`."""
