@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_hf_cache import MODELS, PATTERNS, model_of, prompt, said
+from test_hf_cache import MODELS, PATTERNS, SIZES, model_of, prompt, said
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import farlight as fl
 from farlight.hf import cache_layer
@@ -121,3 +122,22 @@ def test_a_mask_that_shows_more_than_the_cache_keeps_is_refused() -> None:
         mask = torch.ones(1, 1, 1, 21, dtype=torch.bool)
         with pytest.raises(fl.UnsupportedError, match=r"lets queries see keys that window\(8, 0\), by which this cache drops"):
             model(ids[:, 20:21], attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_computes_the_same_with_breaks_at_the_cache() -> None:
+    """Later steps neither recompile nor differ; one graph for the whole step is refused with the reason."""
+    torch.compiler.reset()
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 1})).eval()
+    compiled = torch.compile(model, backend="eager")
+    expected, actual = (Passes(f, fl.hf.SparseCache(model, STREAMING)) for f in (model, compiled))
+    actual.model = model
+    assert torch.equal(actual(0, 20), expected(0, 20))  # the prompt is not compiled, which would take as long again
+    actual.model = compiled
+    for at, stance in ((20, "default"), (21, "default"), (22, "fail_on_recompile"), (23, "fail_on_recompile")):
+        with torch.compiler.set_stance(stance):
+            assert torch.equal(actual(at, at + 1), expected(at, at + 1))
+    torch.compiler.reset()
+    actual.model = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="a SparseCache evicts keys .*; compile without fullgraph=True"):
+        actual(24, 25)

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from farlight.attention import attention
 from farlight.errors import UnsupportedError
-from farlight.hf.cached_tensors import cache_layer_of
+from farlight.hf.cached_tensors import CachedTensor, cache_layer_of
 from farlight.hf.keyword_arguments import check_sinks, indexer_pattern, refuse_unknown
 from farlight.hf.lazy_mask import LazyMask, ModelMask
 from farlight.hf.masks import tensor_mask
@@ -73,7 +73,7 @@ def attention_forward(
     The second result is None, or under `output_attentions` the probabilities `(B, H, n_q, n_k)`.
     Raises UnsupportedError for every argument that cannot be honoured.
     """
-    if torch.compiler.is_compiling() and isinstance(attention_mask, LazyMask):
+    if torch.compiler.is_compiling() and (isinstance(attention_mask, LazyMask) or isinstance(key, CachedTensor)):
         return _outside_graph(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     refuse_jit_trace(module)
     refuse_unknown(module, kwargs)

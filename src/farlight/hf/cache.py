@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.cache_layer import SparseLayer, model_rule_of
-from farlight.hf.cached_tensors import REMEDY
+from farlight.hf.cached_tensors import REMEDY, call_outside_graph
 from farlight.hf.layers import attention_layers
 from farlight.hf.setting import ATTN_IMPLEMENTATION, SETTING, LayerPattern, setting_of
 from farlight.hf.sparsify import sparsify
@@ -128,6 +128,11 @@ class SparseCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The new keys and values of a layer, tagged with their cache layer for farlight's attention function."""
+        if torch.compiler.is_compiling():
+            handles: tuple[Tensor, Tensor] = call_outside_graph(
+                SparseCache.update, self, key_states, value_states, layer_idx, *args, **kwargs
+            )
+            return handles
         layer = self.layers[layer_idx]
         if isinstance(layer, SparseLayer):
             self._begin_update(layer)
@@ -182,6 +187,9 @@ class SparseCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of all complete steps."""
+        if torch.compiler.is_compiling():
+            length: int = call_outside_graph(SparseCache.get_seq_length, self, layer_idx)
+            return length
         self._refuse_half_reordered()
         self._end_step()
         return self._step_start

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from farlight.errors import UnsupportedError
 
-__all__ = ["REMEDY", "CachedTensor", "cache_layer_of"]
+__all__ = ["REMEDY", "CachedTensor", "cache_layer_of", "call_outside_graph", "mark_for_compilers"]
 
 
 class CachedTensor(Tensor):
@@ -28,7 +28,8 @@ class CachedTensor(Tensor):
 
     @staticmethod
     def of(tensor: Tensor, layer: Any, update_id: int) -> CachedTensor:
-        cached = tensor.as_subclass(CachedTensor)
+        # No view of `tensor`: torch.compile asks a view for its base, which is `tensor`, hence for `cached` again.
+        cached: CachedTensor = Tensor._make_subclass(CachedTensor, tensor)  # type: ignore[attr-defined]
         cached.layer, cached.update_id, cached.data_tensor = layer, update_id, tensor
         return cached
 
@@ -69,6 +70,26 @@ REMEDY = (
     "Generate under fl.hf.use_pattern(model, pattern) without SparseCache; transformers' own cache then keeps every key, and "
     "the tokens are the same."
 )
+
+
+def call_outside_graph(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, at which torch.compile breaks its graph: a cache counts tokens and evicts keys in Python."""
+    return _outside_graph(function, *args, **kwargs)
+
+
+def mark_for_compilers() -> None:
+    """Tell torch.compile that these calls leave its graphs. Called by `register`, not at import: it loads a compiler."""
+    global _outside_graph
+    if _outside_graph is _call:
+        reason = "a SparseCache evicts keys and attends over its own buffers; compile without fullgraph=True"
+        _outside_graph = torch.compiler.disable(_call, reason=reason)
+
+
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+_outside_graph: Callable[..., Any] = _call
 
 
 def _modified(tensor: CachedTensor, operation: str) -> UnsupportedError:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.hf import attention_function, masks
+from farlight.hf import attention_function, cached_tensors, masks
 from farlight.hf.configs import SavedConfigs, configs_of, copy_configs, restore_configs
 from farlight.hf.layers import (
     attention_layers,
@@ -47,6 +47,7 @@ def register() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise ImportError("farlight.hf needs transformers, which cannot be imported; pip install 'farlight[hf]'.") from error
+    cached_tensors.mark_for_compilers()
     masks.mark_for_compilers()
     attention_function.mark_for_compilers()
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, masks.model_mask)
