@@ -59,10 +59,8 @@ def main() -> None:
             each = losses(model, ids, options.chunk, dtype)
             exact = each if exact is None else exact
             difference = each - exact
-            print(
-                f"| {name} | {float(each.mean()):.5f} | {float(difference.mean()):+.5f} | {float(difference.abs().max()):.5f} |",
-                flush=True,
-            )
+            most = float(difference.abs().max())
+            print(f"| {name} | {float(each.mean()):.5f} | {float(difference.mean()):+.5f} | {most:.5f} |", flush=True)
 
 
 if __name__ == "__main__":

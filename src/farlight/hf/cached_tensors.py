@@ -29,7 +29,7 @@ class CachedTensor(Tensor):
     @staticmethod
     def of(tensor: Tensor, layer: Any, update_id: int) -> CachedTensor:
         # No view of `tensor`: torch.compile asks a view for its base, which is `tensor`, hence for `cached` again.
-        cached: CachedTensor = Tensor._make_subclass(CachedTensor, tensor)  # type: ignore[attr-defined]
+        cached: CachedTensor = Tensor._make_subclass(CachedTensor, tensor)
         cached.layer, cached.update_id, cached.data_tensor = layer, update_id, tensor
         return cached
 
