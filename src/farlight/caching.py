@@ -91,7 +91,8 @@ class SizedCache(Generic[T]):
         self._values: OrderedDict[object, T] = OrderedDict()
         self._sizes: dict[object, int] = {}
         self._nbytes = self._hits = self._misses = 0
-        self._lock = threading.Lock()
+        # Reentrant: what is evicted may be the last to hold something whose end discards another value.
+        self._lock = threading.RLock()
 
     def get(self, key: object, make: Callable[[], T]) -> T:
         """The value under `key`, made on a miss. Two threads that miss together both make it; the last one is kept."""
@@ -138,8 +139,16 @@ class SizedCache(Generic[T]):
             self._evict_to_limit()
         self._trim_if_due()
 
+    def discard(self, key: object) -> None:
+        """Evict the value under `key`, if there is one; its memory is for the next value, and no reason to trim."""
+        with self._lock:
+            freed = self._freed
+            self._evict(key)
+            self._freed = freed
+
     def _evict(self, key: object) -> None:
-        if self._values.pop(key, None) is not None:
+        value = self._values.pop(key, None)  # held until the sizes are right again: its end may come back here
+        if value is not None:
             size = self._sizes.pop(key)
             self._nbytes -= size
             self._freed += size

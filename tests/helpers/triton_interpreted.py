@@ -26,7 +26,7 @@ from farlight.kernels.triton import routed, work_partition
 from farlight.kernels.triton.decode import decode
 from farlight.plan import Plan
 from farlight.plan.build import build
-from farlight.plan.cache import plans
+from farlight.plan.cache import kept_with, plans
 from farlight.testing import CASES, Answer, Case, assert_answer, case, inputs
 from parity import SEED, answer, compare, same, solution
 
@@ -99,7 +99,7 @@ def device_planning(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("of", ROUTED, ids=str)
 def test_parity_of_routed(of: Case, device_planning: None) -> None:
     compare(of, "triton", torch.float32, with_grad_lse=True)
-    assert isinstance(of.pattern.__dict__["_routed"][of.sizes], backend.RoutedPlan)
+    assert kept_with(of.pattern, ("triton", of.sizes), lambda: None) is not None, "planned on the device"
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from farlight.kernels.cpu.launch import strided_address
 from farlight.kernels.cpu.native import module
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import TileShape
+from farlight.plan.cache import plans
 from farlight.plan.content import ContentPlan
 from farlight.routing import Router, TopBlocks, meets, topblocks
 from farlight.testing import assert_matches, attend
@@ -244,6 +245,23 @@ def test_a_plan_of_a_router_is_executed_as_given() -> None:
     torch.testing.assert_close(fl.attention(q, k, v, plan, backend="torch"), fl.attention(q, k, v, plan))
     with pytest.raises(fl.errors.PlanError, match="cannot be pickled; pickle its pattern"):
         plan.__reduce__()
+
+
+def test_a_choice_is_planned_once_counted_and_released_with_its_pattern(cold_cache: None) -> None:
+    q = k = v = torch.randn(1, 2, 300, 16)
+    pattern = TopBlocks(3, 8, 16)(q, k)
+    plan = content_plan(pattern, Sizes.of(300, heads=2), TileShape())
+    assert plan is not None
+    assert plan.derived is content_plan(pattern, Sizes.of(300, heads=2), TileShape()).derived  # type: ignore[union-attr]
+    before = plans.info()
+    assert (before.entries, before.nbytes > plan.nbytes) == (1, True)
+    fl.attention(q, k, v, pattern, backend="cpu")
+    after = plans.info()
+    assert (after.entries, after.nbytes > before.nbytes) == (1, True), "the same plan, and its schedule"
+    assert content_plan(fl.clusters(torch.arange(300) % 5) & fl.strided(2), Sizes.of(300), TileShape()) is None
+    del pattern, plan
+    assert plans.info().entries == 0
+    assert plans.info().nbytes == 0
 
 
 def test_an_index_out_of_range_is_named() -> None:

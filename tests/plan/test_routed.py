@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from farlight.kernels import triton as backend
 from farlight.kernels.backend import Request
 from farlight.kernels.triton import routed as on_device
 from farlight.kernels.triton import work_partition
+from farlight.kernels.triton.configs import Config
 from farlight.kernels.triton.launches import KeyWork, QueryWork
 from farlight.kernels.triton.lower_kv import lower_keys
 from farlight.kernels.triton.lower_q import lower_queries
@@ -30,6 +32,8 @@ from farlight.patterns.membership import rooms
 from farlight.patterns.multi_label import meets
 from farlight.patterns.notation import parse
 from farlight.plan.build import build
+from farlight.plan.cache import plans
+from farlight.plan.footprint import held_bytes
 from farlight.plan.routed import chosen_links
 from farlight.plan.routed_union import split_routed
 from farlight.routing import LSH, KMeans, TopBlocks, TopKeys, from_indices
@@ -283,10 +287,28 @@ def test_too_many_blocks_are_refused(here: None, monkeypatch: pytest.MonkeyPatch
         on_device.routed_plan(request_for(fl.clusters([0, 1]), Sizes.of(2), 1))
 
 
-def test_a_plan_is_cached_with_its_pattern_and_not_pickled(here: None) -> None:
-    pattern = fl.clusters(table(80, 50, high=3))
-    sizes = Sizes.of(50)
+def test_a_plan_is_kept_counted_and_released_with_its_pattern(here: None, cold_cache: None) -> None:
+    pattern, sizes = fl.window(3) | fl.clusters(table(80, 50, high=3)), Sizes.of(50)
     plan = on_device.routed_plan(request_for(pattern, sizes, 1))
+    assert plan is not None
     assert on_device.routed_plan(request_for(pattern, sizes, 1)) is plan
-    assert "_routed" not in pattern.__getstate__()
-    assert pattern == fl.clusters(table(80, 50, high=3))
+    kept = plans.info()
+    assert kept.entries == 2, "the fixed part has an entry of its own"
+    assert kept.nbytes > held_bytes(plan.pieces)
+    work = plan.keys(Config(32, 16, 4, 1), 1)
+    assert plans.info().nbytes - kept.nbytes > held_bytes(work.launches, work.earlier), "work tables count when they are made"
+    gc.disable()
+    try:
+        del pattern
+        assert plans.info().entries == 1, "the plan goes with its pattern, without a collection"
+    finally:
+        gc.enable()
+
+
+def test_a_pattern_that_the_device_does_not_plan_is_read_once(here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = fl.clusters(table(80, 50, high=3)) & fl.strided(2)
+    asked: list[Pattern] = []
+    monkeypatch.setattr(on_device, "split_routed", lambda pattern, sizes: asked.append(pattern))
+    for _ in range(3):
+        assert on_device.routed_plan(request_for(pattern, Sizes.of(50), 1)) is None
+    assert len(asked) == 1

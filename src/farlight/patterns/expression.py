@@ -121,7 +121,7 @@ class Pattern:
         return hash(self.key)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_key", "_routed", "_memo")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_key", "_memo")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -16,9 +16,9 @@ def plan_for(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Plan:
     """The plan for tiles of this shape: the cached object itself, built where the cache has none."""
     key = pattern.key, sizes, shape
     plan = plans.find(key)
-    if plan is None:
+    if not isinstance(plan, Plan):
         # Tables outlive the call that needs them first: they must be ordinary tensors whatever mode that call is in.
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             plan = build(pattern, sizes, shape)
-        keep(key, plan)
+        keep(key, plan, plan.derived)
     return plan

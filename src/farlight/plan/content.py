@@ -10,11 +10,24 @@ from torch import Tensor
 
 from farlight.errors import PlanError
 from farlight.patterns.expression import Pattern, Sizes
+from farlight.plan.footprint import Derived
 from farlight.plan.tables import Masks, Plan
 
-__all__ = ["NATIVE_PLAN", "ContentPlan"]
+__all__ = ["NATIVE_PLAN", "ContentPlan", "NativeTables"]
 
 NATIVE_PLAN = "native plan"  # in Plan.derived
+
+
+class NativeTables:
+    """The native object that holds the tables of a choice, in a `derived` that all plans of the choice share."""
+
+    def __init__(self, native: Any) -> None:
+        self.native, self.derived = native, Derived()
+        self.derived[NATIVE_PLAN] = native
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.native.nbytes)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -22,12 +35,12 @@ class ContentPlan(Plan):
     """A plan without tables of its own: `pieces` is empty, and `derived` holds the native object that has them."""
 
     @staticmethod
-    def of(pattern: Pattern, sizes: Sizes, native: Any, backend: str = "") -> ContentPlan:
+    def of(pattern: Pattern, sizes: Sizes, tables: NativeTables, backend: str = "") -> ContentPlan:
         with torch.inference_mode(False):
             empty = torch.zeros(0, dtype=torch.int32, device="cpu")
-        masks = Masks(empty, empty, empty, empty, empty)
+        masks, native = Masks(empty, empty, empty, empty, empty), tables.native
         plan = ContentPlan(pattern, sizes, 32, 0, (), masks, native.pairs, native.visited, native.overlapping, backend)
-        plan.derived[NATIVE_PLAN] = native
+        object.__setattr__(plan, "derived", tables.derived)
         return plan
 
     @property
@@ -41,7 +54,7 @@ class ContentPlan(Plan):
 
     def copied(self, backend: str = "") -> ContentPlan:
         """The same tables, for calls of this backend: nothing can write into them."""
-        return ContentPlan.of(self.pattern, self.sizes, self._native, backend)
+        return ContentPlan.of(self.pattern, self.sizes, NativeTables(self._native), backend)
 
     def dense(self) -> Tensor:
         """The pairs as a bool mask `(B, H, n_q, n_k)`, for inspection and tests. Raises PlanError where a pair occurs twice."""

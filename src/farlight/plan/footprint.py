@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import FunctionType
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ _TENSOR, _OBJECT, _ITEM, _FIELD = 700, 256, 40, 128
 
 
 def held_bytes(*values: object) -> int:
-    """Bytes held by tensors, dataclasses, containers and patterns; objects and storages that are shared count once."""
+    """Bytes held by tensors, dataclasses, containers, closures and patterns; what is shared counts once."""
     visited: set[int] = set()
 
     def size_of(value: object) -> int:
@@ -34,6 +35,8 @@ def held_bytes(*values: object) -> int:
             return _OBJECT + _ITEM * len(value) + sum(map(size_of, value))
         if isinstance(value, dict):
             return _OBJECT + sum(_FIELD + size_of(key) + size_of(item) for key, item in value.items())
+        if isinstance(value, FunctionType):
+            return _OBJECT + sum(size_of(cell.cell_contents) for cell in value.__closure__ or ())
         if isinstance(value, Pattern):
             return _OBJECT + size_of(value.__dict__)
         if dataclasses.is_dataclass(value):
@@ -50,15 +53,17 @@ def _discard_charge(nbytes: int) -> None:
 class Derived(dict[object, object]):
     """Values that backends derive from a plan's tables (transposes, lowered lists, native copies), owned by the plan.
 
-    Setting an item calls `charge` with the change in bytes, so that the plan cache counts it.
+    Setting an item calls `charge` with the change in bytes, so that the plan cache counts it. `shared`: what the plan and its
+    derived values hold, but another plan counts.
     """
 
     charge: Callable[[int], None] = staticmethod(_discard_charge)
+    shared: tuple[object, ...] = ()
 
     def __setitem__(self, key: object, value: object) -> None:
         before = self.get(key)
         super().__setitem__(key, value)
-        self.charge(held_bytes(value) - held_bytes(before))
+        self.charge(held_bytes(*self.shared, value) - held_bytes(*self.shared, before))
 
     def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
         # Derived values can be recomputed, and native copies cannot be pickled: a copy starts empty.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -14,17 +13,14 @@ from farlight.kernels.cpu.launch import as_operand, strided_address
 from farlight.kernels.cpu.native import module, unavailable
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import plan_for
+from farlight.plan.cache import kept_with
 from farlight.plan.chosen_links import ChosenLinks
-from farlight.plan.content import ContentPlan
+from farlight.plan.content import ContentPlan, NativeTables
 from farlight.plan.content_clauses import ClauseKind, ContentClause, content_clauses, listed_clauses
 from farlight.plan.routed_union import split_routed
 from farlight.plan.tables import TileShape
 
 __all__ = ["content_plan", "lost_bound"]
-
-# Native tables by (identity of the pattern, sizes); an entry goes with its pattern. A choice is hashed by identity: digesting
-# its lists would take a tenth of the time of planning them, and no other pattern will have the same.
-_native_plans: dict[tuple[int, Sizes], Any] = {}
 
 
 def content_plan(pattern: Pattern, sizes: Sizes, shape: TileShape) -> ContentPlan | None:
@@ -34,12 +30,13 @@ def content_plan(pattern: Pattern, sizes: Sizes, shape: TileShape) -> ContentPla
     """
     if not pattern._tables or unavailable() is not None:
         return None
-    key = id(pattern), sizes
-    if key not in _native_plans:
-        _native_plans[key] = _build(pattern, sizes, shape)
-        weakref.finalize(pattern, _native_plans.pop, key, None)
-    native = _native_plans[key]
-    return None if native is None else ContentPlan.of(pattern, sizes, native)
+    tables = kept_with(pattern, ("cpu", sizes, shape), lambda: _tables(pattern, sizes, shape))
+    return None if tables is None else ContentPlan.of(pattern, sizes, tables)
+
+
+def _tables(pattern: Pattern, sizes: Sizes, shape: TileShape) -> NativeTables | None:
+    native = _build(pattern, sizes, shape)
+    return None if native is None else NativeTables(native)
 
 
 def _build(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Any:

@@ -26,9 +26,11 @@ from farlight.kernels.triton.launches import KeyWork, QueryWork, table_overflow
 from farlight.kernels.triton.lowering_cache import SHAPE, key_work, query_work
 from farlight.kernels.triton.routed_lower_kv import RoutedKeyLowering
 from farlight.kernels.triton.routed_lower_q import TILE, RoutedQueryLowering, RowGroupGrid
-from farlight.patterns.expression import Sizes
+from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import plan_for
+from farlight.plan.cache import kept_with
 from farlight.plan.chosen_links import ChosenLinks
+from farlight.plan.footprint import Derived
 from farlight.plan.routed_union import split_routed
 from farlight.plan.tables import Plan
 
@@ -36,8 +38,6 @@ __all__ = ["RoutedPlan", "read_counts", "routed_plan"]
 
 # Patterns whose tables are on the CPU are planned by the host. Tests of the interpreter set this.
 allow_cpu = False
-# Plans that a pattern keeps, one for each of its latest sizes.
-_MAX_PLANS = 4
 
 
 def read_counts(counts: Sequence[Tensor]) -> list[int]:
@@ -59,7 +59,7 @@ class RoutedPlan:
     """The plan of a router's choice: its pieces, and the host plan of the `fixed` part of a union, if there is one.
 
     visited: pairs that the tiles cover, known once `checked`: the choice's indices have been read and found in range.
-    derived: work tables by `_TableKey`.
+    derived: work tables by `_TableKey`; those of the `fixed` part count with its own plan.
     """
 
     sizes: Sizes
@@ -67,7 +67,11 @@ class RoutedPlan:
     fixed: Plan | None = None
     visited: int = 0
     checked: bool = False
-    derived: dict[_TableKey, QueryWork | KeyWork] = field(default_factory=dict)
+    derived: Derived = field(default_factory=Derived)
+
+    def __post_init__(self) -> None:
+        if self.fixed is not None:
+            self.derived.shared = (self.fixed, self.fixed.derived)
 
     @property
     def overlapping(self) -> bool:
@@ -161,24 +165,24 @@ def routed_plan(request: Request) -> RoutedPlan | None:
     """The plan of a pattern whose tables are on the request's device, with the work tables of the passes to come.
 
     None where the tables are elsewhere, or the pattern is not among those planned on a device (`plan.routed`,
-    `plan.routed_union`). Kept with the pattern.
+    `plan.routed_union`). The plan cache keeps it for as long as the pattern lives.
     """
     pattern, sizes = request.pattern, request.sizes
     if not pattern._tables or (request.device.type == "cpu" and not allow_cpu):
         return None
     if any(table.device != request.device for table in pattern._tables):
         return None
-    plans: dict[Sizes, RoutedPlan | None] = pattern.__dict__.setdefault("_routed", {})
-    if sizes not in plans:
-        while len(plans) >= _MAX_PLANS:
-            del plans[next(iter(plans))]
-        with torch.inference_mode(False), torch.no_grad():
-            choice = split_routed(pattern, sizes)
-        fixed = None if choice is None or choice.fixed is None else plan_for(choice.fixed, sizes, SHAPE)
-        plans[sizes] = None if choice is None else RoutedPlan(sizes, choice.pieces, fixed)
-    plan = plans[sizes]
+    plan = kept_with(pattern, ("triton", sizes), lambda: _planned(pattern, sizes))
     if plan is not None:
         names = PASSES if request.needs_grad else PASSES[:1]
         configs = [(name, expected_config(name, request.head_dim, request.dtype, request.device)) for name in names]
         plan.prepare(configs, sizes.heads // request.kv_heads)
     return plan
+
+
+def _planned(pattern: Pattern, sizes: Sizes) -> RoutedPlan | None:
+    with torch.inference_mode(False), torch.no_grad():
+        choice = split_routed(pattern, sizes)
+    if choice is None:
+        return None
+    return RoutedPlan(sizes, choice.pieces, None if choice.fixed is None else plan_for(choice.fixed, sizes, SHAPE))
