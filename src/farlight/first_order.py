@@ -45,28 +45,6 @@ class _SecondRefused(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in grads)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        refuse_second()
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
-        refuse_forward_mode()
-
-
-class FirstOrderOnly(torch.autograd.Function):
-    """The identity on q, k and v; refuses tangents, and its gradients refuse to be differentiated."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
     def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.view_as(x) for x in tensors)
 
@@ -76,8 +54,16 @@ class FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _SecondRefused.apply(*grads)
+        refuse_second()
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
         refuse_forward_mode()
+
+
+class FirstOrderOnly(_SecondRefused):
+    """The identity on q, k and v; refuses tangents, and its gradients refuse to be differentiated."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _SecondRefused.apply(*grads)

@@ -32,10 +32,12 @@ __all__ = [
     "attend_backward",
     "attend_selected",
     "differentiable_again",
+    "empty_results",
     "is_plain",
     "is_transformed",
     "pattern_mask",
     "pattern_of",
+    "planned",
 ]
 
 Options: TypeAlias = tuple[str, float, int, float, str]  # pattern text, scale, q_offset, dropout, backend
@@ -125,13 +127,21 @@ def pattern_of(text: str, tables: Sequence[Tensor]) -> Pattern:
     return parse(text, tuple(tables), limit=None) if tables else _parsed.get(text, lambda: parse(text, limit=None))
 
 
-def _planned(
-    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], text: str, q_offset: int, dropout: float, backend: str
+def planned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    text: str,
+    q_offset: int,
+    dropout: float,
+    backend: str,
+    terms: frozenset[str] = frozenset(),
 ) -> tuple[Backend, PlanLike]:
-    """The plan backend for an operator's arguments, and its plan."""
+    """The plan backend for an operator's arguments, and its plan. terms: `ScoreTerms.names`."""
     sizes = Sizes(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1])
     shapes = k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device
-    request = Request(pattern_of(text, tables), sizes, *shapes, False, dropout, True)
+    request = Request(pattern_of(text, tables), sizes, *shapes, False, dropout, True, terms)
     executor = registry.plan_backend(request, backend)
     return executor, registry.plan_of(executor, request)
 
@@ -149,27 +159,21 @@ def _attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) over the pairs that the pattern allows, by a plan backend."""
-    executor, plan = _planned(q, k, v, tables, pattern, q_offset, dropout, backend)
+    executor, plan = planned(q, k, v, tables, pattern, q_offset, dropout, backend)
     return executor.forward(Call(q, k, v, plan, scale, dropout, seed))
 
 
-def _attend_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Sequence[Tensor],
-    seed: Tensor,
-    pattern: str,
-    scale: float,
-    q_offset: int,
-    dropout: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     if torch.onnx.is_in_onnx_export():
         raise UnsupportedError(
-            f"backend {backend!r} cannot be exported to ONNX, which has no operator for it; pass backend='dense', or "
+            f"backend {rest[-1]!r} cannot be exported to ONNX, which has no operator for it; pass backend='dense', or "
             "backend='reference' where the lse or dropout is needed: these are exported as ONNX's own operators."
         )
+    return empty_results(q, v)
+
+
+def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a fake kernel."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=lse_dtype)
 
@@ -191,7 +195,7 @@ def _attend_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of `attend`."""
-    executor, plan = _planned(q, k, v, tables, pattern, q_offset, dropout, backend)
+    executor, plan = planned(q, k, v, tables, pattern, q_offset, dropout, backend)
     return executor.backward(Call(q, k, v, plan, scale, dropout, seed), Saved(out, lse), dout, dlse)
 
 

@@ -16,10 +16,8 @@ from farlight.batching import batched_by_item
 from farlight.dispatcher import define, differentiate_once, is_batching_gradients, refuse_differentiation, set_vmap
 from farlight.errors import UnsupportedError
 from farlight.first_order import refuse_forward_mode
-from farlight.kernels import registry
 from farlight.kernels.backend import Backend, Call, Request, Saved, ScoringBackend
-from farlight.ops import is_plain, pattern_of
-from farlight.patterns.expression import Sizes
+from farlight.ops import empty_results, is_plain, planned
 from farlight.plan.tables import PlanLike
 from farlight.score.lowered import ScoreTerms
 
@@ -87,24 +85,6 @@ def _all_gradients(
 
 
 # ---- the operators' kernels and fakes -----------------------------------------------------------------------------------
-def _planned(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    terms: ScoreTerms,
-    tables: Sequence[Tensor],
-    text: str,
-    q_offset: int,
-    dropout: float,
-    backend: str,
-) -> tuple[Backend, PlanLike]:
-    sizes = Sizes(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1])
-    shapes, options = (k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device), (False, dropout, True, terms.names)
-    request = Request(pattern_of(text, tables), sizes, *shapes, *options)
-    executor = registry.plan_backend(request, backend)
-    return executor, registry.plan_of(executor, request)
-
-
 def _attend_scored(
     q: Tensor,
     k: Tensor,
@@ -124,7 +104,7 @@ def _attend_scored(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) over the pairs that the pattern allows, under the terms, by a plan backend."""
     terms = ScoreTerms(cap, first, distance, key_bias, sinks)
-    executor, plan = _planned(q, k, v, terms, tables, pattern, q_offset, dropout, backend)
+    executor, plan = planned(q, k, v, tables, pattern, q_offset, dropout, backend, terms.names)
     return executor.forward(Call(q, k, v, plan, scale, dropout, seed, terms))
 
 
@@ -134,8 +114,7 @@ def _attend_scored_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
             "this attention cannot be exported to ONNX, which has no operator for it; pass backend='dense' or 'reference', "
             "which are exported as ONNX's own operators."
         )
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=lse_dtype)
+    return empty_results(q, v)
 
 
 def _attend_scored_backward(
@@ -161,7 +140,7 @@ def _attend_scored_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, distance, key_bias and sinks; of a term that is not there an empty tensor."""
     terms = ScoreTerms(cap, first, distance, key_bias, sinks)
-    executor, plan = _planned(q, k, v, terms, tables, pattern, q_offset, dropout, backend)
+    executor, plan = planned(q, k, v, tables, pattern, q_offset, dropout, backend, terms.names)
     call = Call(q, k, v, plan, scale, dropout, seed, terms)
     grads = _all_gradients(executor, call, Saved(out, lse), dout, dlse)
     of_terms = [q.new_empty(0, dtype=lse.dtype) if grad is None else grad for grad in grads[3:]]
