@@ -101,7 +101,7 @@ def test_a_change_of_length_recompiles_nothing(backend: str, name: str) -> None:
 
 def test_auto_traced_is_auto_eager_with_the_lse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where full attention is estimated to be faster, an eager call without the lse takes it, and no other call does."""
-    monkeypatch.setattr(registry, "estimate", lambda name, *_: Estimate(1.0 if name == "dense" else 9.0, 1))
+    monkeypatch.setattr(registry, "estimate", lambda name, *_, **__: Estimate(1.0 if name == "dense" else 9.0, 1))
     taken: list[str] = []
 
     def record(owner: Any, name: str, kind: str) -> None:

@@ -295,9 +295,9 @@ def test_tensors_that_do_not_fit_the_plan_are_refused() -> None:
         (r"plan is for 300 queries and 300 keys, the tensors have 299 and 300", lambda: run(q[:, :, 1:], k)),
         (r"the plan is for 1 batch items and 1 heads, q has 1 and 2", lambda: run(q.expand(1, 2, -1, -1), k)),
         (r"k is torch.float64 of shape .* the Triton kernels take", lambda: run(q, k.double())),
-        (r"they must be \(B, H, n_q, D\) and twice", lambda: run(q, k[:, :, 1:])),
+        (r"they must be \(B, H, n_q, D\), \(B, H_kv, n_k, D\) and", lambda: run(q, k[:, :, 1:])),
         (
-            r"lse has shape \(1, 1, 299\), but q needs \(1, 1, 300\)",
+            r"lse has shape \(1, 1, 299\), but q and v need \(1, 1, 300\)",
             lambda: backend.backward(given.grad_out, None, q, k, v, out, halves, plan, scale=1.0),
         ),
     ):

@@ -348,7 +348,10 @@ def test_map_writes_a_report(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert Reader(page.read_text()).held("data")["patterns"][0]["cost"]["tokens"] == [64, 200]
 
 
-def test_map_compares_several_patterns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_map_compares_several_patterns(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
     page, texts = tmp_path / "map.html", ["window(3)", "window(3) | global_tokens([0])"]
     code, out, err = run(capsys, "map", *texts, "--tokens", "100", "--html", str(page))
     assert (code, err) == (0, "")
