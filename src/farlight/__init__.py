@@ -46,6 +46,7 @@ from farlight.patterns import (
 )
 from farlight.plan import Plan
 from farlight.planning import plan
+from farlight.varlen import packed_attention
 
 __all__ = [
     "ArgumentError",
@@ -91,6 +92,7 @@ __all__ = [
     "neighborhood",
     "nn",
     "offsets",
+    "packed_attention",
     "padding",
     "pairs",
     "parse",

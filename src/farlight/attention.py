@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Literal, cast, overload
 
 import torch
@@ -22,6 +23,7 @@ from farlight.inputs import (
 )
 from farlight.kernels import dense, registry
 from farlight.kernels.backend import Backend, MaskBackend, Request
+from farlight.packed import attend_jagged, is_jagged
 from farlight.patterns.chooser import Chooser
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import Plan
@@ -128,7 +130,8 @@ def attention(
     Args:
         q: `(B, H, n_q, D)`; float16, bfloat16, float32 or float64; any strides.
         k, v: `(B, H_kv, n_k, D)`, H a multiple of H_kv (grouped or multi-query attention; nothing is copied for it); v may have
-            another head_dim D_v, as in multi-head latent attention.
+            another head_dim D_v, as in multi-head latent attention. q, k and v may be jagged `torch.nested` tensors
+            `(B, H, ragged, D)`: each item is a sequence of its own, and out and lse are jagged.
         pattern: who may look at whom; or a plan of `fl.plan`, which is executed as it is, by the backend it was made for; or
             a router of `fl.routing`, which chooses the links from these q and k: the pattern is then `router(q, k)`.
         scale: None means D^-½; 0.0 means 0.0.
@@ -161,6 +164,10 @@ def attention(
     """
     refuse_tracing("fl.attention")
     options = scale, q_offset, dropout, seed, score, sinks, return_lse, return_lost, backend
+    if isinstance(q, Tensor) and q.is_nested and not return_lost and is_jagged(q, k, v):
+        named = {"scale": scale, "q_offset": q_offset, "dropout": dropout, "seed": seed, "score": score, "sinks": sinks}
+        out, lse = attend_jagged(partial(attention, return_lse=True), q, k, v, pattern, named | {"backend": backend})
+        return (out, lse) if return_lse else out
     return _attention(q, k, v, pattern, *options)
 
 

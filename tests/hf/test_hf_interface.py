@@ -435,7 +435,7 @@ def test_no_mask_means_what_it_means_for_sdpa(monkeypatch: pytest.MonkeyPatch) -
     [
         ("sinks", torch.zeros(2), "passes sinks, which adds a sink of its own for each query"),
         ("seq_idx", torch.zeros(1, 5), "passes seq_idx, which packs several sequences"),
-        ("cu_seq_lens_q", torch.zeros(2), "passes cu_seq_lens_q, which packs several sequences"),
+        ("max_length_q", 3, "passes max_length_q, which packs several sequences"),
         ("cache", object(), "passes cache, which reads keys and values from a paged cache"),
         ("novelty", 1, "passes novelty, which is not known to farlight"),
     ],

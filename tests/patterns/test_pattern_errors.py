@@ -110,10 +110,11 @@ TABLE: list[tuple[Callable[[], object], str]] = [
         "global_tokens: mask: its batch dimension is 3, but the batch is 2; use 1 or 2.",
     ),
     # documents and padding
-    (lambda: fl.documents(), "documents: give either ids (one for each token) or lengths=[…], not both and not neither."),
+    (lambda: fl.documents(cu_seqlens=[1, 2]), "documents: cu_seqlens = [1, 2] must begin with 0 and never fall."),
+    (lambda: fl.documents(), "documents: give one of ids (one for each token), lengths=[…] and cu_seqlens=[0, …]."),
     (
         lambda: fl.documents([0], lengths=[1]),
-        "documents: give either ids (one for each token) or lengths=[…], not both and not neither.",
+        "documents: give one of ids (one for each token), lengths=[…] and cu_seqlens=[0, …].",
     ),
     (lambda: fl.documents(lengths=[3, -1]), "documents: length = -1: it must be a whole number >= 0."),
     (dense(fl.documents([0] * 7)), "documents: 7 ids for 8 tokens; give one for each token."),

@@ -25,7 +25,7 @@ from torch.nn import functional
 from farlight.attention import attention
 from farlight.errors import UnsupportedError
 from farlight.hf.cached_tensors import CachedTensor, cache_layer_of
-from farlight.hf.keyword_arguments import check_sinks, indexer_pattern, refuse_unknown
+from farlight.hf.keyword_arguments import check_sinks, indexer_pattern, packed_documents, refuse_unknown
 from farlight.hf.lazy_mask import LazyMask, ModelMask
 from farlight.hf.masks import tensor_mask
 from farlight.hf.model_score import model_score
@@ -34,7 +34,8 @@ from farlight.hf.probabilities import check_length, probabilities, wants_probabi
 from farlight.hf.setting import LayerPattern, Observation, setting_of
 from farlight.hf.spread import attend_spread
 from farlight.hf.tracing import refuse_jit_trace
-from farlight.patterns import causal, full, offsets, padding, strided, window
+from farlight.packed import is_translation_invariant
+from farlight.patterns import causal, full, padding
 from farlight.patterns.algebra import Intersection, looks_back
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
@@ -81,6 +82,7 @@ def attention_forward(
     indices = next((kwargs[name] for name in ("indices", "block_indices") if kwargs.get(name) is not None), None)
     options = _Options(scaling, dropout, setting.backend, kwargs.get("s_aux"), indices is not None)
     cache_layer = cache_layer_of(module, key, value)
+    _refuse_packed(module, kwargs, cache_layer is not None or setting.spread is not None or isinstance(setting.pattern, Gist))
     returns_probabilities = wants_probabilities(module, kwargs.get("output_attentions"))
     if returns_probabilities:
         check_length(module, query.shape[2], key.shape[2])
@@ -118,9 +120,8 @@ def attention_forward(
     pattern = _layer_pattern(module, setting.pattern, mask, query, key)
     score = model_score(module, kwargs, query.shape[1], query.shape[2], key.shape[2], mask.q_offset)
     options = replace(options, score=score)
-    listed_keys = indexer_pattern(module, kwargs, query, key.shape[2])
-    if listed_keys is not None:
-        pattern = pattern & listed_keys
+    for links in (indexer_pattern(module, kwargs, query, key.shape[2]), packed_documents(module, kwargs, query, key)):
+        pattern = pattern if links is None else pattern & links
     if isinstance(setting.pattern, Gist):
         out = _attend_gist(module, setting.pattern, mask, query, key, value, pattern, options)
     else:
@@ -258,13 +259,7 @@ def _with_dropped_keys(
 
 def _is_translation_invariant(pattern: LayerPattern) -> bool:
     """Whether a pattern is a function of the distance j - i alone, so that it does not matter where counting starts."""
-    return pattern is None or (
-        isinstance(pattern, Pattern)
-        and all(
-            isinstance(atom, full | causal | window | offsets) or (isinstance(atom, strided) and atom.phase is None)
-            for atom in pattern.atoms()
-        )
-    )
+    return pattern is None or (isinstance(pattern, Pattern) and is_translation_invariant(pattern))
 
 
 def _is_causality_and_padding(pattern: Pattern) -> bool:
@@ -297,6 +292,15 @@ def _refuse_probabilities(module: nn.Module, has_no_matrix: bool) -> None:
         raise UnsupportedError(
             f"output_attentions=True needs the attention probabilities of {type(module).__name__}, but under a SparseCache or "
             "a gist there is no matrix of queries and keys; use another cache and router, or leave the option out."
+        )
+
+
+def _refuse_packed(module: nn.Module, kwargs: dict[str, Any], unread: bool) -> None:
+    """Raise where the lengths of packed sequences meet a SparseCache, ranks or a gist, which leave them unread."""
+    if unread and (kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None):
+        raise UnsupportedError(
+            f"{type(module).__name__} passes cu_seq_lens_q, packed sequences, which a SparseCache, ranks and a gist do not "
+            "read; run one sequence after another."
         )
 
 

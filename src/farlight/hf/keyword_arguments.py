@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from farlight.errors import UnsupportedError
-from farlight.patterns import chosen_blocks, chosen_keys
+from farlight.patterns import chosen_blocks, chosen_keys, documents
 from farlight.patterns.expression import Pattern
 
-__all__ = ["check_sinks", "indexer_pattern", "merge_sinks", "refuse_unknown"]
+__all__ = ["check_sinks", "indexer_pattern", "merge_sinks", "packed_documents", "refuse_unknown"]
 
 # Bookkeeping of the caller, arguments of transformers' losses (models forward all keywords), hints for other kernels, and
 # `sliding_window`, which is already part of the model's mask.
@@ -26,13 +26,15 @@ _NO_EFFECT = frozenset({
     "sliding_window", "use_cache",
 })  # fmt: skip
 
-_SUPPORTED = frozenset({"block_indices", "indices", "output_attentions", "position_bias", "s_aux", "softcap"})
+_SUPPORTED = frozenset({
+    "block_indices", "cu_seq_lens_k", "cu_seq_lens_q", "indices", "output_attentions", "position_bias", "s_aux", "softcap",
+})  # fmt: skip
+# What the lengths of packed sequences already say; without those, refused.
+_WITH_LENGTHS = ("max_length_k", "max_length_q")
 
 _PACKED = "packs several sequences into one; pass position_ids instead, from which farlight finds them"
 _MEANING = {
     "sinks": "adds a sink of its own for each query to the softmax",
-    "cu_seq_lens_q": _PACKED,
-    "cu_seq_lens_k": _PACKED,
     "max_length_q": _PACKED,
     "max_length_k": _PACKED,
     "seq_idx": _PACKED,
@@ -43,6 +45,8 @@ def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raise UnsupportedError for a keyword that is not listed here: farlight would have to ignore it."""
     for name, value in kwargs.items():
         if value is None or value is False or name in _SUPPORTED:
+            continue
+        if name in _WITH_LENGTHS and kwargs.get("cu_seq_lens_q") is not None:
             continue
         if name == "cache" and not hasattr(value, "get_mask_sizes"):
             meaning = "reads keys and values from a paged cache"
@@ -80,6 +84,33 @@ def indexer_pattern(module: nn.Module, kwargs: dict[str, Any], q: Tensor, n_k: i
     _check_indices(module, "block_indices", blocks, leading, f"({q.shape[0]}, groups of heads, {q.shape[2]}, count)")
     block_ids = torch.where(blocks * size < n_k, blocks, -1).long().repeat_interleave(q.shape[1] // groups, 1)
     return chosen_blocks(block_ids, block=size, query_block=1)
+
+
+def packed_documents(module: nn.Module, kwargs: dict[str, Any], q: Tensor, k: Tensor) -> Pattern | None:
+    """The documents of `cu_seq_lens_q` and `cu_seq_lens_k` (cumulative lengths of sequences packed in one row), as a pattern.
+
+    None without them. Raises UnsupportedError where the sequences of queries and keys differ, and outside one packed row.
+    """
+    of_q, of_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if of_q is None and of_k is None:
+        return None
+    of_q, of_k = (of_k if of_q is None else of_q), (of_q if of_k is None else of_k)
+    packed = documents(cu_seqlens=of_k)
+    tokens = q.shape[2]
+    same = of_q is of_k or (not torch.compiler.is_compiling() and torch.equal(torch.as_tensor(of_q), torch.as_tensor(of_k)))
+    if q.shape[0] != 1 or k.shape[2] != tokens or not same or _total(packed) not in (None, tokens):
+        raise UnsupportedError(
+            f"{type(module).__name__} passes cu_seq_lens_q and cu_seq_lens_k for {q.shape[0]} × {tokens} queries and "
+            f"{k.shape[2]} keys; farlight reads equal lengths of all tokens of one row, without a cache. Use "
+            "fl.packed_attention, or 'flash_attention_2' for this call."
+        )
+    return packed
+
+
+def _total(packed: Pattern) -> int | None:
+    """The tokens of all documents; None where their lengths cannot be read yet."""
+    lengths = getattr(packed, "lengths", None)
+    return None if lengths is None else sum(lengths[0])
 
 
 def _check_indices(module: nn.Module, name: str, indices: Any, leading: tuple[int, ...], expected: str) -> None:

@@ -6,12 +6,13 @@ Both take lengths (kept as Python integers) or a table (ids, a mask); a tensor o
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from farlight.errors import PatternError, refuse_tracing
+from farlight.errors import PatternError, refuse_tracing, show
 from farlight.patterns.arguments import check_leading, read_integers, read_list, read_mask, read_table, whole
 from farlight.patterns.deferred import DeferredPattern, has_no_items, is_unreadable
 from farlight.patterns.expression import Atom, ColumnChanges, Form, Labels, Pattern, Sizes, equal_items
@@ -29,7 +30,8 @@ class documents(Atom):
     """Packed sequences: tokens attend within their document: i and j have the same id, or lie in the same length.
 
     `ids` is `(N,)` or `(B, N)` integers, negative = in no document. `lengths` is a list of consecutive document lengths (or
-    one such list for each batch item); tokens behind the last document are in none.
+    one such list for each batch item); tokens behind the last document are in none. `cu_seqlens` is their cumulative sum
+    from 0, as FlashAttention's varlen functions take it.
 
     >>> import farlight as fl
     >>> fl.documents(lengths=[1, 2]).dense(3).int()[0, 0].tolist()
@@ -38,12 +40,16 @@ class documents(Atom):
 
     lengths: tuple[tuple[int, ...], ...] | None
 
-    def __new__(cls, ids: Any = None, *, lengths: Any = None) -> Any:
+    def __new__(cls, ids: Any = None, *, lengths: Any = None, cu_seqlens: Any = None) -> Any:
+        if ids is None and lengths is None and is_unreadable(cu_seqlens):
+            lengths = cu_seqlens.diff()
         return DeferredPattern("documents", lengths) if ids is None and is_unreadable(lengths) else super().__new__(cls)
 
-    def __init__(self, ids: Any = None, *, lengths: Any = None) -> None:
-        if (ids is None) == (lengths is None):
-            raise PatternError("documents: give either ids (one for each token) or lengths=[…], not both and not neither.")
+    def __init__(self, ids: Any = None, *, lengths: Any = None, cu_seqlens: Any = None) -> None:
+        if sum(given is not None for given in (ids, lengths, cu_seqlens)) != 1:
+            raise PatternError("documents: give one of ids (one for each token), lengths=[…] and cu_seqlens=[0, …].")
+        if cu_seqlens is not None:
+            lengths = _from_cumulative(cu_seqlens)
         if lengths is None:
             table = read_table("documents: ids", ids, 2, dtype=torch.int64)
             self._set(lengths=None, text="documents($0)", tables=(table,), varies_over_batch=table.shape[0] > 1)
@@ -151,6 +157,17 @@ class documents(Atom):
             self._id_at(sizes, b[:, None], query, -1).expand(shape),
             self._id_at(sizes, b[:, None], key, -1).expand(shape),
         )
+
+
+def _from_cumulative(ends: Any) -> list[int]:
+    """Document lengths from cumulative ones, 0 first."""
+    if isinstance(ends, Tensor):
+        refuse_tracing("documents")
+        ends = ends.tolist()
+    ends = [whole("documents: cu_seqlens", n, 0) for n in read_list("documents", ends, "cu_seqlens")]
+    if not ends or ends[0] or any(a > b for a, b in itertools.pairwise(ends)):
+        raise PatternError(f"documents: cu_seqlens = {show(ends)} must begin with 0 and never fall.")
+    return [b - a for a, b in itertools.pairwise(ends)]
 
 
 def _recurs(ids: Tensor) -> bool:
