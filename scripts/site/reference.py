@@ -16,7 +16,7 @@ from farlight.patterns import CONSTRUCTORS, CONVERTERS
 # Page -> (title, names of `farlight`, or one of its modules, whose public names follow).
 GROUPS: dict[str, tuple[str, list[str]]] = {
     "patterns": ("Patterns", ["Pattern", "parse", *CONSTRUCTORS, *CONVERTERS, "prefix_lm", "presets"]),
-    "attention": ("Attention and plans", ["attention", "merge", "explain", "Explanation", "plan", "Plan"]),
+    "attention": ("Attention and plans", ["attention", "packed_attention", "merge", "explain", "Explanation", "plan", "Plan"]),
     "score": ("Terms on the scores", ["score"]),
     "routing": ("Routers: content decides", ["routing"]),
     "analysis": (

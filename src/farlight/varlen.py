@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -16,6 +16,63 @@ from farlight.patterns.expression import Pattern
 from farlight.score.terms import Score
 
 __all__ = ["packed_attention"]
+
+
+@overload
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Chooser,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any = ...,
+    *,
+    scale: float | None = ...,
+    dropout: float = ...,
+    seed: int | Tensor | None = ...,
+    score: Score | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Chooser,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any = ...,
+    *,
+    scale: float | None = ...,
+    dropout: float = ...,
+    seed: int | Tensor | None = ...,
+    score: Score | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Chooser,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any = ...,
+    *,
+    scale: float | None = ...,
+    dropout: float = ...,
+    seed: int | Tensor | None = ...,
+    score: Score | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: bool,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def packed_attention(

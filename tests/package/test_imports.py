@@ -152,7 +152,7 @@ LAYERS = {
     "plan": 3,
     "kernels": 4,
     "batching": 4.5, "flops": 4.5, "derivatives": 4.6, "ops": 5, "score_operators": 5.5, "merge": 5,
-    "requests": 5.9, "attention": 6, "explanation": 6, "planning": 6,
+    "requests": 5.9, "packed": 5.9, "attention": 6, "varlen": 6.5, "explanation": 6, "planning": 6,
     "testing": 7, "routing": 7, "distributed": 7.5, "decoding": 7.5,
     "hf": 8, "nn": 8,
     "analysis": 9,
