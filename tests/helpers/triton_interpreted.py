@@ -382,7 +382,7 @@ def test_decoding_refuses_tensors_that_do_not_fit() -> None:
     assert bool((nothing == -torch.inf).all())
     for message, call in (
         (r"with H a multiple of H_kv", lambda: decode(q[:, :3], k, k)),
-        (r"they must be \(B, H, n_q, D\)", lambda: decode(q, k, k[..., :4])),
+        (r"q and k have head_dim 8, v has 4; decoding takes equal ones", lambda: decode(q, k, k[..., :4])),
         (
             r"decoding takes \(B, H, N, D\) tensors of one dtype, float32, bfloat16 or float16",
             lambda: decode(q.double(), k.double(), k.double()),
