@@ -560,7 +560,8 @@ BAD_CALLS = [
     ("keys and values differ", {"v": torch.zeros(1, 2, 39, 16)}, "they must be"),
     ("heads do not fit", {"k": torch.zeros(1, 3, 40, 16), "v": torch.zeros(1, 3, 40, 16)}, "H a multiple of H_kv"),
     ("other sizes", {"q": torch.zeros(1, 2, 41, 16)}, "the plan is for 40 queries and 40 keys, the tensors have 41 and 40"),
-    ("a wide head", {x: torch.zeros(1, 2, 40, 257) for x in "qkv"}, "head_dim 257 of q and k or 257 of v is outside"),
+    ("a wide head", {x: torch.zeros(1, 2, 40, 257) for x in "qkv"}, "head_dim 257 is outside 1 … 256"),
+    ("a wide v", {"v": torch.zeros(1, 2, 40, 257)}, "head_dim 16 of q and k or 257 of v is outside 1 … 256"),
 ]
 
 

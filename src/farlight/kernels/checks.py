@@ -108,7 +108,8 @@ def check_tensors(
             "(B, H_kv, n_k, D) and (B, H_kv, n_k, D_v), with H a multiple of H_kv."
         )
     if not 1 <= min(dim, v.shape[3]) <= max(dim, v.shape[3]) <= MOST_DIMS:
-        raise ArgumentError(f"head_dim {dim} of q and k or {v.shape[3]} of v is outside 1 … {MOST_DIMS}.")
+        of_v = "" if v.shape[3] == dim else f" of q and k or {v.shape[3]} of v"
+        raise ArgumentError(f"head_dim {dim}{of_v} is outside 1 … {MOST_DIMS}.")
     if one_width and v.shape[3] != dim:
         raise ArgumentError(f"q and k have head_dim {dim}, v has {v.shape[3]}; {who} equal ones: pad with zeros.")
     return batch, heads, kv_heads, dim, v.shape[3]
