@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from functools import partial
 from typing import Literal, cast, overload
 
 import torch
@@ -166,8 +165,8 @@ def attention(
     options = scale, q_offset, dropout, seed, score, sinks, return_lse, return_lost, backend
     if isinstance(q, Tensor) and q.is_nested and not return_lost and is_jagged(q, k, v):
         named = {"scale": scale, "q_offset": q_offset, "dropout": dropout, "seed": seed, "score": score, "sinks": sinks}
-        out, lse = attend_jagged(partial(attention, return_lse=True), q, k, v, pattern, named | {"backend": backend})
-        return (out, lse) if return_lse else out
+        results = attend_jagged(attention, (q, k, v), pattern, named | {"return_lse": return_lse, "backend": backend})
+        return results if return_lse else results[0]
     return _attention(q, k, v, pattern, *options)
 
 

@@ -6,7 +6,6 @@ alignment). A pattern of distances alone is one call over all documents; any oth
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -15,17 +14,19 @@ from torch import Tensor
 
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.patterns import causal, documents, full, offsets, padding, sees_all, strided, window
-from farlight.patterns.arguments import read_list, whole
 from farlight.patterns.deferred import is_unreadable
 from farlight.patterns.expression import Pattern
+from farlight.patterns.packing import lengths_of_cumulative
 from farlight.plan import Plan
 from farlight.ragged import expand_ranges
 from farlight.score.terms import KeyBias, Score
 
 __all__ = ["attend_jagged", "attend_packed", "is_jagged", "is_translation_invariant", "read_cumulative"]
 
-# (q, k, v, pattern, **options of `fl.attention`) -> (out, lse); q_offset is among the options.
+# `fl.attention`, which is above this module.
 Attend: TypeAlias = Callable[..., Any]
+Operands: TypeAlias = tuple[Tensor, Tensor, Tensor]
+Lengths: TypeAlias = tuple[Sequence[int], Sequence[int]]
 
 
 def is_translation_invariant(pattern: Pattern) -> bool:
@@ -37,30 +38,26 @@ def is_translation_invariant(pattern: Pattern) -> bool:
 
 
 def read_cumulative(name: str, values: Any, total: int) -> list[int]:
-    """The lengths of documents from their cumulative lengths 0 … total. Raises ArgumentError, UnsupportedError."""
+    """The lengths of documents from their cumulative lengths 0 … total. Raises PatternError, UnsupportedError."""
     if is_unreadable(values):
         raise UnsupportedError(
             f"{name} cannot be read in a compiled or fake call, but decides what is computed; leave this call out of the graph."
         )
-    ends = [whole(name, x, 0) for x in read_list("packed", values.tolist() if isinstance(values, Tensor) else values, name)]
-    if not ends or ends[0] or ends[-1] != total or any(a > b for a, b in itertools.pairwise(ends)):
-        raise ArgumentError(f"{name} = {ends[:8]}{' …' if len(ends) > 8 else ''}: it must rise from 0 to {total}, the tokens.")
-    return [b - a for a, b in itertools.pairwise(ends)]
+    return lengths_of_cumulative(name, values, total)
 
 
 def attend_packed(
-    attend: Attend,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Any,
-    lengths: tuple[Sequence[int], Sequence[int]],
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of documents packed in one row: q `(1, H, Σ n_q, D)`, k and v `(1, H_kv, Σ n_k, …)`; lengths of (q, k)."""
-    of_q, of_k = lengths
-    if len(of_q) != len(of_k):
-        raise ArgumentError(f"{len(of_q)} documents of queries, but {len(of_k)} of keys; they must be as many.")
+    attend: Attend, operands: Operands, pattern: Any, lengths: Lengths, options: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """What `attend` returns, (out,) or (out, lse), for documents packed in one row.
+
+    operands: q `(1, H, Σ n_q, D)`, k and v `(1, H_kv, Σ n_k, …)`. lengths: the documents' numbers of queries and of keys.
+    options: keyword arguments of `attend`.
+    """
+    q, k, _ = operands
+    q_lengths, k_lengths = lengths
+    if len(q_lengths) != len(k_lengths):
+        raise ArgumentError(f"{len(q_lengths)} documents of queries, but {len(k_lengths)} of keys; they must be as many.")
     if q.shape[0] != 1 or k.shape[0] != 1:
         raise ArgumentError(
             f"packed documents lie in one row, but q has a batch of {q.shape[0]} and k of {k.shape[0]}; pass 1."
@@ -72,81 +69,78 @@ def attend_packed(
         raise UnsupportedError(
             "key_bias names each key, which packed documents and jagged tensors do not; call fl.attention for each document."
         )
+    if not q_lengths:
+        return _as_tuple(attend(*operands, full(), **options))
     if not isinstance(pattern, Pattern) or not is_translation_invariant(pattern):
-        return _one_by_one(attend, q, k, v, pattern, lengths, options)
-    if list(of_q) == list(of_k):
-        out, lse = attend(q, k, v, documents(lengths=of_k) & pattern, q_offset=0, **options)
-        return out, lse
-    return _aligned(attend, q, k, v, pattern, lengths, options)
+        return _one_by_one(attend, operands, pattern, lengths, options)
+    if list(q_lengths) == list(k_lengths):
+        return _as_tuple(attend(*operands, documents(lengths=k_lengths) & pattern, q_offset=0, **options))
+    return _aligned(attend, operands, pattern, lengths, options)
 
 
 def _one_by_one(
-    attend: Attend,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Any,
-    lengths: tuple[Sequence[int], Sequence[int]],
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """A call for each document; dropout of document d draws from seed + d."""
+    attend: Attend, operands: Operands, pattern: Any, lengths: Lengths, options: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """A call for each document that has queries; dropout of document d draws from seed + d."""
     seed = options.get("seed")
-    found = []
-    operands = zip(q.split(list(lengths[0]), 2), *(x.split(list(lengths[1]), 2) for x in (k, v)), strict=True)
-    for number, (q_of, k_of, v_of) in enumerate(operands):
-        drawn = {} if seed is None else {"seed": seed + number}
-        found.append(attend(q_of, k_of, v_of, pattern, **options | drawn))
-    if not found:
-        return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3])
-    return torch.cat([out for out, _ in found], 2), torch.cat([lse for _, lse in found], 2)
+    results: list[tuple[Tensor, ...]] = []
+    parts = [x.split(list(of_documents), 2) for x, of_documents in zip(operands, (*lengths, lengths[1]), strict=True)]
+    for number, document in enumerate(zip(*parts, strict=True)):
+        if document[0].shape[2] or (number == len(lengths[0]) - 1 and not results):
+            drawn = {} if seed is None else {"seed": seed + number}
+            results.append(_as_tuple(attend(*document, pattern, **options | drawn)))
+    return tuple(torch.cat(parts, 2) for parts in zip(*results, strict=True))
 
 
 def _aligned(
-    attend: Attend,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    lengths: tuple[Sequence[int], Sequence[int]],
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
+    attend: Attend, operands: Operands, pattern: Pattern, lengths: Lengths, options: dict[str, Any]
+) -> tuple[Tensor, ...]:
     """One call in which every document has max(n_q, n_k) positions, and ends with its last query and its last key."""
-    of_q, of_k = (torch.tensor(list(x), dtype=torch.int64, device="cpu") for x in lengths)
-    of_both = torch.maximum(of_q, of_k)
-    ends, total = of_both.cumsum(0), int(of_both.sum())
-    places = [expand_ranges(ends - x, ends)[1] for x in (of_q, of_k)]
+    q_lengths, k_lengths = (torch.tensor(list(x), dtype=torch.int64, device="cpu") for x in lengths)
+    longer = torch.maximum(q_lengths, k_lengths)
+    ends, total = longer.cumsum(0), int(longer.sum())
+    places = [expand_ranges(ends - x, ends)[1] for x in (q_lengths, k_lengths)]
     real = [torch.zeros(total, dtype=torch.bool, device="cpu").index_fill(0, at, True) for at in places]
-    at_q, at_k = (x.to(q.device) for x in places)
-    q, k, v = (
-        x.new_zeros((*x.shape[:2], total, x.shape[3])).index_copy(2, at, x) for x, at in ((q, at_q), (k, at_k), (v, at_k))
-    )
-    pattern = documents(lengths=of_both.tolist()) & pattern
+    at_q, at_k = (x.to(operands[0].device) for x in places)
+    spread = [
+        x.new_zeros((*x.shape[:2], total, x.shape[3])).index_copy(2, at, x)
+        for x, at in zip(operands, (at_q, at_k, at_k), strict=True)
+    ]
+    pattern = documents(lengths=longer.tolist()) & pattern
     # Positions without a query or a key see nothing and are seen by none.
     pattern = pattern if real[0].all() else pattern & sees_all(real[0])
     pattern = pattern if real[1].all() else pattern & padding(real[1])
-    out, lse = attend(q, k, v, pattern, q_offset=0, **options)
-    return out.index_select(2, at_q), lse.index_select(2, at_q)
+    return tuple(x.index_select(2, at_q) for x in _as_tuple(attend(*spread, pattern, q_offset=0, **options)))
+
+
+def _as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 # ---- jagged tensors -----------------------------------------------------------------------------------------------------
 def is_jagged(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether q, k and v are jagged nested tensors `(B, H, ragged, D)`."""
-    nested = all(isinstance(x, Tensor) and x.is_nested and x.layout is torch.jagged and x.dim() == 4 for x in (q, k, v))
-    return nested and all(getattr(x, "_ragged_idx", 2) == 2 for x in (q, k, v))
+    """Whether q, k and v are jagged nested tensors `(B, H, ragged, D)` without unused rows between their items."""
+    return all(
+        isinstance(x, Tensor)
+        and x.is_nested
+        and x.layout is torch.jagged
+        and x.dim() == 4
+        and getattr(x, "_ragged_idx", 2) == 2
+        and _lengths(x) is None
+        for x in (q, k, v)
+    )
 
 
-def attend_jagged(
-    attend: Attend, q: Tensor, k: Tensor, v: Tensor, pattern: Any, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of jagged q, k and v `(B, H, ragged, D)`: jagged, `(B, H, ragged, D_v)` and `(B, H, ragged)`."""
+def attend_jagged(attend: Attend, operands: Operands, pattern: Any, options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """What `attend` returns for jagged q, k and v `(B, H, ragged, D)`: jagged, `(B, H, ragged, D_v)` and `(B, H, ragged)`."""
     if options.pop("q_offset", None) is not None:
         raise ArgumentError("q_offset with jagged tensors: the queries of each item are the last of its tokens; leave it out.")
-    (flat_q, of_q), (flat_k, of_k), (flat_v, of_v) = (_flat(x) for x in (q, k, v))
-    if of_k != of_v:
+    (q, q_lengths), (k, k_lengths), (v, v_lengths) = (_flat(x) for x in operands)
+    if k_lengths != v_lengths:
         raise ArgumentError("k and v are jagged tensors of different lengths; they must be equal.")
-    out, lse = attend_packed(attend, flat_q, flat_k, flat_v, pattern, (of_q, of_k), options)
-    starts = _offsets(q)
-    return _jagged(out[0].transpose(0, 1), starts), _jagged(lse[0].transpose(0, 1), starts)
+    results = attend_packed(attend, (q, k, v), pattern, (q_lengths, k_lengths), options)
+    starts = _offsets(operands[0])
+    return tuple(_jagged(x[0].transpose(0, 1), starts) for x in results)
 
 
 def _flat(x: Tensor) -> tuple[Tensor, list[int]]:
@@ -159,6 +153,12 @@ def _offsets(x: Any) -> Tensor:
     """The cumulative lengths of a jagged tensor's items."""
     starts: Tensor = x.offsets()
     return starts
+
+
+def _lengths(x: Any) -> Tensor | None:
+    """The lengths of items between which there are unused rows; None where one item begins where the last ends."""
+    lengths: Tensor | None = x.lengths()
+    return lengths
 
 
 def _jagged(values: Tensor, starts: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal, overload
 
 from torch import Tensor
@@ -108,7 +107,7 @@ def packed_attention(
         out `(1, H, Σ n_q, D_v)`; with `return_lse` also lse `(1, H, Σ n_q)`.
 
     Raises:
-        ArgumentError: lengths do not fit. UnsupportedError: a key_bias; cumulative lengths that cannot be read (compiled).
+        PatternError, ArgumentError: lengths do not fit. UnsupportedError: a key_bias; lengths that cannot be read (compiled).
 
     >>> import torch, farlight as fl
     >>> q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 12, 8)
@@ -117,8 +116,9 @@ def packed_attention(
     """
     refuse_tracing("fl.packed_attention")
     check_tensors(q, k, v)
-    of_q = read_cumulative("cu_seqlens_q", cu_seqlens_q, q.shape[2])
-    of_k = read_cumulative("cu_seqlens_k", cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, k.shape[2])
-    options = {"scale": scale, "dropout": dropout, "seed": seed, "score": score, "sinks": sinks, "backend": backend}
-    out, lse = attend_packed(partial(attention, return_lse=True), q, k, v, pattern, (of_q, of_k), options)
-    return (out, lse) if return_lse else out
+    q_lengths = read_cumulative("cu_seqlens_q", cu_seqlens_q, q.shape[2])
+    k_lengths = read_cumulative("cu_seqlens_k", cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, k.shape[2])
+    options: dict[str, Any] = {"scale": scale, "dropout": dropout, "seed": seed, "score": score, "sinks": sinks}
+    options |= {"return_lse": return_lse, "backend": backend}
+    out, *lse = attend_packed(attention, (q, k, v), pattern, (q_lengths, k_lengths), options)
+    return (out, lse[0]) if return_lse else out

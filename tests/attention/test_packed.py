@@ -58,6 +58,42 @@ def test_more_queries_than_keys_see_nothing_before_the_first_key() -> None:
     assert bool(lse[:, :, 6:10].isfinite().all())
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+def test_every_backend_serves_packed_documents(name: str) -> None:
+    inputs = [x.detach().float() for x in tensors(torch.float32)]
+    expected, _ = by_document(*inputs, PATTERNS[name])
+    for backend in ("auto", "cpu", "torch", "dense", "reference"):
+        if backend != "cpu" or fl.kernels.cpu.unavailable() is None:
+            out = fl.packed_attention(*inputs, PATTERNS[name], OF_Q, OF_K, backend=backend)
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", [fl.causal(), fl.window(1) | fl.global_tokens([0])], ids=repr)
+def test_no_document_and_documents_without_keys_or_queries(pattern: fl.Pattern) -> None:
+    q, k, v = (x.detach().half() for x in tensors(torch.float32))
+    out, lse = fl.packed_attention(q[:, :, :0], k[:, :, :0], v[:, :, :0], pattern, [0], return_lse=True)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == ((1, 4, 0, 5), torch.half, (1, 4, 0), torch.float32)
+    out, lse = fl.packed_attention(q, k[:, :, :0], v[:, :, :0], pattern, [0, 18], [0, 0], return_lse=True)
+    assert not bool(out.any())
+    assert bool((lse == -torch.inf).all())
+    assert fl.packed_attention(q[:, :, :0], k, v, pattern, [0, 0], [0, 21]).shape == (1, 4, 0, 5)
+
+
+@pytest.mark.parametrize("name", ["window", "named"])
+def test_dropout_of_documents_is_reproducible(name: str) -> None:
+    """By one call its links are drawn at their places in the row, by a call for each document d from seed + d."""
+    inputs = [x.detach() for x in tensors()]
+    first, again, other = (
+        fl.packed_attention(*inputs, PATTERNS[name], OF_Q, OF_K, dropout=0.5, seed=seed) for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    if name == "named":
+        q, k, v = inputs
+        last = fl.attention(q[:, :, 10:], k[:, :, 13:], v[:, :, 13:], PATTERNS[name], dropout=0.5, seed=3 + 3)
+        torch.testing.assert_close(first[:, :, 10:], last)
+
+
 def test_cumulative_lengths_are_lengths() -> None:
     assert fl.documents(cu_seqlens=torch.tensor([0, 2, 2, 5])) == fl.documents(lengths=[2, 0, 3])
     compiled = torch.compile(
@@ -91,15 +127,21 @@ def test_jagged_tensors_in_and_out(name: str) -> None:
     torch.testing.assert_close((plain + 0 * out).transpose(1, 2).values(), out.transpose(1, 2).values())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_jagged_tensors_with_unused_rows_are_refused() -> None:
+    values = torch.randn(12, 2, 4)
+    x = torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 5, 12]), torch.tensor([3, 6])).transpose(1, 2)
+    with pytest.raises(fl.FarlightError, match="nested"):
+        fl.attention(x, x, x, fl.causal())
+
+
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v = (x.detach() for x in tensors(torch.float32))
-    for ends, text in (
-        ([0, 5], "must rise from 0 to 18"),
-        ([0, 9, 3, 18], "must rise"),
-        ([0, 18], "1 documents of queries, but 4"),
-    ):
-        with pytest.raises(fl.ArgumentError, match=text):
+    for ends in ([0, 5], [0, 9, 3, 18]):
+        with pytest.raises(fl.PatternError, match="must begin with 0, never fall and end with 18, the number of tokens"):
             fl.packed_attention(q, k, v, fl.causal(), ends, OF_K)
+    with pytest.raises(fl.ArgumentError, match="1 documents of queries, but 4"):
+        fl.packed_attention(q, k, v, fl.causal(), [0, 18], OF_K)
     with pytest.raises(fl.ArgumentError, match="packed documents lie in one row"):
         fl.packed_attention(q.repeat(2, 1, 1, 1), k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1), fl.causal(), OF_Q, OF_K)
     with pytest.raises(fl.UnsupportedError, match="key_bias names each key"):

@@ -49,7 +49,9 @@ class documents(Atom):
         if sum(given is not None for given in (ids, lengths, cu_seqlens)) != 1:
             raise PatternError("documents: give one of ids (one for each token), lengths=[…] and cu_seqlens=[0, …].")
         if cu_seqlens is not None:
-            lengths = _from_cumulative(cu_seqlens)
+            if isinstance(cu_seqlens, Tensor):
+                refuse_tracing("documents")
+            lengths = lengths_of_cumulative("documents: cu_seqlens", cu_seqlens)
         if lengths is None:
             table = read_table("documents: ids", ids, 2, dtype=torch.int64)
             self._set(lengths=None, text="documents($0)", tables=(table,), varies_over_batch=table.shape[0] > 1)
@@ -159,14 +161,14 @@ class documents(Atom):
         )
 
 
-def _from_cumulative(ends: Any) -> list[int]:
-    """Document lengths from cumulative ones, 0 first."""
+def lengths_of_cumulative(what: str, ends: Any, total: int | None = None) -> list[int]:
+    """Document lengths from cumulative ones, which rise from 0 to `total` (None: to any). Raises PatternError."""
     if isinstance(ends, Tensor):
-        refuse_tracing("documents")
         ends = ends.tolist()
-    ends = [whole("documents: cu_seqlens", n, 0) for n in read_list("documents", ends, "cu_seqlens")]
-    if not ends or ends[0] or any(a > b for a, b in itertools.pairwise(ends)):
-        raise PatternError(f"documents: cu_seqlens = {show(ends)} must begin with 0 and never fall.")
+    ends = [whole(what, n, 0) for n in read_list(what, ends, "cumulative lengths")]
+    if not ends or ends[0] or any(a > b for a, b in itertools.pairwise(ends)) or total not in (None, ends[-1]):
+        order = "and never fall" if total is None else f"never fall and end with {total}, the number of tokens"
+        raise PatternError(f"{what} = {show(ends)} must begin with 0{'' if total is None else ','} {order}.")
     return [b - a for a, b in itertools.pairwise(ends)]
 
 
