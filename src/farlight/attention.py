@@ -196,7 +196,7 @@ def _attention(
     registry.check_name(backend)
     scale, dropout = read_scale(scale, q.shape[-1]), read_dropout(dropout)
     sizes = read_sizes(q, k, q_offset)
-    choice = 0
+    choice: int | None = None
     # A Protocol's isinstance takes as long as a quarter of a short call: patterns and plans are told apart first.
     if not isinstance(pattern, (Pattern, Plan)) and isinstance(pattern, Chooser):
         choice = pattern.products(sizes)

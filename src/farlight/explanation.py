@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 from torch import Tensor
 
 from farlight.errors import shorten
 from farlight.inputs import autocast_inputs, check_tensors, read_dropout
 from farlight.kernels import registry
 from farlight.kernels.backend import Request
-from farlight.kernels.cost import Estimate, Rates, estimate
+from farlight.kernels.cost import Estimate
 from farlight.patterns.chooser import Chooser
 from farlight.patterns.expression import Pattern
 from farlight.patterns.positional import causal, window
@@ -82,7 +81,7 @@ def explain(
         pattern = chosen(pattern, q, k, sizes)
     expression = read_pattern(pattern, sizes)
     terms = lower(score, sinks, sizes, q.device, q.dtype)
-    request = read_request(q, k, v, expression, sizes, read_dropout(dropout), return_lse, terms, choice or 0)
+    request = read_request(q, k, v, expression, sizes, read_dropout(dropout), return_lse, terms, choice)
     expression.check(sizes)
     selection = registry.select(request)
     taken = registry.select(request, plan=pattern) if isinstance(pattern, Plan) else selection
@@ -95,9 +94,9 @@ def explain(
     lines.append(f"sparse computes {sparse.pairs:,} pairs, expected {_milliseconds(sparse)}")
     lines.append(f"full attention computes {full.pairs:,} pairs, expected {_milliseconds(full)}")
     lines.append(f"sparse is expected to be {selection.speedup:.1f} × as fast as full attention")
-    unrouted = None if choice is None else _unrouted(request, selection.rates)
-    if unrouted is not None:
-        lines.append(_verdict(min(sparse.seconds, full.seconds), unrouted))
+    unrouted = None if choice is None else _unrouted(request)
+    if unrouted is not None and selection.taken is not None:
+        lines.append(_verdict(selection.taken.seconds, unrouted))
     explanation = Explanation("\n".join(lines))
     explanation.backend, explanation.refusals, explanation.request = taken.backend.name, refusals, request
     explanation.sparse, explanation.full, explanation.speedup = sparse, full, selection.speedup
@@ -114,14 +113,10 @@ def _milliseconds(estimate: Estimate) -> str:
     return f"{text}: " + ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in parts)
 
 
-def _unrouted(request: Request, rates: Rates | None) -> Estimate:
+def _unrouted(request: Request) -> Estimate | None:
     """The cost of attention without a router: over every link, or every causal one where the router's links are causal."""
-    sizes, is_causal = request.sizes, _is_causal(request.pattern)
-    without = replace(request, pattern=causal() if is_causal else full_pattern(), choice=0)
-    seen = sizes.q_offset + np.arange(1, sizes.n_q + 1) if is_causal else np.full(sizes.n_q, sizes.n_k)
-    pairs = sizes.batch * sizes.heads * int(seen.clip(0, sizes.n_k).sum())
-    sparse = estimate(registry.plan_backend(without).name, without, pairs, rates)
-    return min(sparse, estimate("dense", without, None, rates), key=lambda cost: cost.seconds)
+    every = causal() if _is_causal(request.pattern) else full_pattern()
+    return registry.select(replace(request, pattern=every, choice=None)).taken
 
 
 def _is_causal(pattern: Pattern) -> bool:

@@ -76,9 +76,9 @@ def read_request(
     dropout: float,
     return_lse: bool,
     terms: ScoreTerms | None,
-    choice: int = 0,
+    choice: int | None = None,
 ) -> Request:
-    """The call without its tensors; choice: products by which a router has chosen the pattern."""
+    """The call without its tensors; choice: products by which a router has chosen the pattern, None without one."""
     names: frozenset[str] = frozenset() if terms is None else terms.names
     tensors = (q, k, v) if terms is None else (q, k, v, *terms.tensors)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

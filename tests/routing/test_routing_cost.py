@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import farlight as fl
-from farlight.kernels import cpu, registry
+from farlight.kernels import cpu, dense, registry
 from farlight.kernels.cost import _CHOICE_FIXED as FIXED
 from farlight.kernels.cost import DEFAULT_RATES, Rates, estimate
 from farlight.requests import read_request, read_sizes
@@ -53,15 +53,17 @@ def test_explain_prices_choosing_planning_and_attending() -> None:
     assert sparse.seconds == pytest.approx(sparse.choosing + sparse.planning + sparse.remaining)
     pattern = fl.explain(q, k, k, fl.window(32, 0))
     assert (pattern.sparse.choosing, pattern.sparse.planning, pattern.unrouted) == (0, 0, None)
-    assert unrouted is not None
-    assert unrouted.pairs == 6 * fl.causal().count(512)  # causal links are compared with all causal ones
+    every = fl.explain(q, k, k, fl.causal())  # causal links are compared with all causal ones
+    assert unrouted == (every.full if every.backend == "dense" else every.sparse)
     assert "choosing" in explained
     assert "without the router" in explained.splitlines()[-1]
     assert fl.explain(q, k, k, TopBlocks(2, 8)).unrouted.pairs == 6 * 512 * 512  # type: ignore[union-attr]
+    with_lse = fl.explain(q, k, k, router, return_lse=True).unrouted  # which torch's full attention does not give
+    assert with_lse == fl.explain(q, k, k, fl.causal(), return_lse=True).sparse
 
 
 @NATIVE
-def test_explain_says_where_choosing_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_says_where_choosing_does_not_pay() -> None:
     router = TopBlocks(8, 8, 16, causal=True, score="softmax") | NEAR
     for n, pays in ((256, False), (8192, True)):
         q = torch.randn(1, 2, n, 16)
@@ -81,7 +83,11 @@ def test_full_attention_that_is_faster_computes_the_links_of_the_router(monkeypa
     pattern = router(q, k)
     request = read_request(q, k, k, pattern, read_sizes(q, k, None), 0.0, False, None, router.products(read_sizes(q, k, None)))
     assert registry.select(request).backend.name == "dense"
+    taken: list[str] = []
+    run = dense.attend
+    monkeypatch.setattr(dense, "attend", lambda *args, **more: taken.append("dense") or run(*args, **more))
     out = fl.attention(q, k, k, router)
+    assert taken == ["dense"]
     torch.testing.assert_close(out, fl.attention(q, k, k, pattern, backend="reference"))
     assert float((out - fl.attention(q, k, k, fl.causal())).abs().max()) > 1e-3
 

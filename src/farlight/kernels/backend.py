@@ -51,7 +51,7 @@ class Request:
     return_lse: bool = False
     terms: frozenset[str] = frozenset()  # ScoreTerms.names
     renumbered: bool = False  # the call has an `Origin`
-    choice: int = 0  # products of head_dim by which a router has chosen the pattern in this call
+    choice: int | None = None  # products of head_dim by which a router chose the pattern in this call; None: no router
 
     def describe(self) -> str:
         """The request in one line, for errors and for `fl.explain`."""

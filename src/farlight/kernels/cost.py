@@ -6,7 +6,7 @@ while the choice is clear; where it is close, `kernels/calibrate.py` measures th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -41,10 +41,9 @@ _CHOICE_FIXED, _PLAN_FIXED = 200e-6, 100e-6
 _PLANNED_PAIR, _MASKED_PAIR = 20.0, 300.0
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Expected seconds of one call and the pairs that it computes. Of the seconds, those that a router takes to choose and
-    those that its choice takes to be planned, both anew in each call; 0 for a pattern, whose plan is kept.
+    those that its choice takes to be planned, both in every call; 0 for a pattern, whose plan is cached.
     """
 
     seconds: float
@@ -59,10 +58,11 @@ class Estimate:
 
 
 def estimate(
-    backend: str, request: Request, visited: int | None, rates: Rates | None = None, *, planned_anew: bool = False
+    backend: str, request: Request, visited: int | None, rates: Rates | None = None, *, is_plan_of_one_call: bool = False
 ) -> Estimate:
-    """The expected cost of a call; `visited` is the plan's, None for all pairs. planned_anew: no other call has this plan, or
-    for full attention this mask.
+    """The expected cost of a call; `visited` is the plan's, None for all pairs.
+
+    is_plan_of_one_call: the plan, or for full attention the mask, is made in this call and used in no other.
     """
     if rates is None:
         rates = DEFAULT_RATES if request.device.type == "cpu" else ACCELERATOR_RATES
@@ -73,19 +73,24 @@ def estimate(
     rate, fixed = rates.get((rated, request.dtype), rates[rated, torch.float32])
     attending = 2 * (request.head_dim + request.value_dim) * pairs / (rate * 1e9) + fixed
     attending *= _WITH_BACKWARD[rated] if request.needs_grad else 1.0
-    choosing, planning = _choosing(request, rates), _planning(backend, pairs, rates) if planned_anew else 0.0
+    choosing = _choosing(request.choice, request.head_dim, rates) if request.choice else 0.0
+    planning = _planning(backend, request, pairs, rates) if is_plan_of_one_call else 0.0
     return Estimate(choosing + planning + attending, pairs, choosing, planning)
 
 
-def _choosing(request: Request, rates: Rates) -> float:
+def _choosing(products: int, head_dim: int, rates: Rates) -> float:
     """Seconds of a router's choice: products of head_dim in float32, whatever the dtype."""
-    if not request.choice:
-        return 0.0
     rate, _ = rates.get(("cpu", torch.float32), rates["torch", torch.float32])
-    return 2 * request.head_dim * request.choice / (rate * 1e9) + _CHOICE_FIXED
+    return 2 * head_dim * products / (rate * 1e9) + _CHOICE_FIXED
 
 
-def _planning(backend: str, pairs: int, rates: Rates) -> float:
-    """Seconds of the native planner for visited pairs, for full attention of forming the mask of all pairs."""
+def _planning(backend: str, request: Request, visited: int, rates: Rates) -> float:
+    """Seconds of the native planner for the visited pairs; for full attention, of forming the mask, one for the items and heads
+    that share it.
+    """
     rate, _ = rates.get(("cpu", torch.float32), rates["torch", torch.float32])
-    return (_MASKED_PAIR if backend == "dense" else _PLANNED_PAIR) * pairs / (rate * 1e9) + _PLAN_FIXED
+    if backend != "dense":
+        return _PLANNED_PAIR * visited / (rate * 1e9) + _PLAN_FIXED
+    sizes, pattern = request.sizes, request.pattern
+    masks = (sizes.batch if pattern.varies_over_batch else 1) * (sizes.heads if pattern.varies_over_heads else 1)
+    return _MASKED_PAIR * masks * sizes.n_q * sizes.n_k / (rate * 1e9) + _PLAN_FIXED

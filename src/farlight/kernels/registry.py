@@ -41,14 +41,18 @@ _CLOSE = 4.0
 class Selection:
     """The backend that serves a request, and the plan that it executes (None: a mask backend).
 
-    `sparse` estimates the best plan backend and `full` torch's full attention, by `rates`; None where a backend was named.
+    `sparse` estimates the best plan backend and `full` torch's full attention; None where a backend was named.
     """
 
     backend: AnyBackend
     plan: PlanLike | None
     sparse: Estimate | None = None
     full: Estimate | None = None
-    rates: Rates | None = None
+
+    @property
+    def taken(self) -> Estimate | None:
+        """The estimate of the backend that serves; None where one was named."""
+        return self.full if self.plan is None else self.sparse
 
     @property
     def speedup(self) -> float:
@@ -163,15 +167,15 @@ def select(request: Request, backend: str = "auto", plan: Plan | None = None) ->
     # Under terms the dense mask is n_q · n_k numbers of each head, which the rates of full attention do not know.
     is_full_faster = full.remaining + full.planning < sparse.remaining
     if is_full_faster and not request.terms and not reasons("dense", request):
-        return Selection(_MASK_BACKENDS["dense"], None, sparse, full, rates)
-    return Selection(executor, built, sparse, full, rates)
+        return Selection(_MASK_BACKENDS["dense"], None, sparse, full)
+    return Selection(executor, built, sparse, full)
 
 
 def _estimates(executor: Backend, request: Request, plan: PlanLike, rates: Rates | None = None) -> tuple[Estimate, Estimate]:
     """The costs of the plan and of full attention under the mask of the same links."""
-    anew = isinstance(plan, ContentPlan)
-    sparse = estimate(executor.name, request, plan.visited, rates, planned_anew=anew)
-    return sparse, estimate("dense", request, None, rates, planned_anew=anew)
+    is_of_one_call = request.choice is not None
+    sparse = estimate(executor.name, request, plan.visited, rates, is_plan_of_one_call=is_of_one_call)
+    return sparse, estimate("dense", request, None, rates, is_plan_of_one_call=is_of_one_call)
 
 
 def _selection_of(plan: Plan, request: Request, backend: str) -> Selection:
