@@ -36,11 +36,11 @@ def llama(**options: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes | {"max_position_embeddings": 64, "pad_token_id": 0} | options)).eval()
 
 
-def gemma() -> Gemma2ForCausalLM:
-    """Its logits are capped: the head alone does not give them."""
+def gemma(softcap: float | None = None) -> Gemma2ForCausalLM:
+    """Its logits are capped: the head alone does not give them. softcap: that of its scores."""
     torch.manual_seed(0)
     sizes = SIZES | {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "initializer_range": 0.5}
-    return Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=0.5, attn_logit_softcapping=None)).eval()
+    return Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=0.5, attn_logit_softcapping=softcap)).eval()
 
 
 def gpt2() -> GPT2LMHeadModel:

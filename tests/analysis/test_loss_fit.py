@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from test_fit_model import encoder
-from test_language import ids, llama
+from test_language import gemma, ids, llama
 
 import farlight as fl
 from farlight.analysis.fit.loss_fit import loss_expressions, profile_loss
+from farlight.analysis.loss.fidelity import measure_fidelity
+from farlight.analysis.loss.heavy_keys import heavy_keys
 from farlight.errors import FarlightError
 from farlight.hf import use_pattern
 
@@ -53,6 +55,30 @@ def test_shares_and_links_are_those_of_the_retention() -> None:
             assert bool((nats >= 0).all())
             assert bool((nats < 1e-9).all()) == (expression == "full()")
     assert all(bool((links == 820).all()) for links in profile.base_links.values())
+
+
+def test_the_models_own_terms_on_the_scores_are_computed() -> None:
+    """A capped score changes what a candidate costs; measures that read scale · q·k alone refuse such a model."""
+    model, text = gemma(softcap=0.5), ids(1, 40)
+    profile = profile_loss(model, text, CANDIDATES)
+    calls: list[Any] = []
+    with torch.no_grad(), use_pattern(model, None, observer=calls.append):
+        model(text, use_cache=False)
+    for number, call in enumerate(calls):
+        assert call.score == fl.score.softcap(0.5)
+        full, near = (
+            fl.attention(call.q, call.k, call.v, pattern, scale=call.scale, score=call.score, return_lse=True)[1]
+            for pattern in (call.own, fl.parse(NEAR) & call.own)
+        )
+        kept = (near - full).double().exp().mean((0, 2))
+        assert profile.measured[number][0, 1].tolist() == pytest.approx(kept.tolist(), abs=1e-6)
+    for measure in (
+        lambda: fl.hf.fit(model, text, keep=0.9),
+        lambda: measure_fidelity(model, text, [fl.window(4)]),
+        lambda: heavy_keys(model, text[0], [fl.window(4)], [(0, 0)]),
+    ):
+        with pytest.raises(fl.UnsupportedError, match="adds score terms to its attention, which .* does not compute"):
+            measure()
 
 
 def test_a_budget_is_spent_where_the_loss_is(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from farlight.errors import UnsupportedError
 from farlight.hf.spread import Spread
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
+from farlight.score.terms import Score
 
 __all__ = ["ATTN_IMPLEMENTATION", "SETTING", "LayerPattern", "Observation", "Observer", "Setting", "setting_of"]
 
@@ -40,6 +42,7 @@ class Observation:
         own: the model's own mask (causality, sliding window, padding) as a pattern.
         q_offset: position of the first query.
         key_real: `(B, n_k)` bool, False where a key is padding; None where none is.
+        score, sinks: the model's own terms on the scores (softcap, position bias) and sinks, as in `fl.attention`.
     """
 
     module: nn.Module
@@ -50,6 +53,19 @@ class Observation:
     own: Pattern
     q_offset: int
     key_real: Tensor | None = None
+    score: Score | None = None
+    sinks: Tensor | None = None
+
+    def require_plain_scores(self, measure: str) -> None:
+        """Raise UnsupportedError where the scores are not scale · q·k alone, for a measure that computes these."""
+        if self.score is not None or self.sinks is not None:
+            terms = " and ".join(
+                name for name, term in (("score terms", self.score), ("sinks", self.sinks)) if term is not None
+            )
+            raise UnsupportedError(
+                f"{type(self.module).__name__} adds {terms} to its attention, which {measure} does not compute; compare "
+                "losses or outputs under use_pattern, or fit by='loss'."
+            )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Fits of causal language models by predicted loss: a budget of links over all heads, spent where the model needs it.
 
-A share of attention says little about the loss: heads differ by orders of magnitude in how far their output moves it. What a
-candidate costs is therefore predicted from one pass and one backward pass of full attention on each passage. With D the change
+The kept share of attention weighs all heads alike, but heads differ in how far their output moves the loss. What a candidate
+costs is therefore predicted from one pass and one backward pass of full attention on each passage. With D the change
 of a head's output under the candidate and g the gradient, with respect to that output, of the loss of tokens drawn from the
 model's own predictions, the divergence of the predictions is to second order
 
@@ -73,7 +73,7 @@ class LossProfile:
         Raises ArgumentError where the cheapest candidates have more links.
         """
         stacked = torch.stack(list(self.measured.values()))  # (layers, expressions, 3, H)
-        # Values as multiples of a head's mean loss under the cheapest candidate: `allocate` compares them with constants.
+        # Multiples of a head's mean loss under the candidate that loses most: `allocate` compares values with constants.
         unit = float(stacked[:, :, 2].sum(-1).sum(0).amax()) / (stacked.shape[0] * stacked.shape[3]) or 1.0
         options = [
             [
@@ -128,8 +128,8 @@ def loss_expressions(candidates: Sequence[str | Pattern] | None) -> list[str]:
 
 def profile_steps(passages: int) -> list[str]:
     """The labels that `profile_loss` passes to its `step`."""
-    works = ("full attention and its gradients", "candidates")
-    return [f"{work}: passage {index + 1} of {passages}" for index in range(passages) for work in works]
+    stages = ("full attention and its gradients", "candidates")
+    return [f"{stage}: passage {index + 1} of {passages}" for index in range(passages) for stage in stages]
 
 
 def profile_loss(
@@ -170,7 +170,7 @@ def _measure(call: Observation, gradient: Tensor, routers: Sequence[Any], judged
 
     def run(pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
         made = plan(pattern, q.shape[2], k.shape[2], heads=q.shape[1], q_offset=call.q_offset)
-        out, lse = attention(q, k, v, made, return_lse=True, **options)
+        out, lse = attention(q, k, v, made, return_lse=True, score=call.score, sinks=call.sinks, **options)
         links = attention(zeros[0], zeros[1], zeros[1], made, return_lse=True, q_offset=call.q_offset)[1].double().exp().round()
         return out, lse, links.sum((0, 2)).cpu()
 

@@ -81,6 +81,7 @@ class _ProfileObserver:
         self.measured_rows, self.calls = measured_rows, 0
 
     def __call__(self, call: Observation) -> None:
+        call.require_plain_scores("a fit by shares of attention")
         number = self.numbers.get(id(call.module), self.calls)
         self.calls += 1
         base = None if call.own == full() else call.own

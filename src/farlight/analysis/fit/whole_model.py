@@ -96,7 +96,8 @@ def fit_model(
     if fits_by_loss(model, by, density, candidates, even is not None or weigh or gist is not None):
         if even or weigh or gist is not None:
             raise ArgumentError("by='loss' with even, weigh or gist: these belong to shares of attention; leave them out.")
-        return fit_to_loss(model, ids[:num_fitted], held_out_ids, density or 1.0, candidates, step=step)
+        assert density is not None  # fits_by_loss
+        return fit_to_loss(model, ids[:num_fitted], held_out_ids, density, candidates, step=step)
     profile = profile_model(model, ids[:num_fitted], candidates, step=step)
     return fit_profile(profile, held_out_ids, keep=keep, density=density, even=even, weigh=weigh, gist=gist, step=step)
 

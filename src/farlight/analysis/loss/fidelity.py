@@ -168,6 +168,7 @@ class _RetentionObserver:
         self.first_call: Observation | None = None
 
     def __call__(self, call: Observation) -> None:
+        call.require_plain_scores("the share of attention")
         if self.first_call is None:
             self.first_call = call
         base = None if call.own == full() else call.own

@@ -91,6 +91,7 @@ class _Observer:
         self.result: dict[tuple[int, int], HeavyKeys] = {}
 
     def __call__(self, call: Observation) -> None:
+        call.require_plain_scores("the weights of single keys")
         layer = self.numbers.get(id(call.module), self.layers)
         self.layers, self.heads = max(self.layers, layer + 1), call.q.shape[1]
         heads = sorted(head for number, head in self.wanted if number == layer and 0 <= head < self.heads)
