@@ -33,7 +33,7 @@ def test_each_document_is_claimed_once_in_any_interleaving(tmp_path: Path) -> No
     paths, store, turns = documents(tmp_path), HashStore(), random.Random(0)
     whole = [document.name for document in read_documents(paths)]
     assert len(whole) == 9
-    readers = [read_documents(paths, is_mine=Ranks(store, rank, 3).claims()) for rank in range(3)]
+    readers = [read_documents(paths, is_claimed=Ranks(store, rank, 3).claims()) for rank in range(3)]
     names: list[str] = []
     while readers:
         reader = turns.choice(readers)

@@ -367,7 +367,9 @@ def test_map_compares_several_patterns(
     assert (code, "--png draws one pattern, and 2 were given; --html shows several" in " ".join(err.split())) == (2, True)
 
 
-def test_audit_writes_a_report_on_the_whole_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_audit_writes_a_report_on_the_whole_text(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pages.model().save_pretrained(tmp_path / "model")
     pages.tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(pages.text())
@@ -381,6 +383,19 @@ def test_audit_writes_a_report_on_the_whole_text(capsys: pytest.CaptureFixture[s
     whole = cut_passages(pages.text(), pages.tokenizer(), 48, None)
     assert held["passages"]["starts"] == list(whole.starts)
     assert len(page.read_bytes()) < rendering.MOST_BYTES
+    code, out, _ = run(capsys, *arguments, "--html", str(page), "--passages", "1", "--head", "1:0", "--head", "0:1")
+    assert code == 0
+    carried = Reader(page.read_text()).held("data")["weights"]["heads"]
+    assert [(each["layer"], each["head"]) for each in carried] == [(1, 0), (0, 1)]
+    for head, text in (("99:0", "--head 99:0: .* has layers 0 to"), ("0:99", "--head 0:99"), ("x", "a layer and a head are")):
+        code, out, err = run(capsys, *arguments, "--html", str(page), "--head", head)
+        assert (code, out, bool(re.search(text, " ".join(err.split())))) == (2, "", True)
+    code, _, err = run(capsys, *arguments, "--head", "0:0")
+    assert (code, "add --html report.html" in " ".join(err.split())) == (2, True)
+    monkeypatch.setattr(rendering, "MOST_BYTES", 1000)
+    code, out, err = run(capsys, *arguments, "--html", str(page), "--passages", "1")
+    assert (code, "window(3)" in out, "more than the 1,000" in " ".join(err.split())) == (2, True, True)
+    assert "report:" not in out
 
 
 @pytest.mark.parametrize(

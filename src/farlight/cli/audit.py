@@ -158,6 +158,8 @@ def audit_command(
         progress.step("loading the model")
         loaded = load_model(model)
         size = _passage_length(length, loaded)
+        if heads is not None:
+            _check_heads(heads, loaded, size)
 
         from farlight import report
         from farlight.analysis.audit import audit, steps
@@ -189,12 +191,18 @@ def audit_command(
             text_name=text_name,
             step=progress.step,
         )
+        refusal: ArgumentError | None = None
         if page is not None:
-            _write_page(page, result, judged, cut, content, loaded, heads, progress)
+            try:
+                _write_page(page, result, judged, cut, content, loaded, heads, progress)
+            except ArgumentError as error:  # a page too large: the figures are printed first
+                page, refusal = None, error
     if form:
         _print_data(result, fitted, form)
     else:
         _show(result, fitted, _fit_name(keep, density) if fitting else "", page, save, screen_width(wide))
+    if refusal is not None:
+        raise refusal
 
 
 def _write_page(
@@ -214,6 +222,26 @@ def _write_page(
     progress.step("attention weights")
     data["weights"] = report.weights(loaded.model, result, judged, passages, heads)
     report.write(report.render(data), page)
+
+
+def _check_heads(heads: list[tuple[int, int]], loaded: LoadedModel, tokens: int) -> None:
+    """Raise ArgumentError for a --head that the model lacks, or passages too long for attention weights."""
+    from farlight.hf.layers import attention_layers
+    from farlight.report.weights import MAX_TOKENS
+
+    layers = list(attention_layers(loaded.model))
+    count = loaded.model.config.get_text_config().num_attention_heads
+    for layer, head in heads:
+        if layer not in layers or head >= count:
+            raise ArgumentError(
+                f"--head {layer}:{head}: {loaded.name} has layers {layers[0]} to {layers[-1]} with {count} heads each, "
+                "numbered from 0; name one of those."
+            )
+    if tokens > MAX_TOKENS:
+        raise ArgumentError(
+            f"--head: a page carries attention weights of passages up to {MAX_TOKENS} tokens, and these have {tokens}; add "
+            f"--length {MAX_TOKENS} or less, or leave --head out."
+        )
 
 
 def _passage_length(length: int | None, loaded: LoadedModel) -> int:
@@ -288,8 +316,9 @@ def _fit(
     half = passages.count // 2
     others = replace(passages, ids=passages.ids[half:], starts=passages.starts[half:])
     if fits_by_loss(model, None, density, candidates):
+        assert density is not None  # fits_by_loss
         progress.start(loss_fit_steps(half))
-        return fit_to_loss(model, passages.ids[:half], others.ids, density or 1.0, candidates, step=progress.step), others
+        return fit_to_loss(model, passages.ids[:half], others.ids, density, candidates, step=progress.step), others
     batch = max(1, BATCH_TOKENS // passages.length)
     read_steps = [f"reading: {min(first + batch, half)} of {half} passages" for first in range(0, half, batch)]
     progress.start([*read_steps, "frontiers of all heads", "judged on what it was fitted to", "judged on other text"])

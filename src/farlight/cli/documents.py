@@ -66,17 +66,17 @@ def _files_of(place: Path) -> list[Path]:
 
 
 def read_documents(
-    paths: Sequence[Path], field: str = "text", is_mine: Callable[[int], bool] | None = None
+    paths: Sequence[Path], field: str = "text", is_claimed: Callable[[int], bool] | None = None
 ) -> Iterator[Document]:
     """The documents of these files in order; one that cannot be read carries its error.
 
-    field: the key of the text in JSON lines, the column in parquet. is_mine: for each document's number, counted from 0,
+    field: the key of the text in JSON lines, the column in parquet. is_claimed: for each document's number, counted from 0,
     whether it is wanted; None: all are. A text file that is not wanted is not read.
     """
     number = 0
     for path in paths:
         for document in _file_of_many(path, field) if _holds_many(path) else [None]:
-            if is_mine is None or is_mine(number):
+            if is_claimed is None or is_claimed(number):
                 yield _text_file(path) if document is None else document
             number += 1
 

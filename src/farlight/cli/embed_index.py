@@ -39,10 +39,10 @@ def read_into_index(
     from farlight.embedding.index import Index
 
     if ranks is not None and ranks.rank:
-        ranks.hear("opened", 0)  # the first rank makes the folder
+        ranks.wait_for("opened", 0)  # the first rank makes the folder
     index = Index(folder, embedder, passage=passage, heading=heading)
     if ranks is not None:
-        ranks.tell("opened", True)
+        ranks.publish("opened", True)
     skipped: list[tuple[str, str]] = []
 
     def skip(name: str, error: FarlightError) -> None:
@@ -53,10 +53,10 @@ def read_into_index(
     progress.start(["reading"] * files)
     added = index.add(_readable(documents, skip), step=lambda name: progress.step("reading"), skip=skip)
     if ranks is not None:
-        ranks.tell("done", [added, skipped])
+        ranks.publish("done", [added, skipped])
         if ranks.rank:
             return None
-        others = [ranks.hear("done", rank) for rank in range(1, ranks.world)]
+        others = [ranks.wait_for("done", rank) for rank in range(1, ranks.world)]
         added += sum(count for count, _ in others)
         for name, why in (pair for _, pairs in others for pair in pairs):
             skip(name, FarlightError(why))

@@ -13,7 +13,7 @@ from farlight.errors import DistributedError, UnsupportedError
 __all__ = ["Ranks"]
 
 # How long a process waits for the others, which may have hours to read. A process that dies is noticed by torchrun at once.
-_PATIENCE = datetime.timedelta(days=30)
+_TIMEOUT = datetime.timedelta(days=30)
 
 
 class Ranks:
@@ -48,15 +48,15 @@ class Ranks:
 
         return is_claimed
 
-    def tell(self, name: str, value: Any) -> None:
+    def publish(self, name: str, value: Any) -> None:
         """Make a value of plain types known to the others."""
         self.store.set(f"{name} {self.rank}", json.dumps(value))
 
-    def hear(self, name: str, rank: int) -> Any:
-        """What a rank tells; waits for it. Raises DistributedError where the store is lost."""
+    def wait_for(self, name: str, rank: int) -> Any:
+        """The value of this name that a rank publishes, waited for. Raises DistributedError where the store is lost."""
         key = f"{name} {rank}"
         try:
-            self.store.wait([key], _PATIENCE)
+            self.store.wait([key], _TIMEOUT)
             return json.loads(self.store.get(key))
         except RuntimeError as error:
             raise DistributedError(f"rank {self.rank} of {self.world}: rank {rank} does not answer ({error}).") from error

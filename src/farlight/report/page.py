@@ -33,7 +33,7 @@ def strings() -> dict[str, dict[str, str]]:
 
 
 def render(data: dict[str, Any]) -> str:
-    """The HTML of the data of `map_data` or `audit_data`. Raises ArgumentError above `MOST_BYTES`."""
+    """The HTML of the data of `map_data`, `maps_data` or `audit_data`. Raises ArgumentError above `MOST_BYTES`."""
     script = "\n".join(_asset(f"js/{name}") for name in _scripts())
     style = _asset("report.css")
     policy = (
@@ -53,7 +53,7 @@ def render(data: dict[str, Any]) -> str:
     if len(out.encode()) > MOST_BYTES:
         raise ArgumentError(
             f"the page would have {len(out.encode()):,} bytes, more than the {MOST_BYTES:,} that open quickly everywhere; "
-            "give fewer patterns, or patterns with smaller tables."
+            "give fewer patterns, patterns with smaller tables, or fewer --head."
         )
     return out
 

@@ -96,9 +96,8 @@ def _reach_values(result: Reach) -> dict[str, Any]:
 
 
 def _capacity_values(result: Capacity) -> dict[str, Any]:
-    """The loads of relays without their list, and the busiest one's position."""
-    busiest = result.busiest[0].position if result.busiest else None
-    return {**result.to_dict(), "busiest": busiest}
+    """The loads of relays, without their list."""
+    return {name: value for name, value in result.to_dict().items() if name != "busiest"}
 
 
 def curve(pattern: Pattern, base: Pattern | None, longest: int, known: dict[int, float], heads: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Attention weights in a page: the heaviest keys of each row of one passage, for chosen layers and heads.
 
 Weights travel as 16-bit logarithms, round(-4096 · ln p), a relative error below 0.00013 from 1 down to 0.0000002; keys as
-differences within a row, and each candidate's allowed keys as bits. About 60 kB per head and 512 tokens.
+differences within a row, and each candidate's allowed keys as bits. About 60 kB per head and 512 tokens under six patterns.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from farlight.analysis.loss.heavy_keys import HeavyKeys, heavy_keys
 from farlight.analysis.passages import Passages
 from farlight.report.packing import pack
 
-__all__ = ["carried_heads", "weights"]
+__all__ = ["MAX_TOKENS", "carried_heads", "weights"]
 
-# Rows of all heads together: about 1.6 MB of the page.
+# Rows of all heads together: about 1.6 MB of the page under six patterns, of each of which a row carries its heaviest keys.
 _MAX_ROWS = 12_288
 # A longer passage is carried without weights.
-_MAX_TOKENS = 8192
+MAX_TOKENS = 8192
 _LOG_STEPS = 4096
 
 
@@ -39,7 +39,7 @@ def weights(
     model, patterns, passages: those of the audit. heads: (layer, head); None chooses (`carried_heads`). Raises ArgumentError
     for a head that the model does not have.
     """
-    if passages.length > _MAX_TOKENS:
+    if passages.length > MAX_TOKENS:
         return None
     chosen = carried_heads(result, passages.length) if heads is None else list(dict.fromkeys(heads))
     passage = passages.count // 2
@@ -54,10 +54,10 @@ def carried_heads(result: Audit, tokens: int) -> list[tuple[int, int]]:
     mass = torch.tensor([row.mass_by_head for row in result.patterns], dtype=torch.float64).mean(0)
     layers = sorted({round(x) for x in np.linspace(0, result.layers - 1, min(count, result.layers))})
     chosen: list[tuple[int, int]] = []
-    for turn in range(result.heads):
+    for place in range(result.heads):
         for layer in layers:
             order = mass[layer].argsort(stable=True).tolist()
-            head = order[turn // 2] if turn % 2 == 0 else order[-1 - turn // 2]
+            head = order[place // 2] if place % 2 == 0 else order[-1 - place // 2]
             chosen.append((layer, head))
     return sorted(chosen[:count])
 

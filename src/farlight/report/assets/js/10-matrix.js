@@ -202,7 +202,9 @@
   const sketch = FL.id("sketch");
 
   async function legend() {
-    const box = FL.id("kinds"), kinds = FL.byKind(await FL.pattern()).map(({ kind }) => kind), hidden = new Set(FL.state.hidden.split(" "));
+    const pattern = await FL.pattern();
+    if (pattern !== (await FL.pattern())) return; // another one was chosen while this one was unpacked
+    const box = FL.id("kinds"), kinds = FL.byKind(pattern).map(({ kind }) => kind), hidden = new Set(FL.state.hidden.split(" "));
     box.replaceChildren(FL.el("legend", { class: "hidden", text: FL.say("kind.legend") }), ...kinds.map((kind) => {
       const tick = FL.el("input", { type: "checkbox", value: kind, onchange: () => {
         const out = FL.KINDS.filter((name) => (name === kind ? hidden.has(name) === false : hidden.has(name)));
@@ -214,7 +216,9 @@
   }
 
   async function schematic() {
-    const pattern = await FL.pattern(), hairline = FL.isHairline(pattern.rule, FL.n()), shown = hairline && FL.state.schematic;
+    const pattern = await FL.pattern();
+    if (pattern !== (await FL.pattern())) return;
+    const hairline = FL.isHairline(pattern.rule, FL.n()), shown = hairline && FL.state.schematic;
     FL.id("scale-pick").hidden = !hairline;
     for (const button of FL.id("scale-pick").children) button.setAttribute("aria-checked", String((button.value === "schematic") === shown));
     sketch.hidden = !shown;
@@ -293,8 +297,13 @@
       show({ ...grip.view, top: grip.view.top - (now.clientY - first.clientY) * scale, left: grip.view.left - (now.clientX - first.clientX) * scale });
     }
   });
-  canvas.addEventListener("pointerup", (event) => {
+  /* Fingers that stay go on from the picture as it is now. */
+  function lift(event) {
     hands.delete(event.pointerId);
+    grip = { view: matrix.view, hands: [...hands.values()] };
+  }
+  canvas.addEventListener("pointerup", (event) => {
+    lift(event);
     if (moved) return;
     matrix.cursor = cellAt(event);
     canvas.focus({ preventScroll: true });
@@ -302,7 +311,7 @@
     overlay();
     here();
   });
-  canvas.addEventListener("pointercancel", (event) => hands.delete(event.pointerId));
+  canvas.addEventListener("pointercancel", lift);
   canvas.addEventListener("dblclick", (event) => zoom(0.5, cellAt(event)));
   canvas.addEventListener("wheel", (event) => {
     // The wheel scrolls the page unless the canvas has the focus or Ctrl is held.

@@ -27,7 +27,7 @@
 
   function says() {
     FL.id("find-says").textContent = !word ? "" : !hits.length ? FL.say("text.nowhere") : FL.say("text.found", { index: FL.number(at + 1), count: FL.number(hits.length) });
-    for (const name of ["find-back", "find-next"]) FL.id(name).disabled = hits.length < 2 && name === "find-back";
+    FL.id("find-back").disabled = hits.length < 2;
   }
 
   /* Turns to hit `index`: in its passage where there is one, else in the whole text. */
@@ -48,7 +48,8 @@
 
   function search() {
     word = FL.id("find-word").value.trim();
-    hits = FL.findAll(word);
+    // Under a router the page shows passages only.
+    hits = FL.findAll(word).filter(([token]) => FL.row().views.text || FL.passageOf(token) >= 0);
     at = -1;
     const first = FL.tokenOf(FL.onPage()[0] + (FL.state.scope === "passage" ? FL.data.words.before.length : 0)) || 0;
     if (hits.length) return go(Math.max(0, hits.findIndex(([token]) => token >= first)));
@@ -63,5 +64,8 @@
     step(1);
   });
   FL.id("find-back").addEventListener("click", () => step(-1));
-  FL.on((changed) => changed.has("language") && says());
+  FL.on((changed) => {
+    if (changed.has("language")) says();
+    if (changed.has("pattern") && word) search();
+  });
 })();

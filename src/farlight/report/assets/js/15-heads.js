@@ -28,7 +28,12 @@
         const cell = FL.el("button", {
           type: "button", text: shown, "aria-label": `${shown}. ${says}`, title: says,
           class: h === FL.state.head ? "chosen" : "",
-          onclick: () => { FL.set({ head: h }); FL.id("heat-says").textContent = says; },
+          onclick: () => {
+            const carried = FL.data.weights ? FL.data.weights.heads.findIndex((each) => each.layer === l && each.head === h) : -1;
+            if (carried >= 0) FL.chooseHead(carried);
+            else FL.set({ head: h });
+            FL.id("heat-says").textContent = says;
+          },
           onfocus: () => { FL.id("heat-says").textContent = says; },
           onmouseenter: () => { FL.id("heat-says").textContent = says; },
         });
