@@ -21,6 +21,7 @@ ChoiceProblem choice_of(const std::vector<int64_t>& numbers, const StridedAddres
                         double scale) {
   if (numbers.size() != 18) throw std::invalid_argument("a choice has 18 numbers");
   const int64_t* n = numbers.data();
+  if (n[0] != 0 && n[0] != 1) throw std::invalid_argument("unknown element type of a choice");
   if (n[16] < 0 || n[16] > static_cast<int64_t>(BlockScore::kSoftmax) || n[17] < 0 ||
       n[17] > static_cast<int64_t>(BudgetKind::kLost))
     throw std::invalid_argument("unknown score or budget of a choice");

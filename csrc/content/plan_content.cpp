@@ -120,15 +120,15 @@ class ChunkPlanner {
   }
 
   // Mask numbers of the chunk: 2 m for the m-th row mask, 2 m + 1 for the m-th bit mask.
-  // Row masks that are in use are found again in a table with one place for each hash: where another mask has taken the place,
-  // the mask gets a second number.
+  // Direct-mapped table from row mask to number. A mask of the same hash replaces the entry; if the old mask recurs, it is
+  // stored again under a second number.
   int32_t number_of(uint32_t rows) {
-    Numbered& place = numbered_[(rows * 0x9e3779b1u) >> (32 - kNumberedBits)];
-    if (place.rows != rows || place.number < 0) {
-      place = {rows, static_cast<int32_t>(to_.row_masks.size())};
+    Numbered& entry = mask_numbers_[(rows * 0x9e3779b1u) >> (32 - kNumberedBits)];
+    if (entry.rows != rows || entry.number < 0) {
+      entry = {rows, static_cast<int32_t>(to_.row_masks.size())};
       to_.row_masks.push_back(rows);
     }
-    return 2 * place.number;
+    return 2 * entry.number;
   }
   int32_t number_of(const Bits& bits) {
     const auto [at, fresh] = bit_mask_number_.try_emplace(bits, static_cast<int32_t>(to_.bit_masks.size()));
@@ -151,7 +151,7 @@ class ChunkPlanner {
     int32_t number = -1;
   };
   static constexpr int kNumberedBits = 10;
-  std::array<Numbered, size_t{1} << kNumberedBits> numbered_;
+  std::array<Numbered, size_t{1} << kNumberedBits> mask_numbers_;
   std::map<Bits, int32_t> bit_mask_number_;
 };
 

@@ -4,7 +4,8 @@
 //
 // This header defines the portability macros (forced inlining, unrolling, software prefetch), includes the SIMD layer of the
 // ISA, and defines min and max. FARLIGHT_BF16_PAIRS: the ISA has dot products of bfloat16 pairs (AVX512-BF16 or AMX-BF16).
-// FARLIGHT_PREFETCH fetches into L1, FARLIGHT_PREFETCH_L2 into L2. FARLIGHT_LOWEST_BIT: index of the lowest bit set.
+// FARLIGHT_PREFETCH fetches into L1, FARLIGHT_PREFETCH_L2 into L2. FARLIGHT_LOWEST_BIT: index of the lowest bit set, FARLIGHT_COUNT_BITS:
+// how many are set.
 // FARLIGHT_NO_UNROLL: sanitizer builds keep loops rolled.
 #pragma once
 
@@ -35,8 +36,19 @@
 #define FARLIGHT_UNROLL_4
 #define FARLIGHT_PREFETCH(p) ((void)(p))
 #define FARLIGHT_PREFETCH_L2(p) ((void)(p))
-#define FARLIGHT_COUNT_BITS(x) static_cast<int>(__popcnt(x))
-#define FARLIGHT_LOWEST_BIT(x) static_cast<int>(_tzcnt_u32(x))
+// Without a popcnt or tzcnt instruction, which ARM64 and the portable kernels lack: at most 16 bits are counted.
+static __forceinline int farlight_count_bits(unsigned x) {
+  int count = 0;
+  for (; x; x &= x - 1) ++count;
+  return count;
+}
+static __forceinline int farlight_lowest_bit(unsigned x) {
+  unsigned long index;
+  _BitScanForward(&index, x);
+  return static_cast<int>(index);
+}
+#define FARLIGHT_COUNT_BITS(x) farlight_count_bits(x)
+#define FARLIGHT_LOWEST_BIT(x) farlight_lowest_bit(x)
 #endif
 
 #if defined(FARLIGHT_ISA_AMX)

@@ -1,5 +1,5 @@
-// Selection of the largest weights of a row, in lanes: the weight that just belongs to them is found by bisection over the
-// order of float32 numbers, whose bit patterns order as integers do. Nothing is sorted, and the result is in ascending order.
+// Indices of the `count` largest weights, ascending. The threshold is found by bisection on the bit patterns of the weights,
+// mapped to integers of the same order and compared in vector lanes; nothing is sorted.
 #pragma once
 
 #include <cstring>

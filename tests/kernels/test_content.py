@@ -291,7 +291,20 @@ def test_malformed_numbers_of_a_choice_are_refused() -> None:
     view = strided_address(x)
     right = [0, 1, 2, 2, 16, 16, 8, 0, 0, 1, 4, 4, 0, 0, 0, 0, 0, 0]
     module().choose(right, view, view, 2.0, 1.0, 1)
-    for place, number in ((1, -1), (3, 0), (3, 3), (4, -1), (9, 0), (10, 0), (11, 0), (13, 1), (16, 3), (16, -1), (17, 4)):
+    for place, number in (
+        (0, 2),
+        (1, -1),
+        (3, 0),
+        (3, 3),
+        (4, -1),
+        (9, 0),
+        (10, 0),
+        (11, 0),
+        (13, 1),
+        (16, 3),
+        (16, -1),
+        (17, 4),
+    ):
         wrong = [number if at == place else usual for at, usual in enumerate(right)]
         with pytest.raises(ValueError, match="of a choice"):
             module().choose(wrong, view, view, 2.0, 1.0, 1)

@@ -128,8 +128,8 @@ def differentiable() -> contextlib.AbstractContextManager[object]:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, *, scale: float) -> Tensor:
     """out for `mask`; None = every pair."""
     if not q.numel() or not k.numel():
-        nothing = (q.sum(-1, keepdim=True) + k.sum() + v.sum()).expand(*q.shape[:-1], v.shape[-1])
-        return torch.where(torch.zeros((), dtype=torch.bool, device=q.device), nothing, 0.0)
+        zero = (q.sum(-1, keepdim=True) + k.sum() + v.sum()).expand(*q.shape[:-1], v.shape[-1])
+        return torch.where(torch.zeros((), dtype=torch.bool, device=q.device), zero, 0.0)
     # A literal True: under compile with dynamic shapes a comparison is a SymBool, which SDPA does not take.
     grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     allowed = None if mask is None else mask.pairs

@@ -33,7 +33,7 @@ P = TypeVar("P", bound=Planned)
 
 
 @dataclass(frozen=True, eq=False)
-class _OfPattern(Generic[P]):
+class _PatternEntry(Generic[P]):
     """What a backend planned of one pattern object; None: the backend does not read it."""
 
     plan: P | None
@@ -41,7 +41,7 @@ class _OfPattern(Generic[P]):
 
 
 def _entry_bytes(value: object) -> int:
-    plan = value.plan if isinstance(value, _OfPattern) else None
+    plan = value.plan if isinstance(value, _PatternEntry) else None
     shared = () if plan is None else plan.derived.shared
     return _ENTRY + held_bytes(*shared, value) - held_bytes(*shared)
 
@@ -65,15 +65,15 @@ def keep(key: object, value: object, derived: Derived) -> None:
 def kept_with(pattern: Pattern, kind: object, make: Callable[[], P | None]) -> P | None:
     """What `make` plans of this very pattern, kept until the pattern dies; that it plans nothing (None) is kept too.
 
-    kind: the backend and the sizes. The pattern is told by identity: digesting a choice's lists would take a tenth of the time
-    of planning them, and no other pattern will have the same. What `make` returns must not hold the pattern.
+    kind: the backend and the sizes. The key is the identity of the pattern: digesting a choice's lists would take a tenth of
+    the time of planning them, and no other pattern will have the same. What `make` returns must not hold the pattern.
     """
     key, discard = (kind, id(pattern)), plans.discard
     entry = plans.find(key)
-    if isinstance(entry, _OfPattern) and entry.pattern() is pattern:
+    if isinstance(entry, _PatternEntry) and entry.pattern() is pattern:
         kept: P | None = entry.plan
         return kept
     plan = make()
-    entry = _OfPattern(plan, weakref.ref(pattern, lambda _: discard(key)))
+    entry = _PatternEntry(plan, weakref.ref(pattern, lambda _: discard(key)))
     keep(key, entry, Derived() if plan is None else plan.derived)
     return plan

@@ -43,7 +43,7 @@ class TritonBackend:
         """(out, lse) of the planned pairs."""
         plan, (q, k, v) = _executable(call.plan), _of_one_width(call.q, call.k, call.v)
         out, lse = forward(q, k, v, plan, scale=call.scale, dropout=call.dropout, seed=call.seed)
-        out = out[..., : call.v.shape[3]]
+        out = out[..., : call.v.shape[3]].contiguous()
         sinks = None if call.terms is None else call.terms.sinks
         return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
 
@@ -52,7 +52,8 @@ class TritonBackend:
         plan, (q, k, v, dout, out) = _executable(call.plan), _of_one_width(call.q, call.k, call.v, dout, saved.out)
         operands = dout, dlse, q, k, v, out, saved.lse, plan
         dq, dk, dv = backward(*operands, scale=call.scale, dropout=call.dropout, seed=call.seed)
-        return dq[..., : call.q.shape[3]], dk[..., : call.k.shape[3]], dv[..., : call.v.shape[3]]
+        dq, dk, dv = (x[..., : y.shape[3]].contiguous() for x, y in ((dq, call.q), (dk, call.k), (dv, call.v)))
+        return dq, dk, dv
 
     def score_backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> tuple[Grads, ScoreGrads]:
         """The same, and the gradients of the tables of the terms."""

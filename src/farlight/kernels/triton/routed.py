@@ -175,7 +175,8 @@ def routed_plan(request: Request) -> RoutedPlan | None:
     plan = kept_with(pattern, ("triton", sizes), lambda: _planned(pattern, sizes))
     if plan is not None:
         names = PASSES if request.needs_grad else PASSES[:1]
-        configs = [(name, expected_config(name, request.head_dim, request.dtype, request.device)) for name in names]
+        widest = max(request.head_dim, request.value_dim)  # the launch pads the narrower
+        configs = [(name, expected_config(name, widest, request.dtype, request.device)) for name in names]
         plan.prepare(configs, sizes.heads // request.kv_heads)
     return plan
 
