@@ -1,4 +1,4 @@
-"""The exchange as a pure function: every link served once, nothing sent in vain, the cheapest cover, predicted bytes."""
+"""The exchange as a pure function: every link served once, nothing superfluous sent, the cheapest cover, predicted bytes."""
 
 from __future__ import annotations
 

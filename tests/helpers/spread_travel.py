@@ -1,4 +1,4 @@
-"""What travels between ranks: enough, nothing in vain, and as many bytes as predicted.
+"""What travels between ranks: enough, nothing that changes no result, and as many bytes as predicted.
 
 Functions here run inside the processes of `ranks.in_ranks`; each asserts on every rank and returns how much it has checked.
 Layouts are even for every other case, else two shuffled pieces of any length a rank.
@@ -29,7 +29,7 @@ __all__ = ["sent_keys_matter", "split_sizes_are_those_predicted", "unsent_keys_d
 
 def exchange_of_case(case: Case, queries: Layout, keys: Layout) -> tuple[Exchange, TravelWidths]:
     """What travels in float32."""
-    widths = TravelWidths(case.head_dim, case.head_dim, 4, 4)
+    widths = TravelWidths(case.head_dim, case.value_dim, 4, 4)
     return exchange_of(problem_of(case.pattern, case.sizes, case.kv_heads, queries, keys, widths, "cheapest")), widths
 
 
@@ -94,7 +94,8 @@ def sent_keys_matter(rank: int, world: int, cases: list[Case]) -> int:
                 after = _outputs(case, rank, queries, keys, q, k, other)
                 to_here = moved.keys.between(None, rank)
                 got = bool(((to_here.lo <= key) & (key < to_here.hi)).any())
-                assert not got or not torch.equal(before, after), f"{case.name}, {queries}, {keys}: key {key} was sent in vain"
+                why = f"{case.name}, {queries}, {keys}: key {key} was sent and changed no result"
+                assert not got or not torch.equal(before, after), why
                 checked += got
     return checked
 
