@@ -46,6 +46,8 @@ def main() -> None:
         options.out.write_text(page(Results(options.results)), "utf-8")
         print(f"wrote {options.out}")
         return
+    if options.step == "fit" and not options.text:
+        parser.error("fit needs --text")
     from farlight.hf.loading import load_model
 
     loaded = load_model(options.model)
@@ -61,6 +63,8 @@ def main() -> None:
     cut = passages(texts, loaded.tokenizer, options.tokens, options.passages)
     known = [*fit_rules(), *rules(options.tokens)]
     chosen = [rule for rule in known if not options.family or rule.family in options.family]
+    if not chosen:
+        parser.error(f"no rule has the family {options.family}; there are {sorted({rule.family for rule in known})}")
     add: Any = STEPS[options.step]
     done = add(Results(options.results), loaded.model, cut, chosen, options.seconds)
     print("complete" if done else "more is missing; run again")

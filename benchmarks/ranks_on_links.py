@@ -176,11 +176,18 @@ def run_ranks(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         )
         for rank in range(args.ranks)
     ]
-    codes = [process.wait() for process in ranks]
-    if any(codes):
-        raise SystemExit("a rank failed; its error is above")
-    found: dict[str, Any] = json.loads(answer.read_text())
-    return found
+    try:
+        while any(process.poll() is None for process in ranks):
+            if any(process.poll() for process in ranks):
+                raise SystemExit("a rank failed; its error is above")
+            time.sleep(0.2)
+        if any(process.returncode for process in ranks):
+            raise SystemExit("a rank failed; its error is above")
+    finally:
+        for process in ranks:  # those that still wait for a lost one
+            process.kill()
+    answers: dict[str, Any] = json.loads(answer.read_text())
+    return answers
 
 
 def options() -> argparse.Namespace:

@@ -100,13 +100,19 @@ def load(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) 
     set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
 
 
-def record(path: Path, step: int, loss: float | None) -> None:
-    """Append the loss of a step; None: keep those before the step only."""
+def record(path: Path, step: int, loss: float) -> None:
+    """Append the loss of a step."""
+    with path.open("a") as file:
+        file.write(json.dumps({"step": step, "loss": loss}) + "\n")
+
+
+def forget(path: Path, step: int) -> None:
+    """Keep the losses of the steps before this one; the line that a killed rank has not finished goes too."""
     lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] < step]
-    path.write_text(
-        "".join(f"{line}\n" for line in kept + ([json.dumps({"step": step, "loss": loss})] if loss is not None else []))
-    )
+    whole = [line for line in lines if line.endswith("}")]
+    part = path.with_suffix(".part")
+    part.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] < step))
+    part.replace(path)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -121,7 +127,7 @@ def train(args: argparse.Namespace) -> None:
     if first:
         load(args.out, first, model, optimizer)
     if rank == 0:
-        record(losses, first, None)
+        forget(losses, first)
     for step in range(first, args.steps):
         if step == args.kill and rank == 1 and not killed.exists():
             killed.touch()
@@ -162,7 +168,10 @@ def main() -> None:
     rank = dist.get_rank()
     try:
         train(args)
-    except RuntimeError as error:  # DistributedError, or that of a collective of DDP, FSDP or the checkpoint
+    except (
+        RuntimeError,
+        checkpoint.CheckpointException,
+    ) as error:  # DistributedError, or that of a collective of DDP, FSDP or the checkpoint
         print(f"rank {rank} ends: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # the end of a process group would wait for the lost rank
     dist.destroy_process_group()

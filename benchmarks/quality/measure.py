@@ -28,7 +28,7 @@ from suite.machine import machine
 __all__ = ["FULL", "MEASURES", "Results", "add_links", "add_losses", "add_measures", "add_predictions"]
 
 FULL = "full()"
-# Measures are taken in every third layer; links, which vary little, in every tenth where nothing else is measured.
+# Measures are taken in every third layer, links in every tenth where nothing else is measured.
 MEASURED_LAYERS, COUNTED_LAYERS = 3, 10
 # Measures of a head, means over layers, heads and passages; each falls as the loss grows.
 MEASURES = {

@@ -20,7 +20,7 @@ class Rule:
     expression: str
 
     @property
-    def perfect(self) -> bool:
+    def reads_every_score(self) -> bool:
         """Whether the rule reads every score before it chooses."""
         return self.expression.startswith(("topkeys", "keys-"))
 
@@ -102,5 +102,5 @@ def _chosen(times: int) -> list[Rule]:
         rows.append(Rule("k-means", "Routing Transformer, arXiv:2003.05997", expression))
     for count in (128, 64, 32):
         expression = f"topkeys({count * times}, causal=True) | {SINKS}"
-        rows.append(Rule("top keys (perfect knowledge)", "arXiv:2106.06899", expression))
+        rows.append(Rule("top keys by exact score", "arXiv:2106.06899", expression))
     return rows

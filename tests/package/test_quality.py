@@ -1,4 +1,4 @@
-"""What rules cost a language model: measured on a small one, resumed where it stopped, and told as it is."""
+"""What rules cost a language model: measured on a small one, resumed where it stopped; the page's figures."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_rule_can_be_read() -> None:
         read_judged(expressions)
 
 
-def test_the_page_tells_losses_and_their_ranks(tmp_path: Path) -> None:
+def test_the_page_shows_losses_and_their_ranks(tmp_path: Path) -> None:
     results = Results(tmp_path / "results.json")
     full = results.row(2048, FULL)
     full |= {"loss": {f"book {number}": 2.0 for number in range(4)}, "seconds": [0.5, 0.2]}
@@ -68,6 +68,19 @@ def test_the_page_tells_losses_and_their_ranks(tmp_path: Path) -> None:
     count = len(rules(2048))
     assert f"| 1 - ‖sparse - full‖ / ‖full‖ | book 1 | {count} | 1.000 | 1.000 | nan |" in text
     assert f"| share of attention kept | book 1 | {count} | -1.000 |" in text
+
+
+def test_the_page_is_that_of_the_results() -> None:
+    root = Path(__file__).parents[2]
+    assert (root / "docs" / "quality.md").read_text("utf-8") == page(Results(root / "benchmarks/results/quality/smollm2.json"))
+
+
+def test_links_that_were_not_counted_are_named(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results.json")
+    for expression in (FULL, rules(2048)[0].expression):
+        results.row(2048, expression)["loss"] = {"book 0": 2.0}
+    with pytest.raises(ValueError, match=r"links at 2048 tokens are missing of .*topblocks.*losses.py links"):
+        page(results)
 
 
 def test_equal_values_share_a_rank() -> None:
