@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "build" / "docs" / "pages"
 README = {"README.md": "index.md", "README.zh-CN.md": "index.zh.md"}
 # Kinds of files of docs/ that the site shows or offers.
-KINDS = {".md", ".png", ".svg", ".css", ".ipynb"}
+SUFFIXES = {".md", ".png", ".svg", ".css", ".ipynb"}
 
 _LINK = re.compile(r"(!?\[(?:[^\]\[]|\[[^\]]*\])*\])\(([^)\s]+)\)")
 
@@ -47,7 +47,7 @@ def site_links(text: str, source: Path) -> str:
 
 def copy_pages() -> None:
     for source in sorted((ROOT / "docs").rglob("*")):
-        if source.suffix not in KINDS:
+        if source.suffix not in SUFFIXES:
             continue
         place = PAGES / source.relative_to(ROOT / "docs")
         place.parent.mkdir(parents=True, exist_ok=True)

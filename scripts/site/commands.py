@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -23,6 +23,10 @@ def help_of(name: str) -> str:
     from farlight.cli import main
 
     os.environ["COLUMNS"] = "100"
-    with redirect_stdout(StringIO()) as printed, suppress(SystemExit):
-        main([name, "--help"])
+    with redirect_stdout(StringIO()) as printed:
+        try:
+            main([name, "--help"])
+        except SystemExit as end:
+            if end.code:
+                raise
     return printed.getvalue().strip()

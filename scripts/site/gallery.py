@@ -18,7 +18,7 @@ ENTRIES = (
     ("window(8)", "The neighbours: local syntax, phrases.", "邻居：局部语法、短语。"),
     (
         "window(8) | global_tokens([0, -1])",
-        "Neighbours, and two lighthouses: any two tokens are two hops apart.",
+        "Neighbours, and two global tokens: any two tokens are two hops apart.",
         "邻居加两座灯塔：任意两个词相距两跳。",
     ),
     (
