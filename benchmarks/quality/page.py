@@ -180,7 +180,8 @@ passages or every tenth of one, at 8192 every tenth of one). A window or a count
 judged, a smaller share of their links than the earlier ones; a `share=` gives all rows the same. *Seconds*: one pass of the
 whole model, choice and planning included, one thread: the fastest of its passages, since other work ran beside some. Passages:
 `war-and-peace`, `tinyshakespeare` and Python's manual (`python`), from the second half of each text, cut by
-`benchmarks/quality/texts.py`. Every attention is exact over the links of its rule. `sinks` in an expression stands for `seen_by_all([0, 1, 2, 3])`. k-means centroids are not trained.
+`benchmarks/quality/texts.py`. Every attention is exact over the links of its rule. `sinks` in an expression
+stands for `seen_by_all([0, 1, 2, 3])`. k-means centroids are not trained.
 
 Machine: {machine}.
 
