@@ -229,8 +229,7 @@ def _check_heads(heads: list[tuple[int, int]], loaded: LoadedModel, tokens: int)
     from farlight.hf.layers import attention_layers
     from farlight.report.weights import MAX_TOKENS
 
-    layers = list(attention_layers(loaded.model))
-    count = loaded.model.config.get_text_config().num_attention_heads
+    layers, count = list(attention_layers(loaded.model)), loaded.model.config.get_text_config().num_attention_heads
     for layer, head in heads:
         if layer not in layers or head >= count:
             raise ArgumentError(
@@ -239,8 +238,7 @@ def _check_heads(heads: list[tuple[int, int]], loaded: LoadedModel, tokens: int)
             )
     if tokens > MAX_TOKENS:
         raise ArgumentError(
-            f"--head: a page carries attention weights of passages up to {MAX_TOKENS} tokens, and these have {tokens}; add "
-            f"--length {MAX_TOKENS} or less, or leave --head out."
+            f"--head: a page carries weights of at most {MAX_TOKENS} tokens, a passage has {tokens}; add --length {MAX_TOKENS}."
         )
 
 

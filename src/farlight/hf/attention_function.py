@@ -117,10 +117,8 @@ def attention_forward(
     key, value = key[:, :, : mask.n_k], value[:, :, : mask.n_k]
     score = model_score(module, kwargs, query.shape[1], query.shape[2], key.shape[2], mask.q_offset)
     options = replace(options, score=score)
-    seen = mask.pattern, mask.q_offset, mask.key_real, score, options.sinks
-    observe_output = (
-        None if setting.observer is None else setting.observer(Observation(module, query, key, value, scaling, *seen))
-    )
+    call = Observation(module, query, key, value, scaling, mask.pattern, mask.q_offset, mask.key_real, score, options.sinks)
+    observe_output = None if setting.observer is None else setting.observer(call)
     pattern = _layer_pattern(module, setting.pattern, mask, query, key)
     for links in (indexer_pattern(module, kwargs, query, key.shape[2]), packed_documents(module, kwargs, query, key)):
         pattern = pattern if links is None else pattern & links
