@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farlight.cli import audit_tables
+from farlight.cli.audit_page import check_heads, read_heads, write_page
 from farlight.cli.numbers import count
 from farlight.cli.outputs import check_place, one_format, writing
 from farlight.cli.progress import progress_bar
@@ -148,7 +148,7 @@ def audit_command(
     elif candidate or save is not None:
         raise ArgumentError("--candidate and --save belong to a fit: add --keep 0.95 or --density 0.1.")
     registry.check_name(backend)
-    heads = _heads(head, page)
+    heads = read_heads(head, page)
     num_passages = _num_passages(passages, _PASSAGES if page is None else _REPORT_PASSAGES)
     if page is not None:
         check_place("--html", page)
@@ -158,8 +158,7 @@ def audit_command(
         progress.step("loading the model")
         loaded = load_model(model)
         size = _passage_length(length, loaded)
-        if heads is not None:
-            _check_heads(heads, loaded, size)
+        check_heads(heads, loaded, size)
 
         from farlight import report
         from farlight.analysis.audit import audit, steps
@@ -182,64 +181,19 @@ def audit_command(
                     fitted.save(save)
         progress.start(steps(cut, judged) + ([*report.steps(judged), "attention weights"] if page is not None else []))
         result = audit(
-            loaded.model,
-            cut,
-            judged,
-            backend=backend,
-            tokenizer=loaded.tokenizer,
-            model_name=loaded.name,
-            text_name=text_name,
-            step=progress.step,
-        )
-        refusal: ArgumentError | None = None
+            loaded.model, cut, judged,
+            backend=backend, tokenizer=loaded.tokenizer, model_name=loaded.name, text_name=text_name, step=progress.step,
+        )  # fmt: skip
+        refusal = None
         if page is not None:
-            try:
-                _write_page(page, result, judged, cut, content, loaded, heads, progress)
-            except ArgumentError as error:  # a page too large: the figures are printed first
-                page, refusal = None, error
+            refusal = write_page(page, result, judged, cut, content, loaded, heads, progress)
     if form:
         _print_data(result, fitted, form)
     else:
-        _show(result, fitted, _fit_name(keep, density) if fitting else "", page, save, screen_width(wide))
+        name = _fit_name(keep, density) if fitting else ""
+        _show(result, fitted, name, page if refusal is None else None, save, screen_width(wide))
     if refusal is not None:
         raise refusal
-
-
-def _write_page(
-    page: Path,
-    result: Audit,
-    judged: Sequence[Pattern | Router | Subject],
-    passages: Passages,
-    content: str,
-    loaded: LoadedModel,
-    heads: list[tuple[int, int]] | None,
-    progress: Progress,
-) -> None:
-    """Write the report of an audit; `heads`: those whose attention weights it carries, None for a choice."""
-    from farlight import report
-
-    data = report.audit_data(result, judged, passages, report.words_of(content, loaded.tokenizer), progress=progress)
-    progress.step("attention weights")
-    data["weights"] = report.weights(loaded.model, result, judged, passages, heads)
-    report.write(report.render(data), page)
-
-
-def _check_heads(heads: list[tuple[int, int]], loaded: LoadedModel, tokens: int) -> None:
-    """Raise ArgumentError for a --head that the model lacks, or passages too long for attention weights."""
-    from farlight.hf.layers import attention_layers
-    from farlight.report.weights import MAX_TOKENS
-
-    layers, count = list(attention_layers(loaded.model)), loaded.model.config.get_text_config().num_attention_heads
-    for layer, head in heads:
-        if layer not in layers or head >= count:
-            raise ArgumentError(
-                f"--head {layer}:{head}: {loaded.name} has layers {layers[0]} to {layers[-1]} with {count} heads each, "
-                "numbered from 0; name one of those."
-            )
-    if tokens > MAX_TOKENS:
-        raise ArgumentError(
-            f"--head: a page carries weights of at most {MAX_TOKENS} tokens, a passage has {tokens}; add --length {MAX_TOKENS}."
-        )
 
 
 def _passage_length(length: int | None, loaded: LoadedModel) -> int:
@@ -323,19 +277,6 @@ def _fit(
     profile = profile_model(model, passages.ids[:half], candidates, step=progress.step)
     fitted = fit_profile(profile, passages.ids[half:], keep=keep, density=density, step=progress.step)
     return fitted, others
-
-
-def _heads(heads: list[str] | None, page: Path | None) -> list[tuple[int, int]] | None:
-    """The values of --head as (layer, head). Raises ArgumentError for anything but two numbers, and without --html."""
-    if not heads:
-        return None
-    if page is None:
-        raise ArgumentError("--head belongs to a report: add --html report.html.")
-    parts = [text.split(":") for text in heads]
-    wrong = next((text for text, part in zip(heads, parts, strict=True) if [x.isdecimal() for x in part] != [True] * 2), None)
-    if wrong is not None:
-        raise ArgumentError(f"--head {wrong}: a layer and a head are needed, both numbered from 0, such as 5:2.")
-    return [(int(layer), int(head)) for layer, head in parts]
 
 
 def _num_passages(passages: str | None, default: int) -> int | None:
