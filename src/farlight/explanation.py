@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from farlight.errors import shorten
@@ -116,7 +114,7 @@ def _milliseconds(estimate: Estimate) -> str:
 def _unrouted(request: Request) -> Estimate | None:
     """The cost of attention without a router: over every link, or every causal one where the router's links are causal."""
     every = causal() if _is_causal(request.pattern) else full_pattern()
-    return registry.select(replace(request, pattern=every, choice=None)).taken
+    return registry.select(request._replace(pattern=every, choice=None)).taken
 
 
 def _is_causal(pattern: Pattern) -> bool:

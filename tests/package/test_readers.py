@@ -21,7 +21,7 @@ from farlight.embedding.chapters import split_chapters
 from farlight.errors import FarlightError
 from farlight.hf.fit_file import read_layers, write_layers
 from farlight.kernels import calibrate
-from farlight.kernels.cost import DEFAULT_RATES
+from farlight.kernels.cost import DEFAULT_RATES, rates_by_threads
 from farlight.kernels.triton import autotune as tuning
 from farlight.kernels.triton.configs import Config
 from farlight.measurements import read_measurements
@@ -143,9 +143,9 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[i
     monkeypatch.setenv("FARLIGHT_CALIBRATE", "1")
     monkeypatch.setenv("FARLIGHT_CACHE", str(tmp_path))
     monkeypatch.setattr(calibrate, "measure", lambda: calls.append(1) or dict(DEFAULT_RATES))
-    calibrate._calibrated.cache_clear()
+    rates_by_threads.clear()
     yield calls
-    calibrate._calibrated.cache_clear()
+    rates_by_threads.clear()
 
 
 @pytest.mark.parametrize("text", STRUCTURES, ids=lambda text: text[:40])
@@ -154,7 +154,7 @@ def test_rates_of_another_structure_are_measured_again(text: str, measured: list
     (path,) = tmp_path.glob("rates-*.json")
     written = path.read_bytes()
     path.write_text(text, encoding="utf-8")
-    calibrate._calibrated.cache_clear()
+    rates_by_threads.clear()
     q = torch.randn(1, 4, 300, 64)
     fl.attention(q, q, q, fl.window(60))
     assert calibrate.calibrated() == DEFAULT_RATES
@@ -167,7 +167,7 @@ def test_rates_that_are_no_file(measured: list[int], tmp_path: Path) -> None:
     (path,) = tmp_path.glob("rates-*.json")
     path.unlink()
     path.mkdir()
-    calibrate._calibrated.cache_clear()
+    rates_by_threads.clear()
     assert calibrate.calibrated() == DEFAULT_RATES
     assert len(measured) == 2
     assert read_measurements(tmp_path / ("a" * 5000), 2) is None

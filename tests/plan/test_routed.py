@@ -165,7 +165,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 @every_case
 def test_a_plan_is_made_with_one_read_for_all_passes(of: Case, here: None) -> None:
     earlier, request = (
-        dataclasses.replace(request_of(of, torch.float32, return_lse=True), pattern=parse(of.pattern.text, of.pattern.tables))
+        request_of(of, torch.float32, return_lse=True)._replace(pattern=parse(of.pattern.text, of.pattern.tables))
         for _ in range(2)
     )
     # The fixed part of a union is planned on the host, with the first choice that it meets.

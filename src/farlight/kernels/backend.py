@@ -35,9 +35,11 @@ Grads: TypeAlias = tuple[Tensor, Tensor, Tensor]
 ScoreGrads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One call of `fl.attention` without its tensors: everything on which a backend's refusal may depend."""
+class Request(NamedTuple):
+    """One call of `fl.attention` without its tensors: everything on which a backend's refusal may depend.
+
+    A tuple, because one is made in every call: a frozen dataclass of 13 fields takes 2 µs longer to fill.
+    """
 
     pattern: Pattern
     sizes: Sizes

@@ -2,7 +2,8 @@
 
 It takes less than half a second: what is not measured by then keeps the rates that come with farlight. The rates are kept in a
 small file under the user's cache folder (`FARLIGHT_CACHE`, else `XDG_CACHE_HOME/farlight`, else `~/.cache/farlight`), named by
-what they depend on. `FARLIGHT_CALIBRATE=0` keeps to the rates that come with farlight, so that a choice is the same everywhere.
+what they depend on. `FARLIGHT_CALIBRATE=0`, set before the first close choice, keeps to the rates that come with farlight, so
+that a choice is the same everywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from farlight.caching import cache_folder
 from farlight.kernels import cpu
 from farlight.kernels import torch_tiled as blocked
-from farlight.kernels.cost import DEFAULT_RATES, Rates
+from farlight.kernels.cost import DEFAULT_RATES, Rates, rates_by_threads
 from farlight.measurements import read_measurements, write_measurements
 from farlight.patterns.expression import Sizes
 from farlight.patterns.positional import window
@@ -37,11 +38,13 @@ def calibrated() -> Rates:
     """The rates of this machine for the present number of threads, measured at their first use."""
     if os.environ.get("FARLIGHT_CALIBRATE", "1") == "0":
         return DEFAULT_RATES
-    return _calibrated(torch.get_num_threads())
+    threads = torch.get_num_threads()
+    if threads not in rates_by_threads:
+        rates_by_threads[threads] = _read_or_measured(threads)
+    return rates_by_threads[threads]
 
 
-@functools.cache
-def _calibrated(threads: int) -> Rates:
+def _read_or_measured(threads: int) -> Rates:
     path = cache_folder() / f"rates-{_fingerprint(threads)}.json"
     kept = _read(path)
     if kept is not None:

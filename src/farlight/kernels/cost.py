@@ -12,7 +12,7 @@ import torch
 
 from farlight.kernels.backend import Request
 
-__all__ = ["ACCELERATOR_RATES", "DEFAULT_RATES", "Estimate", "Rates", "estimate"]
+__all__ = ["ACCELERATOR_RATES", "DEFAULT_RATES", "Estimate", "Rates", "estimate", "known_rates", "rates_by_threads"]
 
 # (backend, dtype) -> GFLOP/s of the forward pass on computed pairs (4 · D each), and seconds for each call.
 Rates = dict[tuple[str, torch.dtype], tuple[float, float]]
@@ -32,6 +32,8 @@ ACCELERATOR_RATES: Rates = {
     ("torch", torch.float32): (10_000.0, 1500e-6),
     ("dense", torch.float32): (200_000.0, 20e-6),
 }
+# The rates of this machine by the number of threads, once `calibrated` has read or measured them in this process.
+rates_by_threads: dict[int, Rates] = {}
 # Forward and backward together against forward alone.
 _WITH_BACKWARD = {"cpu": 3.3, "triton": 3.5, "torch": 3.5, "dense": 3.5}
 
@@ -39,6 +41,11 @@ _WITH_BACKWARD = {"cpu": 3.3, "triton": 3.5, "torch": 3.5, "dense": 3.5}
 # pair is planned, or written into a mask.
 _CHOICE_FIXED, _PLAN_FIXED = 200e-6, 100e-6
 _PLANNED_PAIR, _MASKED_PAIR = 20.0, 300.0
+
+
+def known_rates(device: torch.device) -> Rates:
+    """The best rates at hand, without measuring any."""
+    return ACCELERATOR_RATES if device.type != "cpu" else rates_by_threads.get(torch.get_num_threads(), DEFAULT_RATES)
 
 
 class Estimate(NamedTuple):
@@ -58,14 +65,12 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    backend: str, request: Request, visited: int | None, rates: Rates | None = None, *, is_plan_of_one_call: bool = False
+    backend: str, request: Request, visited: int | None, rates: Rates, *, is_plan_of_one_call: bool = False
 ) -> Estimate:
     """The expected cost of a call; `visited` is the plan's, None for all pairs.
 
     is_plan_of_one_call: the plan, or for full attention the mask, is made in this call and used in no other.
     """
-    if rates is None:
-        rates = DEFAULT_RATES if request.device.type == "cpu" else ACCELERATOR_RATES
     sizes = request.sizes
     pairs = sizes.batch * sizes.heads * sizes.n_q * sizes.n_k if visited is None else visited
     # A backend without rates of its own is priced like the torch backend.

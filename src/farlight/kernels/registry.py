@@ -8,7 +8,7 @@ from farlight.errors import ArgumentError, PlanError, UnsupportedError, show
 from farlight.kernels import cpu, dense, reference, torch_tiled, triton
 from farlight.kernels.backend import AnyBackend, Backend, DevicePlanner, MaskBackend, Request
 from farlight.kernels.calibrate import calibrated
-from farlight.kernels.cost import Estimate, Rates, estimate
+from farlight.kernels.cost import DEFAULT_RATES, Estimate, Rates, estimate, known_rates
 from farlight.kernels.cpu.content import lost_bound
 from farlight.plan import Plan, PlanLike, plan_for
 from farlight.plan.content import ContentPlan
@@ -158,11 +158,10 @@ def select(request: Request, backend: str = "auto", plan: Plan | None = None) ->
     built = plan_of(executor, request)
     if backend != "auto":
         return Selection(executor, built)
-    rates: Rates | None = None
-    sparse, full = _estimates(executor, request, built)
-    if 1 / _CLOSE < full.seconds / sparse.seconds < _CLOSE and request.device.type == "cpu":
-        rates = calibrated()
-        sparse, full = _estimates(executor, request, built, rates)
+    rates = known_rates(request.device)
+    sparse, full = _estimates(executor, request, built, rates)
+    if rates is DEFAULT_RATES and 1 / _CLOSE < full.seconds / sparse.seconds < _CLOSE:
+        sparse, full = _estimates(executor, request, built, calibrated())
     # The links are the same for both. By now they are chosen and planned; the mask of a choice would still be formed.
     # Under terms the dense mask is n_q · n_k numbers of each head, which the rates of full attention do not know.
     is_full_faster = full.remaining + full.planning < sparse.remaining
@@ -171,7 +170,7 @@ def select(request: Request, backend: str = "auto", plan: Plan | None = None) ->
     return Selection(executor, built, sparse, full)
 
 
-def _estimates(executor: Backend, request: Request, plan: PlanLike, rates: Rates | None = None) -> tuple[Estimate, Estimate]:
+def _estimates(executor: Backend, request: Request, plan: PlanLike, rates: Rates) -> tuple[Estimate, Estimate]:
     """The costs of the plan and of full attention under the mask of the same links."""
     is_of_one_call = request.choice is not None
     sparse = estimate(executor.name, request, plan.visited, rates, is_plan_of_one_call=is_of_one_call)
