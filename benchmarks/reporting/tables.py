@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from reporting.gpu import GPU_TABLES
 from reporting.wording import Row, code, distinct, kind, measured, percent, rate, rows_of, seconds, share, spread, table, times
 
-__all__ = ["TABLES"]
+__all__ = ["CONTENT_SECTIONS", "TABLES"]
 
 
 def headline(results: dict[str, Any]) -> str:
@@ -116,17 +117,27 @@ def routing(results: dict[str, Any]) -> str:
     )
 
 
-def content(results: dict[str, Any]) -> str:
-    rows = measured(rows_of(results, "content"))
-    head = ["tokens", "router", "", "links of the causal ones", "choosing", "planning", "attending", "together"]
+def content(results: dict[str, Any], section: str) -> str:
+    rows = measured(rows_of(results, section))
+    head = ["tokens", "router", "links of the causal ones", "choosing", "planning", "attending", "together", "of attending"]
     body = []
     for row in rows:
-        cells = [f"{row['tokens']:,}", code(row["pattern"]), kind(row), percent(row["density"])]
+        cells = [f"{row['tokens']:,}", code(row["pattern"]), percent(row["density"])]
         cells += [seconds(row[f"{part}_seconds"]) for part in ("choose", "plan", "attend")]
-        sdpa = row["sdpa_seconds"]
-        cells += [seconds(row["seconds"]), seconds(row["full_seconds"]), times(row["times_full"])]
-        body.append([*cells, seconds(sdpa), times(None if sdpa is None else sdpa / row["seconds"])])
-    return table([*head, "full causal", "times as fast", "causal SDPA", "times as fast"], body) if rows else ""
+        cells += [seconds(row["seconds"]), times(row["of_attending"]), seconds(row["full_seconds"]), times(row["times_full"])]
+        body.append([*cells, seconds(row["sdpa_seconds"])])
+    return table([*head, "full causal", "times as fast", "causal SDPA"], body) if rows else ""
+
+
+def content_memory(results: dict[str, Any]) -> str:
+    rows = measured(rows_of(results, "content-memory"))
+    body = [[code(row["pattern"]), f"{row['tokens']:,}", row["dtype"], percent(row["extra_memory"])] for row in rows]
+    return table(["router", "tokens", "dtype", "peak beyond q + k + v + out, in % of these"], body) if rows else ""
+
+
+CONTENT_SECTIONS = tuple(
+    f"content-{name}" for dtype in ("float32", "bfloat16") for name in (dtype, f"{dtype}-backward", f"long-{dtype}")
+)
 
 
 def dims(results: dict[str, Any]) -> str:
@@ -303,7 +314,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "length": length,
     "patterns": patterns,
     "routing": routing,
-    "content": content,
+    **{name: functools.partial(content, section=name) for name in CONTENT_SECTIONS},
+    "content-memory": content_memory,
     "dims": dims,
     "scores": scores,
     "models": models,

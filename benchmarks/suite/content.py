@@ -1,4 +1,4 @@
-"""Causal routers of a language model's shape: choosing, planning and attending apart, beside full causal attention."""
+"""Causal routers of a language model's shape: choosing, planning and attending apart, beside full causal attention; memory."""
 
 from __future__ import annotations
 
@@ -9,55 +9,67 @@ import torch
 from torch import Tensor
 
 import farlight as fl
-from farlight.routing import Router, TopBlocks
-from suite.contenders import best_backend
+from farlight.analysis.memory import peak_memory
+from farlight.plan.cache import plans
+from farlight.routing import LSH, KMeans, Router, TopBlocks
+from suite.fresh import FreshError, fresh_rows
 from suite.settings import Box, Settings, name_of
-from suite.timing import Contender, interleaved
+from suite.timing import Contender, Timing, interleaved
 
-__all__ = ["content_rows"]
+__all__ = ["content_memory_rows", "content_rows", "long_content_rows", "router_memory"]
 
 Row = dict[str, Any]
-CHOOSE, ATTEND, TOGETHER, FULL, SDPA = "choose", "attend", "together", "causal()", "causal SDPA"
+FULL, SDPA = "causal()", "causal SDPA"
 _HEADS, _KV_HEADS, _DIM = 9, 3, 64
-# Seconds of the five contenders together at 16 384 tokens on two cores, forward; SDPA is left out beyond that length.
-_SECONDS = 5.0
+_BACKEND = "cpu"
+# Expected seconds at 16 384 tokens on two cores: of full causal attention, SDPA included; and of one router, all parts.
+_FULL_SECONDS, _ROUTER_SECONDS, _WITH_BACKWARD = 5.0, 1.0, 3.5
 
 
-def content_rows(settings: Settings, box: Box) -> Iterator[Row]:
-    """9 query heads on 3 key heads of 64, random vectors, causal; each router beside `window(32, 0)` and 4 sinks. Forward and
-    forward + backward, float32 and bfloat16, up to four times the suite's length. Planning is what remains of the whole call.
+def content_rows(settings: Settings, box: Box, *, dtype: torch.dtype, grads: bool) -> Iterator[Row]:
+    """9 query heads on 3 key heads of 64, random vectors, causal; each router beside `window(32, 0)` and 4 sinks, at an eighth
+    of the suite's length, a quarter, and the whole. All contenders of a length are timed in turn.
     """
-    lengths = [settings.tokens // 8, settings.tokens, 4 * settings.tokens]
-    for n in lengths:
-        for dtype in settings.types():
-            q = torch.randn(1, _HEADS, n, _DIM, dtype=dtype)
-            k, v = (torch.randn(1, _KV_HEADS, n, _DIM, dtype=dtype) for _ in range(2))
-            for name, router in _routers().items():
-                for grads in (False, True):
-                    about = {"pattern": name, "tokens": n, "dtype": name_of(dtype)}
-                    about["pass"] = "forward + backward" if grads else "forward"
-                    relative = max(n / 16_384, 0.02) ** 2 * (4 if grads else 1)
-                    why = box.refusal(settings.repeats * _SECONDS * relative)
-                    yield {
-                        **about,
-                        **({"skipped": why} if why else _row(router, (q, k, v), grads, n <= settings.tokens, settings)),
-                    }
+    for n in (settings.tokens // 8, settings.tokens // 4, settings.tokens):
+        yield from _rows(n, dtype, grads, settings, box, repeats=settings.repeats, full=True, sdpa=True)
 
 
-def _routers() -> dict[str, Router]:
+def long_content_rows(settings: Settings, box: Box, *, dtype: torch.dtype) -> Iterator[Row]:
+    """The same forward at four and eight times the suite's length, once each; full causal attention at the first only."""
+    for factor, with_full in ((4, True), (8, False)):
+        yield from _rows(factor * settings.tokens, dtype, False, settings, box, repeats=1, full=with_full, sdpa=False)
+
+
+def _routers(n: int, q: Tensor, k: Tensor) -> dict[str, Router]:
+    """Routers by name; centroids are fitted here, before any clock runs."""
     near = fl.window(32, 0) | fl.seen_by_all(range(4)) & fl.causal()
+    count = max(2, n // 512)
+    clusters = KMeans(_HEADS, _DIM, count, causal=True).fit(q, k, steps=2).eval()
+    recent = KMeans(_HEADS, _DIM, count, causal=True, per_cluster=256).eval()
+    recent.centroids.copy_(clusters.centroids)
     return {
         "TopBlocks(16, 64, query_block=64)": TopBlocks(16, 64, 64, causal=True) | near,
         "TopBlocks(64, 8, query_block=16, score='softmax')": TopBlocks(64, 8, 16, causal=True, score="softmax") | near,
         "TopBlocks(120, 8, query_block=16, score='softmax')": TopBlocks(120, 8, 16, causal=True, score="softmax") | near,
-        "TopBlocks(32, 16), each query": TopBlocks(32, 16, 1, causal=True) | near,
+        "TopBlocks(32, 16, query_block=1)": TopBlocks(32, 16, 1, causal=True) | near,
+        f"KMeans({count} clusters)": clusters | near,
+        f"KMeans({count} clusters), the 256 most recent": recent | near,
+        f"LSH({count} buckets)": LSH(count, causal=True) | near,
     }
 
 
-def _row(router: Router, qkv: tuple[Tensor, Tensor, Tensor], grads: bool, with_sdpa: bool, settings: Settings) -> Row:
-    q, k, v = (x.detach().requires_grad_(grads) for x in qkv)
-    pattern, n = router(q, k), q.shape[2]
-    backend = best_backend(pattern, n, _HEADS, _DIM, q.dtype, grads)
+def _rows(
+    n: int, dtype: torch.dtype, grads: bool, settings: Settings, box: Box, *, repeats: int, full: bool, sdpa: bool
+) -> Iterator[Row]:
+    about = {"tokens": n, "dtype": name_of(dtype), "pass": "forward + backward" if grads else "forward"}
+    scale = (repeats + 1) * (_WITH_BACKWARD if grads else 1.0) * n / 16_384
+    why = box.refusal(scale * (_ROUTER_SECONDS * 7 + (_FULL_SECONDS * n / 16_384 if full else 0.0)))
+    if why is not None:
+        yield {**about, "skipped": why}
+        return
+    torch.manual_seed(0)
+    q = torch.randn(1, _HEADS, n, _DIM, dtype=dtype, requires_grad=grads)
+    k, v = (torch.randn(1, _KV_HEADS, n, _DIM, dtype=dtype, requires_grad=grads) for _ in range(2))
 
     def step(attend: Callable[[], Any]) -> Callable[[], Any]:
         def call() -> Any:
@@ -66,31 +78,94 @@ def _row(router: Router, qkv: tuple[Tensor, Tensor, Tensor], grads: bool, with_s
 
         return call
 
-    contenders = [
-        Contender(CHOOSE, lambda: router(q, k)),
-        Contender(ATTEND, step(lambda: fl.attention(q, k, v, pattern, backend=backend))),
-        Contender(TOGETHER, step(lambda: fl.attention(q, k, v, router, backend=backend))),
-        Contender(FULL, step(lambda: fl.attention(q, k, v, fl.causal(), backend=backend))),
+    contenders: list[Contender] = []
+    if full:
+        causal = fl.plan(fl.causal(), n, heads=_HEADS, backend=_BACKEND)
+        contenders.append(Contender(FULL, step(lambda: fl.attention(q, k, v, causal)), warm=repeats > 1))
+    if sdpa:
+        dense = torch.nn.functional.scaled_dot_product_attention
+        contenders.append(Contender(SDPA, step(lambda: dense(q, k, v, is_causal=True, enable_gqa=True))))
+    made = {}
+    for name, router in _routers(n, q.detach(), k.detach()).items():
+        made[name] = fl.plan(router(q, k), n, heads=_HEADS, backend=_BACKEND)
+        contenders += _contenders(name, router, made[name], (q, k, v), step, repeats)
+    timings = interleaved(contenders, repeats=repeats, budget=75.0)
+    for name, plan in made.items():
+        yield {**about, "pattern": name, **_columns(name, plan, timings)}
+
+
+def _contenders(
+    name: str, router: Router, plan: fl.Plan, qkv: tuple[Tensor, ...], step: Callable[..., Any], repeats: int
+) -> list[Contender]:
+    """Choosing; attending under a plan made before; and both together with planning."""
+    q, k, v = qkv
+
+    def with_planning() -> Any:
+        plans.clear()  # no plan of an equal choice is found again
+        return fl.attention(q, k, v, router, backend=_BACKEND)
+
+    return [
+        Contender(f"choose {name}", lambda: router(q, k), warm=repeats > 1),
+        Contender(f"attend {name}", step(lambda: fl.attention(q, k, v, plan)), warm=repeats > 1),
+        Contender(f"together {name}", step(with_planning), warm=repeats > 1),
     ]
-    if with_sdpa:
-        sdpa = torch.nn.functional.scaled_dot_product_attention
-        contenders.append(Contender(SDPA, step(lambda: sdpa(q, k, v, is_causal=True, enable_gqa=True))))
-    timings = interleaved(contenders, repeats=settings.repeats, budget=10.0)
-    errors = [f"{name}: {timing.error}" for name, timing in timings.items() if timing.error is not None]
+
+
+def _columns(name: str, plan: fl.Plan, timings: dict[str, Timing]) -> Row:
+    """The figures of one router. Planning is what remains of the whole call."""
+    timed = {part: timings[f"{part} {name}"] for part in ("choose", "attend", "together")}
+    timed |= {part: timings[part] for part in (FULL, SDPA) if part in timings}
+    errors = [f"{part}: {timing.error}" for part, timing in timed.items() if timing.error is not None]
     if errors:
         return {"error": "; ".join(errors)}
-    choose, attend, together, full = (timings[name].seconds for name in (CHOOSE, ATTEND, TOGETHER, FULL))
-    plan = fl.plan(pattern, n, heads=_HEADS)
+    choose, attend, together = (timed[part].seconds for part in ("choose", "attend", "together"))
+    full, sdpa = (timed[part].seconds if part in timed else None for part in (FULL, SDPA))
     return {
-        "backend": backend,
-        "density": plan.pairs / (_HEADS * fl.causal().count(n)),
+        "density": plan.pairs / (_HEADS * fl.causal().count(plan.sizes.n_q)),
         "waste": plan.waste,
         "choose_seconds": choose,
         "plan_seconds": max(0.0, together - choose - attend),
         "attend_seconds": attend,
         "seconds": together,
+        "low": timed["together"].low,
+        "high": timed["together"].high,
+        "repeats": timed["together"].repeats,
         "full_seconds": full,
-        "sdpa_seconds": timings[SDPA].seconds if with_sdpa else None,
-        "times_full": full / together,
+        "sdpa_seconds": sdpa,
+        "times_full": None if full is None else full / together,
         "of_attending": together / attend,
     }
+
+
+def content_memory_rows(settings: Settings, box: Box) -> Iterator[Row]:
+    """Peak memory of a forward pass beyond q, k, v and out, as a share of these four, each in a process of its own."""
+    names = list(_routers(64, *(torch.randn(1, heads, 64, _DIM) for heads in (_HEADS, _KV_HEADS))))
+    for place in range(len(names)):
+        for dtype in settings.dtypes:
+            about = {"measure": "memory", "tokens": settings.tokens, "dtype": dtype}
+            why = box.refusal(6.0)
+            if why is not None:
+                yield {**about, "skipped": why}
+                continue
+            arguments: Row = {"place": place, "tokens": settings.tokens, "dtype": dtype}
+            if not settings.memory:
+                yield {**about, **next(router_memory(**arguments))}
+                continue
+            try:
+                yield {**about, **next(fresh_rows("suite.content:router_memory", arguments, limit=box.left))}
+            except FreshError as error:
+                yield {**about, "error": str(error)}
+
+
+def router_memory(place: int, tokens: int, dtype: str) -> Iterator[Row]:
+    """One row of `content_memory_rows`: the router at this place of the list."""
+    q = torch.randn(1, _HEADS, tokens, _DIM, dtype=getattr(torch, dtype))
+    k, v = (torch.randn(1, _KV_HEADS, tokens, _DIM, dtype=q.dtype) for _ in range(2))
+    name, router = list(_routers(tokens, q, k).items())[place]
+    few = min(tokens, 512)  # sets up what a process sets up once: code, thread pools
+    fl.attention(q[:, :, :few], k[:, :, :few], v[:, :, :few], router, backend=_BACKEND)
+    plans.clear()
+    with peak_memory() as peak:
+        out = fl.attention(q, k, v, router, backend=_BACKEND)
+    size = out.nbytes + q.nbytes + k.nbytes + v.nbytes
+    yield {"pattern": name, "extra_memory": max(0, peak.bytes - out.nbytes) / size, "memory_method": peak.method}

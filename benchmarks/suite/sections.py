@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
+
 from suite.allocator import kept_memory
 from suite.breakeven import breakeven_rows
-from suite.content import content_rows
+from suite.content import content_memory_rows, content_rows, long_content_rows
 from suite.decode import decode_rows
 from suite.dims import dims_rows
 from suite.gpu.parity import parity_rows
@@ -51,7 +54,23 @@ class Section:
     device: str = "cpu"
 
 
-# Those of the CPU take 40 minutes together, those of a GPU less than eight.
+def _content_sections() -> Iterator[Section]:
+    """Causal routers beside full causal attention, in sections of two minutes: by pass and dtype, long texts, memory."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for grads in (False, True):
+            name, passes = str(dtype).removeprefix("torch."), "forward and backward" if grads else "forward"
+            yield Section(
+                f"content-{name}" + ("-backward" if grads else ""),
+                f"Do causal routers beat full causal attention, choosing and planning included ({name}, {passes})?",
+                120,
+                functools.partial(content_rows, dtype=dtype, grads=grads),
+            )
+        long = functools.partial(long_content_rows, dtype=dtype)
+        yield Section(f"content-long-{name}", f"How do causal routers grow with the text ({name})?", 120, long)
+    yield Section("content-memory", "How much memory do causal routers take?", 90, content_memory_rows)
+
+
+# Those of the CPU take 50 minutes together, those of a GPU less than eight.
 _ALL = (
     Section(
         "headline",
@@ -63,7 +82,7 @@ _ALL = (
     Section("length", "From which length on does it win, and how does it grow?", 300, length_rows),
     Section("patterns", "Does a harder pattern keep the rate of the plain window?", 335, pattern_rows, keeps=True),
     Section("routing", "What does it cost to let content decide?", 220, routing_rows),
-    Section("content", "Do causal routers beat full causal attention, choosing and planning included?", 300, content_rows),
+    *_content_sections(),
     Section("dims", "Does the rate depend on the head dimension?", 150, dims_rows, keeps=True),
     Section("scores", "What do ALiBi, tables, softcap, sinks and narrow values cost?", 100, score_rows, keeps=True),
     Section("models", "How fast beside Hugging Face's Longformer and BigBird?", 250, model_rows),
