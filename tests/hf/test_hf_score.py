@@ -82,7 +82,6 @@ def test_an_encoder_with_tables_under_a_pattern_is_the_dense_model_under_its_mas
         ({"position_bias": torch.randn(1, 1, 5, 5)}, "farlight needs a function of the distance alone"),
         ({"position_bias": torch.ones(2, 1, 5, 5)}, r"passes position_bias \(2, 1, 5, 5\); farlight needs \(1, 1, 5, 5\)"),
         ({"position_bias": torch.ones(1, 1, 5, 4)}, "the cache has dropped keys"),
-        ({"softcap": 3.0, "output_attentions": True}, "passes softcap, which output_attentions=True"),
     ],
 )
 def test_what_cannot_be_read_is_refused(options: dict[str, Any], text: str) -> None:

@@ -45,6 +45,9 @@ from farlight.score import Score
 
 __all__ = ["attention_forward", "mark_for_compilers"]
 
+# Keywords that are terms on the scores, in words.
+_TERMS = {"softcap": "a softcap", "position_bias": "a position_bias", "score": "ALiBi"}
+
 
 @dataclass(frozen=True)
 class _Options:
@@ -87,7 +90,7 @@ def attention_forward(
     if returns_probabilities:
         check_length(module, query.shape[2], key.shape[2])
         _refuse_probabilities(module, cache_layer is not None or isinstance(setting.pattern, Gist))
-    if returns_probabilities or cache_layer is not None:
+    if cache_layer is not None:
         _refuse_score(module, kwargs)
     if cache_layer is not None and setting.has_layer_number:
         out = cache_layer.attend(
@@ -130,7 +133,7 @@ def attention_forward(
         observe_output(out)
     weights = None
     if returns_probabilities:
-        weights = probabilities(query, key, pattern, scaling, mask.q_offset, options.sinks)
+        weights = probabilities(query, key, pattern, scaling, mask.q_offset, options.sinks, score)
         # Empty slots of a cache have probability 0; keys that a sliding cache dropped have no column.
         weights = functional.pad(weights, (0, num_slots - key.shape[2]))[..., num_slots - num_columns :]
     return out.transpose(1, 2).contiguous(), weights
@@ -305,11 +308,11 @@ def _refuse_packed(module: nn.Module, kwargs: dict[str, Any], unread: bool) -> N
 
 
 def _refuse_score(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raise where terms on the scores meet output_attentions or a SparseCache, which do not compute them."""
-    for name in ("softcap", "position_bias"):
+    """Raise where terms on the scores meet a SparseCache, which does not compute them."""
+    for name in _TERMS:
         value = kwargs.get(name)
         if value is not None and not (isinstance(value, Tensor) and not value.requires_grad and not bool(value.any())):
             raise UnsupportedError(
-                f"{type(module).__name__} passes {name}, which output_attentions=True and a SparseCache do not compute; "
-                "leave the option out, or use another cache."
+                f"{type(module).__name__} adds {_TERMS[name]} to its scores, which a SparseCache does not compute; generate "
+                "under fl.hf.use_pattern(model, pattern) with the cache that transformers makes: the tokens are the same."
             )

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from farlight.errors import ArgumentError, UnsupportedError
-from farlight.hf import attention_function, cached_tensors, masks
+from farlight.hf import alibi, attention_function, cached_tensors, masks, swap
 from farlight.hf.configs import SavedConfigs, configs_of, copy_configs, restore_configs
 from farlight.hf.layers import (
     attention_layers,
@@ -96,11 +96,12 @@ def use_pattern(
 class Undo:
     """The settings and configurations of a model before `install_pattern`; calling it restores them.
 
-    Copied and pickled with the model.
+    `replaced`: the model, where its attention modules were replaced. Copied and pickled with the model.
     """
 
     settings: list[tuple[nn.Module, Setting | None]]
     configs: SavedConfigs
+    replaced: nn.Module | None = None
 
     def __call__(self) -> None:
         for module, setting in self.settings:
@@ -109,6 +110,8 @@ class Undo:
             else:
                 module.__dict__[SETTING] = setting
         restore_configs(self.configs)
+        if self.replaced is not None:
+            swap.restore(self.replaced)
 
 
 def install_pattern(
@@ -132,10 +135,12 @@ def install_pattern(
             f"{name} has cross-attention, in which a query and a key are positions of two different texts; a pattern "
             "speaks of one text. Use its encoder alone (model.get_encoder())."
         )
+    replaced = model if alibi.install(model) else None
     already_registered = all(each._attn_implementation == ATTN_IMPLEMENTATION for each in configs_of(model))
     settings = [(module, module.__dict__.get(SETTING)) for module in model.modules()]
-    undo = Undo(settings, [] if already_registered else copy_configs(model))
+    undo = Undo(settings, [] if already_registered else copy_configs(model), replaced)
     try:
+        alibi.set_implementation(model)
         model.set_attn_implementation(ATTN_IMPLEMENTATION)
         if model.config._attn_implementation != ATTN_IMPLEMENTATION or not attention_modules(model):
             raise UnsupportedError(

@@ -27,7 +27,8 @@ _NO_EFFECT = frozenset({
 })  # fmt: skip
 
 _SUPPORTED = frozenset({
-    "block_indices", "cu_seq_lens_k", "cu_seq_lens_q", "indices", "output_attentions", "position_bias", "s_aux", "softcap",
+    "block_indices", "cu_seq_lens_k", "cu_seq_lens_q", "indices", "output_attentions", "position_bias", "s_aux", "score",
+    "softcap",
 })  # fmt: skip
 # What the lengths of packed sequences already say; without those, refused.
 _WITH_LENGTHS = ("max_length_k", "max_length_q")

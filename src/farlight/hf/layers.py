@@ -139,9 +139,14 @@ def patterns_by_module(model: Any, patterns: Mapping[int, T]) -> dict[nn.Module,
 
 @functools.cache
 def _calls_attention_interface(cls: type[nn.Module]) -> bool:
-    """Whether the source of a module class looks its attention up; transformers itself searches the file for this text."""
+    """Whether the source of a module class looks its attention up; transformers itself searches the file for this text.
+
+    farlight's replacements of modules that do not (`farlight.hf.alibi`) say so by an attribute.
+    """
     from transformers import PreTrainedModel
 
+    if getattr(cls, "calls_attention_interface", False):
+        return True
     if issubclass(cls, PreTrainedModel):  # holds attention modules; is none
         return False
     for base in cls.__mro__:

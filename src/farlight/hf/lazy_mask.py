@@ -48,6 +48,12 @@ class ModelMask:
     text_real: Tensor | None = None
     with_dropped_keys: Callable[[], ModelMask] | None = None
 
+    def to(self, dtype: torch.dtype) -> ModelMask:
+        """Itself, for models that convert their mask to bool, which inside a graph is no tensor. Raises for other types."""
+        if dtype != torch.bool:
+            raise UnsupportedError(f"this model converts its attention mask to {dtype}; farlight keeps it as a set of pairs.")
+        return self
+
     def dense(self, batch: int, n_q: int, n_k: int, device: torch.device) -> Tensor:
         """`(batch, 1, n_q, n_k)` bool; keys beyond `self.n_k` are False."""
         num_covered = n_k if self.n_k is None else self.n_k

@@ -1,6 +1,6 @@
 """Attention probabilities for `output_attentions=True`: a dense matrix, for the analysis of short texts.
 
-Farlight's attention never materialises it. It is computed separately, from the same pattern, scale and sinks.
+Farlight's attention never materialises it. It is computed separately, from the same pattern, scale, score terms and sinks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from farlight.errors import UnsupportedError
-from farlight.patterns.expression import Pattern
+from farlight.patterns.expression import Pattern, Sizes
+from farlight.score import Score, lower
 
 __all__ = ["MAX_TOKENS", "check_length", "probabilities", "wants_probabilities"]
 
@@ -44,16 +45,23 @@ def probabilities(
     scale: float | None,
     q_offset: int | None = None,
     sinks: Tensor | None = None,
+    score: Score | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ) over the allowed pairs, `(B, H, n_q, n_k)` in q's dtype, dropout left out.
 
-    `q` `(B, H, n_q, D)`, `k` `(B, H_kv, n_k, D)`, `sinks` `(H,)` logits that join each row's softmax. Of a list of disjoint
-    patterns with weights, a pair counts as often as its weight says. A row that sees nothing is 0.
+    `q` `(B, H, n_q, D)`, `k` `(B, H_kv, n_k, D)`, `sinks` `(H,)` logits that join each row's softmax, `score` terms on the
+    scores as in `fl.attention`. Of a list of disjoint patterns with weights, a pair counts as often as its weight says. A row
+    that sees nothing is 0.
     """
     (batch, heads, n_q, head_dim), n_k = q.shape, k.shape[2]
     k = k.repeat_interleave(heads // k.shape[1], 1)
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(dtype) @ k.to(dtype).mT * (head_dim**-0.5 if scale is None else scale)
+    offset = n_k - n_q if q_offset is None else q_offset
+    terms = lower(score, None, Sizes(n_q, n_k, offset, batch, heads), q.device, q.dtype)
+    if terms is not None:
+        scores, bias = terms.capped(scores), terms.bias(n_q, n_k, offset)
+        scores = scores if bias is None else scores + bias
     allowed = torch.zeros((), dtype=torch.bool, device=q.device)
     for part, weight in [(pattern, 1.0)] if isinstance(pattern, Pattern) else pattern:
         pairs = part.dense(n_q, n_k, batch=batch, heads=heads, q_offset=q_offset, device=q.device)

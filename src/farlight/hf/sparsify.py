@@ -43,7 +43,8 @@ def sparsify(
     both allow it. Parameters stay what they are; `restore(model)` undoes it.
 
     Longformer, LED, BigBird and BigBird-Pegasus have a sparse attention of their own, which is replaced by farlight's
-    (`farlight.hf.longformer`, `farlight.hf.bigbird`); `pattern` must be None for them, and `options` are theirs.
+    (`farlight.hf.longformer`, `farlight.hf.bigbird`); `pattern` must be None for them, and `options` are theirs. The modules of
+    BLOOM, MPT and Falcon, which add ALiBi to their own scores, are replaced too, and take any pattern (`farlight.hf.alibi`).
 
     Args:
         model: a PreTrainedModel of these, or one that takes its attention from AttentionInterface; or a SentenceTransformer
