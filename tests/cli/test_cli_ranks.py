@@ -45,6 +45,18 @@ def test_each_document_is_claimed_once_in_any_interleaving(tmp_path: Path) -> No
     assert sorted(names) == sorted(whole)
 
 
+def test_documents_of_one_name_are_told_apart_by_every_process(tmp_path: Path) -> None:
+    """Also where a later document has the very name that an earlier one was given."""
+    ids, file = ["a", "a", "a (2)", "b", "a"], tmp_path / "lines.jsonl"
+    file.write_text("\n".join(json.dumps({"id": name, "text": f"text {n}"}) for n, name in enumerate(ids)))
+    store = HashStore()
+    shares = [list(read_documents([file], is_claimed=Ranks(store, rank, 2).claims())) for rank in range(2)]
+    whole = {document.name.removeprefix(f"{file}:"): document.text for document in read_documents([file])}
+    assert whole == {"a": "text 0", "a (2)": "text 1", "a (2) (3)": "text 2", "b": "text 3", "a (5)": "text 4"}
+    assert sorted(d.text for share in shares for d in share) == sorted(whole.values())
+    assert {d.name: d.text for share in shares for d in share} == {f"{file}:{name}": text for name, text in whole.items()}
+
+
 def test_what_processes_cannot_do_together_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

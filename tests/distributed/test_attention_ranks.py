@@ -75,14 +75,14 @@ def test_all_shared_cases(world: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4, 8])
 @hypothesis.given(strategies.cases())
-@hypothesis.settings(max_examples=100)
+@hypothesis.settings(max_examples=300)
 def test_random_expressions(world: int, of: Case) -> None:
     """On an even and on a random layout, with all gradients."""
     assert in_ranks(world, spread_cases.compare_cases, [of], [torch.float32], [8, 0], seconds=600)[0] == 2 * 5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
 @pytest.mark.parametrize("check", ["split_sizes_are_those_predicted", "unsent_keys_do_not_matter", "sent_keys_matter"])
 def test_what_travels_for_all_shared_cases(world: int, check: str) -> None:
     """Split sizes as predicted and of the least weight; every unsent key NaN; every sent key changed, one by one."""

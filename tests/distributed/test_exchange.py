@@ -14,6 +14,7 @@ from spread_cases import layouts
 
 import farlight as fl
 from farlight.distributed import Layout
+from farlight.distributed.collectives import pack, unpack
 from farlight.distributed.communication import problem_of
 from farlight.distributed.cover import minimum_cover
 from farlight.distributed.exchange import ClassExchange, Exchange, exchange
@@ -207,3 +208,14 @@ def test_wrong_sizes_are_refused() -> None:
         Layout.even(10, 2).communication(fl.pairs(torch.ones(5, 5, dtype=torch.bool)), heads=1, head_dim=8)
     with pytest.raises(fl.ArgumentError, match="3 heads are not a multiple of 2 key heads"):
         Layout.even(10, 2).communication(fl.full(), heads=3, kv_heads=2, head_dim=8)
+
+
+def test_tensors_of_any_strides_are_packed() -> None:
+    """A view of one element is contiguous with any stride."""
+    x = torch.arange(6, dtype=torch.float64)
+    message = [x[1::2][:1], x.bfloat16()[::3], x[:0], x.view(2, 3).t(), x[None, 4::2].expand(3, -1)[:1]]
+    data = pack([message, message], torch.device("cpu"))
+    shapes = [(tuple(part.shape), part.dtype) for part in message]
+    for unpacked in unpack(data, [shapes, shapes]):
+        for part, expected in zip(unpacked, message, strict=True):
+            assert torch.equal(part, expected)

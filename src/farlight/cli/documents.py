@@ -127,6 +127,7 @@ def _standard_input(field: str) -> Iterator[Document]:
 
 def _lines(name: str, text: str, field: str) -> Iterator[Document]:
     """One document per line; it is named by its `id`, `name`, `title`, `path` or `url`, else by its line."""
+    used: set[str] = set()
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -136,17 +137,25 @@ def _lines(name: str, text: str, field: str) -> Iterator[Document]:
         except (ValueError, RecursionError) as error:
             yield Document(place, error=ArgumentError(f"{place} is not JSON ({error})."))
             continue
-        yield _document(place, record, field)
+        yield _document(place, record, field, used)
 
 
-def _document(place: str, record: Any, field: str) -> Document:
+def _document(place: str, record: Any, field: str, used: set[str]) -> Document:
+    """used: names of the file's documents. A name that stands there gets the line too: which document is which is then the
+    same for every process that reads the file, whatever share of it is its own.
+    """
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():
         found = ", ".join(map(str, list(record)[:8])) if isinstance(record, dict) else type(record).__name__
         why = f"{place} has no text in {field!r} (it has: {found}); name the field with --field."
         return Document(place, error=ArgumentError(why))
     label = next((str(record[key]) for key in _NAME_FIELDS if record.get(key) not in (None, "") and key != field), None)
-    return Document(place if label is None else f"{place.rpartition(':')[0]}:{label}", text)
+    file, _, line = place.rpartition(":")
+    name = place if label is None else f"{file}:{label}"
+    while name in used:
+        name += f" ({line})"
+    used.add(name)
+    return Document(name, text)
 
 
 def _parquet(path: Path, field: str) -> Iterator[Document]:
@@ -159,11 +168,12 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
         ) from error
     try:
         file = parquet.ParquetFile(path)
+        used: set[str] = set()
         columns = [name for name in (field, *_NAME_FIELDS) if name in file.schema_arrow.names]
         number = 0
         for batch in file.iter_batches(256, columns=columns):
             for record in batch.to_pylist():
                 number += 1
-                yield _document(f"{printable(path)}:{number}", record, field)
+                yield _document(f"{printable(path)}:{number}", record, field, used)
     except OSError as error:
         raise ArgumentError(f"{printable(path)!r} cannot be read as parquet: {error}.") from error

@@ -27,7 +27,7 @@ def _checksum(value: object) -> int:
 
 
 def agree(channel: Channel, fields: Mapping[str, object], trouble: FarlightError | None, device: torch.device) -> None:
-    """Compare the fields, and the version, of all ranks, and hear whether any has a problem of its own. Collective.
+    """Compare the fields, and the version, of all ranks, and learn whether any has an error of its own. Collective.
 
     Raises on every rank: `trouble` where there is one, else ArgumentError that names the ranks that differ from most, and in
     what.

@@ -58,7 +58,7 @@ class _Request:
     score: Score | None = None
 
     def fields(self, q: Tensor, k: Tensor) -> dict[str, object]:
-        """What the ranks must have in common, by name; the layouts are known by now."""
+        """What the ranks must have in common, by name; the layouts are agreed by now."""
         return {
             "pattern": self.pattern.key if isinstance(self.pattern, Pattern) else text_of(self.pattern),
             "layout of the keys": self.layout,
@@ -73,7 +73,7 @@ class _Request:
         }
 
 
-class _Found(NamedTuple):
+class _CheckedCall(NamedTuple):
     """What a rank knows of a call before the first exchange."""
 
     problem: Problem
@@ -152,13 +152,13 @@ def attention(
         spread: Tensor | tuple[Tensor, Tensor] = spread_result(result, q, mesh)
         return spread
     channel = Channel(_group(mesh, group))
-    asked = _Request(pattern, layout, q_layout, scale, q_offset, dropout, seed, backend, move, score)
+    request = _Request(pattern, layout, q_layout, scale, q_offset, dropout, seed, backend, move, score)
     if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = autocast_inputs(q, k, v)
         with without_autocast(q):
-            out, lse = _attend(channel, q, k, v, asked)
+            out, lse = _attend(channel, q, k, v, request)
     else:
-        out, lse = _attend(channel, q, k, v, asked)
+        out, lse = _attend(channel, q, k, v, request)
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
@@ -173,47 +173,47 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor
     return (out.to(lse.dtype) * share.unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, logits.expand_as(lse))
 
 
-def _attend(channel: Channel, q: Tensor, k: Tensor, v: Tensor, asked: _Request) -> tuple[Tensor, Tensor]:
+def _attend(channel: Channel, q: Tensor, k: Tensor, v: Tensor, request: _Request) -> tuple[Tensor, Tensor]:
     """(out, lse) of plain tensors, after the ranks have agreed on the arguments."""
     device = q.device if isinstance(q, Tensor) else torch.device("cpu")
-    asked = _with_layouts(channel, q, k, asked, device)
-    trouble, found = None, None
-    router = asked.pattern if isinstance(asked.pattern, Router) else None
+    request = _with_layouts(channel, q, k, request, device)
+    local_error, checked = None, None
+    router = request.pattern if isinstance(request.pattern, Router) else None
     try:
-        found = _problem(channel, q, k, v, asked if router is None else _checked_router(asked))
+        checked = _problem(channel, q, k, v, request if router is None else _checked_router(request))
     except FarlightError as error:
-        trouble = error
-    known = _agreed.setdefault(dist.group.WORLD if channel.group is None else channel.group, set())
-    request = 0
-    if found is not None:
-        what = replace(asked, seed=None, pattern=full() if router is not None else asked.pattern)
-        request = hash((found[:3], what, None if router is None else text_of(router), q.dtype, q.device.type))
-    if request not in known or trouble is not None:
-        agree(channel, asked.fields(q, k), trouble, device)
-        known.add(request)
+        local_error = error
+    agreed = _agreed.setdefault(dist.group.WORLD if channel.group is None else channel.group, set())
+    checksum = 0
+    if checked is not None:
+        shared = replace(request, seed=None, pattern=full() if router is not None else request.pattern)
+        checksum = hash((checked[:3], shared, None if router is None else text_of(router), q.dtype, q.device.type))
+    if checksum not in agreed or local_error is not None:
+        agree(channel, request.fields(q, k), local_error, device)
+        agreed.add(checksum)
     if router is not None:
-        assert asked.layout is not None
-        assert asked.q_layout is not None
-        pattern = choose_over_ranks(router, q, k, asked.q_layout, asked.layout, channel)
-        found = _problem(channel, q, k, v, replace(asked, pattern=pattern))
-    assert found is not None
-    problem, widths, scale, terms = found
-    seed = read_seed(asked.seed, asked.dropout)
-    if asked.dropout:
-        seed = agree_on_seed(channel, seed, asked.seed is not None, device)
+        assert request.layout is not None
+        assert request.q_layout is not None
+        pattern = choose_over_ranks(router, q, k, request.q_layout, request.layout, channel)
+        checked = _problem(channel, q, k, v, replace(request, pattern=pattern))
+    assert checked is not None
+    problem, widths, scale, terms = checked
+    seed = read_seed(request.seed, request.dropout)
+    if request.dropout:
+        seed = agree_on_seed(channel, seed, request.seed is not None, device)
     tables = (None, None) if terms is None else (terms.distance, terms.key_bias)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *tables))
     route = route_of(problem, channel.rank, widths)
-    run = Run(route, channel, scale, asked.dropout, seed, asked.backend, needs_grad, terms)
+    run = Run(route, channel, scale, request.dropout, seed, request.backend, needs_grad, terms)
     out, lse = SpreadAttention.apply(q, k, v, *tables, run)
     return out, lse
 
 
-def _checked_router(asked: _Request) -> _Request:
+def _checked_router(request: _Request) -> _Request:
     """The request with any pattern, by which all but the router's choice is checked. Raises ArgumentError with q_offset."""
-    if asked.q_offset is not None:
+    if request.q_offset is not None:
         raise ArgumentError("q_offset was given with a router, which takes the queries for the last tokens; leave it out.")
-    return replace(asked, pattern=full())
+    return replace(request, pattern=full())
 
 
 def _group(mesh: DeviceMesh | None, group: ProcessGroup | None) -> ProcessGroup | None:
@@ -230,35 +230,35 @@ def _group(mesh: DeviceMesh | None, group: ProcessGroup | None) -> ProcessGroup 
     return mesh.get_group()
 
 
-def _with_layouts(channel: Channel, q: Tensor, k: Tensor, asked: _Request, device: torch.device) -> _Request:
+def _with_layouts(channel: Channel, q: Tensor, k: Tensor, request: _Request, device: torch.device) -> _Request:
     """The request with both layouts; without one, the lengths of all ranks say it."""
-    if asked.layout is not None:
-        return asked if asked.q_layout is not None else replace(asked, q_layout=asked.layout)
+    if request.layout is not None:
+        return request if request.q_layout is not None else replace(request, q_layout=request.layout)
     has_tokens = isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == k.dim() == 4
     lengths = (q.shape[2], k.shape[2]) if has_tokens else (0, 0)
     keys, queries = layout_of_lengths(channel, *lengths, device)
-    return replace(asked, layout=keys, q_layout=queries if asked.q_layout is None else asked.q_layout)
+    return replace(request, layout=keys, q_layout=queries if request.q_layout is None else request.q_layout)
 
 
-def _problem(channel: Channel, q: Tensor, k: Tensor, v: Tensor, asked: _Request) -> _Found:
+def _problem(channel: Channel, q: Tensor, k: Tensor, v: Tensor, request: _Request) -> _CheckedCall:
     """The whole problem, from this rank's tensors and the layouts. Raises what is wrong on this rank."""
     check_tensors(q, k, v)
-    registry.check_name(asked.backend)
-    if asked.backend != "auto" and asked.backend not in registry.plan_backends():
+    registry.check_name(request.backend)
+    if request.backend != "auto" and request.backend not in registry.plan_backends():
         raise UnsupportedError(
-            f"backend {asked.backend!r} attends under a dense mask and gives no partial results to merge; use 'auto' or one of "
-            f"{', '.join(map(repr, registry.plan_backends()))}."
+            f"backend {request.backend!r} attends under a dense mask and gives no partial results to merge; use 'auto' or "
+            f"one of {', '.join(map(repr, registry.plan_backends()))}."
         )
     if not ops.is_plain(q, k, v):
         raise UnsupportedError(
             "fl.distributed.attention was called on traced, transformed or wrapped tensors; its collectives cannot be traced. "
             "Call it outside torch.compile and torch.func (torch.compiler.disable)."
         )
-    if not isinstance(asked.pattern, Pattern):
-        raise ArgumentError(f"the pattern is {type(asked.pattern).__name__}; pass a pattern such as fl.window(256).")
+    if not isinstance(request.pattern, Pattern):
+        raise ArgumentError(f"the pattern is {type(request.pattern).__name__}; pass a pattern such as fl.window(256).")
     if not q.shape[0]:
         raise ArgumentError("a batch of no items has nothing to spread; skip the call on all ranks.")
-    keys, queries = asked.layout, asked.q_layout
+    keys, queries = request.layout, request.q_layout
     assert keys is not None
     assert queries is not None
     for what, layout, n in (("queries", queries, q.shape[2]), ("keys", keys, k.shape[2])):
@@ -269,16 +269,16 @@ def _problem(channel: Channel, q: Tensor, k: Tensor, v: Tensor, asked: _Request)
                 f"rank {channel.rank} has {n} {what}, but the layout gives it {layout.lengths[channel.rank]}; pass the shard "
                 "of layout.shard(x, 2, rank), or the layout of the tensors."
             )
-    offset = keys.n - queries.n if asked.q_offset is None else read_offset(asked.q_offset)
+    offset = keys.n - queries.n if request.q_offset is None else read_offset(request.q_offset)
     sizes = Sizes(queries.n, keys.n, offset, q.shape[0], q.shape[1])
-    asked.pattern.check(sizes)
+    request.pattern.check(sizes)
     widths = TravelWidths(k.shape[3], v.shape[3], q.dtype.itemsize, 8 if q.dtype == torch.float64 else 4)
-    problem = problem_of(asked.pattern, sizes, k.shape[1], queries, keys, widths, asked.move)
-    terms = lower(asked.score, None, sizes, q.device, q.dtype)
+    problem = problem_of(request.pattern, sizes, k.shape[1], queries, keys, widths, request.move)
+    terms = lower(request.score, None, sizes, q.device, q.dtype)
     # Every rank serves every kind of piece: a backend that is named must honour them all, or all ranks raise here.
-    dropout, names = read_dropout(asked.dropout), frozenset() if terms is None else terms.names
+    dropout, names = read_dropout(request.dropout), frozenset() if terms is None else terms.names
     at_positions = bool(dropout) or "bias by distance" in names
     shapes = k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device
-    options = asked.pattern, sizes, *shapes, True, dropout, True, names, at_positions
-    registry.plan_backend(Request(*options), asked.backend)
-    return _Found(problem, widths, read_scale(asked.scale, q.shape[-1]), terms)
+    options = request.pattern, sizes, *shapes, True, dropout, True, names, at_positions
+    registry.plan_backend(Request(*options), request.backend)
+    return _CheckedCall(problem, widths, read_scale(request.scale, q.shape[-1]), terms)

@@ -72,8 +72,8 @@ class Channel:
     def gather_uneven(self, x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """The tensors `(lengths[r], …)` of all ranks, gathered at the largest length."""
         row = int(np.prod(x.shape[1:])) * x.element_size()
-        mine = pack([[x]], x.device)
-        padded = torch.nn.functional.pad(mine, (0, max(lengths) * row - mine.numel()))
+        packed = pack([[x]], x.device)
+        padded = torch.nn.functional.pad(packed, (0, max(lengths) * row - packed.numel()))
         parts = self.gather("shards", padded).view(self.world, -1)
         shapes = [[((n, *x.shape[1:]), x.dtype)] for n in lengths]
         return [unpack(part, [shape])[0][0] for part, shape in zip(parts, shapes, strict=True)]
@@ -86,8 +86,8 @@ class Channel:
 
     def numbers(self, name: str, values: Sequence[int], device: torch.device) -> NDArray[np.int64]:
         """`(world, m)`: m whole numbers of every rank."""
-        mine = torch.tensor(list(values), dtype=torch.int64, device=device)
-        return self.gather(name, mine).view(self.world, len(values)).cpu().numpy()
+        local = torch.tensor(list(values), dtype=torch.int64, device=device)
+        return self.gather(name, local).view(self.world, len(values)).cpu().numpy()
 
     @contextlib.contextmanager
     def _failing(self, name: str) -> Iterator[None]:
@@ -103,7 +103,9 @@ class Channel:
 
 def pack(messages: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
     """The bytes of all tensors of all messages, one after another."""
-    parts = [x.contiguous().view(-1).view(torch.uint8) for message in messages for x in message if x.numel()]
+    # Strides are given: a tensor of one element is contiguous with any, but a view of another dtype needs 1.
+    tensors = [x.contiguous() for message in messages for x in message if x.numel()]
+    parts = [x.as_strided((x.numel(),), (1,)).view(torch.uint8) for x in tensors]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=device)
 
 

@@ -29,6 +29,9 @@ from farlight.score.lowered import ScoreTerms
 
 __all__ = ["Run", "SpreadAttention"]
 
+# Elements of an output that are merged at a time: half a megabyte in float32.
+_TILE = 1 << 17
+
 
 @dataclass(frozen=True)
 class Run:
@@ -143,10 +146,22 @@ def _contributions(
 
 
 def _merge_into(out: Tensor, lse: Tensor, c: ClassRoute, parts: list[tuple[Tensor, Tensor, Tensor]], group: int) -> None:
-    """Merge partial results into rows of (out, lse), in place."""
+    """Merge partial results into rows of (out, lse), in place, by tiles of rows that stay in the cache."""
     if not parts:
         return
     rows = torch.cat([index for index, _, _ in parts]).unique()
+    for tile in rows.split(max(1, _TILE // max(1, c.heads * group * out.shape[3]))):
+        inside = []
+        for index, part, part_lse in parts:
+            first, last = torch.searchsorted(index, tile[[0, -1]] + torch.tensor([0, 1])).tolist()
+            if first < last:
+                inside.append((index[first:last], part[:, :, first:last], part_lse[:, :, first:last]))
+        _merge_tile(out, lse, c, tile, inside, group)
+
+
+def _merge_tile(
+    out: Tensor, lse: Tensor, c: ClassRoute, rows: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]], group: int
+) -> None:
     pieces = [(take(out, c, rows, group), take(lse, c, rows, group))]
     for index, part, part_lse in parts:
         if index.numel() == rows.numel():

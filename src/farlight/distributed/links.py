@@ -114,9 +114,9 @@ def row_spans(pattern: Pattern, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -
         case PerHead():
             out = Spans.nothing(i.numel(), sizes.n_k, i.device)
             for part, heads in pattern.groups():
-                mine = HeadsOf(heads)._spans(sizes, b, h, i)
-                if not mine.is_empty():
-                    out = out | (mine & row_spans(part, sizes, b, h, i))
+                of_heads = HeadsOf(heads)._spans(sizes, b, h, i)
+                if not of_heads.is_empty():
+                    out = out | (of_heads & row_spans(part, sizes, b, h, i))
             return out
     if isinstance(pattern, window) and pattern.dilation > 1:
         key = i[:, None] + pattern.dilation * torch.arange(-pattern.left, pattern.right + 1)
@@ -186,13 +186,13 @@ def remote_links(pattern: Pattern, sizes: Sizes, head_class: HeadClass, queries:
     for lo, hi in _row_chunks(pattern, sizes) if sizes.n_k else ():
         row = torch.arange(lo, hi)
         reader = torch.from_numpy(queries.owner_of(row.numpy()))
-        own = Spans.from_table(sizes.n_k, owned[0][reader], owned[1][reader])
+        inside = Spans.from_table(sizes.n_k, owned[0][reader], owned[1][reader])
         remote = Spans.nothing(row.numel(), sizes.n_k, row.device)
         for b, h, count in head_class.variants:
             i = row + sizes.q_offset
             spans = row_spans(pattern, sizes, torch.full_like(i, b), torch.full_like(i, h), i)
-            local.index_add_(0, reader, (spans & own).per_row() * count)
-            remote = remote | (spans - own)
+            local.index_add_(0, reader, (spans & inside).per_row() * count)
+            remote = remote | (spans - inside)
         columns.append(_grouped(remote, lo, edges))
     if not columns:
         empty = np.zeros(0, dtype=np.int64)

@@ -60,10 +60,25 @@ class Returned:
 
 # ---- tokens of a class in local tensors -----------------------------------------------------------------------------------
 def take(x: Tensor, of: ClassRoute, index: Tensor, group: int) -> Tensor:
-    """Tokens `index` of a class: `(R, m, …)` of keys `(B, H_kv, n, …)`; for group > 0 `(R, G, m, …)` of rows `(B, H, n, …)`."""
+    """Tokens `index` of a class: `(R, m, …)` of keys `(B, H_kv, n, …)`; for group > 0 `(R, G, m, …)` of rows `(B, H, n, …)`.
+
+    A view where the class has all heads and the tokens are a run.
+    """
+    view = _as_view(x, of, index, group)
+    if view is not None:
+        return view.flatten(0, 1)
     if group:
         return _of_class(x.unflatten(1, (-1, group)).movedim(2, 3), of, index).movedim(2, 1)
     return _of_class(x, of, index)
+
+
+def _as_view(x: Tensor, of: ClassRoute, index: Tensor, group: int) -> Tensor | None:
+    """`(B, H_kv, m, …)`, or `(B, H_kv, G, m, …)`, without a copy; None where the tokens or heads are no run."""
+    x = x.unflatten(1, (-1, group)) if group else x
+    count = index.numel()
+    if of.heads != x.shape[0] * x.shape[1] or not count or int(index[-1] - index[0]) != count - 1:
+        return None
+    return x.narrow(3 if group else 2, int(index[0]), count)
 
 
 def _place(x: Tensor, of: ClassRoute, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +91,10 @@ def _of_class(x: Tensor, of: ClassRoute, index: Tensor) -> Tensor:
 
 def add_tokens(x: Tensor, of: ClassRoute, index: Tensor, part: Tensor, group: int) -> None:
     """Add what `take` would take: `(R, m, …)` or `(R, G, m, …)`, in place."""
+    view = _as_view(x, of, index, group)
+    if view is not None:
+        view += part.unflatten(0, view.shape[:2])
+        return
     if group:
         x, part = x.unflatten(1, (-1, group)).movedim(2, 3), part.movedim(1, 2)
     place = _place(x, of, index)
@@ -84,6 +103,10 @@ def add_tokens(x: Tensor, of: ClassRoute, index: Tensor, part: Tensor, group: in
 
 def put_tokens(x: Tensor, of: ClassRoute, index: Tensor, part: Tensor, group: int) -> None:
     """Write what `take` would take, in place."""
+    view = _as_view(x, of, index, group)
+    if view is not None:
+        view.copy_(part.unflatten(0, view.shape[:2]))
+        return
     if group:
         x, part = x.unflatten(1, (-1, group)).movedim(2, 3), part.movedim(1, 2)
     x[_place(x, of, index)] = part.to(x.dtype)

@@ -162,9 +162,9 @@ def _initial_centroids(router: KMeans, shards: _Shards) -> Tensor:
         vectors = normalize(x).repeat_interleave(heads // x.shape[1], 1)
         head, place = ((order >= first) & (order < first + inputs.batch * layout.n)).nonzero(as_tuple=True)
         item, position = ((order[head, place] - first) // layout.n, (order[head, place] - first) % layout.n)
-        own = torch.from_numpy(layout.owner_of(position.numpy()) == shards.channel.rank)
+        owned = torch.from_numpy(layout.owner_of(position.numpy()) == shards.channel.rank)
         local = torch.from_numpy(layout.local_index(position.numpy()))
-        drawn[head[own], place[own]] = vectors[item[own], head[own], local[own]].to(drawn.dtype)
+        drawn[head[owned], place[owned]] = vectors[item[owned], head[owned], local[owned]].to(drawn.dtype)
         first += inputs.batch * layout.n
     out = router.centroids.clone()
     out[:, : order.shape[1]] = shards.channel.total("initial centroids", drawn)
@@ -202,10 +202,10 @@ def _blocks(router: TopBlocks, shards: _Shards) -> Pattern:
     inputs, channel = shards.local, shards.channel
     key_blocks = _in_blocks(shards.keys, router.block, 0, "keys")
     query_blocks = _in_blocks(shards.queries, router.query_block, shards.offset, "queries")
-    own = [router.summary(part) for part in _pieces(inputs.k, shards.keys, channel.rank)]
-    if not own:
-        own = [router.summary(inputs.k)]
-    tables = [torch.cat(parts, 2) for parts in zip(*own, strict=True)]
+    summaries = [router.summary(part) for part in _pieces(inputs.k, shards.keys, channel.rank)]
+    if not summaries:
+        summaries = [router.summary(inputs.k)]
+    tables = [torch.cat(parts, 2) for parts in zip(*summaries, strict=True)]
     summary = [key_blocks.unshard(table, 2, channel.group) for table in tables]
     lists = [
         router.select_lists(_Run(part, inputs.k, None, None, lo + shards.offset, shards.keys.n), summary)
@@ -214,9 +214,9 @@ def _blocks(router: TopBlocks, shards: _Shards) -> Pattern:
         )
     ]
     heads = inputs.kv_heads if router.per == "group" else inputs.heads
-    mine = concat_selections([torch.full((inputs.batch, heads, 0, 0), -1, device=inputs.q.device), *lists])
-    width = int(channel.numbers("lists", [mine.shape[3]], mine.device).max())
-    padded = torch.nn.functional.pad(mine, (0, width - mine.shape[3]), value=-1)
+    lists_here = concat_selections([torch.full((inputs.batch, heads, 0, 0), -1, device=inputs.q.device), *lists])
+    width = int(channel.numbers("lists", [lists_here.shape[3]], lists_here.device).max())
+    padded = torch.nn.functional.pad(lists_here, (0, width - lists_here.shape[3]), value=-1)
     chosen = shards.gathered(padded, query_blocks, 2)
     every = _Run(inputs.q.new_empty(0).expand(inputs.batch, inputs.heads, shards.queries.n, 0), inputs.k, None, None)
     every = replace(every, first=shards.offset, keys=shards.keys.n)

@@ -41,12 +41,12 @@ class UnitSet:
         return int(self.owned.sum())
 
 
-def spread(channel: Channel, name: str, traffic: Traffic, mine: Tensor) -> Tensor:
+def spread(channel: Channel, name: str, traffic: Traffic, owned: Tensor) -> Tensor:
     """The broadcast bytes of all owners, one after another, from those of this rank."""
     if not traffic.chunk:
-        return mine
+        return owned
     to_each, from_each = traffic.scatter[channel.rank].tolist(), traffic.scatter[:, channel.rank].tolist()
-    part = channel.exchange(f"{name}, scattered", mine, to_each, from_each)()
+    part = channel.exchange(f"{name}, scattered", owned, to_each, from_each)()
     chunk = torch.nn.functional.pad(part, (0, traffic.chunk - part.numel()))
     return channel.gather(f"{name}, gathered", chunk)[: int(traffic.scatter.sum())]
 

@@ -87,7 +87,7 @@ def _traffic(exchange: Exchange, key: int, row: int, key_back: int, row_back: in
     reduce, collect = np.zeros((2, world, world), dtype=np.int64)
     for moved in exchange.classes:
         heads = len(moved.heads.rows)
-        for moves, everyone, out, back in _kinds(moved, key, row, key_back, row_back):
+        for moves, everyone, out, back in _keys_and_rows(moved, key, row, key_back, row_back):
             count = _direct_counts(moves, everyone, world)
             direct += heads * out * count
             results += heads * back * count.T
@@ -104,7 +104,7 @@ def _traffic(exchange: Exchange, key: int, row: int, key_back: int, row_back: in
     return Traffic(direct, scatter, chunk, results, reduce, collect)
 
 
-def _kinds(
+def _keys_and_rows(
     moved: ClassExchange, key: int, row: int, key_back: int, row_back: int
 ) -> tuple[tuple[Moves, Array, int, int], tuple[Moves, Array, int, int]]:
     return (moved.keys, moved.everyone_keys, key, key_back), (moved.rows, moved.everyone_rows, row, row_back)
