@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_fit_model import encoder
-from test_language import gemma, ids, llama
+from test_language import gemma, ids, llama, own_losses
 
 import farlight as fl
+from farlight.analysis.fit import loss_fit
 from farlight.analysis.fit.loss_fit import loss_expressions, profile_loss
+from farlight.analysis.loss import language
 from farlight.analysis.loss.fidelity import measure_fidelity
 from farlight.analysis.loss.heavy_keys import heavy_keys
 from farlight.errors import FarlightError
@@ -21,13 +24,25 @@ NEAR = "window(6, 0)"
 CANDIDATES = [NEAR, "topblocks(share=0.3, block=2, causal=True) | window(6, 0)", "topkeys(4, causal=True)", "full()"]
 
 
-def test_the_prediction_is_the_divergence_of_a_small_change() -> None:
+def own_loss_under(model: Any, text: torch.Tensor, patterns: Any) -> float:
+    """What the model's own logits lose under the patterns, nats per judged token."""
+    full = own_losses(model, text)
+    with use_pattern(model, patterns):
+        return float((own_losses(model, text) - full).mean())
+
+
+@pytest.mark.parametrize("logits", [1 << 25, 250], ids=["all logits at once", "of 5 tokens at a time"])
+def test_the_prediction_is_the_divergence_of_a_small_change(logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row of one head loses one key: nothing is approximated but the second order, and the draws are many."""
     model, text = llama(num_hidden_layers=1), ids(1, 24)
+    monkeypatch.setattr(language, "_MAX_LOGITS", logits)
+    rows: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].numel() // 32))
     mask = torch.ones(4, 24, 24, dtype=torch.bool)
     mask[2, 20, 7] = False
     pattern = fl.pairs(mask)
     table = profile_loss(model, text.expand(60, -1), [repr(pattern)]).measured[0][0]
+    assert max(rows) == min(12, logits // 50)
     with torch.no_grad():
         full = model(text).logits[0, 11:-1].double().log_softmax(-1)
         with use_pattern(model, pattern):
@@ -81,6 +96,24 @@ def test_the_models_own_terms_on_the_scores_are_computed() -> None:
             measure()
 
 
+def test_capped_logits_are_seen_by_the_gradients() -> None:
+    """The head alone would give other predictions than a model that caps its logits: all of them are then the model's own."""
+    model, text = gemma(), ids(1, 24)
+    calls = loss_fit._calls_with_gradients(language.LanguageReader(model), text, 0)
+    captured: list[torch.Tensor] = []
+
+    def observe(call: Any) -> Any:
+        return lambda out: captured.append(out.requires_grad_() if not out.requires_grad else out)
+
+    model.requires_grad_(False)
+    with use_pattern(model, None, observer=observe):
+        logits = model(text, use_cache=False).logits[0, 11:-1]
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    wanted = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, drawn, reduction="sum"), captured)
+    for number, gradient in enumerate(wanted):
+        torch.testing.assert_close(calls[number][1], gradient)
+
+
 def test_a_budget_is_spent_where_the_loss_is(tmp_path: Path) -> None:
     model = llama()
     trainable = [parameter.requires_grad for parameter in model.parameters()]
@@ -94,8 +127,15 @@ def test_a_budget_is_spent_where_the_loss_is(tmp_path: Path) -> None:
     assert fit.held_out.language is not None
     assert f"held out: {fit.held_out.language.lost:+.4f} nats" in str(fit)
     assert fit.to_dict()["held_out"]["loss"] == fit.held_out.language.loss
-    fit.save(tmp_path / "fit.json")
+    stored = json.loads(fit.save(tmp_path / "fit.json"))["model"]
     assert fl.hf.read_layers(tmp_path / "fit.json").keys() == fit.layers.keys()
+    assert stored["measure"] == "loss"
+    assert stored["passages"] == [2, 2]
+    assert stored["predicted_nats"] == fit.loss.predicted
+    assert stored["uniform"] == fit.loss.uniform_expression
+    assert stored["held_out_lost_nats"] == fit.held_out.language.lost
+    assert stored["held_out_lost_interval"] == list(fit.held_out.language.interval or ())
+    assert stored["lost_nats"] == pytest.approx(own_loss_under(model, ids(4, 40)[:2], fit.patterns), abs=1e-5)
     everything = fl.hf.fit(model, ids(4, 40), density=1.0, by="loss", candidates=CANDIDATES)
     assert everything.loss is not None
     assert everything.loss.predicted < 1e-9

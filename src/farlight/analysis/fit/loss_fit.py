@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from farlight.analysis.fit.fit import Fit, layer_fit
 from farlight.analysis.fit.frontier import Option, allocate
-from farlight.analysis.loss.language import first_judged, is_language_model
+from farlight.analysis.loss.language import LanguageReader, first_judged, is_language_model, logit_rows
 from farlight.attention import attention
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.interface import Observation, use_pattern
@@ -144,13 +144,13 @@ def profile_loss(
             f"{type(model).__name__} has no language head, so there is no loss to fit to; load it by AutoModelForCausalLM, or "
             "fit by='attention'."
         )
-    routers = [read_router(text) for text in expressions]
+    routers, reader = [read_router(text) for text in expressions], LanguageReader(model)
     sums: dict[int, Tensor] = {}
     base_links: dict[int, Tensor] = {}
     labels = iter(profile_steps(len(ids)))
     for index, passage in enumerate(ids):
         step(next(labels))
-        calls = _calls_with_gradients(model, passage[None], index)
+        calls = _calls_with_gradients(reader, passage[None], index)
         step(next(labels))
         judged = passage.numel() - first_judged(passage.numel())
         while calls:  # released one by one
@@ -185,12 +185,11 @@ def _measure(call: Observation, gradient: Tensor, routers: Sequence[Any], judged
     return torch.stack(rows), base_links
 
 
-def _calls_with_gradients(model: Any, ids: Tensor, seed: int) -> dict[int, tuple[Observation, Tensor]]:
+def _calls_with_gradients(reader: LanguageReader, ids: Tensor, seed: int) -> dict[int, tuple[Observation, Tensor]]:
     """By layer number: the attention call of full attention on `ids` `(1, N)`, and the gradient `(1, H, N, D)` with respect to
     its output of the loss, summed over the judged tokens, of tokens drawn from the model's predictions.
     """
-    first = first_judged(ids.shape[1])
-    numbers = {}
+    model = reader.model
     calls: list[Observation] = []
     outputs: list[Tensor] = []
 
@@ -204,18 +203,32 @@ def _calls_with_gradients(model: Any, ids: Tensor, seed: int) -> dict[int, tuple
 
     with _frozen(model), torch.enable_grad(), use_pattern(model, None, observer=observe):
         numbers = {id(module): number for number, module in attention_layers(model).items()}
-        ids = ids.to(model.device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, first - 1 : -1].float()
+        _, rows, head = reader.read(ids.to(model.device))
         if not calls:
             raise UnsupportedError(
                 f"{type(model).__name__} accepted another attention implementation but never called it; its attention cannot "
                 "be fitted. Use a model whose layers call transformers' AttentionInterface."
             )
-        generator = torch.Generator(logits.device).manual_seed(seed)
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        gradients = torch.autograd.grad(functional.cross_entropy(logits, drawn, reduction="sum"), outputs)
-    pairs = zip(calls, gradients, strict=True)
+        # `read` may repeat its pass, which is then observed again: the last one begins with the last call of the first module.
+        start = max(index for index, call in enumerate(calls) if call.module is calls[0].module)
+        judged = rows[0, first_judged(ids.shape[1]) - 1 : -1]
+        gradients = torch.autograd.grad(judged, outputs[start:], _gradient_of_drawn(judged.detach(), head, seed))
+    pairs = zip(calls[start:], gradients, strict=True)
     return {numbers[id(call.module)]: (call, gradient) for call, gradient in pairs}
+
+
+def _gradient_of_drawn(rows: Tensor, head: Any, seed: int) -> Tensor:
+    """The gradient with respect to `rows`, logits or with a `head` what it makes logits of, of the summed loss of tokens drawn
+    from the predictions. Logits are formed for some rows at a time.
+    """
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    parts = []
+    for part in rows.split(logit_rows(rows.shape[1] if head is None else head.weight.shape[0])):
+        part = part.requires_grad_()
+        logits = (part if head is None else head(part)).float()
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        parts.append(torch.autograd.grad(functional.cross_entropy(logits, drawn, reduction="sum"), part)[0])
+    return torch.cat(parts)
 
 
 @contextmanager

@@ -77,11 +77,14 @@ class ModelFit:
 
     def save(self, path: str | os.PathLike[str] | None = None) -> str:
         """Write the patterns as JSON, which `fl.hf.sparsify(model, path)` loads. Returns the text."""
-        header = self.model | {"passage_tokens": self.passage_tokens, "density": self.density, "kept": _mean(self.trained.mass)}
+        header = self.model | {"measure": "attention" if self.loss is None else "loss", "passages": list(self.passages)}
+        header |= {"passage_tokens": self.passage_tokens, "density": self.density, "kept": _mean(self.trained.mass)}
+        header |= {} if self.loss is None else self.loss.to_dict()
         if self.held_out is not None:
             header |= {"held_out_kept": _mean(self.held_out.mass), "held_out_token_cosine": self.held_out.token_cosine}
-            if self.held_out.language is not None:
-                header |= {"held_out_lost_nats": self.held_out.language.lost}
+        for name, measured in (("", self.trained), ("held_out_", self.held_out)):
+            if measured is not None and measured.language is not None:
+                header |= {f"{name}lost_nats": measured.language.lost, f"{name}lost_interval": measured.language.interval}
         return write_layers(self.patterns, path, model=header)
 
     def to_dict(self) -> dict[str, Any]:

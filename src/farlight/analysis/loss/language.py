@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["LanguageLoss", "LanguageReader", "LossSums", "Prediction", "first_judged", "is_language_model", "paired_interval"]
+__all__ = [
+    "LanguageLoss",
+    "LanguageReader",
+    "LossSums",
+    "Prediction",
+    "first_judged",
+    "is_language_model",
+    "logit_rows",
+    "paired_interval",
+]
 
 # Elements of the largest matrix of logits that is formed at a time.
 _MAX_LOGITS = 1 << 25
@@ -150,23 +159,32 @@ class LanguageReader:
         Hidden states are float32, or float64 where the model gives float64.
         """
         ids = ids.to(self.model.device)
-        # Without this a causal model would fill a key/value cache that is never read.
-        options: dict[str, Any] = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
-        options |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with torch.no_grad():
             if not self.with_loss:
                 body = self.model.base_model if self._has_head else self.model
-                return _widened(body(**options)[0]), None
-            keep = {"logits_to_keep": 1} if self._head_is_plain else {}
-            hidden, logits = self._run(options | keep)
-            head = self.model.get_output_embeddings()
-            if self._head_is_plain and not torch.allclose(head(hidden[:, -1:]).float(), logits.float(), rtol=1e-3, atol=1e-3):
-                self._head_is_plain = False
-                hidden, logits = self._run(options)
+                return _widened(body(**self._options(ids))[0]), None
+            hidden, rows, head = self.read(ids)
             first = first_judged(ids.shape[1])
-            rows, head = (hidden, head) if self._head_is_plain else (logits, None)
             losses = [_token_losses(row[first - 1 : -1], head, each) for row, each in zip(rows, ids[:, first:], strict=True)]
         return _widened(hidden), torch.stack(losses)
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """(last hidden states, rows `(B, N, …)`, the head that makes logits of them) of a language model, in the gradient mode
+        of the caller. The rows are the hidden states, or the logits of all tokens and the head None (see the class).
+        """
+        options = self._options(ids)
+        keep = {"logits_to_keep": 1} if self._head_is_plain else {}
+        hidden, logits = self._run(options | keep)
+        head = self.model.get_output_embeddings()
+        if self._head_is_plain and not torch.allclose(head(hidden[:, -1:]).float(), logits.float(), rtol=1e-3, atol=1e-3):
+            self._head_is_plain = False
+            hidden, logits = self._run(options)
+        return (hidden, hidden, head) if self._head_is_plain else (hidden, logits, None)
+
+    def _options(self, ids: Tensor) -> dict[str, Any]:
+        # Without this a causal model would fill a key/value cache that is never read.
+        options: dict[str, Any] = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
+        return options | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _run(self, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(last hidden states, logits) of one pass."""
@@ -183,10 +201,15 @@ def _widened(hidden: Tensor) -> Tensor:
     return hidden if hidden.dtype == torch.float64 else hidden.float()
 
 
+def logit_rows(width: int) -> int:
+    """Tokens whose logits, `width` each, are formed at a time."""
+    return max(1, _MAX_LOGITS // width)
+
+
 def _token_losses(x: Tensor, head: Any, targets: Tensor) -> Tensor:
     """`(tokens,)`: cross-entropy of the logits `x`, or of head(x), computed in float32 for some tokens at a time."""
     width = x.shape[-1] if head is None else head.weight.shape[0]
-    step = max(1, _MAX_LOGITS // width)
+    step = logit_rows(width)
     parts = []
     for rows, wanted in zip(x.split(step), targets.split(step), strict=True):
         logits = rows if head is None else head(rows)
