@@ -5,7 +5,6 @@
 #include <cstring>
 #include <limits>
 
-#include "decode_work.h"
 #include "dispatch.h"
 
 namespace farlight {
@@ -205,7 +204,7 @@ void Decoder::add_units(const DecodeStore& store, const DecodeQueries& queries, 
     for (int64_t h = 0; h < heads; ++h)
       work.schedule.units.push_back({store.pages.data(), store.page_shift, type_, b * heads + h,
                                      (b * queries.heads + store.kv_heads[h] * group) * queries.n_q, group * queries.n_q, seen.slots, 0,
-                                     seen.count, masks});
+                                     seen.count, masks, store.position + row * store.capacity});
   }
 }
 
@@ -218,7 +217,24 @@ void Decoder::run(const DecodeQueries& queries, Work& work) const {
   for (int64_t b = 0; b < batch_; ++b)
     for (int64_t h = 0; h < queries.heads; ++h)
       for (int64_t i = 0; i < queries.n_q; ++i, to += dim_) kernels.widen(queries.q.type, queries.q.row(b, h, i), dim_, factor, to);
+  set_terms(queries, schedule);
   schedule.run(kernels, dim_, {queries.q.type, queries.out, queries.lse}, queries.threads);
+}
+
+// The schedule's terms of every row (b, h, i).
+void Decoder::set_terms(const DecodeQueries& queries, DecodeSchedule& schedule) const {
+  const CallTerms& terms = queries.terms;
+  schedule.terms = {terms.cap, terms.first, terms.length};
+  schedule.row_terms.clear(), schedule.sinks.clear();
+  for (int64_t b = 0; b < batch_; ++b)
+    for (int64_t h = 0; h < queries.heads; ++h)
+      for (int64_t i = 0; i < queries.n_q; ++i) {
+        if (terms.on())
+          schedule.row_terms.push_back({queries.position(b, i), terms.slopes ? terms.slopes[h] : 0.0f,
+                                        terms.distance ? terms.distance + h * terms.length : nullptr,
+                                        terms.key_bias ? terms.key_bias + b * terms.key_batch + h * terms.key_head : nullptr});
+        if (terms.sinks) schedule.sinks.push_back(terms.sinks[h]);
+      }
 }
 
 bool Decoder::attend(const DecodeQueries& queries) const {
@@ -233,9 +249,13 @@ bool Decoder::attend(const DecodeQueries& queries) const {
   return true;
 }
 
-void Decoder::attend_masked(const DecodeQueries& queries, int64_t index, const SlotMask& mask) const {
+void Decoder::attend_masked(const DecodeQueries& queries, const std::vector<SlotMask>& masks) const {
   Work& work = Work::of_thread();
-  const DecodeStore& store = stores_[index];
+  for (size_t s = 0; s < stores_.size(); ++s) add_masked_units(stores_[s], queries, masks[s], work);
+  run(queries, work);
+}
+
+void Decoder::add_masked_units(const DecodeStore& store, const DecodeQueries& queries, const SlotMask& mask, Work& work) const {
   const int64_t heads = static_cast<int64_t>(store.kv_heads.size()), group = queries.heads / kv_heads_;
   for (int64_t b = 0; b < batch_; ++b)
     for (int64_t h = 0; h < heads; ++h) {
@@ -252,9 +272,9 @@ void Decoder::attend_masked(const DecodeQueries& queries, int64_t index, const S
       }
       work.schedule.units.push_back({store.pages.data(), store.page_shift, type_, b * heads + h,
                                      (b * queries.heads + store.kv_heads[h] * group) * queries.n_q, group * queries.n_q, list.data(),
-                                     0, static_cast<int64_t>(list.size()), masks});
+                                     0, static_cast<int64_t>(list.size()), masks,
+                                     store.position + (store.rows > 1 ? b : 0) * store.capacity});
     }
-  run(queries, work);
 }
 
 }  // namespace farlight

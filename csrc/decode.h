@@ -19,6 +19,20 @@ struct KeyPage {
   int32_t shared;  // nonzero: a fork of the cache reads it too, so it must be copied before a write
 };
 
+// Score terms of one query row: S = capped(scale * q k) - slope |j - i| + distance[clip(j - i - first, 0, length - 1)] +
+// key_bias[j].
+struct RowTerms {
+  int64_t position;  // i
+  float slope;
+  const float *distance, *key_bias;  // or null
+};
+
+// Score terms of a call, in natural units; `first` and `length` are those of the rows' tables by distance.
+struct DecodeTerms {
+  float cap;  // 0: none
+  int64_t first, length;
+};
+
 // Queries of one (batch item, key head) over a list of slots: one partial result per row.
 struct DecodeItem {
   const KeyPage* pages;  // slot s is in pages[s >> page_shift], at row s & ((1 << page_shift) - 1)
@@ -30,6 +44,9 @@ struct DecodeItem {
   const int32_t* slots;        // (count,) or null: slots first, first + 1, …
   int64_t first, count;
   const uint8_t* const* mask;  // per row: one byte per slot, zero = hidden; null: every row sees every listed slot
+  const DecodeTerms* terms;    // null: none
+  const RowTerms* row_terms;   // per row
+  const int64_t* position;     // of each slot's key; null: slot s holds position s
   float* const* result;        // per row: dim sums, the maximum and the sum of 2^(score - maximum)
 };
 

@@ -39,34 +39,52 @@ void add_store(Decoder& decoder, const std::vector<int64_t>& pages, int page_shi
   decoder.add_store(std::move(store));
 }
 
-// shape: (query heads, queries of each).
-DecodeQueries queries_of(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape, int64_t positions, int64_t rows, int64_t first,
-                         double scale, int64_t out, int64_t lse, int threads) {
-  if (shape.size() != 2 || shape[0] < 1 || shape[0] % decoder.kv_heads())
-    throw std::invalid_argument("heads do not fit the key heads");
-  return {token_tensor(q, type), shape[0], shape[1], pointer<const int64_t>(positions), rows, first, static_cast<float>(scale),
-          pointer<void>(out),    pointer<float>(lse), threads};
+// () or (address of slopes, of the table by distance, its first distance and length, address of the key biases, their batch and
+// head strides, address of sinks); 0 = none.
+CallTerms terms_of(double cap, const std::vector<int64_t>& from) {
+  CallTerms terms{};
+  if (from.empty()) return terms;
+  if (from.size() != 8) throw std::invalid_argument("malformed score terms");
+  return {static_cast<float>(cap), pointer<const float>(from[0]), pointer<const float>(from[1]), from[2], from[3],
+          pointer<const float>(from[4]), from[5], from[6], pointer<const float>(from[7])};
 }
 
-bool attend(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape, int64_t positions,
-            int64_t rows, int64_t first, double scale, int64_t out, int64_t lse, int threads) {
-  const DecodeQueries queries = queries_of(decoder, q, type, shape, positions, rows, first, scale, out, lse, threads);
+// q: address and strides; shape: (query heads, queries of each); where: (address of positions or 0, their rows, first position);
+// results: (address of out, of the lse or 0).
+DecodeQueries queries_of(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape,
+                         const std::vector<int64_t>& where, double scale, const std::vector<int64_t>& results, int threads,
+                         double cap, const std::vector<int64_t>& terms) {
+  if (shape.size() != 2 || shape[0] < 1 || shape[0] % decoder.kv_heads())
+    throw std::invalid_argument("heads do not fit the key heads");
+  return {token_tensor(q, type), shape[0], shape[1], pointer<const int64_t>(where.at(0)), where.at(1), where.at(2),
+          static_cast<float>(scale), pointer<void>(results.at(0)), pointer<float>(results.at(1)), threads, terms_of(cap, terms)};
+}
+
+bool attend(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape,
+            const std::vector<int64_t>& where, double scale, const std::vector<int64_t>& results, int threads, double cap,
+            const std::vector<int64_t>& terms) {
+  const DecodeQueries queries = queries_of(decoder, q, type, shape, where, scale, results, threads, cap, terms);
   const nb::gil_scoped_release release;
   return decoder.attend(queries);
 }
 
-// The mask: (address, batch stride, head stride, query stride) in bytes.
-void attend_masked(const Decoder& decoder, int64_t store, const StridedAddress& mask, const StridedAddress& q, int type,
-                   const std::vector<int64_t>& shape, double scale, int64_t out, int64_t lse, int threads) {
-  const DecodeQueries queries = queries_of(decoder, q, type, shape, 0, 1, 0, scale, out, lse, threads);
-  const SlotMask slot_mask{pointer<const uint8_t>(mask.at(0)), mask.at(1), mask.at(2), mask.at(3)};
+// masks: (address, batch stride, head stride, query stride) in bytes of each store's.
+bool attend_masked(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape,
+                   const std::vector<int64_t>& where, double scale, const std::vector<int64_t>& results, int threads, double cap,
+                   const std::vector<int64_t>& terms, const std::vector<std::vector<int64_t>>& masks) {
+  const DecodeQueries queries = queries_of(decoder, q, type, shape, where, scale, results, threads, cap, terms);
+  std::vector<SlotMask> slot_masks;
+  for (const auto& mask : masks) slot_masks.push_back({pointer<const uint8_t>(mask.at(0)), mask.at(1), mask.at(2), mask.at(3)});
+  if (slot_masks.size() != decoder.stores()) throw std::invalid_argument("one mask for each store is needed");
   const nb::gil_scoped_release release;
-  decoder.attend_masked(queries, store, slot_mask);
+  decoder.attend_masked(queries, slot_masks);
+  return true;
 }
 
-bool attend_routed(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape, int64_t first,
-                   double scale, int64_t out, int64_t lse, int threads) {
-  const DecodeQueries queries = queries_of(decoder, q, type, shape, 0, 1, first, scale, out, lse, threads);
+bool attend_routed(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape,
+                   const std::vector<int64_t>& where, double scale, const std::vector<int64_t>& results, int threads, double cap,
+                   const std::vector<int64_t>& terms) {
+  const DecodeQueries queries = queries_of(decoder, q, type, shape, where, scale, results, threads, cap, terms);
   const nb::gil_scoped_release release;
   return decoder.attend_routed(queries);
 }

@@ -2,7 +2,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "decode_work.h"
 #include "decoder.h"
 #include "dispatch.h"
 #include "parallel.h"
@@ -126,11 +125,12 @@ bool Decoder::attend_routed(const DecodeQueries& queries) const {
         const int64_t row = (b * heads + h) * n_q + i;
         const std::vector<int32_t>& list = routed.lists[row];
         schedule.units.push_back({store.pages.data(), store.page_shift, type_, b * kv_heads_ + h / (heads / kv_heads_), row, 1,
-                                  list.data(), 0, static_cast<int64_t>(list.size()), -1});
+                                  list.data(), 0, static_cast<int64_t>(list.size()), -1, nullptr});
       }
   const float factor = static_cast<float>(static_cast<double>(queries.scale) * 1.44269504088896340736);
   schedule.queries.resize(rows * dim_);
   for (int64_t d = 0; d < rows * dim_; ++d) schedule.queries[d] = factor * routed.queries[d];
+  set_terms(queries, schedule);
   schedule.run(kernels, dim_, {queries.q.type, queries.out, queries.lse}, queries.threads);
   return true;
 }

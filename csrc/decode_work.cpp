@@ -33,8 +33,19 @@ void merge(float* to, const float* from, int64_t dim) {
   to[dim + 1] = a * to[dim + 1] + b * from[dim + 1];
 }
 
-// Writes a row: sums / sum and the lse; zeros and -inf where it saw no key.
-void finish(const DecodeKernels& kernels, float* sums, int64_t row, int64_t dim, const DecodeOutput& output) {
+// Adds a sink's weight to a row's sum; where it raises the maximum, the weighted values follow.
+void add_sink(float* sums, int64_t dim, float sink) {
+  const float score = sink * 1.44269504088896340736f, raised = std::max(score, sums[dim]);
+  const float weight = std::exp2(sums[dim] - raised);
+  for (int64_t d = 0; d < dim; ++d) sums[d] *= weight;
+  sums[dim + 1] = sums[dim + 1] * weight + std::exp2(score - raised);
+  sums[dim] = raised;
+}
+
+// Writes a row: sums / sum and the lse; zeros and -inf where it saw no key. sink: null = none.
+void finish(const DecodeKernels& kernels, float* sums, const float* sink, int64_t row, int64_t dim,
+            const DecodeOutput& output) {
+  if (sink) add_sink(sums, dim, *sink);
   const float total = sums[dim + 1], factor = total == 0.0f ? 0.0f : 1.0f / total;
   for (int64_t d = 0; d < dim; ++d) sums[d] *= factor;
   kernels.narrow(output.type, sums, dim, static_cast<char*>(output.out) + row * dim * bytes_of(output.type));
@@ -77,6 +88,7 @@ void DecodeSchedule::run(const DecodeKernels& kernels, int64_t dim, const Decode
     rows = std::max(rows, unit.rows);
   }
   const int64_t scratch = kernels.scratch_bytes(rows, dim), count = static_cast<int64_t>(parts_.size());
+  const auto sink_of = [&](int64_t row) { return sinks.empty() ? nullptr : sinks.data() + row; };
   const auto is_whole = [&](const Part& part) { return part.count == units[part.unit].count; };
   InterruptCheck no_interrupt(nullptr);
   parallel_for(count, bytes < kBytesOfThreads ? 1 : threads, no_interrupt, [&](int64_t p) {
@@ -93,10 +105,13 @@ void DecodeSchedule::run(const DecodeKernels& kernels, int64_t dim, const Decode
                           unit.first + part.first,
                           part.count,
                           unit.masks < 0 ? nullptr : masks.data() + unit.masks,
+                          row_terms.empty() ? nullptr : &terms,
+                          row_terms.empty() ? nullptr : row_terms.data() + unit.first_row,
+                          unit.position,
                           pointers_.data() + part.pointer};
     kernels.attend(item, thread_scratch(scratch));
     for (int64_t r = 0; is_whole(part) && r < unit.rows; ++r)
-      finish(kernels, pointers_[part.pointer + r], unit.first_row + r, dim, output);
+      finish(kernels, pointers_[part.pointer + r], sink_of(unit.first_row + r), unit.first_row + r, dim, output);
   });
   for (int64_t p = 0; p < count;) {
     const Part& first = parts_[p];
@@ -105,7 +120,7 @@ void DecodeSchedule::run(const DecodeKernels& kernels, int64_t dim, const Decode
     for (++p; p < count && parts_[p].unit == first.unit; ++p)
       for (int64_t r = 0; r < unit.rows; ++r) merge(pointers_[first.pointer + r], pointers_[parts_[p].pointer + r], dim);
     for (int64_t r = 0; is_split && r < unit.rows; ++r)
-      finish(kernels, pointers_[first.pointer + r], unit.first_row + r, dim, output);
+      finish(kernels, pointers_[first.pointer + r], sink_of(unit.first_row + r), unit.first_row + r, dim, output);
   }
 }
 

@@ -19,6 +19,7 @@ struct DecodeUnit {
   const int32_t* slots;  // (count,) or null: slots first, first + 1, …
   int64_t first, count;
   int64_t masks;  // index of the first row's mask in DecodeSchedule::masks; -1: every row sees every listed slot
+  const int64_t* position;  // of each slot's key, read for score terms only; null: slot s holds position s
 };
 
 // The output of all units.
@@ -33,6 +34,9 @@ struct DecodeSchedule {
   std::vector<DecodeUnit> units;
   std::vector<const uint8_t*> masks;
   std::vector<float> queries;  // (rows, dim), scaled
+  DecodeTerms terms;
+  std::vector<RowTerms> row_terms;  // (rows,); empty: scores have no terms
+  std::vector<float> sinks;         // (rows,): a key of this score and value 0 for each row; empty: none
 
   void clear() { units.clear(), masks.clear(); }
   // Computes every unit and writes its rows.

@@ -9,6 +9,7 @@
 
 #include "decode.h"
 #include "decode_select.h"
+#include "decode_work.h"
 
 namespace farlight {
 
@@ -45,6 +46,18 @@ struct SlotMask {
   int64_t batch, head, query;
 };
 
+// Score terms of a call; pointers are null where there is no such term.
+struct CallTerms {
+  float cap;             // 0: none
+  const float* slopes;   // (H,)
+  const float* distance; // (H, length), for the distances j - i = first, first + 1, …; both ends are repeated
+  int64_t first, length;
+  const float* key_bias; // by position; strides in elements, 0 where shared
+  int64_t key_batch, key_head;
+  const float* sinks;    // (H,)
+  bool on() const { return cap != 0.0f || slopes || distance || key_bias; }  // terms on the scores, sinks apart
+};
+
 // The queries of one call. positions: `(rows, n_q)` or null: first, first + 1, …; -1 = no token.
 struct DecodeQueries {
   TokenTensor q;
@@ -55,6 +68,7 @@ struct DecodeQueries {
   void* out;   // (B, H, n_q, D) of q's type, contiguous
   float* lse;  // (B, H, n_q) or null
   int threads;
+  CallTerms terms;
 
   int64_t position(int64_t row, int64_t i) const { return positions ? positions[(rows > 1 ? row : 0) * n_q + i] : first + i; }
 };
@@ -82,8 +96,8 @@ class Decoder {
 
   // Attention by the stores' programs. False, and nothing written, where a store has none and a query does not see every slot.
   bool attend(const DecodeQueries& queries) const;
-  // Attention of the query heads of one store by a caller's mask `(B or 1, heads of the store or 1, n_q, slots)`.
-  void attend_masked(const DecodeQueries& queries, int64_t store, const SlotMask& mask) const;
+  // Attention by a caller's mask for each store, `(B or 1, heads of the store or 1, n_q, slots)`.
+  void attend_masked(const DecodeQueries& queries, const std::vector<SlotMask>& masks) const;
 
   // Attention of the newest queries over what the router chooses for each of them and each head. False, and nothing written,
   // where there is no router, or a score is not finite.
@@ -92,6 +106,7 @@ class Decoder {
   int64_t batch() const { return batch_; }
   int64_t kv_heads() const { return kv_heads_; }
   int64_t dim() const { return dim_; }
+  size_t stores() const { return stores_.size(); }
 
  private:
   struct Work;
@@ -105,7 +120,9 @@ class Decoder {
   bool sees_every_slot(const DecodeStore& store, const DecodeQueries& queries) const;
   void evaluate(const DecodeStore& store, const DecodeQueries& queries, Work& work) const;
   void add_units(const DecodeStore& store, const DecodeQueries& queries, Work& work) const;
+  void add_masked_units(const DecodeStore& store, const DecodeQueries& queries, const SlotMask& mask, Work& work) const;
   void run(const DecodeQueries& queries, Work& work) const;
+  void set_terms(const DecodeQueries& queries, DecodeSchedule& schedule) const;
 
   int64_t batch_, kv_heads_, dim_;
   int64_t keep_back_;  // keys are evicted that many tokens after their last use

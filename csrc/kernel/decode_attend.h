@@ -251,10 +251,30 @@ class DecodeAttend {
     static constexpr int value = N;
   };
 
+  // Score terms of a row of a chunk, in base 2.
+  FARLIGHT_NOINLINE void add_terms(const RowTerms& row, int64_t at, int n, float* scores) const {
+    constexpr float kLog2E = 1.44269504088896340736f;
+    float bias[kDecodeChunk] = {};
+    for (int i = 0; i < n; ++i) {
+      const int64_t s = slot(at + i), key = item_.position ? item_.position[s] : s, distance = key - row.position;
+      bias[i] = -row.slope * static_cast<float>(distance < 0 ? -distance : distance);
+      if (row.distance)
+        bias[i] += row.distance[max<int64_t>(0, min<int64_t>(distance - item_.terms->first, item_.terms->length - 1))];
+      if (row.key_bias) bias[i] += row.key_bias[key];
+    }
+    const float cap = item_.terms->cap * kLog2E;
+    for (int i = 0; i < n; i += W) {
+      F x = load(scores + i);
+      if (cap != 0.0f) x = mul(tanh_rational(mul(x, broadcast(1.0f / cap))), broadcast(cap));
+      store(scores + i, fma(load(bias + i), broadcast(kLog2E), x));
+    }
+  }
+
   // Replaces the scores of a row by 2^(score - maximum), after rescaling the row's sums to the new maximum.
   void softmax(int64_t r, int64_t at, int n) {
     float* scores = scores_ + r * kDecodeChunk;
     float *result = item_.result[r], &row_max = result[item_.dim], &row_sum = result[item_.dim + 1];
+    if (item_.terms) add_terms(item_.row_terms[r], at, n, scores);
     for (int i = n; i % W; ++i) scores[i] = -kInfinity;
     if (item_.mask)
       for (int i = 0; i < n; ++i) scores[i] = item_.mask[r][slot(at + i)] ? scores[i] : -kInfinity;

@@ -8,23 +8,6 @@
 
 namespace farlight::FARLIGHT_NS {
 
-// tanh(x), relative error 3e-7: an odd rational function on [-9, 9], beyond which tanh rounds to ±1.
-FARLIGHT_INLINE F tanh_rational(F x) {
-  x = select(greater(x, broadcast(9.0f)), broadcast(9.0f), x);  // NaN stays NaN
-  x = select(greater(broadcast(-9.0f), x), broadcast(-9.0f), x);
-  const F u = mul(x, x);
-  F n = fma(broadcast(-1.2247458255898458e-11f), u, broadcast(3.064431552957103e-08f));
-  n = fma(n, u, broadcast(2.803210554702673e-05f));
-  n = fma(n, u, broadcast(0.003869548672810197f));
-  n = fma(n, u, broadcast(0.13680888712406158f));
-  n = fma(n, u, broadcast(1.0f));
-  F d = fma(broadcast(1.2890889138361672e-06f), u, broadcast(0.00039407843723893166f));
-  d = fma(d, u, broadcast(0.02725030668079853f));
-  d = fma(d, u, broadcast(0.4701422154903412f));
-  d = fma(d, u, broadcast(1.0f));
-  return div(mul(x, n), d);
-}
-
 // Adds a sink's weight to a row's sum. Where the sink raises the maximum, the weighted sum of values follows by `factor`.
 FARLIGHT_INLINE void add_sink(float sink, float& row_max, float& row_sum, float& factor) {
   const float raised = row_max > sink ? row_max : sink, weight = exp2f(row_max - raised);

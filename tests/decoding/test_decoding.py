@@ -16,6 +16,7 @@ from torch import Tensor
 
 import farlight as fl
 from farlight.decoding import last_use as rules
+from farlight.decoding.slot_queries import SlotQueries
 from farlight.patterns import Pattern, Sizes
 from farlight.patterns.liveness import FOREVER, LastUse
 from farlight.routing import TopBlocks, TopKeys
@@ -171,7 +172,7 @@ def test_a_query_that_sees_every_slot_needs_no_mask(monkeypatch: pytest.MonkeyPa
     cache = fl.KVCache(fl.presets.streaming(4, 64))
     q, k, v = tensors(300, 2, 2)
     cache.append(k[:, :, :200], v[:, :, :200])
-    monkeypatch.setattr(__import__("sys").modules["farlight.decoding.decode"], "_mask", never)
+    monkeypatch.setattr(SlotQueries, "mask", never)
     for t in range(200, 300):
         cache.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
         decode(q[:, :, t : t + 1], cache)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import (
     DynamicCache,
     Gemma2Config,
+    Gemma2ForCausalLM,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -163,15 +164,21 @@ def test_a_sparsified_model_needs_no_second_naming_of_its_pattern() -> None:
     assert actual.tolist() == model.generate(**given, max_new_tokens=10, do_sample=False, use_cache=False).tolist()
 
 
-def test_sinks_in_the_softmax_are_counted() -> None:
+@pytest.mark.parametrize("name", ["GPT-OSS, sinks", "Gemma 2, softcap"])
+def test_terms_of_the_model_on_its_scores_are_honoured(name: str) -> None:
     torch.manual_seed(0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "head_dim": 8,
         "num_local_experts": 2,
         "num_experts_per_tok": 1,
         "layer_types": ["sliding_attention", "full_attention"],
     }
-    model = GptOssForCausalLM(GptOssConfig(**{**SIZES, "num_hidden_layers": 2}, **END, **sizes, sliding_window=6)).eval()
+    sizes |= {**SIZES, "num_hidden_layers": 2} | END | {"sliding_window": 6}
+    if name.startswith("Gemma"):
+        capped = Gemma2Config(**sizes, attn_logit_softcapping=0.5, final_logit_softcapping=None, query_pre_attn_scalar=2)
+        model: Any = Gemma2ForCausalLM(capped).eval()
+    else:
+        model = GptOssForCausalLM(GptOssConfig(**sizes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)

@@ -16,18 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farlight.decoding.checks import check_real, check_tokens, read_dtype
+from farlight.decoding.checks import check_items, check_real, check_score, check_tokens, read_dtype
 from farlight.decoding.last_use import eviction_rules
 from farlight.decoding.native import NativeStores, is_native
 from farlight.decoding.pages import Pages
 from farlight.decoding.routed import RouterState
 from farlight.decoding.store import KeyStore
-from farlight.errors import ArgumentError, show
+from farlight.errors import ArgumentError
 from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.liveness import liveness_sizes
 from farlight.patterns.positional import full
 from farlight.routing.base import Router
+from farlight.score.terms import Score
 
 __all__ = ["KVCache"]
 
@@ -52,16 +53,17 @@ class KVCache:
         pattern: which keys each query sees, causality included. Or a router: then nothing is evicted, since any key may be
             chosen later, and `TopBlocks` (causal=True) also keeps block summaries, so that a step reads these and the keys of
             the selected blocks only.
-        max_length: the greatest length of the text; there are no queries at positions from there on. The pattern is then that
-        of
-            a text of this length, of which a prefix has been appended: negative positions count from its end, tables have one
-            entry for each of its tokens. None: no end; the pattern must not depend on the length.
+        max_length: the greatest length of the text; there are no queries at positions from there on. The pattern is then
+            that of a text of this length, of which a prefix has been appended: negative positions count from its end, tables
+            have one entry for each of its tokens. None: no end; the pattern must not depend on the length.
         heads: number of query heads. None: as many as the pattern's tables name, else as many as key heads. Required with
             grouped queries where the pattern differs between heads.
         dtype: element type of stored keys and values. None: that of the appended ones; torch.bfloat16 or another: rounded to
             it; "int8": codes of int8 with one float32 scale for each token, head and K or V, so that an element differs by at
             most max |row| / 254 from the appended one. Queries and outputs keep their own dtype.
         keep_back: keys are evicted that many tokens after their last use, so that `crop` can take that many tokens back.
+        score, sinks: terms on the scores and attention sinks of every `decode` and `step` that names none itself; see
+            `fl.decode`.
 
     Raises ArgumentError for another type of pattern, and PatternError when the pattern depends on the length of the text and
     `max_length` is not given, or does not fit.
@@ -84,6 +86,8 @@ class KVCache:
         heads: int | None = None,
         dtype: torch.dtype | str | None = None,
         keep_back: int = 0,
+        score: Score | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         if not isinstance(pattern, Pattern | Router):
             raise ArgumentError(
@@ -95,6 +99,8 @@ class KVCache:
         self.max_length = None if max_length is None else whole("KVCache: max_length", max_length, 1)
         self.heads = None if heads is None else whole("KVCache: heads", heads, 1)
         self.dtype, self.keep_back = read_dtype(dtype), whole("KVCache: keep_back", keep_back, 0)
+        check_score("KVCache", score, sinks)
+        self.score, self.sinks = score, sinks
         self._stores: list[KeyStore] = []
         self._native: NativeStores | None = None  # addresses of the stores, until one of them is reallocated
         self._sizes: Sizes
@@ -134,6 +140,11 @@ class KVCache:
     def batch(self) -> int:
         """Batch items; 0 before the first append."""
         return 0 if self._shape is None else self._shape[0]
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether every `decode` has score terms or sinks."""
+        return self.score is not None or self.sinks is not None
 
     @property
     def nbytes(self) -> int:
@@ -249,25 +260,15 @@ class KVCache:
     def select(self, items: Tensor | Sequence[int]) -> None:
         """Replace the batch by these of its items, in this order; items may repeat. For beam search and finished texts.
 
-        Raises ArgumentError for other values, before the first append, and where the pattern has a table per batch item.
+        Raises ArgumentError for other values, before the first append, and where the pattern or the cache's score has a table
+        per batch item.
         """
         self._rollback_unfinished()
-        index = torch.as_tensor(items, device="cpu")
-        if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool or not index.numel():
-            raise ArgumentError(f"KVCache.select: {show(items)} is not a list of batch items; pass whole numbers.")
-        if self._shape is None:
-            raise ArgumentError("KVCache.select: nothing was appended yet, so there are no batch items to choose from.")
-        batch, kv_heads, dim = self._shape
-        if int(index.min()) < 0 or int(index.max()) >= batch:
-            raise ArgumentError(f"KVCache.select: {show(index)} for a batch of {batch}; use 0 … {batch - 1}.")
+        index = check_items(self, items)
+        batch, kv_heads, dim = self._shape or (0, 0, 0)
         order = index.tolist()
         if order == list(range(batch)):
             return
-        if self.pattern.varies_over_batch:
-            raise ArgumentError(
-                "KVCache.select: the pattern has tables of its own for each batch item, which cannot follow; use one pattern "
-                "for all, and `real` for texts of different lengths."
-            )
         with torch.inference_mode(False), torch.no_grad():
             stores = [store.select(index.to(self._device)) for store in self._stores]
             router_state = self._router_state

@@ -10,11 +10,12 @@ from torch.autograd import forward_ad
 
 from farlight.errors import ArgumentError, UnsupportedError, refuse_tracing, show
 from farlight.inputs import even_widths, refuse_layouts
+from farlight.score.terms import KeyBias, Score
 
 if TYPE_CHECKING:
     from farlight.decoding.cache import KVCache
 
-__all__ = ["check_real", "check_tokens", "read_dtype", "refuse_gradients"]
+__all__ = ["check_items", "check_real", "check_score", "check_tokens", "read_dtype", "refuse_gradients"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STORED = {"int8": torch.int8, torch.int8: torch.int8} | {dtype: dtype for dtype in _DTYPES}
@@ -72,6 +73,40 @@ def check_real(real: Any, k: Tensor) -> Tensor:
             "is needed."
         )
     return mask
+
+
+def check_score(what: str, score: Any, sinks: Any) -> None:
+    """Raise ArgumentError unless score is a value of `fl.score` or None, and sinks a tensor or None."""
+    if score is not None and not isinstance(score, Score):
+        raise ArgumentError(
+            f"{what}: score is {type(score).__name__}; pass a value of fl.score, such as fl.score.alibi(slopes)."
+        )
+    if sinks is not None and not (isinstance(sinks, Tensor) and sinks.is_floating_point()):
+        raise ArgumentError(f"{what}: sinks is {show(sinks)}; pass a floating-point tensor (H,).")
+
+
+def check_items(cache: KVCache, items: Any) -> Tensor:
+    """`items` as int64 batch items `(n,)` that may replace those of the cache. Raises ArgumentError."""
+    index = torch.as_tensor(items, device="cpu")
+    if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool or not index.numel():
+        raise ArgumentError(f"KVCache.select: {show(items)} is not a list of batch items; pass whole numbers.")
+    if cache._shape is None:
+        raise ArgumentError("KVCache.select: nothing was appended yet, so there are no batch items to choose from.")
+    batch = cache._shape[0]
+    if int(index.min()) < 0 or int(index.max()) >= batch:
+        raise ArgumentError(f"KVCache.select: {show(index)} for a batch of {batch}; use 0 … {batch - 1}.")
+    by_item = cache.score is not None and any(
+        isinstance(term, KeyBias) and term.bias.shape[0] > 1 for term in cache.score.terms
+    )
+    if index.tolist() != list(range(batch)) and (cache.pattern.varies_over_batch or by_item):
+        owner, remedy = (
+            ("score", "pass it to each fl.decode") if by_item else ("pattern", "use one pattern for all, and `real`")
+        )
+        raise ArgumentError(
+            f"KVCache.select: the {owner} has tables of its own for each batch item, which cannot follow; {remedy}"
+            + ("." if by_item else " for texts of different lengths.")
+        )
+    return index
 
 
 def refuse_gradients(what: str, *tensors: Tensor) -> None:

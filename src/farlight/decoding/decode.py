@@ -8,6 +8,7 @@ positions of the slots gives a mask).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, overload
 
 import numpy as np
@@ -19,11 +20,13 @@ from farlight.decoding.cache import KVCache
 from farlight.decoding.checks import refuse_gradients
 from farlight.decoding.kept_attention import attend_kept
 from farlight.decoding.native import NativeStores, readable
-from farlight.decoding.slots import IntArray
+from farlight.decoding.slot_queries import SlotQueries, positions_of_columns
 from farlight.decoding.store import KeyStore
+from farlight.decoding.terms import DecodeTerms, read_terms
 from farlight.errors import ArgumentError, PatternError
 from farlight.inputs import read_scale, refuse_layouts
 from farlight.patterns.expression import Pattern, Sizes
+from farlight.score.terms import Score
 
 __all__ = ["decode"]
 
@@ -34,41 +37,78 @@ _MAX_MASK = 1 << 19
 
 
 @overload
-def decode(q: Tensor, cache: KVCache, *, scale: float | None = ..., return_lse: Literal[False] = ...) -> Tensor: ...
-
-
-@overload
-def decode(q: Tensor, cache: KVCache, *, scale: float | None = ..., return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def decode(q: Tensor, cache: KVCache, *, scale: float | None = ..., return_lse: bool) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
 def decode(
-    q: Tensor, cache: KVCache, *, scale: float | None = None, return_lse: bool = False
+    q: Tensor,
+    cache: KVCache,
+    *,
+    scale: float | None = ...,
+    score: Score | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def decode(
+    q: Tensor,
+    cache: KVCache,
+    *,
+    scale: float | None = ...,
+    score: Score | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def decode(
+    q: Tensor,
+    cache: KVCache,
+    *,
+    scale: float | None = ...,
+    score: Score | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def decode(
+    q: Tensor,
+    cache: KVCache,
+    *,
+    scale: float | None = None,
+    score: Score | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the newest tokens over every key ever appended to the cache, computed from the keys that it holds.
 
-        out_i = Σ_j softmax_j(scale · q_i · k_j) v_j      over the appended j that the cache's pattern allows i
+        out_i = Σ_j softmax_j(S_ij) v_j,   S_ij = scale · q_i · k_j      over the appended j that the cache's pattern allows i
 
     Args:
         q: `(B, H, n, D)`, the queries of the last n tokens of the last `append`, in the cache's dtype and on its device; H a
             multiple of the cache's key heads.
         scale: None means D^-½.
+        score: terms on the scores, a value of `fl.score`: S = softcap(scale · q kᵀ) + biases. Biases are those of positions,
+            wherever the cache holds a key; a `key_bias` has one column for each position so far, or more. A router chooses by
+            scale · q kᵀ alone. None: those of the cache.
+        sinks: `(H,)`; each row sees one more key of this score and value 0, which the lse counts. None: those of the cache.
         return_lse: also return the natural log of each row's sum of exponentials, `(B, H, n)` float32 (float64 for float64).
 
     Returns out `(B, H, n, D)` in q's dtype. Rows without a token (`real` was False) and rows that see no key give out 0 and lse
-    -inf. The cache is unchanged: the same call again gives the same result. No gradient is recorded.
+    -inf, with sinks the sink. The cache is unchanged: the same call again gives the same result. No gradient is recorded.
 
-    Raises ArgumentError when q does not fit the cache, or has more queries than the last append had tokens.
+    Raises ArgumentError when q or the terms do not fit the cache, or q has more queries than the last append had tokens.
     """
-    out, lse = masked_decode(q, cache, scale, return_lse)
+    terms = None
+    if score is not None or sinks is not None or (isinstance(cache, KVCache) and cache.has_terms):
+        _check(q, cache)
+        terms = read_terms("decode", q, cache, score, sinks, cache.length)
+    out, lse = masked_decode(q, cache, scale, return_lse, None, terms)
     return (out, lse) if return_lse and lse is not None else out
 
 
 def masked_decode(
-    q: Tensor, cache: KVCache, scale: float | None, return_lse: bool, extra: Pattern | None = None
+    q: Tensor,
+    cache: KVCache,
+    scale: float | None,
+    return_lse: bool,
+    extra: Pattern | None = None,
+    terms: DecodeTerms | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None) of `decode` under the cache's pattern & `extra`, a pattern of the text so far (None: no more)."""
     start = _check(q, cache)
@@ -80,20 +120,22 @@ def masked_decode(
         native = cache._native_stores() if q.shape[2] < _PLANNED_QUERIES and q.numel() else None
         if cache._router_state is not None:
             first = cache._last_start[0] + start
-            result = None if native is None else native.attend_routed(readable(q, "q"), first, scale, return_lse)
+            result = None if native is None else native.attend_routed(readable(q, "q"), first, scale, return_lse, terms)
             if result is not None:
                 return result
             k, v = cache._stores[0].read(_compute_dtype(q, cache._stores[0]))
-            return cache._router_state.attend(q, k, v, scale, return_lse)
+            return cache._router_state.attend(q, k, v, scale, return_lse, terms)
+        query = SlotQueries(cache, positions_of_columns(cache, start), scale, return_lse, extra, terms)
         if native is not None:
-            return _attend_native(readable(q, "q"), cache, native, start, scale, return_lse, extra)
+            return _attend_native(readable(q, "q"), native, query)
         if len(cache._stores) == 1:
-            return _attend_store(q, cache, cache._stores[0], start, scale, return_lse, extra)
+            return _attend_store(q, cache._stores[0], query)
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         for store in cache._stores:
             heads = list(store.rule.heads)
-            out[:, heads], store_lse = _attend_store(q[:, heads], cache, store, start, scale, return_lse, extra)
+            of_heads = query if terms is None else replace(query, terms=terms.of_heads(heads))
+            out[:, heads], store_lse = _attend_store(q[:, heads], store, of_heads)
             if store_lse is not None:
                 lse[:, heads] = store_lse
     return out, lse if return_lse else None
@@ -140,100 +182,59 @@ def _compute_dtype(q: Tensor, store: KeyStore) -> torch.dtype | None:
     return None if store.pages.dtype == q.dtype else torch.promote_types(q.dtype, torch.float32)
 
 
-def _attend_native(
-    q: Tensor, cache: KVCache, native: NativeStores, start: int, scale: float, return_lse: bool, extra: Pattern | None
-) -> tuple[Tensor, Tensor | None]:
+def _attend_native(q: Tensor, native: NativeStores, query: SlotQueries) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None) of a few queries by the native kernels, over all stores."""
-    i = _query_positions(cache, start)
-    if extra is None:
-        result = native.attend(q, i, scale, return_lse)
+    if query.extra is None:
+        result = native.attend(q, query.i, query.scale, query.return_lse, query.terms)
         if result is not None:
             return result
-    num_masks = (
-        sum(
-            store.kept * (1 if not _pattern_of(store, extra).varies_over_heads else len(store.rule.heads))
-            for store in cache._stores
-        )
-        * q.shape[0]
-    )
-    step = max(1, _MAX_MASK // max(1, num_masks))
+    stores = query.cache._stores
+    heads = (len(store.rule.heads) if query.pattern_of(store).varies_over_heads else 1 for store in stores)
+    step = max(1, _MAX_MASK // max(1, sum(store.kept * n for store, n in zip(stores, heads, strict=True)) * q.shape[0]))
     parts = []
     for first in range(0, q.shape[2], step):
-        masks = [_mask(cache, store, i[:, first : first + step], extra) for store in cache._stores]
-        parts.append(native.attend_masked(q[:, :, first : first + step], masks, scale, return_lse))
+        some = query.rows(first, step)
+        masks = [some.mask(store) for store in stores]
+        chunk = q[:, :, first : first + step]
+        parts.append(native.attend_masked(chunk, some.i, masks, query.scale, query.return_lse, query.terms))
     if len(parts) == 1:
         return parts[0]
-    return torch.cat([out for out, _ in parts], 2), torch.cat(
-        [lse for _, lse in parts if lse is not None], 2
-    ) if return_lse else None
+    lses = [lse for _, lse in parts if lse is not None]
+    return torch.cat([out for out, _ in parts], 2), torch.cat(lses, 2) if lses else None
 
 
-def _pattern_of(store: KeyStore, extra: Pattern | None) -> Pattern:
-    return store.rule.pattern if extra is None else extra & store.rule.pattern
-
-
-def _attend_store(
-    q: Tensor, cache: KVCache, store: KeyStore, start: int, scale: float, return_lse: bool, extra: Pattern | None
-) -> tuple[Tensor, Tensor | None]:
-    """(out, lse or None) of the query heads of one store; q's first query is column `start` of the last append."""
-    i = _query_positions(cache, start)
+def _attend_store(q: Tensor, store: KeyStore, query: SlotQueries) -> tuple[Tensor, Tensor | None]:
+    """(out, lse or None) of the query heads of one store."""
     k, v = store.read(_compute_dtype(q, store))
     dtype, q = q.dtype, q.to(k.dtype)
-    out, lse = _attend_tensors(q, k, v, cache, store, i, scale, return_lse, extra)
+    out, lse = _attend_tensors(q, k, v, store, query)
     return out.to(dtype), lse
 
 
-def _attend_tensors(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache: KVCache,
-    store: KeyStore,
-    i: IntArray,
-    scale: float,
-    return_lse: bool,
-    extra: Pattern | None,
-) -> tuple[Tensor, Tensor | None]:
-    """(out, lse or None) of q at positions i over k and v, the slots of one store; all of one dtype."""
-    kept = store.kept
-    if extra is None and q.shape[2] == 1 and _sees_every_slot(store, kept, i):
-        return attend_kept(q, k, v, None, scale=scale, return_lse=return_lse)
-    pattern = _pattern_of(store, extra)
-    if q.shape[2] >= _PLANNED_QUERIES and _nothing_evicted(cache, store, pattern):
-        return _attend_prompt(q, k, v, store, pattern, i, scale, return_lse)
-    num_masks = (q.shape[0] if pattern.varies_over_batch else len(i)) * (q.shape[1] if pattern.varies_over_heads else 1)
+def _attend_tensors(q: Tensor, k: Tensor, v: Tensor, store: KeyStore, query: SlotQueries) -> tuple[Tensor, Tensor | None]:
+    """(out, lse or None) of q over k and v, the slots of one store; all of one dtype."""
+    kept, scale, return_lse = store.kept, query.scale, query.return_lse
+    if query.extra is None and q.shape[2] == 1 and query.sees_every_slot(store):
+        return attend_kept(q, k, v, None, scale=scale, return_lse=return_lse, terms=query.terms_of(store))
+    pattern = query.pattern_of(store)
+    if q.shape[2] >= _PLANNED_QUERIES and _nothing_evicted(query.cache, store, pattern):
+        return _attend_prompt(q, k, v, store, pattern, query)
+    num_masks = (q.shape[0] if pattern.varies_over_batch else len(query.i)) * (q.shape[1] if pattern.varies_over_heads else 1)
     step = max(1, _MAX_MASK // max(1, kept * num_masks))
     if q.shape[2] <= step:
-        return attend_kept(q, k, v, _mask(cache, store, i, extra), scale=scale, return_lse=return_lse)
+        mask = query.mask(store)
+        return attend_kept(q, k, v, mask, scale=scale, return_lse=return_lse, terms=query.terms_of(store))
     outs, lses = [], []
     for first in range(0, q.shape[2], step):
-        mask = _mask(cache, store, i[:, first : first + step], extra)
+        some = query.rows(first, step)
+        mask = some.mask(store)
         # Adjacent queries see nearly the same keys; the products leave out keys that none of the chunk sees.
         index = mask.flatten(0, 2).any(0).nonzero().squeeze(1)
         chunk = q[:, :, first : first + step], k[:, :, index], v[:, :, index], mask[..., index]
-        out, lse = attend_kept(*chunk, scale=scale, return_lse=return_lse)
+        out, lse = attend_kept(*chunk, scale=scale, return_lse=return_lse, terms=some.terms_of(store, index))
         outs.append(out)
         lses += [] if lse is None else [lse]
     return torch.cat(outs, 2), torch.cat(lses, 2) if lses else None
-
-
-def _query_positions(cache: KVCache, start: int) -> IntArray:
-    """`(rows, n)`: the positions of the queries of columns start … of the last append; -1 = no token."""
-    if cache._last_columns is None:
-        first = np.array(cache._last_start)[:, None]
-        return first + np.arange(start, cache._last_width)
-    out = np.full((len(cache._last_start), cache._last_width), -1, np.int64)
-    for row, columns in enumerate(cache._last_columns):
-        out[row, columns] = cache._last_start[row] + np.arange(columns.size)
-    return out[:, start:]
-
-
-def _sees_every_slot(store: KeyStore, kept: int, i: IntArray) -> bool:
-    """Whether the single query of each row sees slots 0 … kept - 1: all in use, all gapless, none past its last use."""
-    slots = store.slots
-    return slots.count == [kept] * slots.rows and all(
-        slots.every_slot_is_seen(row, int(i[row, 0])) for row in range(slots.rows)
-    )
 
 
 def _nothing_evicted(cache: KVCache, store: KeyStore, pattern: Pattern) -> bool:
@@ -253,21 +254,27 @@ def _nothing_evicted(cache: KVCache, store: KeyStore, pattern: Pattern) -> bool:
 
 
 def _attend_prompt(
-    q: Tensor, k: Tensor, v: Tensor, store: KeyStore, pattern: Pattern, i: IntArray, scale: float, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, store: KeyStore, pattern: Pattern, query: SlotQueries
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None) of a prompt of which nothing was evicted, by `fl.attention`; one call per row where lengths differ."""
+    i, scale, terms = query.i, query.scale, query.terms
+    sinks = None if terms is None else terms.sinks
     if len(i) == 1 and bool((i >= 0).all()):
-        result = attention(q, k, v, pattern, scale=scale, return_lse=return_lse)
+        score = None if terms is None else terms.score
+        result = attention(q, k, v, pattern, scale=scale, score=score, sinks=sinks, return_lse=query.return_lse)
         return result if isinstance(result, tuple) else (result, None)
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    if sinks is not None:
+        lse[:] = sinks.to(lse.dtype)[:, None]
     for row, count in enumerate(store.slots.count):
         items = slice(None) if len(i) == 1 else slice(row, row + 1)
         columns = torch.from_numpy((i[row] >= 0).nonzero()[0]).to(q.device)
         qkv = q[items][:, :, columns], k[items, :, :count], v[items, :, :count]
-        row_out, row_lse = attention(*qkv, pattern, scale=scale, return_lse=True)
+        score = None if terms is None else terms.score_of(count, items)
+        row_out, row_lse = attention(*qkv, pattern, scale=scale, score=score, sinks=sinks, return_lse=True)
         out[items, :, columns], lse[items, :, columns] = row_out, row_lse
-    return out, lse if return_lse else None
+    return out, lse if query.return_lse else None
 
 
 def _fits(pattern: Pattern, sizes: Sizes) -> bool:
@@ -277,27 +284,3 @@ def _fits(pattern: Pattern, sizes: Sizes) -> bool:
     except PatternError:
         return False
     return True
-
-
-def _mask(cache: KVCache, store: KeyStore, i: IntArray, extra: Pattern | None) -> Tensor:
-    """`(B or 1, H or 1, n, kept)` bool: which slots the queries at positions i `(rows, n)` see."""
-    device, slots, kept = store.pages.device, store.slots, store.kept
-    query = torch.from_numpy(np.ascontiguousarray(i)).to(device)[:, None, :, None]
-    key = torch.from_numpy(slots.position[:, :kept]).to(device)[:, None, None, :]
-    mask = _allowed(store.rule.pattern, cache._sizes, store, query, key.clamp(min=0)) & (query >= 0)
-    if extra is not None:
-        width, length = cache._last_width, cache.length
-        sizes = Sizes(width, length, length - width, cache._sizes.batch, cache._sizes.heads)
-        extra.check(sizes)
-        mask = mask & _allowed(extra, sizes, store, query, key)
-    if len(set(slots.count)) > 1:
-        count = torch.tensor(slots.count, device=device).view(-1, 1, 1, 1)
-        mask = mask & (torch.arange(kept, device=device) < count)
-    return mask.expand(torch.broadcast_shapes(mask.shape, (1, 1, i.shape[1], kept)))
-
-
-def _allowed(pattern: Pattern, sizes: Sizes, store: KeyStore, i: Tensor, j: Tensor) -> Tensor:
-    """The pattern's definition at the pairs (i, j), for the batch items and query heads of the store that it tells apart."""
-    b = torch.arange(sizes.batch if pattern.varies_over_batch else 1, device=i.device).view(-1, 1, 1, 1)
-    h = torch.tensor(store.rule.heads if pattern.varies_over_heads else (0,), device=i.device).view(1, -1, 1, 1)
-    return pattern._allows(sizes, b, h, i, j)

@@ -7,10 +7,14 @@ it; a single query that sees at most a quarter of the keys gathers those first.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from farlight.decoding.terms import KeptTerms
+from farlight.kernels.sinks import with_sinks
 from farlight.kernels.triton import decode as triton_decode
 from farlight.ragged import expand_counts
 
@@ -23,17 +27,30 @@ _GATHER_RATIO = 4
 
 
 def attend_kept(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, return_lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    return_lse: bool = False,
+    terms: KeptTerms | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of q `(B, H, n_q, D)` over k, v `(B, H_kv, n, D)`, H a multiple of H_kv.
 
     mask: `(B or 1, H or 1, n_q, n)` bool, True = the query sees the key; None = every query sees every key. A row without a
-    visible key gives out 0 and lse -inf. Sums in float32, in float64 for float64; out `(B, H, n_q, D)` in q's dtype; lse
-    `(B, H, n_q)` in the dtype of the sums, None unless return_lse.
+    visible key gives out 0 and lse -inf, with sinks the sink. terms: on the scores, which are then materialised. Sums in
+    float32, in float64 for float64; out `(B, H, n_q, D)` in q's dtype; lse `(B, H, n_q)` in the dtype of the sums, None unless
+    return_lse.
     """
     if not k.shape[2] or not q.shape[2]:
         lse = torch.full(q.shape[:3], float("-inf"), dtype=_sum_dtype(q), device=q.device)
+        if terms is not None and terms.sinks is not None:
+            lse = terms.sinks.to(lse.dtype)[:, None].expand_as(lse).clone()
         return torch.zeros_like(q), lse if return_lse else None
+    if terms is not None:
+        out, lse = _in_chunks(q, k, v, mask, scale, terms)
+        return out, lse if return_lse else None
     if triton_decode.serves(q, k):
         out, lse = triton_decode.decode(q, k, v, scale=scale, allowed=mask)
         return out, lse if return_lse else None
@@ -43,29 +60,41 @@ def attend_kept(
             k, v, mask = _gather_visible(q, k, v, mask, max_visible)
             if not max_visible:
                 return attend_kept(q, k, v, None, scale=scale, return_lse=return_lse)
-    if not return_lse:
-        return _sdpa(q, k, v, mask, scale), None
-    step = max(1, _MAX_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
-    if q.shape[2] <= step:
-        return _matmul_softmax(q, k, v, mask, scale)
-    chunks = [
-        _matmul_softmax(q[:, :, rows], k, v, None if mask is None else mask[:, :, rows], scale)
-        for rows in (slice(start, start + step) for start in range(0, q.shape[2], step))
-    ]
-    return torch.cat([out for out, _ in chunks], 2), torch.cat([lse for _, lse in chunks], 2)
+    return _in_chunks(q, k, v, mask, scale, None) if return_lse else (_sdpa(q, k, v, mask, scale), None)
 
 
 def _sum_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _matmul_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, terms: KeptTerms | None
+) -> tuple[Tensor, Tensor]:
+    """`_matmul_softmax` for as many queries at a time as _MAX_SCORES allows."""
+    step = max(1, _MAX_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    if q.shape[2] <= step:
+        return _matmul_softmax(q, k, v, mask, scale, terms)
+    chunks = []
+    for rows in (slice(start, start + step) for start in range(0, q.shape[2], step)):
+        chunk_terms = terms
+        if terms is not None and terms.bias is not None:
+            chunk_terms = dataclasses.replace(terms, bias=terms.bias if terms.bias.shape[2] == 1 else terms.bias[:, :, rows])
+        chunk_mask = None if mask is None else mask[:, :, rows]
+        chunks.append(_matmul_softmax(q[:, :, rows], k, v, chunk_mask, scale, chunk_terms))
+    return torch.cat([out for out, _ in chunks], 2), torch.cat([lse for _, lse in chunks], 2)
+
+
+def _matmul_softmax(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, terms: KeptTerms | None
+) -> tuple[Tensor, Tensor]:
     """(out, lse) by two matrix products and a materialised softmax."""
     batch, heads, n_q, dim = q.shape
     kv_heads, dtype = k.shape[1], _sum_dtype(q)
     # The queries of a group are stacked as rows: one product for each key head.
     rows = (q.to(dtype) * scale).reshape(batch, kv_heads, -1, dim)
     scores = torch.matmul(rows, k.to(dtype).transpose(2, 3))
+    if terms is not None:
+        scores = terms.on(scores.view(batch, heads, n_q, -1)).view(batch, kv_heads, -1, k.shape[2])
     empty = None
     if mask is not None:
         scores = scores.view(batch, heads, n_q, -1)
@@ -78,6 +107,8 @@ def _matmul_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
     lse = lse.view(batch, heads, n_q)
     if empty is not None:
         out, lse = out.masked_fill(empty, 0.0), lse.masked_fill(empty.squeeze(-1), float("-inf"))
+    if terms is not None and terms.sinks is not None:
+        out, lse = with_sinks(out, lse, terms.sinks)
     return out.to(q.dtype), lse
 
 

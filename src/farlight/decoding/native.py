@@ -6,7 +6,7 @@ call each, for all stores, heads and batch items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from farlight.decoding.slots import IntArray
 from farlight.decoding.store import KeyStore
+from farlight.decoding.terms import DecodeTerms
 from farlight.kernels.checks import MOST_DIMS, addressable
 from farlight.kernels.cpu import unavailable
 from farlight.kernels.cpu.native import module
@@ -78,52 +79,65 @@ class NativeStores:
         done: bool = self.decoder.append(_strided_address(k), _strided_address(v), self.type, position)
         return done
 
-    def attend_routed(self, q: Tensor, first: int, scale: float, return_lse: bool) -> tuple[Tensor, Tensor | None] | None:
+    def attend_routed(
+        self, q: Tensor, first: int, scale: float, return_lse: bool, terms: DecodeTerms | None = None
+    ) -> tuple[Tensor, Tensor | None] | None:
         """(out, lse or None) of the newest queries, from position `first` on, over what the router chooses; None where the
         kernels cannot choose."""
-        if not self.serves_router:
-            return None
-        out, lse, address = self._outputs(q, return_lse)
-        done = self.decoder.attend_routed(
-            _strided_address(q), self.type, tuple(q.shape[1:3]), first, scale, out.data_ptr(), address, torch.get_num_threads()
-        )
-        return (out, lse) if done else None
+        return self._attend(self.decoder.attend_routed, q, first, scale, return_lse, terms) if self.serves_router else None
 
     def attend(
-        self, q: Tensor, positions: int | IntArray, scale: float, return_lse: bool
+        self, q: Tensor, positions: int | IntArray, scale: float, return_lse: bool, terms: DecodeTerms | None = None
     ) -> tuple[Tensor, Tensor | None] | None:
         """(out, lse or None) of q `(B, H, n, D)` by the stores' visibility programs; None where a store has none.
 
         positions: that of the first query of every batch item, or `(rows, n)`, -1 = no token.
         """
-        out, lse, address = self._outputs(q, return_lse)
-        first, table = (positions, None) if isinstance(positions, int) else (0, np.ascontiguousarray(positions))
-        done = self.decoder.attend(
-            _strided_address(q),
-            self.type,
-            (q.shape[1], q.shape[2]),
-            0 if table is None else table.ctypes.data,
-            1 if table is None else table.shape[0],
-            first,
-            scale,
-            out.data_ptr(),
-            address,
-            torch.get_num_threads(),
-        )
-        return (out, lse) if done else None
+        return self._attend(self.decoder.attend, q, positions, scale, return_lse, terms)
 
-    def attend_masked(self, q: Tensor, masks: Sequence[Tensor], scale: float, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-        """(out, lse or None) of q under one mask for each store, `(B or 1, heads of the store or 1, n, slots)` bool."""
+    def attend_masked(
+        self,
+        q: Tensor,
+        positions: IntArray,
+        masks: Sequence[Tensor],
+        scale: float,
+        return_lse: bool,
+        terms: DecodeTerms | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(out, lse or None) of q at `positions` under one mask for each store: `(B or 1, heads of the store or 1, n, slots)`
+        bool."""
+        places = []
+        masks = [mask.contiguous() for mask in masks]
+        for mask in masks:
+            steps = (0 if n == 1 else stride for n, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True))
+            places.append((mask.data_ptr(), *steps))
+        result = self._attend(self.decoder.attend_masked, q, positions, scale, return_lse, terms, places)
+        assert result is not None
+        return result
+
+    def _attend(
+        self,
+        function: Callable[..., bool],
+        q: Tensor,
+        positions: int | IntArray,
+        scale: float,
+        return_lse: bool,
+        terms: DecodeTerms | None,
+        *more: object,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """(out, lse or None) that a function of the decoder writes; None where it returns False."""
         out, lse, address = self._outputs(q, return_lse)
-        for number, mask in enumerate(masks):
-            mask = mask.contiguous()
-            batch, head, query, _ = (0 if n == 1 else stride for n, stride in zip(mask.shape, mask.stride(), strict=True))
-            place = (mask.data_ptr(), batch, head, query)
-            threads = torch.get_num_threads()
-            self.decoder.attend_masked(
-                number, place, _strided_address(q), self.type, tuple(q.shape[1:3]), scale, out.data_ptr(), address, threads
-            )
-        return out, lse
+        if isinstance(positions, int):
+            where: tuple[int, int, int] = (0, 1, positions)
+        else:
+            positions = np.ascontiguousarray(positions)
+            where = (positions.ctypes.data, positions.shape[0], 0)
+        cap, addresses = (0.0, ()) if terms is None else terms.native
+        done = function(
+            _strided_address(q), self.type, q.shape[1:3], where, scale, (out.data_ptr(), address), torch.get_num_threads(), cap,
+            addresses, *more,
+        )  # fmt: skip
+        return (out, lse) if done else None
 
     def _outputs(self, q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor | None, int]:
         """Empty out and lse, and the address of the lse or 0."""

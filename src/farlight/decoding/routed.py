@@ -18,6 +18,7 @@ from farlight.decoding.kept_attention import attend_kept
 from farlight.decoding.native_router import RouterProgram, router_program
 from farlight.decoding.store import KeyStore
 from farlight.decoding.summaries import BlockSummaries
+from farlight.decoding.terms import DecodeTerms
 from farlight.errors import ArgumentError
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.routing import Router, TopBlocks
@@ -85,19 +86,24 @@ class RouterState:
         new._summaries = summaries
         return new
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool, terms: DecodeTerms | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """(out, lse or None) of the newest queries, as `fl.attention(q, k, v, router(q, k))` gives them.
 
         q `(B, H, n_q, D)`; k, v `(B, H_kv, N, D)`, every key so far, by position.
         """
         dtype, q = q.dtype, q.to(k.dtype)
         if q.shape[2] >= _PLANNED_QUERIES:
-            result = attention(q, k, v, self.router(q, k), scale=scale, return_lse=return_lse)
+            score, sinks = (None, None) if terms is None else (terms.score, terms.sinks)
+            result = attention(q, k, v, self.router(q, k), scale=scale, score=score, sinks=sinks, return_lse=return_lse)
             out, lse = result if isinstance(result, tuple) else (result, None)
         else:
             mask = self._mask(self.router, q, k)
             mask = mask.expand(torch.broadcast_shapes(mask.shape, (1, 1, q.shape[2], k.shape[2])))
-            out, lse = attend_kept(q, k, v, mask, scale=scale, return_lse=return_lse)
+            j = torch.arange(k.shape[2], device=q.device)
+            kept_terms = None if terms is None else terms.at(j[-q.shape[2] :].view(1, 1, -1, 1), j.view(1, 1, 1, -1))
+            out, lse = attend_kept(q, k, v, mask, scale=scale, return_lse=return_lse, terms=kept_terms)
         return out.to(dtype), lse
 
     def _mask(self, part: Router | Pattern, q: Tensor, k: Tensor) -> Tensor:

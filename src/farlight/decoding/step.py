@@ -10,31 +10,67 @@ from torch.autograd import forward_ad
 
 from farlight.decoding.cache import KVCache
 from farlight.decoding.decode import decode
+from farlight.decoding.terms import read_terms
 from farlight.errors import ArgumentError
 from farlight.inputs import read_scale
 from farlight.kernels.checks import addressable
+from farlight.score.terms import Score
 
 __all__ = ["step"]
 
 
 @overload
 def step(
-    q: Tensor, k: Tensor, v: Tensor, cache: KVCache, *, scale: float | None = ..., return_lse: Literal[False] = ...
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: KVCache,
+    *,
+    scale: float | None = ...,
+    score: Score | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
 def step(
-    q: Tensor, k: Tensor, v: Tensor, cache: KVCache, *, scale: float | None = ..., return_lse: Literal[True]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: KVCache,
+    *,
+    scale: float | None = ...,
+    score: Score | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def step(
-    q: Tensor, k: Tensor, v: Tensor, cache: KVCache, *, scale: float | None = ..., return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: KVCache,
+    *,
+    scale: float | None = ...,
+    score: Score | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def step(
-    q: Tensor, k: Tensor, v: Tensor, cache: KVCache, *, scale: float | None = None, return_lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: KVCache,
+    *,
+    scale: float | None = None,
+    score: Score | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`cache.append(k, v)`, then `fl.decode(q, cache)`: the attention of new tokens over every key the pattern allows them.
 
-        out_i = Σ_j softmax_j(scale · q_i · k_j) v_j      over the appended j, these tokens included, that the pattern allows i
+        out_i = Σ_j softmax_j(S_ij) v_j,   S_ij = scale · q_i · k_j      over the appended j that the pattern allows i
+
+    These tokens are among the j.
 
     For one token on a CPU both are one call of the native kernels.
 
@@ -42,6 +78,7 @@ def step(
         q: `(B, H, n, D)`; k, v: `(B, H_kv, n, D)`: queries, keys and values of the next n tokens, as for `KVCache.append` and
             `fl.decode`.
         scale: None means D^-½.
+        score, sinks: terms on the scores and attention sinks, as for `fl.decode`; None: those of the cache.
         return_lse: also return the natural log of each row's sum of exponentials, `(B, H, n)` float32 (float64 for float64).
 
     Returns out `(B, H, n, D)` in q's dtype. Raises ArgumentError as `append` and `decode` do; where q does not fit, before
@@ -54,12 +91,14 @@ def step(
     >>> out.shape, cache.length, cache.kept
     (torch.Size([1, 2, 1, 8]), 100, 20)
     """
-    fast = _native_step(q, k, v, cache, scale, return_lse)
+    fast = _native_step(q, k, v, cache, scale, score, sinks, return_lse)
     if fast is not None:
         return fast
     _check(q, k, cache)
+    if score is not None or sinks is not None or cache.has_terms:
+        read_terms("step", q, cache, score, sinks, cache.length + q.shape[2])  # what does not fit raises before the append
     cache.append(k, v)
-    return decode(q, cache, scale=scale, return_lse=return_lse)
+    return decode(q, cache, scale=scale, score=score, sinks=sinks, return_lse=return_lse)
 
 
 def _check(q: Tensor, k: Tensor, cache: KVCache) -> None:
@@ -77,7 +116,14 @@ def _check(q: Tensor, k: Tensor, cache: KVCache) -> None:
 
 
 def _native_step(
-    q: Tensor, k: Tensor, v: Tensor, cache: KVCache, scale: float | None, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: KVCache,
+    scale: float | None,
+    score: Score | None,
+    sinks: Tensor | None,
+    return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor] | None:
     """One token by the native kernels; None, and nothing changed, where the general path must check or reallocate."""
     native = cache._native if type(cache) is KVCache else None
@@ -92,7 +138,9 @@ def _native_step(
     position = cache._lengths[0]
     if shape[1] % native.token_shape[1] or position == cache.max_length or (native.heads and shape[1] != native.heads):
         return None
-    scale = read_scale(scale, shape[3])
+    scale, terms = read_scale(scale, shape[3]), None
+    if score is not None or sinks is not None or cache.has_terms:
+        terms = read_terms("step", q, cache, score, sinks, position + 1)
     cache._appending = True
     if not native.append(k, v, position):
         cache._appending = False
@@ -107,9 +155,9 @@ def _native_step(
         _appending=False,
     )
     attend = native.attend if native.router_state is None else native.attend_routed
-    result = attend(q, position, scale, return_lse)
+    result = attend(q, position, scale, return_lse, terms)
     if result is None:
-        return decode(q, cache, scale=scale, return_lse=return_lse)
+        return decode(q, cache, scale=scale, score=score, sinks=sinks, return_lse=return_lse)
     return result if result[1] is not None else result[0]  # type: ignore[return-value]
 
 

@@ -14,6 +14,7 @@ refused with UnsupportedError.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,9 +45,6 @@ from farlight.routing.gist_router import Gist
 from farlight.score import Score
 
 __all__ = ["attention_forward", "mark_for_compilers"]
-
-# Keywords that are terms on the scores, in words.
-_TERMS = {"softcap": "a softcap", "position_bias": "a position_bias", "score": "ALiBi"}
 
 
 @dataclass(frozen=True)
@@ -90,12 +88,11 @@ def attention_forward(
     if returns_probabilities:
         check_length(module, query.shape[2], key.shape[2])
         _refuse_probabilities(module, cache_layer is not None or isinstance(setting.pattern, Gist))
-    if cache_layer is not None:
-        _refuse_score(module, kwargs)
     if cache_layer is not None and setting.has_layer_number:
         out = cache_layer.attend(
-            module, query, key, value, attention_mask, setting.pattern, scaling, dropout, sinks=options.sinks, indices=indices
-        )
+            module, query, key, value, attention_mask, setting.pattern, scaling, dropout,
+            score_of=functools.partial(_score_of_text, module, kwargs, query), sinks=options.sinks, indices=indices,
+        )  # fmt: skip
         return out, None
     mask = _model_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
     if setting.pattern is not None and not isinstance(attention_mask, LazyMask | ModelMask | None):
@@ -137,6 +134,11 @@ def attention_forward(
         # Empty slots of a cache have probability 0; keys that a sliding cache dropped have no column.
         weights = functional.pad(weights, (0, num_slots - key.shape[2]))[..., num_slots - num_columns :]
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _score_of_text(module: nn.Module, kwargs: dict[str, Any], query: Tensor, total: int) -> Score | None:
+    """The model's terms on the scores where the queries are the last of `total` tokens."""
+    return model_score(module, kwargs, query.shape[1], query.shape[2], total, total - query.shape[2])
 
 
 def mark_for_compilers() -> None:
@@ -305,14 +307,3 @@ def _refuse_packed(module: nn.Module, kwargs: dict[str, Any], unread: bool) -> N
             f"{type(module).__name__} passes cu_seq_lens_q, packed sequences, which a SparseCache, ranks and a gist do not "
             "read; run one sequence after another."
         )
-
-
-def _refuse_score(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raise where terms on the scores meet a SparseCache, which does not compute them."""
-    for name in _TERMS:
-        value = kwargs.get(name)
-        if value is not None and not (isinstance(value, Tensor) and not value.requires_grad and not bool(value.any())):
-            raise UnsupportedError(
-                f"{type(module).__name__} adds {_TERMS[name]} to its scores, which a SparseCache does not compute; generate "
-                "under fl.hf.use_pattern(model, pattern) with the cache that transformers makes: the tokens are the same."
-            )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from farlight.decoding.cache import KVCache
 from farlight.decoding.decode import masked_decode
 from farlight.decoding.step import step
+from farlight.decoding.terms import read_terms
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.cached_tensors import CachedTensor
-from farlight.hf.keyword_arguments import merge_sinks
+from farlight.hf.keyword_arguments import check_sinks
 from farlight.hf.lazy_mask import LazyMask, ModelMask
 from farlight.hf.masks import tensor_mask
 from farlight.hf.setting import ATTN_IMPLEMENTATION, LayerPattern
@@ -29,6 +31,8 @@ from farlight.patterns import causal, full, global_tokens, offsets, padding, see
 from farlight.patterns.algebra import Intersection, looks_back
 from farlight.patterns.expression import Pattern
 from farlight.routing import Router
+from farlight.score import Score
+from farlight.score.terms import KeyBias
 
 __all__ = ["SparseLayer", "model_rule_of"]
 
@@ -133,12 +137,14 @@ class SparseLayer(CacheLayerMixin):
         scaling: float | None,
         dropout: float,
         *,
+        score_of: Callable[[int], Score | None] = lambda total: None,
         sinks: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> Tensor:
         """Append the new keys and values, and attend over what the cache keeps: `(B, n_q, H, D)`.
 
-        `query` `(B, H, n_q, D)` are the last tokens; `pattern` is what the module runs under, which must be the cache's.
+        `query` `(B, H, n_q, D)` are the last tokens; `pattern` is what the module runs under, which must be the cache's;
+        `score_of` gives the model's terms on the scores for a number of columns so far.
         Raises UnsupportedError for masks, patterns and options under which keys already dropped would be needed.
         """
         name = type(module).__name__
@@ -162,17 +168,25 @@ class SparseLayer(CacheLayerMixin):
         # A layer that attends twice over the same keys, or over those of another layer, finds them appended.
         if is_new:
             self._check_padding(name, num_before, real, query.shape[0])
-        if is_new and real is None and residual is None and sinks is None and key.shape[2] == query.shape[2]:
-            fused = step(query, key.data_tensor, value.data_tensor, self.cache, scale=scaling)
+        score = score_of(total)
+        if real is not None and score is not None and any(isinstance(term, KeyBias) for term in score.terms):
+            raise UnsupportedError(
+                f"{name} adds a bias to each column of a padded batch in which {self.pattern!r} counts the tokens of each "
+                "text; generate from texts of one length, or with the cache that transformers makes."
+            )
+        if sinks is not None:
+            check_sinks(module, sinks, query.shape[1])
+            sinks = sinks.flatten()
+        if is_new and real is None and residual is None and key.shape[2] == query.shape[2]:
+            fused = step(query, key.data_tensor, value.data_tensor, self.cache, scale=scaling, score=score, sinks=sinks)
             assert isinstance(fused, Tensor)
             self.appended_update = self.num_updates
             return fused.transpose(1, 2).contiguous()
         if is_new:
             self.cache.append(key.data_tensor, value.data_tensor, real=None if real is None else real[:, num_before:])
             self.appended_update = self.num_updates
-        out, lse = masked_decode(query, self.cache, scaling, sinks is not None, residual)
-        if sinks is not None and lse is not None:
-            out = merge_sinks(module, out, lse, sinks)
+        terms = read_terms(name, query, self.cache, score, sinks, self.cache.length)
+        out, _ = masked_decode(query, self.cache, scaling, False, residual, terms)
         return out.transpose(1, 2).contiguous()
 
     def _check_call(self, name: str, pattern: LayerPattern, dropout: float, indices: Tensor | None) -> None:

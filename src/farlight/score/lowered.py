@@ -17,7 +17,7 @@ from farlight.errors import ArgumentError
 from farlight.patterns.expression import Sizes
 from farlight.score.terms import Alibi, KeyBias, RelativeTable, Score, Softcap, T5Table
 
-__all__ = ["ALL_TERMS", "ScoreTerms", "lower", "t5_buckets"]
+__all__ = ["ALL_TERMS", "ScoreTerms", "alibi_slopes", "by_distance", "lower", "t5_buckets"]
 
 ALL_TERMS = frozenset({"softcap", "bias by distance", "bias by key", "sinks"})
 
@@ -104,12 +104,11 @@ def _distance_table(
 ) -> tuple[int, Tensor]:
     """(first distance, table `(H, L)`) of one term; distances beyond either end have the value of that end."""
     if isinstance(term, Alibi):
-        slopes = _checked(term.slopes, "alibi", device)
-        _require(slopes.shape == (sizes.heads,), "alibi: slopes", slopes, f"(H,) = ({sizes.heads},)")
+        slopes = alibi_slopes(term, sizes, device, dtype)
         first = 1 - sizes.n_q - sizes.q_offset
         last = torch.sym_max(sizes.n_k - 1 - sizes.q_offset, first)
         distances = torch.arange(first, last + 1, device=device, dtype=dtype)
-        return first, -slopes.to(dtype)[:, None] * distances.abs()
+        return first, -slopes[:, None] * distances.abs()
     if isinstance(term, RelativeTable):
         table = _checked(term.table, "relative", device)
         _require(table.shape[0] == sizes.heads, "relative: table", table, f"(H, 2R + 1) with H = {sizes.heads}")
@@ -121,6 +120,13 @@ def _distance_table(
     # A product: its gradient is summed in a fixed order, which that of an index with repetitions is not on every device.
     chosen = (buckets == torch.arange(term.buckets, device=device)[:, None]).to(dtype)
     return -reach, table.to(dtype).T @ chosen
+
+
+def alibi_slopes(term: Alibi, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The slopes `(H,)` in dtype. Raises ArgumentError."""
+    slopes = _checked(term.slopes, "alibi", device)
+    _require(slopes.shape == (sizes.heads,), "alibi: slopes", slopes, f"(H,) = ({sizes.heads},)")
+    return slopes.to(dtype)
 
 
 def t5_buckets(distances: Tensor, buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
