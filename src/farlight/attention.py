@@ -10,7 +10,6 @@ from torch import Tensor
 
 from farlight import flops, ops, score_operators
 from farlight.errors import UnsupportedError, refuse_tracing
-from farlight.first_order import FirstOrderOnly
 from farlight.inputs import (
     autocast_inputs,
     check_tensors,
@@ -263,9 +262,10 @@ def _eager(
         out = dense.attend(q, k, v, dense.cached_mask(request), scale=scale)
         return ops.differentiable_again(out, q, k, v, request.pattern, scale, request.sizes.q_offset), None
     masking = cast(MaskBackend, selection.backend)
-    if masking is dense.BACKEND:
-        q, k, v = FirstOrderOnly.apply(q, k, v)
-    return _masked(q, k, v, request.pattern, request.sizes, masking, scale, request.dropout, seed, terms)
+    out, lse = _masked(q, k, v, request.pattern, request.sizes, masking, scale, request.dropout, seed, terms)
+    if masking is dense.BACKEND and terms is not None:
+        out = score_operators.differentiable_again(out, q, k, v, terms, request.pattern, scale, request.sizes.q_offset)
+    return out, lse
 
 
 def _traced(
@@ -299,12 +299,14 @@ def _traced(
     executor = cast(MaskBackend, registry.backend_named(backend))
     if executor is not dense.BACKEND or torch.compiler.is_compiling():
         return _masked(q, k, v, pattern, sizes, executor, scale, dropout, seed, terms)
-    if terms is not None:
-        q, k, v = FirstOrderOnly.apply(q, k, v)
     with dense.differentiable() if ops.is_transformed() else contextlib.nullcontext():
         out, _ = _masked(q, k, v, pattern, sizes, executor, scale, dropout, seed, terms)
-    if terms is None and not ops.is_transformed():
-        out = ops.differentiable_again(out, q, k, v, pattern, scale, sizes.q_offset)
+    if not ops.is_transformed():
+        again = pattern, scale, sizes.q_offset
+        if terms is None:
+            out = ops.differentiable_again(out, q, k, v, *again)
+        else:
+            out = score_operators.differentiable_again(out, q, k, v, terms, *again)
     return out, None
 
 

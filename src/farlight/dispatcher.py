@@ -7,7 +7,7 @@ served by the same rule as eager ones, in reverse and in forward mode. torch typ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,16 +15,12 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from farlight.first_order import refuse_second, refuse_tangents
-
 __all__ = [
     "Operator",
     "define",
     "differentiate",
-    "differentiate_once",
     "forward_through",
     "is_batching_gradients",
-    "refuse_differentiation",
     "set_vmap",
 ]
 
@@ -62,7 +58,7 @@ def forward_through(name: str, kernel: Callable[..., Any]) -> Operator:
 
 
 def differentiate(operator: Operator, count: int, cotangents: Callable[..., Any], tangents: Callable[..., Any]) -> None:
-    """Register the derivatives of an operator's first `count` arguments, tensors, in reverse and in forward mode.
+    """Register the derivatives of an operator's first `count` arguments, tensors or None, in reverse and in forward mode.
 
     `cotangents(grads of the outputs, inputs, outputs)` returns those of the first arguments, `tangents(tangents of the first
     arguments, inputs, outputs)` those of the outputs; both call torch operations and differentiable operators.
@@ -100,46 +96,6 @@ def differentiate(operator: Operator, count: int, cotangents: Callable[..., Any]
     _set_autograd(operator, Differentiable, count)
 
 
-def differentiate_once(operator: Operator, gradients: Callable[..., tuple[Tensor | None, ...]]) -> None:
-    """Register the first gradients, in reverse mode alone, of an operator's first six arguments; the last three may be None.
-
-    `gradients(dout, dlse, *the six, out, lse, tables, seed, *options)`.
-    """
-
-    class AttendScored(_Differentiable):
-        @staticmethod
-        def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor]:
-            out, lse = _next_level(operator, keyset, *args)
-            *operands, tables, seed = args[:8]
-            ctx.save_for_backward(*operands, out, lse, seed, *tables)
-            ctx.options = args[8:]
-            return out, lse
-
-        @staticmethod
-        def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
-            *operands, seed = ctx.saved_tensors[:9]
-            grads = gradients(dout, dlse, *operands, ctx.saved_tensors[9:], seed, *ctx.options)
-            return None, *grads, *(None,) * (2 + len(ctx.options))
-
-    _set_autograd(operator, AttendScored, 6, forward_mode=False)
-
-
-def refuse_differentiation(operator: Operator, count: int) -> None:
-    """Let what the operator returns refuse to be differentiated; its first `count` arguments are tensors or None."""
-
-    class Backward(_Differentiable):
-        @staticmethod
-        def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-            grads: tuple[Tensor, ...] = _next_level(operator, keyset, *args)
-            return grads
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-            refuse_second()
-
-    _set_autograd(operator, Backward, count, forward_mode=False)
-
-
 def is_batching_gradients() -> bool:
     """Whether the older vmap is on, of `torch.autograd.grad(is_grads_batched=True)` and `jacobian(vectorize=True)`: it knows no
     batching rules and runs an operator once for each element, if no argument is a list.
@@ -156,13 +112,11 @@ class _Differentiable(torch.autograd.function._SingleLevelFunction):
             return cls.apply(*args)  # type: ignore[attr-defined]
 
 
-def _set_autograd(operator: Operator, differentiable: type[_Differentiable], count: int, *, forward_mode: bool = True) -> None:
+def _set_autograd(operator: Operator, differentiable: type[_Differentiable], count: int) -> None:
     """The autograd kernel of an operator whose first `count` arguments have gradients."""
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         tensors = [x for x in args[:count] if isinstance(x, Tensor)]
-        if not forward_mode:
-            refuse_tangents(*tensors)
         if (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or _has_tangent(*tensors):
             return differentiable.of(keyset, *args)
         return _below_autograd(operator, keyset, *args)

@@ -52,7 +52,7 @@ def _backward_scored(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor
 
 def _link_sums(rows: Tensor, keys: Tensor, *rest: Any, out_val: Any = None) -> int:
     """Five products of the tangents of `attend`, five of its gradients; the derivative of a product is two more."""
-    tables, _, pattern, kind, head_dim, value_dim, _, q_offset, _ = rest
+    _, tables, _, pattern, kind, (head_dim, value_dim, *_), _, q_offset, *_ = rest
     products: int = (3 * head_dim + 2 * value_dim) * 3 ** len(kind.partition(".")[2])
     return _pairs(rows, keys, tables, pattern, q_offset) * 2 * products
 

@@ -6,22 +6,24 @@ the table of biases by distance, that by key, and the sinks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any, NoReturn, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from farlight.batching import batched_by_item
-from farlight.dispatcher import define, differentiate_once, is_batching_gradients, refuse_differentiation, set_vmap
+from farlight.derivatives import scored_gradient_cotangents, scored_gradient_tangents, scored_tangents
+from farlight.dispatcher import define, differentiate, forward_through, is_batching_gradients, set_vmap
 from farlight.errors import UnsupportedError
-from farlight.first_order import refuse_forward_mode
 from farlight.kernels.backend import Backend, Call, Request, Saved, ScoringBackend
 from farlight.ops import empty_results, is_plain, planned
+from farlight.patterns.expression import Pattern
 from farlight.plan.tables import PlanLike
 from farlight.score.lowered import ScoreTerms
 
-__all__ = ["attend_scored", "attend_scored_backward", "attend_scored_selected"]
+__all__ = ["attend_scored", "attend_scored_backward", "attend_scored_selected", "differentiable_again"]
 
 TermGrads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -70,10 +72,6 @@ class _AttendScored(torch.autograd.Function):
             call = Call(q, k, v, ctx.plan, ctx.scale, request.dropout, seed, terms, ctx.needs_input_grad[3:6])
             grads = _all_gradients(ctx.backend, call, Saved(out, lse), dout, dlse)
         return *grads, *(None,) * 7
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
-        refuse_forward_mode()
 
 
 def _all_gradients(
@@ -154,20 +152,104 @@ def _backward_fake(dout: Tensor, dlse: Tensor, *operands: Any) -> tuple[Tensor, 
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *empty
 
 
-def _gradients(dout: Tensor, dlse: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    """`attend_scored_backward`, None for a term that is not there."""
-    if not torch.compiler.is_compiling() and is_batching_gradients():
-        raise UnsupportedError(
-            "fl.attention with score or sinks: gradients are batched by the older vmap (is_grads_batched=True, "
-            "jacobian(vectorize=True)), which has no rule for this operator; use torch.func.vjp under torch.func.vmap."
-        )
-    grads = attend_scored_backward(dout, dlse, *args)
-    return *grads[:3], *(None if x is None else grad for x, grad in zip(args[3:6], grads[3:], strict=True))
+# Under the older vmap an operator may take no list and no None: all but the tensors wait here, under the number that is passed.
+_waiting: dict[int, tuple[Any, ...]] = {}
+_numbers = itertools.count()
+
+
+def _attend_scored_backward_each(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    distance: Tensor,
+    key_bias: Tensor,
+    sinks: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    number: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`attend_scored_backward` with tables, options and the terms that are not there found under a number."""
+    missing, tables, options = _waiting[number]
+    terms = (None if gone else x for x, gone in zip((distance, key_bias, sinks), missing, strict=True))
+    grads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    grads = attend_scored_backward(dout, dlse, q, k, v, *terms, out, lse, tables, seed, *options)
+    return grads
+
+
+def _gradients(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    distance: Tensor | None,
+    key_bias: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    tables: Sequence[Tensor],
+    seed: Tensor,
+    *options: Any,
+) -> tuple[Tensor | None, ...]:
+    """`attend_scored_backward`, under the older vmap too; None for a term that is not there."""
+    terms = distance, key_bias, sinks
+    if torch.compiler.is_compiling() or not is_batching_gradients():
+        grads = attend_scored_backward(dout, dlse, q, k, v, *terms, out, lse, tables, seed, *options)
+    else:
+        number = next(_numbers)
+        _waiting[number] = tuple(x is None for x in terms), tables, options
+        given = (lse.new_empty(0) if x is None else x for x in terms)
+        try:
+            grads = attend_scored_backward_each(dout, dlse, q, k, v, *given, out, lse, seed, number)
+        finally:
+            del _waiting[number]
+    return *grads[:3], *(None if x is None else grad for x, grad in zip(terms, grads[3:], strict=True))
+
+
+def _cotangents(grads: Sequence[Tensor], inputs: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Those of the first six inputs of `attend_scored` from those of out and lse."""
+    dout, dlse = grads
+    return _gradients(dout, dlse, *inputs[:6], *outputs, *inputs[6:])
+
+
+class _ScoredAgain(torch.autograd.Function):
+    """The identity on the output of an attention whose gradients cannot be differentiated; see `ops.differentiable_again`."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *args: Any) -> Tensor:
+        ctx.save_for_backward(*args[:6])
+        ctx.pattern, ctx.scale, ctx.q_offset, ctx.cap, ctx.first = args[6:]
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return dout, *(None,) * 11
+        operands, tables = ctx.saved_tensors, list(ctx.pattern._tables)
+        options = ctx.pattern.text, ctx.scale, ctx.q_offset, 0.0, "auto", ctx.cap, ctx.first
+        rest = tables, torch.zeros((), dtype=torch.int64), *options
+        out, lse = attend_scored(*operands, *rest)
+        return None, *_gradients(dout, torch.zeros_like(lse), *operands, out, lse, *rest), *(None,) * 5
+
+
+def differentiable_again(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, terms: ScoreTerms, pattern: Pattern, scale: float, q_offset: int
+) -> Tensor:
+    """`out`, by operations that have first derivatives only, with derivatives of every order, of the terms' tensors too."""
+    operands = q, k, v, terms.distance, terms.key_bias, terms.sinks
+    again: Tensor = out
+    if out.requires_grad:
+        again = _ScoredAgain.apply(out, *operands, pattern, scale, q_offset, terms.cap, terms.first)
+    return again
 
 
 attend_scored = define("attend_scored", _attend_scored, _attend_scored_fake)
 attend_scored_backward = define("attend_scored_backward", _attend_scored_backward, _backward_fake)
-differentiate_once(attend_scored, _gradients)
-refuse_differentiation(attend_scored_backward, 10)
+attend_scored_backward_each = forward_through("attend_scored_backward_each", _attend_scored_backward_each)
+differentiate(attend_scored, 6, _cotangents, scored_tangents)
+differentiate(attend_scored_backward, 10, scored_gradient_cotangents, scored_gradient_tangents)
 set_vmap(attend_scored, batched_by_item)
 set_vmap(attend_scored_backward, batched_by_item)

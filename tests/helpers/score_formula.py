@@ -1,7 +1,8 @@
-"""Attention under score terms as a dense formula, written from the documentation, and its comparison with a backend."""
+"""Attention under score terms as a dense formula, written from the documentation; its cases; the comparison with a backend."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,14 +11,55 @@ import torch
 from torch import Tensor
 
 import farlight as fl
-from farlight.testing import Case, assert_matches, dropout_mask, inputs
+from farlight.kernels import registry
+from farlight.testing import Case, assert_matches, case, dropout_mask, inputs
 from parity import SEED
 
-__all__ = ["TERMS", "Terms", "compare_scored", "make_terms"]
+__all__ = ["CASES", "SETS", "TERMS", "Dense", "Terms", "compare_scored", "make_terms", "supports"]
 
 BUCKETS, FARTHEST = 8, 20
 CAP = 1.5
 TERMS = ("softcap", "alibi", "relative", "t5", "key_bias", "sinks")
+SETS = (*((name,) for name in TERMS), *itertools.combinations(TERMS, 2), TERMS)
+
+# Every kind of plan: windows, sorted orders, gathered pairs, masks by bit, split rows, variants by head and item, empty rows.
+NAMES = (
+    "window and a lighthouse, n=65",
+    "causal, last queries",
+    "window, rows far before the text",
+    "dilated window",
+    "strided, phase by head",
+    "scattered lighthouses and a window",
+    "documents that come back",
+    "padding and a causal window",
+    "random keys, causal",
+    "random keys without a window",
+    "a mask with holes",
+    "a mask per item and head",
+    "many heads and items",
+)
+CASES = (
+    *(case(name) for name in NAMES),
+    Case(
+        "scored, grouped heads and dropout",
+        fl.window(9) | fl.random_keys(2) | fl.global_tokens([0]),
+        70,
+        77,
+        heads=6,
+        kv_heads=2,
+        dropout=0.3,
+    ),
+    Case(
+        "scored, clusters by item",
+        fl.clusters(torch.arange(160).view(2, 1, 80) * 7 % 5),
+        80,
+        batch=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=24,
+    ),
+    Case("scored, two pieces", fl.strided(4) | fl.window(6), 130, heads=3, batch=2),
+)
 
 
 @dataclass
@@ -73,6 +115,15 @@ def make_terms(names: tuple[str, ...], case: Case, bidirectional: bool = True) -
         draw(case.heads) if "sinks" in names else None,
         bidirectional,
     )
+
+
+def supports(backend: str, names: tuple[str, ...], of: Case, dtype: torch.dtype, *, return_lse: bool = True) -> bool:
+    terms = make_terms(names, of)
+    lowered = fl.score.lower(terms.score(), terms.sinks, of.sizes, torch.device("cpu"), dtype)
+    assert lowered is not None
+    shapes = of.kv_heads, of.head_dim, of.value_dim, dtype, torch.device("cpu")
+    request = registry.Request(of.pattern, of.sizes, *shapes, True, of.dropout, return_lse, lowered.names)
+    return not registry.reasons(backend, request)
 
 
 def bucket(distance: int, bidirectional: bool) -> int:

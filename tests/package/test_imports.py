@@ -146,7 +146,7 @@ IMPORTS = [found for module, path in MODULES.items() for found in imports(module
 # A package may import those of a smaller number, and its own.
 LAYERS = {
     "_version": 0,
-    "errors": 0, "caching": 0, "ragged": 0, "first_order": 0.5, "inputs": 0.5, "dispatcher": 0.6, "measurements": 0, "_cpu": 0,
+    "errors": 0, "caching": 0, "ragged": 0, "inputs": 0.5, "dispatcher": 0.6, "measurements": 0, "_cpu": 0,
     "patterns": 1,
     "score": 2,
     "plan": 3,

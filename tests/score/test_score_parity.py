@@ -2,68 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from score_formula import TERMS, compare_scored, make_terms
+from score_formula import CASES, SETS, TERMS, compare_scored, make_terms, supports
 
 import farlight as fl
-from farlight.kernels import cpu, registry
-from farlight.testing import Case, case
+from farlight.kernels import cpu
+from farlight.testing import Case
 from parity import BACKENDS, DTYPES, dtype_name
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-# Every kind of plan: windows, sorted orders, gathered pairs, masks by bit, split rows, variants by head and item, empty rows.
-NAMES = (
-    "window and a lighthouse, n=65",
-    "causal, last queries",
-    "window, rows far before the text",
-    "dilated window",
-    "strided, phase by head",
-    "scattered lighthouses and a window",
-    "documents that come back",
-    "padding and a causal window",
-    "random keys, causal",
-    "random keys without a window",
-    "a mask with holes",
-    "a mask per item and head",
-    "many heads and items",
-)
-CASES = (
-    *(case(name) for name in NAMES),
-    Case(
-        "scored, grouped heads and dropout",
-        fl.window(9) | fl.random_keys(2) | fl.global_tokens([0]),
-        70,
-        77,
-        heads=6,
-        kv_heads=2,
-        dropout=0.3,
-    ),
-    Case(
-        "scored, clusters by item",
-        fl.clusters(torch.arange(160).view(2, 1, 80) * 7 % 5),
-        80,
-        batch=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=24,
-    ),
-    Case("scored, two pieces", fl.strided(4) | fl.window(6), 130, heads=3, batch=2),
-)
 LONG = Case("scored, split rows", fl.sees_all([-1]) | fl.window(2), 3, 20_011, head_dim=8, heads=1)
-SETS = (*((name,) for name in TERMS), *itertools.combinations(TERMS, 2), TERMS)
-
-
-def supports(backend: str, names: tuple[str, ...], of: Case, dtype: torch.dtype, *, return_lse: bool = True) -> bool:
-    terms = make_terms(names, of)
-    lowered = fl.score.lower(terms.score(), terms.sinks, of.sizes, torch.device("cpu"), dtype)
-    assert lowered is not None
-    shapes = of.kv_heads, of.head_dim, of.value_dim, dtype, torch.device("cpu")
-    request = registry.Request(of.pattern, of.sizes, *shapes, True, of.dropout, return_lse, lowered.names)
-    return not registry.reasons(backend, request)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

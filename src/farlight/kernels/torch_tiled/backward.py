@@ -21,7 +21,7 @@ from farlight.kernels.torch_tiled.schedule import schedule_of
 from farlight.kernels.torch_tiled.tile_terms import TileTerms
 from farlight.plan.tables import Plan
 
-__all__ = ["backward", "split_lse"]
+__all__ = ["backward", "finite_lse", "is_large", "log_of_sum"]
 
 # Rows of the element-wise product in Δ at a time: the whole product would be one more tensor of the size of out.
 _DELTA_ROWS = 1024
@@ -49,7 +49,7 @@ def backward(
     dtype = acc_dtype(q)
     parts = zip(dout.split(_DELTA_ROWS, 2), out.split(_DELTA_ROWS, 2), strict=True)
     delta = torch.cat([(d.to(dtype) * o.to(dtype)).sum(-1) for d, o in parts], 2) - dlse.to(dtype)
-    row_max, log_sum = split_lse(q, k, v, lse, plan, scale, dtype, terms)
+    row_max, log_sum = _split_lse(q, k, v, lse, plan, scale, dtype, terms)
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, k, v))
     for batch in tile_batches(schedule_of(plan, q.device), q.shape[1], k.shape[1], q.shape[3]):
         queries = batch.take_queries(q).to(dtype) * scale
@@ -76,20 +76,34 @@ def backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def split_lse(
+def _split_lse(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, plan: Plan, scale: float, dtype: torch.dtype, terms: TileTerms | None
 ) -> tuple[Tensor | None, Tensor]:
     """The lse as (row maximum, log of the sum), to be subtracted in this order; (None, lse) where the lse is precise enough."""
-    # Empty rows have lse -inf and only scores of -inf: exp(-inf - 0) is the probability 0.
-    lse = torch.where(lse == float("-inf"), 0.0, lse).to(dtype)
-    if not bool((lse.abs() > _LARGE_LSE[dtype]).any()):
+    lse = finite_lse(lse).to(dtype)
+    if not is_large(lse):
         return None, lse
     row_max, row_sum = row_max_and_sum(q, k, v, plan, scale=scale, terms=terms)
+    return row_max, log_of_sum(lse, row_max, row_sum)
+
+
+def finite_lse(lse: Tensor) -> Tensor:
+    """The lse, 0 for empty rows: theirs is -inf, and with scores of -inf only, exp(-inf - 0) is the probability 0."""
+    return torch.where(lse == float("-inf"), 0.0, lse)
+
+
+def is_large(lse: Tensor) -> bool:
+    """Whether an lse is too large to resolve probabilities."""
+    return bool((lse.abs() > _LARGE_LSE[lse.dtype]).any())
+
+
+def log_of_sum(lse: Tensor, row_max: Tensor, row_sum: Tensor) -> Tensor:
+    """What is to be subtracted from the scores after row_max; row_sum = Σ exp(S - row_max)."""
     log_sum = torch.where(row_sum == 0, 1.0, row_sum).log()
-    # The given lse decides: where it differs from the recomputed one by more than rounding, the difference is kept.
+    # The given lse decides: where it differs from the recomputed one by more than rounding (sinks), the difference is kept.
     difference = lse - (row_max + log_sum)
-    is_rounding = difference.abs() <= 8 * torch.finfo(dtype).eps * lse.abs()
-    return row_max, torch.where(is_rounding, log_sum, log_sum + difference)
+    is_rounding = difference.abs() <= 8 * torch.finfo(lse.dtype).eps * lse.abs()
+    return torch.where(is_rounding, log_sum, log_sum + difference)
 
 
 @dataclass(frozen=True)

@@ -1,127 +1,186 @@
 """Sums over the links of a plan, and all their derivatives: what second and higher derivatives and forward mode are made of.
 
-A *link sum* maps packed rows `(B, H, n_q, R)` and packed keys `(B, H_kv, n_k, K)`, several tensors side by side in the last
-dimension, to sums over the allowed pairs:
+A *link sum* maps packed rows `(B, H, n_q, R)`, packed keys `(B, H_kv, n_k, K)`, several tensors side by side in the last
+dimension, and a packed table by distance `(B, H, L, T)` to sums over the allowed pairs:
 
-    row_sums[i] = Σ_j f(rows[i], keys[j]);   key_sums[j] = Σ_i g(rows[i], keys[j])
+    row_sums[i] = Σ_j f(rows[i], keys[j], table[d]);   key_sums[j] = Σ_i g(…);   table_sums[d] = Σ_{i, j at distance d} h(…)
 
-With the lse among the rows, no term depends on more than its own row and key: a tile computes its terms from its rows and
-keys. The vector-Jacobian and the Jacobian-vector product of a link sum are link sums over longer rows and keys, tile
-by tile (`torch.func.vjp` of the tile's function), so every order of derivative runs over the plan, in memory linear in n.
+    d = clip(j - i - first, 0, L - 1), of positions
 
-Two link sums are written here, and every other kind is derived from them:
-
-    "tangent"     rows q | lse | q';       keys k | v | k' | v':  Σ_j P Z (S' v + v') | Σ_j P S',   S' = scale (q'·k + q·k')
-    "gradients"   rows q | lse | dO | Δ;   keys k | v:            dq;  dk | dv                      (see `backward.py`)
-
-P = exp(S - lse), S = scale q·k, Z the factor of dropout. A kind's name with "r" appended is its reverse derivative (rows and
-keys | cotangents of both sums → cotangents of rows and keys), with "f" its forward derivative (rows | tangents, keys | tangents
-→ tangents of both sums). A further term of the scores belongs in `_Links.probabilities`, and nowhere else.
+With the lse among the rows, no term depends on more than its own row, key and distance: a tile computes its terms from its
+rows and keys (`link_terms.py`). The vector-Jacobian and the Jacobian-vector product of a link sum are link sums over longer
+rows, keys and tables, tile by tile, so every order of derivative runs over the plan, in memory linear in n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from farlight.kernels.torch_tiled.backward import split_lse
+from farlight.kernels.torch_tiled.backward import finite_lse, is_large, log_of_sum
 from farlight.kernels.torch_tiled.gather import TileBatch, tile_batches
+from farlight.kernels.torch_tiled.link_terms import Shape, TilePairs, link_terms, widths
 from farlight.kernels.torch_tiled.schedule import schedule_of
+from farlight.kernels.torch_tiled.tile_terms import add_at, distance_index
 from farlight.plan.tables import Plan
 
-__all__ = ["Widths", "link_sums", "widths"]
+__all__ = ["Formula", "link_sums"]
 
 
-class Widths(NamedTuple):
-    """Columns of the packed rows and keys, and of the sums by row and by key."""
+@dataclass(frozen=True)
+class Formula:
+    """The attention whose links are summed over; `first`: the distance of the table's first entry."""
 
-    rows: int
-    keys: int
-    row_sums: int
-    key_sums: int
-
-
-def widths(kind: str, head_dim: int, value_dim: int) -> Widths:
-    """The columns of a kind of link sum: "tangent" or "gradients", "." and any number of "r" and "f"."""
-    base, _, steps = kind.partition(".")
-    d, d_v = head_dim, value_dim
-    n = Widths(2 * d + 1, 2 * (d + d_v), d_v + 1, 0) if base == "tangent" else Widths(d + d_v + 2, d + d_v, d, d + d_v)
-    for step in steps:
-        n = _next(n, step)
-    return n
+    shape: Shape
+    scale: float
+    dropout: float
+    seed: Tensor
+    cap: float = 0.0
+    first: int = 0
 
 
-def link_sums(
-    kind: str,
-    rows: Tensor,
-    keys: Tensor,
-    plan: Plan,
-    *,
-    head_dim: int,
-    value_dim: int,
-    scale: float,
-    dropout: float,
-    seed: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The sums `(B, H, n_q, ·)` and `(B, H_kv, n_k, ·)` of one kind over the plan's links; operands float32 or float64."""
-    n, dtype = widths(kind, head_dim, value_dim), rows.dtype
-    terms = _derived(kind, head_dim, value_dim)
+def link_sums(kind: str, rows: Tensor, keys: Tensor, table: Tensor, plan: Plan, of: Formula) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums `(B, H, n_q, ·)`, `(B, H_kv, n_k, ·)` and `(B, H, L, ·)` of one kind; operands float32 or float64."""
+    n, terms = widths(kind, of.shape), link_terms(kind, of.shape)
     row_sums = rows.new_zeros((*rows.shape[:3], n.row_sums))
     key_sums = keys.new_zeros((*keys.shape[:3], n.key_sums))
-    q, k, v = rows[..., :head_dim], keys[..., :head_dim], keys[..., head_dim : head_dim + value_dim]
-    row_max, log_sum = split_lse(q, k, v, rows[..., head_dim], plan, scale, dtype, None)
-    for batch in tile_batches(schedule_of(plan, rows.device), rows.shape[1], keys.shape[1], n.keys):
-        tile_rows = torch.cat(
-            (batch.take_queries(q), batch.take_queries(log_sum[..., None]), batch.take_queries(rows[..., head_dim + 1 :])), -1
-        )
-        shift = None if row_max is None else batch.take_queries(row_max).unsqueeze(-1)
+    table_sums = table.new_zeros((*table.shape[:3], n.table_sums))
+    row_max, log_sum = _split_lse(rows, keys, table, plan, of)
+    if row_max is not None:
+        d = of.shape.head_dim
+        rows = torch.cat((rows[..., :d], log_sum, rows[..., d + 1 :]), -1)
+    for part in _parts(plan, rows, keys, n.keys + n.table, of):
+        links = part.links(None if row_max is None else part.take_rows(row_max))
+        sums = terms(part.take_rows(rows), part.take_keys(keys), part.take_table(table), links)
+        part.add_rows(row_sums, sums[0])
+        part.add_keys(key_sums, sums[1])
+        part.add_table(table_sums, sums[2])
+    return row_sums, key_sums, table_sums
+
+
+def _split_lse(rows: Tensor, keys: Tensor, table: Tensor, plan: Plan, of: Formula) -> tuple[Tensor | None, Tensor]:
+    """The lse as (row maximum, log of the sum), both `(B, H, n_q, 1)`; (None, lse) where the lse is precise enough."""
+    d, d_v, b, t = of.shape
+    lse = finite_lse(rows[..., d : d + 1])
+    if not is_large(lse):
+        return None, lse
+    row_max, row_sum = torch.full_like(lse, float("-inf")), torch.zeros_like(lse)
+
+    def scores(part: _Part) -> Tensor:
+        k, _, by_key = part.take_keys(keys[..., : d + d_v + b]).split((d, d_v, b), -1)
+        return part.links(None).scores(part.take_rows(rows[..., :d]), k, by_key, part.take_table(table[..., :t]))[0]
+
+    for part in _parts(plan, rows, keys, d + d_v + b + t, of):
+        part.put_rows(row_max, torch.maximum(part.take_rows(row_max), scores(part).amax(-1, keepdim=True)))
+    row_max = finite_lse(row_max)
+    for part in _parts(plan, rows, keys, d + d_v + b + t, of):
+        part.add_rows(row_sum, torch.exp(scores(part) - part.take_rows(row_max)).sum(-1, keepdim=True))
+    return row_max, log_of_sum(lse, row_max, row_sum)
+
+
+def _parts(plan: Plan, rows: Tensor, keys: Tensor, columns: int, of: Formula) -> Iterator[_Part]:
+    """The runs and the gathered keys of all tiles, in a fixed order. columns: what is gathered of a key."""
+    per_key = rows.shape[1] // keys.shape[1]
+    for batch in tile_batches(schedule_of(plan, rows.device), rows.shape[1], keys.shape[1], columns):
         if batch.group.width:
-            factor = None
-            if dropout:
-                at = batch.key_indices(rows.device)[:, None]
-                factor = batch.dropout_factor(seed, dropout, plan.sizes.q_offset, at, dtype)
-            links = _Links(scale, _hidden(batch, rows.device), shift, factor)
-            by_row, by_key = terms(tile_rows, batch.take_keys(keys, dtype), links)
-            batch.put_queries(row_sums, by_row, add=True)
-            batch.add_keys(key_sums, by_key)
-        _add_points(batch, terms, tile_rows, shift, keys, row_sums, key_sums, plan, scale, dropout, seed)
-    return row_sums, key_sums
+            yield _Part(batch, None, rows.device, rows.dtype, plan.sizes.q_offset, per_key, of)
+        points = batch.points()
+        if points is not None:
+            yield _Part(batch, points, rows.device, rows.dtype, plan.sizes.q_offset, per_key, of)
 
 
-def _add_points(
-    batch: TileBatch,
-    terms: _Terms,
-    tile_rows: Tensor,
-    shift: Tensor | None,
-    keys: Tensor,
-    row_sums: Tensor,
-    key_sums: Tensor,
-    plan: Plan,
-    scale: float,
-    dropout: float,
-    seed: Tensor,
-) -> None:
-    """Accumulate the terms of gathered keys: each row is a tile of its own, with the query heads of one key head as rows."""
-    points = batch.points()
-    if points is None:
-        return
-    at, valid = points
-    count, dtype = batch.group.count, tile_rows.dtype
+@dataclass(frozen=True)
+class _Part:
+    """The runs of a batch of tiles, or, with `points`, its gathered keys: there each row is a tile of its own, with the query
+    heads of one key head as rows.
+    """
 
-    def by_row(x: Tensor) -> Tensor:
-        """`(c, tiles, count, heads, …)` of `(c, tiles, heads · count, …)`."""
-        rows: Tensor = x.unflatten(2, (-1, count)).movedim(2, 3)
-        return rows
+    batch: TileBatch
+    points: tuple[Tensor, Tensor] | None
+    device: torch.device
+    dtype: torch.dtype
+    q_offset: int
+    per_key: int  # query heads of one key head
+    of: Formula
 
-    factor = by_row(batch.dropout_factor(seed, dropout, plan.sizes.q_offset, at, dtype)) if dropout else None
-    links = _Links(scale, ~valid[:, :, None], None if shift is None else by_row(shift), factor)
-    row_terms, key_terms = terms(by_row(tile_rows), batch.take_points(keys, at, dtype), links)
-    batch.put_queries(row_sums, row_terms.movedim(3, 2).flatten(2, 3), add=True)
-    batch.add_points(key_sums, at.reshape(-1), key_terms.flatten(1, 3))
+    def take_rows(self, x: Tensor) -> Tensor:
+        """`(c, tiles, heads · count, R)`; of points `(c, tiles, count, heads, R)`."""
+        return self._by_row(self.batch.take_queries(x))
+
+    def put_rows(self, x: Tensor, value: Tensor) -> None:
+        """The inverse of `take_rows`, into x."""
+        self.batch.put_queries(x, self._by_tile(value))
+
+    def add_rows(self, x: Tensor, value: Tensor) -> None:
+        """x += value, at the rows of `take_rows`."""
+        self.batch.put_queries(x, self._by_tile(value), add=True)
+
+    def take_keys(self, x: Tensor) -> Tensor:
+        """`(c, tiles, width, K)`; of points `(c, tiles, count, m, K)`."""
+        return self.batch.take_keys(x, self.dtype) if self.points is None else self.batch.take_points(x, self.keys, self.dtype)
+
+    def add_keys(self, x: Tensor, value: Tensor) -> None:
+        """x += value, at the keys of `take_keys`."""
+        if not x.shape[-1]:
+            return
+        if self.points is None:
+            self.batch.add_keys(x, value)
+        else:
+            self.batch.add_points(x, self.keys.reshape(-1), value.flatten(1, 3))
+
+    def take_table(self, x: Tensor) -> Tensor:
+        """`(c, tiles, heads · count, width, T)`; of points `(c, tiles, count, heads, m, T)`: the entries of the pairs."""
+        batch, heads = self.batch, self.batch.heads
+        per_key = (heads.q1 - heads.q0) // (heads.k1 - heads.k0)
+        if not x.shape[-1]:
+            rows, width = per_key * batch.group.count, self.keys.shape[-1]
+            return self._by_row(x.new_empty(batch.key_heads, batch.tiles, rows, width, 0))
+        entries = x[heads.batch, heads.q0 : heads.q1].reshape(-1, *x.shape[2:])[:, self._distances(x)]
+        return self._by_row(entries.unflatten(0, (-1, per_key)).transpose(1, 2).flatten(2, 3))
+
+    def add_table(self, x: Tensor, value: Tensor) -> None:
+        """x += value, at the distances of the pairs."""
+        if not x.shape[-1]:
+            return
+        heads = self.batch.heads
+        by_head = self._by_tile(value).unflatten(2, (-1, self.batch.group.count)).transpose(1, 2).flatten(0, 1)
+        sums = x[heads.batch, heads.q0 : heads.q1]  # a copy where `batch` is a tensor
+        add_at(sums.view(-1, *x.shape[2:]), self._distances(x), by_head)
+        if isinstance(heads.batch, Tensor):
+            x[heads.batch, heads.q0 : heads.q1] = sums
+
+    def links(self, shift: Tensor | None) -> TilePairs:
+        """The pairs, for the terms; shift: the row maximum, by `take_rows`."""
+        factor = None
+        if self.of.dropout:
+            factor = self.batch.dropout_factor(self.of.seed, self.of.dropout, self.q_offset, self.keys, self.dtype)
+            factor = self._by_row(factor)
+        hidden = _hidden(self.batch, self.device) if self.points is None else ~self.points[1][:, :, None]
+        heads = self.batch.heads
+        first = heads.q0 - heads.k0 * self.per_key
+        last = first + (heads.q1 - heads.q0) // (heads.k1 - heads.k0)
+        return TilePairs(self.of.scale, self.of.cap, hidden, shift, factor, first, last)
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """`(tiles, 1, width)`; of points `(tiles, count, m)`."""
+        return self.batch.key_indices(self.device)[:, None] if self.points is None else self.points[0]
+
+    def _distances(self, table: Tensor) -> Tensor:
+        """`(tiles, count, width | m)`: the entry of the table for each pair."""
+        return distance_index(self.batch, self.keys, self.q_offset, self.of.first, table.shape[2])
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """Of points `(c, tiles, count, heads, …)` from `(c, tiles, heads · count, …)`."""
+        return x if self.points is None else x.unflatten(2, (-1, self.batch.group.count)).movedim(2, 3)
+
+    def _by_tile(self, x: Tensor) -> Tensor:
+        """The inverse of `_by_row`."""
+        return x if self.points is None else x.movedim(3, 2).flatten(2, 3)
 
 
 def _hidden(batch: TileBatch, device: torch.device) -> Tensor | None:
@@ -134,86 +193,3 @@ def _hidden(batch: TileBatch, device: torch.device) -> Tensor | None:
         hidden[:, c0:c1] = columns
     heads = batch.heads
     return hidden.repeat((heads.q1 - heads.q0) // (heads.k1 - heads.k0), 1)
-
-
-@dataclass(frozen=True)
-class _Links:
-    """The pairs of stacked tiles: `hidden` (not allowed), `shift` (the rows' score maximum, where lse is relative to it), and
-    `factor` (of dropout) broadcast to the tile's scores `(…, rows, keys)`.
-    """
-
-    scale: float
-    hidden: Tensor | None
-    shift: Tensor | None
-    factor: Tensor | None
-
-    def probabilities(self, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-        """P `(…, rows, keys)`, 0 where a pair is not allowed."""
-        scores = q @ k.mT * self.scale
-        if self.hidden is not None:
-            scores = scores.masked_fill(self.hidden, float("-inf"))
-        if self.shift is not None:
-            scores = scores - self.shift
-        return torch.exp(scores - lse)
-
-    def dropped(self, x: Tensor) -> Tensor:
-        """x ∘ Z."""
-        return x if self.factor is None else x * self.factor
-
-
-_Terms: TypeAlias = Callable[[Tensor, Tensor, _Links], tuple[Tensor, Tensor]]
-
-
-def _derived(kind: str, d: int, d_v: int) -> _Terms:
-    """The tile's function of a kind: rows `(…, r, R)`, keys `(…, w, K)` → their sums over the tile."""
-    base, _, steps = kind.partition(".")
-
-    def tangent(rows: Tensor, keys: Tensor, links: _Links) -> tuple[Tensor, Tensor]:
-        q, lse, dq = rows.split((d, 1, d), -1)
-        k, v, dk, dv = keys.split((d, d_v, d, d_v), -1)
-        p = links.probabilities(q, k, lse)
-        ds = p * (dq @ k.mT + q @ dk.mT) * links.scale
-        return torch.cat((links.dropped(ds) @ v + links.dropped(p) @ dv, ds.sum(-1, keepdim=True)), -1), keys[..., :0]
-
-    def gradients(rows: Tensor, keys: Tensor, links: _Links) -> tuple[Tensor, Tensor]:
-        q, lse, dout, delta = rows.split((d, 1, d_v, 1), -1)
-        k, v = keys.split((d, d_v), -1)
-        p = links.probabilities(q, k, lse)
-        ds = p * (links.dropped(dout @ v.mT) - delta) * links.scale
-        return ds @ k, torch.cat((ds.mT @ q, links.dropped(p).mT @ dout), -1)
-
-    terms: _Terms = tangent if base == "tangent" else gradients
-    n = widths(base, d, d_v)
-    for step in steps:
-        terms, n = (_reverse if step == "r" else _forward)(terms, n), _next(n, step)
-    return terms
-
-
-def _next(n: Widths, step: str) -> Widths:
-    """The columns of the reverse ("r") or forward ("f") derivative."""
-    if step == "r":
-        return Widths(n.rows + n.row_sums, n.keys + n.key_sums, n.rows, n.keys)
-    return n._replace(rows=2 * n.rows, keys=2 * n.keys)
-
-
-def _reverse(terms: _Terms, n: Widths) -> _Terms:
-    def derived(rows: Tensor, keys: Tensor, links: _Links) -> tuple[Tensor, Tensor]:
-        (rows, drows), (keys, dkeys) = rows.split((n.rows, n.row_sums), -1), keys.split((n.keys, n.key_sums), -1)
-        _, pullback = torch.func.vjp(lambda r, k: terms(r, k, links), rows, keys)[:2]
-        drows, dkeys = pullback((drows, dkeys))
-        return drows, dkeys
-
-    return derived
-
-
-def _forward(terms: _Terms, n: Widths) -> _Terms:
-    """The pushforward as the pullback of the pullback, which is linear: torch has one level of forward mode, perhaps taken."""
-
-    def derived(rows: Tensor, keys: Tensor, links: _Links) -> tuple[Tensor, Tensor]:
-        (rows, trows), (keys, tkeys) = rows.split(n.rows, -1), keys.split(n.keys, -1)
-        sums, pullback = torch.func.vjp(lambda r, k: terms(r, k, links), rows, keys)[:2]
-        _, pushforward = torch.func.vjp(lambda a, b: pullback((a, b)), *(torch.zeros_like(x) for x in sums))[:2]
-        tangents = pushforward((trows, tkeys))
-        return tangents[0], tangents[1]
-
-    return derived

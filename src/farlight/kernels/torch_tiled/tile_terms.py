@@ -13,7 +13,7 @@ from farlight.kernels.torch_tiled.gather import TileBatch
 from farlight.patterns.expression import Sizes
 from farlight.score.lowered import ScoreTerms
 
-__all__ = ["TileTerms", "add_at"]
+__all__ = ["TileTerms", "add_at", "distance_index"]
 
 
 class TileTerms:
@@ -68,9 +68,7 @@ class TileTerms:
     def _index(self, batch: TileBatch, keys: Tensor) -> Tensor:
         """`(tiles, count, m)`: the column of the table of distances for each pair."""
         assert self.terms.distance is not None
-        i = batch.row_positions(self.q_offset, self.origin, keys.device)[..., None] + self.terms.first
-        keys = keys if self.origin is None else self.origin.keys.to(keys.device)[keys]
-        return (keys - i).clamp(0, self.terms.distance.shape[1] - 1)
+        return distance_index(batch, keys, self.q_offset, self.terms.first, self.terms.distance.shape[1], self.origin)
 
     def _heads_of_the_whole(self, batch: TileBatch, device: torch.device) -> Tensor:
         """`(items, heads)`: the query heads of a piece as the whole problem numbers them."""
@@ -105,11 +103,20 @@ class TileTerms:
         return bias[..., keys].transpose(2, 3)
 
 
+def distance_index(
+    batch: TileBatch, keys: Tensor, q_offset: int, first: int, length: int, origin: Origin | None = None
+) -> Tensor:
+    """`(tiles, count, m)`: clip(j - i - first, 0, length - 1) of the pairs with keys `(tiles, 1 or count, m)`."""
+    i = batch.row_positions(q_offset, origin, keys.device)[..., None] + first
+    keys = keys if origin is None else origin.keys.to(keys.device)[keys]
+    return (keys - i).clamp(0, length - 1)
+
+
 def add_at(table: Tensor, index: Tensor, value: Tensor) -> None:
     """table[:, index] += value, where columns repeat; in a fixed order on every device."""
     if table.device.type == "cpu":
-        value = value.reshape(table.shape[0], -1)
-        table.scatter_add_(1, index.reshape(1, -1).expand(table.shape[0], -1), value)
+        value = value.reshape(table.shape[0], -1, *table.shape[2:])
+        table.scatter_add_(1, index.reshape(1, -1, *[1] * (table.dim() - 2)).expand(value.shape), value)
     else:
         rows = torch.arange(table.shape[0], device=table.device).view(-1, *[1] * index.dim())
         table.index_put_((rows, index[None]), value, accumulate=True)
