@@ -1,10 +1,12 @@
-"""Scores under compile, torch.func, vmap and autocast; determinism; rows without keys; large scores."""
+"""Scores under compile, export, torch.func, vmap and autocast; determinism; rows without keys; large scores."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import farlight as fl
@@ -137,3 +139,65 @@ def test_autocast_keeps_the_terms_exact() -> None:
         out = biased(q, k, v, slopes, table, sinks)
     wanted = biased(*(x.bfloat16() for x in (q, k, v)), slopes, table, sinks)
     assert torch.equal(out, wanted)
+
+
+class Biased(nn.Module):
+    """Learned slopes, a learned table, a learned key bias and learned sinks."""
+
+    def __init__(self, backend: str, cap: float = 3.0, n: int = 24) -> None:
+        super().__init__()
+        _, _, _, slopes, table, sinks = operands(n)
+        self.slopes, self.table, self.sinks = (nn.Parameter(x) for x in (slopes, table, sinks))
+        self.key_bias = nn.Parameter(torch.linspace(-1, 1, n).repeat(1, 4, 1))
+        self.backend, self.cap = backend, cap
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        terms = fl.score.alibi(self.slopes) + fl.score.t5(self.table, 16, 20) + fl.score.key_bias(self.key_bias)
+        score = fl.score.softcap(self.cap) + terms if self.cap else terms
+        out = fl.attention(q, k, v, PATTERN, score=score, sinks=self.sinks, backend=self.backend)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def results(of: nn.Module, given: tuple[Tensor, ...]) -> list[Tensor]:
+    """Output and the gradients of inputs and parameters."""
+    leaves = [*(x.detach().clone().requires_grad_() for x in given), *dict(sorted(of.named_parameters())).values()]
+    out = of(*leaves[:3])
+    return [out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "dense"])
+def test_a_module_is_compiled_whole_and_exported(backend: str, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    module, given = Biased(backend, 0.0 if backend == "dense" else 3.0), operands(24)[:3]
+    wanted = results(module, given)
+    program = torch.export.export(module, given)
+    torch.export.save(program, tmp_path / "biased.pt2")
+    ways = {
+        "compiled": torch.compile(module, backend="aot_eager", fullgraph=True),
+        "exported": program.module(),
+        "loaded": torch.export.load(tmp_path / "biased.pt2").module(),
+    }
+    for way, of in ways.items():
+        for a, b in zip(results(of, given), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5, msg=lambda text, way=way: f"{way}: {text}")
+
+
+def test_an_exported_module_takes_other_lengths() -> None:
+    class Short(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slopes, self.sinks = (nn.Parameter(operands()[at]) for at in (3, 5))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            score = fl.score.softcap(3.0) + fl.score.alibi(self.slopes)
+            out = fl.attention(q, k, v, PATTERN, score=score, sinks=self.sinks)
+            assert isinstance(out, Tensor)
+            return out
+
+    module, n = Short(), torch.export.Dim("n", min=2, max=4096)
+    program = torch.export.export(module, operands(24)[:3], dynamic_shapes=[{2: n}] * 3).module()
+    for length in (24, 57):
+        given = operands(length)[:3]
+        for a, b in zip(results(program, given), results(module, given), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
