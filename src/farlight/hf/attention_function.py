@@ -94,7 +94,7 @@ def attention_forward(
             score_of=functools.partial(_score_of_text, module, kwargs, query), sinks=options.sinks, indices=indices,
         )  # fmt: skip
         return out, None
-    mask = _model_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
+    mask = _placed(module, _model_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window")))
     if setting.pattern is not None and not isinstance(attention_mask, LazyMask | ModelMask | None):
         _refuse_hidden_end(module, mask, query.shape[2], key.shape[2])
     if not setting.has_layer_number:
@@ -226,6 +226,23 @@ def _model_mask(
             "an attention_mask to the model."
         )
     return ModelMask(causal() if causal_flag and n_q > 1 else full(), n_k - n_q)
+
+
+def _placed(module: nn.Module, mask: ModelMask) -> ModelMask:
+    """The mask; between decoder and encoder with the decoder's position, since transformers counts from 0 in each call."""
+    setting = setting_of(module)
+    if setting.position is None or setting.part == "encoder":
+        return mask
+    if setting.part == "decoder":
+        setting.position.first_query = mask.q_offset + mask.num_dropped
+        return mask
+    parts = mask.pattern.parts if isinstance(mask.pattern, Intersection) else [mask.pattern]
+    if setting.position.first_query is None or not all(isinstance(part, full | padding) for part in parts):
+        raise UnsupportedError(
+            f"{type(module).__name__} attends to another text under {mask.pattern!r}, before its decoder's own attention or by "
+            "a mask of pairs; patterns between two texts need padding alone and the position of the queries. Leave 'cross' out."
+        )
+    return replace(mask, q_offset=setting.position.first_query)
 
 
 def _layer_pattern(module: nn.Module, pattern: LayerPattern, mask: ModelMask, q: Tensor, k: Tensor) -> Pattern:

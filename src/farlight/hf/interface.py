@@ -23,15 +23,27 @@ from farlight.hf.configs import SavedConfigs, configs_of, copy_configs, restore_
 from farlight.hf.layers import (
     attention_layers,
     attention_modules,
+    attention_parts,
     foreign_attention,
     has_cross_attention,
     other_mixers,
     patterns_by_module,
+    patterns_by_part,
 )
-from farlight.hf.setting import ATTN_IMPLEMENTATION, SETTING, LayerPattern, Observation, Observer, Setting
+from farlight.hf.setting import (
+    ATTN_IMPLEMENTATION,
+    SETTING,
+    DecoderPosition,
+    LayerPattern,
+    Observation,
+    Observer,
+    PartPattern,
+    Setting,
+)
 from farlight.hf.spread import Spread
 from farlight.kernels import registry
 from farlight.patterns.expression import Pattern
+from farlight.patterns.named import global_tokens, sees_all
 from farlight.routing.base import Router
 
 __all__ = ["Observation", "install_pattern", "register", "use_pattern"]
@@ -57,7 +69,7 @@ def register() -> None:
 @contextmanager
 def use_pattern(
     model: Any,
-    pattern: LayerPattern | Mapping[int, LayerPattern],
+    pattern: LayerPattern | Mapping[int, LayerPattern] | Mapping[str, PartPattern],
     *,
     backend: str = "auto",
     observer: Observer | None = None,
@@ -67,15 +79,16 @@ def use_pattern(
     A pair is allowed when the model's own mask and `pattern` both allow it; None leaves the model's own attention. Positions
     that a pattern names count the real tokens of each text, so padding changes nothing. A router is called in every layer with
     that layer's queries and keys, padding left out. A mapping {layer number: pattern, router or None} sets the layers one by
-    one; layers it does not name keep the model's attention. `observer` is called with an `Observation` for each layer before
-    it runs.
+    one; layers it does not name keep the model's attention. A model of two texts takes {"encoder": …, "decoder": …,
+    "cross": …}, each one pattern or such a mapping, see `sparsify`. `observer` is called with an `Observation` for each layer
+    before it runs.
 
     The setting belongs to the model: two threads may use two models at once, not one model under two patterns.
 
     Raises:
-        ArgumentError: `pattern` is something else, or names a layer that the model does not have.
+        ArgumentError: `pattern` is something else, or names a layer or part that the model does not have.
         UnsupportedError: the model does not take its attention from transformers' AttentionInterface, or it has
-            cross-attention, whose queries and keys are positions of two different texts.
+            cross-attention, whose queries and keys are positions of two different texts, under one pattern.
 
     >>> import torch, farlight as fl
     >>> from transformers import BertConfig, BertModel
@@ -116,7 +129,7 @@ class Undo:
 
 def install_pattern(
     model: Any,
-    pattern: LayerPattern | Mapping[int, LayerPattern],
+    pattern: Any,
     *,
     backend: str = "auto",
     observer: Observer | None = None,
@@ -130,10 +143,11 @@ def install_pattern(
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "set_attn_implementation"):
         raise UnsupportedError(f"{name} is not a transformers model; a PreTrainedModel is needed.")
-    if pattern is not None and has_cross_attention(model):
+    if pattern is not None and not _names_parts(pattern) and has_cross_attention(model):
         raise UnsupportedError(
             f"{name} has cross-attention, in which a query and a key are positions of two different texts; a pattern "
-            "speaks of one text. Use its encoder alone (model.get_encoder())."
+            'speaks of one text. Give each part its own, {"encoder": …, "decoder": …, "cross": …}, or use its encoder alone '
+            "(model.get_encoder())."
         )
     replaced = model if alibi.install(model) else None
     already_registered = all(each._attn_implementation == ATTN_IMPLEMENTATION for each in configs_of(model))
@@ -147,7 +161,9 @@ def install_pattern(
                 f"{name} does not take its attention from transformers' AttentionInterface, so no other attention can "
                 "be plugged in. Use a model of the same family whose modeling file calls ALL_ATTENTION_FUNCTIONS."
             )
-        if isinstance(pattern, Mapping):
+        if _names_parts(pattern):
+            _set_parts(model, pattern, backend, observer, spread)
+        elif isinstance(pattern, Mapping):
             by_module, numbered = patterns_by_module(model, pattern), set(attention_layers(model).values())
             for module, _ in undo.settings:
                 module.__dict__[SETTING] = Setting(by_module.get(module), backend, observer, module in numbered, spread)
@@ -160,6 +176,27 @@ def install_pattern(
         undo()
         raise
     return undo
+
+
+def _set_parts(model: Any, pattern: Mapping[str, Any], backend: str, observer: Observer | None, spread: Spread | None) -> None:
+    """Write the settings of a mapping {"encoder" | "decoder" | "cross": pattern or mapping by layer}."""
+    by_module, position = patterns_by_part(model, pattern), DecoderPosition()
+    part_of = {module: part for part, layers in attention_parts(model).items() for module in layers.values()}
+    for module, chosen in by_module.items():
+        named = [a for a in chosen.atoms() if isinstance(a, global_tokens | sees_all)] if isinstance(chosen, Pattern) else []
+        if part_of[module] == "cross" and (named or isinstance(chosen, Router)):
+            raise UnsupportedError(
+                f"{type(model).__name__}, cross: {chosen!r} reads queries as tokens of the keys' text, but they are the "
+                "decoder's; give patterns of distances, or of keys by fl.seen_by_all."
+            )
+    for module in model.modules():
+        setting = Setting(by_module.get(module), backend, observer, True, spread, part_of.get(module), position)
+        module.__dict__[SETTING] = setting
+
+
+def _names_parts(pattern: Any) -> bool:
+    """Whether a mapping is one of the parts of an encoder-decoder model, not of layer numbers."""
+    return isinstance(pattern, Mapping) and any(isinstance(key, str) for key in pattern)
 
 
 def _refuse_unreached_attention(model: Any) -> None:
@@ -195,6 +232,8 @@ def _reduce_setting(setting: Setting) -> tuple[Any, ...]:
         setting.observer,
         setting.has_layer_number,
         setting.spread,
+        setting.part,
+        setting.position,
     )
 
 
@@ -205,7 +244,9 @@ def _check_pattern(pattern: Any) -> None:
     """Raise ArgumentError unless `pattern` is a pattern, a router, None, or a mapping to these."""
     if isinstance(pattern, Mapping):
         for number, layer_pattern in pattern.items():
-            if not isinstance(layer_pattern, Pattern | Router | None):
+            if isinstance(number, str) and isinstance(layer_pattern, Mapping):
+                _check_pattern(layer_pattern)
+            elif not isinstance(layer_pattern, Pattern | Router | None):
                 raise ArgumentError(
                     f"the pattern of layer {number!r} is {type(layer_pattern).__name__}; pass a pattern such as "
                     "fl.window(256), a router such as fl.routing.TopBlocks(8), or None for the model's own attention."

@@ -19,15 +19,22 @@ from torch import nn
 from farlight.errors import ArgumentError, UnsupportedError
 
 __all__ = [
+    "PARTS",
     "attention_layers",
     "attention_modules",
+    "attention_parts",
     "foreign_attention",
     "has_cross_attention",
     "other_mixers",
     "patterns_by_module",
+    "patterns_by_part",
 ]
 
 T = TypeVar("T")
+
+# Parts of a model that reads two texts: the encoder, the decoder's own attention, and that from the decoder to the encoder.
+PARTS = ("encoder", "decoder", "cross")
+_CROSS = ("cross", "encoder_attn", "encdec")
 
 # Entries of `config.layer_types`: layers that mix tokens by attention only, and layers that do not mix tokens.
 _ATTENTION_TYPES = {
@@ -121,18 +128,47 @@ def has_cross_attention(model: Any) -> bool:
     """Whether a query and a key may be positions of two texts, by class and module names: transformers has no flag for it."""
     paths = [f"{name}.{type(module).__name__}".lower() for name, module in attention_modules(model).items()]
     decodes = getattr(model.config, "is_encoder_decoder", False) and any("decoder" in path for path in paths)
-    return decodes or any(word in path for path in paths for word in ("cross", "encoder_attn", "encdec"))
+    return decodes or any(word in path for path in paths for word in _CROSS)
+
+
+def attention_parts(model: Any) -> dict[str, dict[int, nn.Module]]:
+    """The attention modules of each of `PARTS`, numbered from 0 in the order of `model.modules()`."""
+    has_encoder = getattr(model.config, "is_encoder_decoder", False)
+    parts: dict[str, dict[int, nn.Module]] = {part: {} for part in PARTS}
+    for name, module in attention_modules(model).items():
+        path = f"{name}.{type(module).__name__}".lower()
+        own = "encoder" if has_encoder and "decoder" not in path else "decoder"
+        layers = parts["cross" if any(word in path for word in _CROSS) else own]
+        layers[len(layers)] = module
+    return parts
 
 
 def patterns_by_module(model: Any, patterns: Mapping[int, T]) -> dict[nn.Module, T]:
     """`patterns` by attention module instead of layer number. Raises ArgumentError for numbers that no layer has."""
-    layers = attention_layers(model)
+    return _by_module(type(model).__name__, attention_layers(model), patterns)
+
+
+def patterns_by_part(model: Any, patterns: Mapping[str, Any]) -> dict[nn.Module, Any]:
+    """`patterns` of `PARTS`, each one for all layers or by layer number, by attention module. Raises ArgumentError."""
+    parts = attention_parts(model)
+    by_module: dict[nn.Module, Any] = {}
+    for part, pattern in patterns.items():
+        name, layers = f"{type(model).__name__}, {part},", parts.get(part)
+        if not layers:
+            known = ", ".join(repr(part) for part in PARTS if parts[part])
+            raise ArgumentError(f"a pattern is given for {part!r}, but {type(model).__name__} has attention in {known} only.")
+        by_number = pattern if isinstance(pattern, Mapping) else dict.fromkeys(layers, pattern)
+        by_module |= _by_module(name, layers, by_number)
+    return by_module
+
+
+def _by_module(name: str, layers: Mapping[int, nn.Module], patterns: Mapping[int, T]) -> dict[nn.Module, T]:
     unknown = [number for number in patterns if isinstance(number, bool) or number not in layers]
     if unknown:
         known = f"{', '.join(map(str, layers))}" if layers else "none"
         raise ArgumentError(
-            f"a pattern is given for layer {unknown[0]!r}, but the attention layers of {type(model).__name__} are {known}; "
-            "use these numbers as keys."
+            f"a pattern is given for layer {unknown[0]!r}, but the attention layers of {name} are {known}; use these numbers "
+            "as keys."
         )
     return {layers[number]: pattern for number, pattern in patterns.items()}
 

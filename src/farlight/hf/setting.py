@@ -7,7 +7,7 @@ itself: `module.__dict__[SETTING]`. Recomputation in the backward pass and other
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -18,7 +18,17 @@ from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 from farlight.score.terms import Score
 
-__all__ = ["ATTN_IMPLEMENTATION", "SETTING", "LayerPattern", "Observation", "Observer", "Setting", "setting_of"]
+__all__ = [
+    "ATTN_IMPLEMENTATION",
+    "SETTING",
+    "DecoderPosition",
+    "LayerPattern",
+    "Observation",
+    "Observer",
+    "PartPattern",
+    "Setting",
+    "setting_of",
+]
 
 # The name under which transformers knows farlight: `attn_implementation="farlight"`.
 ATTN_IMPLEMENTATION = "farlight"
@@ -26,6 +36,8 @@ SETTING = "_farlight_setting"
 
 # What a layer runs under: a pattern, a router that chooses one in each call, or None for the model's own attention.
 LayerPattern = Pattern | Router | None
+# What a part of a model of two texts runs under: the same for its layers, or by their number in the part.
+PartPattern = LayerPattern | Mapping[int, LayerPattern]
 
 Observer = Callable[["Observation"], Callable[[Tensor], None] | None]
 
@@ -68,6 +80,13 @@ class Observation:
             )
 
 
+@dataclass
+class DecoderPosition:
+    """Where a decoder stands in its text: its own attention notes it, and its attention to the encoder reads it."""
+
+    first_query: int | None = None
+
+
 @dataclass(frozen=True)
 class Setting:
     """What one module's attention runs under.
@@ -78,6 +97,8 @@ class Setting:
         observer: called with an `Observation` before each call; None for none. What it returns, unless None, is called with the
             output `(B, H, n_q, D_v)`.
         spread: the ranks over which the sequence is spread; None: this process has all of it.
+        part: "encoder", "decoder" or "cross" where patterns are given by part of the model, else None.
+        position: the decoder's position, shared by its modules; None without parts.
         has_layer_number: False where patterns are given by layer number and this module has none; its attention raises.
     """
 
@@ -86,6 +107,8 @@ class Setting:
     observer: Observer | None = None
     has_layer_number: bool = True
     spread: Spread | None = None
+    part: str | None = None
+    position: DecoderPosition | None = None
 
 
 def setting_of(module: nn.Module) -> Setting:

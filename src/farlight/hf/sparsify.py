@@ -17,7 +17,7 @@ from farlight.hf import bigbird, longformer, swap
 from farlight.hf.fit_file import read_layers
 from farlight.hf.interface import install_pattern
 from farlight.hf.sentence_encoders import unwrap
-from farlight.hf.setting import LayerPattern
+from farlight.hf.setting import LayerPattern, PartPattern
 from farlight.hf.spread import Spread
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _UNDO = "_farlight_undo"
 
 def sparsify(
     model: Any,
-    pattern: LayerPattern | Mapping[int, LayerPattern] | str | os.PathLike[str] = None,
+    pattern: LayerPattern | Mapping[int, LayerPattern] | Mapping[str, PartPattern] | str | os.PathLike[str] = None,
     *,
     backend: str = "auto",
     mesh: DeviceMesh | None = None,
@@ -51,7 +51,9 @@ def sparsify(
             that holds one.
         pattern: one pattern or router for all layers; a mapping {layer number: pattern, router or None}; the path of a file
             written by `fl.fit` or `write_layers`; or None, the model's own attention computed by farlight. Layers that
-            are not named keep the model's own attention.
+            are not named keep the model's own attention. For a model of two texts (T5, BART) a mapping of its parts "encoder",
+            "decoder" (the decoder's own attention) and "cross" (from the decoder to the encoder), each one pattern, or a
+            mapping by layer number within the part. In "cross", query i is the decoder's token i, key j the encoder's token j.
         backend: as for `fl.attention`.
         mesh: a `DeviceMesh` of one dimension over whose ranks the sequence is spread (docs/distributed.md). Each rank calls the
             model with its own tokens and their `position_ids`, as `fl.hf.sequence_collator` gives them, and without a cache.
@@ -65,7 +67,8 @@ def sparsify(
         ArgumentError: `pattern` is something else, names a layer that the model does not have, or is given for a model that
             brings its own; an option that the model does not have.
         PatternError: the file is not one of per-layer patterns.
-        UnsupportedError: the model has cross-attention, or does not take its attention from AttentionInterface.
+        UnsupportedError: the model has cross-attention, under one pattern for all; "cross" has a router or names queries; the
+            model does not take its attention from AttentionInterface.
 
     >>> import torch, farlight as fl
     >>> from transformers import BertConfig, BertModel
