@@ -10,7 +10,7 @@ from typing import Any
 from reporting.gpu import GPU_TABLES
 from reporting.wording import Row, code, distinct, kind, measured, percent, rate, rows_of, seconds, share, spread, table, times
 
-__all__ = ["CONTENT_SECTIONS", "TABLES"]
+__all__ = ["CONTENT_SECTIONS", "DECODE_SECTIONS", "TABLES"]
 
 
 def headline(results: dict[str, Any]) -> str:
@@ -264,30 +264,25 @@ def waste(results: dict[str, Any]) -> str:
     return table(["pattern", "tokens", "density", "visited ÷ wanted", "pieces"], body)
 
 
-def decode(results: dict[str, Any]) -> str:
-    rows = measured(rows_of(results, "decode"))
-    if any("append_seconds" in row for row in rows):  # results from before `fl.step`
-        return _append_and_decode(rows)
-    head = ["rule", "dtype", "stored", "batch", "keys kept", "cache MiB", "MB read", "step", "copy of as many bytes"]
-    head += ["cat and SDPA, kept keys", "SDPA, all keys", "against all"]
+DECODE_SECTIONS = ("decode-windows", "decode-blocks", "decode-stored")
+
+
+def decode(results: dict[str, Any], section: str) -> str:
+    rows = measured(rows_of(results, section))
+    head = ["cache", "dtype", "stored", "batch", "tokens", "keys kept", "cache MiB", "MB read", "step", "copy of as many bytes"]
+    head += ["step ÷ copy", "cat and SDPA, kept keys", "step ÷ that", "SDPA, all keys", "times as fast", "÷ plain window"]
     body = []
     for row in rows:
-        cells = [code(row["pattern"]), row["dtype"], row["stored"], str(row["batch"]), f"{row['kept']:,}"]
+        cells = [code(row["pattern"]), row["dtype"], row["stored"], str(row["batch"]), f"{row['tokens']:,}", f"{row['kept']:,}"]
         cells += [f"{row['cache_mib']:.1f}", f"{row['read_bytes'] / 1e6:.2f}"]
-        cells += [seconds(row[f"{name}_seconds"]) for name in ("step", "copy", "kept", "all")]
-        body.append([*cells, times(row["all_seconds"] / row["step_seconds"])])
-    return table(head, body)
-
-
-def _append_and_decode(rows: list[dict[str, Any]]) -> str:
-    head = ["rule", "dtype", "keys kept", "cache MiB", "append", "decode", "SDPA, kept keys", "SDPA, all keys", "against all"]
-    body = []
-    for row in rows:
-        step = row["append_seconds"] + row["decode_seconds"]
-        cells = [code(row["pattern"]), row["dtype"], f"{row['kept']:,}", f"{row['cache_mib']:.1f}"]
-        cells += [seconds(row[f"{name}_seconds"]) for name in ("append", "decode", "kept", "all")]
-        body.append([*cells, times(row["all_seconds"] / step)])
-    return table(head, body)
+        cells += [seconds(row["step_seconds"]), seconds(row["copy_seconds"]), f"{row['of_copy']:.2f}"]
+        cells += [seconds(row.get("kept_seconds")), share(row.get("of_kept")), seconds(row.get("all_seconds"))]
+        cells += [times(row.get("times_all")), share(row.get("of_plain"))]
+        cosine = f"{row['cosine']:.5f}" if "cosine" in row else ""
+        body.append([*cells, times(row.get("times_bfloat16")), cosine])
+    head += ["times as fast as bfloat16", "cosine"]
+    filled = [i for i in range(len(head)) if any(cells[i] for cells in body)]
+    return table([head[i] for i in filled], [[cells[i] for i in filled] for cells in body])
 
 
 def scores(results: dict[str, Any]) -> str:
@@ -320,7 +315,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "scores": scores,
     "models": models,
     "scaling": scaling,
-    "decode": decode,
+    **{name: functools.partial(decode, section=name) for name in DECODE_SECTIONS},
     "llama": llama,
     "breakeven": breakeven,
     "planning": planning,

@@ -1,82 +1,129 @@
-"""One token through a cache: `fl.step`, beside torch's attention over the kept keys and over all keys, and the bytes' limit."""
+"""One token through a cache: `fl.step`, beside torch's attention over the kept keys and over all keys, and the bytes' limit.
+
+Three sections of at most a minute: windows, blocks that a router chooses, and stored element types.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
 import farlight as fl
 from suite.settings import Box, Settings, name_of
 from suite.timing import Contender, interleaved
 
-__all__ = ["decode_rows"]
+__all__ = ["decode_block_rows", "decode_stored_rows", "decode_window_rows"]
 
 Row = dict[str, Any]
 # Seconds that one cache takes: filling it, and the timed rounds.
-_CACHE_SECONDS = 6.0
-_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+_CACHE_SECONDS = 4.0
+_QUERIES = 64
+_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.int8: 1}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One cache: its pattern or router, the dtype that it stores, and the keys that a step must read (None: all kept)."""
+    """One cache: its pattern or router, and the keys that a step must read (None: all kept).
+
+    `summaries`: float32 rows of block means for each key head; `same`: the rule of a plain window that reads as many keys,
+    measured before; `stored`: of the cache, None = as appended; `contenders`: what is timed beside the step.
+    """
 
     name: str
     pattern: Any
+    dtype: torch.dtype
     stored: Any = None
     read: int | None = None
-    summaries: int = 0  # float32 rows of block summaries for each key head
+    summaries: int = 0
     batch: int = 1
+    same: str | None = None
+    contenders: tuple[str, ...] = ("kept", "copy")
 
 
-def decode_rows(settings: Settings, box: Box) -> Iterator[Row]:
-    """For each cache rule and dtype: seconds of one `fl.step`, of `scaled_dot_product_attention` over the kept keys after a
-    `cat` of the new one, of one over all keys, and of a copy of as many bytes as the step must read; all timed in turn.
-    """
-    n, heads, dim = settings.tokens, settings.decode_heads, settings.head_dim
+def decode_window_rows(settings: Settings, box: Box) -> Iterator[Row]:
+    """Windows with sinks in batches of 1 and 8; dilated and per-head windows beside plain ones of as many keys (`of_plain`)."""
+    steps: dict[tuple[str, str], float] = {}
+    for rule in _windows(settings):
+        row = _measured(settings, box, rule, max(8, settings.tokens // 8))
+        step = row.get("step_seconds")
+        if step is not None:
+            steps[rule.name, row["dtype"]] = step
+            if rule.same is not None and (rule.same, row["dtype"]) in steps:
+                row["of_plain"] = step / steps[rule.same, row["dtype"]]
+        yield row
+
+
+def _windows(settings: Settings) -> Iterator[Rule]:
+    """At 16 384 tokens windows of 1024 keys."""
+    heads, near, short = settings.decode_heads, max(4, settings.tokens // 16), max(4, settings.tokens // 256)
     for dtype in settings.types():
-        with torch.inference_mode():
-            for rule in _rules(n, heads):
-                about = {"pattern": rule.name, "tokens": n, "heads": heads, "head_dim": dim, "dtype": name_of(dtype)}
-                about |= {"batch": rule.batch, "stored": "int8" if rule.stored else name_of(dtype)}
-                why = box.refusal(_CACHE_SECONDS)
-                if why is not None:
-                    yield {**about, "skipped": why}
+        for batch in (1, 8):
+            yield Rule(f"streaming(4, {near})", fl.presets.streaming(4, near), dtype, batch=batch)
+    for dtype in settings.types():
+        keys, mean = near // 8, (near + short) // 2
+        plain, both = f"window({keys}, 0)", f"window({mean - 1}, 0)"
+        yield Rule(plain, fl.window(keys, 0), dtype)
+        dilated = fl.window(keys, 0, dilation=8)
+        yield Rule(f"window({keys}, 0, dilation=8)", dilated, dtype, read=keys + 1, same=plain)
+        yield Rule(both, fl.window(mean - 1, 0), dtype)
+        halves = [fl.window(short - 1, 0)] * (heads // 2) + [fl.window(near - 1, 0)] * (heads - heads // 2)
+        name = f"per_head: windows of {short} and {near}, half of the heads each"
+        yield Rule(name, fl.per_head(halves), dtype, read=mean, same=both)
+
+
+def decode_block_rows(settings: Settings, box: Box) -> Iterator[Row]:
+    """Blocks of 64 and of 8 keys, chosen by their means, beside attention over all keys, at two lengths."""
+    for n in (settings.tokens, 8 * settings.tokens):
+        for count, block in ((16, 64), (32, 8)):
+            for dtype in settings.types():
+                if n > settings.tokens and dtype != torch.float32:
                     continue
-                q, k, v = (torch.randn(rule.batch, heads, rows, dim).to(dtype) for rows in (1, n, n))
-                yield {**about, **_row(rule, q, k, v, settings.repeats)}
+                router, name = fl.routing.TopBlocks(count, block, causal=True), f"TopBlocks({count}, {block})"
+                rule = Rule(name, router, dtype, read=count * block, summaries=n // block, contenders=("all", "copy"))
+                yield _measured(settings, box, rule, n)
 
 
-def _rules(n: int, heads: int) -> Iterator[Rule]:
-    """Cache rules in proportion to the text: at 16 384 tokens windows of 1024 keys."""
-    near, block = max(4, n // 16), max(4, n // 256)
-    short, long = fl.window(block - 1, 0), fl.window(near - 1, 0)
-    yield Rule(f"streaming(4, {near})", fl.presets.streaming(4, near))
-    yield Rule(f"streaming(4, {near})", fl.presets.streaming(4, near), batch=8)
-    yield Rule(f"streaming(4, {near})", fl.presets.streaming(4, near), stored="int8")
-    dilated = fl.causal() & fl.window(near // 8, dilation=8)
-    yield Rule(f"window({near // 8}, 0)", fl.window(near // 8, 0))
-    yield Rule(f"causal() & window({near // 8}, dilation=8)", dilated, read=near // 8 + 1)
-    halves = fl.per_head([short] * (heads // 2) + [long] * (heads - heads // 2))
-    yield Rule(f"per_head: window {block} / {near}", halves, read=(block + near) // 2)
-    yield Rule(f"window({(block + near) // 2 - 1}, 0)", fl.window((block + near) // 2 - 1, 0))
-    strided = fl.causal() & (short | fl.strided(block))
-    yield Rule(f"window({block - 1}, 0) or strided({block})", strided, read=block + n // block)
-    for count, size in ((16, block), (32, max(2, block // 8))):
-        chosen = fl.routing.TopBlocks(count, size, causal=True)
-        yield Rule(f"TopBlocks({count}, {size})", chosen, read=count * size, summaries=n // size)
-    yield Rule("causal()", fl.causal())
-    yield Rule("causal()", fl.causal(), stored="int8")
+def decode_stored_rows(settings: Settings, box: Box) -> Iterator[Row]:
+    """Every key of a long text, stored in float32, bfloat16 and int8; the cosine of the output with the unrounded one."""
+    bfloat16 = None
+    for dtype, stored in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8"), (torch.float32, "int8")):
+        rule = Rule("causal()", fl.causal(), dtype, stored=stored, contenders=("copy",))
+        row = _measured(settings, box, rule, settings.long_tokens[0])
+        if dtype == torch.bfloat16 and stored is None:
+            bfloat16 = row.get("step_seconds")
+        if stored is not None and bfloat16 is not None and "step_seconds" in row:
+            row["times_bfloat16"] = bfloat16 / row["step_seconds"]
+        yield row
+
+
+def _measured(settings: Settings, box: Box, rule: Rule, tokens: int) -> Row:
+    """The row of one cache after a text of so many tokens: median seconds of the step and of its contenders, timed in turn."""
+    heads, dim = settings.decode_heads, settings.head_dim
+    about: Row = {"pattern": rule.name, "tokens": tokens, "heads": heads, "head_dim": dim, "dtype": name_of(rule.dtype)}
+    about |= {"batch": rule.batch, "stored": "int8" if rule.stored else name_of(rule.dtype)}
+    why = box.refusal(_CACHE_SECONDS)
+    if why is not None:
+        return {**about, "skipped": why}
+    with torch.inference_mode():
+        q, k, v = (torch.randn(rule.batch, heads, rows, dim) for rows in (1, tokens, tokens))
+        return {**about, **_row(rule, q, k, v, settings.repeats)}
 
 
 def _row(rule: Rule, q: Tensor, k: Tensor, v: Tensor, repeats: int) -> Row:
+    row: Row = {}
+    if rule.contenders == ("copy",):
+        true = scaled_dot_product_attention(q, k, v)
+    q, k, v = (x.to(rule.dtype) for x in (q, k, v))
     cache = fl.KVCache(rule.pattern, heads=q.shape[1], dtype=rule.stored)
     cache.append(k, v)
+    if rule.contenders == ("copy",):
+        row["cosine"] = float(cosine_similarity(fl.decode(q, cache).double(), true.double(), dim=-1).min())
     new_k, new_v = k[:, :, :1].clone(), v[:, :, :1].clone()
     for _ in range(2):  # the second step drops the keys that only the prompt needed
         fl.step(q, new_k, new_v, cache)
@@ -86,15 +133,25 @@ def _row(rule: Rule, q: Tensor, k: Tensor, v: Tensor, repeats: int) -> Row:
     num_bytes = q.shape[0] * q.shape[1] * (2 * read * row_bytes + rule.summaries * q.shape[3] * 4)
     source = torch.zeros(max(1, num_bytes // 4))
     target = torch.empty_like(source)
-    calls: list[tuple[str, Callable[[], Any]]] = [
-        ("step", lambda: fl.step(q, new_k, new_v, cache)),
-        ("kept", lambda: _cat_and_attend(q, kept, new_k, new_v)),
-        ("all", lambda: scaled_dot_product_attention(q, k, v)),
-        ("copy", lambda: target.copy_(source)),
-    ]
-    timings = interleaved([Contender(name, call, loops=10) for name, call in calls], repeats=5 * repeats, budget=3.0)
-    row: Row = {"kept": cache.kept, "read_bytes": num_bytes, "cache_mib": cache.nbytes / 2**20}
-    return row | {f"{name}_seconds": timing.seconds for name, timing in timings.items()}
+    # Queries that differ: a router that chose the same blocks again would find them in the processor's cache.
+    queries = itertools.cycle([torch.randn_like(q) for _ in range(_QUERIES)])
+    calls: dict[str, Callable[[], Any]] = {
+        "step": lambda: fl.step(next(queries), new_k, new_v, cache),
+        "kept": lambda: _cat_and_attend(q, kept, new_k, new_v),
+        "all": lambda: scaled_dot_product_attention(q, k, v),
+        "copy": lambda: target.copy_(source),
+    }
+    chosen = [Contender(name, calls[name], loops=10) for name in ("step", *rule.contenders)]
+    timings = interleaved(chosen, repeats=5 * repeats, budget=3.0)
+    row |= {"kept": cache.kept, "read_bytes": num_bytes, "cache_mib": cache.nbytes / 2**20}
+    row |= {f"{name}_seconds": timing.seconds for name, timing in timings.items()}
+    step = row["step_seconds"]
+    row["of_copy"] = step / row["copy_seconds"]
+    if "kept" in timings:
+        row["of_kept"] = step / row["kept_seconds"]
+    if "all" in timings:
+        row["times_all"] = row["all_seconds"] / step
+    return row
 
 
 def _cat_and_attend(q: Tensor, kept: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> Tensor:

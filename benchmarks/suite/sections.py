@@ -15,7 +15,7 @@ import torch
 from suite.allocator import kept_memory
 from suite.breakeven import breakeven_rows
 from suite.content import content_memory_rows, content_rows, long_content_rows
-from suite.decode import decode_rows
+from suite.decode import decode_block_rows, decode_stored_rows, decode_window_rows
 from suite.dims import dims_rows
 from suite.gpu.parity import parity_rows
 from suite.gpu.properties import property_rows
@@ -87,7 +87,9 @@ _ALL = (
     Section("scores", "What do ALiBi, tables, softcap, sinks and narrow values cost?", 100, score_rows, keeps=True),
     Section("models", "How fast beside Hugging Face's Longformer and BigBird?", 250, model_rows),
     Section("scaling", "How does it scale: threads, tiny calls, a million tokens?", 150, scaling_rows),
-    Section("decode", "What does one token cost through a cache?", 90, decode_rows, keeps=True),
+    Section("decode-windows", "What does one token cost through a cache of a window?", 60, decode_window_rows, keeps=True),
+    Section("decode-blocks", "What does one token cost where a router chooses blocks?", 60, decode_block_rows, keeps=True),
+    Section("decode-stored", "What does one token cost by the stored element type?", 40, decode_stored_rows, keeps=True),
     Section("llama", "How much does a whole model gain?", 110, llama_rows),
     Section("breakeven", "From which length on does each pattern beat dense attention?", 50, breakeven_rows),
     Section("planning", "How long does planning take?", 15, planning_rows),
