@@ -129,7 +129,7 @@ void Decoder::copy_token(const DecodeStore& store, int64_t slot, const TokenTens
 bool Decoder::append(const TokenTensor& k, const TokenTensor& v, int64_t position) {
   thread_local std::vector<int64_t> slots;
   slots.clear();
-  if (!has_room_for_summaries(position)) return false;
+  if (!has_capacity_for_summaries(position)) return false;
   for (const DecodeStore& store : stores_) {
     slots.push_back(slot_for_token(store, position));
     if (slots.back() == kGeneral) return false;
@@ -203,8 +203,8 @@ void Decoder::add_units(const DecodeStore& store, const DecodeQueries& queries, 
     }
     for (int64_t h = 0; h < heads; ++h)
       work.schedule.units.push_back({store.pages.data(), store.page_shift, type_, b * heads + h,
-                                     (b * queries.heads + store.kv_heads[h] * group) * queries.n_q, group * queries.n_q, seen.slots, 0,
-                                     seen.count, masks, store.position + row * store.capacity});
+                                     (b * queries.heads + store.kv_heads[h] * group) * queries.n_q, group * queries.n_q,
+                                     seen.slots, 0, seen.count, masks, store.position + row * store.capacity});
   }
 }
 
@@ -216,7 +216,8 @@ void Decoder::run(const DecodeQueries& queries, Work& work) const {
   const float factor = static_cast<float>(static_cast<double>(queries.scale) * kLog2E);
   for (int64_t b = 0; b < batch_; ++b)
     for (int64_t h = 0; h < queries.heads; ++h)
-      for (int64_t i = 0; i < queries.n_q; ++i, to += dim_) kernels.widen(queries.q.type, queries.q.row(b, h, i), dim_, factor, to);
+      for (int64_t i = 0; i < queries.n_q; ++i, to += dim_)
+        kernels.widen(queries.q.type, queries.q.row(b, h, i), dim_, factor, to);
   set_terms(queries, schedule);
   schedule.run(kernels, dim_, {queries.q.type, queries.out, queries.lse}, queries.threads);
 }
@@ -271,8 +272,8 @@ void Decoder::add_masked_units(const DecodeStore& store, const DecodeQueries& qu
         if (any) list.push_back(static_cast<int32_t>(s));
       }
       work.schedule.units.push_back({store.pages.data(), store.page_shift, type_, b * heads + h,
-                                     (b * queries.heads + store.kv_heads[h] * group) * queries.n_q, group * queries.n_q, list.data(),
-                                     0, static_cast<int64_t>(list.size()), masks,
+                                     (b * queries.heads + store.kv_heads[h] * group) * queries.n_q, group * queries.n_q,
+                                     list.data(), 0, static_cast<int64_t>(list.size()), masks,
                                      store.position + (store.rows > 1 ? b : 0) * store.capacity});
     }
 }

@@ -18,8 +18,8 @@ TokenTensor token_tensor(const StridedAddress& from, int type) {
   return {tensor_view(from), static_cast<KeyType>(type)};
 }
 
-// pages: (k, v, k scale, v scale, capacity, 1 = shared) of each; tables: addresses of position, last_use, gapless and state; rule: addresses
-// of last_use and gapless, first position and end.
+// pages: (k, v, k scale, v scale, capacity, 1 = shared) of each; tables: addresses of position, last_use, gapless and state;
+// rule: addresses of last_use and gapless, first position and end.
 void add_store(Decoder& decoder, const std::vector<int64_t>& pages, int page_shift, const std::vector<int32_t>& kv_heads,
                int64_t rows, int64_t capacity, const std::vector<int64_t>& tables, const std::vector<int64_t>& rule,
                std::vector<int64_t> program, int64_t program_depth) {
@@ -49,15 +49,16 @@ CallTerms terms_of(double cap, const std::vector<int64_t>& from) {
           pointer<const float>(from[4]), from[5], from[6], pointer<const float>(from[7])};
 }
 
-// q: address and strides; shape: (query heads, queries of each); where: (address of positions or 0, their rows, first position);
-// results: (address of out, of the lse or 0).
+// q: address and strides; shape: (query heads, queries of each); where: (address of positions or 0, their rows, first
+// position); results: (address of out, of the lse or 0).
 DecodeQueries queries_of(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape,
                          const std::vector<int64_t>& where, double scale, const std::vector<int64_t>& results, int threads,
                          double cap, const std::vector<int64_t>& terms) {
   if (shape.size() != 2 || shape[0] < 1 || shape[0] % decoder.kv_heads())
     throw std::invalid_argument("heads do not fit the key heads");
   return {token_tensor(q, type), shape[0], shape[1], pointer<const int64_t>(where.at(0)), where.at(1), where.at(2),
-          static_cast<float>(scale), pointer<void>(results.at(0)), pointer<float>(results.at(1)), threads, terms_of(cap, terms)};
+          static_cast<float>(scale), pointer<void>(results.at(0)), pointer<float>(results.at(1)), threads,
+          terms_of(cap, terms)};
 }
 
 bool attend(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape,
@@ -70,8 +71,8 @@ bool attend(const Decoder& decoder, const StridedAddress& q, int type, const std
 
 // masks: (address, batch stride, head stride, query stride) in bytes of each store's.
 bool attend_masked(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape,
-                   const std::vector<int64_t>& where, double scale, const std::vector<int64_t>& results, int threads, double cap,
-                   const std::vector<int64_t>& terms, const std::vector<std::vector<int64_t>>& masks) {
+                   const std::vector<int64_t>& where, double scale, const std::vector<int64_t>& results, int threads,
+                   double cap, const std::vector<int64_t>& terms, const std::vector<std::vector<int64_t>>& masks) {
   const DecodeQueries queries = queries_of(decoder, q, type, shape, where, scale, results, threads, cap, terms);
   std::vector<SlotMask> slot_masks;
   for (const auto& mask : masks) slot_masks.push_back({pointer<const uint8_t>(mask.at(0)), mask.at(1), mask.at(2), mask.at(3)});
@@ -82,24 +83,26 @@ bool attend_masked(const Decoder& decoder, const StridedAddress& q, int type, co
 }
 
 bool attend_routed(const Decoder& decoder, const StridedAddress& q, int type, const std::vector<int64_t>& shape,
-                   const std::vector<int64_t>& where, double scale, const std::vector<int64_t>& results, int threads, double cap,
-                   const std::vector<int64_t>& terms) {
+                   const std::vector<int64_t>& where, double scale, const std::vector<int64_t>& results, int threads,
+                   double cap, const std::vector<int64_t>& terms) {
   const DecodeQueries queries = queries_of(decoder, q, type, shape, where, scale, results, threads, cap, terms);
   const nb::gil_scoped_release release;
   return decoder.attend_routed(queries);
 }
 
-// nodes: (kind, index) of each; rules: (block, budget, address of mean, lower and upper, capacity) of each, amounts: (amount,
+// nodes: (kind, index) of each; rules: (block, budget, address of mean, lower and upper, capacity) of each, limits: (limit,
 // scale); patterns: (depth, code).
-void set_router(Decoder& decoder, const std::vector<std::vector<int64_t>>& nodes, const std::vector<std::vector<int64_t>>& rules,
-                const std::vector<std::vector<double>>& amounts, const std::vector<std::vector<int64_t>>& patterns) {
+void set_router(Decoder& decoder, const std::vector<std::vector<int64_t>>& nodes,
+                const std::vector<std::vector<int64_t>>& rules, const std::vector<std::vector<double>>& limits,
+                const std::vector<std::vector<int64_t>>& patterns) {
   std::vector<RouterNode> router;
   for (const auto& node : nodes) router.push_back({static_cast<RouterNode::Kind>(node.at(0)), node.at(1)});
   std::vector<BlockRule> blocks;
   for (size_t r = 0; r < rules.size(); ++r) {
     const auto& rule = rules[r];
-    blocks.push_back({rule.at(0), static_cast<BlockBudget>(rule.at(1)), amounts.at(r).at(0), static_cast<float>(amounts.at(r).at(1)),
-                      pointer<float>(rule.at(2)), pointer<float>(rule.at(3)), pointer<float>(rule.at(4)), rule.at(5)});
+    blocks.push_back({rule.at(0), static_cast<BlockBudget>(rule.at(1)), limits.at(r).at(0),
+                      static_cast<float>(limits.at(r).at(1)), pointer<float>(rule.at(2)), pointer<float>(rule.at(3)),
+                      pointer<float>(rule.at(4)), rule.at(5)});
   }
   std::vector<RouterPattern> programs;
   for (const auto& pattern : patterns) programs.push_back({{pattern.begin() + 1, pattern.end()}, pattern.at(0)});

@@ -59,8 +59,8 @@ bool Decoder::choose(const DecodeQueries& queries, int64_t b, int64_t kv_head, R
       const int64_t most = (queries.first + n_q - 1) / rule.block;
       for (int64_t at = 0; at < most; at += kScoredBlocks)
         for (int64_t r = 0; r < rows; ++r)
-          rule.scores(kernels, routed.queries.data() + (first_row + r) * dim_, head, dim_, at, std::min(kScoredBlocks, most - at),
-                      scores + r * most + at);
+          rule.scores(kernels, routed.queries.data() + (first_row + r) * dim_, head, dim_, at,
+                      std::min(kScoredBlocks, most - at), scores + r * most + at);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t i = queries.first + r % n_q, count = i / rule.block;
         float check = 0.0f;
@@ -135,8 +135,8 @@ bool Decoder::attend_routed(const DecodeQueries& queries) const {
   return true;
 }
 
-// Whether every table has room for the summary of a block that ends with the token at `position`.
-bool Decoder::has_room_for_summaries(int64_t position) const {
+// Whether every table has capacity for the summary of a block that ends with the token at `position`.
+bool Decoder::has_capacity_for_summaries(int64_t position) const {
   for (const BlockRule& rule : rules_)
     if ((position + 1) % rule.block == 0 && (position + 1) / rule.block > rule.capacity) return false;
   return true;

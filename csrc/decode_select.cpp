@@ -61,7 +61,7 @@ void best(const float* scores, int64_t count, int64_t most, std::vector<Scored>&
     candidates.resize(most);
     return candidates.back().score;
   };
-  const int64_t room = 2 * most + 64;
+  const int64_t most_candidates = 2 * most + 64;
   float threshold = -std::numeric_limits<float>::infinity();
   for (int64_t first = 0; first < count; first += kStride) {
     const int64_t end = std::min(count, first + kStride);
@@ -70,7 +70,7 @@ void best(const float* scores, int64_t count, int64_t most, std::vector<Scored>&
     if (largest <= threshold) continue;
     for (int64_t c = first; c < end; ++c)
       if (scores[c] > threshold) candidates.push_back({scores[c], static_cast<int32_t>(c)});
-    if (static_cast<int64_t>(candidates.size()) >= room) threshold = keep_best();
+    if (static_cast<int64_t>(candidates.size()) >= most_candidates) threshold = keep_best();
   }
   if (static_cast<int64_t>(candidates.size()) > most) keep_best();
 }
@@ -88,11 +88,11 @@ void BlockRule::select(const float* scores, int64_t count, std::vector<int32_t>&
     double total = 0.0, before = 0.0;
     for (const Scored& x : candidates) total += std::exp(x.score - candidates[0].score);
     most = 0;
-    for (; most < count && before < amount * total; ++most) before += std::exp(candidates[most].score - candidates[0].score);
+    for (; most < count && before < limit * total; ++most) before += std::exp(candidates[most].score - candidates[0].score);
     candidates.resize(most);
   } else {
     // The block of the query itself is selected whatever the budget, which counts it.
-    const double wanted = budget == BlockBudget::count ? amount : std::ceil(static_cast<double>(count + 1) * amount - 1e-9);
+    const double wanted = budget == BlockBudget::count ? limit : std::ceil(static_cast<double>(count + 1) * limit - 1e-9);
     most = std::clamp<int64_t>(static_cast<int64_t>(std::min(wanted, 1e15)) - 1, 0, count);
     if (most == 0) return;
     if (most == count) {

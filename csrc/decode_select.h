@@ -1,4 +1,5 @@
-// Choosing blocks of keys while decoding: the native form of routers of `TopBlocks` and patterns (farlight/routing/topblocks.py).
+// Choosing blocks of keys while decoding: the native form of routers of `TopBlocks` and patterns
+// (farlight/routing/topblocks.py).
 //
 // A router's cache evicts nothing, so slot s holds position s, and what a query sees is a sorted list of runs of positions.
 #pragma once
@@ -16,14 +17,14 @@ enum class BlockBudget : int { count = 0, share = 1, mass = 2 };
 struct BlockRule {
   int64_t block;
   BlockBudget budget;
-  double amount;  // blocks, share or mass
+  double limit;  // blocks, share or mass
   float scale;    // of the scores, for mass
   float *mean, *lower, *upper;  // mean, or both bounds
   int64_t capacity;
 
   // Rows of tables: the sums of a block that has become complete.
-  void summarize(const DecodeKernels& kernels, const KeyPage* pages, int32_t page_shift, KeyType type, int64_t head, int64_t dim,
-                 int64_t index) const;
+  void summarize(const DecodeKernels& kernels, const KeyPage* pages, int32_t page_shift, KeyType type, int64_t head,
+                 int64_t dim, int64_t index) const;
   // to[c] = score of block c < count for a query of one key head.
   void scores(const DecodeKernels& kernels, const float* q, int64_t head, int64_t dim, int64_t first, int64_t count,
               float* to) const;

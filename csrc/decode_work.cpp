@@ -27,7 +27,8 @@ char* thread_scratch(int64_t bytes) {
 // Adds the partial result `from` to `to`; both are dim sums, a maximum and a sum.
 void merge(float* to, const float* from, int64_t dim) {
   const float most = std::max(to[dim], from[dim]);
-  const float a = most == -kInfinity ? 1.0f : std::exp2(to[dim] - most), b = most == -kInfinity ? 1.0f : std::exp2(from[dim] - most);
+  const float a = most == -kInfinity ? 1.0f : std::exp2(to[dim] - most);
+  const float b = most == -kInfinity ? 1.0f : std::exp2(from[dim] - most);
   for (int64_t d = 0; d < dim; ++d) to[d] = a * to[d] + b * from[d];
   to[dim] = most;
   to[dim + 1] = a * to[dim + 1] + b * from[dim + 1];

@@ -21,7 +21,7 @@ struct TokenTensor {
 };
 
 // The keys under one eviction rule. Slot tables `(rows, capacity)`; state `(rows, 4)`: slots in use, their smallest last use,
-// how many of them are not gapless, 1 + the greatest last use of an evicted key. The meaning of each is that of farlight/decoding/slots.py.
+// how many of them are not gapless, 1 + the greatest last use of an evicted key; farlight/decoding/slots.py explains them.
 struct DecodeStore {
   std::vector<KeyPage> pages;
   int32_t page_shift = 0;
@@ -112,7 +112,7 @@ class Decoder {
   struct Work;
   struct Routed;
   bool choose(const DecodeQueries& queries, int64_t b, int64_t kv_head, Routed& routed, float* scores) const;
-  bool has_room_for_summaries(int64_t position) const;
+  bool has_capacity_for_summaries(int64_t position) const;
   void summarize(int64_t position) const;
   int64_t slot_for_token(const DecodeStore& store, int64_t position) const;
   void write_token(DecodeStore& store, int64_t slot, int64_t position) const;

@@ -27,7 +27,8 @@ int64_t scratch_bytes(int64_t rows, int64_t dim) {
   return arena.used();
 }
 
-void visible(const VisibilityProgram& program, const int64_t* position, int64_t count, int64_t i, uint8_t* to, uint8_t* scratch) {
+void visible(const VisibilityProgram& program, const int64_t* position, int64_t count, int64_t i, uint8_t* to,
+             uint8_t* scratch) {
   VisibilityEvaluator(position, count, i, scratch).run(program, to);
 }
 
