@@ -64,10 +64,30 @@ def model_over(mesh: DeviceMesh, layout: Layout, width: int, fsdp: bool) -> Any:
     everyone = mesh["dp", "cp"]._flatten("everyone")
     if not fsdp:
         # The only buffers are rotary frequencies, equal on all ranks.
-        return DistributedDataParallel(model, process_group=everyone.get_group(), broadcast_buffers=False)
+        parallel = DistributedDataParallel(model, process_group=everyone.get_group(), broadcast_buffers=False)
+        # A lambda, since torch refuses annotations that are strings.
+        parallel.register_comm_hook(everyone.get_group(), lambda group, bucket: mean_in_rank_order(group, bucket))
+        return parallel
     for layer in model.model.layers:
         fully_shard(layer, mesh=everyone)
     return fully_shard(model, mesh=everyone)
+
+
+def mean_in_rank_order(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The mean of a bucket of gradients over the ranks. The order in which an all-reduce adds depends on the place within the
+    bucket, and DDP orders its buckets again after the first step of a process: a resumed run would differ by rounding. (At the
+    price of a gather: for many ranks drop this hook, and the last bits.)
+    """
+    parts = [torch.empty_like(bucket.buffer()) for _ in range(group.size())]
+    gathered = dist.all_gather(parts, bucket.buffer(), group=group, async_op=True).get_future()
+
+    def mean(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+        done.value()  # raises where a rank is lost
+        for part in parts[1:]:
+            parts[0] += part
+        return parts[0] / len(parts)
+
+    return gathered.then(mean)
 
 
 def text_of(book: Tensor, step: int, group: int, groups: int, length: int) -> Tensor:
