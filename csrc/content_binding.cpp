@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "content/choose.h"
+#include "content/labels.h"
 #include "content/lost_bound.h"
 #include "dispatch.h"
 #include "native_plan.h"
@@ -15,10 +16,10 @@ namespace farlight {
 
 namespace {
 
-// The tensors and the rule of a choice. numbers: (type, batch, heads, kv_heads, n_q, n_k, dim, query_mask, key_mask, mask_batch,
-// block, query_block, offset, first, causal, shared, score, budget).
-ChoiceProblem choice_of(const std::vector<int64_t>& numbers, const StridedAddress& q, const StridedAddress& k, double amount,
-                        double scale) {
+// The tensors and the rule of a choice. numbers: (type, batch, heads, kv_heads, n_q, n_k, dim, query_mask, key_mask,
+// mask_batch, block, query_block, offset, first, causal, shared, score, budget).
+ChoiceProblem choice_of(const std::vector<int64_t>& numbers, const StridedAddress& q, const StridedAddress& k,
+                        double budget_value, double scale) {
   if (numbers.size() != 18) throw std::invalid_argument("a choice has 18 numbers");
   const int64_t* n = numbers.data();
   if (n[0] != 0 && n[0] != 1) throw std::invalid_argument("unknown element type of a choice");
@@ -48,14 +49,14 @@ ChoiceProblem choice_of(const std::vector<int64_t>& numbers, const StridedAddres
           n[15] != 0,
           static_cast<BlockScore>(n[16]),
           static_cast<BudgetKind>(n[17]),
-          amount,
+          budget_value,
           static_cast<float>(scale)};
 }
 
 // The chosen key blocks of a router.
-ChosenLists choose(const std::vector<int64_t>& numbers, const StridedAddress& q, const StridedAddress& k, double amount,
+ChosenLists choose(const std::vector<int64_t>& numbers, const StridedAddress& q, const StridedAddress& k, double budget_value,
                    double scale, int threads) {
-  const ChoiceProblem problem = choice_of(numbers, q, k, amount, scale);
+  const ChoiceProblem problem = choice_of(numbers, q, k, budget_value, scale);
   const Kernels& kernels_of_isa = kernels();
   InterruptCheck interrupt = signal_check();
   const nb::gil_scoped_release release;
@@ -75,6 +76,42 @@ void lost(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64
   lost_bound(kernels_of_isa, problem, threads, interrupt);
 }
 
+// See NearestProblem. sizes: (type, batch, heads, kv_heads, n, dim, count, mask_batch); addresses: (columns, mask, labels).
+void nearest(const std::vector<int64_t>& sizes, const StridedAddress& x, const std::vector<int64_t>& addresses, int threads) {
+  if (sizes.size() != 8 || addresses.size() != 3) throw std::invalid_argument("nearest labels have 8 sizes and 3 addresses");
+  const int64_t* n = sizes.data();
+  if ((n[0] != 0 && n[0] != 1) || std::any_of(n + 1, n + 8, [](int64_t size) { return size < 0; }) || n[3] < 1 || n[2] % n[3] ||
+      n[6] < 1 || n[7] < 1)
+    throw std::invalid_argument("malformed sizes of nearest labels");
+  const NearestProblem problem{static_cast<Type>(n[0]),
+                               tensor_view(x),
+                               n[1],
+                               n[2],
+                               n[3],
+                               n[4],
+                               n[5],
+                               reinterpret_cast<const float*>(addresses[0]),
+                               n[6],
+                               reinterpret_cast<const uint8_t*>(addresses[1]),
+                               n[7],
+                               reinterpret_cast<int64_t*>(addresses[2])};
+  const Kernels& kernels_of_isa = kernels();
+  InterruptCheck interrupt = signal_check();
+  const nb::gil_scoped_release release;
+  nearest_labels(kernels_of_isa, problem, threads, interrupt);
+}
+
+// See recent_starts. sizes: (lines, n_q, n_k, count); addresses: (query, key, starts).
+void recent(const std::vector<int64_t>& sizes, const std::vector<int64_t>& addresses, int threads) {
+  if (sizes.size() != 4 || addresses.size() != 3) throw std::invalid_argument("recent starts have 4 sizes and 3 addresses");
+  if (std::any_of(sizes.begin(), sizes.end(), [](int64_t size) { return size < 0; }) || sizes[3] < 1)
+    throw std::invalid_argument("malformed sizes of recent starts");
+  const auto table = [&](int i) { return reinterpret_cast<int64_t*>(addresses[i]); };
+  InterruptCheck interrupt = signal_check();
+  const nb::gil_scoped_release release;
+  recent_starts(table(0), table(1), sizes[0], sizes[1], sizes[2], sizes[3], table(2), threads, interrupt);
+}
+
 }  // namespace
 
 void bind_content(nb::module_& m) {
@@ -83,6 +120,8 @@ void bind_content(nb::module_& m) {
       .def("copy_to", [](const ChosenLists& lists, int64_t address) { lists.copy_to(reinterpret_cast<int64_t*>(address)); });
   m.def("choose", &choose);
   m.def("lost", &lost);
+  m.def("nearest", &nearest);
+  m.def("recent", &recent);
 }
 
 }  // namespace farlight

@@ -19,8 +19,9 @@ class NativePlan {
   // The plan of a farlight.plan.tables.Plan.
   explicit NativePlan(nanobind::handle plan);
   // The plan of clusterings, and of a fixed pattern (None without one) that shares no pair with them. sizes: (batch, heads,
-  // n_q, n_k, q_offset); pieces: 10 numbers each, see plan_binding.cpp.
-  NativePlan(nanobind::handle fixed, const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& pieces);
+  // n_q, n_k, q_offset); pieces: 17 numbers each, see plan_binding.cpp.
+  NativePlan(nanobind::handle fixed, const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& pieces,
+             int threads);
   // The plan of a content pattern. sizes: (batch, heads, n_q, n_k, q_offset); clauses: see `content_pattern_of`.
   NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, int64_t gather, int threads);
   NativePlan(const NativePlan&) = delete;

@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "content/sorted_piece.h"
+#include "content/label_piece.h"
 #include "native_plan.h"
 
 namespace nb = nanobind;
@@ -78,7 +78,8 @@ Piece piece(nb::handle from) {
   return p;
 }
 
-// A clause from (kind, causal, indices, batch, heads, lists, width, block, query_block, base, left, right, key_mask, mask_batch).
+// A clause from (kind, causal, indices, batch, heads, lists, width, block, query_block, base, left, right, key_mask,
+// mask_batch).
 Clause clause_of(const std::vector<int64_t>& from) {
   if (from.size() != 14) throw std::invalid_argument("a clause has 14 numbers");
   return {static_cast<ClauseKind>(from[0]),
@@ -97,11 +98,16 @@ Clause clause_of(const std::vector<int64_t>& from) {
           from[13]};
 }
 
-// Sorted links from (batch, heads, n_q, n_k, rows, row_count, keys, key_count, lo, hi).
-SortedLinks sorted_links_of(const std::vector<int64_t>& from) {
-  if (from.size() != 10) throw std::invalid_argument("sorted links have 10 numbers");
-  const auto table = [&](int i) { return reinterpret_cast<const int64_t*>(from[i]); };
-  return {from[0], from[1], from[2], from[3], table(4), table(5), table(6), table(7), table(8), table(9)};
+// Label links from (batch, heads, query, query_batch, query_heads, key, key_batch, key_heads, key_mask, mask_batch,
+// excluded_rows, excluded_keys, starts, starts_batch, starts_heads, lower, upper); sizes: see NativePlan.
+LabelLinks label_links_of(const std::vector<int64_t>& sizes, const std::vector<int64_t>& from) {
+  if (from.size() != 17) throw std::invalid_argument("label links have 17 numbers");
+  for (const int place : {0, 1, 3, 4, 6, 7, 9, 13, 14})
+    if (from[place] < 1) throw std::invalid_argument("an extent of label links is below 1");
+  const auto labels = [&](int i) { return reinterpret_cast<const int64_t*>(from[i]); };
+  const auto mask = [&](int i) { return reinterpret_cast<const uint8_t*>(from[i]); };
+  return {from[0],  from[1],  sizes[2], sizes[3], sizes[4], labels(2), from[3],    from[4],  labels(5), from[6], from[7],
+          mask(8),  from[9],  mask(10), mask(11), labels(12), from[13], from[14], from[15], from[16]};
 }
 
 }  // namespace
@@ -126,18 +132,20 @@ NativePlan::NativePlan(const std::vector<int64_t>& sizes, const std::vector<std:
   plan_content(pattern, gather, threads, interrupt, tables_, counts_);
 }
 
-NativePlan::NativePlan(nb::handle fixed, const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& pieces) {
+NativePlan::NativePlan(nb::handle fixed, const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& pieces,
+                       int threads) {
   if (sizes.size() != 5) throw std::invalid_argument("sizes has 5 numbers");
   tables_.n_q = sizes[2], tables_.n_k = sizes[3], tables_.q_offset = sizes[4], tables_.tile = kRows;
   if (!fixed.is_none()) {
     read(fixed);
     counts_ = {nb::cast<int64_t>(fixed.attr("pairs")), nb::cast<int64_t>(fixed.attr("visited"))};
   }
+  std::vector<LabelLinks> links;
+  for (const auto& numbers : pieces) links.push_back(label_links_of(sizes, numbers));
+  InterruptCheck interrupt = signal_check();
   const nb::gil_scoped_release release;
-  for (const auto& numbers : pieces) {
-    const SortedLinks links = sorted_links_of(numbers);
-    add_sorted_piece(links, sizes[0] * sizes[1] / (links.batch * links.heads), tables_, counts_);
-  }
+  for (const LabelLinks& piece : links)
+    add_label_piece(piece, sizes[0] * sizes[1] / (piece.batch * piece.heads), threads, interrupt, tables_, counts_);
   tables_.overlapping = tables_.overlapping || tables_.pieces.size() > 1;
   tables_.finish();
 }
@@ -157,8 +165,8 @@ void NativePlan::read(nb::handle plan) {
 void bind_plan(nb::module_& m) {
   nb::class_<NativePlan>(m, "Plan", nb::is_weak_referenceable())
       .def(nb::init<nb::handle>(), "plan"_a)
-      .def(nb::init<nb::handle, const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&>(), "fixed"_a.none(), "sizes"_a,
-           "pieces"_a)
+      .def(nb::init<nb::handle, const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&, int>(), "fixed"_a.none(),
+           "sizes"_a, "pieces"_a, "threads"_a)
       .def(nb::init<const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&, int64_t, int>())
       .def_prop_ro("nbytes", [](const NativePlan& plan) { return plan.tables().bytes(); })
       .def_prop_ro("overlapping", &NativePlan::overlapping)

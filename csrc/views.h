@@ -168,6 +168,7 @@ struct Kernels {
                        int64_t ld);
   void (*pool_softmax)(float* scores, int64_t num_rows, int64_t ld, int64_t width, float factor, const float* bias, float* weights,
                        float* largest_exponents);
+  void (*largest_columns)(const float* scores, int64_t num_rows, int64_t ld, int64_t width, int64_t* columns);
   float (*weighted_exponentials)(const float* row, const float* counts, int64_t panels, float factor, float shift);
   // See kernel/select_largest.h.
   void (*select_largest)(const float* weights, const int32_t* sizes, int64_t width, int64_t count, int32_t* keys, int32_t* chosen);

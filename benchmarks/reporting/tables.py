@@ -136,7 +136,9 @@ def content_memory(results: dict[str, Any]) -> str:
 
 
 CONTENT_SECTIONS = tuple(
-    f"content-{name}" for dtype in ("float32", "bfloat16") for name in (dtype, f"{dtype}-backward", f"long-{dtype}")
+    f"content-{name}"
+    for dtype in ("float32", "bfloat16")
+    for name in (dtype, f"{dtype}-backward-short", f"{dtype}-backward", f"long-{dtype}", f"longest-{dtype}")
 )
 
 

@@ -23,21 +23,20 @@ FULL, SDPA = "causal()", "causal SDPA"
 _HEADS, _KV_HEADS, _DIM = 9, 3, 64
 _BACKEND = "cpu"
 # Expected seconds at 16 384 tokens on two cores: of full causal attention, SDPA included; and of one router, all parts.
-_FULL_SECONDS, _ROUTER_SECONDS, _WITH_BACKWARD = 5.0, 1.0, 3.5
+_FULL_SECONDS, _ROUTER_SECONDS, _WITH_BACKWARD = 4.0, 0.5, 3.5
 
 
-def content_rows(settings: Settings, box: Box, *, dtype: torch.dtype, grads: bool) -> Iterator[Row]:
-    """9 query heads on 3 key heads of 64, random vectors, causal; each router beside `window(32, 0)` and 4 sinks, at an eighth
-    of the suite's length, a quarter, and the whole. All contenders of a length are timed in turn.
+def content_rows(settings: Settings, box: Box, *, dtype: torch.dtype, grads: bool, parts: tuple[int, ...]) -> Iterator[Row]:
+    """9 query heads on 3 key heads of 64, random vectors, causal; each router beside `window(32, 0)` and 4 sinks, at these
+    parts of the suite's length (8 = an eighth). All contenders of a length are timed in turn.
     """
-    for n in (settings.tokens // 8, settings.tokens // 4, settings.tokens):
+    for n in (settings.tokens // part for part in parts):
         yield from _rows(n, dtype, grads, settings, box, repeats=settings.repeats, full=True, sdpa=True)
 
 
-def long_content_rows(settings: Settings, box: Box, *, dtype: torch.dtype) -> Iterator[Row]:
-    """The same forward at four and eight times the suite's length, once each; full causal attention at the first only."""
-    for factor, with_full in ((4, True), (8, False)):
-        yield from _rows(factor * settings.tokens, dtype, False, settings, box, repeats=1, full=with_full, sdpa=False)
+def long_content_rows(settings: Settings, box: Box, *, dtype: torch.dtype, factor: int) -> Iterator[Row]:
+    """The same forward, once, at a multiple of the suite's length; full causal attention up to four times it."""
+    yield from _rows(factor * settings.tokens, dtype, False, settings, box, repeats=1, full=factor <= 4, sdpa=False)
 
 
 def _routers(n: int, q: Tensor, k: Tensor) -> dict[str, Router]:
@@ -62,7 +61,7 @@ def _rows(
     n: int, dtype: torch.dtype, grads: bool, settings: Settings, box: Box, *, repeats: int, full: bool, sdpa: bool
 ) -> Iterator[Row]:
     about = {"tokens": n, "dtype": name_of(dtype), "pass": "forward + backward" if grads else "forward"}
-    scale = (repeats + 1) * (_WITH_BACKWARD if grads else 1.0) * n / 16_384
+    scale = min(repeats, 3) * (_WITH_BACKWARD if grads else 1.0) * n / 16_384
     why = box.refusal(scale * (_ROUTER_SECONDS * 7 + (_FULL_SECONDS * n / 16_384 if full else 0.0)))
     if why is not None:
         yield {**about, "skipped": why}
@@ -100,14 +99,11 @@ def _contenders(
     """Choosing; attending under a plan made before; and both together with planning."""
     q, k, v = qkv
 
-    def with_planning() -> Any:
-        plans.clear()  # no plan of an equal choice is found again
-        return fl.attention(q, k, v, router, backend=_BACKEND)
-
+    # Plans of choices belong to their patterns: each call plans its own.
     return [
         Contender(f"choose {name}", lambda: router(q, k), warm=repeats > 1),
         Contender(f"attend {name}", step(lambda: fl.attention(q, k, v, plan)), warm=repeats > 1),
-        Contender(f"together {name}", step(with_planning), warm=repeats > 1),
+        Contender(f"together {name}", step(lambda: fl.attention(q, k, v, router, backend=_BACKEND)), warm=repeats > 1),
     ]
 
 

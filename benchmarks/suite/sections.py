@@ -57,20 +57,22 @@ class Section:
 def _content_sections() -> Iterator[Section]:
     """Causal routers beside full causal attention, in sections of two minutes: by pass and dtype, long texts, memory."""
     for dtype in (torch.float32, torch.bfloat16):
-        for grads in (False, True):
-            name, passes = str(dtype).removeprefix("torch."), "forward and backward" if grads else "forward"
+        name, question = str(dtype).removeprefix("torch."), "Do causal routers beat full causal attention, all included"
+        rows = functools.partial(content_rows, dtype=dtype)
+        yield Section(f"content-{name}", f"{question} ({name})?", 120, functools.partial(rows, grads=False, parts=(8, 4, 1)))
+        both = f"{question} ({name}, with backward"
+        yield Section(f"content-{name}-backward", f"{both})?", 120, functools.partial(rows, grads=True, parts=(1,)))
+        short = functools.partial(rows, grads=True, parts=(8, 4))
+        yield Section(f"content-{name}-backward-short", f"{both}, short texts)?", 60, short)
+        for factor, long in ((4, "long"), (8, "longest")):
+            long_rows = functools.partial(long_content_rows, dtype=dtype, factor=factor)
             yield Section(
-                f"content-{name}" + ("-backward" if grads else ""),
-                f"Do causal routers beat full causal attention, choosing and planning included ({name}, {passes})?",
-                120,
-                functools.partial(content_rows, dtype=dtype, grads=grads),
+                f"content-{long}-{name}", f"How do causal routers grow with the text ({long}, {name})?", 150, long_rows
             )
-        long = functools.partial(long_content_rows, dtype=dtype)
-        yield Section(f"content-long-{name}", f"How do causal routers grow with the text ({name})?", 120, long)
-    yield Section("content-memory", "How much memory do causal routers take?", 90, content_memory_rows)
+    yield Section("content-memory", "How much memory do causal routers take?", 60, content_memory_rows)
 
 
-# Those of the CPU take 50 minutes together, those of a GPU less than eight.
+# Those of the CPU take 58 minutes together, those of a GPU less than eight.
 _ALL = (
     Section(
         "headline",

@@ -153,11 +153,11 @@ class Chooser : QueryBlocks {
     int64_t forced = 0;
     const int64_t last = start(u) + p_.query_block - 1;
     if (p_.causal) forced = std::max<int64_t>(last, 0) / p_.block - std::max<int64_t>(start(u), 0) / p_.block + 1;
-    auto amount = static_cast<int64_t>(p_.amount);
+    auto blocks = static_cast<int64_t>(p_.budget_value);
     // Rounding may lift a whole product just above its integer; 1e-9 keeps ceil from counting one more.
     if (p_.budget == BudgetKind::kShare)
-      amount = static_cast<int64_t>(std::ceil(static_cast<double>(visible(b, u) + forced) * p_.amount - 1e-9));
-    return std::clamp<int64_t>(amount - forced, 0, visible(b, u));
+      blocks = static_cast<int64_t>(std::ceil(static_cast<double>(visible(b, u) + forced) * p_.budget_value - 1e-9));
+    return std::clamp<int64_t>(blocks - forced, 0, visible(b, u));
   }
 
   // Whether every scored block is chosen, whatever its score.
@@ -177,12 +177,13 @@ class Chooser : QueryBlocks {
     const int32_t* sizes = summaries_.sizes(p_, b);
     s.candidates.clear();
     for (int64_t c = 0; c < width; ++c)
-      if (sizes[c]) s.candidates.push_back(candidate(weights[c], c));
+      if (sizes[c]) s.candidates.push_back({weights[c], static_cast<int32_t>(c)});
     std::sort(s.candidates.begin(), s.candidates.end());
     double total = 0.0, before = 0.0;
-    for (const Candidate& c : s.candidates) total += c.weight;
+    // NaN, which comes last, has no share.
+    for (const Candidate& c : s.candidates) total += c.weight == c.weight ? c.weight : 0.0f;
     size_t count = 0;
-    for (; count < s.candidates.size() && before < p_.amount * total; ++count) before += s.candidates[count].weight;
+    for (; count < s.candidates.size() && before < p_.budget_value * total; ++count) before += s.candidates[count].weight;
     blocks_of(s.candidates.data(), static_cast<int64_t>(count), s.chosen);
   }
 

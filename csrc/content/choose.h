@@ -27,7 +27,7 @@ struct ChoiceProblem {
   bool shared;  // one choice for the query heads of a key head, by the sum of their scores
   BlockScore score;
   BudgetKind budget;
-  double amount;  // count, share, mass or lost
+  double budget_value;  // count, share, mass or lost
   float scale;
 };
 

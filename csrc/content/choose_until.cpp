@@ -74,7 +74,7 @@ void UntilProven::run(int64_t b, int64_t h, int64_t item, ChosenLists::Part& to)
     }
     s.candidates.clear();
     for (int64_t c = 0; c < width; ++c)
-      if (sizes[c] > 0) s.candidates.push_back(candidate(s.total[c], c));
+      if (sizes[c] > 0) s.candidates.push_back({s.total[c], static_cast<int32_t>(c)});
     Order order(s.candidates);
     int64_t needed = 0;
     for (int64_t r = 0; r < count; r += kScoreRows) {

@@ -18,7 +18,12 @@ struct Scratch {
 class LostBound {
  public:
   LostBound(const Kernels& kernels, const LostProblem& problem, const Summaries& summaries)
-      : kernels_(kernels), p_(problem), t_(problem.tensors), summaries_(summaries), bounds_(problem.tensors, summaries), ld_(summaries.padded() + 16) {}
+      : kernels_(kernels),
+        p_(problem),
+        t_(problem.tensors),
+        summaries_(summaries),
+        bounds_(problem.tensors, summaries),
+        ld_(summaries.padded() + 16) {}
 
   void run(int64_t b, int64_t h, int64_t tile) const {
     thread_local Scratch s;
@@ -29,7 +34,7 @@ class LostBound {
     TileClauses(p_.pattern, b, h, masks).unite(tile * kRows);
     const int64_t first = tile * kRows, count = std::min<int64_t>(kRows, t_.n_q - first);
     for (int64_t r = 0; r < count; ++r) count_all(b, first + r, s.counts.data() + r * ld_);
-    masks.drain([&](int64_t key, const uint32_t* seen, int keys) {
+    masks.drain([&](int64_t key, const uint32_t* seen, int keys, bool) {
       for (int i = 0; i < keys; ++i)
         for (uint32_t rows = real(b, key + i) ? seen[i] : 0; rows; rows &= rows - 1)
           s.counts[std::countr_zero(rows) * ld_ + key / kGranule] -= 1.0f;

@@ -9,8 +9,8 @@ namespace farlight {
 
 struct LostProblem {
   const ContentPattern& pattern;
-  // The tensors, masks and scale of the call; `block`, `query_block` and budget are not read. `causal`: full attention, of which
-  // the share is taken, ends at the query.
+  // The tensors, masks and scale of the call; `block`, `query_block` and budget are not read. `causal`: full attention, of
+  // which the share is taken, ends at the query.
   ChoiceProblem tensors;
   const float* lse;  // (batch, heads, n_q), natural logarithm, of the pattern's links
   float* lost;       // (batch, heads, n_q)

@@ -51,10 +51,10 @@ class ChunkPlanner {
     runs_.clear();
     edges_.clear();
     for (auto& keys : points_) keys.clear();
-    masks_.drain([&](int64_t first, const uint32_t* masks, int keys) {
-      int pairs = 0;
-      uint32_t any = 0, differ = 0;
-      for (int i = 0; i < keys; ++i) {
+    masks_.drain([&](int64_t first, const uint32_t* masks, int keys, bool equal) {
+      int pairs = equal ? keys * std::popcount(masks[0]) : 0;
+      uint32_t any = equal ? masks[0] : 0, differ = 0;
+      for (int i = 0; i < keys && !equal; ++i) {
         pairs += std::popcount(masks[i]);
         any |= masks[i];
         differ |= masks[i] ^ masks[0];
@@ -98,7 +98,8 @@ class ChunkPlanner {
     edge.hi = hi;
   }
 
-  // Writes the tile's runs, those that the same halves of the rows see together: kernels skip the half of the rows that sees nothing of a key block.
+  // Writes the tile's runs, those that the same halves of the rows see together: kernels skip the half of the rows that sees
+  // nothing of a key block.
   void write() {
     // 0: every row; 1, 2, 3: the first half of the rows, the second, both.
     const auto halves = [&](uint32_t rows) { return rows == all_ ? 0 : ((rows & 0xffffu) != 0) + 2 * ((rows >> 16) != 0); };

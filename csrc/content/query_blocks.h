@@ -12,22 +12,20 @@ namespace farlight {
 
 constexpr float kLog2e = 1.44269504f;
 constexpr int64_t kScoreRows = 16;  // rows scored together: each panel is read once for all of them
-constexpr int64_t kRowSlots = 24;   // room for kScoreRows rounded up to whole groups of kM rows, on every ISA
+constexpr int64_t kRowSlots = 24;   // slots for kScoreRows rounded up to whole groups of kM rows, on every ISA
 
 // A scored block.
 struct Candidate {
   float weight;
   int32_t block;
-  // Order of selection: higher weight first, then the block that comes first.
+  // Order of selection, that of kernel/select_largest.h: higher weight first, NaN behind every number, of equals the block that
+  // comes first.
   bool operator<(const Candidate& other) const {
+    const bool is_nan = weight != weight, other_is_nan = other.weight != other.weight;
+    if (is_nan || other_is_nan) return is_nan == other_is_nan ? block < other.block : other_is_nan;
     return weight != other.weight ? weight > other.weight : block < other.block;
   }
 };
-
-// NaN weighs less than every number, so that the order is total.
-inline Candidate candidate(float weight, int64_t block) {
-  return {weight == weight ? weight : -std::numeric_limits<float>::infinity(), static_cast<int32_t>(block)};
-}
 
 // The blocks of the first `count` candidates, ascending.
 inline void blocks_of(const Candidate* candidates, int64_t count, std::vector<int32_t>& blocks) {
@@ -63,7 +61,8 @@ class QueryBlocks {
   int64_t scored(int64_t u) const {
     return p_.causal ? std::clamp<int64_t>(start(u) / p_.block, 0, summaries_.blocks()) : summaries_.blocks();
   }
-  // Blocks behind the scored ones that overlap the query block and are always chosen: [scored, end_of_forced). None unless causal.
+  // Blocks behind the scored ones that overlap the query block and are always chosen: [scored, end_of_forced). None unless
+  // causal.
   int64_t end_of_forced(int64_t u) const {
     const int64_t last = start(u) + p_.query_block - 1;
     return p_.causal && last >= 0 ? std::min(last / p_.block + 1, summaries_.blocks()) : scored(u);

@@ -43,6 +43,24 @@ FARLIGHT_INLINE float largest_lane(F x) {
   return y;
 }
 
+// columns[r]: the first column c < width of the largest scores[r * ld + c], for r < num_rows. Whole panels are read.
+inline void largest_columns(const float* scores, int64_t num_rows, int64_t ld, int64_t width, int64_t* columns) {
+  const F lowest = broadcast(-INFINITY);
+  for (int64_t r = 0; r < num_rows; ++r, scores += ld) {
+    const auto lanes = [&](int64_t c) { return c + W <= width ? (1u << W) - 1 : (1u << (width - c)) - 1; };
+    F largest = lowest;
+    for (int64_t c = 0; c < width; c += W) largest = max(select(lanes(c), load(scores + c), lowest), largest);
+    const F threshold = broadcast(largest_lane(largest));
+    columns[r] = 0;
+    for (int64_t c = 0; c < width; c += W) {
+      const uint32_t reached = ~greater(threshold, load(scores + c)) & lanes(c);
+      if (!reached) continue;
+      columns[r] = c + FARLIGHT_LOWEST_BIT(reached);
+      break;
+    }
+  }
+}
+
 // sum over c < panels * kPanel of counts[c] * 2^(factor * row[c] + shift).
 inline float weighted_exponentials(const float* row, const float* counts, int64_t panels, float factor, float shift) {
   const F f = broadcast(factor), s = broadcast(shift);

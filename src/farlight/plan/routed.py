@@ -27,7 +27,7 @@ from farlight.patterns.positional import causal
 from farlight.patterns.tables import check_lists, chosen_blocks, chosen_keys, clusters
 from farlight.plan.chosen_links import STEP, ChosenLinks, ExcludedLinks, IndexRange
 
-__all__ = ["chosen_links", "links_of_conjunction"]
+__all__ = ["chosen_links", "labellings", "links_of_conjunction"]
 
 # Longest per-row list of blocks that is read as one clustering per list entry: each is one more pass over the output.
 _MAX_LIST = 48
@@ -76,10 +76,10 @@ def links_of_conjunction(atoms: Sequence[Atom], sizes: Sizes, excluded: Excluded
             check_lists(f"{type(atom).__name__}: indices", atom._tables[0], sizes, getattr(atom, "query_block", 1))
         else:
             atom.check(sizes)
-    labellings = _labellings(choice, sizes)
+    clusterings = labellings(choice, sizes)
     sides = _sides(sizes, is_causal, excluded)
-    if labellings is not None:
-        pieces = [piece for query, key in labellings for piece in _links_by_label(query, key, masks, sizes, excluded, sides)]
+    if clusterings is not None:
+        pieces = [piece for query, key in clusterings for piece in _links_by_label(query, key, masks, sizes, excluded, sides)]
     elif isinstance(choice, chosen_keys):
         pieces = [_links_by_key(choice, masks, sizes, is_causal, excluded)]
     elif isinstance(choice, chosen_blocks) and choice.query_block >= STEP and not masks:
@@ -136,7 +136,7 @@ def _lists_of_rows(choice: chosen_blocks | chosen_keys, sizes: Sizes) -> Tensor:
 
 
 # ---- labels ------------------------------------------------------------------------------------------------------------
-def _labellings(choice: Atom, sizes: Sizes) -> list[tuple[Tensor, Tensor]] | None:
+def labellings(choice: Atom, sizes: Sizes) -> list[tuple[Tensor, Tensor]] | None:
     """(query labels, key labels), `(B or 1, H or 1, n)` with -1 = none, of disjoint clusterings whose union is the choice."""
     if isinstance(choice, clusters):
         return [_labels(choice, sizes)]

@@ -24,7 +24,7 @@ from farlight.plan.chosen_links import ChosenLinks, ExcludedLinks
 from farlight.plan.clauses import Clause, clauses_of
 from farlight.plan.routed import chosen_links, links_of_conjunction
 
-__all__ = ["RoutedSplit", "split_routed"]
+__all__ = ["RoutedSplit", "RoutedUnion", "read_union", "split_routed"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,33 @@ def split_routed(pattern: Pattern, sizes: Sizes) -> RoutedSplit | None:
 
 
 def _split_union(pattern: Pattern, sizes: Sizes) -> RoutedSplit | None:
+    union = read_union(pattern, sizes)
+    if union is None or union.fixed is None:
+        return None
+    pieces = links_of_conjunction(union.routed, sizes, union.excluded)
+    return None if pieces is None else RoutedSplit(union.fixed, pieces)
+
+
+@dataclass(frozen=True)
+class RoutedUnion:
+    """A union of one conjunction with a router's tables, `routed`, and a fixed pattern (None without one), whose links are
+    `excluded` from the conjunction.
+    """
+
+    routed: Clause
+    fixed: Pattern | None
+    excluded: ExcludedLinks
+
+
+def read_union(pattern: Pattern, sizes: Sizes) -> RoutedUnion | None:
+    """The parts of such a union; None for any other pattern. Raises PatternError when the fixed part does not fit the sizes."""
     clauses = clauses_of(pattern)
     routed = [clause for clause in clauses if any(atom._tables for atom in clause)]
     fixed = [_fixed_clause(clause) for clause in clauses if not any(atom._tables for atom in clause)]
-    if len(routed) != 1 or not fixed or not sizes.n_q or not sizes.n_k:
+    if len(routed) != 1 or not sizes.n_q or not sizes.n_k:
         return None
+    if not fixed:
+        return RoutedUnion(routed[0], None, ExcludedLinks())
     parts = [part for part in fixed if part is not None]
     is_causal = any(isinstance(atom, causal) for atom in routed[0])
     # All links that a causal choice shares with a named token are causal ones; those of any other choice are not.
@@ -64,8 +86,7 @@ def _split_union(pattern: Pattern, sizes: Sizes) -> RoutedSplit | None:
     device = pattern._tables[0].device
     rows = _named([part.atom for part in parts if isinstance(part.atom, global_tokens | sees_all)], sizes, device, queries=True)
     keys = _named([part.atom for part in parts if isinstance(part.atom, global_tokens | seen_by_all)], sizes, device)
-    pieces = links_of_conjunction(routed[0], sizes, ExcludedLinks(band, rows, keys))
-    return None if pieces is None else RoutedSplit(union, pieces)
+    return RoutedUnion(routed[0], union, ExcludedLinks(band, rows, keys))
 
 
 @dataclass(frozen=True)

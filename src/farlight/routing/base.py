@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -33,7 +33,8 @@ _MAX_SCORES = 1 << 23
 class RouterInput:
     """The checked operands of `Router.choose`.
 
-    q `(B, H, n_q, D)` and k `(B, H_kv, n_k, D)`, float32 or float64, detached; query row r has position `n_k - n_q + r`, as in
+    q `(B, H, n_q, D)` and k `(B, H_kv, n_k, D)`, float32 or float64, detached (16 bits too for a router that `reads_16_bits`);
+    query row r has position `n_k - n_q + r`, as in
     `fl.attention`. query_mask `(B, n_q)` and key_mask `(B, n_k)`, bool, True = real token; None where every token is real.
     """
 
@@ -41,6 +42,11 @@ class RouterInput:
     k: Tensor
     query_mask: Tensor | None
     key_mask: Tensor | None
+
+    def widened(self) -> RouterInput:
+        """The operands in float32 at least."""
+        dtype = torch.promote_types(self.q.dtype, torch.float32)
+        return self if self.q.dtype == self.k.dtype == dtype else replace(self, q=self.q.to(dtype), k=self.k.to(dtype))
 
     @property
     def batch(self) -> int:
@@ -94,6 +100,8 @@ class Router(nn.Module):
 
     # The text that `read_router` made this router from; None for a router built in Python.
     expression: str | None = None
+    # Whether `choose` takes 16-bit operands as they are; else they are widened to float32 before.
+    reads_16_bits = False
 
     def choose(self, inputs: RouterInput) -> Pattern:
         raise NotImplementedError
@@ -101,12 +109,16 @@ class Router(nn.Module):
     def forward(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, query_mask: Tensor | None = None) -> Pattern:
         refuse_tracing("a router")
         with torch.no_grad():
-            inputs = check_inputs(q, k, key_mask, query_mask)
+            inputs = check_inputs(q, k, key_mask, query_mask, widen=False)
             # Meta tensors and empty batches have no values to choose by, and no output values that depend on the choice.
             if inputs.q.is_meta or not inputs.batch:
                 return full()
             with without_autocast(inputs.q):
-                return self.choose(inputs)
+                return self.chosen(inputs)
+
+    def chosen(self, inputs: RouterInput) -> Pattern:
+        """`choose`, from operands of a dtype that it reads."""
+        return self.choose(inputs if self.reads_16_bits else inputs.widened())
 
     def __bool__(self) -> NoReturn:
         raise OperandError(
@@ -150,12 +162,14 @@ _OPERATORS: dict[str, Callable[[Pattern, Pattern], Pattern]] = {"|": operator.or
 class CombinedRouter(Router):
     """`left symbol right` as one router, symbol in `|`, `&`, `-`; each side is a router or a constant pattern."""
 
+    reads_16_bits = True
+
     def __init__(self, left: Router | Pattern, right: Router | Pattern, symbol: str) -> None:
         super().__init__()
         self.left, self.right, self.symbol = left, right, symbol
 
     def choose(self, inputs: RouterInput) -> Pattern:
-        left, right = (side.choose(inputs) if isinstance(side, Router) else side for side in (self.left, self.right))
+        left, right = (side.chosen(inputs) if isinstance(side, Router) else side for side in (self.left, self.right))
         return self.joined(left, right)
 
     def products(self, sizes: Sizes) -> int:
@@ -168,6 +182,8 @@ class CombinedRouter(Router):
 
 class ConstantRouter(Router):
     """A router that returns the same pattern for every input."""
+
+    reads_16_bits = True
 
     def __init__(self, pattern: Pattern) -> None:
         super().__init__()
@@ -188,8 +204,10 @@ def combine(left: Router | Pattern, right: Router | Pattern, symbol: str) -> Rou
     return CombinedRouter(left, right, symbol)
 
 
-def check_inputs(q: Tensor, k: Tensor, key_mask: Tensor | None = None, query_mask: Tensor | None = None) -> RouterInput:
-    """The operands of a router call, checked, detached and widened to float32 at least. Raises ArgumentError."""
+def check_inputs(
+    q: Tensor, k: Tensor, key_mask: Tensor | None = None, query_mask: Tensor | None = None, *, widen: bool = True
+) -> RouterInput:
+    """The operands of a router call, checked, detached and, with `widen`, in float32 at least. Raises ArgumentError."""
     for name, x in (("q", q), ("k", k)):
         if not isinstance(x, Tensor) or x.dim() != 4 or not x.dtype.is_floating_point:
             actual = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
@@ -209,8 +227,8 @@ def check_inputs(q: Tensor, k: Tensor, key_mask: Tensor | None = None, query_mas
                 "which of these are real; pass query_mask too."
             )
         query_mask = key_mask[:, k.shape[2] - q.shape[2] :]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return RouterInput(q.detach().to(dtype), k.detach().to(dtype), query_mask, key_mask)
+    inputs = RouterInput(q.detach(), k.detach(), query_mask, key_mask)
+    return inputs.widened() if widen or q.dtype != k.dtype else inputs
 
 
 def _check_mask(name: str, mask: Tensor | None, x: Tensor) -> Tensor | None:

@@ -28,14 +28,14 @@ class Budget:
     lost: float | None = None
 
     @staticmethod
-    def checked(name: str, **amounts: float | None) -> Budget:
-        """The budget of the router `name`. Raises ArgumentError unless exactly one amount is given and in range."""
-        fields = [field for field, value in amounts.items() if value is not None]
+    def checked(name: str, **budgets: float | None) -> Budget:
+        """The budget of the router `name`. Raises ArgumentError unless exactly one budget is given and in range."""
+        fields = [field for field, value in budgets.items() if value is not None]
         if len(fields) != 1:
-            actual, names = " and ".join(fields) if fields else "nothing", list(amounts)
+            actual, names = " and ".join(fields) if fields else "nothing", list(budgets)
             choices = f"{', '.join(names[:-1])} and {names[-1]}"
             raise ArgumentError(f"{name}: {actual} given; say how much to take by exactly one of {choices}.")
-        count, share, mass, lost = (amounts.get(field) for field in ("count", "share", "mass", "lost"))
+        count, share, mass, lost = (budgets.get(field) for field in ("count", "share", "mass", "lost"))
         if count is not None:
             whole(f"{name}: count", count, 1)
         for field, value in (("share", share), ("mass", mass)):

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from farlight.kernels.cpu.choose import can_choose
+from farlight.kernels.cpu.labels import nearest_labels
 from farlight.routing.base import row_chunks
 
 __all__ = [
@@ -46,6 +48,10 @@ def nearest_centroid(x: Tensor, centroids: Tensor, mask: Tensor | None) -> Tenso
 
     The argmax does not depend on ‖x‖, so x is not normalised.
     """
+    if can_choose(x):
+        native: Tensor = nearest_labels(x, centroids, None if mask is None else mask[:, 0])
+        return native
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     labels = torch.empty(x.shape[0], centroids.shape[0], x.shape[2], dtype=torch.int64, device=x.device)
     for rows in row_chunks(x.shape[2], x.shape[0] * centroids.shape[0] * centroids.shape[1]):
         labels[:, :, rows] = centroid_scores(x[:, :, rows], centroids).argmax(-1)

@@ -29,6 +29,8 @@ class Gist(Router):
     256
     """
 
+    reads_16_bits = True
+
     def __init__(self, inner: Router | Pattern, block: int) -> None:
         super().__init__()
         if not isinstance(inner, Router | Pattern):
@@ -44,7 +46,7 @@ class Gist(Router):
         return self.inner.products(sizes) if isinstance(self.inner, Router) else 0
 
     def choose(self, inputs: RouterInput) -> Pattern:
-        return self.inner.choose(inputs) if isinstance(self.inner, Router) else self.inner
+        return self.inner.chosen(inputs) if isinstance(self.inner, Router) else self.inner
 
     # A CombinedRouter around a Gist would hide the class, and with it the summaries, from the code that recognises it.
     def __or__(self, other: Router | Pattern) -> Router:

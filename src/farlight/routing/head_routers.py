@@ -28,6 +28,8 @@ class PerHeadRouter(Router):
     [[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 1, 0], [0, 1, 1], [0, 0, 1]]]
     """
 
+    reads_16_bits = True
+
     def __init__(self, parts: Sequence[Router | Pattern]) -> None:
         super().__init__()
         for part in parts:
@@ -53,7 +55,7 @@ class PerHeadRouter(Router):
         for head, part in enumerate(self.parts):
             if isinstance(part, Router):
                 q, kv_head = inputs.q[:, head : head + 1], head // group
-                patterns.append(part.choose(replace(inputs, q=q, k=inputs.k[:, kv_head : kv_head + 1])))
+                patterns.append(part.chosen(replace(inputs, q=q, k=inputs.k[:, kv_head : kv_head + 1])))
             else:
                 patterns.append(part)
         return per_head(patterns)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from farlight.errors import ArgumentError
 from farlight.inputs import without_autocast
+from farlight.kernels.cpu.labels import can_label
+from farlight.kernels.cpu.labels import recent_starts as native_starts
 from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.membership import between, rooms
@@ -79,6 +81,7 @@ class KMeans(Router):
     [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
     """
 
+    reads_16_bits = True
     centroids: Tensor
     updates: Tensor
 
@@ -217,6 +220,7 @@ class KMeans(Router):
         return pattern
 
     def _balanced(self, inputs: RouterInput, per_cluster: int) -> Pattern:
+        inputs = inputs.widened()
         key = top_members(inputs.k, self.centroids, inputs.key_mask_by_head(), per_cluster)
         if self.shared:
             return rooms(key.narrow(2, inputs.offset, inputs.n_q), key)
@@ -225,6 +229,7 @@ class KMeans(Router):
     # ---- updates ----------------------------------------------------------------------------------------------------
     def _tokens(self, inputs: RouterInput) -> list[tuple[Tensor, Tensor | None]]:
         """The token tensors that update the centroids, each with its mask of real tokens."""
+        inputs = inputs.widened()
         keys = (inputs.k, inputs.key_mask_by_head())
         return [keys] if self.shared else [(inputs.q, inputs.query_mask_by_head()), keys]
 
@@ -268,6 +273,9 @@ def recent_starts(query: Tensor, key: Tensor, count: int) -> Tensor:
     query `(B, H, n_q)` and key `(B, H, n_k)` are labels, -1 = padding. Keys sorted by the code label · n_k + position form one
     run per label, ascending in position; binary search in it finds each query's run and the query's place in the run.
     """
+    if can_label(query):
+        starts: Tensor = native_starts(query, key, count)
+        return starts
     n_q, n_k = query.shape[2], key.shape[2]
     if not n_k:
         return torch.zeros_like(query)

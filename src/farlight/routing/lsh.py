@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from farlight.errors import ArgumentError
+from farlight.kernels.cpu.choose import can_choose
+from farlight.kernels.cpu.labels import nearest_labels
 from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.hashing import hash_words
@@ -44,6 +46,8 @@ class LSH(Router):
     [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
     """
 
+    reads_16_bits = True
+
     def __init__(self, buckets: int, rounds: int = 1, *, seed: int = 0, causal: bool = False, shared: bool = False) -> None:
         super().__init__()
         self.buckets, self.rounds = whole("LSH: buckets", buckets, 2), whole("LSH: rounds", rounds, 1)
@@ -62,7 +66,8 @@ class LSH(Router):
                 f"LSH(shared=True): {inputs.n_q} queries, but {inputs.n_k} keys: a query takes the bucket of the key at its "
                 "position; use shared=False where queries come from another text."
             )
-        rotation = rotations(self.seed, self.rounds, inputs.heads, inputs.q.shape[3], self.buckets // 2).to(inputs.q)
+        rotation = rotations(self.seed, self.rounds, inputs.heads, inputs.q.shape[3], self.buckets // 2)
+        rotation = rotation.to(inputs.q.device, torch.promote_types(inputs.q.dtype, torch.float32))
         key = hash_buckets(inputs.k, rotation, inputs.key_mask_by_head())
         if self.shared:
             query = key[..., inputs.offset :]
@@ -94,6 +99,11 @@ def hash_buckets(x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
 
     rotation `(rounds, H, D, buckets / 2)`; mask: bool, broadcastable to `(B, H, N)`, or None.
     """
+    if can_choose(x):
+        columns = torch.cat((rotation, -rotation), -1).transpose(-1, -2)
+        real = None if mask is None else mask[:, 0]
+        return torch.stack([nearest_labels(x, each, real) for each in columns])
+    x = x.to(rotation.dtype)
     rounds, heads = rotation.shape[:2]
     buckets = torch.empty(rounds, x.shape[0], heads, x.shape[2], dtype=torch.int64, device=x.device)
     group = heads // x.shape[1]

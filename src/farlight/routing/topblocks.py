@@ -74,6 +74,8 @@ class TopBlocks(Router):
     [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     """
 
+    reads_16_bits = True
+
     def __init__(
         self,
         count: int | None = None,
@@ -115,7 +117,9 @@ class TopBlocks(Router):
         first = self._first(inputs)
         if self._takes_everything(inputs):
             return past() if self.causal else full()
-        if can_choose(inputs.q):
+        is_native = can_choose(inputs.q)
+        inputs = inputs if is_native else inputs.widened()
+        if is_native:
             indices = self._choose_native(inputs, first)
         elif self.budget.lost is not None:
             indices = self._select_proven(inputs, first)
@@ -135,8 +139,11 @@ class TopBlocks(Router):
         """Whether the count reaches every block of the text, so that there is nothing to choose."""
         if self.budget.count is None or inputs.key_mask is not None or inputs.query_mask is not None:
             return False
-        # Forced blocks are counted to the end of their query block, which may lie behind the text.
-        return self.budget.count >= -(-inputs.n_k // self.block) + (self._max_overlap() if self.causal else 0)
+        if torch.compiler.is_compiling():
+            return False  # n_k may be a symbol: a comparison would be a guard. Every block is then listed
+        # Causal, all blocks but the last may be scored. Forced ones are counted to the end of their query block, which may lie
+        # behind the text.
+        return self.budget.count >= -(-inputs.n_k // self.block) + (self._max_overlap(inputs) - 1 if self.causal else 0)
 
     def pattern_of_lists(self, indices: Tensor, inputs: RouterInput, first: int) -> Pattern:
         """The pattern of `_select`'s lists, whose first query block begins at position `first`; values are not read."""
@@ -151,19 +158,21 @@ class TopBlocks(Router):
         """`_select` by the native kernels, from the keys themselves."""
         budget, q = self.budget, inputs.q
         num_blocks, num_lists = -(-inputs.n_k // self.block), -(-(inputs.offset + inputs.n_q - first) // self.query_block)
-        kind, amount = next((name, value) for name, value in vars(budget).items() if value is not None)
+        kind, value = next((name, x) for name, x in vars(budget).items() if x is not None)
         width = -1
         if kind == "count" and torch.compiler.is_compiling():
-            width = min(max(int(amount), self._max_overlap()), num_blocks)
+            width = torch.sym_min(max(int(value), self._max_overlap(inputs)), num_blocks)
         numbers = [self.block, self.query_block, inputs.offset, first, int(self.causal), int(self.per == "group")]
         codes = [SCORES.index(self.score), BUDGETS.index(kind)]
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         masks = inputs.query_mask, inputs.key_mask
-        chosen: Tensor = choose_blocks(q, inputs.k, *masks, numbers + codes, float(amount), float(scale), num_lists, width)
+        chosen: Tensor = choose_blocks(q, inputs.k, *masks, numbers + codes, float(value), float(scale), num_lists, width)
         return chosen
 
-    def _max_overlap(self) -> int:
+    def _max_overlap(self, inputs: RouterInput) -> int:
         """The key blocks that a query block can overlap: most when it begins at the end of a key block."""
+        if inputs.offset >= 0 and (self.query_block % self.block == 0 or self.block % self.query_block == 0):
+            return max(1, self.query_block // self.block)  # query blocks begin at multiples of their size
         return (self.query_block + self.block - 2) // self.block + 1
 
     def summary(self, k: Tensor, real: Tensor | None = None) -> list[Tensor]:
@@ -244,7 +253,7 @@ class TopBlocks(Router):
             scores = self._scores(query_rows[:, :, rows], query_mask[:, rows], summary, sizes, scored, inputs.kv_heads)
             forced = None if forced is None else forced.expand(scores.shape)
             masked = scores.masked_fill(~scored, float("-inf"))
-            chunks.append(self.budget.select(masked, forced, num_forced, self._max_overlap()))
+            chunks.append(self.budget.select(masked, forced, num_forced, self._max_overlap(inputs)))
         heads = inputs.kv_heads if self.per == "group" else inputs.heads
         empty = torch.full((inputs.batch, heads, num_lists, 0), -1, device=device)
         return concat_selections(chunks) if chunks else empty

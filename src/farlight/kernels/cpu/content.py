@@ -14,10 +14,9 @@ from farlight.kernels.cpu.native import module, unavailable
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import plan_for
 from farlight.plan.cache import kept_with
-from farlight.plan.chosen_links import ChosenLinks
 from farlight.plan.content import ContentPlan, NativeTables
 from farlight.plan.content_clauses import ClauseKind, ContentClause, content_clauses, listed_clauses
-from farlight.plan.routed_union import split_routed
+from farlight.plan.label_links import LabelPiece, label_union
 from farlight.plan.tables import TileShape
 
 __all__ = ["content_plan", "lost_bound"]
@@ -45,7 +44,7 @@ def _build(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Any:
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         clauses = listed_clauses(pattern, sizes)
         if clauses is None:
-            return _build_sorted(pattern, sizes, shape, extents)
+            return _build_labelled(pattern, sizes, shape, extents)
     numbers = [_numbers(clause) for clause in clauses]
     try:
         return module().Plan(extents, numbers, shape.gather, torch.get_num_threads())
@@ -54,29 +53,23 @@ def _build(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Any:
         raise PlanError(f"malformed plan: {error}.") from error
 
 
-def _build_sorted(pattern: Pattern, sizes: Sizes, shape: TileShape, extents: list[int]) -> Any:
+def _build_labelled(pattern: Pattern, sizes: Sizes, shape: TileShape, extents: list[int]) -> Any:
     """The native plan of clusterings, perhaps in union with a fixed pattern, or None."""
-    if any(table.device.type != "cpu" for table in pattern._tables):
+    union = label_union(pattern, sizes)
+    if union is None:
         return None
-    split = split_routed(pattern, sizes)
-    if split is None or any(links.rows is None or links.points is not None for links in split.pieces):
-        return None
-    pieces = [_sorted_tables(links, sizes) for links in split.pieces]
-    fixed = None if split.fixed is None else plan_for(split.fixed, sizes, shape)
-    numbers = []
-    for links, tables in zip(split.pieces, pieces, strict=True):
-        numbers.append([*links.shape, sizes.n_q, sizes.n_k, *(table.data_ptr() for table in tables)])
-    return module().Plan(fixed, extents, numbers)
+    fixed = None if union.fixed is None else plan_for(union.fixed, sizes, shape)
+    pieces = [_label_numbers(piece) for piece in union.pieces]
+    return module().Plan(fixed, extents, pieces, torch.get_num_threads())
 
 
-def _sorted_tables(links: ChosenLinks, sizes: Sizes) -> tuple[Tensor, ...]:
-    """(rows, row_count, keys, key_count, lo, hi) of SortedLinks in csrc/content/sorted_piece.h."""
-    assert links.rows is not None
-    assert links.keys is not None
-    variants = links.shape[0] * links.shape[1]
-    places = torch.arange(sizes.n_q, device="cpu").expand(variants, -1)
-    lo, hi = (x.squeeze(2).expand(variants, -1).contiguous() for x in (links.lo, links.ends(places)))
-    return links.rows.contiguous(), links.row_count.contiguous(), links.keys.contiguous(), links.key_count.contiguous(), lo, hi
+def _label_numbers(piece: LabelPiece) -> list[int]:
+    """The numbers of `label_links_of` in csrc/plan_binding.cpp. They hold addresses of the piece's tables."""
+    starts = [0, 1, 1] if piece.starts is None else [piece.starts.data_ptr(), *piece.starts.shape[:2]]
+    real = [0, 1] if piece.real_keys is None else [piece.real_keys.data_ptr(), piece.real_keys.shape[0]]
+    excluded = [0 if mask is None else mask.data_ptr() for mask in (piece.excluded_rows, piece.excluded_keys)]
+    query, key = ([labels.data_ptr(), *labels.shape[:2]] for labels in (piece.query, piece.key))
+    return [*piece.shape, *query, *key, *real, *excluded, *starts, piece.lower, piece.upper]
 
 
 def lost_bound(q: Tensor, k: Tensor, pattern: Pattern, sizes: Sizes, lse: Tensor, scale: float) -> Tensor:
