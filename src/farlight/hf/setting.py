@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from farlight.errors import UnsupportedError
 from farlight.hf.spread import Spread
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
@@ -68,16 +68,10 @@ class Observation:
     score: Score | None = None
     sinks: Tensor | None = None
 
-    def require_plain_scores(self, measure: str) -> None:
-        """Raise UnsupportedError where the scores are not scale · q·k alone, for a measure that computes these."""
-        if self.score is not None or self.sinks is not None:
-            terms = " and ".join(
-                name for name, term in (("score terms", self.score), ("sinks", self.sinks)) if term is not None
-            )
-            raise UnsupportedError(
-                f"{type(self.module).__name__} adds {terms} to its attention, which {measure} does not compute; compare "
-                "losses or outputs under use_pattern, or fit by='loss'."
-            )
+    @property
+    def terms(self) -> dict[str, Any]:
+        """`score` and `sinks` as keywords of `fl.attention` and of the measures; sinks `(H,)`."""
+        return {"score": self.score, "sinks": None if self.sinks is None else self.sinks.flatten()}
 
 
 @dataclass

@@ -12,18 +12,20 @@ from farlight.patterns.positional import causal as past
 from farlight.patterns.tables import chosen_blocks, chosen_keys
 from farlight.routing.base import Router, RouterInput, row_chunks
 from farlight.routing.budget import Budget, concat_selections
+from farlight.score.lowered import lower
+from farlight.score.terms import Score
 
 __all__ = ["TopKeys", "from_indices"]
 
 
 class TopKeys(Router):
     """The keys with the largest q_i · k_j of each query: `count` of them, a `share` of the visible ones, or the fewest that
-    hold `mass` of softmax(scale · q_i · k_j).
+    hold `mass` of softmax(scale · q_i · k_j). score: terms of `fl.score`, under which the keys are ranked.
 
     Every pair is scored, n_q · n_k · D multiply-adds, in chunks of rows: memory is that of the index lists. Use it with narrow
     scoring vectors, `TopKeys(2048, causal=True)(q_index, k_index)`, as DeepSeek's indexer does, or as the upper bound of what a
-    pattern of a given size can keep. `causal=True`: the visible keys are j <= i. scale: None means D^-½; only mass depends on
-    it.
+    pattern of a given size can keep. `causal=True`: the visible keys are j <= i. scale: None means D^-½; only mass
+    and `score` depend on it.
 
     Raises ArgumentError unless exactly one of count, share and mass is given and in range.
 
@@ -45,24 +47,30 @@ class TopKeys(Router):
         share: float | None = None,
         mass: float | None = None,
         scale: float | None = None,
+        score: Score | None = None,
     ) -> None:
         super().__init__()
         self.budget = Budget.checked("TopKeys", count=count, share=share, mass=mass)
-        self.causal, self.scale = bool(causal), scale
+        self.causal, self.scale, self.score = bool(causal), scale, score
 
     def extra_repr(self) -> str:
-        return f"{self.budget}" + (", causal=True" if self.causal else "")
+        score = "" if self.score is None else f", score={self.score!r}"
+        return f"{self.budget}" + (", causal=True" if self.causal else "") + score
 
     def choose(self, inputs: RouterInput) -> Pattern:
         group = inputs.heads // inputs.kv_heads
         scale = inputs.q.shape[-1] ** -0.5 if self.scale is None else self.scale
         key_position = torch.arange(inputs.n_k, device=inputs.k.device)
+        sizes = Sizes(inputs.n_q, inputs.n_k, inputs.offset, inputs.batch, inputs.heads)
+        terms = lower(self.score, None, sizes, inputs.q.device, inputs.q.dtype)
         chunks = []
         for rows in row_chunks(inputs.n_q, inputs.batch * inputs.heads * max(1, inputs.n_k)):
             q = inputs.q[:, :, rows].unflatten(1, (inputs.kv_heads, group))
             scores = (q @ inputs.k.transpose(-1, -2).unsqueeze(2)).flatten(1, 2)
-            if self.budget.mass is not None:
+            if self.budget.mass is not None or terms is not None:
                 scores = scores * scale
+            if terms is not None:
+                scores = terms.under(scores, slice(None), slice(None), rows, key_position, inputs.offset)
             if inputs.key_mask is not None:
                 scores = scores.masked_fill(~inputs.key_mask[:, None, None], float("-inf"))
             if inputs.query_mask is not None:

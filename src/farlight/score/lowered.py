@@ -50,6 +50,18 @@ class ScoreTerms:
         """cap · tanh(scores / cap), or the scores."""
         return self.cap * torch.tanh(scores / self.cap) if self.cap else scores
 
+    def under(self, scores: Tensor, items: slice, heads: slice, rows: slice, keys: Tensor, q_offset: int) -> Tensor:
+        """S of scale · q kᵀ `(B', H', rows, keys)`, a part of a problem: its batch items, query heads, query rows and keys."""
+        scores = self.capped(scores)
+        if self.distance is not None:
+            i = torch.arange(rows.start, rows.stop, device=keys.device)[:, None] + (q_offset + self.first)
+            scores = scores + by_distance(self.distance[heads], (keys - i).clamp(0, self.distance.shape[1] - 1))
+        if self.key_bias is not None:
+            bias = self.key_bias if self.key_bias.shape[0] == 1 else self.key_bias[items]
+            bias = bias if bias.shape[1] == 1 else bias[:, heads]
+            scores = scores + bias[:, :, keys].unsqueeze(2)
+        return scores
+
     def bias(self, n_q: int, n_k: int, q_offset: int) -> Tensor | None:
         """All biases `(B|1, H|1, n_q, n_k)`; None without any. Memory n_q · n_k."""
         total = None

@@ -42,7 +42,7 @@ def fixed_options(profile: HeadProfile, families: Sequence[str], even: bool) -> 
     if not families:
         return []
     units = LinkUnits(profile)
-    kept = float(profile.distance.sum()) / max(1, profile.n_q)
+    kept = float(profile.distance.sum()) / max(1, profile.n_q) + profile.mean_sink
     options = [Option(float(profile.distance_links.sum()), kept, kept, full, "full")]
     for family in families:
         options += FIXED[family](profile, units, even)
@@ -58,13 +58,16 @@ def _grown_options(
     With `even`, a state's value is the mean of `row_value` over rows. It is computed for the hull by plain shares alone, since
     each takes O(n_q · n_k); and from the mean share where the profile does not know single pairs.
     """
-    hull = concave([Option(state.links, state.kept, state.kept, partial(make, state), family) for state in states])
+    sink = profile.mean_sink
+    hull = concave([Option(s.links, s.kept + sink, s.kept + sink, partial(make, s), family) for s in states])
     if not even:
         return hull
     options = []
     for option in hull:
         state: GrowthState = option.make.args[-1]  # type: ignore[attr-defined]
-        shares = row_shares(profile, state) if profile.block == 1 else torch.tensor([state.kept], device="cpu")
+        shares = torch.tensor([option.kept], device="cpu")
+        if profile.block == 1:
+            shares = row_shares(profile, state) + profile.sink
         value = row_value(shares, True).mean().item()
         options.append(Option(option.links, option.kept, value, option.make, family))
     return options
@@ -187,16 +190,18 @@ def _cell_options(profile: HeadProfile, block: int, even: bool, family: str) -> 
     rows = torch.full((gain.shape[0], 1), float(block), device="cpu")  # query rows of each row of cells
     rows[-1] = profile.n_q - (gain.shape[0] - 1) * block
     share = gain / rows
+    sink = _sum_blocks(profile.sink[:, None], block)[:, :1] / rows  # every pattern keeps it
     by_row = (share / cost.clamp(min=1e-12)).sort(dim=1, descending=True, stable=True).indices
     share = share.gather(1, by_row)
     cost = cost.gather(1, by_row)
     after = share.cumsum(1)
-    value = (row_value(after, even) - row_value(after - share, even)) * rows
+    value = (row_value(sink + after, even) - row_value(sink + after - share, even)) * rows
     order = (value / cost.clamp(min=1e-12)).flatten().sort(descending=True, stable=True).indices
 
     links = cost.flatten()[order].cumsum(0)
-    kept_total = (share * rows).flatten()[order].cumsum(0) / max(1, profile.n_q)
-    value_total = value.flatten()[order].cumsum(0) / max(1, profile.n_q)
+    kept_total = profile.mean_sink + (share * rows).flatten()[order].cumsum(0) / max(1, profile.n_q)
+    no_links = float((row_value(sink, even) * rows).sum()) / max(1, profile.n_q)
+    value_total = no_links + value.flatten()[order].cumsum(0) / max(1, profile.n_q)
     cells = (torch.arange(by_row.shape[0], device="cpu")[:, None] * by_row.shape[1] + by_row).flatten()[order]
     points = np.geomspace(1, order.numel(), min(_CELL_OPTIONS, order.numel())) if order.numel() else np.zeros(0)
     counts = np.unique(points.round().astype(int))
@@ -206,7 +211,7 @@ def _cell_options(profile: HeadProfile, block: int, even: bool, family: str) -> 
         layout[cells[:count]] = True
         return pairs(layout.view(gain.shape)) if block == 1 else blocks(layout.view(gain.shape), block)
 
-    return [Option(0.0, 0.0, 0.0, partial(offsets, []), family)] + [
+    return [Option(0.0, profile.mean_sink, no_links, partial(offsets, []), family)] + [
         Option(links[n - 1].item(), kept_total[n - 1].item(), value_total[n - 1].item(), partial(make, int(n)), family)
         for n in counts
     ]

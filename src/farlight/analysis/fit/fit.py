@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from farlight.patterns.algebra import looks_back
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 from farlight.routing.notation import is_router, read_router
+from farlight.score.terms import Score
 
 __all__ = ["Fit", "fit", "head_options", "layer_fit", "read_target"]
 
@@ -108,6 +110,8 @@ def fit(
     base: Pattern | None = None,
     scale: float | None = None,
     q_offset: int | None = None,
+    score: Score | None = None,
+    sinks: Tensor | None = None,
     even: bool = False,
 ) -> Fit:
     """For each head the cheapest candidate such that `keep` of full attention is kept, or the most within `density`.
@@ -127,7 +131,7 @@ def fit(
             "blocks", "pairs": any cells of 8 x 8, any pairs ("pairs" up to 1024 tokens); for this text length only.
             "topblocks": blocks of 4 keys chosen by content. With a fixed family, `full()` is a candidate too.
         base: the pairs of full attention; None means every pair. Run the result intersected with it.
-        scale, q_offset: as in `fl.attention`.
+        scale, q_offset, score, sinks: as in `fl.attention`. Every candidate keeps a row's sink.
         even: value a row's share as 1 - (1 - share)², so that rows that keep little come first. With `density` only.
 
     Raises:
@@ -142,9 +146,10 @@ def fit(
     keep, density = read_target(keep, density, even)
     families, expressions = parse_candidates(candidates, causal=base is not None and looks_back(base))
     profile, measurements = LayerProfile(), CandidateMeasurements(expressions)
-    profile.add(q, k, base=base, scale=scale, q_offset=q_offset)
+    problem: dict[str, Any] = {"base": base, "scale": scale, "q_offset": q_offset, "score": score, "sinks": sinks}
+    profile.add(q, k, **problem)
     if expressions:
-        measurements.add(q, k, base=base, scale=scale, q_offset=q_offset)
+        measurements.add(q, k, **problem)
     options, base_links = head_options(profile, measurements, families, even)
     budget = None if density is None else density * float(base_links.sum())
     return layer_fit(options, allocate(options, keep=keep, links=budget), base_links)

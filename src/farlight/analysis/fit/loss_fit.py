@@ -170,7 +170,7 @@ def _measure(call: Observation, gradient: Tensor, routers: Sequence[Any], judged
 
     def run(pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
         made = plan(pattern, q.shape[2], k.shape[2], heads=q.shape[1], q_offset=call.q_offset)
-        out, lse = attention(q, k, v, made, return_lse=True, score=call.score, sinks=call.sinks, **options)
+        out, lse = attention(q, k, v, made, return_lse=True, **call.terms, **options)
         links = attention(zeros[0], zeros[1], zeros[1], made, return_lse=True, q_offset=call.q_offset)[1].double().exp().round()
         return out, lse, links.sum((0, 2)).cpu()
 

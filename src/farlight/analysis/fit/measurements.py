@@ -14,9 +14,10 @@ from torch import Tensor
 
 from farlight.analysis.fit.candidates import row_value
 from farlight.analysis.fit.frontier import Option
-from farlight.analysis.loss.probabilities import sizes_of, tiles
+from farlight.analysis.loss.probabilities import lowered_terms, sizes_of, tiles
 from farlight.patterns.expression import Pattern
 from farlight.routing.notation import is_router, read_router
+from farlight.score.terms import Score
 
 __all__ = ["CandidateMeasurements"]
 
@@ -31,19 +32,29 @@ class CandidateMeasurements:
         self._sums: Tensor | None = None  # (expressions, 3, H) float64: links, kept, value with `even`; summed over rows
 
     def add(
-        self, q: Tensor, k: Tensor, *, base: Pattern | None = None, scale: float | None = None, q_offset: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        base: Pattern | None = None,
+        scale: float | None = None,
+        q_offset: int | None = None,
+        score: Score | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         """Add the texts of a batch: q `(B, H, n_q, D)`, k `(B, H_kv, n_k, D)`, as checked by `LayerProfile.add`."""
+        terms = lowered_terms(score, sinks, q, k, q_offset)
         with torch.no_grad():
             sizes = sizes_of(q, k, q_offset)
             patterns = [router(q, k) for router in self._routers]
             if self._sums is None:
                 self._sums = torch.zeros(len(patterns), 3, q.shape[1], dtype=torch.float64, device="cpu")
             self._num_texts += q.shape[0]
-            for tile in tiles(q, k, base, scale, sizes):
+            for tile in tiles(q, k, base, scale, sizes, terms):
                 for sums, pattern in zip(self._sums, patterns, strict=True):
                     mask = tile.mask(pattern, sizes).expand_as(tile.probability)
                     kept = (tile.probability * mask).sum(-1)
+                    kept = kept if tile.sink is None else kept + tile.sink
                     for total, rows in zip(sums, (mask.sum(-1), kept, row_value(kept, True)), strict=True):
                         total[tile.heads] += rows.double().sum((0, 2)).cpu()
 

@@ -24,6 +24,7 @@ from farlight.hf.layers import attention_layers
 from farlight.patterns import full
 from farlight.patterns.algebra import looks_back
 from farlight.patterns.expression import Pattern
+from farlight.score.terms import KeyBias, Score
 
 __all__ = ["ModelProfile", "profile_model"]
 
@@ -81,7 +82,6 @@ class _ProfileObserver:
         self.measured_rows, self.calls = measured_rows, 0
 
     def __call__(self, call: Observation) -> None:
-        call.require_plain_scores("a fit by shares of attention")
         number = self.numbers.get(id(call.module), self.calls)
         self.calls += 1
         base = None if call.own == full() else call.own
@@ -90,6 +90,7 @@ class _ProfileObserver:
             _, expressions = parse_candidates(self.candidates, base is not None and looks_back(base))
             self.measurements[number] = CandidateMeasurements(expressions)
         options: dict[str, Any] = {"base": base, "scale": call.scale, "q_offset": call.q_offset}
+        options |= call.terms
         self.profiles[number].add(call.q, call.k, **options)
         rows, measurements = self.measured_rows, self.measurements[number]
         if rows and measurements.expressions:
@@ -97,7 +98,18 @@ class _ProfileObserver:
                 raise UnsupportedError(
                     "the passages are padded, so each has a mask of its own; fit to passages of one length, unpadded."
                 )
+            options["score"] = _of_items(call.score, rows)
             measurements.add(call.q[rows], call.k[rows], **options)
+
+
+def _of_items(score: Score | None, items: list[int]) -> Score | None:
+    """The score of some batch items."""
+    if score is None:
+        return None
+    terms = (
+        KeyBias(term.bias[items]) if isinstance(term, KeyBias) and term.bias.shape[0] > 1 else term for term in score.terms
+    )
+    return Score(tuple(terms))
 
 
 def profile_model(

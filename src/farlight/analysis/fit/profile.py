@@ -6,7 +6,7 @@ The share that a fixed pattern keeps is linear in the mean probability of each p
   * by key, `(H, n_k)`: which keys are candidates for global keys;
   * row by row for the `NUM_COLUMNS` heaviest keys, `(H, n_q, columns)`: their overlap with distances;
   * by cells of `block` x `block` pairs, at most `MAX_DENSE_TOKENS` a side: for block patterns.
-Every sum has a twin that counts the pairs that the base allows (`…_links`).
+Every sum has a twin that counts the pairs that the base allows (`…_links`). Sinks are summed by row, `(H, n_q)`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farlight.analysis.loss.probabilities import Tile, check_problem, sizes_of, tiles
+from farlight.analysis.loss.probabilities import Tile, check_problem, lowered_terms, score_keys, sizes_of, tiles
 from farlight.errors import ArgumentError
-from farlight.patterns.expression import Pattern
+from farlight.patterns.expression import Pattern, Sizes
+from farlight.score.lowered import ScoreTerms
+from farlight.score.terms import Score
 
 __all__ = ["MAX_DENSE_TOKENS", "NUM_COLUMNS", "HeadProfile", "LayerProfile", "skew_diagonals"]
 
@@ -38,6 +40,7 @@ class HeadProfile:
         columns: `(columns,)` int64, positions of the keys with most probability, in rising order.
         column, column_links: `(n_q, columns)`, probability and allowed pairs of these keys by row.
         cells, cell_links: the same by cells, `(⌈n_q / block⌉, ⌈n_k / block⌉)`.
+        sink: `(n_q,)`, the share of each row's sink, which every pattern keeps; zeros without sinks.
     """
 
     n_q: int
@@ -51,6 +54,12 @@ class HeadProfile:
     column_links: Tensor
     cells: Tensor
     cell_links: Tensor
+    sink: Tensor
+
+    @property
+    def mean_sink(self) -> float:
+        """The mean of `sink` over the rows; 0 for no rows."""
+        return float(self.sink.sum()) / max(1, self.n_q)
 
     @functools.cached_property
     def prefix(self) -> Tensor:
@@ -69,13 +78,22 @@ class LayerProfile:
         self.shape: tuple[int, int, int, int] | None = None
 
     def add(
-        self, q: Tensor, k: Tensor, *, base: Pattern | None = None, scale: float | None = None, q_offset: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        base: Pattern | None = None,
+        scale: float | None = None,
+        q_offset: int | None = None,
+        score: Score | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
-        """Add softmax(scale · q·kᵀ) over the pairs of `base`: q `(B, H, n_q, D)`, k `(B, H_kv, n_k, D)`.
+        """Add softmax(scale · q·kᵀ), under the terms, over the pairs of `base`: q `(B, H, n_q, D)`, k `(B, H_kv, n_k, D)`.
 
         Raises ArgumentError for tensors that do not fit together, or sizes that differ from those of the first texts.
         """
         check_problem(q, k, None, scale)
+        terms = lowered_terms(score, sinks, q, k, q_offset)
         sizes = sizes_of(q, k, q_offset)
         shape = (q.shape[1], q.shape[2], k.shape[2], sizes.q_offset)
         if self.shape is None:
@@ -88,13 +106,13 @@ class LayerProfile:
         self.num_texts += q.shape[0]
         with torch.no_grad():
             lse = torch.zeros(q.shape[:3], dtype=torch.float64, device=q.device)
-            for tile in tiles(q, k, base, scale, sizes):
+            for tile in tiles(q, k, base, scale, sizes, terms):
                 self._add_tile(tile)
                 if self.block > 1:
                     top = tile.scores.amax(-1).double()
                     lse[tile.items, tile.heads, tile.rows] = top - tile.probability.amax(-1).double().log()
             if self.block > 1:
-                self._add_columns(q, k, lse, base, scale, sizes.q_offset, first_texts)
+                self._add_columns(q, k, lse, base, scale, sizes, terms, first_texts)
 
     def _allocate(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
         self.shape = shape
@@ -107,6 +125,7 @@ class LayerProfile:
         dtype = torch.float64 if self.block > 1 else torch.float32
         self.cells = torch.zeros(grid, dtype=dtype, device=device)
         self.cell_links = torch.zeros(grid, dtype=torch.float32, device=device)
+        self.sink = torch.zeros(heads, n_q, dtype=torch.float64, device=device)
         if self.block > 1:
             self.distance = torch.zeros(heads, n_q + n_k - 1, dtype=torch.float64, device=device)
             self.distance_links = torch.zeros_like(self.distance)
@@ -124,6 +143,8 @@ class LayerProfile:
             links = tile.allowed.expand(texts, *tile.allowed.shape[1:]).sum(0).to(probability.dtype)
             links = torch.nn.functional.pad(links, (0, n_k - keys))
         heads = tile.heads
+        if tile.sink is not None:
+            self.sink[heads, tile.rows] += tile.sink.sum(0, dtype=torch.float64)
         if self.block == 1:
             self.cells[heads, tile.rows] += probability.to(self.cells.dtype)
             self.cell_links[heads, tile.rows] += links.to(self.cell_links.dtype)
@@ -141,23 +162,28 @@ class LayerProfile:
             total[heads, start : start + n_k + rows - 1] += skew_diagonals(values).sum(1, dtype=torch.float64)
 
     def _add_columns(
-        self, q: Tensor, k: Tensor, lse: Tensor, base: Pattern | None, scale: float | None, q_offset: int, first_texts: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        base: Pattern | None,
+        scale: float | None,
+        sizes: Sizes,
+        terms: ScoreTerms | None,
+        first_texts: bool,
     ) -> None:
         """Add the rows of the heaviest keys (chosen from the first texts added): exp(score - lse) at these keys alone."""
         assert self.shape is not None
-        heads, n_q, n_k, _ = self.shape
+        heads, n_q, n_k, q_offset = self.shape
         if first_texts:
             self.columns = self.by_key.topk(min(NUM_COLUMNS, n_k), 1).indices.sort(1).values
             self.column = torch.zeros(heads, n_q, self.columns.shape[1], dtype=torch.float64, device=q.device)
             self.column_links = torch.zeros_like(self.column)
-        group = heads // k.shape[1]
-        factor = q.shape[3] ** -0.5 if scale is None else scale
         b = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1)
         i = (torch.arange(n_q, device=q.device) + q_offset).view(1, -1, 1)
-        sizes = sizes_of(q, k, q_offset)
         for head in range(heads):
             keys = self.columns[head]
-            scores = (q[:, head].double() * factor) @ k[:, head // group, keys].double().mT
+            scores = score_keys(q, k, head, keys, scale, q_offset, terms)
             allowed = torch.ones_like(scores, dtype=torch.bool)
             if base is not None:
                 h = torch.tensor(head, device=q.device)
@@ -181,9 +207,8 @@ class LayerProfile:
             distance, distance_links = (skew_diagonals(x[None])[0].sum(0) for x in (cells, cell_links))
             columns = cells.sum(0).topk(min(NUM_COLUMNS, n_k)).indices.sort().values
             column, column_links = cells[:, columns], cell_links[:, columns]
-        return HeadProfile(
-            n_q, n_k, q_offset, self.block, distance, distance_links, columns, column, column_links, cells, cell_links
-        )
+        sums = distance, distance_links, columns, column, column_links, cells, cell_links
+        return HeadProfile(n_q, n_k, q_offset, self.block, *sums, self.sink[head].cpu() / num_texts)
 
 
 def skew_diagonals(x: Tensor) -> Tensor:

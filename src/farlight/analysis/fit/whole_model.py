@@ -212,7 +212,7 @@ def _judged(
 ) -> ModelFit:
     """The fit `layers` with its fidelity on passages that it was fitted to, `ids`, and on others."""
     subject = Subject("fitted", layer_patterns(layers, gist))
-    backend = _backend(ids, gist is not None)
+    backend = _backend(model, ids, gist is not None)
     step(_JUDGED_FITTED)
     trained = measure_fidelity(model, _spread(ids, -(-max_judged // 2)), [subject], backend=backend).patterns[0]
     on_held_out = None
@@ -262,18 +262,19 @@ def _layer_weights(model: Any, ids: Tensor, layers: dict[int, Fit], even: bool, 
 
 def _run(model: Any, ids: Tensor, patterns: Mapping[int, Pattern | Router] | None) -> Tensor:
     """Last hidden states under `patterns` by layer; None: full attention."""
-    with use_pattern(model, patterns, backend=_backend(ids)):
+    with use_pattern(model, patterns, backend=_backend(model, ids)):
         return last_hidden_states(model, ids)
 
 
-def _backend(ids: Tensor, has_summaries: bool = False) -> str:
+def _backend(model: Any, ids: Tensor, has_summaries: bool = False) -> str:
     """A dense backend for short passages, where planning a pattern per head would cost more than it saves.
 
-    Summaries are merged by their lse, which "reference" returns and "dense" (torch's SDPA) does not.
+    Summaries are merged by their lse, which "reference" returns and "dense" (torch's SDPA) does not; nor does it cap scores.
     """
     if ids.shape[1] > MAX_DENSE_TOKENS:
         return "auto"
-    return "reference" if has_summaries else "dense"
+    is_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return "reference" if has_summaries or is_capped else "dense"
 
 
 def _spread(ids: Tensor, count: int) -> Tensor:

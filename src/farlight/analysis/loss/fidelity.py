@@ -168,7 +168,6 @@ class _RetentionObserver:
         self.first_call: Observation | None = None
 
     def __call__(self, call: Observation) -> None:
-        call.require_plain_scores("the share of attention")
         if self.first_call is None:
             self.first_call = call
         base = None if call.own == full() else call.own
@@ -177,6 +176,7 @@ class _RetentionObserver:
         chosen = [pattern_for(choice, call.q, call.k, call.key_real) for choice in choices]
         patterns = [full() if pattern is None else pattern for pattern in chosen]
         options: dict[str, Any] = {"base": base, "scale": call.scale, "q_offset": call.q_offset}
+        options |= call.terms
         results = retentions(call.q, call.k, patterns, lost=self.lost_per_head, by_head=True, **options)
         extra = [summary_links(choice, pattern, call) for choice, pattern in zip(choices, patterns, strict=True)]
         self.records.append([self._record(result, links) for result, links in zip(results, extra, strict=True)])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from farlight.analysis.candidates_by_layer import Judged, Subject, pattern_for, subjects
-from farlight.analysis.loss.probabilities import Tile, sizes_of, tiles
+from farlight.analysis.loss.probabilities import Tile, lowered_terms, sizes_of, tiles
 from farlight.errors import ArgumentError
 from farlight.hf.interface import Observation, use_pattern
 from farlight.hf.layers import attention_layers
@@ -36,8 +36,8 @@ class HeavyKeys:
     Attributes:
         layer, head: which.
         first: `(n + 1,)` int64. key: `(m,)` int64. probability: `(m,)` float32, of full attention.
-        allowed: `(candidates, m)` bool. kept: `(candidates, n)` float32, each row's share of full attention on allowed keys;
-            NaN for a candidate that also attends to block summaries, under which weights are not these.
+        allowed: `(candidates, m)` bool. kept: `(candidates, n)` float32, each row's share of full attention on allowed keys
+            and its sink; NaN for a candidate that also attends to block summaries, under which weights are not these.
     """
 
     layer: int
@@ -91,7 +91,6 @@ class _Observer:
         self.result: dict[tuple[int, int], HeavyKeys] = {}
 
     def __call__(self, call: Observation) -> None:
-        call.require_plain_scores("the weights of single keys")
         layer = self.numbers.get(id(call.module), self.layers)
         self.layers, self.heads = max(self.layers, layer + 1), call.q.shape[1]
         heads = sorted(head for number, head in self.wanted if number == layer and 0 <= head < self.heads)
@@ -102,7 +101,8 @@ class _Observer:
         patterns = [full() if pattern is None else pattern for pattern in chosen]
         parts: dict[int, list[_TileEntries]] = {head: [] for head in heads}
         base, sizes = None if call.own == full() else call.own, sizes_of(call.q, call.k, call.q_offset)
-        for tile in tiles(call.q, call.k, base, call.scale, sizes):
+        terms = lowered_terms(**call.terms, q=call.q, k=call.k, q_offset=call.q_offset)
+        for tile in tiles(call.q, call.k, base, call.scale, sizes, terms):
             for head in heads:
                 if tile.heads.start <= head < tile.heads.stop:
                     parts[head].append(_rows(tile, head, patterns, sizes))
@@ -133,7 +133,8 @@ def _rows(tile: Tile, head: int, patterns: Sequence[Pattern], sizes: Sizes) -> _
         allowed = probability.masked_fill(~mask, 0.0)
         _list_heaviest(listed, allowed, EACH)
         masks.append(mask)
-        kept.append(allowed.double().sum(-1).float())
+        total = allowed.double().sum(-1)
+        kept.append((total if tile.sink is None else total + tile.sink[0, head - tile.heads.start]).float())
     row, key = listed.nonzero(as_tuple=True)
     columns = [mask[row, key] for mask in masks]
     return _TileEntries(listed.sum(-1), key, probability[row, key], torch.stack(columns), torch.stack(kept))

@@ -37,15 +37,18 @@ class Histogram:
     """Per batch item and head, the number of links in each bin and the sum of their probabilities.
 
     `count` int64 and `mass` float64, both `(B, H, BINS)`, largest probabilities first. `rows`: the number of query rows n_q;
-    every share is a sum of probabilities divided by it.
+    every share is a sum of probabilities divided by it. `sinks` `(B, H)` float64: the sum of the sinks' shares over the rows,
+    which is kept whatever the links are.
     """
 
     count: Tensor
     mass: Tensor
     rows: int
+    sinks: Tensor
 
     def best(self, links: Tensor) -> tuple[Tensor, Tensor]:
-        """(share, slack), `(B, H)` float64 each: the sum of the `links` `(B, H)` largest probabilities of each head, over n_q.
+        """(share, slack), `(B, H)` float64 each: the sum of the `links` `(B, H)` largest probabilities of each head and of
+        its sinks, over n_q.
 
         Bins above the boundary bin (the one in which `links` are used up) are summed exactly; links from the boundary bin count
         with its mean. Up to rounding, share <= true share <= share + slack.
@@ -61,7 +64,7 @@ class Histogram:
         # `from_bin` links are at most at the upper edge, and the links left in the bin are at least at its lower edge.
         bound = torch.minimum(from_bin * upper, bin_mass - (bin_count - from_bin) * lower)
         rows = max(1, self.rows)
-        return (mass_above + estimate) / rows, (bound - estimate).clamp(min=0) / rows
+        return (self.sinks + mass_above + estimate) / rows, (bound - estimate).clamp(min=0) / rows
 
     def curve(self) -> tuple[Tensor, Tensor]:
         """(links, share), `(B, H, BINS + 1)` each: the most that a number of links can keep, at the edge of every bin.
@@ -70,7 +73,7 @@ class Histogram:
         """
         zero = torch.zeros_like(self.count[..., :1])
         links = torch.cat([zero, self.count.cumsum(-1)], -1)
-        share = torch.cat([zero.double(), self.mass.cumsum(-1)], -1) / max(1, self.rows)
+        share = (torch.cat([zero.double(), self.mass.cumsum(-1)], -1) + self.sinks.unsqueeze(-1)) / max(1, self.rows)
         return links, share
 
 
@@ -94,11 +97,11 @@ class HistogramBuilder:
         self._count[batch, heads] += torch.bincount(flat, minlength=groups * BINS).view(shape)
         self._mass[batch, heads] += torch.bincount(flat, probability.flatten().double(), groups * BINS).view(shape)
 
-    def finish(self, rows: int, links: Tensor) -> Histogram:
+    def finish(self, rows: int, links: Tensor, sinks: Tensor | None = None) -> Histogram:
         """The histogram over `rows` query rows, of which `links` `(B, H)` of the pairs added are links of full attention.
 
         Pairs outside the base have probability 0 and were counted in the last bin; its count is corrected here.
         """
         count = self._count
         count[..., -1] -= count.sum(-1) - links
-        return Histogram(count, self._mass, rows)
+        return Histogram(count, self._mass, rows, torch.zeros_like(self._mass[..., 0]) if sinks is None else sinks)

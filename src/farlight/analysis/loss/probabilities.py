@@ -1,9 +1,10 @@
 """Full attention probabilities, tile by tile: the input of every measure of loss.
 
-Retention, top losses and the profiles for fitting all need softmax(scale · q·kᵀ), which costs n_q · n_k products. `tiles`
-forms them once and yields `Tile`s of at most `_TILE_SCORES` elements; each consumer accumulates what it needs and drops the
-tile, so memory is O(n_q + n_k). Under a causal base a tile ends at the last key that its rows may see: half the products.
-Scores and probabilities are float32, or float64 for float64 inputs.
+Retention, top losses and the profiles for fitting all need softmax(S) of S = softcap(scale · q·kᵀ) + biases, which costs
+n_q · n_k products. `tiles` forms them once and yields `Tile`s of at most `_TILE_SCORES` elements; each consumer accumulates
+what it needs and drops the tile, so memory is O(n_q + n_k). Under a causal base a tile ends at the last key that its rows may
+see: half the products. Scores and probabilities are float32, or float64 for float64 inputs. A sink takes its share of every
+row: the probabilities of a row's keys and that share sum to 1.
 """
 
 from __future__ import annotations
@@ -18,8 +19,20 @@ from farlight.errors import ArgumentError
 from farlight.patterns.algebra import looks_back
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.ragged import expand_counts
+from farlight.score.lowered import ScoreTerms, lower
+from farlight.score.terms import Score
 
-__all__ = ["Tile", "accumulation_dtype", "check_problem", "sizes_of", "softmax", "tiles", "weighted_values"]
+__all__ = [
+    "Tile",
+    "accumulation_dtype",
+    "check_problem",
+    "lowered_terms",
+    "score_keys",
+    "sizes_of",
+    "softmax",
+    "tiles",
+    "weighted_values",
+]
 
 # Scores of one tile, in elements: 4 MiB in float32. About eight tensors of that size are alive at once.
 _TILE_SCORES = 1 << 20
@@ -31,9 +44,10 @@ _GATHER_RATIO = 8
 class Tile:
     """Query rows `rows` of batch items `items` and query heads `heads`, which share the key heads `kv_heads`.
 
-    `scores` and `probability` are `(B', H', rows, keys)`: scale · q·kᵀ with -inf where `base` does not allow, and its softmax;
-    keys = n_k, or fewer where `base` allows no row of the tile a later key. `allowed` is the mask of `base`, `(B' or 1, H' or
-    1, rows, keys)` bool; None when `base` allows every pair.
+    `scores` and `probability` are `(B', H', rows, keys)`: S with -inf where `base` does not allow, and its softmax; keys = n_k,
+    or fewer where `base` allows no row of the tile a later key. `allowed` is the mask of `base`, `(B' or 1, H' or 1, rows,
+    keys)` bool; None when `base` allows every pair. `sinks` `(H',)`: the sinks' scores, and `sink` `(B', H', rows)` their share
+    of each row; None without.
     """
 
     rows: slice
@@ -43,6 +57,8 @@ class Tile:
     scores: Tensor
     probability: Tensor
     allowed: Tensor | None
+    sinks: Tensor | None = None
+    sink: Tensor | None = None
 
     def mask(self, pattern: Pattern, sizes: Sizes) -> Tensor:
         """The mask of `pattern` & `base` in this tile, `(B' or 1, H' or 1, rows, keys)` bool."""
@@ -91,19 +107,43 @@ def sizes_of(q: Tensor, k: Tensor, q_offset: int | None) -> Sizes:
     return Sizes.of(q.shape[2], k.shape[2], batch=max(1, q.shape[0]), heads=max(1, q.shape[1]), q_offset=q_offset)
 
 
-def tiles(q: Tensor, k: Tensor, base: Pattern | None, scale: float | None, sizes: Sizes) -> Iterator[Tile]:
+def lowered_terms(score: Score | None, sinks: Tensor | None, q: Tensor, k: Tensor, q_offset: int | None) -> ScoreTerms | None:
+    """The terms of one attention problem; None without any. Raises ArgumentError for those that do not fit it."""
+    with torch.no_grad():
+        return lower(score, sinks, sizes_of(q, k, q_offset), q.device, q.dtype)
+
+
+def tiles(
+    q: Tensor, k: Tensor, base: Pattern | None, scale: float | None, sizes: Sizes, terms: ScoreTerms | None = None
+) -> Iterator[Tile]:
     """Tiles that cover every row of every head exactly once. `base`: the pairs of full attention; None = all pairs."""
-    factor, dtype = q.shape[3] ** -0.5 if scale is None else scale, accumulation_dtype(q)
     is_causal = base is not None and looks_back(base)
     for rows, items, kv_heads in _tile_slices(q, k):
         heads = slice(kv_heads.start * q.shape[1] // k.shape[1], kv_heads.stop * q.shape[1] // k.shape[1])
         num_keys = min(k.shape[2], max(0, rows.stop + sizes.q_offset)) if is_causal else k.shape[2]
-        scores = _scores(q[items, heads, rows], k[items, kv_heads, :num_keys], factor, dtype)
+        scores = _scores(q[items, heads, rows], k[items, kv_heads, :num_keys], scale, accumulation_dtype(q))
+        sinks = None
+        if terms is not None:
+            keys = torch.arange(num_keys, device=q.device)
+            scores = terms.under(scores, items, heads, rows, keys, sizes.q_offset)
+            sinks = None if terms.sinks is None else terms.sinks[heads]
         allowed = None
         if base is not None:
             allowed = _tile_mask(base, rows, items, heads, num_keys, sizes, q.device)
-            scores = scores.masked_fill_(~allowed, -torch.inf)
-        yield Tile(rows, items, heads, kv_heads, scores, softmax(scores), allowed)
+            scores.masked_fill_(~allowed, -torch.inf)
+        probability, sink = softmax(scores, sinks)
+        yield Tile(rows, items, heads, kv_heads, scores, probability, allowed, sinks, sink)
+
+
+def score_keys(
+    q: Tensor, k: Tensor, head: int, keys: Tensor, scale: float | None, q_offset: int, terms: ScoreTerms | None
+) -> Tensor:
+    """`(B, n_q, keys)` float64: S of one query head at the listed keys."""
+    heads, kv_head = slice(head, head + 1), head * k.shape[1] // q.shape[1]
+    scores = _scores(q[:, heads], k[:, kv_head : kv_head + 1, keys], scale, torch.float64)
+    if terms is not None:
+        scores = terms.under(scores, slice(None), heads, slice(0, q.shape[2]), keys, q_offset)
+    return scores[:, 0]
 
 
 def _tile_slices(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
@@ -159,22 +199,29 @@ def _mask_of_spans(pattern: Pattern, sizes: Sizes, b: Tensor, h: Tensor, i: Tens
     return steps[:, :num_keys].cumsum(1, dtype=torch.int8).bool()
 
 
-def _scores(q: Tensor, k: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """`(B, H, rows, n_k)`: factor · q·kᵀ. Query heads of one key head are stacked along rows, so k is never repeated."""
+def _scores(q: Tensor, k: Tensor, scale: float | None, dtype: torch.dtype) -> Tensor:
+    """`(B, H, rows, n_k)`: scale · q·kᵀ. Query heads of one key head are stacked along rows, so k is never repeated."""
     batch, heads, rows, dim = q.shape
+    factor = dim**-0.5 if scale is None else scale
     stacked = (q.to(dtype) * factor).reshape(batch, k.shape[1], heads // k.shape[1] * rows, dim)
     return (stacked @ k.to(dtype).transpose(-1, -2)).view(batch, heads, rows, -1)
 
 
-def softmax(scores: Tensor) -> Tensor:
-    """softmax over the last dimension; a row without finite scores gives zeros."""
-    top = (
-        scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-        if scores.shape[-1]
-        else scores.sum(-1, keepdim=True)
-    )
-    weight = torch.exp(scores - top)
-    return weight.div_(weight.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny))
+def softmax(scores: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """(softmax over the last dimension, the share of the sinks `(H,)`, None without) of scores `(B, H, rows, keys)`.
+
+    A row without finite scores gives zeros, and its sink 1.
+    """
+    least = torch.finfo(scores.dtype).min
+    top = scores.amax(-1, keepdim=True).clamp(min=least) if scores.shape[-1] else scores.sum(-1, keepdim=True)
+    if sinks is None:
+        weight = torch.exp(scores - top)
+        return weight.div_(weight.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)), None
+    of_rows = sinks.view(-1, 1, 1)
+    top = torch.maximum(top if scores.shape[-1] else torch.full_like(top, least), of_rows)
+    weight, of_sink = torch.exp(scores - top), torch.exp(of_rows - top)
+    total = weight.sum(-1, keepdim=True) + of_sink
+    return weight / total, (of_sink / total).squeeze(-1)
 
 
 def weighted_values(probability: Tensor, values: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from farlight.analysis.loss.probabilities import (
     Tile,
     accumulation_dtype,
     check_problem,
+    lowered_terms,
     sizes_of,
     softmax,
     tiles,
@@ -28,6 +29,8 @@ from farlight.analysis.loss.top_losses import LostLinkCollector, LostLinks
 from farlight.errors import ArgumentError, show
 from farlight.patterns.arguments import whole
 from farlight.patterns.expression import Pattern, Sizes
+from farlight.score.lowered import ScoreTerms
+from farlight.score.terms import Score
 
 __all__ = ["Retention", "retention", "retentions"]
 
@@ -37,7 +40,8 @@ class Retention:
     """Attention probability kept by a pattern. Returned by `farlight.retention`.
 
     Attributes:
-        kept: `(B, H, n_q)`, each row's sum of full attention probability over allowed pairs; float32, or float64 for float64 q.
+        kept: `(B, H, n_q)`, each row's sum of full attention probability over allowed pairs, and of its sink, which every
+            pattern keeps; float32, or float64 for float64 q.
         links: `(B, H)` int64, the number of allowed pairs.
         base_links: `(B, H)` int64, the number of pairs of full attention.
         best: `(B, H)` float64, a lower bound of the mean share kept by the best pattern with as many links in that head.
@@ -46,7 +50,7 @@ class Retention:
         lost_output: `(B, H)` float64, ‖Σ_lost p·v‖ / ‖Σ p·v‖ over all rows: the part of the full output that came over links
             outside the pattern. Unlike a share of attention it does not count a key whose value is near zero. None without v.
         mass_without_sink: `(B, H)` float64, the share of probability kept among the keys from `sinks` on (1 where these have
-            none): a first key that takes most of the attention says little about the others. `mass` for sinks = 0.
+            none): a first key, or a sink, that takes most of the attention says little about the others.
         lost: the heaviest links outside the pattern; None without `lost=`.
     """
 
@@ -122,13 +126,14 @@ def retention(
     scale: float | None = None,
     q_offset: int | None = None,
     lost: int = 0,
-    sinks: int = 1,
+    score: Score | None = None,
+    sinks: int | Tensor = 1,
 ) -> Retention:
     """The share of full attention probability that `pattern` keeps, per head and row, against the best of its size.
 
-    With p = softmax(scale · q·kᵀ) over the pairs of `base`, `kept[b, h, i]` is the sum of p over the keys that `base` and
-    `pattern` both allow to row i, 0 for none. `best` is the mean share kept by the pairs of largest p, as many as the pattern
-    has in that head.
+    With p = softmax(S) over the pairs of `base`, S = softcap(scale · q·kᵀ) + biases, `kept[b, h, i]` is the sum of p over the
+    keys that `base` and `pattern` both allow to row i, 0 for none. `best` is the mean share kept by the pairs of largest p, as
+    many as the pattern has in that head. A sink is one more key, which `base` and every pattern allow.
 
     Args:
         q: `(B, H, n_q, D)`, any floating dtype; float64 gives float64 results, all others float32.
@@ -139,10 +144,11 @@ def retention(
         scale: factor on the scores; None means D^-0.5.
         q_offset: position of the first query; None means n_k - n_q.
         lost: number of the heaviest links outside the pattern to list, over all heads and rows.
-        sinks: number of first keys that `mass_without_sink` leaves out.
+        score: terms on the scores, as in `fl.attention`.
+        sinks: a tensor `(H,)`: sinks, as in `fl.attention`. A number: that of first keys that `mass_without_sink` leaves out.
 
     Raises:
-        ArgumentError: shapes or dtypes that do not fit. PatternError: a pattern that does not fit the sizes.
+        ArgumentError: shapes, dtypes or terms that do not fit. PatternError: a pattern that does not fit the sizes.
 
     Time is O(n_q · n_k), memory O(n_q + n_k).
 
@@ -152,7 +158,7 @@ def retention(
     >>> result.mass.item(), result.best.item(), result.density.item()
     (0.125, 0.125, 0.125)
     """
-    return retentions(q, k, [pattern], v, base=base, scale=scale, q_offset=q_offset, lost=lost, sinks=sinks)[0]
+    return retentions(q, k, [pattern], v, base=base, scale=scale, q_offset=q_offset, lost=lost, score=score, sinks=sinks)[0]
 
 
 def retentions(
@@ -166,7 +172,8 @@ def retentions(
     q_offset: int | None = None,
     lost: int = 0,
     by_head: bool = False,
-    sinks: int = 1,
+    score: Score | None = None,
+    sinks: int | Tensor | None = 1,
 ) -> list[Retention]:
     """`retention` of several patterns in one pass over the full probabilities.
 
@@ -175,9 +182,11 @@ def retentions(
     check_problem(q, k, v, scale)
     if isinstance(lost, bool) or not isinstance(lost, int) or lost < 0:
         raise ArgumentError(f"lost = {show(lost)}: the number of lost links to list is a whole number >= 0; the default is 0.")
-    whole("sinks", sinks, 0)
+    logits = sinks if isinstance(sinks, Tensor) else None
+    first_keys = whole("sinks", 1 if sinks is None or logits is not None else sinks, 0)
+    terms = lowered_terms(score, logits, q, k, q_offset)
     with torch.no_grad():
-        return _measure(q, k, patterns, v, base, scale, q_offset, lost, by_head, sinks)
+        return _measure(q, k, patterns, v, base, scale, q_offset, lost, by_head, first_keys, terms)
 
 
 def _measure(
@@ -190,7 +199,8 @@ def _measure(
     q_offset: int | None,
     lost: int,
     by_head: bool,
-    sinks: int,
+    first_keys: int,
+    terms: ScoreTerms | None,
 ) -> list[Retention]:
     batch, heads, n_q, _ = q.shape
     sizes = sizes_of(q, k, q_offset)
@@ -198,13 +208,16 @@ def _measure(
     base_links = torch.zeros(batch, heads, dtype=torch.int64, device=q.device)
     builder = HistogramBuilder(batch, heads, q.device)
     full_norm = torch.zeros(batch, heads, dtype=torch.float64, device=q.device)  # sum of squares of the full output
-    beyond = torch.zeros_like(full_norm)  # probability of the keys that are no sinks
+    beyond = torch.zeros_like(full_norm)  # probability of the keys beyond the first
+    of_sinks = torch.zeros_like(full_norm)
 
-    for tile in tiles(q, k, base, scale, sizes):
+    for tile in tiles(q, k, base, scale, sizes, terms):
         tile_pairs = (tile.rows.stop - tile.rows.start) * k.shape[2]
         base_links[tile.items, tile.heads] += tile_pairs if tile.allowed is None else tile.allowed.sum((-1, -2))
         builder.add(tile.probability, tile.items, tile.heads)
-        beyond[tile.items, tile.heads] += tile.probability[..., sinks:].sum((-1, -2), dtype=torch.float64)
+        beyond[tile.items, tile.heads] += tile.probability[..., first_keys:].sum((-1, -2), dtype=torch.float64)
+        if tile.sink is not None:
+            of_sinks[tile.items, tile.heads] += tile.sink.sum(-1, dtype=torch.float64)
         values = None if v is None else v[tile.items, tile.kv_heads, : tile.probability.shape[3]].to(tile.probability.dtype)
         out = None if values is None else weighted_values(tile.probability, values)
         if out is not None:
@@ -213,10 +226,10 @@ def _measure(
             # The output error and the lost links need the mask; the kept share alone may not.
             gathered = None if v is not None or lost else tile.gather_kept(pattern_sums.pattern, base, sizes)
             if gathered is not None:
-                pattern_sums.add_gathered(tile, gathered, sizes, sinks)
+                pattern_sums.add_gathered(tile, gathered, sizes, first_keys)
             else:
-                pattern_sums.add(tile, tile.mask(pattern_sums.pattern, sizes), values, out, sizes.q_offset, sinks)
-    histogram = builder.finish(n_q, base_links)
+                pattern_sums.add(tile, tile.mask(pattern_sums.pattern, sizes), values, out, sizes.q_offset, first_keys)
+    histogram = builder.finish(n_q, base_links, of_sinks)
     return [pattern_sums.finish(base_links, histogram, full_norm, beyond) for pattern_sums in sums]
 
 
@@ -229,34 +242,34 @@ class _PatternSums:
         self.pattern = pattern
         self.kept = torch.zeros(batch, heads, n_q, dtype=dtype, device=q.device)
         self.links = torch.zeros(batch, heads, dtype=torch.int64, device=q.device)
-        self.beyond = torch.zeros(batch, heads, dtype=torch.float64, device=q.device)  # kept, of the keys that are no sinks
+        self.beyond = torch.zeros(batch, heads, dtype=torch.float64, device=q.device)  # kept, of the keys beyond the first
         self.squared_error = torch.zeros_like(self.beyond) if with_output else None
         self.squared_loss = torch.zeros_like(self.beyond) if with_output else None
         self.lost = LostLinkCollector(lost, dtype, q.device, heads if by_head else None) if lost else None
 
-    def add(self, tile: Tile, mask: Tensor, values: Tensor | None, out: Tensor | None, q_offset: int, sinks: int) -> None:
+    def add(self, tile: Tile, mask: Tensor, values: Tensor | None, out: Tensor | None, q_offset: int, first_keys: int) -> None:
         """Add a tile under `mask` (pattern & base); `values` and the full attention output `out` where the error is
         measured."""
         items, heads = tile.items, tile.heads
         kept = tile.probability * mask
-        self.kept[items, heads, tile.rows] = kept.sum(-1)
-        self.beyond[items, heads] += kept[..., sinks:].sum((-1, -2), dtype=torch.float64)
+        self.kept[items, heads, tile.rows] = kept.sum(-1) if tile.sink is None else kept.sum(-1) + tile.sink
+        self.beyond[items, heads] += kept[..., first_keys:].sum((-1, -2), dtype=torch.float64)
         self.links[items, heads] += mask.sum((-1, -2))
         if self.squared_loss is not None and values is not None and out is not None:
             self.squared_loss[items, heads] += (out - weighted_values(kept, values)).double().square().sum((-1, -2))
         if self.squared_error is not None and values is not None and out is not None:
             # softmax over the masked scores: rescaling `probability` by 1 / kept loses all digits where kept is near 0.
-            sparse = weighted_values(softmax(tile.scores.masked_fill(~mask, -torch.inf)), values)
+            sparse = weighted_values(softmax(tile.scores.masked_fill(~mask, -torch.inf), tile.sinks)[0], values)
             self.squared_error[items, heads] += (sparse - out).double().square().sum((-1, -2))
         if self.lost is not None:
             self.lost.add(tile, mask, q_offset)
 
-    def add_gathered(self, tile: Tile, gathered: tuple[Tensor, Tensor], sizes: Sizes, sinks: int) -> None:
+    def add_gathered(self, tile: Tile, gathered: tuple[Tensor, Tensor], sizes: Sizes, first_keys: int) -> None:
         """Add a tile whose kept shares and links were gathered (`Tile.gather_kept`)."""
         kept, links = gathered
-        self.kept[tile.items, tile.heads, tile.rows] = kept
+        self.kept[tile.items, tile.heads, tile.rows] = kept if tile.sink is None else kept + tile.sink
         self.links[tile.items, tile.heads] += links
-        first = tile.first_keys_kept(self.pattern, sizes, sinks)
+        first = tile.first_keys_kept(self.pattern, sizes, first_keys)
         self.beyond[tile.items, tile.heads] += (kept - first).clamp(min=0).sum(-1, dtype=torch.float64)
 
     def finish(self, base_links: Tensor, histogram: Histogram, full_norm: Tensor, beyond: Tensor) -> Retention:
