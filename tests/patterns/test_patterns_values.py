@@ -112,6 +112,16 @@ def test_repr_is_the_expression_that_was_written(text: str) -> None:
     assert eval(repr(written), {**names, "range": range}) == written
 
 
+def test_str_names_the_tables_that_are_too_long_to_read() -> None:
+    mask = torch.rand(32, 32, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert str(fl.window(2) | fl.pairs(mask)) == "window(2) | pairs(bool 1 × 1 × 32 × 32)"
+    assert parse(repr(fl.window(2) | fl.pairs(mask))) == fl.window(2) | fl.pairs(mask)
+    small = fl.clusters([0, 1]) | fl.global_tokens(range(5))
+    assert str(small) == repr(small)
+    assert "bool 1 × 1 × 32 × 32" in str(fl.smallworld(fl.pairs(mask), 32))
+    assert max(map(len, str(fl.reach(fl.pairs(mask), 32, 1)).splitlines())) < 200
+
+
 def test_equal_patterns_are_written_the_same_way() -> None:
     assert fl.window(4, 4) == fl.window(4)
     assert fl.window(4, dilation=1) == fl.window(4)

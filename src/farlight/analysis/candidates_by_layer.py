@@ -35,7 +35,7 @@ def subjects(judged: Sequence[Judged | Subject]) -> list[Subject]:
 
 def _name(item: Judged) -> str:
     if isinstance(item, Pattern):
-        return repr(item)
+        return str(item)
     if isinstance(item, Router):
         return item.expression or " ".join(repr(item).split())
     if isinstance(item, Mapping):

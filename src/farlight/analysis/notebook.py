@@ -41,7 +41,7 @@ def pattern_html(pattern: Pattern) -> str:
 
     A pattern that differs between heads is drawn for its first four.
     """
-    title = f'<code style="{_CODE}">{html.escape(_short(repr(pattern), 400))}</code>'
+    title = f'<code style="{_CODE}">{html.escape(_short(str(pattern), 400))}</code>'
     n = _drawn_tokens(pattern)
     if n is None:
         return f'<div style="{_BOX}">{title}</div>'
@@ -165,7 +165,7 @@ def summary(fit: Fit) -> str:
 
 def head_rows(fit: Fit) -> Iterator[tuple[str, str, float, float]]:
     """(heads, pattern, mean share of links, mean share kept) of each distinct pattern of a fit, in order of the first head."""
-    texts = [head if isinstance(head, str) else repr(head) for head in fit.heads]
+    texts = [head if isinstance(head, str) else str(head) for head in fit.heads]
     for text in dict.fromkeys(texts):
         heads = [number for number, other in enumerate(texts) if other == text]
         links = (fit.links[heads] / fit.base_links[heads].clamp(min=1)).mean()

@@ -239,7 +239,7 @@ def plot_frontier(retention: Retention, fitted: Fit | None = None, *, ax: Axes |
 
 def _shorten(pattern: Pattern, limit: int = 56) -> str:
     """The pattern's expression, cut to fit a title."""
-    text = repr(pattern)
+    text = str(pattern)
     return text if len(text) <= limit else text[: limit - 3] + "…"
 
 

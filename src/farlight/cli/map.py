@@ -97,7 +97,7 @@ def _print(worlds: list[Any], reaches: list[Any], chains: list[Any]) -> None:
     width = screen_width()
     if len(worlds) > 1:
         rows = tuple(zip(worlds, reaches, strict=True))
-        table = Table(f"{worlds[0].n:,} tokens", COLUMNS, tuple(repr(world.pattern) for world in worlds), rows)
+        table = Table(f"{worlds[0].n:,} tokens", COLUMNS, tuple(str(world.pattern) for world in worlds), rows)
         print("\n".join(as_text([table], width)))
     for index, (world, reach, chain) in enumerate(zip(worlds, reaches, chains, strict=True)):
         if index or len(worlds) > 1:

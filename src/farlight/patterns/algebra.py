@@ -19,8 +19,8 @@ from farlight.patterns.expression import Atom, Pattern, Sizes
 from farlight.patterns.spans import Spans
 
 __all__ = [
-    "DEEPEST", "MOST_PARTS", "Complement", "Difference", "HeadsOf", "Intersection", "PerHead", "Union", "looks_back", "operand",
-    "per_head",
+    "DEEPEST", "MOST_PARTS", "Complement", "Difference", "HeadsOf", "Intersection", "PerHead", "Union", "joined", "looks_back",
+    "operand", "per_head",
 ]  # fmt: skip
 
 # All methods recurse over the expression: depth stays well below Python's recursion limit. Python's own parser, which reads
@@ -171,6 +171,14 @@ class Complement(_Operation):
 
     def _spans(self, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor) -> Spans:
         return ~self.parts[0]._spans(sizes, b, h, i)
+
+
+_OPERATIONS: dict[str, type[_Operation]] = {"|": Union, "&": Intersection, "-": Difference}
+
+
+def joined(left: Pattern, right: object, sign: str) -> Pattern:
+    """The union, intersection or difference of two patterns. Raises OperandError where `right` is not a pattern."""
+    return _OPERATIONS[sign]((left, operand(right, sign)))
 
 
 def looks_back(pattern: Pattern) -> bool:

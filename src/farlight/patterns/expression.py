@@ -71,25 +71,19 @@ class Pattern:
 
     # ---- set operations ----------------------------------------------------------------------------------------------
     def __or__(self, other: Pattern) -> Pattern:
-        from farlight.patterns.algebra import Union, operand
-
-        if isinstance(other, Chooser):
-            return NotImplemented
-        return Union((self, operand(other, "|")))
+        return self._joined(other, "|")
 
     def __and__(self, other: Pattern) -> Pattern:
-        from farlight.patterns.algebra import Intersection, operand
-
-        if isinstance(other, Chooser):
-            return NotImplemented
-        return Intersection((self, operand(other, "&")))
+        return self._joined(other, "&")
 
     def __sub__(self, other: Pattern) -> Pattern:
-        from farlight.patterns.algebra import Difference, operand
+        return self._joined(other, "-")
 
-        if isinstance(other, Chooser):
-            return NotImplemented
-        return Difference((self, operand(other, "-")))
+    def _joined(self, other: Pattern, sign: str) -> Pattern:
+        from farlight.patterns.algebra import joined
+
+        # A router answers by its own reflected operator.
+        return NotImplemented if isinstance(other, Chooser) else joined(self, other, sign)
 
     def __invert__(self) -> Pattern:
         from farlight.patterns.algebra import Complement
@@ -130,6 +124,12 @@ class Pattern:
         from farlight.patterns.notation import spell_tables
 
         return spell_tables(self.text, self._tables)
+
+    def __str__(self) -> str:
+        """`repr`, with tables of more than 256 entries named by type and size: `pairs(bool 1 × 1 × 512 × 512)`."""
+        from farlight.patterns.notation import name_tables
+
+        return name_tables(self.text, self._tables)
 
     def to_json(self) -> str:
         """The pattern as JSON text, tables included; `Pattern.from_json` restores an equal pattern."""

@@ -22,7 +22,7 @@ from farlight.patterns.expression import Pattern
 from farlight.patterns.registry import constructors
 from farlight.patterns.table_codec import LIMIT, MemoryBudget, pack_table, unpack_table
 
-__all__ = ["parse", "spell_tables"]
+__all__ = ["name_tables", "parse", "spell_tables"]
 
 _SPELLED_OUT = 256  # entries of a table written as nested lists
 _LONGEST_TEXT = 4_000_000
@@ -45,6 +45,18 @@ def spell_tables(text: str, tables: tuple[Tensor, ...]) -> str:
         return f"table({packed['dtype']!r}, {packed['shape']}, {packed['data']!r})"
 
     return re.sub(r"\$(\d+)", spell, text)
+
+
+def name_tables(text: str, tables: tuple[Tensor, ...]) -> str:
+    """`spell_tables` for people: a table that is not written as a list is named by its type and size."""
+
+    def name(mark: re.Match[str]) -> str:
+        table = tables[int(mark[1])]
+        if 0 < table.numel() <= _SPELLED_OUT:
+            return str(table.tolist())
+        return f"{str(table.dtype).removeprefix('torch.')} {' × '.join(map(str, table.shape))}"
+
+    return re.sub(r"\$(\d+)", name, text)
 
 
 def parse(text: str, tables: tuple[Tensor, ...] = (), *, limit: int | None = LIMIT) -> Pattern:

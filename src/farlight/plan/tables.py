@@ -225,7 +225,7 @@ class Plan:
     def __repr__(self) -> str:
         s = self.sizes
         return (
-            f"Plan({self.pattern!r}, n_q={s.n_q}, n_k={s.n_k}, batch={s.batch}, heads={s.heads}, q_offset={s.q_offset}, "
+            f"Plan({self.pattern}, n_q={s.n_q}, n_k={s.n_k}, batch={s.batch}, heads={s.heads}, q_offset={s.q_offset}, "
             f"tile={self.tile}: {self.pairs:,} pairs, waste {self.waste:.2f}, {len(self.pieces)} pieces, {self.nbytes:,} bytes)"
         )
 

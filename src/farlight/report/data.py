@@ -59,10 +59,10 @@ def maps_data(
     rows = []
     for pattern, world, reach in zip(patterns, worlds, reaches, strict=True):
         views = {"text": view(pattern, n, [head], reach.layers, known_reach=reach, world=world)}
-        rows.append({"text": repr(pattern), "views": views, "cost": curve(pattern, None, n, {n: world.links}, 1)})
+        rows.append({"text": str(pattern), "views": views, "cost": curve(pattern, None, n, {n: world.links}, 1)})
     return {
         "kind": "map",
-        "name": ", ".join(repr(pattern) for pattern in patterns),
+        "name": ", ".join(str(pattern) for pattern in patterns),
         "layers": reaches[0].layers,
         "scopes": [{"id": "text", "n": n}],
         "patterns": rows,

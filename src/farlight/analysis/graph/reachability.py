@@ -93,7 +93,7 @@ class Reach:
             if self.exact
             else f"{self.positions.size:,} tokens drawn, margins at {self.confidence:.0%} confidence"
         )
-        lines = [f"{self.pattern!r} over {self.n:,} tokens ({method})", "layer   mean heard of   worst"]
+        lines = [f"{self.pattern} over {self.n:,} tokens ({method})", "layer   mean heard of   worst"]
         lines += [f"{layer:>5}   {mean:>13}   {worst}" for layer, mean, worst in self.rows()]
         return "\n".join([*lines, *([] if self.capacity is None else [str(self.capacity)])])
 

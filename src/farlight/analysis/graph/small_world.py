@@ -128,7 +128,7 @@ class SmallWorld:
         method = "every token" if self.exact else f"{self.targets:,} tokens drawn, margins at {self.confidence:.0%} confidence"
         width = max(len(row[1]) for row in rows)
         lines = [f"{name:<13} {value:>{width}}   {note}" for name, value, note in rows]
-        return "\n".join([f"{self.pattern!r} over {self.n:,} tokens ({method})", *lines])
+        return "\n".join([f"{self.pattern} over {self.n:,} tokens ({method})", *lines])
 
     def _full_text(self) -> str:
         name = "causal attention" if self.causal else "full attention"
