@@ -58,7 +58,8 @@ def entries_of(name: str) -> list[tuple[str, Any]]:
     value = getattr(fl, name)
     if not isinstance(value, ModuleType):
         return [(f"fl.{name}", value)]
-    public = getattr(value, "__all__", None) or dir(value)
+    # `dir` also has the names that need an optional package.
+    public = dir(value) if "__dir__" in vars(value) else value.__all__
     entries = [(f"fl.{name}.{each}", getattr(value, each)) for each in public]
     return [(shown, each) for shown, each in entries if inspect.isclass(each) or inspect.isfunction(each)]
 

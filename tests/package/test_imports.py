@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -239,6 +241,23 @@ def test_a_file_says_why_it_exists(module: str) -> None:
     lines = MODULES[module].read_text().splitlines()
     document = ast.get_docstring(ast.parse("\n".join(lines)))
     assert document, f"{module} does not say why it exists"
+
+
+def test_all_of_a_package_is_imported_without_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`from farlight.hf import *`: no name of an `__all__` needs more than torch and numpy."""
+    for name in ("transformers", "sentence_transformers", "networkx", "scipy", "matplotlib", "typer", "rich"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in [name for name in sys.modules if name.startswith(("farlight.hf.cache", "farlight.embedding.sentence_module"))]:
+        monkeypatch.delitem(sys.modules, name)
+    for module in [fl, *(value for value in vars(fl).values() if isinstance(value, ModuleType))]:
+        exec(f"from {module.__name__} import *", {})
+    assert not {"SparseCache", "SparseTransformer"} & {*dir(fl.hf), *dir(fl.embedding)}
+
+
+def test_optional_names_are_listed_where_their_package_is_installed() -> None:
+    optional = {"SparseCache": (fl.hf, "transformers"), "SparseTransformer": (fl.embedding, "sentence_transformers")}
+    for name, (module, needs) in optional.items():
+        assert (name in dir(module)) == (find_spec(needs) is not None)
 
 
 def test_what_is_exported_exists() -> None:

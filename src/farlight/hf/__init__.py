@@ -1,5 +1,6 @@
 """farlight inside Hugging Face transformers: `register()`, then `attn_implementation="farlight"`."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from farlight.hf.fit_file import read_layers, write_layers
@@ -11,10 +12,11 @@ from farlight.hf.spread import sequence_collator
 
 if TYPE_CHECKING:
     from farlight.analysis.fit.whole_model import fit_model as fit
+    from farlight.hf.cache import SparseCache as SparseCache
 
+# Without SparseCache: `from farlight.hf import *` asks for no optional package.
 __all__ = [
     "Observation",
-    "SparseCache",
     "fit",
     "lengthen",
     "read_layers",
@@ -41,5 +43,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names alone: no submodules, no imports."""
-    return sorted(__all__)
+    """The public names alone, no submodules and no imports; `SparseCache` where transformers is installed."""
+    return sorted([*__all__, *(["SparseCache"] if find_spec("transformers") else [])])
