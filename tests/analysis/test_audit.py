@@ -197,6 +197,11 @@ def test_an_audit_combines_fidelity_and_cost() -> None:
     assert (result.layers, result.heads, result.kv_heads, result.head_dim) == (3, 4, 2, 8)
     assert (result.tokens, result.passages, result.passage_tokens, result.own) == (700, 3, 64, "causal()")
     assert labels == steps(cut, PATTERNS)
+    for layers in ({0: fl.window(3), 2: fl.window(5)}, {1: fl.window(3), 2: None}, {}):
+        labels.clear()
+        audit(decoder(), cut_passages(words(200), tokenizer(), 64, 1), [layers], step=labels.append)
+        assert labels == steps(cut_passages(words(200), tokenizer(), 64, 1), [layers])
+        assert sum(label.startswith("long text: ") for label in labels) == max(1, sum(p is not None for p in layers.values()))
     first, _, everything = result.patterns
     assert first.links == (fl.causal() & fl.window(3)).count(64) * 12
     assert first.density == pytest.approx((fl.causal() & fl.window(3)).count(64) / fl.causal().count(64))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_audit import run, tokenizer, words
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -19,11 +20,20 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 import farlight as fl
 from farlight.analysis.loss.fidelity import measure_fidelity
-from farlight.analysis.loss.language import LossSums, first_judged, is_language_model, paired_interval
+from farlight.analysis.loss.language import (
+    LanguageLoss,
+    LossSums,
+    Prediction,
+    first_judged,
+    is_language_model,
+    paired_interval,
+)
+from farlight.analysis.loss.top_losses import words_of
 from farlight.hf import use_pattern
 from farlight.hf.loading import load_model
 
@@ -117,6 +127,19 @@ def test_interval_is_students() -> None:
     assert paired_interval([0.3]) is None
 
 
+def test_the_context_of_a_prediction_ends_before_its_word() -> None:
+    """Pieces of the word before the predicted one are the word's, not its context's."""
+    vocabulary = {"<s>": 0, "▁on": 1, "▁far": 2, "light": 3, "s": 4, "<unk>": 5}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.decoder = decoders.Metaspace()
+    pieces = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>")
+    row = [1, 2, 3, 1, 1, 2, 3, 4]
+    loss = LanguageLoss(1.0, 1.0, None, (), tuple(Prediction(0, place, row[place], 0.5, 1.0) for place in (4, 7, 2)))
+    named = loss.named(torch.tensor([row]), pieces, [words_of(row, pieces)])
+    said = [(each.word, each.context) for each in named.suffered]
+    assert said == [("on", "on farlight on"), ("farlights", "on farlight on on"), ("farlight", "on")]
+
+
 def test_nothing_added_is_no_loss() -> None:
     assert LossSums().finish() is None
 
@@ -154,7 +177,8 @@ def test_the_audit_of_a_language_model_reports_loss(place: Path, capsys: pytest.
     assert status == 0, err
     assert f"{row['loss_full']:.3f}" in out
     assert f"{row['loss']:.3f}" in out
-    assert "suffered under window(2, 0)" in out
+    suffered = next(line for line in out.splitlines() if f"({worst['position']}) after" in line)
+    assert suffered.endswith(f"{worst['loss_full']:.2f} nats with full attention, {worst['loss']:.2f} without")
 
 
 def worst_start(prediction: dict[str, Any]) -> int:

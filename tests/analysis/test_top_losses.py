@@ -131,3 +131,15 @@ def test_pieces_with_marks_for_spaces() -> None:
     backend_tokenizer.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend_tokenizer, unk_token="<unk>", bos_token="<s>")
     assert words_of([0, 1, 2, 3, 4], tokenizer) == ["<s>", "farlight", "farlight", "on", "."]
+
+
+def test_pieces_of_bytes_that_are_no_letters() -> None:
+    """A dash and a closing quotation mark are spelled in letters by byte-level tokenizers, and are none."""
+    vocabulary = {"10": 0, "âĢĶ": 1, "Ann": 2, "ette": 3, ".": 4, "âĢĿ": 5, "ĠP": 6, "Ã¡": 7, "v": 8, "<unk>": 9}
+    backend_tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend_tokenizer, unk_token="<unk>")
+    words = words_of([0, 1, 2, 3, 4, 5, 6, 7, 8], tokenizer)
+    assert words[:4] == ["10", "—", "Annette", "Annette"]
+    assert words[5] == "”"
+    assert words[6:] == ["Páv"] * 3

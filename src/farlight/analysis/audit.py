@@ -134,7 +134,7 @@ class Audit:
 
     Attributes:
         model, text: names. layers, heads, kv_heads, head_dim: of the model.
-        own: repr of the model's own mask, a pattern.
+        own: str of the model's own mask, a pattern.
         tokens: of the whole text. passages, passage_tokens: number and length of the passages.
         threads: torch threads. backend: as requested.
         full_measured_at: length at which full attention was timed; longer ones are extrapolated by the square.
@@ -185,9 +185,10 @@ class Audit:
 def steps(passages: Passages, patterns: Sequence[Judged | Subject]) -> list[str]:
     """The labels that `audit` passes to `step`, in order, repeated where the work is repeated; for progress bars."""
     batches = -(-passages.count // max(1, BATCH_TOKENS // passages.length))
-    names = [candidate.name for candidate in subjects(patterns)]
-    timed = ["timed: full attention", *(f"timed: {name}" for name in names)]
-    return ["full attention", *names] * batches + timed + [f"long text: {name}" for name in names]
+    candidates = subjects(patterns)
+    names = [candidate.name for candidate in candidates]
+    long = [f"long text: {candidate.name}" for candidate in candidates for _ in _layers_timed(candidate)]
+    return ["full attention", *names] * batches + [f"timed: {name}" for name in ("full attention", *names)] + long
 
 
 def audit(
@@ -241,7 +242,7 @@ def audit(
         heads=layer.heads,
         kv_heads=layer.kv_heads,
         head_dim=layer.head_dim,
-        own=repr(layer.base),
+        own=str(layer.base),
         tokens=passages.tokens,
         passages=passages.count,
         passage_tokens=passages.length,
@@ -274,9 +275,12 @@ def _measure_costs(
     long_tensors = layer.random(timed_tokens)
     long_costs = []
     for candidate in candidates:
-        step(f"long text: {candidate.name}")
         patterns = _timed(candidate, run.layers)
-        costs = [cost_at_length(layer, pattern, long_tensors, long_full, backend=backend) for pattern in patterns]
+        costs = []
+        for number, pattern in enumerate(patterns):
+            if number in _layers_timed(candidate):
+                step(f"long text: {candidate.name}")
+            costs.append(cost_at_length(layer, pattern, long_tensors, long_full, backend=backend, layers=len(patterns)))
         long_costs.append(mean_cost(costs))
     return list(zip(passage_costs, long_costs, strict=True)), measured_at
 
@@ -286,6 +290,12 @@ def _timed(candidate: Subject, layers: int) -> list[Pattern | Router]:
     numbers = range(layers) if isinstance(candidate.chosen, Mapping) else range(1)
     patterns = [candidate.at(number) for number in numbers]
     return [full() if pattern is None else pattern for pattern in patterns]
+
+
+def _layers_timed(candidate: Subject) -> list[int]:
+    """The layers whose timing is a step of its own: those that a mapping gives a pattern, or one for all layers."""
+    layers = candidate.chosen if isinstance(candidate.chosen, Mapping) else {}
+    return [number for number, pattern in layers.items() if pattern is not None] or [0]
 
 
 def _pattern_audit(

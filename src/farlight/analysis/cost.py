@@ -154,18 +154,19 @@ def cost_at_length(
     full: Timing,
     *,
     backend: str = "auto",
+    layers: int = 1,
 ) -> Cost:
     """Measure calls on q, k, v of a long text; `full` is the (extrapolated) time of full attention.
 
     The median of three calls after the first, of fewer where they would take more than ten seconds: a single call that takes
-    that long is its own measurement.
+    that long is its own measurement. layers: how many layers are measured so, which share the ten seconds.
     """
     cost, run = _first_run(shape, pattern, tensors, backend)
     if run is None:
         return cost
     cost = replace(cost, full_seconds=full.seconds, full_spread=full.spread)
     seconds: list[float] = []
-    while len(seconds) < _REPEATS and sum(seconds) + max([*seconds, cost.seconds]) < _REPEAT_SECONDS:
+    while len(seconds) < _REPEATS and sum(seconds) + max([*seconds, cost.seconds]) < _REPEAT_SECONDS / layers:
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)

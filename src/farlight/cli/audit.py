@@ -158,7 +158,6 @@ def audit_command(
         progress.step("loading the model")
         loaded = load_model(model)
         size = _passage_length(length, loaded)
-        check_heads(heads, loaded, size)
 
         from farlight import report
         from farlight.analysis.audit import audit, steps
@@ -169,6 +168,7 @@ def audit_command(
         cut = cut_passages(content, loaded.tokenizer, size, num_passages, spread=spread, stride=stride)
         if not judged and not fitting:
             judged = [*read_judged(_defaults(loaded.model, cut))]
+        check_heads(heads, loaded, size, len(judged) + fitting)
         fitted = None
         if fitting:
             # Twice as many passages: the first half is fitted to, the second half is audited.

@@ -33,10 +33,11 @@ def read_heads(heads: list[str] | None, page: Path | None) -> list[tuple[int, in
     return [(int(layer), int(head)) for layer, head in parts]
 
 
-def check_heads(heads: list[tuple[int, int]] | None, loaded: LoadedModel, tokens: int) -> None:
-    """Raise ArgumentError for a --head that the model lacks, or passages too long for attention weights."""
+def check_heads(heads: list[tuple[int, int]] | None, loaded: LoadedModel, tokens: int, patterns: int) -> None:
+    """Raise ArgumentError for a --head that the model lacks, for more than a page carries of passages of so many tokens under
+    so many patterns, and for passages too long for attention weights."""
     from farlight.hf.layers import attention_layers
-    from farlight.report.weights import MAX_TOKENS
+    from farlight.report.weights import MAX_TOKENS, check_number
 
     if heads is None:
         return
@@ -51,6 +52,7 @@ def check_heads(heads: list[tuple[int, int]] | None, loaded: LoadedModel, tokens
         raise ArgumentError(
             f"--head: a page carries weights of at most {MAX_TOKENS} tokens, a passage has {tokens}; add --length {MAX_TOKENS}."
         )
+    check_number(len(set(heads)), tokens, patterns)
 
 
 def write_page(

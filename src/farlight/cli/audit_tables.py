@@ -10,6 +10,7 @@ from farlight.cli.tables import Column, Table, as_csv, as_markdown, as_text
 
 if TYPE_CHECKING:
     from farlight.analysis.audit import Audit
+    from farlight.analysis.loss.language import Prediction
 
 __all__ = ["audit_csv", "audit_lines", "audit_markdown"]
 
@@ -175,14 +176,22 @@ def _loss_lines(result: Audit) -> list[str]:
 
 
 def _suffered_lines(result: Audit) -> list[str]:
-    """The predictions of a language model that lost most under each pattern."""
+    """The predictions of a language model that lost most under each pattern, each once, with the numbers of those patterns."""
+    several = len(result.patterns) > 1
+    listed: dict[tuple[int, int], tuple[Prediction, list[str]]] = {}
+    for number, row in enumerate(result.patterns, 1):
+        for prediction in [] if row.language is None else row.language.suffered[:_LISTED_PREDICTIONS]:
+            place = prediction.passage, prediction.position
+            _, losses = listed.setdefault(place, (prediction, []))
+            losses.append(f"{prediction.loss:.2f}" + (f" [{number}]" if several else ""))
+    if not listed:
+        return []
+    title = "Suffered, the predictions that lost most" + (" (the numbers are the patterns)" if several else "")
     lines = [
-        f"suffered under {row.pattern}: {prediction}"
-        for row in result.patterns
-        if row.language is not None
-        for prediction in row.language.suffered[:_LISTED_PREDICTIONS]
+        f"  {each.label}: {each.loss_full:.2f} nats with full attention, {', '.join(losses)}" + ("" if several else " without")
+        for each, losses in listed.values()
     ]
-    return [*lines, ""] if lines else []
+    return [f"{title}:", *lines, ""]
 
 
 def _failures(result: Audit) -> list[str]:

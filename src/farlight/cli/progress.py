@@ -69,8 +69,14 @@ class TimeLeft:
         durations = self._durations.get(name) or of_kind or [s for known in self._durations.values() for s in known]
         return sum(durations) / max(1, len(durations))
 
+    def _all_known(self) -> bool:
+        """Whether each kind of step that remains, the running one included, has a duration."""
+        kinds = {name.partition(": ")[0] for name in self._durations}
+        remaining = self.steps - Counter({name: len(durations) for name, durations in self._durations.items()})
+        return all(name.partition(": ")[0] in kinds for name in remaining)
+
     def text(self) -> str:
-        """`about 5 s left` or `time left not known yet`."""
+        """`about 5 s left`; `at least 5 s left` while some kind of step has not run yet; `time left not known yet`."""
         if not self._durations:
             return "time left not known yet"
         now = self.clock()
@@ -80,7 +86,7 @@ class TimeLeft:
         duration = (
             f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
         )
-        return f"about {duration} left"
+        return f"{'about' if self._all_known() else 'at least'} {duration} left"
 
 
 class _Bar:

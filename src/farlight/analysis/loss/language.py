@@ -58,10 +58,15 @@ class Prediction:
     word: str | None = None
     context: str | None = None
 
-    def __str__(self) -> str:
+    @property
+    def label(self) -> str:
+        """The word, its position and the text before it."""
         name = f"token {self.token}" if self.word is None else repr(self.word)
         context = "" if self.context is None else f" after {self.context!r}"
-        return f"{name} ({self.position}){context}: {self.loss_full:.2f} nats with full attention, {self.loss:.2f} without"
+        return f"{name} ({self.position}){context}"
+
+    def __str__(self) -> str:
+        return f"{self.label}: {self.loss_full:.2f} nats with full attention, {self.loss:.2f} without"
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,13 @@ class LanguageLoss:
             return self
 
         def named(prediction: Prediction) -> Prediction:
-            before = ids[prediction.passage, max(0, prediction.position - _CONTEXT_TOKENS) : prediction.position]
-            context = " ".join(tokenizer.decode(before.tolist()).split())
-            return replace(prediction, word=words[prediction.passage][prediction.position], context=context)
+            passage, word = ids[prediction.passage].tolist(), words[prediction.passage][prediction.position]
+            start, stop = prediction.position, prediction.position + 1
+            # The context ends before the first piece of the word.
+            while start and tokenizer.decode(passage[start - 1 : stop]).strip() in word:
+                start -= 1
+            context = " ".join(tokenizer.decode(passage[max(0, start - _CONTEXT_TOKENS) : start]).split())
+            return replace(prediction, word=word, context=context)
 
         return replace(self, suffered=tuple(named(prediction) for prediction in self.suffered))
 

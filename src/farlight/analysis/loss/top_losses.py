@@ -168,8 +168,20 @@ def words_of(ids: Sequence[int], tokenizer: Any) -> list[str]:
     special = set(tokenizer.all_special_tokens)
     marked = any(piece[:1] in ("Ġ", "▁") for piece in pieces)
     groups: list[list[int]] = []
+
+    # Byte-level pieces spell other characters than ASCII in letters; half of such a character decodes to U+FFFD.
+    texts = [piece if piece.isascii() else tokenizer.convert_tokens_to_string([piece]) for piece in pieces]
+
+    def is_letter(character: str) -> bool:
+        return character.isalnum() or character == "\ufffd"
+
     for index, piece in enumerate(pieces):
-        continues = piece.startswith("##") or (marked and piece[:1] not in ("Ġ", "▁", "Ċ") and piece[:1].isalnum())
+        continues = piece.startswith("##") or (
+            marked
+            and piece[:1] not in ("Ġ", "▁", "Ċ")
+            and is_letter(texts[index][:1])
+            and is_letter(texts[max(0, index - 1)][-1:])
+        )
         starts_group = not groups or piece in special or pieces[groups[-1][-1]] in special
         if continues and not starts_group:
             groups[-1].append(index)
