@@ -22,6 +22,7 @@ from farlight.analysis.plot import densities
 from farlight.patterns import Sizes
 from farlight.report.formula import formula
 from farlight.report.page import strings
+from farlight.report.words import Words
 from farlight.testing import CASES, Case
 
 MISSING = browser.missing()
@@ -234,6 +235,7 @@ def test_paths_over_long_texts_equal_fl_path(map_open: browser.Page) -> None:
         fl.presets.sparse_transformer(128),
         fl.presets.bigbird(64, 2),
         fl.causal() & (fl.window(30) | fl.landmarks(100)),
+        fl.causal() & (fl.window(9) | (fl.causal() & fl.landmarks(500)) | (fl.full() & fl.causal() & fl.offsets([-7]))),
     ):
         compare_paths(map_open, pattern, n, [(10, n - 10), (n - 10, 10), (n // 2, 17)])
 
@@ -328,6 +330,20 @@ def test_clicking_two_words_highlights_their_path(audit_open: browser.Page) -> N
     assert page.js("return document.querySelector('#tokens [data-at=\"40\"]').getAttribute('aria-pressed')") == "true"
     word = page.js("return document.querySelector('#tokens [data-at=\"40\"]').textContent")
     assert page.text("told").startswith(f"“{word}” (40) hears of ")
+
+
+def test_line_breaks_are_faint_and_two_make_a_paragraph(
+    chromium: browser.Page, audit_page: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Tokens of white space alone, as language models have them."""
+    words = Words("far\nlight\n\nsea", np.array([3, 4, 9, 10, 11, 14]), ["[CLS]"], ["[SEP]"])
+    data = audit_page[1]
+    data = {**data, "words": words.to_page(), "passages": {**data["passages"], "starts": [0] * len(data["passages"]["starts"])}}
+    report.write(report.render(data), tmp_path / "lines.html")
+    chromium.open(tmp_path / "lines.html")
+    assert chromium.text("tokens").startswith("[CLS]far↵ light↵ ↵\n\nsea")
+    assert chromium.js("return [...document.querySelectorAll('#tokens .blank')].map((s) => s.dataset.at)") == ["2", "4", "5"]
+    assert chromium.js("return farlight.context(3, 3)") == ["far ", "  sea"]
 
 
 SHOWN = """

@@ -55,6 +55,8 @@ def rules_of(pattern: Pattern, i: int, j: int, head: int, holds: Holds) -> tuple
     >>> p = fl.causal() & (fl.window(4) | fl.global_tokens([0]))
     >>> rules_of(p, 3, 0, 0, lambda part: part.allows(3, 0, 9)), rules_of(p, 8, 0, 0, lambda part: part.allows(8, 0, 9))
     (('window within the past', 'global token 0 within the past'), ('global token 0 within the past',))
+    >>> rules_of(fl.causal() & p, 8, 0, 0, lambda part: part.allows(8, 0, 9))
+    ('global token 0 within the past',)
     >>> p = fl.window(4) | fl.global_tokens([0]) | fl.random_keys(1)
     >>> rules_of(p, 8, 0, 0, lambda part: part.allows(8, 0, 9))
     ('global token 0', 'random key')
@@ -73,7 +75,7 @@ def rules_of(pattern: Pattern, i: int, j: int, head: int, holds: Holds) -> tuple
         case Atom():
             rules = [_atom_rule(pattern, i, j, holds)]
         case _:
-            rules = [repr(pattern)]
+            rules = [str(pattern)]
     return tuple(dict.fromkeys(rules))
 
 
@@ -81,13 +83,15 @@ def _intersection_rules(sides: list[tuple[Pattern, tuple[str, ...]]]) -> list[st
     """Rules of an intersection from (part, its rules): each combination of non-restricting rules, "within" the restricting."""
     limits = [rules for part, rules in sides if _restricts(part)]
     reaching = [rules for part, rules in sides if not _restricts(part)]
-    limit_names = [rule for rules in limits for rule in rules if rule != _RESTRICT[full]]
+    limit_names = list(dict.fromkeys(rule for rules in limits for rule in rules if rule != _RESTRICT[full]))
     if not reaching:
         return [" and ".join(limit_names) or _RESTRICT[full]]
     combined = list(reaching[0])
     for rules in reaching[1:]:
         combined = [f"{a} and {b}" for a in combined for b in rules]
-    return [f"{rule} within {' and '.join(limit_names)}" if limit_names else rule for rule in combined]
+    within = f" within {' and '.join(limit_names)}" if limit_names else ""
+    # An intersection inside another may have the same limits.
+    return [rule if rule.endswith(within) else f"{rule}{within}" for rule in combined]
 
 
 def _restricts(part: Pattern) -> bool:

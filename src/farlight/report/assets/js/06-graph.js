@@ -142,11 +142,14 @@
   function intersectionRules(sides) {
     const limits = sides.filter(([part]) => restricts(part)).flatMap(([, partRules]) => partRules);
     const reaching = sides.filter(([part]) => !restricts(part)).map(([, partRules]) => partRules);
-    const named = limits.filter((rule) => !(rule.reach && rule.reach[0] === "everything"));
+    const known = new Set(), fresh = (rule) => !known.has(JSON.stringify(rule)) && known.add(JSON.stringify(rule));
+    const named = limits.filter((rule) => !(rule.reach && rule.reach[0] === "everything")).filter(fresh);
     if (!reaching.length) return [named.length ? { all: named } : { reach: ["everything"] }];
     let out = reaching[0];
     for (const more of reaching.slice(1)) out = out.flatMap((a) => more.map((b) => ({ joined: [a, b] })));
-    return out.map((rule) => (named.length ? { rule, limits: named } : rule));
+    // An intersection inside another may have the same limits.
+    const last = (rule) => (rule.joined ? last(rule.joined[rule.joined.length - 1]) : JSON.stringify(rule.limits));
+    return out.map((rule) => (named.length && last(rule) !== JSON.stringify(named) ? { rule, limits: named } : rule));
   }
 
   /* Whether a part of an intersection is named as a limit: a complement, or made of restricting atoms only. */

@@ -15,7 +15,8 @@
 
   const slice = (t) => content.slice(t ? ends[t - 1] : 0, ends[t]);
 
-  /* {frame, space, word} at a position of the scope (frame: a special token); null beyond the text that the page carries. */
+  /* {frame, space, word} at a position of the scope (frame: a special token; of white space alone also blank, and breaks, its
+     line breaks); null beyond the text that the page carries. */
   FL.piece = (position) => {
     const { words, passages } = FL.data;
     if (!words || position === null) return null;
@@ -29,7 +30,8 @@
     }
     if (token >= ends.length) return null;
     const text = slice(token), word = text.trimStart();
-    return { frame: false, space: text.slice(0, text.length - word.length), word: word || "␣" };
+    if (!word) return { frame: false, blank: true, breaks: text.split("\n").length - 1, space: text, word: text.includes("\n") ? "↵" : "␣" };
+    return { frame: false, space: text.slice(0, text.length - word.length), word };
   };
 
   /* The word at a position, joined from its subword tokens. */
@@ -57,7 +59,7 @@
       let out = "";
       for (let p = Math.max(0, from); p < Math.min(FL.n(), to); p++) {
         const piece = FL.piece(p);
-        if (piece && !piece.frame) out += piece.space.replace(/\s+/g, " ") + piece.word;
+        if (piece && !piece.frame) out += piece.space.replace(/\s+/g, " ") + (piece.blank ? "" : piece.word);
       }
       return out;
     };

@@ -16,11 +16,14 @@
     });
     page.setAttribute("aria-valuetext", FL.id("place").textContent);
     const parts = [];
+    let breaks = 0; // of the blank tokens directly before: two make a paragraph
     for (let position = from; position < to; position++) {
       const piece = FL.piece(position);
       if (!piece) continue;
-      if (piece.space) parts.push(piece.space.replace(/\n\s*\n/g, "\n\n").replace(/([^\n])\n([^\n])/g, "$1 $2").replace(/^\n$/, " "));
-      parts.push(FL.el("span", { role: "button", tabindex: -1, "data-at": position, class: piece.frame ? "frame-token" : "", text: piece.word }));
+      if (piece.space && !piece.blank) parts.push(piece.space.replace(/\n\s*\n/g, "\n\n").replace(/([^\n])\n([^\n])/g, "$1 $2").replace(/^\n$/, " "));
+      parts.push(FL.el("span", { role: "button", tabindex: -1, "data-at": position, class: piece.frame ? "frame-token" : piece.blank ? "blank" : "", text: piece.word }));
+      if (piece.blank) parts.push(breaks < 2 && breaks + piece.breaks > 1 ? "\n\n" : " ");
+      breaks = piece.blank ? breaks + piece.breaks : 0;
     }
     box.replaceChildren(...parts);
     if (focus < from || focus >= to) focus = from;
