@@ -192,5 +192,8 @@ farlight audit book.txt --model smollm2 --length 2048 --pattern 'streaming(4, 25
 farlight recall --model smollm2 --length 2048 --pattern 'streaming(4, 256)'           # and whether it still finds things
 ```
 
+`python examples/heal_smollm2.py --text war-and-peace.txt` trains the model to a pattern or router, with its own full attention
+as the teacher, and writes what is left of the loss on held-out text, full attention trained the same way beside it.
+
 An encoder's losses are in [choosing.md](choosing.md#what-an-encoder-keeps); the routers in [routing.md](routing.md).
 """
