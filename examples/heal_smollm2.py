@@ -46,7 +46,7 @@ from farlight.routing import Router
 
 FULL = "causal()"
 SINKS = "seen_by_all([0, 1, 2, 3])"
-# At 1024 tokens 9.6 % and 9.9 % of the links.
+# At 1024 tokens 9.5 % of the links, and for random vectors 7.6 %.
 PATTERNS = (
     f"window(45, 0) | {SINKS}",
     f'topblocks(share=0.06, block=4, query_block=16, causal=True, score="softmax") | window(16, 0) | {SINKS}',

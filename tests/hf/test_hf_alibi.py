@@ -157,8 +157,11 @@ def test_mpt_continues_beyond_max_seq_len() -> None:
 def test_a_sparse_cache_generates_the_tokens_of_the_model_s_own(name: str) -> None:
     model, pattern = make(name), fl.presets.streaming(2, 8)
     cache = fl.hf.SparseCache(model, pattern)
-    # MPT's configuration says use_cache=False, under which `generate` passes the whole text at every step, whatever the cache.
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "use_cache": True}
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    # The default of MPT's configuration: `generate` passes the whole text at every step, whatever the cache.
+    with pytest.raises(fl.UnsupportedError, match="was given a cache with use_cache=False, under which generate passes the"):
+        model.generate(ids(20), past_key_values=fl.hf.SparseCache(model, pattern), use_cache=False, **options)
+    options["use_cache"] = True
     found = model.generate(ids(20), past_key_values=cache, **options)
     assert cache.kept < 20
     with use_pattern(model, pattern):

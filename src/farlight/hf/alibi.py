@@ -71,6 +71,7 @@ class BloomAttention(_InterfaceAttention):
         `alibi` `(B·H, 1, n_k)` as `BloomModel` makes it.
         """
         module: Any = self.original
+        _check_cache(module, layer_past, use_cache)
         q, k, v = module._reshape(self.query_key_value(hidden_states))
         if layer_past is not None:
             k, v = layer_past.update(k, v, self.layer_idx)
@@ -155,6 +156,7 @@ class FalconAttention(_InterfaceAttention):
         dropout acts on layers with ALiBi only, as in transformers.
         """
         module: Any = self.original
+        _check_cache(module, layer_past, use_cache)
         q, k, v = (x.transpose(1, 2) for x in module._split_heads(self.query_key_value(hidden_states)))
         dropout, uses_alibi = 0.0, module.config.alibi
         if uses_alibi:
@@ -173,6 +175,15 @@ class FalconAttention(_InterfaceAttention):
             self, q, k, v, attention_mask, dropout, module.inv_norm_factor, output_attentions=output_attentions, score=score
         )
         return self.dense(out.flatten(2)), weights
+
+
+def _check_cache(module: nn.Module, cache: Any, use_cache: bool) -> None:
+    """Raise where a cache meets use_cache=False, MPT's default: `generate` then passes the whole text at every step."""
+    if cache is not None and not use_cache:
+        raise UnsupportedError(
+            f"{type(module).__name__} was given a cache with use_cache=False, under which generate passes the whole text at "
+            "every step and the cache would hold it again; pass use_cache=True."
+        )
 
 
 # ---- scores -------------------------------------------------------------------------------------------------------------
@@ -269,7 +280,7 @@ def set_implementation(model: nn.Module) -> None:
 
 
 class _MptBlockForward:
-    """The `forward` of an `MptBlock`, which keeps `output_attentions` from its attention, telling the attention of it."""
+    """The `forward` of an `MptBlock`, which keeps `output_attentions` and `use_cache` from its attention."""
 
     def __init__(self, block: Any) -> None:
         self.block = block
@@ -277,4 +288,5 @@ class _MptBlockForward:
     def __call__(self, *args: Any, output_attentions: bool = False, **options: Any) -> Any:
         if self.block.attn.returns_probabilities != output_attentions:
             self.block.attn.returns_probabilities = output_attentions
+        _check_cache(self.block, options.get("layer_past"), options.get("use_cache", False))
         return type(self.block).forward(self.block, *args, output_attentions=output_attentions, **options)
