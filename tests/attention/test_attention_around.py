@@ -171,10 +171,8 @@ def test_explain_tells_what_auto_takes_and_why_others_cannot() -> None:
         "window(4) on batch 1, 4 query heads on 2 key heads, 100 queries, 100 keys, head_dim 16, float32 on cpu, "
         "dropout 0.1, returning lse"
     )
-    request = dataclasses.replace(
-        request_of(Case("explained", fl.window(4), 100, heads=4, kv_heads=2, dropout=0.1), torch.float32, return_lse=True),
-        needs_grad=False,
-    )
+    of = Case("explained", fl.window(4), 100, heads=4, kv_heads=2, dropout=0.1)
+    request = request_of(of, torch.float32, return_lse=True)._replace(needs_grad=False)
     assert lines[1] == f"auto takes {registry.select(request).backend.name!r}"
     for name in BACKENDS:
         why = registry.reasons(name, request)

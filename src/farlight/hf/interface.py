@@ -21,6 +21,7 @@ from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf import alibi, attention_function, cached_tensors, masks, swap
 from farlight.hf.configs import SavedConfigs, configs_of, copy_configs, restore_configs
 from farlight.hf.layers import (
+    PARTS,
     attention_layers,
     attention_modules,
     attention_parts,
@@ -143,7 +144,7 @@ def install_pattern(
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "set_attn_implementation"):
         raise UnsupportedError(f"{name} is not a transformers model; a PreTrainedModel is needed.")
-    if pattern is not None and not _names_parts(pattern) and has_cross_attention(model):
+    if pattern is not None and not _names_parts(model, pattern) and has_cross_attention(model):
         raise UnsupportedError(
             f"{name} has cross-attention, in which a query and a key are positions of two different texts; a pattern "
             'speaks of one text. Give each part its own, {"encoder": …, "decoder": …, "cross": …}, or use its encoder alone '
@@ -161,7 +162,7 @@ def install_pattern(
                 f"{name} does not take its attention from transformers' AttentionInterface, so no other attention can "
                 "be plugged in. Use a model of the same family whose modeling file calls ALL_ATTENTION_FUNCTIONS."
             )
-        if _names_parts(pattern):
+        if _names_parts(model, pattern):
             _set_parts(model, pattern, backend, observer, spread)
         elif isinstance(pattern, Mapping):
             by_module, numbered = patterns_by_module(model, pattern), set(attention_layers(model).values())
@@ -194,9 +195,10 @@ def _set_parts(model: Any, pattern: Mapping[str, Any], backend: str, observer: O
         module.__dict__[SETTING] = setting
 
 
-def _names_parts(pattern: Any) -> bool:
+def _names_parts(model: Any, pattern: Any) -> bool:
     """Whether a mapping is one of the parts of an encoder-decoder model, not of layer numbers."""
-    return isinstance(pattern, Mapping) and any(isinstance(key, str) for key in pattern)
+    names = [key for key in pattern if isinstance(key, str)] if isinstance(pattern, Mapping) else []
+    return any(getattr(model.config, "is_encoder_decoder", False) or name in PARTS for name in names)
 
 
 def _refuse_unreached_attention(model: Any) -> None:
