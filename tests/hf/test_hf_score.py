@@ -65,7 +65,8 @@ BASE = BART | {
 RW = FEW | {"hidden_size": 2048, "num_attention_heads": 32, "alibi": True, "multi_query": False, "bias": True}
 SMALL = {"vocab_size": 4096, "dropout_rate": 0.0}
 PUBLISHED: dict[str, Case] = {
-    "T5-small": (hf.T5ForConditionalGeneration, hf.T5Config, SMALL),
+    # Without relu: at its kink the rounding of the attention decides a derivative.
+    "T5-small": (hf.T5ForConditionalGeneration, hf.T5Config, SMALL | {"feed_forward_proj": "gated-gelu"}),
     "mT5-small": (hf.MT5ForConditionalGeneration, hf.MT5Config, SMALL),
     "UMT5-small": (hf.UMT5ForConditionalGeneration, hf.UMT5Config, SMALL),
     "BART-base": (hf.BartForConditionalGeneration, hf.BartConfig, BASE),
