@@ -34,8 +34,8 @@ def read_heads(heads: list[str] | None, page: Path | None) -> list[tuple[int, in
 
 
 def check_heads(heads: list[tuple[int, int]] | None, loaded: LoadedModel, tokens: int, patterns: int) -> None:
-    """Raise ArgumentError for a --head that the model lacks, for more than a page carries of passages of so many tokens under
-    so many patterns, and for passages too long for attention weights."""
+    """Raise ArgumentError for a --head that the model lacks, for more heads than a page carries at this length and number of
+    patterns, and for passages too long for attention weights."""
     from farlight.hf.layers import attention_layers
     from farlight.report.weights import MAX_TOKENS, check_number
 

@@ -10,7 +10,7 @@ from farlight.embedding.reading import Embedder, Encoding
 if TYPE_CHECKING:
     from farlight.embedding.sentence_module import SparseTransformer as SparseTransformer
 
-# Without SparseTransformer: `from farlight.embedding import *` asks for no optional package.
+# Without SparseTransformer: `from farlight.embedding import *` needs no optional package.
 __all__ = ["Embedder", "Encoding", "Index", "IndexHit", "Library", "encode_document", "read_books"]
 
 

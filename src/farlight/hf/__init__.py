@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from farlight.analysis.fit.whole_model import fit_model as fit
     from farlight.hf.cache import SparseCache as SparseCache
 
-# Without SparseCache: `from farlight.hf import *` asks for no optional package.
+# Without SparseCache: `from farlight.hf import *` needs no optional package.
 __all__ = [
     "Observation",
     "fit",

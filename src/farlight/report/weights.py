@@ -68,7 +68,7 @@ def carried_heads(result: Audit, tokens: int) -> list[tuple[int, int]]:
 
 
 def check_number(heads: int, tokens: int, patterns: int) -> None:
-    """Raise ArgumentError for more heads than a page carries of passages of so many tokens under so many patterns."""
+    """Raise ArgumentError for more heads than a page carries at this length and number of patterns."""
     each = _keys_of_a_head(tokens, patterns)
     if heads > 1 and heads * each > _NAMED_KEYS:
         raise ArgumentError(
