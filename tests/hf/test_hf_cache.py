@@ -142,17 +142,6 @@ def test_a_router_chooses_in_every_layer() -> None:
         model(**prompt(2, padded=True), past_key_values=fl.hf.SparseCache(model, router))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_mask_of_fewer_columns_than_tokens_is_refused(name: str) -> None:
-    """transformers counts the missing columns as padding: the new tokens would not see one another."""
-    model, given = model_of(name), prompt()
-    with fl.hf.use_pattern(model, fl.window(4)), torch.no_grad():
-        for cache in (fl.hf.SparseCache(model, fl.window(4)), DynamicCache(config=model.config)):
-            model(**given, past_key_values=cache)
-            with pytest.raises(fl.UnsupportedError, match="attention_mask has 30 columns, but the text has 60 tokens: 30 "):
-                model(**given, past_key_values=cache)
-
-
 def test_a_text_can_go_on_in_a_second_call() -> None:
     model, pattern = model_of("llama"), PATTERNS["streaming"]
     first = prompt()

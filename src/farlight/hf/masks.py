@@ -162,8 +162,6 @@ def _read_mask(call: _MaskCall) -> ModelMask:
         pattern = rule.pattern(num_visible, num_dropped)
     real = None
     if attention_mask is not None:
-        if rule is not None and rule.right == 0 and attention_mask.shape[1] < num_dropped + num_visible:
-            raise UnsupportedError(_short_mask(attention_mask.shape[1], num_dropped + num_visible, n_q))
         real = attention_mask.to(torch.bool)[:, num_dropped : num_dropped + num_visible]
         # Keys past the end of the mask are empty slots of a cache.
         real = functional.pad(real, (0, num_visible - real.shape[1]))
@@ -173,14 +171,6 @@ def _read_mask(call: _MaskCall) -> ModelMask:
             pattern = pattern & padding(real) if pattern.text != full().text else padding(real)
     with_dropped_keys = (lambda: _count_dropped_keys(call, num_dropped, num_visible)) if num_dropped else None
     return ModelMask(pattern, q_offset - num_dropped, num_dropped, num_visible, real, with_dropped_keys=with_dropped_keys)
-
-
-def _short_mask(columns: int, tokens: int, n_q: int) -> str:
-    return (
-        f"attention_mask has {columns} columns, but the text has {tokens} tokens: {n_q} in this call and {tokens - n_q} in the "
-        "cache, so it does not say which of them are padding. Pass one column for each token; where a model passes its whole "
-        "text again at each step, generate with use_cache=True."
-    )
 
 
 def _count_dropped_keys(call: _MaskCall, num_dropped: int, num_visible: int) -> ModelMask:
