@@ -18,8 +18,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Calibration as users have it, with a cache folder of its own."""
     monkeypatch.setenv("FARLIGHT_CALIBRATE", "1")
     monkeypatch.setenv("FARLIGHT_CACHE", str(tmp_path))
+    calibrate._calibrated.cache_clear()
     rates_by_threads.clear()
     yield tmp_path
+    calibrate._calibrated.cache_clear()
     rates_by_threads.clear()
 
 
@@ -49,11 +51,13 @@ def test_rates_are_measured_once_and_kept(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(calibrate, "measure", measure)
     wanted = calibrate.calibrated()
     assert wanted["torch", torch.bfloat16] == (1.5, 0.25)
-    rates_by_threads.clear()  # as another process
+    calibrate._calibrated.cache_clear()  # as another process
+    rates_by_threads.clear()
     assert calibrate.calibrated() == wanted
     assert len(calls) == 1
     (file,) = folder.glob("rates-*.json")
     file.write_text('{"torch bfloat16": "fast"}', encoding="utf-8")
+    calibrate._calibrated.cache_clear()
     rates_by_threads.clear()
     assert calibrate.calibrated() == wanted
     assert len(calls) == 2
@@ -156,6 +160,7 @@ def test_a_damaged_file_is_measured_again(folder: Path, monkeypatch: pytest.Monk
     calibrate.calibrated()
     (file,) = folder.iterdir()
     file.write_text(text, encoding="utf-8")
+    calibrate._calibrated.cache_clear()
     rates_by_threads.clear()
     assert calibrate.calibrated() == wanted
     assert calibrate._read(file) == wanted

@@ -143,8 +143,10 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[i
     monkeypatch.setenv("FARLIGHT_CALIBRATE", "1")
     monkeypatch.setenv("FARLIGHT_CACHE", str(tmp_path))
     monkeypatch.setattr(calibrate, "measure", lambda: calls.append(1) or dict(DEFAULT_RATES))
+    calibrate._calibrated.cache_clear()
     rates_by_threads.clear()
     yield calls
+    calibrate._calibrated.cache_clear()
     rates_by_threads.clear()
 
 
@@ -154,6 +156,7 @@ def test_rates_of_another_structure_are_measured_again(text: str, measured: list
     (path,) = tmp_path.glob("rates-*.json")
     written = path.read_bytes()
     path.write_text(text, encoding="utf-8")
+    calibrate._calibrated.cache_clear()
     rates_by_threads.clear()
     q = torch.randn(1, 4, 300, 64)
     fl.attention(q, q, q, fl.window(60))
@@ -167,6 +170,7 @@ def test_rates_that_are_no_file(measured: list[int], tmp_path: Path) -> None:
     (path,) = tmp_path.glob("rates-*.json")
     path.unlink()
     path.mkdir()
+    calibrate._calibrated.cache_clear()
     rates_by_threads.clear()
     assert calibrate.calibrated() == DEFAULT_RATES
     assert len(measured) == 2

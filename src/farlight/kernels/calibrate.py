@@ -39,12 +39,12 @@ def calibrated() -> Rates:
     if os.environ.get("FARLIGHT_CALIBRATE", "1") == "0":
         return DEFAULT_RATES
     threads = torch.get_num_threads()
-    if threads not in rates_by_threads:
-        rates_by_threads[threads] = _read_or_measured(threads)
-    return rates_by_threads[threads]
+    rates = rates_by_threads[threads] = _calibrated(threads)
+    return rates
 
 
-def _read_or_measured(threads: int) -> Rates:
+@functools.cache
+def _calibrated(threads: int) -> Rates:
     path = cache_folder() / f"rates-{_fingerprint(threads)}.json"
     kept = _read(path)
     if kept is not None:
