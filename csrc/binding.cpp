@@ -26,8 +26,8 @@ void run_handlers() {
   if (PyErr_CheckSignals() != 0) throw nb::python_error();
 }
 
-// The part of a call that forward and backward share. shape: (batch, heads, kv_heads, dim, value_dim); dropout: (threshold, seed
-// low, seed high), threshold 0 for none; keep_scale: 1 / (1 - p).
+// The part of a call that forward and backward share. shape: (batch, heads, kv_heads, dim, value_dim); dropout: (threshold,
+// seed low, seed high), threshold 0 for none; keep_scale: 1 / (1 - p).
 Call prepare(NativePlan& plan, int type, const std::vector<int64_t>& shape, double scale, const std::vector<int64_t>& dropout,
              double keep_scale) {
   if (shape.size() != 5 || dropout.size() != 3) throw std::invalid_argument("shape has 5 numbers, dropout 3");

@@ -3,7 +3,8 @@
 // A group (batch item, key head) is cut into slabs that run in parallel. Every slab accumulates dk and dv in float32 blocks of
 // kBlock keys of its own; a block's sums are then added in the order of the slabs. So no atomics are needed and the result is
 // the same bit for bit for any number of threads. In float32, with a head dimension that is a multiple of 16, the first slab
-// that touches a block accumulates directly in the output, which saves that block's buffer and copy. dk and dv may differ in width.
+// that touches a block accumulates directly in the output, which saves that block's buffer and copy. dk and dv may differ in
+// width.
 #pragma once
 
 #include <atomic>

@@ -83,7 +83,8 @@ void initialise_result(const Call& call, const Schedule& schedule, bool with_lse
   std::vector<RowRange> row_ranges;
   for (const auto& [first, last] : schedule.unwritten_rows())
     for (int64_t i = first; i < last; i += range_rows) row_ranges.push_back({i, std::min(i + range_rows, last)});
-  const int64_t width = call.result_dim * (call.out_type == Type::f32 ? 4 : 2), num_ranges = static_cast<int64_t>(row_ranges.size());
+  const int64_t width = call.result_dim * (call.out_type == Type::f32 ? 4 : 2);
+  const auto num_ranges = static_cast<int64_t>(row_ranges.size());
   parallel_for(call.batch * call.heads * num_ranges, threads, interrupt, [&](int64_t i) {
     const RowRange& rows = row_ranges[i % num_ranges];
     const int64_t at = i / num_ranges * call.plan->n_q + rows.first, count = rows.last - rows.first;

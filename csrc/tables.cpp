@@ -147,8 +147,8 @@ void Tables::dense(int64_t batch, int64_t heads, uint8_t* mask) const {
                 for (int64_t slot = l->lo[r]; slot < l->hi[r]; ++slot)
                   if (sees(l->mask[r], s, l->lo[r], l->hi[r], slot)) ++to[l->keys ? l->keys[slot] : slot];
               if (!l->point_indptr || p.part[e]) continue;
-              for (int64_t x = l->point_indptr[l->place_base[w] + place]; x < l->point_indptr[l->place_base[w] + place + 1]; ++x)
-                ++to[l->point_keys[x]];
+              const int64_t* range = &l->point_indptr[l->place_base[w] + place];
+              for (int64_t x = range[0]; x < range[1]; ++x) ++to[l->point_keys[x]];
             }
           }
       }

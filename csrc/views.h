@@ -130,7 +130,8 @@ struct Call {
   int64_t result_dim;  // forward: value_dim; backward: dim
   bool merges;   // pieces overlap in rows: a row may already hold a result, to be merged with (forward) or added to (dq)
   bool keep_masked_rows;  // a row that sees no key in a tile keeps its present result (initialised before the tiles run)
-  // Split-K: partial results (result_dim + 2 floats per row) and the number of parts still to finish, with base offsets per piece.
+  // Split-K: partial results (result_dim + 2 floats per row) and the number of parts still to finish, with base offsets per
+  // piece.
   float* partial;
   std::atomic<int32_t>* pending;
   const int64_t *partial_base, *pending_base;
@@ -164,14 +165,15 @@ struct Kernels {
   // blocks[0].
   void (*reduce)(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out);
   // See kernel/block_scores.h.
-  void (*block_scores)(const float* const* rows, int64_t num_rows, const float* panel, int64_t panels, int64_t dim, float* scores,
-                       int64_t ld);
-  void (*pool_softmax)(float* scores, int64_t num_rows, int64_t ld, int64_t width, float factor, const float* bias, float* weights,
-                       float* largest_exponents);
+  void (*block_scores)(const float* const* rows, int64_t num_rows, const float* panel, int64_t panels, int64_t dim,
+                       float* scores, int64_t ld);
+  void (*pool_softmax)(float* scores, int64_t num_rows, int64_t ld, int64_t width, float factor, const float* bias,
+                       float* weights, float* largest_exponents);
   void (*largest_columns)(const float* scores, int64_t num_rows, int64_t ld, int64_t width, int64_t* columns);
   float (*weighted_exponentials)(const float* row, const float* counts, int64_t panels, float factor, float shift);
   // See kernel/select_largest.h.
-  void (*select_largest)(const float* weights, const int32_t* sizes, int64_t width, int64_t count, int32_t* keys, int32_t* chosen);
+  void (*select_largest)(const float* weights, const int32_t* sizes, int64_t width, int64_t count, int32_t* keys,
+                         int32_t* chosen);
   float (*peak_fma)(int64_t iterations);  // register-only multiply-adds, `peak_fma_flops` operations per iteration
   int64_t peak_fma_flops;
   const DecodeKernels* decode;

@@ -2,8 +2,8 @@
 // form.
 //
 // A pattern is a union of clauses: listed key blocks, bands, named keys and rows; each restricted to causal links, or to real
-// keys, or not. Each tile of rows unites its clauses in a row mask per key (row_masks.h), and the masks are cut into runs and gathered
-// keys. No pair occurs twice, since a key has one mask.
+// keys, or not. Each tile of rows unites its clauses in a row mask per key (row_masks.h), and the masks are cut into runs and
+// gathered keys. No pair occurs twice, since a key has one mask.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Backward pass of one work item: weights recomputed from the lse, then four products, chunk by chunk, with query rows in lanes.
+// Backward pass of one work item: weights recomputed from the lse, then four products, chunk by chunk; lanes are query rows.
 //
 //   P = exp(S - lse)    dS = P (dP - delta + dlse)    dV += P^T dO    dK += dS^T Q    dQ = dS K
 //

@@ -109,9 +109,9 @@ inline float exponentials(float* row, int64_t width, float factor, const float* 
   return 1.0f / sum(total[0]);
 }
 
-// weights[c] = sum over r < num_rows of softmax over c < width of (factor * scores[r * ld + c] + bias[c]), in base 2; bias may be
-// null. Overwrites the scores, the padding of the last panel included, with 2^(factor * scores[r * ld + c] + bias[c] - maximum);
-// the rows' maxima go to largest_exponents[r] unless that is null.
+// weights[c] = sum over r < num_rows of softmax over c < width of (factor * scores[r * ld + c] + bias[c]), in base 2; bias may
+// be null. Overwrites the scores, the padding of the last panel included, with 2^(factor * scores[r * ld + c] + bias[c] -
+// maximum); the rows' maxima go to largest_exponents[r] unless that is null.
 inline void pool_softmax(float* scores, int64_t num_rows, int64_t ld, int64_t width, float factor, const float* bias,
                          float* weights, float* largest_exponents) {
   constexpr int kTogether = 4;  // rows added per sweep, so that the weights are loaded and stored once for four of them

@@ -4,8 +4,8 @@
 //
 // This header defines the portability macros (forced inlining, unrolling, software prefetch), includes the SIMD layer of the
 // ISA, and defines min and max. FARLIGHT_BF16_PAIRS: the ISA has dot products of bfloat16 pairs (AVX512-BF16 or AMX-BF16).
-// FARLIGHT_PREFETCH fetches into L1, FARLIGHT_PREFETCH_L2 into L2. FARLIGHT_LOWEST_BIT: index of the lowest bit set, FARLIGHT_COUNT_BITS:
-// how many are set.
+// FARLIGHT_PREFETCH fetches into L1, FARLIGHT_PREFETCH_L2 into L2. FARLIGHT_LOWEST_BIT: index of the lowest bit set,
+// FARLIGHT_COUNT_BITS: how many are set.
 // FARLIGHT_NO_UNROLL: sanitizer builds keep loops rolled.
 #pragma once
 
