@@ -7,10 +7,9 @@ The teacher is the model with full attention. The student starts as the same wei
 
     KL(teacher's predictions ‖ student's)  +  hidden · mean of ‖student's state - teacher's‖² / ‖teacher's‖²
 
-(over layers and tokens) on the first half of each text. Judged is the next-token loss on passages of the second half, each in
-its second half. `--truth` adds that much of the text's own next-token loss. Full attention (`causal()`) is healed the same way
-beside the patterns: what it gains comes from the text, not from better attention. Without `--truth` it has nothing to learn:
-its row shows that the recipe alone changes no loss.
+(over layers and tokens) on the first half of each text. Judged is the next-token loss on passages of the second half, each
+in its second half. `--truth` adds that much of the text's own next-token loss. Full attention (`causal()`) is healed the
+same way beside the patterns: what it gains comes from the text. Without `--truth` it has nothing to learn.
 
 Runs resume. OUT/PATTERN/state.pt holds weights, optimizer, step and curve; a step depends on these, its number and the seed
 alone, so that an interrupted run ends with the same bits as a whole one. OUT/heal.md is the table of all runs in OUT,
@@ -54,6 +53,7 @@ PATTERNS = (
 )
 # Rows whose logits are formed at a time: all of them would take tokens · vocabulary numbers, several times over.
 LOGIT_ROWS = 128
+MEASURED = ("step", "seconds", "curve", "full", "losses")  # what a stored run holds beside weights and optimizer
 # Name, default, meaning.
 NUMBERS = (
     ("tokens", 1024, "tokens of a passage"),
@@ -214,14 +214,13 @@ class Run:
             for name, weight in self.student.weights.items():
                 weight.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
-        self.full, self.losses = state["full"], state["losses"]
+        vars(self).update({name: state[name] for name in MEASURED})
 
     def store(self) -> None:
         """Write the state, whole or not at all, and the curve as lines of JSON."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {"about": self.about, "weights": self.student.weights, "optimizer": self.optimizer.state_dict()}
-        state |= {"step": self.step, "seconds": self.seconds, "curve": self.curve, "full": self.full, "losses": self.losses}
+        state |= {name: vars(self)[name] for name in MEASURED}
         torch.save(state, self.folder / "state.part")
         (self.folder / "state.part").replace(self.folder / "state.pt")
         (self.folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.curve), "utf-8")
@@ -268,8 +267,8 @@ class Run:
     def result(self) -> dict[str, Any]:
         """What the table says of the run; JSON-serialisable."""
         losses = {"full": self.full, "before": self.losses[0], "after": self.losses[self.step]}
-        links = links_kept(self.student, self.judged[:1])
-        return {"about": self.about, "links": links, "minutes": self.seconds / 60, "curve": self.curve} | losses
+        losses["links"] = links_kept(self.student, self.judged[:1])
+        return {"about": self.about, "minutes": self.seconds / 60, "curve": self.curve} | losses
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -327,11 +326,10 @@ def main(arguments: list[str] | None = None) -> None:
     teacher = loaded.model.requires_grad_(False)
     check_head(teacher)
     learned, judged = read_passages(args.text, loaded.tokenizer, args.tokens, args.judged)
-    rank, rate = (0, 1e-4) if args.all_weights else (args.rank, 1e-3)
+    rank, rate = (0, args.rate or 1e-4) if args.all_weights else (args.rank, args.rate or 1e-3)
     for pattern in args.pattern or PATTERNS:
         print(f"{pattern}: {len(learned)} passages to learn from, {len(judged)} to judge on", flush=True)
-        sizes = (args.tokens, args.steps, args.batch, rank, args.rate or rate)
-        recipe = Recipe(pattern, *sizes, args.hidden, args.truth, args.seed)
+        recipe = Recipe(pattern, args.tokens, args.steps, args.batch, rank, rate, args.hidden, args.truth, args.seed)
         # Patterns of the same words are told apart by a checksum.
         folder = re.sub(r"\W+", "-", pattern).strip("-")[:40] + f"-{zlib.crc32(pattern.encode()):08x}"
         run = Run(args.out / folder, recipe, teacher, learned, judged)

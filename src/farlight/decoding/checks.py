@@ -98,13 +98,17 @@ def check_items(cache: KVCache, items: Any) -> Tensor:
     by_item = cache.score is not None and any(
         isinstance(term, KeyBias) and term.bias.shape[0] > 1 for term in cache.score.terms
     )
-    if index.tolist() != list(range(batch)) and (cache.pattern.varies_over_batch or by_item):
-        owner, remedy = (
-            ("score", "pass it to each fl.decode") if by_item else ("pattern", "use one pattern for all, and `real`")
-        )
+    if index.tolist() == list(range(batch)):
+        return index
+    if cache.pattern.varies_over_batch:
         raise ArgumentError(
-            f"KVCache.select: the {owner} has tables of its own for each batch item, which cannot follow; {remedy}"
-            + ("." if by_item else " for texts of different lengths.")
+            "KVCache.select: the pattern has tables of its own for each batch item, which cannot follow; use one pattern for "
+            "all, and `real` for texts of different lengths."
+        )
+    if by_item:
+        raise ArgumentError(
+            "KVCache.select: the score has tables of its own for each batch item, which cannot follow; pass it to each "
+            "fl.decode."
         )
     return index
 

@@ -252,7 +252,7 @@ def install(model: nn.Module) -> bool:
     """
     if contains(model, _InterfaceAttention):
         return False
-    found = False
+    has_replaced = False
     for file, cls, owner_name, replacement in _CLASSES:
         sites = list(children(model, loaded_class(file, cls)))
         scores = _ScoreCache()
@@ -262,12 +262,12 @@ def install(model: nn.Module) -> bool:
                 set_attribute(parent, parent, "forward", _MptBlockForward(parent))
         if not sites:
             continue
-        found = True
+        has_replaced = True
         owner_class = loaded_class(file, owner_name)
         for owner in [module for module in model.modules() if isinstance(module, owner_class)]:
             if owner_name == "FalconModel":
                 set_attribute(owner, owner, "use_alibi", False)
-    return found
+    return has_replaced
 
 
 def set_implementation(model: nn.Module) -> None:
