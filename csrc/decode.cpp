@@ -179,7 +179,13 @@ void Decoder::evaluate(const DecodeStore& store, const DecodeQueries& queries, W
     }
     std::vector<int32_t>& list = work.new_list();
     bool equal = true;
-    for (int64_t s = 0; s < count; ++s) {
+    if (n_q == 1) {  // without a branch on what is seen
+      list.resize(count + 1);
+      int64_t n = 0;
+      for (int64_t s = 0; s < count; ++s) list[n] = static_cast<int32_t>(s), n += bytes[s];
+      list.resize(n);
+    }
+    for (int64_t s = 0; n_q > 1 && s < count; ++s) {
       uint8_t any = 0, every = 1;
       for (int64_t i = 0; i < n_q; ++i) any |= bytes[i * count + s], every &= bytes[i * count + s];
       if (any) list.push_back(static_cast<int32_t>(s));

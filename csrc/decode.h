@@ -83,8 +83,10 @@ struct DecodeKernels {
   void (*widen)(KeyType type, const void* row, int64_t dim, float factor, float* to);
   // Writes a float32 row in an element type, rounded to nearest even; returns the scale of an i8 row, else 1.
   float (*narrow)(KeyType type, const float* row, int64_t dim, void* to);
-  // out[i] = q · rows[i], rows `(count, dim)` float32, contiguous.
-  void (*dots)(const float* q, const float* rows, int64_t count, int64_t dim, float* out);
+  // out[i] = q · rows[index[i]], rows `(…, dim)` float32; index null: rows[i].
+  void (*dots)(const float* q, const float* rows, const int32_t* index, int64_t count, int64_t dim, float* out);
+  // out[i] = scale[i] * q · codes[i], codes `(count, dim)` int8.
+  void (*code_dots)(const float* q, const int8_t* codes, const float* scale, int64_t count, int64_t dim, float* out);
 };
 
 }  // namespace farlight

@@ -90,8 +90,8 @@ bool attend_routed(const Decoder& decoder, const StridedAddress& q, int type, co
   return decoder.attend_routed(queries);
 }
 
-// nodes: (kind, index) of each; rules: (block, budget, address of mean, lower and upper, capacity) of each, limits: (limit,
-// scale); patterns: (depth, code).
+// nodes: (kind, index) of each; rules: (block, budget, address of mean, lower and upper, capacity, address of the means' codes
+// and of their scales) of each, limits: (limit, scale); patterns: (depth, code).
 void set_router(Decoder& decoder, const std::vector<std::vector<int64_t>>& nodes,
                 const std::vector<std::vector<int64_t>>& rules, const std::vector<std::vector<double>>& limits,
                 const std::vector<std::vector<int64_t>>& patterns) {
@@ -102,7 +102,7 @@ void set_router(Decoder& decoder, const std::vector<std::vector<int64_t>>& nodes
     const auto& rule = rules[r];
     blocks.push_back({rule.at(0), static_cast<BlockBudget>(rule.at(1)), limits.at(r).at(0),
                       static_cast<float>(limits.at(r).at(1)), pointer<float>(rule.at(2)), pointer<float>(rule.at(3)),
-                      pointer<float>(rule.at(4)), rule.at(5)});
+                      pointer<float>(rule.at(4)), rule.at(5), pointer<int8_t>(rule.at(6)), pointer<float>(rule.at(7))});
   }
   std::vector<RouterPattern> programs;
   for (const auto& pattern : patterns) programs.push_back({{pattern.begin() + 1, pattern.end()}, pattern.at(0)});

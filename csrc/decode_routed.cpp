@@ -57,16 +57,20 @@ bool Decoder::choose(const DecodeQueries& queries, int64_t b, int64_t kv_head, R
     } else {
       const BlockRule& rule = rules_[node.index];
       const int64_t most = (queries.first + n_q - 1) / rule.block;
+      const bool by_codes = rule.selects_by_codes(most);
+      const auto q_row = [&](int64_t r) { return routed.queries.data() + (first_row + r) * dim_; };
       for (int64_t at = 0; at < most; at += kScoredBlocks)
-        for (int64_t r = 0; r < rows; ++r)
-          rule.scores(kernels, routed.queries.data() + (first_row + r) * dim_, head, dim_, at,
-                      std::min(kScoredBlocks, most - at), scores + r * most + at);
+        for (int64_t r = 0; r < rows; ++r) {
+          const auto score = by_codes ? &BlockRule::code_scores : &BlockRule::scores;
+          (rule.*score)(kernels, q_row(r), head, dim_, at, std::min(kScoredBlocks, most - at), scores + r * most + at);
+        }
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t i = queries.first + r % n_q, count = i / rule.block;
-        float check = 0.0f;
-        for (int64_t c = 0; c < count; ++c) check += scores[r * most + c] * 0.0f;
-        if (check != 0.0f) return false;  // NaN
-        rule.select(scores + r * most, count, selected);
+        int32_t not_finite = 0;
+        for (int64_t c = 0; c < count; ++c) not_finite |= scores[r * most + c] * 0.0f != 0.0f;
+        if (not_finite) return false;
+        if (!by_codes) rule.select(scores + r * most, count, selected);
+        else if (!rule.select_by_codes(kernels, q_row(r), head, dim_, scores + r * most, count, selected)) return false;
         Runs runs;
         for (const int32_t c : selected) append_run(runs, c * rule.block, (c + 1) * rule.block);
         append_run(runs, count * rule.block, i + 1);

@@ -21,15 +21,34 @@ struct BlockRule {
   float scale;    // of the scores, for mass
   float *mean, *lower, *upper;  // mean, or both bounds
   int64_t capacity;
+  // Codes `(B, key heads, capacity, D)` and scales `(B, key heads, capacity)` of the means, rounded as int8 rows of a cache;
+  // null: none.
+  int8_t* codes;
+  float* code_scale;
 
   // Rows of tables: the sums of a block that has become complete.
   void summarize(const DecodeKernels& kernels, const KeyPage* pages, int32_t page_shift, KeyType type, int64_t head,
                  int64_t dim, int64_t index) const;
-  // to[c] = score of block c < count for a query of one key head.
+  // to[c] = score of block first + c, c < count, for a query of one key head.
   void scores(const DecodeKernels& kernels, const float* q, int64_t head, int64_t dim, int64_t first, int64_t count,
               float* to) const;
-  // Appends the selected blocks of `count` scored ones to `selected`, in ascending order. Scores must be finite.
+  // The same of the codes.
+  void code_scores(const DecodeKernels& kernels, const float* q, int64_t head, int64_t dim, int64_t first, int64_t count,
+                   float* to) const;
+  // Writes the selected ones of `count` blocks to `selected`, in ascending order. Scores must be finite.
   void select(const float* scores, int64_t count, std::vector<int32_t>& selected) const;
+
+  // Whether up to `count` blocks are selected by `select_by_codes`.
+  bool selects_by_codes(int64_t count) const;
+  // The blocks that `select` would write, from the scores of the codes: these bound every score, and means are read of those
+  // blocks only whose upper bound reaches the best lower bounds. False where a score may overflow.
+  bool select_by_codes(const DecodeKernels& kernels, const float* q, int64_t head, int64_t dim, const float* coarse,
+                       int64_t count, std::vector<int32_t>& selected) const;
+
+ private:
+  // Blocks that a count or share selects of `count` scored ones; the query's own block is selected beside them.
+  int64_t num_selected(int64_t count) const;
+  void select_mass(const float* scores, int64_t count, std::vector<int32_t>& selected) const;
 };
 
 // A sorted list of disjoint intervals [lo, hi).

@@ -31,7 +31,7 @@ _BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.int8: 1}
 class Rule:
     """One cache: its pattern or router, and the keys that a step must read (None: all kept).
 
-    `summaries`: float32 rows of block means for each key head; `same`: the rule of a plain window that reads as many keys,
+    `summaries`: int8 rows of block means for each key head; `same`: the rule of a plain window that reads as many keys,
     measured before; `stored`: of the cache, None = as appended; `contenders`: what is timed beside the step.
     """
 
@@ -130,7 +130,7 @@ def _row(rule: Rule, q: Tensor, k: Tensor, v: Tensor, repeats: int) -> Row:
     kept = k[:, :, : cache.kept].clone(), v[:, :, : cache.kept].clone()
     read = cache.kept if rule.read is None else min(rule.read, cache.kept)
     row_bytes = q.shape[3] + 4 if rule.stored else q.shape[3] * _BYTES[q.dtype]
-    num_bytes = q.shape[0] * q.shape[1] * (2 * read * row_bytes + rule.summaries * q.shape[3] * 4)
+    num_bytes = q.shape[0] * q.shape[1] * (2 * read * row_bytes + rule.summaries * (q.shape[3] + 4))
     source = torch.zeros(max(1, num_bytes // 4))
     target = torch.empty_like(source)
     # Queries that differ: a router that chose the same blocks again would find them in the processor's cache.

@@ -126,6 +126,7 @@ class DecodeAttend {
     int n = locate(0, next_);
     for (int64_t at = 0; n > 0; at += kDecodeChunk) {
       present_ = next_;
+      prefetch_scales(at + 2 * kDecodeChunk);
       const int following = locate(at + kDecodeChunk, next_);
       chunk(at, n, following);
       n = following;
@@ -187,6 +188,17 @@ class DecodeAttend {
       FARLIGHT_UNROLL
       for (int line = 0; line < Lines; ++line) FARLIGHT_PREFETCH(reinterpret_cast<const char*>(rows[i]) + 64 * line);
     }
+  }
+
+  // Software prefetch of the scales that `locate(at, …)` will load: a line holds those of 16 neighbouring slots.
+  FARLIGHT_INLINE void prefetch_scales(int64_t at) const {
+    if constexpr (kHasScales)
+      for (int64_t i = at; i < min(item_.count, at + kDecodeChunk); i += 16) {
+        const KeyPage& page = item_.pages[slot(i) >> item_.page_shift];
+        const int64_t row = item_.head * page.capacity + (slot(i) & ((int64_t{1} << item_.page_shift) - 1));
+        FARLIGHT_PREFETCH(page.k_scale + row);
+        FARLIGHT_PREFETCH(page.v_scale + row);
+      }
   }
 
   FARLIGHT_INLINE bool widens() const { return sizeof(T) < 4 && item_.rows >= kWidenRows; }

@@ -32,24 +32,36 @@ void visible(const VisibilityProgram& program, const int64_t* position, int64_t 
   VisibilityEvaluator(position, count, i, scratch).run(program, to);
 }
 
-void dots(const float* q, const float* rows, int64_t count, int64_t dim, float* out) {
-  const float* row[W];
-  int64_t i = 0;
-  for (; i + W <= count; i += W) {
-    for (int s = 0; s < W; ++s) row[s] = rows + (i + s) * dim;
-    store(out + i, dot_keys<float>(q, row, dim));
+// out[i] = q · row_at(i) for rows of element type T, W rows at a time.
+template <class T, class RowAt>
+FARLIGHT_INLINE void dot_rows(const float* q, int64_t count, int64_t dim, float* out, RowAt row_at) {
+  const T* row[W];
+  for (int64_t i = 0; i < count; i += W) {
+    for (int s = 0; s < W; ++s) row[s] = row_at(min<int64_t>(i + s, count - 1));
+    const F x = dot_keys<T>(q, row, dim);
+    if (i + W <= count) {
+      store(out + i, x);
+    } else {
+      float rest[W];
+      store(rest, x);
+      for (int s = 0; i + s < count; ++s) out[i + s] = rest[s];
+    }
   }
-  if (i < count) {
-    float rest[W];
-    for (int s = 0; s < W; ++s) row[s] = rows + min<int64_t>(i + s, count - 1) * dim;
-    store(rest, dot_keys<float>(q, row, dim));
-    for (int s = 0; i + s < count; ++s) out[i + s] = rest[s];
-  }
+}
+
+void dots(const float* q, const float* rows, const int32_t* index, int64_t count, int64_t dim, float* out) {
+  if (index) dot_rows<float>(q, count, dim, out, [&](int64_t i) { return rows + index[i] * dim; });
+  else dot_rows<float>(q, count, dim, out, [&](int64_t i) { return rows + i * dim; });
+}
+
+void code_dots(const float* q, const int8_t* codes, const float* scale, int64_t count, int64_t dim, float* out) {
+  dot_rows<int8_t>(q, count, dim, out, [&](int64_t i) { return codes + i * dim; });
+  for (int64_t i = 0; i < count; ++i) out[i] *= scale[i];
 }
 
 }  // namespace
 
 extern const DecodeKernels decode_kernels;
-const DecodeKernels decode_kernels{scratch_bytes, attend, visible, widen_row, narrow_row, dots};
+const DecodeKernels decode_kernels{scratch_bytes, attend, visible, widen_row, narrow_row, dots, code_dots};
 
 }  // namespace farlight::FARLIGHT_NS

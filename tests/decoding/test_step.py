@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from typing import Any
 
 import pytest
@@ -233,6 +234,41 @@ def test_blocks_are_chosen_natively_as_the_router_chooses(name: str, stored: Any
         held = [x[:, :, :102] for x in cache_._stores[0].read(torch.float32)]
         true = fl.attention(q[:, :, 101:102], *held, router(q[:, :, 101:102], held[0]))
         torch.testing.assert_close(out, true, atol=3e-6, rtol=3e-6)
+
+
+MEANS = {
+    "random": lambda k: k,
+    "nearly equal": lambda k: 1.0 + k * 1e-7,
+    "in one direction": lambda k: k + 40.0,
+    "equal": lambda k: torch.ones_like(k),
+    "one large element": lambda k: k * torch.tensor([1e4] + [1.0] * 23),
+    "of all sizes": lambda k: k * 10 ** torch.linspace(-6, 6, k.shape[2])[:, None],
+    "subnormal": lambda k: k * 1e-39,
+    "overflowing": lambda k: k * 1e37,
+}
+
+
+@needs_native
+@pytest.mark.parametrize("name", MEANS)
+def test_int8_means_rule_out_no_block_that_is_among_the_best(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The selection is that of the float32 means, to the bit of the output: codes only bound the scores."""
+    from farlight.decoding import summaries
+
+    q, k, v = tensors(400, 8, 2, dim=24, batch=2)
+    k = MEANS[name](k)
+    q = q * 100.0 if name == "overflowing" else q
+    outs = []
+    for has_codes in (True, False):
+        if not has_codes:
+            monkeypatch.setattr(summaries, "is_native", lambda *arguments: False)
+        cache = fl.KVCache(TopBlocks(6, 4, causal=True) | TopBlocks(share=0.02, block=2, causal=True), heads=8)
+        cache.append(k[:, :, :330], v[:, :, :330])
+        chunks = [*range(330, 370), *range(370, 401, 3)]
+        outs.append([fl.step(*(x[:, :, a:b] for x in (q, k, v)), cache) for a, b in itertools.pairwise(chunks)])
+        held = cache._router_state
+        assert held is not None
+        assert all(bool(summary.codes) == has_codes for summary in held._summaries.values())
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*outs, strict=True))
 
 
 @needs_native

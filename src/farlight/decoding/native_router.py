@@ -31,11 +31,12 @@ class RouterProgram:
         """The arguments of `Decoder.set_router`: nodes, rules with the addresses of their tables, amounts, patterns."""
         rules, amounts = [], []
         for rule in self.rules:
-            budget, tables = rule.budget, summaries[rule].tables
+            budget, tables, codes = rule.budget, summaries[rule].tables, summaries[rule].codes
             kind, amount = next((k, x) for k, x in enumerate((budget.count, budget.share, budget.mass)) if x is not None)
             pointers = [table.data_ptr() for table in tables]
             addresses = [0, *pointers] if len(pointers) == 2 else [*pointers, 0, 0]
-            rules.append((rule.block, kind, *addresses, tables[0].shape[2]))
+            code_addresses = [table.data_ptr() for table in codes] or [0, 0]
+            rules.append((rule.block, kind, *addresses, tables[0].shape[2], *code_addresses))
             amounts.append((float(amount), head_dim**-0.5 if rule.scale is None else float(rule.scale)))
         return self.nodes, rules, amounts, [(program.depth, *program.code) for program in self.programs]
 

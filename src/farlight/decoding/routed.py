@@ -51,7 +51,7 @@ class RouterState:
 
     @property
     def nbytes(self) -> int:
-        return sum(table.nbytes for summary in self._summaries.values() for table in summary.tables)
+        return sum(summary.nbytes for summary in self._summaries.values())
 
     def native_arguments(self, head_dim: int) -> tuple[object, ...] | None:
         """The arguments of `Decoder.set_router`; None where the router has no native form."""
