@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import farlight as fl
 from farlight.hf.layers import attention_modules
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_architectures.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "small_models.py"
 PATTERN = fl.presets.streaming(2, 4)
 # Layers that expand keys or take values apart behind the cache.
 LATENT = ["deepseek_v2", "deepseek_v3", "diffllama", "glm4_moe_lite", "jetmoe", "minicpm3", "youtu"]
@@ -25,7 +25,7 @@ SAME = ["gpt2", "llama", "mistral", "moshi", "phi3", "qwen3", "roberta"]
 
 
 def _script() -> Any:
-    spec = importlib.util.spec_from_file_location("compare_architectures", SCRIPT)
+    spec = importlib.util.spec_from_file_location("small_models", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -33,8 +33,8 @@ def _script() -> Any:
     return module
 
 
-ARCHITECTURES = _script()
-IDS, REAL = ARCHITECTURES.TOKENS, ARCHITECTURES.REAL
+SMALL_MODELS = _script()
+IDS, REAL = SMALL_MODELS.TOKENS, SMALL_MODELS.REAL
 
 
 def logits(model: Any, start: int, stop: int, **options: Any) -> Tensor:
@@ -47,14 +47,9 @@ def without_a_cache(name: str) -> tuple[Any, Tensor] | None:
     """A small model of a type, and what it says under PATTERN; None where either cannot be had."""
     actual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
     kind = getattr(transformers, actual if isinstance(actual, str) else actual[0])
-
-    def latent(**sizes: Any) -> Any:  # as many heads of keys as of queries, whose width the rotary part says
-        sizes.pop("head_dim", None)
-        return CONFIG_MAPPING[name](**(sizes | ({"num_key_value_heads": 4, "num_experts_per_tok": 1} if sizes else {})))
-
-    for config in (CONFIG_MAPPING[name], latent):
+    for config in SMALL_MODELS.configurations(CONFIG_MAPPING[name]):
         try:
-            model = ARCHITECTURES.build(kind, config)
+            model = SMALL_MODELS.build(kind, config)
             with fl.hf.use_pattern(model, PATTERN):
                 return model, logits(model, 0, 24, use_cache=False)
         except Exception:
@@ -126,6 +121,12 @@ def test_layers_that_share_keys_are_served_from_where_those_were_kept() -> None:
     assert cache.kept == 5  # 2 sinks, and 3 that the next token will see
     with pytest.raises(fl.ArgumentError, match="a pattern for layer 3, which keeps no keys of its own"):
         fl.hf.SparseCache(model, {3: PATTERN})
+
+
+def test_a_model_whose_layers_keep_the_keys_of_images_is_refused() -> None:
+    config = CONFIG_MAPPING["mllama_text_model"]()
+    with pytest.raises(fl.UnsupportedError, match=r"layers \[3, 8, 13, .*\] of this model keep the keys of images"):
+        fl.hf.SparseCache(config, PATTERN)
 
 
 @pytest.mark.slow

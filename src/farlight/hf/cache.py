@@ -59,8 +59,8 @@ class SparseCache(Cache):
     Raises:
         ArgumentError: the pattern is no pattern, or names a layer that the model does not have.
         PatternError: the pattern depends on the length of the text, and `max_length` is not given.
-        UnsupportedError: the model's layers keep something else than keys and values; and at the first pass, where they
-            compute with keys after the cache took them (latent attention).
+        UnsupportedError: the model's layers keep something else than keys and values, or the keys of images (Mllama); and at
+            the first pass, where they compute with keys after the cache took them (latent attention).
 
     >>> import torch, farlight as fl
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -86,6 +86,11 @@ class SparseCache(Cache):
                 f"SparseCache: {type(model_or_config).__name__} is neither a transformers model nor a configuration; pass one."
             )
         config = config.get_text_config(decoder=True)
+        if getattr(config, "cross_attention_layers", None):
+            raise UnsupportedError(
+                f"SparseCache: layers {list(config.cross_attention_layers)} of this model keep the keys of images, which no "
+                "pattern of the text may drop. Generate under fl.hf.use_pattern(model, pattern) without SparseCache."
+            )
         rules = [model_rule_of(layer) for layer in DynamicCache(config=config).layers]
         if pattern is None and isinstance(model_or_config, nn.Module):
             pattern = _patterns_of(model_or_config)
