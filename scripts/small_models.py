@@ -84,6 +84,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 60}},
     "autoformer": {"prediction_length": 8, "context_length": 16},
     "informer": {"prediction_length": 8, "context_length": 16},
+    "step3p5": {"sliding_window": 8},
     "time_series_transformer": {"prediction_length": 8, "context_length": 16},
 }
 TOKENS = torch.randint(3, WORDS, (2, 24), generator=torch.Generator().manual_seed(0))

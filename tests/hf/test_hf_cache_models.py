@@ -129,6 +129,14 @@ def test_a_model_whose_layers_keep_the_keys_of_images_is_refused() -> None:
         fl.hf.SparseCache(config, PATTERN)
 
 
+def test_heads_that_differ_by_layer() -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    config = CONFIG_MAPPING["step3p5"](
+        num_hidden_layers=2, layer_types=kinds, sliding_window=8, attention_other_setting={"num_attention_heads": 96}
+    )
+    assert [layer.options["heads"] for layer in fl.hf.SparseCache(config, PATTERN).layers] == [96, 64]
+
+
 @pytest.mark.slow
 def test_every_causal_model_is_the_same_or_refused_before_a_wrong_word() -> None:
     verdicts: Counter[str] = Counter()

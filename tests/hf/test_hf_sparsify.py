@@ -102,6 +102,20 @@ def test_everything_is_put_back() -> None:
         restore(model)
 
 
+def test_a_configuration_that_differs_by_layer_is_put_back() -> None:
+    """Gemma 4 and its kin: reading such a setting, or comparing two configurations, raises in transformers."""
+    gemma4 = pytest.importorskip("transformers.models.gemma4")
+    sizes = {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16, "vocab_size_per_layer_input": 50}
+    kinds = ["sliding_attention", "full_attention"]
+    config = gemma4.Gemma4TextConfig(**SMALL | sizes, layer_types=kinds, hidden_size_per_layer_input=8)
+    model = gemma4.Gemma4TextModel(config).eval()
+    dense = out(model)
+    for restores in (lambda: restore(sparsify(model, fl.window(2, 0))), lambda: under(model, fl.window(2, 0))):
+        restores()
+        assert model.config is config
+        assert torch.equal(out(model), dense)
+
+
 def test_a_failed_call_changes_nothing() -> None:
     model = bert()
     dense, before = out(model), model.config._attn_implementation

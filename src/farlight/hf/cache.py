@@ -100,10 +100,11 @@ class SparseCache(Cache):
             _switch(model_or_config, config, pattern)
             switched: Any = model_or_config.config  # a switched model has a new configuration
             config = switched.get_text_config(decoder=True)
-        heads = config.num_attention_heads
-        options = {"max_length": max_length, "heads": heads, "dtype": dtype, "keep_back": keep_back}
+        options = {"max_length": max_length, "dtype": dtype, "keep_back": keep_back}
         layers = [
-            cache_utils.DummyLayer() if rule is None else SparseLayer(config, rule, patterns.get(n), n, options)
+            cache_utils.DummyLayer()
+            if rule is None
+            else SparseLayer(config, rule, patterns.get(n), n, options | {"heads": _heads(config, n)})
             for n, rule in enumerate(rules)
         ]
         super().__init__(layers=layers)
@@ -245,6 +246,13 @@ class SparseCache(Cache):
                 "SparseCache: the choice of batch items was interrupted, so that layers hold different texts; call "
                 "cache.reset() and begin again."
             )
+
+
+def _heads(config: Any, layer: int) -> int:
+    """The query heads of a layer."""
+    differs_by_layer = getattr(config, "is_heterogeneous", False)
+    heads: int = (config.per_layer_config[layer] if differs_by_layer else config).num_attention_heads
+    return heads
 
 
 def _switch(model: nn.Module, config: Any, pattern: LayerPattern | Mapping[int, LayerPattern]) -> None:
