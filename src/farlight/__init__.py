@@ -114,3 +114,8 @@ __all__ = [
     "strided",
     "window",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names and the version: no submodules that are not among them."""
+    return sorted([*__all__, "__version__"])

@@ -94,6 +94,14 @@ def test_completion_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--install-completion" in out
 
 
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_the_list_of_commands_is_not_cut(columns: str) -> None:
+    code = "import sys; sys.argv = ['farlight']\nfrom farlight_command import main; main()"
+    lines = shell(code, COLUMNS=columns).stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in lines] == COMMANDS
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
 @pytest.mark.parametrize(
     "text, number",
     [("10k", 10_000), ("1M", 10**6), ("1.5k", 1500), ("64Ki", 2**16), ("2G", 2 * 10**9), ("16_384", 16384), ("1,000", 1000)],

@@ -209,6 +209,14 @@ def test_an_index_by_the_command(folder: Path, place: Path, tmp_path: Path, caps
     assert code == 0
     assert "4 documents, 0 of them read now" in out
     assert f"1. {hits[0]['score']:.3f}" in out
+    code, out, err = run(capsys, folder / "a.text", *options)  # a mistyped name is no success, whatever the index holds
+    assert (code, out) == (2, "")
+    assert "none of the documents can be read; the first: text " in err
+    many = folder / "d.jsonl"
+    many.write_text('{"body": "x"}\n' * 30)
+    code, report, err = run(capsys, many, folder / "a.txt", *options)
+    assert (code, len(report["skipped"]), len(err.splitlines())) == (0, 30, 11)
+    assert err.endswith("more documents, which are counted below; --json lists them all.\n")
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,15 @@ def test_layers_may_have_patterns_of_their_own() -> None:
     assert cache.nbytes == sum(layer.cache.nbytes for layer in cache.layers)
 
 
+def test_a_cache_prints_as_one_line() -> None:
+    model = model_of("llama")
+    cache = fl.hf.SparseCache(model, {0: fl.presets.streaming(2, 3)})
+    assert repr(cache) == "SparseCache(3 layers, each with 0 of 0 keys; 0 bytes)"
+    with torch.no_grad():
+        model(torch.arange(1, 41)[None], past_key_values=cache)
+    assert repr(cache) == f"SparseCache(3 layers, each with 4 to 40 of 40 keys; {cache.nbytes:,} bytes)"
+
+
 def test_sliding_layers_forget_what_slides_out() -> None:
     model = model_of("qwen, some layers slide")
     cache = fl.hf.SparseCache(model)

@@ -178,10 +178,11 @@ def test_a_converted_pattern_is_compiled_and_batched() -> None:
     torch.testing.assert_close(compiled(q[0]), wanted[0])
 
 
-@pytest.mark.parametrize("module", ["hf", "presets", "routing", "nn", "score"])
+@pytest.mark.parametrize("module", ["", "distributed", "hf", "presets", "routing", "nn", "score"])
 def test_dir_shows_the_public_names(module: str) -> None:
-    face = getattr(fl, module)
-    optional = ["SparseCache"] if module == "hf" else []  # needs transformers, so that import * leaves it out
+    face = getattr(fl, module) if module else fl
+    # SparseCache needs transformers, so that import * leaves it out.
+    optional = {"hf": ["SparseCache"], "": ["__version__"]}.get(module, [])
     assert dir(face) == sorted([*face.__all__, *optional])
     assert all(hasattr(face, name) for name in dir(face))
 

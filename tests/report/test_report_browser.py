@@ -757,7 +757,7 @@ def test_several_patterns_stand_side_by_side(chromium: browser.Page, tmp_path: P
     for texts, world, reach in zip(told, worlds, reaches, strict=True):
         assert texts[2] == f"{world.hops:.2f} hops on average"
         assert reach.capacity is not None
-        assert texts[3] == f"{round(reach.capacity.bottleneck)} tokens share one relay"
+        assert texts[3] == f"tokens that share one relay: {round(reach.capacity.bottleneck)}"
     ink = """
     return [...document.querySelectorAll("#gallery canvas")].map((c) => {
       const side = c.width / 64, data = c.getContext("2d").getImageData(0, 0, c.width, c.width).data;

@@ -77,16 +77,17 @@ def _app() -> Any:
     ) -> None:
         pass  # keeps `farlight audit` a subcommand even when it is the only one
 
-    for name, command, examples in (
-        ("audit", audit.audit_command, audit.EXAMPLES),
-        ("bench", bench.bench_command, bench.EXAMPLES),
-        ("doctor", doctor.doctor_command, doctor.EXAMPLES),
-        ("embed", embed.embed_command, embed.EXAMPLES),
-        ("map", map.map_command, map.EXAMPLES),
-        ("recall", recall.recall_command, recall.EXAMPLES),
+    # The line of the list of commands; a docstring's first sentence would be cut at 80 columns.
+    for name, command, examples, line in (
+        ("audit", audit.audit_command, audit.EXAMPLES, "What sparse patterns save and lose on a text."),
+        ("bench", bench.bench_command, bench.EXAMPLES, "Time patterns beside torch's full attention."),
+        ("doctor", doctor.doctor_command, doctor.EXAMPLES, "Which backends run here, and why others cannot."),
+        ("embed", embed.embed_command, embed.EXAMPLES, "Find the passages that answer a query."),
+        ("map", map.map_command, map.EXAMPLES, "How far information travels under a pattern."),
+        ("recall", recall.recall_command, recall.EXAMPLES, "Whether a model still answers from far back."),
     ):
         epilog = "Examples:\n\n\b\n" + "\n".join(examples)  # \b: lines stay as they are
-        app.command(name, epilog=epilog, context_settings=settings)(_with_library(command))
+        app.command(name, epilog=epilog, short_help=line, context_settings=settings)(_with_library(command))
     return app
 
 

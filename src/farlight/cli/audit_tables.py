@@ -127,8 +127,9 @@ def audit_lines(result: Audit, width: int | None) -> list[str]:
     heads = f"{result.heads} heads of {result.head_dim}"
     own = "" if result.own == "full()" else f", its own mask {result.own}"
     shared = f" ({result.kv_heads} for keys)" if result.kv_heads != result.heads else ""
+    threads = f"{result.threads} thread{'s' * (result.threads != 1)}"
     before = [
-        f"{result.model}: {result.layers} layers, {heads}{shared}{own} | {result.threads} threads | backend {result.backend}",
+        f"{result.model}: {result.layers} layers, {heads}{shared}{own} | {threads} | backend {result.backend}",
         f"{result.text}: {result.tokens:,} tokens, judged on {result.passages} passages of {result.passage_tokens}",
     ]
     after = ["", *_suffered_lines(result), *_loss_lines(result), *_failures(result), *_legend(result)]

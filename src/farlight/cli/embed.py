@@ -34,6 +34,7 @@ EXAMPLES = (
 )
 _TRACE_STEP = "finding what was looked at"
 _WORDS = 6
+_MAX_NOTES = 10
 
 
 def embed_command(
@@ -146,9 +147,12 @@ def _load(
 
 
 def _note(name: str, error: FarlightError, skipped: list[dict[str, str]]) -> None:
-    """Note a document that is skipped, on standard error and in the result."""
+    """Note a document that is skipped in the result, and the first ones on standard error: a wrong --field fails every line."""
     skipped.append({"document": name, "why": str(error)})
-    print(f"farlight: skipped: {error}", file=sys.stderr, flush=True)
+    if len(skipped) <= _MAX_NOTES:
+        print(f"farlight: skipped: {error}", file=sys.stderr, flush=True)
+    elif len(skipped) == _MAX_NOTES + 1:
+        print("farlight: skipped: more documents, which are counted below; --json lists them all.", file=sys.stderr, flush=True)
 
 
 def _readable(documents: Iterator[Document], skipped: list[dict[str, str]]) -> list[tuple[str, str]]:

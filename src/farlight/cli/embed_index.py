@@ -44,35 +44,38 @@ def read_into_index(
     if ranks is not None:
         ranks.publish("opened", True)
     skipped: list[tuple[str, str]] = []
+    seen = 0
 
     def skip(name: str, error: FarlightError) -> None:
         skipped.append((name, str(error)))
         if ranks is None or not ranks.rank:  # the first rank notes those of all
             note(name, error)
 
+    def readable() -> Iterator[tuple[str, str]]:
+        nonlocal seen
+        for document in documents:
+            seen += 1
+            if document.error is not None:
+                skip(document.name, document.error)
+            else:
+                yield document.name, document.text
+
     progress.start(["reading"] * files)
-    added = index.add(_readable(documents, skip), step=lambda name: progress.step("reading"), skip=skip)
+    added = index.add(readable(), step=lambda name: progress.step("reading"), skip=skip)
     if ranks is not None:
-        ranks.publish("done", [added, skipped])
+        ranks.publish("done", [added, seen, skipped])
         if ranks.rank:
             return None
         others = [ranks.wait_for("done", rank) for rank in range(1, ranks.world)]
-        added += sum(count for count, _ in others)
-        for name, why in (pair for _, pairs in others for pair in pairs):
+        added += sum(count for count, _, _ in others)
+        seen += sum(count for _, count, _ in others)
+        for name, why in (pair for _, _, pairs in others for pair in pairs):
             skip(name, FarlightError(why))
         index = Index(folder, embedder)  # with the pieces of the others
-    if skipped and not len(index):
+    if skipped and len(skipped) == seen:
         raise ArgumentError(f"none of the documents can be read; the first: {skipped[0][1]}")
     done = {"index": str(folder), "documents": len(index), "added": added}
     return index, done | {"passage_tokens": index.settings["passage"]}
-
-
-def _readable(documents: Iterator[Document], skip: Callable[[str, FarlightError], None]) -> Iterator[tuple[str, str]]:
-    for document in documents:
-        if document.error is not None:
-            skip(document.name, document.error)
-        else:
-            yield document.name, document.text
 
 
 def answer_of_index(index: Index, text: str, vector: Tensor, top: int) -> dict[str, Any]:

@@ -32,9 +32,7 @@ def read_text(path: Path | None) -> tuple[str, str]:
         with path.open("rb") as file:
             data = file.read(_MAX_TEXT_BYTES + 1)
     except FileNotFoundError:
-        raise ArgumentError(
-            f"text {name!r}: no such file. Give the path of a text file, or none for Python's manual."
-        ) from None
+        raise ArgumentError(f"text {name!r}: no such file. Give the path of a text file.") from None
     except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
         why = getattr(error, "strerror", None) or error
         raise ArgumentError(f"text {name!r} cannot be read: {why}. Give a file you may read.") from error

@@ -5,3 +5,8 @@ from farlight.distributed.communication import Communication, communication
 from farlight.distributed.layout import Layout
 
 __all__ = ["Communication", "Layout", "attention", "communication"]
+
+
+def __dir__() -> list[str]:
+    """The public names alone: no submodules, no imports."""
+    return sorted(__all__)

@@ -129,6 +129,13 @@ class SparseCache(Cache):
         self._end_step()
         return max(layer.cache.kept for layer in self._sparse_layers)
 
+    def __repr__(self) -> str:
+        nbytes, caches = self.nbytes, [layer.cache for layer in self._sparse_layers]
+        least, most = min(cache.kept for cache in caches), self.kept
+        kept = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+        layers = f"{len(caches)} layer{'s' * (len(caches) != 1)}"
+        return f"SparseCache({layers}, each with {kept} of {caches[0].length:,} keys; {nbytes:,} bytes)"
+
     # ---- steps -----------------------------------------------------------------------------------------------------------
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -90,7 +90,8 @@ class Fit:
     def __str__(self) -> str:
         rows = list(head_rows(self))
         lines = [
-            f"heads {heads}: {links:.1%} of their links keep {kept:.1%}  {text if len(text) <= 80 else text[:79] + '…'}"
+            f"head{'s' * (not heads.isdecimal())} {heads}: {links:.1%} of the links keep {kept:.1%}  "
+            + (text if len(text) <= 80 else text[:79] + "…")
             for heads, text, links, kept in rows[:_PRINTED]
         ]
         more = [f"… {len(rows) - _PRINTED} more patterns"] if len(rows) > _PRINTED else []

@@ -120,7 +120,7 @@ class SmallWorld:
             ),
             ("spectral gap", _gap(self.spectral_gap, self.spectral_gap_margin), "0 = falls apart, 1 = mixes in one step"),
             ("sigma", f"{self.sigma:,.4g}", "far above 1 in a small world"),
-            ("omega", f"{self.omega:.2f}", "near 0 in a small world, 1 random, -1 lattice"),
+            ("omega", f"{self.omega:z.2f}", "near 0 in a small world, 1 random, -1 lattice"),
         ]
 
     def __str__(self) -> str:

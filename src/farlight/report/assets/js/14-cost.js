@@ -56,7 +56,7 @@
     const axis = axes(svg, [[first, full(first)], [known.tokens, known.full_seconds], ...measured], (value) => FL.say(value < 1 ? "unit.ms" : "unit.seconds", { value: FL.short(value < 1 ? value * 1000 : value) }));
     svg.append(FL.svg("path", { class: "full", d: line([[first, full(first)], [known.tokens, full(known.tokens)]], axis) }));
     svg.append(FL.svg("circle", { class: "point", cx: axis.x(at), cy: axis.y(full(at)), r: 5 }));
-    svg.append(FL.svg("text", { class: "label soft", x: axis.x(known.tokens) - 12, y: axis.y(full(known.tokens)) + 6, "text-anchor": "end" }, FL.say("cost.predicted")));
+    svg.append(FL.svg("text", { class: "label soft", x: axis.x(known.tokens) - 14, y: axis.y(full(known.tokens)) - 4, "text-anchor": "end" }, FL.say("cost.predicted")));
     patterns.forEach((row, p) => {
       const one = row.audit.long_text, mine = p === FL.state.pattern;
       if (!one.seconds) return;
