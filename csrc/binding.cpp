@@ -26,14 +26,13 @@ void run_handlers() {
   if (PyErr_CheckSignals() != 0) throw nb::python_error();
 }
 
-// The part of a call that forward and backward share. shape: (batch, heads, kv_heads, dim, value_dim); dropout: (threshold,
-// seed low, seed high), threshold 0 for none; keep_scale: 1 / (1 - p).
+// The part of a call that forward and backward share, without the plan's tables. shape: (batch, heads, kv_heads, dim,
+// value_dim); dropout: (threshold, seed low, seed high), threshold 0 for none; keep_scale: 1 / (1 - p).
 Call prepare(NativePlan& plan, int type, const std::vector<int64_t>& shape, double scale, const std::vector<int64_t>& dropout,
              double keep_scale) {
   if (shape.size() != 5 || dropout.size() != 3) throw std::invalid_argument("shape has 5 numbers, dropout 3");
   if (type != 0 && type != 1) throw std::invalid_argument("type is 0 (float32) or 1 (bfloat16)");
   Call call{};
-  call.plan = &plan.tables().view();
   call.type = call.out_type = static_cast<Type>(type);
   call.batch = shape[0], call.heads = shape[1], call.kv_heads = shape[2];
   call.dim = shape[3], call.value_dim = shape[4];
@@ -77,7 +76,13 @@ int64_t forward(NativePlan& plan, int type, int out_type, const std::vector<int6
   const Kernels& kernels_of_isa = kernels();
   InterruptCheck interrupt = signal_check();
   const nb::gil_scoped_release release;
-  const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads);
+  const bool is_plain = !call.terms.on && !call.terms.sinks && !call.dropout.on;
+  if (const ContentPattern* pattern = plan.visited_rows(); pattern && is_plain) {
+    run_row_visits(kernels_of_isa, call, *pattern, threads, interrupt);
+    return plan.take_grown_bytes();
+  }
+  const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads, false, threads, interrupt);
+  call.plan = &plan.tables(threads, interrupt).view();
   run_forward(kernels_of_isa, call, *schedule, threads, interrupt);
   return plan.take_grown_bytes();
 }
@@ -98,7 +103,8 @@ int64_t backward(NativePlan& plan, int type, int out_type, const std::vector<int
   const Kernels& kernels_of_isa = kernels();
   InterruptCheck interrupt = signal_check();
   const nb::gil_scoped_release release;
-  const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads);
+  const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads, true, threads, interrupt);
+  call.plan = &plan.tables(threads, interrupt).view();
   run_backward(kernels_of_isa, call, *schedule, reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), threads, interrupt);
   return plan.take_grown_bytes();
 }

@@ -117,7 +117,9 @@ void recent(const std::vector<int64_t>& sizes, const std::vector<int64_t>& addre
 void bind_content(nb::module_& m) {
   nb::class_<ChosenLists>(m, "ChosenLists")
       .def_ro("width", &ChosenLists::width)
-      .def("copy_to", [](const ChosenLists& lists, int64_t address) { lists.copy_to(reinterpret_cast<int64_t*>(address)); });
+      .def("copy_to", [](const ChosenLists& lists, int64_t address, int threads) {
+        lists.copy_to(reinterpret_cast<int64_t*>(address), threads);
+      });
   m.def("choose", &choose);
   m.def("lost", &lost);
   m.def("nearest", &nearest);

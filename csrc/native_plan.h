@@ -4,6 +4,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "binding.h"
@@ -27,32 +28,42 @@ class NativePlan {
   NativePlan(const NativePlan&) = delete;
   NativePlan& operator=(const NativePlan&) = delete;
 
-  const Tables& tables() const { return tables_; }
-  bool overlapping() const { return tables_.overlapping; }
-  bool covers_all_rows() const { return tables_.covers_all_rows(); }
+  // The tables; those of rows that are visited are planned by the first call that needs them.
+  const Tables& tables(int threads, InterruptCheck& interrupt);
+  bool overlapping() const { return !visited_rows_ && tables_.overlapping; }
+  bool covers_all_rows() const { return visited_rows_ || tables_.covers_all_rows(); }
   const ContentCounts& counts() const { return counts_; }
+  // The pattern whose forward passes visit key groups row by row (content/row_visits.h); else null.
+  const ContentPattern* visited_rows() const { return visited_rows_ ? &*visited_rows_ : nullptr; }
+  int64_t bytes() const { return bytes_; }
 
-  std::shared_ptr<const Schedule> schedule(int64_t batch, int64_t heads, int64_t kv_heads) {
+  // The schedule of a forward pass, or of both passes.
+  std::shared_ptr<const Schedule> schedule(int64_t batch, int64_t heads, int64_t kv_heads, bool with_backward, int threads,
+                                           InterruptCheck& interrupt) {
+    const Tables& tables = this->tables(threads, interrupt);
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!schedule_ || schedule_->batch != batch || schedule_->heads != heads || schedule_->kv_heads != kv_heads) {
-      auto fresh = std::make_shared<const Schedule>(tables_, batch, heads, kv_heads);
-      grown_bytes_ += fresh->bytes() - (schedule_ ? schedule_->bytes() : 0);
-      schedule_ = std::move(fresh);
-    }
+    const int64_t before = schedule_ ? schedule_->bytes() : 0;
+    if (!schedule_ || schedule_->batch != batch || schedule_->heads != heads || schedule_->kv_heads != kv_heads)
+      schedule_ = std::make_shared<Schedule>(tables, batch, heads, kv_heads);
+    if (with_backward && !schedule_->has_backward()) schedule_->order_backward();
+    grown_bytes_ += schedule_->bytes() - before;
     return schedule_;
   }
-  // Growth of the schedule's memory in bytes since the previous call of this function, for the plan's byte accounting.
+  // Growth of the memory of tables and schedule since the previous call of this function, for the plan's byte accounting.
   int64_t take_grown_bytes() { return grown_bytes_.exchange(0, std::memory_order_relaxed); }
 
  private:
   // Appends the tables of a farlight.plan.tables.Plan.
   void read(nanobind::handle plan);
 
-  std::atomic<int64_t> grown_bytes_{0};
+  std::atomic<int64_t> grown_bytes_{0}, bytes_{0};  // bytes_: of the tables
   Tables tables_;
+  std::optional<const ContentPattern> visited_rows_;  // its clauses' tables are the caller's
+  std::atomic<bool> is_planned_{true};                // `tables_` are there
+  int64_t gather_ = 0;
   ContentCounts counts_;  // of a content pattern; else zero
   std::mutex mutex_;
-  std::shared_ptr<const Schedule> schedule_;
+  std::shared_ptr<Schedule> schedule_;
 };
 
 // A content pattern from (batch, heads, n_q, n_k, q_offset) and its clauses, 14 numbers each.

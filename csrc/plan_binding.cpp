@@ -5,6 +5,7 @@
 #include <string>
 
 #include "content/label_piece.h"
+#include "content/row_visits.h"
 #include "native_plan.h"
 
 namespace nb = nanobind;
@@ -122,6 +123,7 @@ ContentPattern content_pattern_of(const std::vector<int64_t>& sizes, const std::
 NativePlan::NativePlan(nb::handle plan) {
   read(plan);
   tables_.finish();
+  bytes_ = tables_.bytes();
 }
 
 NativePlan::NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, int64_t gather,
@@ -129,7 +131,29 @@ NativePlan::NativePlan(const std::vector<int64_t>& sizes, const std::vector<std:
   const ContentPattern pattern = content_pattern_of(sizes, clauses);
   InterruptCheck interrupt = signal_check();
   const nb::gil_scoped_release release;
+  if (const auto counts = visits_of_rows(pattern, gather, threads, interrupt)) {
+    visited_rows_.emplace(pattern);
+    counts_ = *counts;
+    gather_ = gather;
+    is_planned_ = false;
+    return;
+  }
   plan_content(pattern, gather, threads, interrupt, tables_, counts_);
+  bytes_ = tables_.bytes();
+}
+
+const Tables& NativePlan::tables(int threads, InterruptCheck& interrupt) {
+  if (is_planned_) return tables_;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (is_planned_) return tables_;
+  Tables fresh;
+  ContentCounts ignored;  // of tiles
+  plan_content(*visited_rows_, gather_, threads, interrupt, fresh, ignored);
+  tables_ = std::move(fresh);
+  bytes_ = tables_.bytes();
+  grown_bytes_ += bytes_;
+  is_planned_ = true;
+  return tables_;
 }
 
 NativePlan::NativePlan(nb::handle fixed, const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& pieces,
@@ -148,6 +172,7 @@ NativePlan::NativePlan(nb::handle fixed, const std::vector<int64_t>& sizes, cons
     add_label_piece(piece, sizes[0] * sizes[1] / (piece.batch * piece.heads), threads, interrupt, tables_, counts_);
   tables_.overlapping = tables_.overlapping || tables_.pieces.size() > 1;
   tables_.finish();
+  bytes_ = tables_.bytes();
 }
 
 void NativePlan::read(nb::handle plan) {
@@ -168,14 +193,18 @@ void bind_plan(nb::module_& m) {
       .def(nb::init<nb::handle, const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&, int>(), "fixed"_a.none(),
            "sizes"_a, "pieces"_a, "threads"_a)
       .def(nb::init<const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&, int64_t, int>())
-      .def_prop_ro("nbytes", [](const NativePlan& plan) { return plan.tables().bytes(); })
+      .def_prop_ro("nbytes", &NativePlan::bytes)
       .def_prop_ro("overlapping", &NativePlan::overlapping)
       .def_prop_ro("covers_all_rows", &NativePlan::covers_all_rows)
+      .def_prop_ro("visits_rows", [](const NativePlan& plan) { return plan.visited_rows() != nullptr; })
       .def_prop_ro("pairs", [](const NativePlan& plan) { return plan.counts().pairs; })
       .def_prop_ro("visited", [](const NativePlan& plan) { return plan.counts().visited; })
-      .def("dense", [](const NativePlan& plan, int64_t batch, int64_t heads, int64_t address) {
-        plan.tables().check_heads(batch, heads);
-        plan.tables().dense(batch, heads, reinterpret_cast<uint8_t*>(address));
+      .def("dense", [](NativePlan& plan, int64_t batch, int64_t heads, int64_t address) {
+        InterruptCheck no_interrupt(nullptr);
+        const nb::gil_scoped_release release;
+        const Tables& tables = plan.tables(1, no_interrupt);
+        tables.check_heads(batch, heads);
+        tables.dense(batch, heads, reinterpret_cast<uint8_t*>(address));
       });
 }
 

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "content/row_visits.h"
 #include "dkdv_reduction.h"
 #include "memory.h"
 #include "parallel.h"
@@ -171,6 +172,29 @@ void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, in
                       scratch(bytes, kernels.zeroed_bytes, call_id));
     });
   }
+}
+
+void run_row_visits(const Kernels& kernels, const Call& call, const ContentPattern& pattern, int threads,
+                    InterruptCheck& interrupt) {
+  if (pattern.batch != call.batch || pattern.heads != call.heads)
+    throw MalformedPlan("the plan is for " + std::to_string(pattern.batch) + " batch items and " +
+                        std::to_string(pattern.heads) + " heads, but q has " + std::to_string(call.batch) + " and " +
+                        std::to_string(call.heads));
+  constexpr int64_t min_items = 8;  // for each thread, so that all finish at about the same time
+  const int64_t lines = call.batch * call.heads;
+  int64_t rows = kVisitRows;
+  while (rows > 2 * kRows && lines * ((pattern.n_q + rows - 1) / rows) < min_items * threads) rows /= 2;
+  const int64_t parts = (pattern.n_q + rows - 1) / rows, bytes = kernels.visit_scratch_bytes(call, rows);
+  const uint64_t call_id = next_call_id();
+  advise_huge_pages(call.result, rows_bytes(call, call.out_type, call.heads, pattern.n_q, call.result_dim));
+  parallel_for(lines * parts, threads, interrupt, [&](int64_t i) {
+    thread_local VisitTable table;
+    const int64_t line = i / parts, first = i % parts * rows;
+    RowVisits visits{line / call.heads, line % call.heads, first, std::min(rows, pattern.n_q - first),
+                     pattern.n_q,       pattern.n_k,       0,     nullptr, nullptr, nullptr};
+    table.fill(pattern, visits);
+    kernels.forward_visits(call, visits, scratch(bytes, 0, call_id));
+  });
 }
 
 void run_backward(const Kernels& kernels, Call call, const Schedule& schedule, void* dk, void* dv, int threads,

@@ -1,6 +1,7 @@
 // One call of attention, forward or backward: all work items of a schedule on all threads.
 #pragma once
 
+#include "content/plan_content.h"
 #include "parallel.h"
 #include "schedule.h"
 #include "views.h"
@@ -9,6 +10,10 @@ namespace farlight {
 
 // Forward: writes call.result (out) and call.lse.
 void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads, InterruptCheck& interrupt);
+
+// Forward without terms or dropout, straight from the clauses of a content pattern (content/row_visits.h): writes the same.
+void run_row_visits(const Kernels& kernels, const Call& call, const ContentPattern& pattern, int threads,
+                    InterruptCheck& interrupt);
 
 // Backward: writes call.result (dq) and all of dk and dv, contiguous (B, H_kv, n_k, D) of the call's dtype. Deterministic: the
 // result is the same bit for bit for any number of threads.

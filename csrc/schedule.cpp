@@ -55,7 +55,6 @@ Schedule::Schedule(const Tables& tables, int64_t batch, int64_t heads, int64_t k
   }
   phases.resize(tables.overlapping ? std::max<size_t>(1, tables.pieces.size()) : 1);
   order_forward();
-  order_backward();
 }
 
 int64_t Schedule::bytes() const {

@@ -40,6 +40,10 @@ class Schedule {
   std::vector<int32_t> parts;                       // initial counter of each split tile: its number of parts
   int64_t cost = 0;  // (visited keys + kTileOverhead) summed over row blocks: the cost model's estimate of a call
 
+  // Orders the backward pass: Phase::backward, the slabs and the key blocks, which a call without gradients does not need.
+  void order_backward();
+  bool has_backward() const { return !key_block_sets_.empty(); }
+
   int64_t bytes() const;  // memory held
   const std::vector<std::pair<int64_t, int64_t>>& unwritten_rows() const { return tables_.unwritten_rows(); }
   int64_t groups() const { return batch * kv_heads; }
@@ -56,7 +60,6 @@ class Schedule {
   }
   int64_t cost_of(const WorkItem& item) const;
   void order_forward();
-  void order_backward();
   void cut_slabs(int64_t slabs);
   int64_t find_key_blocks();
   void mark_key_blocks(const WorkItem& item, std::vector<uint8_t>& touched) const;

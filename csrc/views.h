@@ -151,6 +151,24 @@ struct WorkItem {
   int32_t piece, batch, head, entry;
 };
 
+// Rows that each visit key groups of their own: kVisitKeys keys from a multiple of kVisitKeys on.
+constexpr int kVisitKeys = 16;
+
+// A row, counted from the first of its group of rows, and which keys of the key group it sees: a bit per key, at least one.
+struct Visit {
+  uint16_t row, keys;
+};
+
+// The visits of the rows [first_row, first_row + rows) of one (batch item, query head), by key group, ascending; those of key
+// group group[g] end at ends[g].
+struct RowVisits {
+  int64_t batch, head, first_row, rows;
+  int64_t n_q, n_k;
+  int64_t groups;
+  const int32_t *group, *ends;
+  const Visit* visit;
+};
+
 struct DecodeKernels;  // decode.h
 
 // The kernels of one ISA.
@@ -161,6 +179,9 @@ struct Kernels {
   // `next` is the item that this thread will probably run afterwards, for prefetching; may be null.
   void (*forward)(const Call&, const WorkItem&, const WorkItem* next, char* scratch);
   void (*backward)(const Call&, const WorkItem&, const WorkItem* next, const DkDvBlocks&, char* scratch);
+  // Attention without terms or dropout over visits (kernel/visits.h), and its scratch memory for so many rows.
+  void (*forward_visits)(const Call&, const RowVisits&, char* scratch);
+  int64_t (*visit_scratch_bytes)(const Call&, int64_t rows);
   // Adds `count` accumulator blocks into the first one and writes `rows` rows of `dim` elements of `type`; out may alias
   // blocks[0].
   void (*reduce)(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out);

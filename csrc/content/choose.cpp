@@ -36,6 +36,10 @@ class Chooser : QueryBlocks {
     s.queries.resize(kScoreRows * summaries_.dim());
     s.scores.resize(kRowSlots * ld_);
     s.weights.resize(ld_);
+    const int64_t first = item * lists_per_item(), last = std::min(first + lists_per_item(), num_lists_);
+    to.counts.reserve(last - first);
+    if (p_.budget != BudgetKind::kMass)
+      to.blocks.reserve((last - first) * (wanted(b, last - 1) + end_of_forced(last - 1) - scored(last - 1)));
     if (p_.score == BlockScore::kSoftmax) pooled(s, b, h, item, to);
     else representatives(s, b, h, item * kScoreRows, to);
   }
@@ -78,17 +82,18 @@ class Chooser : QueryBlocks {
   // score = mean or minmax: one vector for each of the query blocks u0, ..., u0 + kScoreRows - 1.
   void representatives(Scratch& s, int64_t b, int64_t h, int64_t u0, ChosenLists::Part& to_lists) const {
     const int64_t count = std::min(kScoreRows, num_lists_ - u0);
-    int64_t width = 0;
-    for (int64_t u = u0; u < u0 + count; ++u) width = std::max(width, scored(u));
+    int64_t width = 0;  // 0 where nothing has to be scored
+    for (int64_t u = u0; u < u0 + count; ++u)
+      if (!takes_all(b, u)) width = std::max(width, scored(u));
     const int64_t padded = (width + kPanel - 1) / kPanel * kPanel;
     s.total.assign(choosing_heads() > 1 ? kScoreRows * ld_ : 0, 0.0f);
     bool has_query[kScoreRows] = {};
     for (int64_t head = first_head(h); head < first_head(h) + choosing_heads(); ++head) {
       const float* row[kRowSlots];
       for (int64_t r = 0; r < kRowSlots; ++r) {
-        float* to = s.queries.data() + (r < count ? r : 0) * summaries_.dim();
-        if (r < count) has_query[r] = represent(s, b, head, u0 + r, to);
-        row[r] = to;
+        row[r] = r < count ? represent(s, b, head, u0 + r, s.queries.data() + r * summaries_.dim()) : nullptr;
+        if (r < count) has_query[r] = row[r] != nullptr;
+        if (!row[r]) row[r] = s.queries.data();
       }
       if (!width) continue;
       kernels_.block_scores(row, count, summaries_.panels_of(p_, b, kv_head(h)), padded / kPanel, summaries_.dim(),
@@ -107,9 +112,15 @@ class Chooser : QueryBlocks {
     }
   }
 
-  // The vector of a query block: causal, its first real query; else the mean of its real queries. False without a real query.
-  bool represent(Scratch& s, int64_t b, int64_t head, int64_t u, float* to) const {
+  // The vector of a query block: causal, its first real query; else the mean of its real queries. It is formed in `to` unless it
+  // stands in q itself. Null without a real query.
+  const float* represent(Scratch& s, int64_t b, int64_t head, int64_t u, float* to) const {
     const bool bounds = p_.score == BlockScore::kMinMax;
+    if (p_.type == Type::f32 && !bounds && (p_.causal || p_.query_block == 1)) {
+      for (int64_t r = first_row(u); r < last_row(u); ++r)
+        if (real(b, r)) return static_cast<const float*>(p_.q.data) + b * p_.q.batch + head * p_.q.head + r * p_.q.row;
+      return nullptr;
+    }
     int64_t rows = 0;
     std::fill_n(to, p_.dim, 0.0f);
     for (int64_t r = first_row(u); r < last_row(u) && !(p_.causal && rows); ++r) {
@@ -124,7 +135,7 @@ class Chooser : QueryBlocks {
       to[d] = bounds ? std::max(x, 0.0f) : x;
       if (bounds) to[p_.dim + d] = std::min(x, 0.0f);
     }
-    return rows > 0;
+    return rows ? to : nullptr;
   }
 
   // Null where every scored block is full: their equal log sizes cancel in the softmax.
@@ -136,7 +147,7 @@ class Chooser : QueryBlocks {
     s.chosen.clear();
     if (has_query) {
       if (p_.budget == BudgetKind::kMass) take_mass(s, b, scored(u), weights);
-      else take(s, b, scored(u), wanted(b, u), weights);
+      else take(s, b, scored(u), wanted(b, u), takes_all(b, u), weights);
     }
     append_list(b, u, has_query, s.chosen.data(), static_cast<int64_t>(s.chosen.size()), to);
   }
@@ -163,12 +174,17 @@ class Chooser : QueryBlocks {
   // Whether every scored block is chosen, whatever its score.
   bool takes_all(int64_t b, int64_t u) const { return p_.budget != BudgetKind::kMass && wanted(b, u) == visible(b, u); }
 
-  // The `count` best of the scored blocks.
-  void take(Scratch& s, int64_t b, int64_t width, int64_t count, const float* weights) const {
+  // The `count` best of the scored blocks; is_all: they are all that are visible.
+  void take(Scratch& s, int64_t b, int64_t width, int64_t count, bool is_all, const float* weights) const {
     if (!count) return;
+    const int32_t* sizes = p_.key_mask ? summaries_.sizes(p_, b) : nullptr;
+    if (is_all) {
+      for (int64_t c = 0; c < width; ++c)
+        if (!sizes || sizes[c]) s.chosen.push_back(static_cast<int32_t>(c));
+      return;
+    }
     s.keys.resize(ld_);
     s.chosen.resize(count);
-    const int32_t* sizes = p_.key_mask ? summaries_.sizes(p_, b) : nullptr;
     kernels_.select_largest(weights, sizes, width, count, s.keys.data(), s.chosen.data());
   }
 
@@ -192,16 +208,25 @@ class Chooser : QueryBlocks {
 
 }  // namespace
 
-void ChosenLists::copy_to(int64_t* indices) const {
+void ChosenLists::copy_to(int64_t* indices, int threads) const {
+  std::vector<int64_t> first;  // list of each part
+  int64_t lists = 0;
   for (const Part& part : parts) {
-    const int32_t* block = part.blocks.data();
-    for (const int32_t count : part.counts) {
-      std::copy(block, block + count, indices);
-      std::fill(indices + count, indices + width, -1);
-      block += count;
-      indices += width;
-    }
+    first.push_back(lists);
+    lists += static_cast<int64_t>(part.counts.size());
   }
+  advise_huge_pages(indices, lists * width * static_cast<int64_t>(sizeof(int64_t)));
+  InterruptCheck no_interrupt(nullptr);
+  parallel_for(static_cast<int64_t>(parts.size()), threads, no_interrupt, [&](int64_t i) {
+    const int32_t* block = parts[i].blocks.data();
+    int64_t* to = indices + first[i] * width;
+    for (const int32_t count : parts[i].counts) {
+      std::copy(block, block + count, to);
+      std::fill(to + count, to + width, -1);
+      block += count;
+      to += width;
+    }
+  });
 }
 
 namespace {

@@ -40,7 +40,7 @@ struct ChosenLists {
   int64_t width = 0;  // length of the longest list
   std::vector<Part> parts;
   // Writes (lists, width) indices, padded with -1.
-  void copy_to(int64_t* indices) const;
+  void copy_to(int64_t* indices, int threads) const;
 };
 
 ChosenLists choose_blocks(const Kernels& kernels, const ChoiceProblem& problem, int threads, InterruptCheck& interrupt);

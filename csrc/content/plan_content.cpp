@@ -141,7 +141,7 @@ class ChunkPlanner {
   const int64_t gather_;
   ChunkTables& to_;
   RowMasks masks_;
-  TileClauses clauses_;
+  TileClauses<RowMasks> clauses_;
   int count_ = 0;
   uint32_t all_ = 0;  // the rows of the tile
   std::vector<Run> runs_;
@@ -208,6 +208,26 @@ int64_t ContentPattern::head_variants() const {
   for (const Clause& clause : clauses)
     if (clause.kind == ClauseKind::kBlocks) extent = std::max(extent, clause.heads);
   return extent;
+}
+
+ContentCounts count_tiles(const ContentPattern& pattern, int64_t gather, int64_t every, int threads,
+                          InterruptCheck& interrupt) {
+  const int64_t heads = pattern.head_variants(), variants = pattern.batch_variants() * heads;
+  const int64_t tiles = (pattern.n_q + kRows - 1) / kRows, chunk = kChunkTiles * every;
+  const int64_t chunks = (tiles + chunk - 1) / chunk;
+  std::vector<ContentCounts> parts(variants * chunks);
+  parallel_for(variants * chunks, threads, interrupt, [&](int64_t i) {
+    ChunkTables tables;
+    ChunkPlanner planner(pattern, gather, i / chunks / heads, i / chunks % heads, tables);
+    // The last tile of each `every`, so that short texts are not judged by their beginning.
+    const int64_t first = i % chunks * chunk;
+    for (int64_t tile = first; tile < std::min(first + chunk, tiles); tile += every)
+      planner.plan_tile(std::min(tile + every, tiles) * kRows - kRows);
+    parts[i] = tables.counts;
+  });
+  ContentCounts sum;
+  for (const ContentCounts& part : parts) sum.pairs += part.pairs, sum.visited += part.visited;
+  return sum;
 }
 
 void plan_content(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt, Tables& tables,

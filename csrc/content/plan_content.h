@@ -51,4 +51,7 @@ struct ContentCounts {
 void plan_content(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt, Tables& tables,
                   ContentCounts& counts);
 
+// The counts of every `every`-th tile of what plan_content would plan.
+ContentCounts count_tiles(const ContentPattern& pattern, int64_t gather, int64_t every, int threads, InterruptCheck& interrupt);
+
 }  // namespace farlight

@@ -11,16 +11,17 @@ namespace farlight {
 
 constexpr uint32_t kEveryRow = 0xffffffffu;
 
-// The links of one (batch item, head), tile by tile.
+// The links of one (batch item, head), tile by tile. Masks: what they are added to, such as RowMasks.
+template <class Masks>
 class TileClauses {
  public:
-  TileClauses(const ContentPattern& pattern, int64_t batch_item, int64_t head, RowMasks& masks)
+  TileClauses(const ContentPattern& pattern, int64_t batch_item, int64_t head, Masks& masks)
       : pattern_(pattern), batch_item_(batch_item), head_(head), masks_(masks) {}
 
-  // Adds the links of the rows [first_row, first_row + kRows) to the masks: bit s is row first_row + s.
-  void unite(int64_t first_row) {
+  // Adds the links of the rows [first_row, first_row + rows) to the masks, at most kRows: bit s is row first_row + s.
+  void unite(int64_t first_row, int rows = kRows) {
     first_row_ = first_row;
-    count_ = static_cast<int>(std::min<int64_t>(kRows, pattern_.n_q - first_row));
+    count_ = static_cast<int>(std::min<int64_t>(rows, pattern_.n_q - first_row));
     all_ = count_ == kRows ? kEveryRow : (1u << count_) - 1;
     for (const Clause& clause : pattern_.clauses) {
       const uint8_t* keep =
@@ -106,7 +107,7 @@ class TileClauses {
 
   const ContentPattern& pattern_;
   const int64_t batch_item_, head_;
-  RowMasks& masks_;
+  Masks& masks_;
   int64_t first_row_ = 0;
   int count_ = 0;
   uint32_t all_ = 0;  // the rows of the tile

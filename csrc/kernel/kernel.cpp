@@ -7,6 +7,7 @@
 #include "forward.h"
 #include "peak_fma.h"
 #include "select_largest.h"
+#include "visits.h"
 
 namespace farlight::FARLIGHT_NS {
 
@@ -82,6 +83,20 @@ void backward(const Call& call, const WorkItem& item, const WorkItem* next, cons
   run<Backward>(call, item, scratch, sums, next);
 }
 
+void forward_visits(const Call& call, const RowVisits& visits, char* scratch) {
+  Arena arena(scratch);
+  if (call.type == Type::f32) VisitAttention<float>(call, visits, arena).run();
+  else VisitAttention<Bf16>(call, visits, arena).run();
+}
+
+int64_t visit_scratch_bytes(const Call& call, int64_t rows) {
+  RowVisits visits{};
+  visits.rows = rows;
+  Arena arena(nullptr);
+  VisitAttention<float>(call, visits, arena);
+  return arena.used();
+}
+
 // See Kernels::reduce. Sums in the order of `blocks`, so the result is deterministic.
 void reduce(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out) {
   const int64_t width = type == Type::f32 ? 4 : 2;
@@ -112,6 +127,8 @@ const Kernels kernels{FARLIGHT_STRINGIFY(FARLIGHT_NS),
                       scratch_bytes,
                       forward,
                       backward,
+                      forward_visits,
+                      visit_scratch_bytes,
                       reduce,
                       block_scores,
                       pool_softmax,

@@ -1,5 +1,5 @@
-// Indices of the `count` largest weights, ascending. The threshold is found by bisection on the bit patterns of the weights,
-// mapped to integers of the same order and compared in vector lanes; nothing is sorted.
+// Indices of the `count` largest weights, ascending. The threshold is found by bisection and interpolation, on
+// the bit patterns of the weights mapped to integers of the same order and compared in vector lanes; nothing is sorted.
 #pragma once
 
 #include <cstring>
@@ -16,6 +16,19 @@ FARLIGHT_INLINE int64_t count_above(const int32_t* x, int64_t n, int32_t limit) 
   return count;
 }
 
+// An integer whose order is that of the numbers, and its inverse.
+FARLIGHT_INLINE int32_t key_of(float weight) {
+  int32_t bits;
+  std::memcpy(&bits, &weight, sizeof bits);
+  return bits ^ ((bits >> 31) & INT32_MAX);
+}
+FARLIGHT_INLINE float weight_of(int32_t key) {
+  const int32_t bits = key ^ ((key >> 31) & INT32_MAX);
+  float weight;
+  std::memcpy(&weight, &bits, sizeof weight);
+  return weight;
+}
+
 // Writes the indices of the `count` largest of weights[0 ... width), ascending, to chosen[0 ... count): equal weights go to
 // the smaller index, NaN is the lowest. `sizes`: entries of size 0 are left out, at least `count` others exist; null = none is.
 // `keys` is scratch memory for `width` rounded up to whole vectors.
@@ -25,24 +38,32 @@ inline void select_largest(const float* weights, const int32_t* sizes, int64_t w
   const int64_t padded = (width + W - 1) / W * W;
   int32_t lowest = INT32_MAX, highest = INT32_MIN;
   for (int64_t c = 0; c < width; ++c) {
-    const float weight = weights[c] + 0.0f;  // -0.0 equals 0.0
-    int32_t bits;
-    std::memcpy(&bits, &weight, sizeof bits);
-    bits ^= (bits >> 31) & INT32_MAX;
-    if (weight != weight) bits = kNan;
-    if (sizes && !sizes[c]) bits = kLeftOut;
-    keys[c] = bits;
-    lowest = bits < lowest ? bits : lowest;
-    highest = bits > highest ? bits : highest;
+    const int32_t key = weights[c] != weights[c] ? kNan : key_of(weights[c] + 0.0f);  // -0.0 equals 0.0
+    keys[c] = key;
+    lowest = key < lowest ? key : lowest;
+    highest = key > highest ? key : highest;
   }
+  for (int64_t c = 0; sizes && c < width; ++c)
+    if (!sizes[c]) keys[c] = lowest = kLeftOut;
   for (int64_t c = width; c < padded; ++c) keys[c] = kLeftOut;
   // Fewer than `count` keys are above `high`, at least `count` above `low`, which may be one below every key.
   int64_t low = static_cast<int64_t>(lowest) - 1, high = highest, above = 0;
   if (low < kLeftOut) low = kLeftOut;
-  while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2, number = count_above(keys, padded, static_cast<int32_t>(middle));
+  int64_t above_low = count_above(keys, padded, static_cast<int32_t>(low));
+  for (int step = 0; high - low > 1; ++step) {
+    // Weights are spread more evenly than their bit patterns: two interpolations, the middle of the weights, the middle of the
+    // patterns, which bounds the number of steps. Every key between `low` and `high` is allowed.
+    int64_t middle = low + (high - low) / 2;
+    if (step % 4 != 3) {
+      const float part = step % 4 == 2 ? 0.5f : static_cast<float>(above_low - count) / static_cast<float>(above_low - above);
+      const float from = weight_of(static_cast<int32_t>(low)), to = weight_of(static_cast<int32_t>(high));
+      const int64_t key = key_of(from + (to - from) * part);
+      if (key > low && key < high) middle = key;
+    }
+    const int64_t number = count_above(keys, padded, static_cast<int32_t>(middle));
     if (number > count) {
       low = middle;
+      above_low = number;
       continue;
     }
     high = middle;

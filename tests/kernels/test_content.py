@@ -14,7 +14,7 @@ import farlight as fl
 from farlight.kernels import cpu
 from farlight.kernels.cpu.content import content_plan
 from farlight.kernels.cpu.launch import strided_address
-from farlight.kernels.cpu.native import module
+from farlight.kernels.cpu.native import module, native_plan
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import TileShape
 from farlight.plan.cache import plans
@@ -193,6 +193,7 @@ ROUTERS = {
     | fl.seen_by_all([0, 1]) & fl.causal(),
     "one choice for a group": fl.window(4) | TopBlocks(3, 16, 16, per="group"),
     "each query": TopBlocks(4, 4, causal=True, score="minmax") | fl.window(2, 0),
+    "each query, visiting": TopBlocks(2, 16, causal=True) | fl.window(2, 0) | fl.seen_by_all([0, 1]) & fl.causal(),
     "share": TopBlocks(share=0.2, block=8) | fl.global_tokens([0, -1]),
 }
 
@@ -233,6 +234,36 @@ def test_gradients_and_threads(name: str) -> None:
     out, _ = attend(*exact, mask, scale=0.25)
     for grad, answer in zip(grads[0], torch.autograd.grad(out, exact, dout.double()), strict=True):
         torch.testing.assert_close(grad.double(), answer, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_rows_that_visit_the_keys_of_their_own_lists(seed: int, isa: str) -> None:
+    """Lists of single rows are read in each call: out and lse of the dense formula, whatever is united with them."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    visiting = 0
+    for _ in range(12):
+        n_k, batch, block = rng.choice([97, 256, 600]), rng.choice([1, 2]), rng.choice([8, 16, 40])
+        n_q = rng.choice([n_k, n_k - 33])
+        indices = torch.randint(-1, -(-n_k // block), (batch, rng.choice([1, 4]), n_q, 2))
+        lists = fl.chosen_blocks(indices, block=block, query_block=1)
+        pattern: Pattern = rng.choice([lists, lists & fl.causal(), lists & fl.padding(torch.rand(1, n_k) > 0.2)])
+        pattern = rng.choice([pattern, pattern | fl.window(2, 0), pattern | fl.seen_by_all([0, n_k // 2])])
+        dim, value_dim = rng.choice([(64, 64), (20, 33), (7, 7)])
+        dtype = rng.choice([torch.float32, torch.bfloat16])
+        q, k = torch.randn(batch, 4, n_q, dim, dtype=dtype), torch.randn(batch, 2, n_k, dim, dtype=dtype)
+        v = torch.randn(batch, 2, n_k, value_dim, dtype=dtype)
+        plan = content_plan(pattern, Sizes.of(n_q, n_k, batch=batch, heads=4), TileShape())
+        assert plan is not None
+        visiting += native_plan(plan).visits_rows
+        out, lse = fl.attention(q, k, v, pattern, return_lse=True, backend="cpu")
+        mask = pattern.dense(n_q, n_k, batch=batch, heads=4).expand(batch, 4, n_q, n_k)
+        truth, true_lse = attend(q.double(), k.double(), v.double(), mask, scale=dim**-0.5)
+        rounding = 1e-5 if dtype == torch.float32 else 2e-4
+        torch.testing.assert_close(lse.double(), true_lse, rtol=rounding, atol=rounding)
+        rounding = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(out.double(), truth, rtol=rounding, atol=rounding)
+    assert visiting >= 8
 
 
 def test_a_plan_of_a_router_is_executed_as_given() -> None:

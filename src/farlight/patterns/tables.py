@@ -231,7 +231,20 @@ class chosen_blocks(TablePattern):
     def __init__(self, indices: Any, *, block: int, query_block: int | None = None) -> None:
         table = read_table("chosen_blocks: indices", indices, 4, dtype=torch.int64)
         block = whole("chosen_blocks: block", block, 1)
-        query_block = block if query_block is None else whole("chosen_blocks: query_block", query_block, 1)
+        self._set_lists(table, block, block if query_block is None else whole("chosen_blocks: query_block", query_block, 1))
+
+    @classmethod
+    def owning(cls, table: Tensor, block: int, query_block: int) -> chosen_blocks:
+        """The pattern of an int64 table `(B, H, query blocks, m)` that nobody else writes to: it is copied only where it could
+        not outlive the call, in inference mode and in compiled programs.
+        """
+        if torch.compiler.is_compiling() or table.is_inference():
+            return cls(table, block=block, query_block=query_block)
+        pattern = cls.__new__(cls)
+        pattern._set_lists(table, block, query_block)
+        return pattern
+
+    def _set_lists(self, table: Tensor, block: int, query_block: int) -> None:
         self._set(block=block, query_block=query_block)
         option = f", query_block={query_block}" if query_block != block else ""
         self._set_tables(table, text=f"chosen_blocks($0, block={block}{option})")

@@ -16,14 +16,19 @@ from farlight.plan.tables import Masks, Plan
 __all__ = ["NATIVE_PLAN", "ContentPlan", "NativeTables"]
 
 NATIVE_PLAN = "native plan"  # in Plan.derived
+_CLAUSES = "clauses of the native plan"
 
 
 class NativeTables:
-    """The native object that holds the tables of a choice, in a `derived` that all plans of the choice share."""
+    """The native object that holds the tables of a choice, in a `derived` that all plans of the choice share.
 
-    def __init__(self, native: Any) -> None:
+    clauses: what the native object reads again in each call, so that their tables must live as long.
+    """
+
+    def __init__(self, native: Any, clauses: object = ()) -> None:
         self.native, self.derived = native, Derived()
         self.derived[NATIVE_PLAN] = native
+        self.derived[_CLAUSES] = clauses
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +59,7 @@ class ContentPlan(Plan):
 
     def copied(self, backend: str = "") -> ContentPlan:
         """The same tables, for calls of this backend: nothing can write into them."""
-        return ContentPlan.of(self.pattern, self.sizes, NativeTables(self._native), backend)
+        return ContentPlan.of(self.pattern, self.sizes, NativeTables(self._native, self.derived[_CLAUSES]), backend)
 
     def dense(self) -> Tensor:
         """The pairs as a bool mask `(B, H, n_q, n_k)`, for inspection and tests. Raises PlanError where a pair occurs twice."""

@@ -333,10 +333,11 @@ def block_lists(indices: Tensor, inputs: RouterInput, first: int, block: int, qu
             # `meets` is planned with rows sorted by key block: dense tiles, even where adjacent queries select other blocks.
             key_block = torch.arange(inputs.n_k, device=indices.device) // block
             return meets(indices, key_block[:, None])
-        return chosen_blocks(indices, block=block, query_block=1)
+        return chosen_blocks.owning(indices, block, 1)
     if inputs.offset < 0:
         by_query = indices.repeat_interleave(query_block, 2)[:, :, : inputs.n_q]
-        return chosen_blocks(by_query, block=block, query_block=1)
+        return chosen_blocks.owning(by_query, block, 1)
     # `chosen_blocks` counts query blocks from position 0: empty lists for those before the first query.
-    padded = torch.nn.functional.pad(indices, (0, 0, first // query_block, 0), value=-1)
-    return chosen_blocks(padded, block=block, query_block=query_block)
+    if torch.compiler.is_compiling() or first:  # compiled, `first` may be a symbol: a comparison would be a guard
+        indices = torch.nn.functional.pad(indices, (0, 0, first // query_block, 0), value=-1)
+    return chosen_blocks.owning(indices, block, query_block)

@@ -54,7 +54,7 @@ def _choose(
     choosing_heads = k.shape[1] if numbers[5] else q.shape[1]
     indices = torch.empty(q.shape[0], choosing_heads, lists, chosen.width, dtype=torch.int64, device="cpu")
     if indices.numel():
-        chosen.copy_to(indices.data_ptr())
+        chosen.copy_to(indices.data_ptr(), torch.get_num_threads())
     return indices if width < 0 else torch.nn.functional.pad(indices, (0, width - chosen.width), value=-1)
 
 

@@ -34,23 +34,20 @@ def content_plan(pattern: Pattern, sizes: Sizes, shape: TileShape) -> ContentPla
 
 
 def _tables(pattern: Pattern, sizes: Sizes, shape: TileShape) -> NativeTables | None:
-    native = _build(pattern, sizes, shape)
-    return None if native is None else NativeTables(native)
-
-
-def _build(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Any:
     """The native plan, or None."""
     extents = [sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, sizes.q_offset]
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         clauses = listed_clauses(pattern, sizes)
         if clauses is None:
-            return _build_labelled(pattern, sizes, shape, extents)
+            native = _build_labelled(pattern, sizes, shape, extents)
+            return None if native is None else NativeTables(native)
     numbers = [_numbers(clause) for clause in clauses]
     try:
-        return module().Plan(extents, numbers, shape.gather, torch.get_num_threads())
+        native = module().Plan(extents, numbers, shape.gather, torch.get_num_threads())
     except ValueError as error:
         pattern.check(sizes)  # names the index that is out of range
         raise PlanError(f"malformed plan: {error}.") from error
+    return NativeTables(native, tuple(clauses))
 
 
 def _build_labelled(pattern: Pattern, sizes: Sizes, shape: TileShape, extents: list[int]) -> Any:
