@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 LAYERS = r"(num|n|encoder|decoder|hidden|text|vision|audio)_?.*layers?$|n_layer$|^depth$|num_blocks|num_stages_layers|^layers$"
 # Sizes of configurations by the name of the setting; the first match counts.
 RULES: list[tuple[re.Pattern[str], int]] = [(re.compile(pattern), size) for pattern, size in [
+    (r"max_position|n_positions|max_seq|n_ctx|context_length|max_source|max_target|max_len", 128),
     (r"(key_value|kv|attn)_heads$|^num_key_value_heads|n_head_kv|num_kv", 2),
     (r"linear_num_(key|value)_heads|ssm_heads|mamba_n_heads", 4),
     (r"heads(_per_layer)?$|n_head$|_heads_", 4),
@@ -38,12 +39,11 @@ RULES: list[tuple[re.Pattern[str], int]] = [(re.compile(pattern), size) for patt
      r"hidden_channels|output_dim|out_hidden_size|embedding_dim|cross_attention_dim|lru_width|proj_dim|emb_dim|_hidden_dim|"
      r"hidden_size_per_layer_input|text_dim|d_embed|encoder_dim|conv_dim$|vision_dim|mm_embed", 32),
     (r"vocab_size|vocab_size_per_layer_input|num_embeddings|n_words", 64),
-    (r"max_position|n_positions|max_seq|n_ctx|context_length|max_source|max_target|max_len", 128),
     (r"sliding_window|local_attention$|attention_window|attention_chunk_size|window_size$", 8),
     (r"image_size|img_size|input_resolution|crop_size", 32),
     (r"^patch_size$|vision_patch_size", 8),
     (r"num_frames|tubelet", 2),
-    (r"num_mel_bins|feature_size|n_mels", 16),
+    (r"num_mel_bins|feature_size|n_mels|input_feat_per_channel", 16),
     (r"relative_attention_num_buckets|num_buckets|position_buckets", 16),
     (r"mamba_d_state|state_size|ssm_state", 8),
     (r"num_codebooks", 2),
@@ -79,13 +79,23 @@ WORDS, VOCABULARY = 36, 64
 NEEDED: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": {"num_experts_per_tok": 1},
+    "dots1": {"n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "chameleon": {"vocabulary_map": {"<image>": 60, **{f"IMGIMG{'ABCDEFGHIJ'[n % 10]}{n}Z": n for n in range(4, 8)}}},
     "emu3": {"vocabulary_map": {"<image>": 60}},
     "autoformer": {"prediction_length": 8, "context_length": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_vl_text": {"head_dim": 8},
     "informer": {"prediction_length": 8, "context_length": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "reformer": {"is_decoder": True},
     "step3p5": {"sliding_window": 8},
     "time_series_transformer": {"prediction_length": 8, "context_length": 16},
+    "xmod": {"default_language": "en_XX"},
 }
 TOKENS = torch.randint(3, WORDS, (2, 24), generator=torch.Generator().manual_seed(0))
 REAL = torch.ones(2, 24, dtype=torch.long)
@@ -142,6 +152,9 @@ def _small(name: str, value: Any, ids: Iterator[int]) -> Any:
         return min(size, value) if value > 0 else value
     if isinstance(value, float):
         return next((size for rule, size in FLOATS if rule.search(name)), value)
+    if isinstance(value, dict) and "mrope_section" in value:
+        quarter = round(4 * value.get("partial_rotary_factor", 1.0))  # of the half of a head_dim of 8 that is rotated
+        return value | {"mrope_section": [quarter - quarter // 2, quarter // 2 - quarter // 4, quarter // 4]}
     if isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
         return type(value)(_short_list(name, list(value)))
     return value
@@ -253,7 +266,7 @@ def _known_inputs(config: Any) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
     size = _size(config, 32, "image_size", "img_size")
     channels = _size(config, 3, "num_channels", "in_channels", "in_chans")
-    mels = _size(config, 16, "num_mel_bins", "n_mels", "feature_size")
+    mels = _size(config, 16, "num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel")
     frames = 2 * _size(config, 64, "max_source_positions")
     width = _size(config, 32, "hidden_size", "d_model", "embed_dim", "hidden_dim", "dim", "width")
     other = _size(config, width, "encoder_hidden_size", "cross_attention_dim", "cross_attention_hidden_size")

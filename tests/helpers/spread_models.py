@@ -40,6 +40,25 @@ def models() -> dict[str, Any]:
     }
 
 
+def models_with_terms() -> dict[str, Any]:
+    """Gemma 2 (softcap), BLOOM and MPT (ALiBi) and DeepSeek-V3 (values narrower than keys), equal on every rank."""
+    import transformers as hf
+
+    latent = {
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+        "v_head_dim": 16, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    }  # fmt: skip
+    few = {"vocab_size": 50, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    return {
+        "Gemma2": hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES | few, attn_logit_softcapping=2.0, sliding_window=6)),
+        "BLOOM": hf.BloomForCausalLM(hf.BloomConfig(**few, hidden_size=48, n_layer=2, n_head=6)),
+        "MPT": hf.MptForCausalLM(hf.MptConfig(**few, d_model=48, n_layers=2, n_heads=6, max_seq_len=N)),
+        "DeepSeek": hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**{**SIZES, **latent, "head_dim": 8})),
+    }
+
+
 def decoder(**changed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -128,7 +147,7 @@ def losses_and_gradients_are_those_of_one_process(rank: int, world: int) -> int:
     layout = Layout([0, *(N * r // world - 3 for r in range(1, world)), N])
     batch = fl.hf.sequence_collator(layout, rank)({"input_ids": tokens})
     count = 0
-    for model in models().values():
+    for model in (models() | models_with_terms()).values():
         for pattern in (None, fl.window(8, 0) | fl.seen_by_all([0])):
             fl.hf.sparsify(model, pattern)
             model.zero_grad()

@@ -100,15 +100,15 @@ def attention_forward(
     if not setting.has_layer_number:
         raise _unnumbered(module)
     if setting.spread is not None:
-        softcap_or_bias = model_score(module, kwargs, query.shape[1], query.shape[2], key.shape[2], mask.q_offset)
-        if returns_probabilities or options.has_indexer or softcap_or_bias is not None or setting.observer is not None:
+        if returns_probabilities or options.has_indexer or setting.observer is not None:
             raise UnsupportedError(
-                f"{type(module).__name__} over ranks: output_attentions, key indexers, the model's score terms and observers "
-                "are not served; run it in one process."
+                f"{type(module).__name__} over ranks: output_attentions, key indexers and observers are not served; run it in "
+                "one process."
             )
+        score = model_score(module, kwargs, query.shape[1], query.shape[2], key.shape[2], mask.q_offset)
         out = attend_spread(
             module, setting.spread, mask.pattern, query, key, value, setting.pattern,
-            scale=scaling, dropout=dropout, backend=setting.backend, sinks=options.sinks,
+            scale=scaling, dropout=dropout, backend=setting.backend, sinks=options.sinks, score=score,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
     num_columns = key.shape[2]

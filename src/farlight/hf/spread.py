@@ -20,6 +20,8 @@ from farlight.hf.keyword_arguments import merge_sinks
 from farlight.patterns import causal, full, window
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
+from farlight.score import Score
+from farlight.score.terms import NAMES, Alibi, Softcap
 
 __all__ = ["Spread", "attend_spread", "sequence_collator"]
 
@@ -45,8 +47,9 @@ def attend_spread(
     dropout: float,
     backend: str,
     sinks: Tensor | None,
+    score: Score | None = None,
 ) -> Tensor:
-    """`(B, H, n_local, D)`: attention of the whole sequence under the layer's own mask and the model's pattern or router."""
+    """`(B, H, n_local, D_v)`: attention of the whole sequence under the layer's own mask and the model's pattern or router."""
     name = type(module).__name__
     unknown = [atom for atom in own.atoms() if not isinstance(atom, causal | full | window)]
     if unknown:
@@ -55,15 +58,23 @@ def attend_spread(
             "without attention_mask, with the position_ids of contiguous tokens, and give padding or documents of the whole "
             "sequence in the pattern."
         )
-    if q.shape[2] != k.shape[2] or v.shape[3] != k.shape[3]:
+    if q.shape[2] != k.shape[2]:
         raise UnsupportedError(
-            f"{name} attends with {q.shape[2]} queries of head_dim {q.shape[3]} to {k.shape[2]} keys with values of "
-            f"{v.shape[3]}; a sequence over ranks is served without a cache (use_cache=False) and with values as wide as keys."
+            f"{name} attends with {q.shape[2]} queries to {k.shape[2]} keys; a sequence over ranks is served without a cache "
+            "(use_cache=False)."
+        )
+    terms = () if score is None else score.terms
+    local = [NAMES[type(term)] for term in terms if not isinstance(term, Softcap | Alibi)]
+    if local:
+        raise UnsupportedError(
+            f"{name} has {local[0]} made for its shard, which says nothing of the tokens of other ranks; softcap and alibi are "
+            "served. Run it in one process, or call fl.distributed.attention with the score of the whole sequence."
         )
     joined: Any = own if pattern is None else pattern if own.text == full().text else pattern & own
     result = attention(
-        q, k, v, joined, mesh=spread.mesh, layout=spread.layout, scale=scale, dropout=dropout, backend=backend, return_lse=True
-    )
+        q, k, v, joined, mesh=spread.mesh, layout=spread.layout, scale=scale, dropout=dropout, backend=backend, score=score,
+        return_lse=True,
+    )  # fmt: skip
     out, lse = result
     return out if sinks is None else merge_sinks(module, out, lse, sinks)
 
