@@ -59,7 +59,8 @@ def _content_sections() -> Iterator[Section]:
     for dtype in (torch.float32, torch.bfloat16):
         name, question = str(dtype).removeprefix("torch."), "Do causal routers beat full causal attention, all included"
         rows = functools.partial(content_rows, dtype=dtype)
-        yield Section(f"content-{name}", f"{question} ({name})?", 120, functools.partial(rows, grads=False, parts=(8, 4, 1)))
+        forward = functools.partial(rows, grads=False, parts=(16, 8, 4, 1))
+        yield Section(f"content-{name}", f"{question} ({name})?", 120, forward)
         both = f"{question} ({name}, with backward"
         yield Section(f"content-{name}-backward", f"{both})?", 120, functools.partial(rows, grads=True, parts=(1,)))
         short = functools.partial(rows, grads=True, parts=(8, 4))
