@@ -105,6 +105,8 @@ def test_a_changed_text_replaces_the_older(embedder: Embedder, tmp_path: Path) -
         assert opened.documents == ["a", "b"]
         assert {hit.text for hit in opened.search("w1", 99) if hit.document == "a"} == {"w1 w2 w3"}
         assert len(opened.vectors()["a"][1]) == 1
+        passages = sum(len(rows) for _, rows in opened.vectors().values())
+        assert f": 2 documents in {passages} passages, " in repr(opened)
 
 
 def test_what_does_not_belong_to_an_index(embedder: Embedder, place: Path, tmp_path: Path) -> None:

@@ -71,8 +71,7 @@ class Index:
         index.add((path.name, path.read_text()) for path in folder.glob("*.txt"))
         index.search("a duel in the snow")
 
-    `documents`: names in the order of their first piece. `chapters` `(parts, features)`, `passages` `(passages, features)`:
-    float32 unit vectors.
+    `documents`: names in the order of their first piece; `vectors()`: float32 unit vectors of each.
     """
 
     def __init__(
@@ -121,6 +120,11 @@ class Index:
     def __len__(self) -> int:
         return len(self._digests)
 
+    def __repr__(self) -> str:
+        passages = sum(int(self._live_passages(piece).sum()) for piece in self._pieces)
+        made = f"{self.settings['model']} under {self.settings['pattern']}"
+        return f"<Index {str(self.folder)!r}: {len(self):,} documents in {passages:,} passages, {made}>"
+
     def has(self, name: str, text: str) -> bool:
         """Whether the document is there with this very text."""
         return self._digests.get(name) == _digest(text)
@@ -167,8 +171,7 @@ class Index:
         scores, places = [], []
         for number, piece in enumerate(self._pieces):
             similarity = torch.from_numpy(piece.passages) @ vector
-            live = torch.from_numpy(self._live(piece)[piece.part_document[piece.passage_part]])
-            scores.append(similarity.masked_fill(~live, -torch.inf))
+            scores.append(similarity.masked_fill(~torch.from_numpy(self._live_passages(piece)), -torch.inf))
             places += [(number, row) for row in range(len(piece.passages))]
         if not places:
             return []
@@ -191,6 +194,11 @@ class Index:
     def _live(self, piece: _Piece) -> np.ndarray:
         """Per document of a piece, whether it is the newest of its name."""
         return np.array([self._digests[name] == digest for name, digest in piece.meta["documents"]], dtype=bool)
+
+    def _live_passages(self, piece: _Piece) -> np.ndarray:
+        """Per passage of a piece, whether its document is the newest of its name."""
+        live: np.ndarray = self._live(piece)[piece.part_document[piece.passage_part]]
+        return live
 
     def _hit(self, place: tuple[int, int], score: float) -> IndexHit:
         """The passage in row `place[1]` of piece `place[0]`."""

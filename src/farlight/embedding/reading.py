@@ -102,6 +102,9 @@ class Embedder:
         embedder.name = loaded.name
         return embedder
 
+    def __repr__(self) -> str:
+        return f"<Embedder {self.name} under {self.pattern}: {self.max_tokens:,} tokens in a pass>"
+
     def __init__(self, model: Any, tokenizer: Any, pattern: Pattern, *, positions: int = 8192, backend: str = "auto") -> None:
         from farlight.analysis.passages import frame
 
