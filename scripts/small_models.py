@@ -84,15 +84,13 @@ NEEDED: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 60, **{f"IMGIMG{'ABCDEFGHIJ'[n % 10]}{n}Z": n for n in range(4, 8)}}},
     "emu3": {"vocabulary_map": {"<image>": 60}},
     "autoformer": {"prediction_length": 8, "context_length": 16},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl_text": {"head_dim": 8},
     "informer": {"prediction_length": 8, "context_length": 16},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
-    "reformer": {"is_decoder": True},
     "step3p5": {"sliding_window": 8},
     "time_series_transformer": {"prediction_length": 8, "context_length": 16},
     "xmod": {"default_language": "en_XX"},
@@ -132,7 +130,7 @@ def shrunk(config: PreTrainedConfig, attempt: Attempt, ids: Iterator[int]) -> di
     """Settings of a small model of this architecture that differ from those of `config`; ids for its special tokens."""
     small: dict[str, Any] = {}
     for name, value in vars(config).items():
-        is_derived = attempt.derives and getattr(type(config), name, None) is None
+        is_derived = attempt.derives and getattr(type(config), name, None) is None and type(value) is not dict
         if isinstance(value, PreTrainedConfig):
             small[name] = shrunk(value, attempt, ids) | ({"model_type": value.model_type} if value.model_type else {})
         elif name[0] != "_" and type(value) is not bool and not is_derived and not re.search(attempt.left_out, name):
@@ -152,7 +150,7 @@ def _small(name: str, value: Any, ids: Iterator[int]) -> Any:
         return min(size, value) if value > 0 else value
     if isinstance(value, float):
         return next((size for rule, size in FLOATS if rule.search(name)), value)
-    if isinstance(value, dict) and "mrope_section" in value:
+    if name == "rope_parameters" and isinstance(value, dict) and "rope_theta" in value:  # not one for each type of layer
         quarter = round(4 * value.get("partial_rotary_factor", 1.0))  # of the half of a head_dim of 8 that is rotated
         return value | {"mrope_section": [quarter - quarter // 2, quarter // 2 - quarter // 4, quarter // 4]}
     if isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
