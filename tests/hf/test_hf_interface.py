@@ -310,6 +310,8 @@ def test_an_unknown_function_over_a_long_text_is_refused() -> None:
 def test_tensor_masks() -> None:
     allowed = torch.rand(2, 1, 5, 7) > 0.4
     assert torch.equal(tensor_mask(allowed, 5, 7).pattern.dense(5, 7, batch=2), allowed)
+    row = allowed[:, :, :1]  # padding, the same for every query, as LayoutLM writes it
+    assert torch.equal(tensor_mask(row, 5, 7).pattern.dense(5, 7, batch=2), row.expand(-1, -1, 5, -1))
     for low in (-torch.inf, torch.finfo(torch.float32).min):
         added = torch.zeros(2, 1, 5, 7).masked_fill(~allowed, low)
         assert torch.equal(tensor_mask(added, 5, 7).pattern.dense(5, 7, batch=2), allowed)

@@ -194,11 +194,13 @@ def _check_batch(batch: int, mask: Tensor | None, name: str) -> None:
 
 
 def tensor_mask(mask: Tensor, n_q: int, n_k: int, batch: int | None = None) -> ModelMask:
-    """A written-out mask `(B|1, H|1, n_q, n_k)`: bool (True = allowed) or additive (0 = allowed, very negative = not).
+    """A written-out mask `(B|1, H|1, n_q|1, n_k)`: bool (True = allowed) or additive (0 = allowed, very negative = not).
 
     `batch`: the number of texts that a mask with one leading row stands for. Raises UnsupportedError for another shape, and for
     an additive mask that holds a bias.
     """
+    if mask.dim() == 4 and mask.shape[2] == 1:  # one row for all queries: padding, as LayoutLM writes it
+        mask = mask.expand(-1, -1, n_q, -1)
     if mask.dim() != 4 or mask.shape[2:] != (n_q, n_k):
         raise UnsupportedError(
             f"the model passed an attention mask of shape {tuple(mask.shape)} for {n_q} queries and {n_k} keys; "
