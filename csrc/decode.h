@@ -41,7 +41,7 @@ struct DecodeItem {
   int64_t head;  // batch item * heads of the store + head of the store
   int64_t dim, rows;
   const float* const* q;       // per row: dim floats, multiplied by scale * log2(e)
-  const int32_t* slots;        // (count,) or null: slots first, first + 1, …
+  const int32_t* slots;        // (count,) ascending, or null: slots first, first + 1, …
   int64_t first, count;
   const uint8_t* const* mask;  // per row: one byte per slot, zero = hidden; null: every row sees every listed slot
   const DecodeTerms* terms;    // null: none

@@ -13,6 +13,7 @@ namespace farlight {
 namespace {
 
 constexpr int64_t kPartKeys = 512;         // fewest keys of a part
+constexpr int64_t kKeyPage = 64;           // parts are whole pages, as chunks of the kernel are
 constexpr int64_t kParts = 256;            // parts of all units together, about
 constexpr int64_t kBytesOfThreads = 1 << 16;  // below, waking a thread takes longer than reading
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -65,7 +66,7 @@ void DecodeSchedule::split(int64_t dim) {
   for (size_t u = 0; u < units.size(); ++u) {
     const DecodeUnit& unit = units[u];
     const int64_t parts = std::clamp<int64_t>(unit.count / kPartKeys, 1, most);
-    const int64_t keys = (unit.count + parts - 1) / parts;
+    const int64_t keys = (unit.count + parts * kKeyPage - 1) / (parts * kKeyPage) * kKeyPage;
     int64_t first = 0;
     do {
       parts_.push_back({static_cast<int64_t>(u), first, std::min(keys, unit.count - first), rows});

@@ -1,267 +1,201 @@
-// Attention of a few query rows over listed slots of one key head: online softmax over chunks of kDecodeChunk keys.
+// Attention of a few query rows over listed slots of one key head: online softmax over chunks of up to kDecodeChunk keys.
 //
 // A step of decoding is bound by the bytes of K and V, so a chunk is read once for all rows of a group and stays in L1 while
-// each row uses it. Keys are scored W at a time, one accumulator each, and a tree of shuffles sums the accumulators' lanes.
-// Narrow element types are widened in registers; from kWidenRows rows on, once per chunk into scratch memory.
+// each row uses it. Keys are scored W at a time, one accumulator each, and a tree of shuffles sums the accumulators' lanes;
+// values are accumulated in registers over the whole chunk. Chunks are runs of consecutive slots of a page where the list has
+// them, else tables of row addresses. Narrow element types are widened in registers; from kWidenRows rows on, once per chunk
+// into scratch memory.
 #pragma once
 
 #include "arena.h"
-#include "decode_elements.h"
+#include "decode_rows.h"
 #include "elementary.h"
 
 namespace farlight::FARLIGHT_NS {
 
 constexpr int kDecodeChunk = 64;
+constexpr int kShortestRun = 16;  // shorter runs of slots are read by addresses
 constexpr int kWidenRows = 3;
-constexpr int kSlab = W == 16 ? 4 : 2;  // vectors of an output row that are accumulated at a time
 
-// Lane i: q · rows[i]. q is in the order of T's groups.
-template <class T>
-FARLIGHT_INLINE F dot_keys(const float* q, const T* const* rows, int64_t dim) {
-  F sums[W];
-  FARLIGHT_UNROLL
-  for (int i = 0; i < W; ++i) sums[i] = broadcast(0.0f);
-  int64_t d = 0;
-  for (; d + 2 * W <= dim; d += 2 * W) {
-    const F qa = load(q + d), qb = load(q + d + W);
-    FARLIGHT_UNROLL
-    for (int i = 0; i < W; ++i) {
-      F a, b;
-      widen_group(rows[i] + d, a, b);
-      sums[i] = fma(b, qb, fma(a, qa, sums[i]));
-    }
-  }
-  if (d + W <= dim) {
-    const F qa = load(q + d);
-    FARLIGHT_UNROLL
-    for (int i = 0; i < W; ++i) sums[i] = fma(widen(rows[i] + d), qa, sums[i]);
-    d += W;
-  }
-  F total = sum_each(sums);
-  if (d < dim) {
-    float rest[W];
-    for (int i = 0; i < W; ++i) {
-      rest[i] = 0.0f;
-      for (int64_t e = d; e < dim; ++e) rest[i] += q[e] * to_float(rows[i][e]);
-    }
-    total = add(total, load(rest));
-  }
-  return total;
-}
-
-// out[r][d …] += Σ_i weights[r][i] * rows[i][d …] for R rows and V vectors (V > 1: whole groups). Two sets of accumulators for
-// one row hide the latency of the multiply-add.
-template <class T, int R, int V>
-FARLIGHT_INLINE void accumulate_slab(const T* const* rows, int n, const float* const* weights, float* const* out, int64_t d) {
-  constexpr int kSets = R == 1 ? 2 : 1;
-  F sums[kSets][R][V];
-  FARLIGHT_UNROLL
-  for (int r = 0; r < R; ++r) {
-    FARLIGHT_UNROLL
-    for (int v = 0; v < V; ++v) {
-      sums[0][r][v] = load(out[r] + d + v * W);
-      if constexpr (kSets == 2) sums[1][r][v] = broadcast(0.0f);
-    }
-  }
-  auto add_key = [&](int i, int set) {
-    F x[V];
-    if constexpr (V == 1) x[0] = widen(rows[i] + d);
-    else {
-      FARLIGHT_UNROLL
-      for (int v = 0; v < V; v += 2) widen_group(rows[i] + d + v * W, x[v], x[v + 1]);
-    }
-    FARLIGHT_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const F w = broadcast(weights[r][i]);
-      FARLIGHT_UNROLL
-      for (int v = 0; v < V; ++v) sums[set][r][v] = fma(w, x[v], sums[set][r][v]);
-    }
-  };
-  int i = 0;
-  for (; i + kSets <= n; i += kSets) {
-    add_key(i, 0);
-    if constexpr (kSets == 2) add_key(i + 1, 1);
-  }
-  if (i < n) add_key(i, 0);
-  FARLIGHT_UNROLL
-  for (int r = 0; r < R; ++r) {
-    FARLIGHT_UNROLL
-    for (int v = 0; v < V; ++v) {
-      if constexpr (kSets == 2) sums[0][r][v] = add(sums[0][r][v], sums[1][r][v]);
-      store(out[r] + d + v * W, sums[0][r][v]);
-    }
-  }
-}
-
-template <class T, int R>
-FARLIGHT_INLINE void accumulate(const T* const* rows, int n, const float* const* weights, float* const* out, int64_t dim) {
-  int64_t d = 0;
-  for (; d + kSlab * W <= dim; d += kSlab * W) accumulate_slab<T, R, kSlab>(rows, n, weights, out, d);
-  for (; d + 2 * W <= dim; d += 2 * W) accumulate_slab<T, R, 2>(rows, n, weights, out, d);
-  for (; d + W <= dim; d += W) accumulate_slab<T, R, 1>(rows, n, weights, out, d);
-  for (; d < dim; ++d)
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < n; ++i) out[r][d] += weights[r][i] * to_float(rows[i][d]);
-}
-
-// One DecodeItem with keys of type T.
-template <class T>
+// One DecodeItem with keys of type T. Dim: Constant of the head dim, or int64_t.
+template <class T, class Dim>
 class DecodeAttend {
  public:
-  DecodeAttend(const DecodeItem& item, Arena& arena)
+  DecodeAttend(const DecodeItem& item, Dim dim, Arena& arena)
       : item_(item),
-        q_(arena.allocate<float>(item.rows * item.dim)),
+        dim_(dim),
+        q_(arena.allocate<float>(item.rows * dim)),
         scores_(arena.allocate<float>(item.rows * kDecodeChunk)),
         weights_(arena.allocate<const float*>(item.rows)),
-        widened_(arena.allocate<float>(kDecodeChunk * item.dim)) {}
+        sums_(arena.allocate<float>(item.rows * sum_stride())),
+        sum_rows_(arena.allocate<float*>(item.rows)),
+        widened_(arena.allocate<float>(kDecodeChunk * dim)) {}
 
   void run() {
     for (int64_t r = 0; r < item_.rows; ++r) {
-      for (int64_t d = 0; d < item_.dim; ++d) q_[r * item_.dim + d] = item_.q[r][element_at<T>(d, item_.dim)];
-      for (int64_t d = 0; d < item_.dim; ++d) item_.result[r][d] = 0.0f;
-      item_.result[r][item_.dim] = -kInfinity;
-      item_.result[r][item_.dim + 1] = 0.0f;
+      for (int64_t d = 0; d < dim_; ++d) q_[r * dim_ + d] = item_.q[r][element_at<T>(d, dim_)];
+      float* sums = sum_rows_[r] = sums_ + r * sum_stride();
+      for (int64_t d = 0; d < dim_; ++d) sums[d] = 0.0f;
+      sums[dim_] = -kInfinity;
+      sums[dim_ + 1] = 0.0f;
       weights_[r] = scores_ + r * kDecodeChunk;
     }
-    int n = locate(0, next_);
-    for (int64_t at = 0; n > 0; at += kDecodeChunk) {
-      present_ = next_;
-      prefetch_scales(at + 2 * kDecodeChunk);
-      const int following = locate(at + kDecodeChunk, next_);
-      chunk(at, n, following);
-      n = following;
+    locate(0, chunks_[0]);
+    for (int c = 0; chunks_[c].n > 0; c ^= 1) {
+      const Chunk& chunk = chunks_[c];
+      Chunk& next = chunks_[c ^ 1];
+      locate(chunk.at + chunk.n, next);
+      if (chunk.is_run) attend(chunk, RowRun<T, Dim>{chunk.k[0], dim_}, RowRun<T, Dim>{chunk.v[0], dim_}, next);
+      else attend<const T* const*>(chunk, chunk.k, chunk.v, next);
     }
-    for (int64_t r = 0; splits_pairs<T> && r < item_.rows; ++r) restore_order(item_.result[r]);
+    for (int64_t r = 0; r < item_.rows; ++r) write_result(sum_rows_[r], item_.result[r]);
   }
 
  private:
   static constexpr float kInfinity = __builtin_huge_valf();
   static constexpr bool kHasScales = sizeof(T) == 1;
 
-  // Addresses of the rows of a chunk, padded to a multiple of W with the last one.
-  struct Rows {
+  // The keys of list positions at … at + n - 1. is_run: slots of one page in sequence, of which row 0 only is in the tables.
+  struct Chunk {
+    int64_t at;
+    int n;
+    bool is_run;
     const T *k[kDecodeChunk], *v[kDecodeChunk];
-    float k_scale[kHasScales ? kDecodeChunk : 1], v_scale[kHasScales ? kDecodeChunk : 1];
+    const float *k_scale[kHasScales ? kDecodeChunk : 1], *v_scale[kHasScales ? kDecodeChunk : 1];
   };
+
+  // Accumulators are in aligned scratch memory: results of neighbouring items share cache lines.
+  FARLIGHT_INLINE int64_t sum_stride() const { return round_up(dim_ + 2, 16); }
 
   FARLIGHT_INLINE int64_t slot(int64_t at) const { return item_.slots ? item_.slots[at] : item_.first + at; }
 
-  // Fills the rows of list positions at … and returns their number.
-  FARLIGHT_INLINE int locate(int64_t at, Rows& rows) const {
-    const int n = static_cast<int>(min<int64_t>(item_.count - at, kDecodeChunk));
-    const int64_t mask = (int64_t{1} << item_.page_shift) - 1, dim = item_.dim;
-    int64_t number = -1, first_row = 0;
-    const KeyPage* page = nullptr;
-    for (int i = 0; i < n; ++i) {
-      const int64_t s = slot(at + i);
-      if (s >> item_.page_shift != number) {
-        number = s >> item_.page_shift;
-        page = item_.pages + number;
-        first_row = item_.head * page->capacity;
-      }
-      const int64_t row = first_row + (s & mask);
-      rows.k[i] = reinterpret_cast<const T*>(page->k) + row * dim;
-      rows.v[i] = reinterpret_cast<const T*>(page->v) + row * dim;
-      if constexpr (kHasScales) rows.k_scale[i] = page->k_scale[row], rows.v_scale[i] = page->v_scale[row];
-    }
-    for (int i = n; i > 0 && i % W; ++i) {
-      rows.k[i] = rows.k[n - 1];
-      if constexpr (kHasScales) rows.k_scale[i] = rows.v_scale[i] = 0.0f;
-    }
-    return n;
+  // Whether the `n` list positions from `at` on are consecutive slots of one page. Lists ascend, so both ends tell.
+  FARLIGHT_INLINE bool is_run(int64_t at, int64_t n) const {
+    if (at + n > item_.count) return false;
+    const int64_t first = slot(at), last = slot(at + n - 1);
+    return last == first + n - 1 && first >> item_.page_shift == last >> item_.page_shift;
   }
 
-  // Software prefetch of rows first … first + W - 1 of `n`.
-  FARLIGHT_INLINE void prefetch(const T* const* rows, int first, int n) const {
-    const int64_t bytes = item_.dim * static_cast<int64_t>(sizeof(T));
-    if (bytes == 64) prefetch_lines<1>(rows, first, n);
-    else if (bytes == 128) prefetch_lines<2>(rows, first, n);
-    else if (bytes == 256) prefetch_lines<4>(rows, first, n);
+  FARLIGHT_INLINE void set_row(Chunk& chunk, int i, int64_t s) const {
+    const KeyPage& page = item_.pages[s >> item_.page_shift];
+    const int64_t row = item_.head * page.capacity + (s & ((int64_t{1} << item_.page_shift) - 1));
+    chunk.k[i] = reinterpret_cast<const T*>(page.k) + row * dim_;
+    chunk.v[i] = reinterpret_cast<const T*>(page.v) + row * dim_;
+    if constexpr (kHasScales) chunk.k_scale[i] = page.k_scale + row, chunk.v_scale[i] = page.v_scale + row;
+  }
+
+  // The chunk that begins at list position `at`: a run, or single slots up to the next run; n = 0 at the end of the list.
+  FARLIGHT_INLINE void locate(int64_t at, Chunk& chunk) const {
+    chunk.at = at, chunk.n = 0;
+    chunk.is_run = is_run(at, kShortestRun) || (!item_.slots && at < item_.count);
+    if (chunk.is_run) {
+      set_row(chunk, 0, slot(at));
+      int n = kDecodeChunk;
+      while (n > 1 && !is_run(at, n)) n = n > kShortestRun && !is_run(at, n / 2) ? n / 2 : n - 1;
+      chunk.n = n;
+      return;
+    }
+    for (; chunk.n < kDecodeChunk && at + chunk.n < item_.count && !is_run(at + chunk.n, kShortestRun); ++chunk.n)
+      set_row(chunk, chunk.n, slot(at + chunk.n));
+  }
+
+  // Software prefetch of a row into L2, of which more can be under way than into L1.
+  FARLIGHT_INLINE void prefetch(const T* row) const {
+    const int64_t bytes = dim_ * static_cast<int64_t>(sizeof(T));
+    FARLIGHT_UNROLL_4
+    for (int64_t byte = 0; byte < bytes; byte += 64) FARLIGHT_PREFETCH_L2(reinterpret_cast<const char*>(row) + byte);
+  }
+  // Of keys or values `first` … `first` + count - 1 of a chunk.
+  FARLIGHT_INLINE void prefetch(const Chunk& chunk, const T* const* rows, int first, int count) const {
+    const int end = min(first + count, chunk.n);
+    if (chunk.is_run)
+      for (int i = first; i < end; ++i) prefetch(rows[0] + i * dim_);
     else
-      for (int i = first; i < min(first + W, n); ++i)
-        for (int64_t byte = 0; byte < bytes; byte += 64) FARLIGHT_PREFETCH(reinterpret_cast<const char*>(rows[i]) + byte);
+      for (int i = first; i < end; ++i) prefetch(rows[i]);
   }
-  template <int Lines>
-  FARLIGHT_INLINE void prefetch_lines(const T* const* rows, int first, int n) const {
-    const int end = min(first + W, n);
-    for (int i = first; i < end; ++i) {
-      FARLIGHT_UNROLL
-      for (int line = 0; line < Lines; ++line) FARLIGHT_PREFETCH(reinterpret_cast<const char*>(rows[i]) + 64 * line);
+  struct KeyPrefetch {
+    const DecodeAttend& attend;
+    const Chunk& chunk;
+    FARLIGHT_INLINE void operator()(int i) const { attend.prefetch(chunk, chunk.k, i, 1); }
+  };
+
+  // Copies the scales of a chunk, zeros behind them, and prefetches those of the next one.
+  FARLIGHT_INLINE void load_scales(const Chunk& chunk, const Chunk& next) {
+    copy_scales(chunk, chunk.k_scale, k_scale_);
+    copy_scales(chunk, chunk.v_scale, v_scale_);
+    for (int i = 0; i < next.n; i += next.is_run ? 16 : 1) {
+      FARLIGHT_PREFETCH(next.is_run ? next.k_scale[0] + i : next.k_scale[i]);
+      FARLIGHT_PREFETCH(next.is_run ? next.v_scale[0] + i : next.v_scale[i]);
     }
   }
-
-  // Software prefetch of the scales that `locate(at, …)` will load: a line holds those of 16 neighbouring slots.
-  FARLIGHT_INLINE void prefetch_scales(int64_t at) const {
-    if constexpr (kHasScales)
-      for (int64_t i = at; i < min(item_.count, at + kDecodeChunk); i += 16) {
-        const KeyPage& page = item_.pages[slot(i) >> item_.page_shift];
-        const int64_t row = item_.head * page.capacity + (slot(i) & ((int64_t{1} << item_.page_shift) - 1));
-        FARLIGHT_PREFETCH(page.k_scale + row);
-        FARLIGHT_PREFETCH(page.v_scale + row);
-      }
+  FARLIGHT_INLINE static void copy_scales(const Chunk& chunk, const float* const* from, float* to) {
+    if (chunk.is_run) copy_as_float(from[0], to, chunk.n);
+    else
+      for (int i = 0; i < chunk.n; ++i) to[i] = *from[i];
+    for (int i = chunk.n; i % W; ++i) to[i] = 0.0f;
   }
 
-  FARLIGHT_INLINE bool widens() const { return sizeof(T) < 4 && item_.rows >= kWidenRows; }
-
-  // Rows first … first + W - 1 of `n`, in the order of T's groups, as float32 in scratch memory.
-  FARLIGHT_INLINE void widen_rows(const T* const* rows, int first, int n) {
-    for (int i = first; i < min(first + W, n); ++i) {
-      float* to = widened_ + i * item_.dim;
-      int64_t d = 0;
-      for (; d + 2 * W <= item_.dim; d += 2 * W) {
+  // `n` rows in the order of T's groups, as float32 in scratch memory.
+  template <class Rows>
+  FARLIGHT_INLINE RowRun<float, Dim> widen_rows(const Rows& rows, int n) {
+    const int64_t groups_end = dim_ / (2 * W) * (2 * W);
+    for (int i = 0; i < n; ++i) {
+      float* to = widened_ + i * dim_;
+      for (int64_t d = 0; d < groups_end; d += 2 * W) {
         F a, b;
         widen_group(rows[i] + d, a, b);
         store(to + d, a), store(to + d + W, b);
       }
-      for (; d < item_.dim; ++d) to[d] = to_float(rows[i][d]);
+      for (int64_t d = groups_end; d < dim_; ++d) to[d] = to_float(rows[i][d]);
     }
+    return {widened_, dim_};
   }
 
-  void chunk(int64_t at, int n, int following) {
-    const float* float_rows[kDecodeChunk];
-    for (int i = 0; widens() && i < kDecodeChunk; ++i) float_rows[i] = widened_ + i * item_.dim;
-    for (int first = 0; first < n; first += W) {
-      prefetch(present_.v, first, n);
-      if (widens()) widen_rows(present_.k, first, (n + W - 1) / W * W);
-      for (int64_t r = 0; r < item_.rows; ++r) {
-        const float* q = q_ + r * item_.dim;
-        F x = widens() ? dot_keys<float>(q, float_rows + first, item_.dim) : dot_keys<T>(q, present_.k + first, item_.dim);
-        if constexpr (kHasScales) x = mul(x, load(present_.k_scale + first));
-        store(scores_ + r * kDecodeChunk + first, x);
+  // V of the chunk is prefetched while keys are scored, K of the next one while values are accumulated.
+  template <class Rows>
+  FARLIGHT_INLINE void attend(const Chunk& chunk, const Rows& k, const Rows& v, const Chunk& next) {
+    const int n = chunk.n;
+    if constexpr (kHasScales) load_scales(chunk, next);
+    if constexpr (sizeof(T) < 4)
+      if (item_.rows >= kWidenRows) {
+        score<float>(chunk, widen_rows(k, n));
+        for (int64_t r = 0; r < item_.rows; ++r) softmax(r, chunk);
+        return accumulate_rows<float>(n, widen_rows(v, n), next);
       }
-    }
-    for (int64_t r = 0; r < item_.rows; ++r) softmax(r, at, n);
-    for (int first = 0; first < n; first += W) {
-      prefetch(next_.k, first, following);
-      const int count = min(W, n - first);
-      if (widens()) {
-        widen_rows(present_.v, first, n);
-        accumulate_rows<float>(float_rows + first, first, count);
-      } else {
-        accumulate_rows<T>(present_.v + first, first, count);
-      }
-    }
+    score<T>(chunk, k);
+    for (int64_t r = 0; r < item_.rows; ++r) softmax(r, chunk);
+    accumulate_rows<T>(n, v, next);
   }
 
-  template <class S>
-  FARLIGHT_INLINE void accumulate_rows(const S* const* rows, int first, int n) {
+  template <class S, class Rows>
+  FARLIGHT_INLINE void score(const Chunk& chunk, const Rows& rows) {
+    const int n = chunk.n;
+    int first = 0;
+    for (; first + W <= n; first += W) {
+      prefetch(chunk, chunk.v, first, W);
+      for (int64_t r = 0; r < item_.rows; ++r)
+        store(scores_ + r * kDecodeChunk + first, dot_keys<S>(q_ + r * dim_, rows_from(rows, first), dim_));
+    }
+    if (first == n) return;
+    prefetch(chunk, chunk.v, first, W);
+    const S* rest[W];
+    for (int i = 0; i < W; ++i) rest[i] = rows[min(first + i, n - 1)];
+    for (int64_t r = 0; r < item_.rows; ++r)
+      store(scores_ + r * kDecodeChunk + first, dot_keys<S, const S* const*>(q_ + r * dim_, rest, dim_));
+  }
+
+  template <class S, class Rows>
+  FARLIGHT_INLINE void accumulate_rows(int n, const Rows& rows, const Chunk& next) {
+    if (item_.rows == 1) {
+      accumulate<S, 1>(rows, n, weights_, sum_rows_, dim_, KeyPrefetch{*this, next});
+      return prefetch(next, next.k, n, kDecodeChunk);
+    }
+    prefetch(next, next.k, 0, kDecodeChunk);
     int64_t r = 0;
-    const auto run = [&](auto width) {
-      constexpr int R = decltype(width)::value;
-      const float* weights[R];
-      for (int i = 0; i < R; ++i) weights[i] = weights_[r + i] + first;
-      accumulate<S, R>(rows, n, weights, item_.result + r, item_.dim);
-      r += R;
-    };
-    while (r + 4 <= item_.rows) run(Constant<4>{});
-    if (r + 2 <= item_.rows) run(Constant<2>{});
-    if (r < item_.rows) run(Constant<1>{});
+    for (; r + 4 <= item_.rows; r += 4) accumulate<S, 4>(rows, n, weights_ + r, sum_rows_ + r, dim_, NoPrefetch{});
+    if (r + 2 <= item_.rows) accumulate<S, 2>(rows, n, weights_ + r, sum_rows_ + r, dim_, NoPrefetch{}), r += 2;
+    if (r < item_.rows) accumulate<S, 1>(rows, n, weights_ + r, sum_rows_ + r, dim_, NoPrefetch{});
   }
-
-  template <int N>
-  struct Constant {
-    static constexpr int value = N;
-  };
 
   // Score terms of a row of a chunk, in base 2.
   FARLIGHT_NOINLINE void add_terms(const RowTerms& row, int64_t at, int n, float* scores) const {
@@ -283,13 +217,15 @@ class DecodeAttend {
   }
 
   // Replaces the scores of a row by 2^(score - maximum), after rescaling the row's sums to the new maximum.
-  void softmax(int64_t r, int64_t at, int n) {
+  void softmax(int64_t r, const Chunk& chunk) {
+    const int n = chunk.n;
     float* scores = scores_ + r * kDecodeChunk;
-    float *result = item_.result[r], &row_max = result[item_.dim], &row_sum = result[item_.dim + 1];
-    if (item_.terms) add_terms(item_.row_terms[r], at, n, scores);
+    float *sums = sum_rows_[r], &row_max = sums[dim_], &row_sum = sums[dim_ + 1];
+    for (int i = 0; kHasScales && i < n; i += W) store(scores + i, mul(load(scores + i), load(k_scale_ + i)));
+    if (item_.terms) add_terms(item_.row_terms[r], chunk.at, n, scores);
     for (int i = n; i % W; ++i) scores[i] = -kInfinity;
     if (item_.mask)
-      for (int i = 0; i < n; ++i) scores[i] = item_.mask[r][slot(at + i)] ? scores[i] : -kInfinity;
+      for (int i = 0; i < n; ++i) scores[i] = item_.mask[r][slot(chunk.at + i)] ? scores[i] : -kInfinity;
     F largest = broadcast(-kInfinity);
     for (int i = 0; i < n; i += W) largest = max(load(scores + i), largest);
     const float chunk_max = max_lane(largest);
@@ -304,7 +240,7 @@ class DecodeAttend {
       if (row_max > -kInfinity) {
         float factor[W];
         store(factor, exp2_poly<5>(broadcast(max(row_max - chunk_max, -200.0f))));
-        for (int64_t d = 0; d < item_.dim; ++d) result[d] *= factor[0];
+        for (int64_t d = 0; d < dim_; ++d) sums[d] *= factor[0];
         row_sum *= factor[0];
       }
       row_max = chunk_max;
@@ -314,23 +250,25 @@ class DecodeAttend {
       // Below -200 the power is 0; max keeps NaN in its second operand.
       const F p = exp2_poly<5>(max(broadcast(-200.0f), sub(load(scores + i), broadcast(row_max))));
       total = add(total, p);
-      if constexpr (kHasScales) store(scores + i, mul(p, load(present_.v_scale + i)));
+      if constexpr (kHasScales) store(scores + i, mul(p, load(v_scale_ + i)));
       else store(scores + i, p);
     }
     row_sum += sum(total);
   }
 
-  // Sums from the order of T's groups to the order of elements.
-  void restore_order(float* row) {
-    for (int64_t d = 0; d < item_.dim; ++d) widened_[d] = row[d];
-    for (int64_t d = 0; d < item_.dim; ++d) row[element_at<T>(d, item_.dim)] = widened_[d];
+  // Sums in the order of elements, the maximum and the sum of weights.
+  FARLIGHT_INLINE void write_result(const float* sums, float* result) const {
+    for (int64_t d = 0; d < dim_; ++d) result[element_at<T>(d, dim_)] = sums[d];
+    result[dim_] = sums[dim_], result[dim_ + 1] = sums[dim_ + 1];
   }
 
   const DecodeItem& item_;
+  const Dim dim_;
   float *q_, *scores_;
   const float** weights_;
-  float* widened_;
-  Rows present_, next_;
+  float *sums_, **sum_rows_, *widened_;
+  Chunk chunks_[2];  // the present and the next one
+  float k_scale_[kHasScales ? kDecodeChunk : 1], v_scale_[kHasScales ? kDecodeChunk : 1];
 };
 
 }  // namespace farlight::FARLIGHT_NS
