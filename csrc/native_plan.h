@@ -37,7 +37,7 @@ class NativePlan {
   const ContentPattern* visited_rows() const { return visited_rows_ ? &*visited_rows_ : nullptr; }
   int64_t bytes() const { return bytes_; }
 
-  // The schedule of a forward pass, or of both passes.
+  // The schedule of a forward pass, or of both passes. A forward pass under way reads nothing that `order_backward` writes.
   std::shared_ptr<const Schedule> schedule(int64_t batch, int64_t heads, int64_t kv_heads, bool with_backward, int threads,
                                            InterruptCheck& interrupt) {
     const Tables& tables = this->tables(threads, interrupt);

@@ -23,8 +23,8 @@ def compare_scores(rank: int, world: int, problems: list[tuple[Case, tuple[str, 
         with broadcasting(8 if number % 2 else 0):
             found = _spread(case, terms, dtype, rank, queries, keys)
         if rank == 0:
-            truth, size = _dense(case, terms, torch.float64, dtype)
-            baseline, _ = _dense(case, terms, dtype, dtype, flip=True)
+            truth, size = _dense(case, terms, torch.float64, dtype, is_truth=True)
+            baseline, _ = _dense(case, terms, dtype, dtype, is_truth=False)
             for name, actual in found.items():
                 what = f"{case.name}, {' + '.join(names)}, {queries}, {keys}: {name}"
                 assert_matches(actual.to(dtype), truth[name], baseline[name], what, magnitude=size[name])
@@ -59,14 +59,14 @@ def _spread(case: Case, terms: Terms, dtype: torch.dtype, rank: int, queries: La
 
 
 def _dense(
-    case: Case, terms: Terms, width: torch.dtype, dtype: torch.dtype, *, flip: bool = False
+    case: Case, terms: Terms, width: torch.dtype, dtype: torch.dtype, *, is_truth: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(results, magnitudes) of the formula on the inputs of `dtype`, computed in `width`. flip: see `Dense`."""
+    """(results, magnitudes of the truth) of the formula on the inputs of `dtype`, computed in `width`."""
     given, exact = inputs(case, dtype), torch.float64 if width == torch.float64 else torch.float32
     q, k, v = (x.detach().to(width).clone().requires_grad_() for x in (given.q, given.k, given.v))
     leaves, grad_out, grad_lse = terms.to(exact), given.grad_out.to(width), given.grad_lse.to(exact)
-    dense = Dense(case, leaves, q, k, v, flip=flip)
-    size = dense.magnitudes(case, leaves, q, grad_out, grad_lse)
+    dense = Dense(case, leaves, q, k, v, flip=not is_truth)
+    size = dense.magnitudes(case, leaves, q, grad_out, grad_lse) if is_truth else {}
     loss = (dense.out * grad_out).sum() + torch.where(dense.lse > -torch.inf, dense.lse * grad_lse, 0.0).sum()
     wanted = {"dq": q, "dk": k, "dv": v, **leaves.tensors}
     grads = torch.autograd.grad(loss, tuple(wanted.values()), materialize_grads=True)
