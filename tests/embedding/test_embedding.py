@@ -313,7 +313,8 @@ def test_the_command_ranks_passages(book: Path, tmp_path: Path, capsys: Any) -> 
     assert report["tokens"] == sum(chapter["tokens"] for chapter in report["chapters"]) > 80
     import numpy as np
 
-    kept = np.load(vectors)
+    with np.load(vectors) as file:
+        kept = dict(file)
     assert kept["chapters"].shape == (3, 384)
     assert kept["passages"].shape == (report["passages"], 384)
     assert [str(title) for title in kept["titles"]] == ["CHAPTER I", "CHAPTER II", "CHAPTER III"]

@@ -248,7 +248,8 @@ def test_forms_of_vectors(suffix: str, folder: Path, place: Path, tmp_path: Path
     code, report, _ = run(capsys, folder / "a.txt", folder / "deep", *options, "--save", file)
     assert code == 0
     run(capsys, folder / "a.txt", folder / "deep", *options, "--save", tmp_path / "v.npz")
-    stored = np.load(tmp_path / "v.npz")
+    with np.load(tmp_path / "v.npz") as archive:
+        stored = dict(archive)
     if suffix == ".npy":
         vectors = np.load(file)
     else:
