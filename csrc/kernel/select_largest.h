@@ -1,5 +1,5 @@
-// Indices of the `count` largest weights, ascending. The threshold is found by bisection and interpolation, on
-// the bit patterns of the weights mapped to integers of the same order and compared in vector lanes; nothing is sorted.
+// Indices of the `count` largest weights, ascending. The threshold is found by bisection and interpolation, on the bit patterns
+// of the weights mapped to integers of the same order and compared in vector lanes; nothing is sorted.
 #pragma once
 
 #include <cstring>
