@@ -77,8 +77,12 @@ int64_t forward(NativePlan& plan, int type, int out_type, const std::vector<int6
   InterruptCheck interrupt = signal_check();
   const nb::gil_scoped_release release;
   const bool is_plain = !call.terms.on && !call.terms.sinks && !call.dropout.on;
-  if (const ContentPattern* pattern = plan.visited_rows(); pattern && is_plain) {
-    run_row_visits(kernels_of_isa, call, *pattern, threads, interrupt);
+  if (is_plain && plan.visits_rows(call.type, threads, interrupt)) {
+    run_row_visits(kernels_of_isa, call, *plan.content(), threads, interrupt);
+    return plan.take_grown_bytes();
+  }
+  if (plan.plans_in_place()) {
+    run_content_tiles(kernels_of_isa, call, *plan.content(), plan.gather(), threads, interrupt);
     return plan.take_grown_bytes();
   }
   const auto schedule = plan.schedule(call.batch, call.heads, call.kv_heads, false, threads, interrupt);

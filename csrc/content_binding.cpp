@@ -63,6 +63,24 @@ ChosenLists choose(const std::vector<int64_t>& numbers, const StridedAddress& q,
   return choose_blocks(kernels_of_isa, problem, threads, interrupt);
 }
 
+// A table of lists from (address, width, bytes of an index).
+ListTable list_table_of(const std::vector<int64_t>& from) {
+  if (from.size() != 3 || from[1] < 0 || (from[2] != 2 && from[2] != 4 && from[2] != 8))
+    throw std::invalid_argument("a table of lists is (address, width, bytes of an index: 2, 4 or 8)");
+  return {reinterpret_cast<void*>(from[0]), from[1], from[2]};
+}
+
+// The same, written to a table of lists.
+void choose_into(const std::vector<int64_t>& numbers, const StridedAddress& q, const StridedAddress& k, double budget_value,
+                 double scale, const std::vector<int64_t>& table, int threads) {
+  const ChoiceProblem problem = choice_of(numbers, q, k, budget_value, scale);
+  const ListTable to = list_table_of(table);
+  const Kernels& kernels_of_isa = kernels();
+  InterruptCheck interrupt = signal_check();
+  const nb::gil_scoped_release release;
+  choose_blocks(kernels_of_isa, problem, to, threads, interrupt);
+}
+
 // See lost_bound.h. sizes and clauses: as for a plan; numbers: see choice_of.
 void lost(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses,
           const std::vector<int64_t>& numbers, const StridedAddress& q, const StridedAddress& k, double scale, int64_t lse,
@@ -117,10 +135,13 @@ void recent(const std::vector<int64_t>& sizes, const std::vector<int64_t>& addre
 void bind_content(nb::module_& m) {
   nb::class_<ChosenLists>(m, "ChosenLists")
       .def_ro("width", &ChosenLists::width)
-      .def("copy_to", [](const ChosenLists& lists, int64_t address, int threads) {
-        lists.copy_to(reinterpret_cast<int64_t*>(address), threads);
+      .def("copy_to", [](const ChosenLists& lists, const std::vector<int64_t>& table, int threads) {
+        const ListTable to = list_table_of(table);
+        if (to.width < lists.width) throw std::invalid_argument("the table is narrower than the longest list");
+        lists.copy_to(to, threads);
       });
   m.def("choose", &choose);
+  m.def("choose_into", &choose_into);
   m.def("lost", &lost);
   m.def("nearest", &nearest);
   m.def("recent", &recent);

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "binding.h"
-#include "content/plan_content.h"
+#include "content/row_visits.h"
 #include "schedule.h"
 #include "tables.h"
 
@@ -23,18 +23,29 @@ class NativePlan {
   // n_q, n_k, q_offset); pieces: 17 numbers each, see plan_binding.cpp.
   NativePlan(nanobind::handle fixed, const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& pieces,
              int threads);
-  // The plan of a content pattern. sizes: (batch, heads, n_q, n_k, q_offset); clauses: see `content_pattern_of`.
-  NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, int64_t gather, int threads);
+  // The plan of a content pattern, whose tables are made by the first call that needs them. sizes: (batch, heads, n_q, n_k,
+  // q_offset); clauses: see `content_pattern_of`; owners: the Python tensors that these point into, held as long as the plan.
+  NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, nanobind::object owners,
+             int64_t gather);
   NativePlan(const NativePlan&) = delete;
   NativePlan& operator=(const NativePlan&) = delete;
 
-  // The tables; those of rows that are visited are planned by the first call that needs them.
+  // The tables; those of a content pattern are planned by the first call of this function.
   const Tables& tables(int threads, InterruptCheck& interrupt);
-  bool overlapping() const { return !visited_rows_ && tables_.overlapping; }
-  bool covers_all_rows() const { return visited_rows_ || tables_.covers_all_rows(); }
-  const ContentCounts& counts() const { return counts_; }
-  // The pattern whose forward passes visit key groups row by row (content/row_visits.h); else null.
-  const ContentPattern* visited_rows() const { return visited_rows_ ? &*visited_rows_ : nullptr; }
+  bool overlapping() const { return !content_ && tables_.overlapping; }
+  bool covers_all_rows() const { return content_ || tables_.covers_all_rows(); }
+  // The clauses of a content pattern, else null; and whether single rows or granules of keys are gathered (plan_content.h).
+  const ContentPattern* content() const { return content_ ? &*content_ : nullptr; }
+  int64_t gather() const { return gather_; }
+  // Whether forward passes of the dtype visit key groups row by row (content/row_visits.h), without tables.
+  bool visits_rows(Type type, int threads, InterruptCheck& interrupt);
+  // Whether a forward pass should plan its tiles where they are executed: the first one of a content pattern without tables.
+  // Later ones are worth tables.
+  bool plans_in_place() { return content_ && !is_planned_ && !was_executed_.exchange(true); }
+  // Pairs, and keys visited by a float32 forward pass: all of them, or an estimate from some tiles, in the time of keys that tiles
+  // of the dtype visit. Zero for a plan of Python's tables.
+  ContentCounts counts(int threads, InterruptCheck& interrupt);
+  ContentCounts expected(Type type, int threads, InterruptCheck& interrupt);
   int64_t bytes() const { return bytes_; }
 
   // The schedule of a forward pass, or of both passes. A forward pass under way reads nothing that `order_backward` writes.
@@ -56,17 +67,20 @@ class NativePlan {
   // Appends the tables of a farlight.plan.tables.Plan.
   void read(nanobind::handle plan);
 
-  std::atomic<int64_t> grown_bytes_{0}, bytes_{0};  // bytes_: of the tables
+  std::atomic<int64_t> grown_bytes_{0}, bytes_{0};  // bytes_: of the tables, and of the lists
   Tables tables_;
-  std::optional<const ContentPattern> visited_rows_;  // its clauses' tables are the caller's
-  std::atomic<bool> is_planned_{true};                // `tables_` are there
+  nanobind::object owners_;
+  std::optional<const ContentPattern> content_;
   int64_t gather_ = 0;
-  ContentCounts counts_;  // of a content pattern; else zero
+  std::atomic<bool> is_planned_{true}, was_executed_{false};  // `tables_` are there; a forward pass has run
+  const ContentSample& sample(int threads, InterruptCheck& interrupt);
+  std::optional<ContentSample> sample_;
+  std::optional<ContentCounts> counts_;  // of what was planned natively
   std::mutex mutex_;
   std::shared_ptr<Schedule> schedule_;
 };
 
-// A content pattern from (batch, heads, n_q, n_k, q_offset) and its clauses, 14 numbers each.
+// A content pattern from (batch, heads, n_q, n_k, q_offset) and its clauses, 15 numbers each.
 ContentPattern content_pattern_of(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses);
 
 }  // namespace farlight

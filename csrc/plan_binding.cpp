@@ -1,8 +1,11 @@
 // Python's side of a plan (farlight._cpu.Plan): reads the tables of farlight.plan, or the addresses of a choice.
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <string>
+#include <utility>
 
 #include "content/label_piece.h"
 #include "content/row_visits.h"
@@ -80,12 +83,17 @@ Piece piece(nb::handle from) {
 }
 
 // A clause from (kind, causal, indices, batch, heads, lists, width, block, query_block, base, left, right, key_mask,
-// mask_batch).
+// mask_batch, bytes of an index).
 Clause clause_of(const std::vector<int64_t>& from) {
-  if (from.size() != 14) throw std::invalid_argument("a clause has 14 numbers");
-  return {static_cast<ClauseKind>(from[0]),
+  if (from.size() != 15) throw std::invalid_argument("a clause has 15 numbers");
+  const auto kind = static_cast<ClauseKind>(from[0]);
+  const bool is_narrow = from[14] == 2 || from[14] == 4;
+  if (from[14] != 8 && !(is_narrow && kind == ClauseKind::kBlocks))
+    throw std::invalid_argument("an index of a clause has 2, 4 or 8 bytes; of named keys or rows 8");
+  return {kind,
           from[1] != 0,
-          reinterpret_cast<const int64_t*>(from[2]),
+          reinterpret_cast<const void*>(from[2]),
+          from[14],
           from[3],
           from[4],
           from[5],
@@ -126,20 +134,12 @@ NativePlan::NativePlan(nb::handle plan) {
   bytes_ = tables_.bytes();
 }
 
-NativePlan::NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, int64_t gather,
-                       int threads) {
-  const ContentPattern pattern = content_pattern_of(sizes, clauses);
-  InterruptCheck interrupt = signal_check();
-  const nb::gil_scoped_release release;
-  if (const auto counts = visits_of_rows(pattern, gather, threads, interrupt)) {
-    visited_rows_.emplace(pattern);
-    counts_ = *counts;
-    gather_ = gather;
-    is_planned_ = false;
-    return;
-  }
-  plan_content(pattern, gather, threads, interrupt, tables_, counts_);
-  bytes_ = tables_.bytes();
+NativePlan::NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, nb::object owners,
+                       int64_t gather)
+    : owners_(std::move(owners)), content_(content_pattern_of(sizes, clauses)), gather_(gather), is_planned_(false) {
+  for (const Clause& clause : content_->clauses)
+    if (clause.kind == ClauseKind::kBlocks)
+      bytes_ += clause.batch * clause.heads * clause.lists * clause.width * clause.index_bytes;
 }
 
 const Tables& NativePlan::tables(int threads, InterruptCheck& interrupt) {
@@ -147,29 +147,60 @@ const Tables& NativePlan::tables(int threads, InterruptCheck& interrupt) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (is_planned_) return tables_;
   Tables fresh;
-  ContentCounts ignored;  // of tiles
-  plan_content(*visited_rows_, gather_, threads, interrupt, fresh, ignored);
+  ContentCounts counts;
+  plan_content(*content_, gather_, threads, interrupt, fresh, counts);
   tables_ = std::move(fresh);
-  bytes_ = tables_.bytes();
-  grown_bytes_ += bytes_;
+  bytes_ += tables_.bytes();
+  grown_bytes_ += tables_.bytes();
   is_planned_ = true;
   return tables_;
+}
+
+const ContentSample& NativePlan::sample(int threads, InterruptCheck& interrupt) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!sample_) sample_ = sample_tiles(*content_, gather_, threads, interrupt);
+  return *sample_;
+}
+
+bool NativePlan::visits_rows(Type type, int threads, InterruptCheck& interrupt) {
+  if (!content_ || !serves_single_rows(*content_)) return false;
+  const ContentSample& some = sample(threads, interrupt);
+  return visited_by_rows(some, type) < static_cast<double>(some.counts.visited);
+}
+
+ContentCounts NativePlan::counts(int threads, InterruptCheck& interrupt) {
+  const bool by_row = visits_rows(Type::f32, threads, interrupt);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!counts_ && !content_) counts_.emplace();
+  if (!counts_)
+    counts_ = by_row ? count_visits(*content_, threads, interrupt) : count_tiles(*content_, gather_, threads, interrupt);
+  return *counts_;
+}
+
+ContentCounts NativePlan::expected(Type type, int threads, InterruptCheck& interrupt) {
+  if (!content_) return counts(threads, interrupt);
+  const ContentSample& some = sample(threads, interrupt);
+  auto visited = static_cast<double>(some.counts.visited);
+  if (serves_single_rows(*content_)) visited = std::min(visited, visited_by_rows(some, type));
+  return {std::llround(static_cast<double>(some.counts.pairs) * some.scale), std::llround(visited * some.scale)};
 }
 
 NativePlan::NativePlan(nb::handle fixed, const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& pieces,
                        int threads) {
   if (sizes.size() != 5) throw std::invalid_argument("sizes has 5 numbers");
   tables_.n_q = sizes[2], tables_.n_k = sizes[3], tables_.q_offset = sizes[4], tables_.tile = kRows;
+  ContentCounts counts;
   if (!fixed.is_none()) {
     read(fixed);
-    counts_ = {nb::cast<int64_t>(fixed.attr("pairs")), nb::cast<int64_t>(fixed.attr("visited"))};
+    counts = {nb::cast<int64_t>(fixed.attr("pairs")), nb::cast<int64_t>(fixed.attr("visited"))};
   }
   std::vector<LabelLinks> links;
   for (const auto& numbers : pieces) links.push_back(label_links_of(sizes, numbers));
   InterruptCheck interrupt = signal_check();
   const nb::gil_scoped_release release;
   for (const LabelLinks& piece : links)
-    add_label_piece(piece, sizes[0] * sizes[1] / (piece.batch * piece.heads), threads, interrupt, tables_, counts_);
+    add_label_piece(piece, sizes[0] * sizes[1] / (piece.batch * piece.heads), threads, interrupt, tables_, counts);
+  counts_ = counts;
   tables_.overlapping = tables_.overlapping || tables_.pieces.size() > 1;
   tables_.finish();
   bytes_ = tables_.bytes();
@@ -192,13 +223,37 @@ void bind_plan(nb::module_& m) {
       .def(nb::init<nb::handle>(), "plan"_a)
       .def(nb::init<nb::handle, const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&, int>(), "fixed"_a.none(),
            "sizes"_a, "pieces"_a, "threads"_a)
-      .def(nb::init<const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&, int64_t, int>())
+      .def(nb::init<const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&, nb::object, int64_t>())
       .def_prop_ro("nbytes", &NativePlan::bytes)
       .def_prop_ro("overlapping", &NativePlan::overlapping)
       .def_prop_ro("covers_all_rows", &NativePlan::covers_all_rows)
-      .def_prop_ro("visits_rows", [](const NativePlan& plan) { return plan.visited_rows() != nullptr; })
-      .def_prop_ro("pairs", [](const NativePlan& plan) { return plan.counts().pairs; })
-      .def_prop_ro("visited", [](const NativePlan& plan) { return plan.counts().visited; })
+      .def("visits_rows",
+           [](NativePlan& plan, int type, int threads) {
+             InterruptCheck interrupt = signal_check();
+             const nb::gil_scoped_release release;
+             return plan.visits_rows(static_cast<Type>(type), threads, interrupt);
+           })
+      .def("counts",
+           [](NativePlan& plan, int threads) {
+             InterruptCheck interrupt = signal_check();
+             const nb::gil_scoped_release release;
+             const ContentCounts counts = plan.counts(threads, interrupt);
+             return std::make_pair(counts.pairs, counts.visited);
+           })
+      .def("expected",
+           [](NativePlan& plan, int type, int threads) {
+             InterruptCheck interrupt = signal_check();
+             const nb::gil_scoped_release release;
+             const ContentCounts counts = plan.expected(static_cast<Type>(type), threads, interrupt);
+             return std::make_pair(counts.pairs, counts.visited);
+           })
+      .def("make_tables",
+           [](NativePlan& plan, int threads) {
+             InterruptCheck interrupt = signal_check();
+             const nb::gil_scoped_release release;
+             if (!plan.visits_rows(Type::f32, threads, interrupt)) plan.tables(threads, interrupt);
+             return plan.take_grown_bytes();
+           })
       .def("dense", [](NativePlan& plan, int64_t batch, int64_t heads, int64_t address) {
         InterruptCheck no_interrupt(nullptr);
         const nb::gil_scoped_release release;

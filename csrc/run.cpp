@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "content/row_visits.h"
+#include "content/tiles_in_place.h"
 #include "dkdv_reduction.h"
 #include "memory.h"
 #include "parallel.h"
@@ -174,12 +175,51 @@ void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, in
   }
 }
 
-void run_row_visits(const Kernels& kernels, const Call& call, const ContentPattern& pattern, int threads,
-                    InterruptCheck& interrupt) {
+namespace {
+
+void check_heads(const ContentPattern& pattern, const Call& call) {
   if (pattern.batch != call.batch || pattern.heads != call.heads)
     throw MalformedPlan("the plan is for " + std::to_string(pattern.batch) + " batch items and " +
                         std::to_string(pattern.heads) + " heads, but q has " + std::to_string(call.batch) + " and " +
                         std::to_string(call.heads));
+}
+
+}  // namespace
+
+void run_content_tiles(const Kernels& kernels, const Call& call, const ContentPattern& pattern, int64_t gather, int threads,
+                       InterruptCheck& interrupt) {
+  check_heads(pattern, call);
+  constexpr int64_t max_tiles = 32, min_items = 32;  // of an item; for each thread, so that all finish at about the same time
+  const int64_t lines = call.batch * call.heads, tiles = (pattern.n_q + kRows - 1) / kRows;
+  if (lines * tiles * pattern.n_k * call.dim < kMinParallelWork) threads = 1;
+  int64_t chunk = max_tiles;
+  while (chunk > 1 && lines * ((tiles + chunk - 1) / chunk) < min_items * threads) chunk /= 2;
+  PlanView sizes{};  // scratch memory depends on the sizes alone
+  sizes.n_q = pattern.n_q, sizes.n_k = pattern.n_k;
+  Call sized = call;
+  sized.plan = &sizes;
+  const int64_t parts = (tiles + chunk - 1) / chunk, bytes = kernels.scratch_bytes(sized);
+  const uint64_t call_id = next_call_id();
+  advise_huge_pages(call.result, rows_bytes(call, call.out_type, call.heads, pattern.n_q, call.result_dim));
+  parallel_for(lines * parts, threads, interrupt, [&](int64_t i) {
+    thread_local TilesInPlace planner;
+    const int64_t line = i / parts, first = i % parts * chunk, last = std::min(first + chunk, tiles);
+    const int64_t batch_item = line / call.heads, head = line % call.heads;
+    Call local = call;
+    local.plan = &planner.plan(pattern, gather, batch_item, head, first, last);
+    WorkItem item{0, static_cast<int32_t>(batch_item), static_cast<int32_t>(head), 0};
+    for (; item.entry < last - first; ++item.entry) {
+      WorkItem next = item;
+      ++next.entry;
+      kernels.forward(local, item, next.entry < last - first ? &next : nullptr,
+                      scratch(bytes, kernels.zeroed_bytes, call_id));
+    }
+  });
+}
+
+void run_row_visits(const Kernels& kernels, const Call& call, const ContentPattern& pattern, int threads,
+                    InterruptCheck& interrupt) {
+  check_heads(pattern, call);
   constexpr int64_t min_items = 8;  // for each thread, so that all finish at about the same time
   const int64_t lines = call.batch * call.heads;
   int64_t rows = kVisitRows;

@@ -11,7 +11,12 @@ namespace farlight {
 // Forward: writes call.result (out) and call.lse.
 void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads, InterruptCheck& interrupt);
 
-// Forward without terms or dropout, straight from the clauses of a content pattern (content/row_visits.h): writes the same.
+// Forward straight from the clauses of a content pattern, whose tiles each thread plans before it computes them
+// (content/tiles_in_place.h): writes the same.
+void run_content_tiles(const Kernels& kernels, const Call& call, const ContentPattern& pattern, int64_t gather, int threads,
+                       InterruptCheck& interrupt);
+
+// The same without terms or dropout, row by row (content/row_visits.h).
 void run_row_visits(const Kernels& kernels, const Call& call, const ContentPattern& pattern, int threads,
                     InterruptCheck& interrupt);
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 #include "choose_until.h"
 #include "query_blocks.h"
@@ -20,7 +21,7 @@ struct Scratch {
   std::vector<int32_t> keys, chosen;
 };
 
-class Chooser : QueryBlocks {
+class Chooser : public QueryBlocks {
  public:
   Chooser(const Kernels& kernels, const ChoiceProblem& problem, const Summaries& summaries)
       : QueryBlocks(problem, summaries), kernels_(kernels) {}
@@ -30,7 +31,7 @@ class Chooser : QueryBlocks {
   int64_t items() const { return (num_lists_ + lists_per_item() - 1) / lists_per_item(); }
 
   // Chooses for item `item` of batch item b and choosing head h (a key head where the choice is shared).
-  void run(int64_t b, int64_t h, int64_t item, ChosenLists::Part& to) const {
+  void run(int64_t b, int64_t h, int64_t item, Lists& to) const {
     thread_local Scratch s;
     s.row.resize(p_.dim);
     s.queries.resize(kScoreRows * summaries_.dim());
@@ -46,7 +47,7 @@ class Chooser : QueryBlocks {
 
  private:
   // score = softmax: the sum over real rows (and the heads that share the choice) of their softmax over the scored blocks.
-  void pooled(Scratch& s, int64_t b, int64_t h, int64_t u, ChosenLists::Part& to_lists) const {
+  void pooled(Scratch& s, int64_t b, int64_t h, int64_t u, Lists& to_lists) const {
     const int64_t width = scored(u), padded = (width + kPanel - 1) / kPanel * kPanel;
     s.total.assign(padded, 0.0f);
     int64_t rows_seen = 0;
@@ -80,7 +81,7 @@ class Chooser : QueryBlocks {
   }
 
   // score = mean or minmax: one vector for each of the query blocks u0, ..., u0 + kScoreRows - 1.
-  void representatives(Scratch& s, int64_t b, int64_t h, int64_t u0, ChosenLists::Part& to_lists) const {
+  void representatives(Scratch& s, int64_t b, int64_t h, int64_t u0, Lists& to_lists) const {
     const int64_t count = std::min(kScoreRows, num_lists_ - u0);
     int64_t width = 0;  // 0 where nothing has to be scored
     for (int64_t u = u0; u < u0 + count; ++u)
@@ -143,7 +144,7 @@ class Chooser : QueryBlocks {
   const float* log_sizes_always(int64_t b) const { return summaries_.log_sizes(p_, b); }
 
   // Selects the blocks of query block u from the weights of the scored blocks.
-  void select(Scratch& s, int64_t b, int64_t u, bool has_query, const float* weights, ChosenLists::Part& to) const {
+  void select(Scratch& s, int64_t b, int64_t u, bool has_query, const float* weights, Lists& to) const {
     s.chosen.clear();
     if (has_query) {
       if (p_.budget == BudgetKind::kMass) take_mass(s, b, scored(u), weights);
@@ -208,49 +209,90 @@ class Chooser : QueryBlocks {
 
 }  // namespace
 
-void ChosenLists::copy_to(int64_t* indices, int threads) const {
-  std::vector<int64_t> first;  // list of each part
-  int64_t lists = 0;
-  for (const Part& part : parts) {
-    first.push_back(lists);
-    lists += static_cast<int64_t>(part.counts.size());
+namespace {
+
+// Writes consecutive lists to a table, from list `first` on.
+template <class Index>
+void write_lists(const Lists& lists, const ListTable& table, int64_t first) {
+  const int32_t* block = lists.blocks.data();
+  Index* to = static_cast<Index*>(table.data) + first * table.width;
+  for (const int32_t count : lists.counts) {
+    for (int32_t x = 0; x < count; ++x) to[x] = static_cast<Index>(block[x]);
+    std::fill(to + count, to + table.width, Index{-1});
+    block += count;
+    to += table.width;
   }
-  advise_huge_pages(indices, lists * width * static_cast<int64_t>(sizeof(int64_t)));
-  InterruptCheck no_interrupt(nullptr);
-  parallel_for(static_cast<int64_t>(parts.size()), threads, no_interrupt, [&](int64_t i) {
-    const int32_t* block = parts[i].blocks.data();
-    int64_t* to = indices + first[i] * width;
-    for (const int32_t count : parts[i].counts) {
-      std::copy(block, block + count, to);
-      std::fill(to + count, to + width, -1);
-      block += count;
-      to += width;
-    }
+}
+
+void write(const Lists& lists, const ListTable& table, int64_t first) {
+  if (table.bytes == 2) write_lists<int16_t>(lists, table, first);
+  else if (table.bytes == 4) write_lists<int32_t>(lists, table, first);
+  else write_lists<int64_t>(lists, table, first);
+}
+
+// Calls take(first list, lists) for items of consecutive query blocks, in parallel; the lists are those of one thread, its next
+// item overwrites them.
+template <class AnyChooser, class Take>
+void for_lists(const AnyChooser& chooser, const ChoiceProblem& problem, int threads, InterruptCheck& interrupt,
+               const Take& take) {
+  const int64_t heads = problem.shared ? problem.kv_heads : problem.heads, items = chooser.items();
+  parallel_for(problem.batch * heads * items, threads, interrupt, [&](int64_t i) {
+    thread_local Lists lists;
+    lists.clear();
+    chooser.run(i / items / heads, i / items % heads, i % items, lists);
+    take(i / items * chooser.lists() + i % items * chooser.lists_per_item(), i, lists);
   });
 }
 
-namespace {
+// Calls choose(chooser) with the chooser of the budget.
+template <class Choose>
+void with_chooser(const Kernels& kernels, const ChoiceProblem& problem, int threads, InterruptCheck& interrupt,
+                  const Choose& choose) {
+  const Summaries summaries(problem, threads, interrupt);
+  if (problem.budget == BudgetKind::kLost) choose(UntilProven(kernels, problem, summaries));
+  else choose(Chooser(kernels, problem, summaries));
+}
 
-// The lists of a chooser: items of consecutive query blocks, in parallel.
-template <class AnyChooser>
-ChosenLists lists_of(const AnyChooser& chooser, const ChoiceProblem& problem, int threads, InterruptCheck& interrupt) {
-  const int64_t heads = problem.shared ? problem.kv_heads : problem.heads, items = chooser.items();
-  ChosenLists lists;
-  lists.parts.resize(problem.batch * heads * items);
-  parallel_for(problem.batch * heads * items, threads, interrupt,
-               [&](int64_t i) { chooser.run(i / items / heads, i / items % heads, i % items, lists.parts[i]); });
-  for (const ChosenLists::Part& part : lists.parts)
-    for (const int32_t count : part.counts) lists.width = std::max<int64_t>(lists.width, count);
-  return lists;
+int64_t num_items(const ChoiceProblem& problem, int64_t items) {
+  return problem.batch * (problem.shared ? problem.kv_heads : problem.heads) * items;
 }
 
 }  // namespace
 
+void ChosenLists::copy_to(const ListTable& table, int threads) const {
+  std::vector<int64_t> first;  // list of each part
+  int64_t lists = 0;
+  for (const Lists& part : parts) {
+    first.push_back(lists);
+    lists += static_cast<int64_t>(part.counts.size());
+  }
+  advise_huge_pages(table.data, lists * table.width * table.bytes);
+  InterruptCheck no_interrupt(nullptr);
+  parallel_for(static_cast<int64_t>(parts.size()), threads, no_interrupt,
+               [&](int64_t i) { write(parts[i], table, first[i]); });
+}
+
 ChosenLists choose_blocks(const Kernels& kernels, const ChoiceProblem& problem, int threads, InterruptCheck& interrupt) {
-  const Summaries summaries(problem, threads, interrupt);
-  if (problem.budget == BudgetKind::kLost)
-    return lists_of(UntilProven(kernels, problem, summaries), problem, threads, interrupt);
-  return lists_of(Chooser(kernels, problem, summaries), problem, threads, interrupt);
+  ChosenLists chosen;
+  with_chooser(kernels, problem, threads, interrupt, [&](const auto& chooser) {
+    chosen.parts.resize(num_items(problem, chooser.items()));
+    for_lists(chooser, problem, threads, interrupt, [&](int64_t, int64_t item, const Lists& lists) { chosen.parts[item] = lists; });
+  });
+  for (const Lists& part : chosen.parts)
+    for (const int32_t count : part.counts) chosen.width = std::max<int64_t>(chosen.width, count);
+  return chosen;
+}
+
+void choose_blocks(const Kernels& kernels, const ChoiceProblem& problem, const ListTable& table, int threads,
+                   InterruptCheck& interrupt) {
+  with_chooser(kernels, problem, threads, interrupt, [&](const auto& chooser) {
+    advise_huge_pages(table.data, num_items(problem, chooser.lists()) * table.width * table.bytes);
+    for_lists(chooser, problem, threads, interrupt, [&](int64_t first, int64_t, const Lists& lists) {
+      for (const int32_t count : lists.counts)
+        if (count > table.width) throw std::length_error("a list is longer than its table is wide");
+      write(lists, table, first);
+    });
+  });
 }
 
 }  // namespace farlight

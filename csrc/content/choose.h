@@ -31,18 +31,31 @@ struct ChoiceProblem {
   float scale;
 };
 
-// The chosen blocks of each (batch item, head or key head, query block): lists in ascending order.
+// A table of lists, (batch, heads or key heads, query blocks, width): block indices of `bytes` bytes, 2, 4 or 8, ascending, the
+// rest of a list -1.
+struct ListTable {
+  void* data;
+  int64_t width, bytes;
+};
+
+// Consecutive lists: their lengths, and their blocks one after the other.
+struct Lists {
+  std::vector<int32_t> counts, blocks;
+  void clear() { counts.clear(), blocks.clear(); }
+};
+
+// The chosen blocks of each (batch item, head or key head, query block).
 struct ChosenLists {
-  // Consecutive lists: their lengths, and their blocks one after the other.
-  struct Part {
-    std::vector<int32_t> counts, blocks;
-  };
   int64_t width = 0;  // length of the longest list
-  std::vector<Part> parts;
-  // Writes (lists, width) indices, padded with -1.
-  void copy_to(int64_t* indices, int threads) const;
+  std::vector<Lists> parts;
+  // Writes a table at least that wide.
+  void copy_to(const ListTable& table, int threads) const;
 };
 
 ChosenLists choose_blocks(const Kernels& kernels, const ChoiceProblem& problem, int threads, InterruptCheck& interrupt);
+
+// The same, written to a table as wide as a list can become: nothing is stored twice.
+void choose_blocks(const Kernels& kernels, const ChoiceProblem& problem, const ListTable& table, int threads,
+                   InterruptCheck& interrupt);
 
 }  // namespace farlight

@@ -40,7 +40,7 @@ class UntilProven::Order {
   int64_t sorted_ = 0;
 };
 
-void UntilProven::run(int64_t b, int64_t h, int64_t item, ChosenLists::Part& to) const {
+void UntilProven::run(int64_t b, int64_t h, int64_t item, Lists& to) const {
   thread_local Scratch s;
   s.queries.resize(kScoreRows * summaries_.dim());
   s.signed_queries.resize(kScoreRows * p_.dim);

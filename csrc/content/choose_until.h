@@ -12,7 +12,7 @@ namespace farlight {
 //
 // so that the left-out share of the row's attention is at most `lost`; or until everything is seen. Order: by the sum over the
 // rows of the softmax over blocks of bound + log n_c, largest first. Rounding is added on the side of the proof.
-class UntilProven : QueryBlocks {
+class UntilProven : public QueryBlocks {
  public:
   // summaries: channel-wise bounds.
   UntilProven(const Kernels& kernels, const ChoiceProblem& problem, const Summaries& summaries)
@@ -22,8 +22,9 @@ class UntilProven : QueryBlocks {
         allowed_(problem.budget_value / (1.0 - problem.budget_value)) {}
 
   // An item is as many query blocks as have kScoreRows rows together.
+  int64_t lists_per_item() const { return std::max<int64_t>(1, kScoreRows / (p_.query_block * choosing_heads())); }
   int64_t items() const { return (num_lists_ + lists_per_item() - 1) / lists_per_item(); }
-  void run(int64_t b, int64_t h, int64_t item, ChosenLists::Part& to) const;
+  void run(int64_t b, int64_t h, int64_t item, Lists& to) const;
 
  private:
   struct Row {
@@ -32,7 +33,6 @@ class UntilProven : QueryBlocks {
   struct Scratch;
   class Order;
 
-  int64_t lists_per_item() const { return std::max<int64_t>(1, kScoreRows / (p_.query_block * choosing_heads())); }
   void score(Scratch& s, int64_t b, int64_t h, const Row* rows, int64_t count, int64_t width) const;
   void weigh(Scratch& s, int64_t b, int64_t u, int64_t first, int64_t count) const;
   int64_t count_needed(Scratch& s, int64_t b, int64_t h, int64_t u, Order& order, const Row* rows, int64_t first,

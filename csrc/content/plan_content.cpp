@@ -2,195 +2,17 @@
 // then concatenated in order. The result does not depend on the number of threads.
 #include "plan_content.h"
 
-#include <array>
-#include <map>
+#include <atomic>
 #include <utility>
 
-#include "row_masks.h"
-#include "tile_clauses.h"
+#include "row_visits.h"
+#include "tile_planner.h"
 
 namespace farlight {
 
 namespace {
 
 constexpr int64_t kChunkTiles = 32;  // tiles planned by one parallel item
-
-using Bits = std::array<int32_t, kRows * kBitsWords>;
-
-// The tables of consecutive tiles of one variant. Masks are numbered within the chunk.
-struct ChunkTables {
-  std::vector<int64_t> run_count;  // per tile
-  std::vector<int32_t> lo, hi, mask;
-  std::vector<int32_t> point_count, point_keys;  // per row, and for all rows
-  std::vector<uint32_t> row_masks;               // kRowSet masks
-  std::vector<Bits> bit_masks;                   // kBits masks, numbered behind them
-  ContentCounts counts;
-};
-
-// A run of the keys that one tile sees, before the runs are sorted by their masks.
-struct Run {
-  int32_t lo, hi;
-  uint32_t rows;
-};
-
-class ChunkPlanner {
- public:
-  ChunkPlanner(const ContentPattern& pattern, int64_t gather, int64_t batch_item, int64_t head, ChunkTables& to)
-      : pattern_(pattern), gather_(gather), to_(to), masks_(pattern.n_k), clauses_(pattern, batch_item, head, masks_) {}
-
-  void plan_tile(int64_t first_row) {
-    count_ = static_cast<int>(std::min<int64_t>(kRows, pattern_.n_q - first_row));
-    all_ = count_ == kRows ? kEveryRow : (1u << count_) - 1;
-    clauses_.unite(first_row);
-    cut();
-  }
-
- private:
-  // Cuts the row masks of the tile into runs and gathered keys.
-  void cut() {
-    runs_.clear();
-    edges_.clear();
-    for (auto& keys : points_) keys.clear();
-    masks_.drain([&](int64_t first, const uint32_t* masks, int keys, bool equal) {
-      int pairs = equal ? keys * std::popcount(masks[0]) : 0;
-      uint32_t any = equal ? masks[0] : 0, differ = 0;
-      for (int i = 0; i < keys && !equal; ++i) {
-        pairs += std::popcount(masks[i]);
-        any |= masks[i];
-        differ |= masks[i] ^ masks[0];
-      }
-      if (!any) return;
-      to_.counts.pairs += pairs;
-      const int half_rows = kRows / 2 * (((any & 0xffffu) != 0) + ((any >> 16) != 0));
-      if (pairs * gather_ < half_rows * keys) return gather(first, masks, keys);
-      to_.counts.visited += static_cast<int64_t>(keys) * count_;
-      const auto lo = static_cast<int32_t>(first), hi = static_cast<int32_t>(first + keys);
-      if (differ) return add_edge(lo, hi, masks);
-      if (!runs_.empty() && runs_.back().hi == lo && runs_.back().rows == masks[0]) runs_.back().hi = hi;
-      else runs_.push_back({lo, hi, masks[0]});
-    });
-    write();
-  }
-
-  // Keys that few rows see are gathered row by row.
-  void gather(int64_t first, const uint32_t* masks, int keys) {
-    for (int i = 0; i < keys; ++i)
-      for (uint32_t rows = masks[i]; rows; rows &= rows - 1) {
-        points_[std::countr_zero(rows)].push_back(static_cast<int32_t>(first + i));
-        ++to_.counts.visited;
-      }
-  }
-
-  // A run whose keys are seen by different rows: a bit for each (row, key).
-  struct Edge {
-    int32_t lo, hi;
-    Bits bits;
-  };
-
-  void add_edge(int32_t lo, int32_t hi, const uint32_t* masks) {
-    if (edges_.empty() || edges_.back().hi != lo || hi - edges_.back().lo > kBitsKeys) edges_.push_back({lo, lo, Bits{}});
-    Edge& edge = edges_.back();
-    for (int32_t key = lo; key < hi; ++key) {
-      const int32_t column = key - edge.lo;
-      for (uint32_t rows = masks[key - lo]; rows; rows &= rows - 1)
-        edge.bits[std::countr_zero(rows) * kBitsWords + column / 32] |= static_cast<int32_t>(1u << (column % 32));
-    }
-    edge.hi = hi;
-  }
-
-  // Writes the tile's runs, those that the same halves of the rows see together: kernels skip the half of the rows that sees
-  // nothing of a key block.
-  void write() {
-    // 0: every row; 1, 2, 3: the first half of the rows, the second, both.
-    const auto halves = [&](uint32_t rows) { return rows == all_ ? 0 : ((rows & 0xffffu) != 0) + 2 * ((rows >> 16) != 0); };
-    for (int seen_by = 0; seen_by < 4; ++seen_by)
-      for (const Run& run : runs_)
-        if (halves(run.rows) == seen_by) push(run.lo, run.hi, seen_by ? number_of(run.rows) : -1);
-    for (const Edge& edge : edges_) push(edge.lo, edge.hi, number_of(edge.bits));
-    to_.run_count.push_back(static_cast<int64_t>(runs_.size() + edges_.size()));
-    for (int row = 0; row < count_; ++row) {
-      to_.point_count.push_back(static_cast<int32_t>(points_[row].size()));
-      to_.point_keys.insert(to_.point_keys.end(), points_[row].begin(), points_[row].end());
-    }
-  }
-
-  void push(int32_t lo, int32_t hi, int32_t mask) {
-    to_.lo.push_back(lo);
-    to_.hi.push_back(hi);
-    to_.mask.push_back(mask);
-  }
-
-  // Mask numbers of the chunk: 2 m for the m-th row mask, 2 m + 1 for the m-th bit mask.
-  // Direct-mapped table from row mask to number. A mask of the same hash replaces the entry; if the old mask recurs, it is
-  // stored again under a second number.
-  int32_t number_of(uint32_t rows) {
-    Numbered& entry = mask_numbers_[(rows * 0x9e3779b1u) >> (32 - kNumberedBits)];
-    if (entry.rows != rows || entry.number < 0) {
-      entry = {rows, static_cast<int32_t>(to_.row_masks.size())};
-      to_.row_masks.push_back(rows);
-    }
-    return 2 * entry.number;
-  }
-  int32_t number_of(const Bits& bits) {
-    const auto [at, fresh] = bit_mask_number_.try_emplace(bits, static_cast<int32_t>(to_.bit_masks.size()));
-    if (fresh) to_.bit_masks.push_back(bits);
-    return 2 * at->second + 1;
-  }
-
-  const ContentPattern& pattern_;
-  const int64_t gather_;
-  ChunkTables& to_;
-  RowMasks masks_;
-  TileClauses<RowMasks> clauses_;
-  int count_ = 0;
-  uint32_t all_ = 0;  // the rows of the tile
-  std::vector<Run> runs_;
-  std::vector<Edge> edges_;
-  std::array<std::vector<int32_t>, kRows> points_;
-  struct Numbered {
-    uint32_t rows = 0;
-    int32_t number = -1;
-  };
-  static constexpr int kNumberedBits = 10;
-  std::array<Numbered, size_t{1} << kNumberedBits> mask_numbers_;
-  std::map<Bits, int32_t> bit_mask_number_;
-};
-
-// Where each chunk's entries go in the concatenated tables.
-struct Offsets {
-  int64_t runs = 0, points = 0, masks = 0, words = 0;
-};
-
-// Copies a chunk's tables behind those of the chunks before it.
-void append(const ChunkTables& chunk, Masks& masks, Layer& layer, Offsets& at) {
-  const auto first_bits = static_cast<int32_t>(at.masks + chunk.row_masks.size());
-  for (size_t r = 0; r < chunk.lo.size(); ++r) {
-    const int32_t m = chunk.mask[r];
-    layer.mask.push_back(m < 0 ? -1 : m % 2 ? first_bits + m / 2 : static_cast<int32_t>(at.masks) + m / 2);
-  }
-  layer.lo.insert(layer.lo.end(), chunk.lo.begin(), chunk.lo.end());
-  layer.hi.insert(layer.hi.end(), chunk.hi.begin(), chunk.hi.end());
-  for (const int64_t count : chunk.run_count) layer.indptr.push_back(at.runs += count);
-  layer.point_keys.insert(layer.point_keys.end(), chunk.point_keys.begin(), chunk.point_keys.end());
-  for (const int32_t count : chunk.point_count) layer.point_indptr.push_back(at.points += count);
-  const auto add_mask = [&](int32_t kind, size_t words) {
-    masks.kind.push_back(kind);
-    masks.start.push_back(static_cast<int32_t>(at.words));
-    masks.core_lo.push_back(0);
-    masks.core_hi.push_back(-(1 << 30));  // an empty core
-    at.words += static_cast<int64_t>(words);
-    ++at.masks;
-  };
-  for (const uint32_t rows : chunk.row_masks) {
-    add_mask(kRowSet, 1);
-    masks.data.push_back(static_cast<int32_t>(rows));
-  }
-  for (const Bits& bits : chunk.bit_masks) {
-    add_mask(kBits, bits.size());
-    masks.data.insert(masks.data.end(), bits.begin(), bits.end());
-  }
-  if (at.words > (int64_t{1} << 30)) throw MalformedPlan("masks: more than 2^30 words");
-}
 
 }  // namespace
 
@@ -210,30 +32,75 @@ int64_t ContentPattern::head_variants() const {
   return extent;
 }
 
-ContentCounts count_tiles(const ContentPattern& pattern, int64_t gather, int64_t every, int threads,
-                          InterruptCheck& interrupt) {
-  const int64_t heads = pattern.head_variants(), variants = pattern.batch_variants() * heads;
-  const int64_t tiles = (pattern.n_q + kRows - 1) / kRows, chunk = kChunkTiles * every;
-  const int64_t chunks = (tiles + chunk - 1) / chunk;
-  std::vector<ContentCounts> parts(variants * chunks);
-  parallel_for(variants * chunks, threads, interrupt, [&](int64_t i) {
+namespace {
+
+// Counts the tiles of each of `items` items.
+template <class TilesOf>
+ContentCounts count(const ContentPattern& pattern, int64_t gather, int64_t items, int threads, InterruptCheck& interrupt,
+                    const TilesOf& tiles_of_item) {
+  const int64_t heads = pattern.head_variants();
+  std::atomic<int64_t> pairs{0}, visited{0};
+  parallel_for(items, threads, interrupt, [&](int64_t i) {
+    const auto [variant, first, last] = tiles_of_item(i);
     ChunkTables tables;
-    ChunkPlanner planner(pattern, gather, i / chunks / heads, i / chunks % heads, tables);
-    // The last tile of each `every`, so that short texts are not judged by their beginning.
-    const int64_t first = i % chunks * chunk;
-    for (int64_t tile = first; tile < std::min(first + chunk, tiles); tile += every)
-      planner.plan_tile(std::min(tile + every, tiles) * kRows - kRows);
-    parts[i] = tables.counts;
+    ChunkPlanner planner(pattern, gather, variant / heads, variant % heads, tables);
+    for (int64_t tile = first; tile < last; ++tile) planner.plan_tile(tile * kRows);
+    pairs.fetch_add(tables.counts.pairs, std::memory_order_relaxed);
+    visited.fetch_add(tables.counts.visited, std::memory_order_relaxed);
   });
-  ContentCounts sum;
-  for (const ContentCounts& part : parts) sum.pairs += part.pairs, sum.visited += part.visited;
-  return sum;
+  return {pairs, visited};
+}
+
+// Consecutive tiles of a variant.
+struct TileRange {
+  int64_t variant, first, last;
+};
+
+int64_t tiles_of(const ContentPattern& pattern) { return (pattern.n_q + kRows - 1) / kRows; }
+
+}  // namespace
+
+ContentCounts count_tiles(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt) {
+  const int64_t variants = pattern.batch_variants() * pattern.head_variants(), tiles = tiles_of(pattern);
+  const int64_t chunks = (tiles + kChunkTiles - 1) / kChunkTiles, copies = pattern.batch * pattern.heads / variants;
+  const ContentCounts counts = count(pattern, gather, variants * chunks, threads, interrupt, [&](int64_t i) {
+    const int64_t first = i % chunks * kChunkTiles;
+    return TileRange{i / chunks, first, std::min(first + kChunkTiles, tiles)};
+  });
+  return {counts.pairs * copies, counts.visited * copies};
+}
+
+ContentSample sample_tiles(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt) {
+  const int64_t heads = pattern.head_variants(), variants = pattern.batch_variants() * heads, tiles = tiles_of(pattern);
+  // Of every `step` tiles of all variants the middle one; odd, so that variants of 2^n tiles give different ones.
+  const int64_t step = std::max<int64_t>(1, variants * tiles / kSampledTiles) | 1, items = (variants * tiles + step / 2) / step;
+  const auto tile_at = [&](int64_t i) {
+    const int64_t at = i * step + step / 2;
+    return TileRange{at / tiles, at % tiles, at % tiles + 1};
+  };
+  ContentSample sample;
+  sample.counts = count(pattern, gather, items, threads, interrupt, tile_at);
+  sample.scale = static_cast<double>(pattern.batch * pattern.heads * tiles) / static_cast<double>(std::max<int64_t>(1, items));
+  std::atomic<int64_t> row_visits{0};
+  parallel_for(items, threads, interrupt, [&](int64_t i) {
+    const auto [variant, tile, last] = tile_at(i);
+    KeysOfRow seen(pattern.n_k);
+    TileClauses<KeysOfRow> clauses(pattern, variant / heads, variant % heads, seen);
+    int64_t found = 0;
+    for (int64_t row = tile * kRows; row < std::min(last * kRows, pattern.n_q); ++row) {
+      clauses.unite(row, 1);
+      seen.drain([&](int32_t, uint16_t) { ++found; });
+    }
+    row_visits.fetch_add(found, std::memory_order_relaxed);
+  });
+  sample.row_visits = row_visits;
+  return sample;
 }
 
 void plan_content(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt, Tables& tables,
                   ContentCounts& counts) {
   const int64_t batch = pattern.batch_variants(), heads = pattern.head_variants(), variants = batch * heads;
-  const int64_t tiles = (pattern.n_q + kRows - 1) / kRows, chunks = (tiles + kChunkTiles - 1) / kChunkTiles;
+  const int64_t tiles = tiles_of(pattern), chunks = (tiles + kChunkTiles - 1) / kChunkTiles;
   std::vector<ChunkTables> parts(variants * chunks);
   parallel_for(variants * chunks, threads, interrupt, [&](int64_t i) {
     const int64_t variant = i / chunks, first = i % chunks * kChunkTiles;

@@ -16,17 +16,18 @@ namespace farlight {
 
 enum class ClauseKind : int { kBlocks = 0, kBand = 1, kKeys = 2, kRows = 3 };
 
-// One clause of the union. Pointers are borrowed for the call.
+// One clause of the union. Whoever holds it keeps what it points to alive.
 struct Clause {
   ClauseKind kind;
   bool causal;  // key <= position of the query
   // kBlocks: `lists` lists of `width` block indices (-1 = none) for each (batch, heads); an extent of 1 is broadcast. List u
   // serves the positions base + u * query_block, ..., base + (u + 1) * query_block - 1; others have no list.
-  const int64_t* indices;
+  const void* indices;
+  int64_t index_bytes;  // of an index: 2, 4 or 8; 8 for kKeys and kRows
   int64_t batch, heads, lists, width, block, query_block, base;
   // kBand: keys i - left ... i + right of the query at position i.
   int64_t left, right;
-  // kKeys: `lists` key ranges [first, last), (lists, 2) in `indices`, seen by every query. kRows: `lists` ranges of query
+  // kKeys: `lists` key ranges [first, last), (lists, 2) int64 in `indices`, seen by every query. kRows: `lists` ranges of query
   // positions that see every key.
   // (mask_batch, n_k): nonzero where a key is real; null = all. An extent of 1 is broadcast.
   const uint8_t* key_mask;
@@ -51,7 +52,16 @@ struct ContentCounts {
 void plan_content(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt, Tables& tables,
                   ContentCounts& counts);
 
-// The counts of every `every`-th tile of what plan_content would plan.
-ContentCounts count_tiles(const ContentPattern& pattern, int64_t gather, int64_t every, int threads, InterruptCheck& interrupt);
+// The counts of what plan_content would plan, without its tables.
+ContentCounts count_tiles(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt);
+
+// Counts of some tiles, spread over variants and rows: about kSampledTiles of them, or all.
+struct ContentSample {
+  ContentCounts counts;   // of the tiles
+  int64_t row_visits = 0;  // key groups of kVisitKeys keys of which a row sees a key, summed over rows
+  double scale = 1.0;     // pairs of (batch item, head, tile) for each one counted
+};
+constexpr int64_t kSampledTiles = 48;
+ContentSample sample_tiles(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt);
 
 }  // namespace farlight

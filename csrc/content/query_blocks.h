@@ -41,6 +41,8 @@ class QueryBlocks {
     ld_ = summaries.padded() + 16;  // not a power of two: rows would share their cache sets
   }
 
+  int64_t lists() const { return num_lists_; }  // of a (batch item, choosing head)
+
  protected:
   int64_t group() const { return p_.heads / p_.kv_heads; }
   // Choosing head h is a key head where the choice is shared, else a query head.
@@ -69,7 +71,7 @@ class QueryBlocks {
   }
 
   // Appends the list of query block u: the chosen scored blocks, ascending, and the forced ones; empty without a real query.
-  void append_list(int64_t b, int64_t u, bool has_query, const int32_t* chosen, int64_t count, ChosenLists::Part& to) const {
+  void append_list(int64_t b, int64_t u, bool has_query, const int32_t* chosen, int64_t count, Lists& to) const {
     const size_t first = to.blocks.size();
     if (has_query) {
       to.blocks.insert(to.blocks.end(), chosen, chosen + count);

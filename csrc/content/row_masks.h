@@ -39,6 +39,16 @@ class RowMasks {
     add_keys(last * kGranule, hi, rows, nullptr);
   }
 
+  // The rows mask_of(j) see key j, for the keys j of [lo, hi).
+  template <class MaskOf>
+  void add_each(int64_t lo, int64_t hi, const uint8_t* keep, const MaskOf& mask_of) {
+    lo = std::max<int64_t>(lo, 0), hi = std::min(hi, n_k_);
+    if (lo >= hi) return;
+    touch_split(lo, hi);
+    uint32_t* at = rows_.data();
+    for (int64_t j = lo; j < hi; ++j) at[j] |= !keep || keep[j] ? mask_of(j) : 0;
+  }
+
   // Calls visit(first key, masks, keys, whether the masks are equal) for every touched granule in ascending order, and clears
   // it.
   template <class Visit>
@@ -64,15 +74,19 @@ class RowMasks {
  private:
   void add_keys(int64_t lo, int64_t hi, uint32_t rows, const uint8_t* keep) {
     if (lo >= hi) return;
-    for (int64_t g = lo / kGranule; g <= (hi - 1) / kGranule; ++g) {
-      touched_[g / 64] |= uint64_t{1} << (g % 64);
-      split_[g / 64] |= uint64_t{1} << (g % 64);
-    }
+    touch_split(lo, hi);
     uint32_t* at = rows_.data();
     if (keep) {
       for (int64_t j = lo; j < hi; ++j) at[j] |= keep[j] ? rows : 0;
     } else {
       for (int64_t j = lo; j < hi; ++j) at[j] |= rows;
+    }
+  }
+
+  void touch_split(int64_t lo, int64_t hi) {
+    for (int64_t g = lo / kGranule; g <= (hi - 1) / kGranule; ++g) {
+      touched_[g / 64] |= uint64_t{1} << (g % 64);
+      split_[g / 64] |= uint64_t{1} << (g % 64);
     }
   }
 

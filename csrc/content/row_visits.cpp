@@ -1,4 +1,4 @@
-// Visits of rows (row_visits.h): sorting by key group, and the comparison with tiles.
+// Visits of rows (row_visits.h): sorting by key group, and what they cost beside tiles.
 #include "row_visits.h"
 
 #include <algorithm>
@@ -11,9 +11,9 @@ namespace farlight {
 
 namespace {
 
-// The time of a visited key beside that of a key that a tile visits for a row and plans, by measurement.
-constexpr double kVisitCost = 1.2;
-constexpr int64_t kSampled = 8;  // one tile of so many is counted before all visits are
+// The time of a visited key beside that of a key that a tile visits for a row and plans, by measurement. Visits compute in
+// float32, tiles in the dtype of the call.
+constexpr double kVisitCostF32 = 1.2, kVisitCostBf16 = 2.0;
 
 }  // namespace
 
@@ -43,14 +43,12 @@ void VisitTable::fill(const ContentPattern& pattern, RowVisits& to) {
   to.group = group_.data(), to.ends = ends_.data(), to.visit = visits_.data();
 }
 
-std::optional<ContentCounts> visits_of_rows(const ContentPattern& pattern, int64_t gather, int threads,
-                                            InterruptCheck& interrupt) {
-  const auto serves_one_row = [](const Clause& clause) { return clause.kind == ClauseKind::kBlocks && clause.query_block == 1; };
-  if (std::none_of(pattern.clauses.begin(), pattern.clauses.end(), serves_one_row)) return std::nullopt;
-  const ContentCounts sample = count_tiles(pattern, gather, kSampled, threads, interrupt);
-  const double waste = static_cast<double>(sample.visited) / static_cast<double>(std::max<int64_t>(1, sample.pairs));
-  if (waste < kVisitCost) return std::nullopt;
+bool serves_single_rows(const ContentPattern& pattern) {
+  return std::any_of(pattern.clauses.begin(), pattern.clauses.end(),
+                     [](const Clause& clause) { return clause.kind == ClauseKind::kBlocks && clause.query_block == 1; });
+}
 
+ContentCounts count_visits(const ContentPattern& pattern, int threads, InterruptCheck& interrupt) {
   const int64_t batch = pattern.batch_variants(), heads = pattern.head_variants();
   const int64_t copies = pattern.batch / batch * (pattern.heads / heads);
   const int64_t parts = (pattern.n_q + kVisitRows - 1) / kVisitRows;
@@ -67,9 +65,11 @@ std::optional<ContentCounts> visits_of_rows(const ContentPattern& pattern, int64
     pairs.fetch_add(links, std::memory_order_relaxed);
     visits.fetch_add(found, std::memory_order_relaxed);
   });
-  const ContentCounts counts{pairs * copies, visits * kVisitKeys * copies};
-  if (static_cast<double>(counts.visited) * kVisitCost > static_cast<double>(counts.pairs) * waste) return std::nullopt;
-  return counts;
+  return {pairs * copies, visits * kVisitKeys * copies};
+}
+
+double visited_by_rows(const ContentSample& sample, Type type) {
+  return static_cast<double>(sample.row_visits * kVisitKeys) * (type == Type::f32 ? kVisitCostF32 : kVisitCostBf16);
 }
 
 }  // namespace farlight

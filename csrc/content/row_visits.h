@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -31,6 +30,10 @@ class KeysOfRow {
       lo = last;
     }
   }
+
+  // The interface of RowMasks, for what differs between rows: nothing does.
+  template <class MaskOf>
+  void add_each(int64_t, int64_t, const uint8_t*, const MaskOf&) {}
 
   // Calls visit(key group, keys) for every key group with a key of the row, and clears them.
   template <class Visit>
@@ -61,10 +64,13 @@ class VisitTable {
   std::vector<Visit> visits_;
 };
 
-// The pairs of a pattern, and as `visited` the keys of all visits, where these take less time than the tiles of plan_content;
-// else nothing. Patterns whose lists serve several rows are not counted. Throws MalformedPlan for an index outside the key
-// blocks.
-std::optional<ContentCounts> visits_of_rows(const ContentPattern& pattern, int64_t gather, int threads,
-                                            InterruptCheck& interrupt);
+// Whether some list of the pattern serves one row; other patterns are not visited.
+bool serves_single_rows(const ContentPattern& pattern);
+
+// The pairs of a pattern, and the keys of all visits. Throws MalformedPlan for an index outside the key blocks.
+ContentCounts count_visits(const ContentPattern& pattern, int threads, InterruptCheck& interrupt);
+
+// What the sampled rows' visits cost, as the number of keys that a tile would visit in their time.
+double visited_by_rows(const ContentSample& sample, Type type);
 
 }  // namespace farlight

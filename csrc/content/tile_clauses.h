@@ -42,8 +42,9 @@ class TileClauses {
     if (!causal || hi <= position(first) + 1) return masks_.add(lo, hi, rows, keep);
     masks_.add(lo, std::min(hi, position(first) + 1), rows, keep);
     // The triangle: one more key for each further row.
-    for (int row = first + 1; row < last && position(row) < hi; ++row)
-      if (position(row) >= lo) masks_.add(position(row), position(row) + 1, row_range(row, last), keep);
+    if (last - first > 1)
+      masks_.add_each(std::max(lo, position(first) + 1), std::min(hi, position(last)), keep,
+                      [&](int64_t key) { return row_range(static_cast<int>(key - position(0)), last); });
     // Rows beyond position hi - 1 see every key: covered by the range of the row at position hi - 1.
   }
 
@@ -53,6 +54,13 @@ class TileClauses {
   }
 
   void add_blocks(const Clause& clause, const uint8_t* keep) {
+    if (clause.index_bytes == 2) add_blocks_of<int16_t>(clause, keep);
+    else if (clause.index_bytes == 4) add_blocks_of<int32_t>(clause, keep);
+    else add_blocks_of<int64_t>(clause, keep);
+  }
+
+  template <class Index>
+  void add_blocks_of(const Clause& clause, const uint8_t* keep) {
     const int64_t blocks = (pattern_.n_k + clause.block - 1) / clause.block;
     const int64_t variant =
         (clause.batch > 1 ? batch_item_ : 0) * clause.heads + (clause.heads > 1 ? head_ : 0);
@@ -65,11 +73,14 @@ class TileClauses {
       const int64_t list = place / clause.query_block;
       if (list >= clause.lists) return;
       const int last = static_cast<int>(std::min<int64_t>(count_, first + clause.query_block - place % clause.query_block));
-      const int64_t* index = clause.indices + (variant * clause.lists + list) * clause.width;
-      for (int64_t x = 0; x < clause.width; ++x) {
-        if (index[x] == -1) continue;
-        if (index[x] < -1 || index[x] >= blocks) throw MalformedPlan(std::to_string(index[x]));
-        add_rows(first, last, index[x] * clause.block, (index[x] + 1) * clause.block, clause.causal, keep);
+      const Index* index = static_cast<const Index*>(clause.indices) + (variant * clause.lists + list) * clause.width;
+      for (int64_t x = 0; x < clause.width;) {
+        const int64_t lo = index[x++];
+        if (lo == -1) continue;
+        if (lo < -1 || lo >= blocks) throw MalformedPlan(std::to_string(lo));
+        int64_t hi = lo + 1;  // neighbouring blocks are one range
+        while (x < clause.width && index[x] == hi && hi < blocks) ++hi, ++x;
+        add_rows(first, last, lo * clause.block, hi * clause.block, clause.causal, keep);
       }
       first = last;
     }
@@ -78,29 +89,29 @@ class TileClauses {
   void add_band(const Clause& clause, const uint8_t* keep) {
     const int64_t right = clause.causal ? std::min<int64_t>(clause.right, 0) : clause.right;
     const int64_t first = position(0), last = position(count_ - 1);
-    // Keys that every row sees, then the rows' own keys left and right of them.
-    const int64_t core_lo = last - clause.left, core_hi = first + right + 1;
-    if (core_lo < core_hi) masks_.add(core_lo, core_hi, all_, keep);
-    for (int row = 0; row < count_; ++row) {
-      const int64_t lo = position(row) - clause.left, hi = position(row) + right + 1;
-      if (core_lo >= core_hi) {
-        masks_.add(lo, hi, 1u << row, keep);
-        continue;
-      }
-      masks_.add(lo, core_lo, 1u << row, keep);
-      masks_.add(core_hi, hi, 1u << row, keep);
-    }
+    // Keys that every row sees, then those left and right of them, each seen by consecutive rows.
+    const int64_t lo = first - clause.left, hi = last + right + 1, core_lo = last - clause.left, core_hi = first + right + 1;
+    const auto rows_of = [&](int64_t key) {
+      const int64_t from = std::max<int64_t>(0, key - right - first), to = std::min<int64_t>(count_ - 1, key + clause.left - first);
+      return from > to ? 0u : row_range(static_cast<int>(from), static_cast<int>(to) + 1);
+    };
+    if (core_lo >= core_hi) return masks_.add_each(lo, hi, keep, rows_of);
+    masks_.add(core_lo, core_hi, all_, keep);
+    if (count_ == 1) return;
+    masks_.add_each(lo, core_lo, keep, rows_of);
+    masks_.add_each(core_hi, hi, keep, rows_of);
   }
 
   void add_keys(const Clause& clause, const uint8_t* keep) {
-    for (int64_t x = 0; x < clause.lists; ++x)
-      add_rows(0, count_, clause.indices[2 * x], clause.indices[2 * x + 1], clause.causal, keep);
+    const auto* range = static_cast<const int64_t*>(clause.indices);
+    for (int64_t x = 0; x < clause.lists; ++x, range += 2) add_rows(0, count_, range[0], range[1], clause.causal, keep);
   }
 
   void add_full_rows(const Clause& clause, const uint8_t* keep) {
-    for (int64_t x = 0; x < clause.lists; ++x) {
-      const int64_t first = std::max(clause.indices[2 * x], position(0)) - position(0);
-      const int64_t last = std::min(clause.indices[2 * x + 1], position(count_ - 1) + 1) - position(0);
+    const auto* range = static_cast<const int64_t*>(clause.indices);
+    for (int64_t x = 0; x < clause.lists; ++x, range += 2) {
+      const int64_t first = std::max(range[0], position(0)) - position(0);
+      const int64_t last = std::min(range[1], position(count_ - 1) + 1) - position(0);
       if (first < last) add_rows(static_cast<int>(first), static_cast<int>(last), 0, pattern_.n_k, clause.causal, keep);
     }
   }

@@ -22,7 +22,7 @@ from farlight.inputs import (
 from farlight.kernels import dense, registry
 from farlight.kernels.backend import Backend, MaskBackend, Request
 from farlight.packed import attend_jagged, is_jagged
-from farlight.patterns.chooser import Chooser
+from farlight.patterns.chooser import Chooser, is_chooser
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import Plan
 from farlight.requests import chosen, read_pattern, read_request, read_sizes
@@ -196,8 +196,7 @@ def _attention(
     scale, dropout = read_scale(scale, q.shape[-1]), read_dropout(dropout)
     sizes = read_sizes(q, k, q_offset)
     choice: int | None = None
-    # A Protocol's isinstance takes as long as a quarter of a short call: patterns and plans are told apart first.
-    if not isinstance(pattern, (Pattern, Plan)) and isinstance(pattern, Chooser):
+    if not isinstance(pattern, (Pattern, Plan)) and is_chooser(pattern):
         choice = pattern.products(sizes)
         pattern = chosen(pattern, q, k, sizes)
     plan = pattern if isinstance(pattern, Plan) else None

@@ -29,7 +29,7 @@ def chosen(chooser: Chooser, q: Tensor, k: Tensor, sizes: Sizes) -> Pattern:
     return chooser.pattern_of(q, k)
 
 
-def read_pattern(pattern: Pattern | Plan, sizes: Sizes) -> Pattern:
+def read_pattern(pattern: Pattern | Plan | Chooser, sizes: Sizes) -> Pattern:
     """The pattern, or that of a plan made for these sizes."""
     if isinstance(pattern, Pattern):
         return pattern

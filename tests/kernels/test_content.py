@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -12,13 +14,14 @@ from content_cases import assert_same_choice, links, random_masks, random_router
 
 import farlight as fl
 from farlight.kernels import cpu
-from farlight.kernels.cpu.content import content_plan
+from farlight.kernels.cpu.content import _numbers, content_plan
 from farlight.kernels.cpu.launch import strided_address
 from farlight.kernels.cpu.native import module, native_plan
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import TileShape
 from farlight.plan.cache import plans
 from farlight.plan.content import ContentPlan
+from farlight.plan.content_clauses import listed_clauses
 from farlight.routing import Router, TopBlocks, meets, topblocks
 from farlight.testing import assert_matches, attend
 
@@ -255,7 +258,7 @@ def test_rows_that_visit_the_keys_of_their_own_lists(seed: int, isa: str) -> Non
         v = torch.randn(batch, 2, n_k, value_dim, dtype=dtype)
         plan = content_plan(pattern, Sizes.of(n_q, n_k, batch=batch, heads=4), TileShape())
         assert plan is not None
-        visiting += native_plan(plan).visits_rows
+        visiting += native_plan(plan).visits_rows(0, 1)
         out, lse = fl.attention(q, k, v, pattern, return_lse=True, backend="cpu")
         mask = pattern.dense(n_q, n_k, batch=batch, heads=4).expand(batch, 4, n_q, n_k)
         truth, true_lse = attend(q.double(), k.double(), v.double(), mask, scale=dim**-0.5)
@@ -278,6 +281,90 @@ def test_a_plan_of_a_router_is_executed_as_given() -> None:
         plan.__reduce__()
 
 
+@pytest.mark.parametrize("name", ROUTERS)
+def test_tiles_planned_in_place_are_those_of_the_tables(name: str) -> None:
+    """The first pass plans each tile where it computes it, later ones have tables: the same bits, under terms too."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 333, 16) for heads in (4, 2, 2))
+    for more in ({}, {"score": fl.score.softcap(5.0)}, {"dropout": 0.3, "seed": 1, "sinks": torch.randn(4)}):
+        pattern = ROUTERS[name](q, k)
+        first, second, third = (fl.attention(q, k, v, pattern, return_lse=True, backend="cpu", **more) for _ in range(3))
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+        assert torch.equal(second[0], third[0])
+
+
+def test_lists_are_kept_in_few_bits_and_seen_as_int64() -> None:
+    """A pattern of a choice equals that of its int64 lists, in every notation and on every backend; long texts take 32 bits."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 8) for _ in range(3))
+    pattern = TopBlocks(3, 8, 16)(q, k)
+    assert pattern._tables[0].dtype == torch.int16
+    public = fl.chosen_blocks(pattern.tables[0], block=8, query_block=16)
+    assert public._tables[0].dtype == pattern.tables[0].dtype == torch.int64
+    assert pattern == public == Pattern.from_json(pattern.to_json())
+    assert (repr(pattern), str(pattern), hash(pattern)) == (repr(public), str(public), hash(public))
+    assert torch.equal(pattern.dense(64, heads=2), public.dense(64, heads=2))
+    for backend in ("cpu", "torch", "reference"):
+        narrow, wide = (fl.attention(q, k, v, lists, backend=backend) for lists in (pattern, public))
+        assert torch.equal(narrow, wide)
+    k = torch.randn(1, 1, 33_000, 4)
+    q = k[:, :, -3:] * 9
+    pattern = TopBlocks(2, 1, 1)(q, k)
+    assert pattern._tables[0].dtype == torch.int32
+    best = (q @ k.transpose(2, 3)).topk(2, -1).indices.sort(-1).values
+    assert torch.equal(pattern.tables[0], best)
+    mask = fl.chosen_keys(best).dense(3, 33_000)
+    truth, _ = attend(q.double(), k.double(), k.double(), mask, scale=0.5)
+    torch.testing.assert_close(fl.attention(q, k, k, pattern, backend="cpu").double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("query_block", [1, 16])
+def test_the_native_plan_holds_its_lists(query_block: int) -> None:
+    """Every Python object of the pattern may be gone: the native object holds what its lists are in."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 512, 16) for _ in range(3))
+    pattern = (TopBlocks(3, 16, query_block, causal=True) & fl.padding(torch.rand(1, 512) > 0.1))(q, k) | fl.window(2, 0)
+    expected = fl.attention(q, k, v, pattern, backend="cpu")
+    native = native_plan(fl.plan(pattern, 512, heads=2, backend="cpu"))
+    lists = weakref.ref(pattern._tables[0])
+    alone = module().Plan(*_arguments(pattern, Sizes.of(512, heads=2)))
+    del pattern
+    plans.clear()
+    gc.collect()
+    assert lists() is not None
+    churn = [torch.full((1, 2, 512 // query_block, 3), 2**14, dtype=torch.int16) for _ in range(200)]
+    for plan in (native, alone):
+        for _ in range(2):
+            out, lse = torch.empty(1, 2, 512, 16), torch.empty(1, 2, 512)
+            views, shape = [strided_address(x) for x in (q, k, v)], [1, 2, 2, 16, 16]
+            module().forward(plan, 0, 0, shape, *views, out.data_ptr(), lse.data_ptr(), 0.25, (0, 0, 0), 1.0, [], 0.0, 1)
+            assert torch.equal(out, expected)
+    del churn, native, alone, plan
+    gc.collect()
+    assert lists() is None
+
+
+def _arguments(pattern: Pattern, sizes: Sizes) -> tuple[Any, ...]:
+    """What `content_plan` passes to the native plan."""
+    clauses = listed_clauses(pattern, sizes)
+    assert clauses is not None
+    owners = [table for clause in clauses for table in (clause.table, clause.real_keys) if table is not None]
+    return [1, sizes.heads, sizes.n_q, sizes.n_k, 0], [_numbers(clause) for clause in clauses], owners, 8
+
+
+def test_malformed_numbers_of_a_clause_are_refused() -> None:
+    sizes, clauses, owners, gather = _arguments(fl.chosen_keys([[0], [1], [2], [3]]) | fl.seen_by_all([0]), Sizes.of(4))
+    module().Plan(sizes, clauses, owners, gather)
+    for place, number, bytes_of_index in ((0, 0, 3), (0, 0, 0), (1, 2, 4)):
+        wrong = [list(clause) for clause in clauses]
+        wrong[place][0], wrong[place][14] = number, bytes_of_index
+        with pytest.raises(ValueError, match="an index of a clause has 2, 4 or 8 bytes"):
+            module().Plan(sizes, wrong, owners, gather)
+    with pytest.raises(ValueError, match="a clause has 15 numbers"):
+        module().Plan(sizes, [clauses[0][:-1]], owners, gather)
+
+
 def test_a_choice_is_planned_once_counted_and_released_with_its_pattern(cold_cache: None) -> None:
     q = k = v = torch.randn(1, 2, 300, 16)
     pattern = TopBlocks(3, 8, 16)(q, k)
@@ -287,8 +374,10 @@ def test_a_choice_is_planned_once_counted_and_released_with_its_pattern(cold_cac
     before = plans.info()
     assert (before.entries, before.nbytes > plan.nbytes) == (1, True)
     fl.attention(q, k, v, pattern, backend="cpu")
+    assert plans.info().nbytes == before.nbytes, "the first pass plans each tile where it computes it"
+    fl.attention(q, k, v, pattern, backend="cpu")
     after = plans.info()
-    assert (after.entries, after.nbytes > before.nbytes) == (1, True), "the same plan, and its schedule"
+    assert (after.entries, after.nbytes > before.nbytes) == (1, True), "the same plan, its tables and schedule"
     assert content_plan(fl.clusters(torch.arange(300) % 5) & fl.strided(2), Sizes.of(300), TileShape()) is None
     del pattern, plan
     assert plans.info().entries == 0
@@ -341,6 +430,13 @@ def test_malformed_numbers_of_a_choice_are_refused() -> None:
             module().choose(wrong, view, view, 2.0, 1.0, 1)
     with pytest.raises(ValueError, match="a choice has 18 numbers"):
         module().choose(right[:-1], view, view, 2.0, 1.0, 1)
+    table = torch.empty(1, 2, 4, 4, dtype=torch.int16)
+    module().choose_into(right, view, view, 2.0, 1.0, [table.data_ptr(), 4, 2], 1)
+    for wrong in ([table.data_ptr(), 4], [table.data_ptr(), -1, 2], [table.data_ptr(), 4, 1]):
+        with pytest.raises(ValueError, match="a table of lists is"):
+            module().choose_into(right, view, view, 2.0, 1.0, wrong, 1)
+    with pytest.raises(ValueError, match="longer than its table is wide"):
+        module().choose_into(right, view, view, 2.0, 1.0, [table.data_ptr(), 1, 2], 1)
 
 
 def test_weights_that_are_not_numbers_are_chosen_last(isa: str) -> None:

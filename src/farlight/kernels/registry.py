@@ -173,7 +173,10 @@ def select(request: Request, backend: str = "auto", plan: Plan | None = None) ->
 def _estimates(executor: Backend, request: Request, plan: PlanLike, rates: Rates) -> tuple[Estimate, Estimate]:
     """The costs of the plan and of full attention under the mask of the same links."""
     is_of_one_call = request.choice is not None
-    sparse = estimate(executor.name, request, plan.visited, rates, is_plan_of_one_call=is_of_one_call)
+    # Counting what a choice visits would take as long as planning it.
+    code = cpu.TYPE_CODES.get(request.dtype, 0)
+    visited = plan.expected(code)[1] if isinstance(plan, ContentPlan) else plan.visited
+    sparse = estimate(executor.name, request, visited, rates, is_plan_of_one_call=is_of_one_call)
     return sparse, estimate("dense", request, None, rates, is_plan_of_one_call=is_of_one_call)
 
 

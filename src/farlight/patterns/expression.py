@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from farlight.errors import OperandError, PatternError, show
-from farlight.patterns.chooser import Chooser
+from farlight.patterns.chooser import is_chooser
 from farlight.patterns.forms import ColumnChanges, Form, Labels
 from farlight.patterns.sizes import Sizes
 from farlight.patterns.spans import Spans
+from farlight.patterns.table_codec import widened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +84,7 @@ class Pattern:
         from farlight.patterns.algebra import joined
 
         # A router answers by its own reflected operator.
-        return NotImplemented if isinstance(other, Chooser) else joined(self, other, sign)
+        return NotImplemented if is_chooser(other) else joined(self, other, sign)
 
     def __invert__(self) -> Pattern:
         from farlight.patterns.algebra import Complement
@@ -98,7 +99,7 @@ class Pattern:
     @property
     def tables(self) -> tuple[Tensor, ...]:
         """Copies of the tensors that are part of the pattern (labels, masks, lists), bool or int64."""
-        return tuple(table.clone() for table in self._tables)
+        return tuple(widened(table.clone()) for table in self._tables)
 
     @property
     def key(self) -> tuple[str, tuple[str, ...]]:
@@ -336,15 +337,14 @@ class Atom(Pattern):
         return ColumnChanges(anywhere=True)
 
     def _needs_length(self) -> str | None:
-        """Why this primitive is defined only for a known sequence length; None where (i, j) alone decides.
-
-        The default is correct for every primitive: it may demand a length without need.
+        """Why this primitive is defined only for a known sequence length; None where (i, j) alone decides. The default is
+        correct for every primitive: it may demand a length without need.
         """
         return f"{type(self).__name__} is made for a text of one length"
 
 
 def digest(table: Tensor) -> str:
-    """A 128-bit hexadecimal hash of a table's dtype, shape and content."""
-    data = table.detach().cpu().contiguous()
+    """A 128-bit hexadecimal hash of a table's dtype, shape and content, integers as int64."""
+    data = widened(table.detach()).cpu().contiguous()
     head = f"{data.dtype}{tuple(data.shape)}".encode()
     return hashlib.blake2b(head + data.numpy().tobytes(), digest_size=16).hexdigest()

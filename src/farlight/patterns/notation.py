@@ -54,7 +54,8 @@ def name_tables(text: str, tables: tuple[Tensor, ...]) -> str:
         table = tables[int(mark[1])]
         if 0 < table.numel() <= _SPELLED_OUT:
             return str(table.tolist())
-        return f"{str(table.dtype).removeprefix('torch.')} {' × '.join(map(str, table.shape))}"
+        dtype = "bool" if table.dtype == torch.bool else "int64"
+        return f"{dtype} {' × '.join(map(str, table.shape))}"
 
     return re.sub(r"\$(\d+)", name, text)
 

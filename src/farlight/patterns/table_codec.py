@@ -18,8 +18,10 @@ from torch import Tensor
 
 from farlight.errors import PatternError, show
 
-__all__ = ["LIMIT", "MemoryBudget", "pack_table", "unpack_table"]
+__all__ = ["LIMIT", "MemoryBudget", "pack_table", "unpack_table", "widened"]
 
+# Integers of the lists of a router's choice, which is kept for one call: fewer bits than int64, the dtype of all others.
+_NARROW = (torch.int16, torch.int32)
 LIMIT = 2**28  # bytes: the default budget
 _MOST_DIMS = 8
 _DTYPES = {"bool": torch.bool, "int64": torch.int64}
@@ -45,9 +47,14 @@ class MemoryBudget:
         self.left -= nbytes
 
 
+def widened(table: Tensor) -> Tensor:
+    """The table as everybody sees it, its integers in int64: lists of a router's choice are kept in 16 or 32 bits."""
+    return table.long() if table.dtype in _NARROW else table
+
+
 def pack_table(table: Tensor) -> dict[str, Any]:
-    """A bool or int64 tensor as `{"dtype", "shape", "data"}`."""
-    data = table.detach().cpu().contiguous()
+    """A table of a pattern, bool or integers, as `{"dtype", "shape", "data"}`."""
+    data = widened(table.detach()).cpu().contiguous()
     packed = base64.b64encode(zlib.compress(data.numpy().tobytes(), 6)).decode("ascii")
     return {"dtype": str(data.dtype).removeprefix("torch."), "shape": list(data.shape), "data": packed}
 

@@ -217,7 +217,7 @@ class chosen_blocks(TablePattern):
     """Listed key blocks for each query block: j // block is in `indices[b, h, i // query_block]`.
 
     `indices` is `(B, H, query blocks, m)` integers; -1 pads the list; a block listed twice counts once. `query_block=None`
-    means query blocks of the size of key blocks.
+    means query blocks of the size of key blocks. The lists of a router may be kept in 16 or 32 bits (`owning`).
 
     >>> import farlight as fl
     >>> fl.chosen_blocks([[[[0, -1], [0, 1]]]], block=2).dense(4).int()[0, 0].tolist()
@@ -235,8 +235,8 @@ class chosen_blocks(TablePattern):
 
     @classmethod
     def owning(cls, table: Tensor, block: int, query_block: int) -> chosen_blocks:
-        """The pattern of an int64 table `(B, H, query blocks, m)` that nobody else writes to: it is copied only where it could
-        not outlive the call, in inference mode and in compiled programs.
+        """The pattern of a table `(B, H, query blocks, m)`, int16, int32 or int64, that nobody else writes to: it is copied
+        only where it could not outlive the call, in inference mode and in compiled programs.
         """
         if torch.compiler.is_compiling() or table.is_inference():
             return cls(table, block=block, query_block=query_block)
@@ -266,7 +266,7 @@ class chosen_blocks(TablePattern):
         # As in `blocks`: each list is read once, in blocks, and repeated for the rows of its query block.
         row, inside = self._query_row(sizes, i)
         first = run_starts(row, h, b)
-        index = table_rows(self._tables[0], b[first], h[first], row[first])
+        index = table_rows(self._tables[0], b[first], h[first], row[first]).long()
         valid = (index >= 0) & inside[first][:, None]
         spans = Spans.from_table(-(-sizes.n_k // self.block), index, index + valid)
         return spans.repeated(first.cumsum(0) - 1).scaled(self.block, sizes.n_k)

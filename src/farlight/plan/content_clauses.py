@@ -37,9 +37,9 @@ class ClauseKind(IntEnum):
 class ContentClause:
     """One clause, perhaps `causal`, perhaps restricted to `real_keys` `(B|1, n_k)` uint8.
 
-    BLOCKS: `table` `(B|1, H|1, lists, width)` int64 of key blocks of `block` keys, -1 = none; list u serves the positions
-    base + u · query_block … base + (u + 1) · query_block - 1. BAND: keys i - left … i + right. KEYS, ROWS: `table`
-    `(1, 1, ranges, 2)` of keys that every query sees, or of query positions that see every key.
+    BLOCKS: `table` `(B|1, H|1, lists, width)` int16, int32 or int64 of key blocks of `block` keys, -1 = none; list u serves
+    the positions base + u · query_block … base + (u + 1) · query_block - 1. BAND: keys i - left … i + right. KEYS, ROWS:
+    `table` `(1, 1, ranges, 2)` int64 of keys that every query sees, or of query positions that see every key.
     """
 
     kind: ClauseKind

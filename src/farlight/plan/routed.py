@@ -106,7 +106,8 @@ def _sides(sizes: Sizes, is_causal: bool, excluded: ExcludedLinks) -> list[_Side
 def _index_range(choice: Atom, sizes: Sizes) -> IndexRange | None:
     if isinstance(choice, chosen_blocks):
         limit = -(-sizes.n_k // choice.block)
-        return IndexRange(*choice._tables[0].aminmax(), "chosen_blocks: indices", limit, "key blocks")
+        least, largest = choice._tables[0].aminmax()
+        return IndexRange(least.long(), largest.long(), "chosen_blocks: indices", limit, "key blocks")
     if isinstance(choice, chosen_keys):
         return IndexRange(*choice._tables[0].aminmax(), "chosen_keys: indices", sizes.n_k, "keys")
     return None
@@ -130,7 +131,7 @@ def _distinct(indices: Tensor) -> Tensor:
 
 def _lists_of_rows(choice: chosen_blocks | chosen_keys, sizes: Sizes) -> Tensor:
     """`(B or 1, H or 1, n_q, m)`: the list of each row, -1 for rows outside the table."""
-    table = choice._tables[0]
+    table = choice._tables[0].long()
     list_of_row, inside = choice._query_row(sizes, torch.arange(sizes.n_q, device=table.device) + sizes.q_offset)
     return torch.where(inside[:, None], table[:, :, list_of_row.clamp(0, table.shape[2] - 1)], -1)
 
@@ -274,7 +275,7 @@ def _unsorted_links(
 
 def _links_by_block(choice: chosen_blocks, sizes: Sizes, side: _Side) -> ChosenLinks:
     """One group per block of queries; listed key blocks that are adjacent are coalesced to one range."""
-    table, size = choice._tables[0], choice.query_block
+    table, size = choice._tables[0].long(), choice.query_block
     offset = query_base("chosen_blocks: indices", table.shape[2], sizes, size) - sizes.q_offset
     first = torch.arange(table.shape[2], device=table.device) * size + offset
     groups = _Groups.of(sizes.n_q - size - first if side.mirrored else first, size, sizes.n_q)

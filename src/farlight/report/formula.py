@@ -136,7 +136,7 @@ class _RuleWriter:
         """The index table, `each` entries per query block."""
         block, query_block = (1, 1) if isinstance(atom, chosen_keys) else (atom.block, atom.query_block)
         table = self._slice(atom._tables[0])
-        return {"block": block, "query_block": query_block, "each": table.shape[1], "table": pack(table.numpy())}
+        return {"block": block, "query_block": query_block, "each": table.shape[1], "table": pack(table.long().numpy())}
 
     def _slice(self, table: Tensor) -> Tensor:
         """The batch item and head of a `(B|1, H|1, …)` table."""

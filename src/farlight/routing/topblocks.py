@@ -159,14 +159,18 @@ class TopBlocks(Router):
         budget, q = self.budget, inputs.q
         num_blocks, num_lists = -(-inputs.n_k // self.block), -(-(inputs.offset + inputs.n_q - first) // self.query_block)
         kind, value = next((name, x) for name, x in vars(budget).items() if x is not None)
-        width = -1
-        if kind == "count" and torch.compiler.is_compiling():
-            width = torch.sym_min(max(int(value), self._max_overlap(inputs)), num_blocks)
+        is_compiling, width = torch.compiler.is_compiling(), -1
+        if kind == "count":  # each list is about as long: they are written once, into their table
+            longest = max(int(value), self._max_overlap(inputs))
+            width = torch.sym_min(longest, num_blocks) if is_compiling else min(longest, num_blocks)
+        # Compiled, n_k may be a symbol: a comparison would be a guard.
+        index_bytes = 8 if is_compiling else 2 if num_blocks < 2**15 else 4
         numbers = [self.block, self.query_block, inputs.offset, first, int(self.causal), int(self.per == "group")]
         codes = [SCORES.index(self.score), BUDGETS.index(kind)]
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         masks = inputs.query_mask, inputs.key_mask
-        chosen: Tensor = choose_blocks(q, inputs.k, *masks, numbers + codes, float(value), float(scale), num_lists, width)
+        table = num_lists, width, index_bytes
+        chosen: Tensor = choose_blocks(q, inputs.k, *masks, numbers + codes, float(value), float(scale), *table)
         return chosen
 
     def _max_overlap(self, inputs: RouterInput) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farlight.kernels.backend import Call, Grads, Request, Saved, ScoreGrads
 from farlight.kernels.checks import any_host_plan, refused
+from farlight.kernels.cpu.choose import TYPE_CODES
 from farlight.kernels.cpu.content import content_plan
 from farlight.kernels.cpu.launch import backward, forward
 from farlight.kernels.cpu.native import available, fma_gflops, isa, unavailable, use, warn_if_missing
@@ -17,7 +18,19 @@ from farlight.kernels.cpu.terms import NativeTerms
 from farlight.plan.tables import Plan, TileShape
 from farlight.score.lowered import ALL_TERMS
 
-__all__ = ["BACKEND", "SHAPE", "available", "backward", "fma_gflops", "forward", "isa", "unavailable", "use", "warn_if_missing"]
+__all__ = [
+    "BACKEND",
+    "SHAPE",
+    "TYPE_CODES",
+    "available",
+    "backward",
+    "fma_gflops",
+    "forward",
+    "isa",
+    "unavailable",
+    "use",
+    "warn_if_missing",
+]
 
 SHAPE = TileShape(tile=32, gather=8, longest=16_384)
 

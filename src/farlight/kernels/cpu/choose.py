@@ -14,6 +14,7 @@ __all__ = ["BUDGETS", "SCORES", "TYPE_CODES", "can_choose", "choose_blocks"]
 
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # enum Type in csrc/views.h
 SCORES = ("mean", "minmax", "softmax")  # enum BlockScore in csrc/content/choose.h
+_INDEX_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 BUDGETS = ("count", "share", "mass", "lost")  # enum BudgetKind
 
 
@@ -32,30 +33,32 @@ def _choose(
     scale: float,
     lists: int,
     width: int,
+    index_bytes: int,
 ) -> Tensor:
-    """`(B, H or H_kv, lists, width)` int64: the chosen blocks of each query block, ascending, padded with -1.
+    """`(B, H or H_kv, lists, width)`, integers of `index_bytes` bytes: the chosen blocks of each query block, ascending, padded
+    with -1.
 
-    numbers: (block, query_block, offset, first, causal, shared, score, budget) of ChoiceProblem. width: -1 = as wide as the
-    longest list.
+    numbers: (block, query_block, offset, first, causal, shared, score, budget) of ChoiceProblem. width: that of the longest
+    list that is possible; -1 = as wide as the longest list is.
     """
     q, k = as_operand(q, "q"), as_operand(k, "k")
     masks = [None if mask is None else mask.to(torch.uint8).contiguous() for mask in (query_mask, key_mask)]
     addresses = [0 if mask is None else mask.data_ptr() for mask in masks]
     mask_batch = max((mask.shape[0] for mask in masks if mask is not None), default=1)
     shape = [q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]]
-    chosen = module().choose(
-        [TYPE_CODES[q.dtype], *shape, *addresses, mask_batch, *numbers],
-        strided_address(q),
-        strided_address(k),
-        budget_value,
-        scale,
-        torch.get_num_threads(),
-    )
-    choosing_heads = k.shape[1] if numbers[5] else q.shape[1]
-    indices = torch.empty(q.shape[0], choosing_heads, lists, chosen.width, dtype=torch.int64, device="cpu")
+    problem = [TYPE_CODES[q.dtype], *shape, *addresses, mask_batch, *numbers]
+    arguments = problem, strided_address(q), strided_address(k), budget_value, scale
+    leading, dtype = (q.shape[0], k.shape[1] if numbers[5] else q.shape[1], lists), _INDEX_DTYPES[index_bytes]
+    if width >= 0:
+        indices = torch.empty(*leading, width, dtype=dtype, device="cpu")
+        if indices.numel():
+            module().choose_into(*arguments, [indices.data_ptr(), width, index_bytes], torch.get_num_threads())
+        return indices
+    chosen = module().choose(*arguments, torch.get_num_threads())
+    indices = torch.empty(*leading, chosen.width, dtype=dtype, device="cpu")
     if indices.numel():
-        chosen.copy_to(indices.data_ptr(), torch.get_num_threads())
-    return indices if width < 0 else torch.nn.functional.pad(indices, (0, width - chosen.width), value=-1)
+        chosen.copy_to([indices.data_ptr(), chosen.width, index_bytes], torch.get_num_threads())
+    return indices
 
 
 def _choose_fake(
@@ -68,10 +71,11 @@ def _choose_fake(
     scale: float,
     lists: int,
     width: int,
+    index_bytes: int,
 ) -> Tensor:
     heads = k.shape[1] if numbers[5] else q.shape[1]
     size = torch.library.get_ctx().new_dynamic_size() if width < 0 else width
-    return q.new_empty((q.shape[0], heads, lists, size), dtype=torch.int64)
+    return q.new_empty((q.shape[0], heads, lists, size), dtype=_INDEX_DTYPES[index_bytes])
 
 
 choose_blocks = define("choose_blocks", _choose, _choose_fake)

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farlight.errors import PlanError, UnsupportedError, shorten
+from farlight.errors import UnsupportedError, shorten
 from farlight.kernels.cpu.choose import SCORES, TYPE_CODES
 from farlight.kernels.cpu.launch import as_operand, strided_address
 from farlight.kernels.cpu.native import module, unavailable
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.plan import plan_for
 from farlight.plan.cache import kept_with
-from farlight.plan.content import ContentPlan, NativeTables
+from farlight.plan.content import ContentPlan, NativeTables, naming_bad_indices
 from farlight.plan.content_clauses import ClauseKind, ContentClause, content_clauses, listed_clauses
 from farlight.plan.label_links import LabelPiece, label_union
 from farlight.plan.tables import TileShape
@@ -36,18 +36,15 @@ def content_plan(pattern: Pattern, sizes: Sizes, shape: TileShape) -> ContentPla
 def _tables(pattern: Pattern, sizes: Sizes, shape: TileShape) -> NativeTables | None:
     """The native plan, or None."""
     extents = [sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, sizes.q_offset]
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    with torch.inference_mode(False), torch.no_grad():
         clauses = listed_clauses(pattern, sizes)
         if clauses is None:
-            native = _build_labelled(pattern, sizes, shape, extents)
+            with torch.device("cpu"):
+                native = _build_labelled(pattern, sizes, shape, extents)
             return None if native is None else NativeTables(native)
     numbers = [_numbers(clause) for clause in clauses]
-    try:
-        native = module().Plan(extents, numbers, shape.gather, torch.get_num_threads())
-    except ValueError as error:
-        pattern.check(sizes)  # names the index that is out of range
-        raise PlanError(f"malformed plan: {error}.") from error
-    return NativeTables(native, tuple(clauses))
+    owners = [table for clause in clauses for table in (clause.table, clause.real_keys) if table is not None]
+    return NativeTables(module().Plan(extents, numbers, owners, shape.gather))
 
 
 def _build_labelled(pattern: Pattern, sizes: Sizes, shape: TileShape, extents: list[int]) -> Any:
@@ -99,7 +96,9 @@ def lost_bound(q: Tensor, k: Tensor, pattern: Pattern, sizes: Sizes, lse: Tensor
     extents = [sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, sizes.q_offset]
     numbers = [_numbers(clause) for clause in clauses]
     views = strided_address(q), strided_address(k)
-    module().lost(extents, numbers, tensors + rule, *views, scale, lse.data_ptr(), lost.data_ptr(), torch.get_num_threads())
+    addresses = scale, lse.data_ptr(), lost.data_ptr()
+    with naming_bad_indices(pattern, sizes):
+        module().lost(extents, numbers, tensors + rule, *views, *addresses, torch.get_num_threads())
     return lost
 
 
@@ -118,4 +117,5 @@ def _numbers(clause: ContentClause) -> list[int]:
         clause.left,
         clause.right,
         *masks,
+        8 if table is None else table.element_size(),
     ]

@@ -7,6 +7,8 @@ results of 16-bit tensors are accumulated in float32 and rounded once at the end
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from farlight.kernels.checks import addressable, check_gradients, check_plan, ch
 from farlight.kernels.cpu.native import module, native_plan
 from farlight.kernels.cpu.terms import NativeTerms
 from farlight.kernels.sinks import with_sinks
+from farlight.plan.content import ContentPlan, naming_bad_indices
 from farlight.plan.tables import Plan
 from farlight.score.lowered import ScoreTerms
 
@@ -54,22 +57,23 @@ def forward(
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=out_dtype, device=_CPU)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=_CPU)
     if out.numel():
-        schedule_bytes = module().forward(
-            native,
-            _TYPE_CODES[q.dtype],
-            _TYPE_CODES[out_dtype],
-            shape,
-            strided_address(q),
-            strided_address(k),
-            strided_address(v),
-            out.data_ptr(),
-            lse.data_ptr(),
-            scale,
-            *_dropout_arguments(dropout, seed),
-            *(([], 0.0) if lowered is None else lowered.arguments()),
-            torch.get_num_threads(),
-        )
-        if schedule_bytes:  # a schedule was built for this batch size and number of heads
+        with _readable(plan):
+            schedule_bytes = module().forward(
+                native,
+                _TYPE_CODES[q.dtype],
+                _TYPE_CODES[out_dtype],
+                shape,
+                strided_address(q),
+                strided_address(k),
+                strided_address(v),
+                out.data_ptr(),
+                lse.data_ptr(),
+                scale,
+                *_dropout_arguments(dropout, seed),
+                *(([], 0.0) if lowered is None else lowered.arguments()),
+                torch.get_num_threads(),
+            )
+        if schedule_bytes:  # tables, or a schedule for this batch size and number of heads, were built
             plan.derived.charge(schedule_bytes)
     if sinks is not None and not is_written_once:
         out, lse = with_sinks(out, lse, sinks)
@@ -110,29 +114,35 @@ def backward(
     dq = torch.empty(q.shape, dtype=dq_dtype, device=_CPU)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=_CPU) for x in (k, v))
     if q.numel() or k.numel():
-        schedule_bytes = module().backward(
-            native,
-            _TYPE_CODES[q.dtype],
-            _TYPE_CODES[dq_dtype],
-            shape,
-            strided_address(q),
-            strided_address(k),
-            strided_address(v),
-            strided_address(out),
-            strided_address(dout),
-            lse.data_ptr(),
-            0 if dlse is None else dlse.data_ptr(),
-            dq.data_ptr(),
-            dk.data_ptr(),
-            dv.data_ptr(),
-            scale,
-            *_dropout_arguments(dropout, seed),
-            *(([], 0.0) if terms is None else terms.arguments()),
-            torch.get_num_threads(),
-        )
-        if schedule_bytes:  # a schedule was built for this batch size and number of heads
+        with _readable(plan):
+            schedule_bytes = module().backward(
+                native,
+                _TYPE_CODES[q.dtype],
+                _TYPE_CODES[dq_dtype],
+                shape,
+                strided_address(q),
+                strided_address(k),
+                strided_address(v),
+                strided_address(out),
+                strided_address(dout),
+                lse.data_ptr(),
+                0 if dlse is None else dlse.data_ptr(),
+                dq.data_ptr(),
+                dk.data_ptr(),
+                dv.data_ptr(),
+                scale,
+                *_dropout_arguments(dropout, seed),
+                *(([], 0.0) if terms is None else terms.arguments()),
+                torch.get_num_threads(),
+            )
+        if schedule_bytes:  # tables, or a schedule for this batch size and number of heads, were built
             plan.derived.charge(schedule_bytes)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def _readable(plan: Plan) -> AbstractContextManager[None]:
+    """Where the kernels read the lists of a choice: an index out of range is named."""
+    return naming_bad_indices(plan.pattern, plan.sizes) if isinstance(plan, ContentPlan) else nullcontext()
 
 
 def as_operand(x: Tensor, name: str) -> Tensor:
