@@ -308,8 +308,8 @@ def _pattern_audit(
     heads: int,
 ) -> PatternAudit:
     worst = int(fidelity.mass.argmin())
-    # One pattern for all layers is planned once.
-    num_plans = 1 if isinstance(candidate.chosen, Pattern) else layers
+    assert fidelity.best is not None  # `measure_fidelity` measures it unless told not to
+    num_plans = 1 if isinstance(candidate.chosen, Pattern) else layers  # one pattern for all layers is planned once
     return PatternAudit(
         pattern=candidate.name,
         density=fidelity.links / fidelity.base_links if fidelity.base_links else 0.0,

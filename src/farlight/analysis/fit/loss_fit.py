@@ -7,8 +7,7 @@ model's own predictions, the divergence of the predictions is to second order
 
     ½ E[(Σ g·D)²]  ≈  ½ Σ_rows (g·D)²        (the Fisher information; errors of different rows and heads taken as independent)
 
-in nats, summed over the judged tokens. Candidates are run by the sparse kernels, so memory is linear in the length: the kept
-share is exp(lse - lse of full attention), and the links are counted as exp(lse) of scores that are all 0.
+in nats, summed over the judged tokens. Candidates are run by the sparse kernels, so memory is linear in the length.
 """
 
 from __future__ import annotations
@@ -25,22 +24,18 @@ from torch.nn import functional
 
 from farlight.analysis.fit.fit import Fit, layer_fit
 from farlight.analysis.fit.frontier import Option, allocate
+from farlight.analysis.loss.kernel_shares import KernelShares, kept_share
 from farlight.analysis.loss.language import LanguageReader, first_judged, is_language_model, logit_rows
-from farlight.attention import attention
 from farlight.errors import ArgumentError, UnsupportedError
 from farlight.hf.interface import Observation, use_pattern
 from farlight.hf.layers import attention_layers
 from farlight.patterns.expression import Pattern
-from farlight.patterns.positional import full
-from farlight.planning import plan
-from farlight.routing.base import ConstantRouter
+from farlight.routing.base import Router
 from farlight.routing.notation import is_router, read_router
 
 __all__ = ["LossFit", "LossProfile", "loss_expressions", "profile_loss", "profile_steps"]
 
 _NEAR = "window(32, 0) | seen_by_all([0, 1, 2, 3])"
-# Head_dim of the zero queries and keys that count links.
-_COUNTING_DIM = 8
 
 
 @dataclass(frozen=True)
@@ -147,8 +142,7 @@ def profile_loss(
             "fit by='attention'."
         )
     routers, reader = [read_router(text) for text in expressions], LanguageReader(model)
-    # Links of patterns that no content decides, which are those of every layer and passage.
-    counted: dict[Any, Tensor] = {}
+    shares = KernelShares()
     sums: dict[int, Tensor] = {}
     base_links: dict[int, Tensor] = {}
     labels = iter(profile_steps(len(ids)))
@@ -160,47 +154,26 @@ def profile_loss(
         while calls:  # released one by one
             number = min(calls)
             call, gradient = calls.pop(number)
-            measured, base = _measure(call, gradient, routers, judged, counted)
+            measured, base = _measure(call, gradient, routers, judged, shares)
             sums[number] = sums.get(number, 0) + measured / len(ids)
             base_links[number] = base_links.get(number, 0) + base / len(ids)
     return LossProfile(list(expressions), sums, base_links)
 
 
 def _measure(
-    call: Observation, gradient: Tensor, routers: Sequence[Any], judged: int, counted: dict[Any, Tensor]
+    call: Observation, gradient: Tensor, routers: Sequence[Router], judged: int, shares: KernelShares
 ) -> tuple[Tensor, Tensor]:
-    """(`(routers, 3, H)` links, kept share and nats per judged token, `(H,)` links of full attention) of one layer's call.
-
-    counted: links by pattern, added to.
-    """
-    q, k, v = (x.detach() for x in (call.q, call.k, call.v))
-    options: dict[str, Any] = {"scale": call.scale, "q_offset": call.q_offset}
-    zeros = [x.new_zeros(*x.shape[:3], _COUNTING_DIM) for x in (q, k)]
-
-    def run(pattern: Pattern, by_content: bool) -> tuple[Tensor, Tensor, Tensor]:
-        made = plan(pattern, q.shape[2], k.shape[2], heads=q.shape[1], q_offset=call.q_offset)
-        out, lse = attention(q, k, v, made, return_lse=True, **call.terms, **options)
-        key = (pattern, *q.shape[1:3], k.shape[2], call.q_offset)
-        links = None if by_content else counted.get(key)
-        if links is None:
-            lse_of_zeros = attention(zeros[0], zeros[1], zeros[1], made, return_lse=True, q_offset=call.q_offset)[1]
-            links = lse_of_zeros.double().exp().round().sum((0, 2)).cpu()
-        if not by_content:
-            counted[key] = links
-        return out, lse, links
-
-    with torch.no_grad():
-        full_out, full_lse, base_links = run(call.own, by_content=False)
-        rows = []
-        for router in routers:
-            pattern = router(q, k)
-            if pattern == full():
-                rows.append(torch.stack([base_links, torch.ones_like(base_links), torch.zeros_like(base_links)]))
-                continue
-            out, lse, links = run(pattern & call.own, by_content=not isinstance(router, ConstantRouter))
-            kept = (lse - full_lse).double().exp().mean((0, 2)).cpu()
-            nats = ((out - full_out) * gradient).sum(-1).double().square().sum((0, 2)).cpu() / (2 * judged)
-            rows.append(torch.stack([links, kept, nats]))
+    """(`(routers, 3, H)` links, kept share and nats per judged token, `(H,)` links of full attention) of one layer's call."""
+    whole = shares.full(call)
+    base_links, rows = whole.links.sum(0), []
+    for router in routers:
+        sparse = shares.under(call, router)
+        if sparse is None:
+            rows.append(torch.stack([base_links, torch.ones_like(base_links), torch.zeros_like(base_links)]))
+            continue
+        kept = kept_share(sparse.lse, whole.lse).mean(0)
+        nats = ((sparse.out - whole.out) * gradient).sum(-1).double().square().sum((0, 2)).cpu() / (2 * judged)
+        rows.append(torch.stack([sparse.links.sum(0), kept, nats]))
     return torch.stack(rows), base_links
 
 

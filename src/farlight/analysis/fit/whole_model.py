@@ -212,13 +212,14 @@ def _judged(
 ) -> ModelFit:
     """The fit `layers` with its fidelity on passages that it was fitted to, `ids`, and on others."""
     subject = Subject("fitted", layer_patterns(layers, gist))
-    backend = _backend(model, ids, gist is not None)
+    # A fit by loss is judged by the kernels that it was fitted with.
+    options: dict[str, Any] = {"best": False} if loss is not None else {"backend": _backend(model, ids, gist is not None)}
     step(_JUDGED_FITTED)
-    trained = measure_fidelity(model, _spread(ids, -(-max_judged // 2)), [subject], backend=backend).patterns[0]
+    trained = measure_fidelity(model, _spread(ids, -(-max_judged // 2)), [subject], **options).patterns[0]
     on_held_out = None
     if held_out is not None:
         step(_JUDGED_OTHER)
-        on_held_out = measure_fidelity(model, _spread(held_out, max_judged), [subject], backend=backend).patterns[0]
+        on_held_out = measure_fidelity(model, _spread(held_out, max_judged), [subject], **options).patterns[0]
     about_model = {
         "class": type(model).__name__,
         "type": getattr(model.config, "model_type", None),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from farlight.analysis.candidates_by_layer import Judged, Subject, pattern_for, subjects
+from farlight.analysis.loss.kernel_shares import KernelShares, kept_share
 from farlight.analysis.loss.language import LanguageLoss, LanguageReader, LossSums
 from farlight.analysis.loss.probabilities import sizes_of
 from farlight.analysis.loss.retention import Retention, retentions
@@ -41,7 +42,8 @@ class Fidelity:
 
     Attributes:
         mass: `(layers, heads)` float64, attention probability kept, mean over passages and rows.
-        best: `(layers, heads)` float64, what the best pattern with as many links in that head and passage keeps.
+        best: `(layers, heads)` float64, what the best pattern with as many links in that head and passage keeps; None where it
+            was not asked for.
         links: pairs in one passage that pattern and model both allow, mean over layers, heads and passages; summaries count.
         base_links: the same for the pairs of full attention under the model's own mask.
         token_cosine: cosine of last hidden states, sparse against full, mean over tokens and passages.
@@ -51,7 +53,7 @@ class Fidelity:
     """
 
     mass: Tensor
-    best: Tensor
+    best: Tensor | None
     links: float
     base_links: float
     token_cosine: float
@@ -75,6 +77,7 @@ def measure_fidelity(
     patterns: Sequence[Judged | Subject],
     *,
     backend: str = "auto",
+    best: bool = True,
     lost: int = 0,
     words: Sequence[Sequence[str]] | None = None,
     step: Callable[[str], None] = lambda label: None,
@@ -86,6 +89,8 @@ def measure_fidelity(
         ids: `(passages, length)` int64.
         patterns: patterns, routers, or mappings {layer number: pattern or router}.
         backend: as in `farlight.attention`.
+        best: measure what the best patterns would keep, which forms every probability. Without it, and with `lost=0`, mass and
+            links come from the sparse kernels.
         lost: number of heaviest lost links, and of predictions that suffered most, to list for each pattern.
         words: `words[passage][position]`, the words at the ends of those links.
         step: called with a label before each pass of the model.
@@ -95,12 +100,13 @@ def measure_fidelity(
     candidates = subjects(patterns)
     sums = [_FidelitySums(lost) for _ in candidates]
     lost_per_head = LINKS_PER_HEAD if lost else 0
+    shares = None if best or lost else KernelShares()
     first_call: Observation | None = None
     num_layers = num_passages = 0
     reader = LanguageReader(model)
     for batch in ids.split(max(1, BATCH_TOKENS // ids.shape[1])):
         batch_words = None if words is None else words[num_passages : num_passages + batch.shape[0]]
-        observer = _RetentionObserver(candidates, lost_per_head, num_passages, batch_words)
+        observer = _RetentionObserver(candidates, lost_per_head, num_passages, batch_words, shares)
         step("full attention")
         with use_pattern(model, None, observer=observer):
             observer.numbers = {id(module): number for number, module in attention_layers(model).items()}
@@ -141,7 +147,7 @@ class _LayerRecord:
     """The part of a layer's `Retention` that outlives the layer, `(B, H)` tensors; its rows and histogram are dropped."""
 
     mass: Tensor
-    best: Tensor
+    best: Tensor | None
     links: Tensor
     base_links: Tensor
     lost: tuple[LostLink, ...]
@@ -151,7 +157,7 @@ class _RetentionObserver:
     """Observer of one full-attention pass: `records[layer][candidate]`, from every layer's q and k.
 
     `numbers` maps id(module) to the layer number; set once `use_pattern` has found the model's attention layers.
-    `first_passage`: the number of passages in earlier batches.
+    `first_passage`: the number of passages in earlier batches. `shares`: measure by the sparse kernels.
     """
 
     def __init__(
@@ -160,8 +166,9 @@ class _RetentionObserver:
         lost_per_head: int,
         first_passage: int,
         words: Sequence[Sequence[str]] | None,
+        shares: KernelShares | None,
     ) -> None:
-        self.candidates, self.lost_per_head = candidates, lost_per_head
+        self.candidates, self.lost_per_head, self.shares = candidates, lost_per_head, shares
         self.first_passage, self.words = first_passage, words
         self.numbers: dict[int, int] = {}
         self.records: list[list[_LayerRecord]] = []
@@ -170,9 +177,12 @@ class _RetentionObserver:
     def __call__(self, call: Observation) -> None:
         if self.first_call is None:
             self.first_call = call
-        base = None if call.own == full() else call.own
         number = self.numbers.get(id(call.module), len(self.records))
         choices = [candidate.at(number) for candidate in self.candidates]
+        if self.shares is not None:
+            self.records.append(_records_by_kernels(self.shares, call, choices))
+            return
+        base = None if call.own == full() else call.own
         chosen = [pattern_for(choice, call.q, call.k, call.key_real) for choice in choices]
         patterns = [full() if pattern is None else pattern for pattern in chosen]
         options: dict[str, Any] = {"base": base, "scale": call.scale, "q_offset": call.q_offset}
@@ -185,6 +195,20 @@ class _RetentionObserver:
         lost = () if result.lost is None else result.lost.links(layer=len(self.records), words=self.words)
         lost = tuple(replace(link, text=link.text + self.first_passage) for link in lost)
         return _LayerRecord(result.mass.double(), result.best, result.links + extra_links, result.base_links, lost)
+
+
+def _records_by_kernels(
+    shares: KernelShares, call: Observation, choices: Sequence[Pattern | Router | None]
+) -> list[_LayerRecord]:
+    """A record of each choice, without `best` and lost links."""
+    whole, records = shares.full(call), []
+    for choice in choices:
+        sparse = shares.under(call, choice)
+        lse, links = (whole.lse, whole.links) if sparse is None else (sparse.lse, sparse.links)
+        if isinstance(choice, Gist):
+            links = links + summary_links(choice, choice(call.q, call.k, key_mask=call.key_real), call)
+        records.append(_LayerRecord(kept_share(lse, whole.lse), None, links, whole.links, ()))
+    return records
 
 
 def _sees_later_keys(call: Observation) -> bool:
@@ -208,7 +232,7 @@ class _FidelitySums:
         self.passages = 0
         self.max_lost, self.lost = max_lost, list[LostLink]()
         self.mass: Tensor | float = 0.0
-        self.best: Tensor | float = 0.0
+        self.best: dict[int, Tensor] = {}
         self.links = self.base_links = self.token_cosine = self.pooled_cosine = 0.0
         self.language = LossSums()
 
@@ -216,7 +240,9 @@ class _FidelitySums:
         """Add a batch: a record per layer, and last hidden states `(B, N, features)` of the full and the sparse run."""
         self.passages += full_states.shape[0]
         self.mass = self.mass + torch.stack([layer.mass.sum(0) for layer in layers])
-        self.best = self.best + torch.stack([layer.best.sum(0) for layer in layers])
+        for number, layer in enumerate(layers):
+            if layer.best is not None:
+                self.best[number] = self.best.get(number, 0) + layer.best.sum(0)
         self.links += sum(layer.links.double().mean(1).sum().item() for layer in layers) / len(layers)
         self.base_links += sum(layer.base_links.double().mean(1).sum().item() for layer in layers) / len(layers)
         self.lost = heaviest_per_head([*self.lost, *(link for layer in layers for link in layer.lost)], LINKS_PER_HEAD)
@@ -225,8 +251,8 @@ class _FidelitySums:
 
     def finish(self) -> Fidelity:
         assert isinstance(self.mass, Tensor)
-        assert isinstance(self.best, Tensor)
         n = self.passages
+        best = torch.stack(list(self.best.values())) / n if self.best else None
         means = (self.links / n, self.base_links / n, self.token_cosine / n, self.pooled_cosine / n)
         lost = top_losses(self.lost, self.max_lost)
-        return Fidelity(self.mass / n, self.best / n, *means, lost, self.language.finish(self.max_lost))
+        return Fidelity(self.mass / n, best, *means, lost, self.language.finish(self.max_lost))
