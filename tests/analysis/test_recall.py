@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import farlight as fl
 from farlight.analysis.recall import TASKS, RecallScore, question
 from farlight.analysis.recall.answers import FULL, recall_steps
-from farlight.hf import use_pattern
+from farlight.hf import use_pattern, write_layers
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -154,11 +154,13 @@ def test_the_command_prints_recall_and_seed(tmp_path: Path, capsys: pytest.Captu
     model().save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     arguments = ["recall", "--model", str(folder), "--task", "passkey", "--length", "300", "--questions", "2", "--seed", "7"]
-    status, out, err = run(capsys, *arguments, "--pattern", "window(8, 0)", "--json")
+    write_layers({0: fl.window(8, 0), 1: "topkeys(4, causal=True)"}, tmp_path / "fit.json")
+    patterns = ["--pattern", "window(8, 0)", "--pattern", str(tmp_path / "fit.json")]
+    status, out, err = run(capsys, *arguments, *patterns, "--json")
     assert status == 0, err
     data = json.loads(out)
     assert data["seed"] == 7
-    assert [row["pattern"] for row in data["scores"]] == [FULL, "window(8, 0)"]
+    assert [row["pattern"] for row in data["scores"]] == [FULL, "window(8, 0)", "fit.json"]
     assert {"share", "interval", "depths"} <= set(data["scores"][0])
     status, out, err = run(capsys, *arguments)
     assert status == 0, err

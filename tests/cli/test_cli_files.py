@@ -104,6 +104,8 @@ def test_an_output_of_fewer_characters(place: Path, monkeypatch: pytest.MonkeyPa
         (["audit", "{place}/text.txt/inside"], "cannot be read: Not a directory"),
         (["audit", "{place}/text.txt", "--passages", "9" * 5000], "at least one passage is needed"),
         (["audit", "{place}/text.txt", "--passages", "²"], "at least one passage is needed"),
+        (["audit", "{place}/text.txt", "--pattern", "{place}/no.json"], "no.json' cannot be read: No such file"),
+        (["recall", "--pattern", "{place}/no.json"], "no.json' cannot be read: No such file"),
         (["audit", "{place}/text.txt", "--html", "{place}"], "is a directory; give the name of a file in it."),
         (["audit", "{place}/text.txt", "--keep", "0.9", "--save", "{place}"], "is a directory; give the name of a file in it."),
         (["audit", "{place}/text.txt", "--html", "{place}/text.txt/a.html"], "there is no folder "),

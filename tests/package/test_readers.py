@@ -73,7 +73,7 @@ READERS = {
     "pattern JSON": Reader(lambda data, folder: fl.Pattern.from_json(as_text(data)), PATTERNS, True),
     "router": Reader(lambda data, folder: read_router(as_text(data)), ROUTERS + EXPRESSIONS),
     "is router": Reader(lambda data, folder: is_router(as_text(data)), ROUTERS),
-    "--pattern": Reader(lambda data, folder: inputs.read_judged([as_text(data)]), ROUTERS + EXPRESSIONS),
+    "--pattern": Reader(lambda data, folder: inputs.read_subjects([as_text(data)]), ROUTERS + EXPRESSIONS),
     "fit file": Reader(lambda data, folder: read_layers(in_a_file(data, folder)), FITS, True),
     "fit text": Reader(lambda data, folder: read_layers("{" + as_text(data)[1:]), FITS, True),
     "text file": Reader(lambda data, folder: inputs.read_text(in_a_file(data, folder)), TEXTS),

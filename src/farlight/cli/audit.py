@@ -73,7 +73,8 @@ def audit_command(
         typer.Option(
             "--pattern",
             metavar="PATTERN",
-            help='A pattern or router, e.g. "window(32) | global_tokens([0])" or "topblocks(share=0.1)". Repeat for several.',
+            help='A pattern or router, e.g. "window(32) | global_tokens([0])" or "topblocks(share=0.1)", or the file of a fit, '
+            "fit.json. Repeat for several.",
         ),
     ] = None,
     keep: Annotated[
@@ -135,14 +136,14 @@ def audit_command(
     Where a terminal is narrow, patterns are numbered and columns dropped: backend, memory, predicted speed-up, spread and
     so on; --wide keeps them.
     """
-    from farlight.cli.inputs import read_judged, read_text
+    from farlight.cli.inputs import read_subjects, read_text
     from farlight.hf.loading import load_model
     from farlight.kernels import registry
 
     # Cheap checks come before the model is loaded.
     form = one_format({"--json": as_json, "--csv": as_csv, "--markdown": as_markdown})
     fitting = keep is not None or density is not None
-    judged: list[Pattern | Router | Subject] = [*read_judged(pattern or ())]
+    judged: list[Pattern | Router | Subject] = [*read_subjects(pattern or ())]
     if fitting:
         _check_fit(keep, density, candidate, save)
     elif candidate or save is not None:
@@ -167,7 +168,7 @@ def audit_command(
         spread = page is not None and passages is None
         cut = cut_passages(content, loaded.tokenizer, size, num_passages, spread=spread, stride=stride)
         if not judged and not fitting:
-            judged = [*read_judged(_defaults(loaded.model, cut))]
+            judged = [*read_subjects(_defaults(loaded.model, cut))]
         check_heads(heads, loaded, size, len(judged) + fitting)
         fitted = None
         if fitting:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from farlight.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from farlight.analysis.candidates_by_layer import Subject
     from farlight.patterns.expression import Pattern
     from farlight.routing.base import Router
 
-__all__ = ["printable", "read_judged", "read_patterns", "read_text"]
+__all__ = ["printable", "read_judged", "read_patterns", "read_subjects", "read_text"]
 
 _MAX_TEXT_BYTES = 2**30
 
@@ -85,3 +86,26 @@ def read_judged(expressions: Sequence[str]) -> list[Pattern | Router]:
     from farlight.routing.notation import is_router, read_router
 
     return [read_router(text) if is_router(text) else parse(text) for text in expressions]
+
+
+def read_subjects(expressions: Sequence[str]) -> list[Pattern | Router | Subject]:
+    """As `read_judged`; what ends in .json is a file of `fl.fit` or `write_layers`, with a pattern or router for each layer.
+
+    Raises PatternError, also for a file of another format, and ArgumentError for one that cannot be read.
+    """
+    from farlight.analysis.candidates_by_layer import Subject
+    from farlight.hf.fit_file import read_layers
+
+    subjects: list[Pattern | Router | Subject] = []
+    for text in expressions:
+        if not text.endswith(".json"):
+            subjects += read_judged([text])
+            continue
+        path = Path(text)
+        try:
+            subjects.append(Subject(printable(Path(path.name)), read_layers(path)))
+        except OSError as error:
+            raise ArgumentError(
+                f"--pattern {printable(path)!r} cannot be read: {error.strerror}. Give a file that a fit wrote."
+            ) from None
+    return subjects

@@ -32,7 +32,11 @@ def recall_command(
     model: Annotated[str, typer.Option("--model", help="A causal LM: a folder, a Hugging Face name, or smollm2.")] = "smollm2",
     pattern: Annotated[
         list[str] | None,
-        typer.Option("--pattern", metavar="PATTERN", help='A pattern or router, e.g. "streaming(4, 256)". Repeat for several.'),
+        typer.Option(
+            "--pattern",
+            metavar="PATTERN",
+            help='A pattern or router, e.g. "streaming(4, 256)", or the file of a fit, fit.json. Repeat for several.',
+        ),
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -62,11 +66,11 @@ def recall_command(
     """
     from farlight.analysis.recall.answers import evaluate, recall_steps
     from farlight.analysis.recall.tasks import TASKS
-    from farlight.cli.inputs import read_judged
+    from farlight.cli.inputs import read_subjects
     from farlight.hf.loading import load_model
     from farlight.kernels import registry
 
-    patterns = read_judged(pattern or ())
+    patterns = read_subjects(pattern or ())
     tasks, lengths = list(dict.fromkeys(task or _DEFAULT_TASKS)), list(dict.fromkeys(length or (1024,)))
     for name in tasks:
         if name not in TASKS:
