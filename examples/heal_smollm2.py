@@ -8,8 +8,9 @@ The teacher is the model with full attention. The student starts as the same wei
     KL(teacher's predictions ‖ student's)  +  hidden · mean of ‖student's state - teacher's‖² / ‖teacher's‖²
 
 (over layers and tokens) on the first half of each text. Judged is the next-token loss on passages of the second half, each
-in its second half. `--truth` adds that much of the text's own next-token loss. Full attention (`causal()`) is healed the
-same way beside the patterns: what it gains comes from the text. Without `--truth` it has nothing to learn.
+in its second half; they may be longer than those of the training (`--judged-tokens`). `--truth` adds that much of the text's
+own next-token loss. Full attention (`causal()`) is healed the same way beside the patterns: what it gains comes from the text.
+Without `--truth` it has nothing to learn.
 
 Runs resume. OUT/PATTERN/state.pt holds weights, optimizer, step and curve; a step depends on these, its number and the seed
 alone, so that an interrupted run ends with the same bits as a whole one. OUT/heal.md is the table of all runs in OUT,
@@ -64,6 +65,7 @@ NUMBERS = (
     ("truth", 0.0, "weight of the text's own next-token loss"),
     ("seed", 0, "of the adapters and of the order of passages"),
     ("judged", 4, "held-out passages of each text"),
+    ("judged-tokens", 0, "tokens of a held-out passage; 0: as many as of the others"),
     ("judge-every", 50, "steps between judgements"),
     ("store-every", 20, "steps between stored states"),
 )
@@ -95,15 +97,20 @@ class Recipe:
         return [int(torch.randperm(count, generator=seed)[place]) for seed, (_, place) in zip(seeds, epochs, strict=True)]
 
 
-def read_passages(files: Sequence[Path | None], tokenizer: Any, tokens: int, judged: int) -> tuple[Tensor, Tensor]:
-    """Ids `(passages, tokens)`: all of the first halves, and `judged` passages of each second half. None: Python's manual."""
+def read_passages(
+    files: Sequence[Path | None], tokenizer: Any, tokens: int, judged: int, judged_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Ids `(passages, tokens)` of the first halves, all of them, and `(judged passages of each text, judged_tokens)` of the
+    second halves. None: Python's manual.
+    """
     learned, held_out = [], []
     for name, text in map(read_text, files):
         first, second = text[: len(text) // 2], text[len(text) // 2 :]
         learned.append(cut_passages(first, tokenizer, tokens, None).ids)
-        held_out.append(cut_passages(second, tokenizer, tokens, judged, spread=True).ids)
-        if min(learned[-1].shape[1], held_out[-1].shape[1]) < tokens:
-            raise SystemExit(f"{name}: half of it has fewer than {tokens} tokens; name a longer text, or fewer --tokens.")
+        held_out.append(cut_passages(second, tokenizer, judged_tokens, judged, spread=True).ids)
+        if learned[-1].shape[1] < tokens or held_out[-1].shape[1] < judged_tokens:
+            most = max(tokens, judged_tokens)
+            raise SystemExit(f"{name}: half of it has fewer than {most} tokens; name a longer text, or fewer --tokens.")
     return torch.cat(learned), torch.cat(held_out)
 
 
@@ -325,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
     loaded = load_model(args.model)
     teacher = loaded.model.requires_grad_(False)
     check_head(teacher)
-    learned, judged = read_passages(args.text, loaded.tokenizer, args.tokens, args.judged)
+    learned, judged = read_passages(args.text, loaded.tokenizer, args.tokens, args.judged, args.judged_tokens or args.tokens)
     rank, rate = (0, args.rate or 1e-4) if args.all_weights else (args.rank, args.rate or 1e-3)
     for pattern in args.pattern or PATTERNS:
         print(f"{pattern}: {len(learned)} passages to learn from, {len(judged)} to judge on", flush=True)

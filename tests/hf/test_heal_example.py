@@ -131,14 +131,16 @@ def test_the_gradients_are_those_of_the_written_loss(heal: Any, monkeypatch: pyt
 
 
 def test_a_healed_model_is_saved_and_another_recipe_is_refused(heal: Any, place: Path) -> None:
-    heal.main(options(place, "saved", "--all-weights", "--save"))
+    heal.main(options(place, "saved", "--all-weights", "--save", "--judged-tokens", "56"))
     (folder,) = (path for path in (place / "saved").iterdir() if path.is_dir())
     ((state, result),) = read(place, "saved")
     healed = load_model(str(folder / "model")).model
+    learned, judged = heal.read_passages([place / "book.txt"], tokenizer(framed=False), 40, 2, 56)
+    assert (learned.shape[1], judged.shape) == (40, (2, 56))
     with use_pattern(healed, fl.parse(NEAR)):
-        losses = heal.judge(healed, heal.read_passages([place / "book.txt"], tokenizer(framed=False), 40, 2)[1])
+        losses = heal.judge(healed, judged)
     assert losses == pytest.approx(result["after"], abs=1e-5)
     assert losses != pytest.approx(result["before"], abs=1e-3)
     assert all(torch.equal(weight, state["weights"][name]) for name, weight in healed.named_parameters())
     with pytest.raises(SystemExit, match="holds a run of another recipe \\(rate 0.0001\\)"):
-        heal.main(options(place, "saved", "--all-weights", "--rate", "0.5"))
+        heal.main(options(place, "saved", "--all-weights", "--judged-tokens", "56", "--rate", "0.5"))
