@@ -83,9 +83,9 @@ Piece piece(nb::handle from) {
 }
 
 // A clause from (kind, causal, indices, batch, heads, lists, width, block, query_block, base, left, right, key_mask,
-// mask_batch, bytes of an index).
+// mask_batch, bytes of an index, head).
 Clause clause_of(const std::vector<int64_t>& from) {
-  if (from.size() != 15) throw std::invalid_argument("a clause has 15 numbers");
+  if (from.size() != 16) throw std::invalid_argument("a clause has 16 numbers");
   const auto kind = static_cast<ClauseKind>(from[0]);
   const bool is_narrow = from[14] == 2 || from[14] == 4;
   if (from[14] != 8 && !(is_narrow && kind == ClauseKind::kBlocks))
@@ -104,7 +104,8 @@ Clause clause_of(const std::vector<int64_t>& from) {
           from[10],
           from[11],
           reinterpret_cast<const uint8_t*>(from[12]),
-          from[13]};
+          from[13],
+          from[15]};
 }
 
 // Label links from (batch, heads, query, query_batch, query_heads, key, key_batch, key_heads, key_mask, mask_batch,

@@ -27,8 +27,10 @@ int64_t ContentPattern::batch_variants() const {
 
 int64_t ContentPattern::head_variants() const {
   int64_t extent = 1;
-  for (const Clause& clause : clauses)
+  for (const Clause& clause : clauses) {
+    if (clause.head >= 0) extent = heads;
     if (clause.kind == ClauseKind::kBlocks) extent = std::max(extent, clause.heads);
+  }
   return extent;
 }
 

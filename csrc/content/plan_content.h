@@ -32,6 +32,7 @@ struct Clause {
   // (mask_batch, n_k): nonzero where a key is real; null = all. An extent of 1 is broadcast.
   const uint8_t* key_mask;
   int64_t mask_batch;
+  int64_t head;  // the only head that the clause belongs to; -1 = every head
 };
 
 struct ContentPattern {

@@ -24,6 +24,7 @@ class TileClauses {
     count_ = static_cast<int>(std::min<int64_t>(rows, pattern_.n_q - first_row));
     all_ = count_ == kRows ? kEveryRow : (1u << count_) - 1;
     for (const Clause& clause : pattern_.clauses) {
+      if (clause.head >= 0 && clause.head != head_) continue;
       const uint8_t* keep =
           clause.key_mask ? clause.key_mask + (clause.mask_batch > 1 ? batch_item_ : 0) * pattern_.n_k : nullptr;
       if (clause.kind == ClauseKind::kBlocks) add_blocks(clause, keep);

@@ -22,7 +22,7 @@ from farlight.plan import TileShape
 from farlight.plan.cache import plans
 from farlight.plan.content import ContentPlan
 from farlight.plan.content_clauses import listed_clauses
-from farlight.routing import Router, TopBlocks, meets, topblocks
+from farlight.routing import PerHeadRouter, Router, TopBlocks, meets, topblocks
 from farlight.testing import assert_matches, attend
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the native module")
@@ -45,6 +45,17 @@ def random_pattern(rng: random.Random) -> tuple[Pattern, Sizes]:
     n_k = rng.choice([1, 5, 31, 64, 100, 257])
     n_q = rng.choice([n_k, n_k, 1, max(1, n_k - 7), n_k + 3])
     sizes = Sizes.of(n_q, n_k, batch=batch, heads=heads, q_offset=rng.choice([None, None, 0, -2, 5]))
+    if heads > 1 and rng.random() < 0.4:
+        parts = [random_union(rng, sizes) for _ in range(heads)]
+        parts[rng.randrange(heads)] = rng.choice([fl.full(), fl.causal(), fl.window(3, 0) | fl.seen_by_all([0]), parts[0]])
+        pattern = fl.per_head(parts)
+        return rng.choice([pattern, pattern & fl.causal(), pattern | fl.window(2)]), sizes
+    return random_union(rng, sizes), sizes
+
+
+def random_union(rng: random.Random, sizes: Sizes) -> Pattern:
+    """What `random_pattern` says, the same in every head but for its tables."""
+    batch, heads, n_q, n_k = sizes.batch, sizes.heads, sizes.n_q, sizes.n_k
     leading, width = (rng.choice([1, batch]), rng.choice([1, heads])), rng.choice([0, 1, 3, 8])
     pattern: Pattern
     if rng.random() < 0.75:
@@ -68,7 +79,7 @@ def random_pattern(rng: random.Random) -> tuple[Pattern, Sizes]:
             fl.sees_all([2]),
         ]
         pattern = pattern | rng.choice([*named, fl.global_tokens([1]) & fl.causal()])
-    return pattern, sizes
+    return pattern
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -86,6 +97,27 @@ def test_the_native_plan_holds_the_pairs_of_the_pattern(seed: int) -> None:
         assert plan.pairs == int(dense.sum()) <= plan.visited
         planned += 1
     assert planned == 40
+
+
+def test_a_router_for_each_head_is_planned_natively_and_needs_a_part_for_each() -> None:
+    """Outputs and gradients are those of the heads alone."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 90, 8, requires_grad=True) for heads in (4, 2, 2))
+    near = fl.window(3, 0) | fl.seen_by_all([0])
+    parts = [TopBlocks(2, 4, 16, causal=True) | near, near, TopBlocks(3, 8, causal=True), fl.causal()]
+    router = PerHeadRouter(parts)
+    pattern = router(q, k) & fl.causal()
+    assert isinstance(content_plan(pattern, Sizes.of(90, 90, batch=2, heads=4), TileShape()), ContentPlan)
+    out = fl.attention(q, k, v, pattern, backend="cpu")
+    by_head = zip(
+        q.split(1, 1), k.repeat_interleave(2, 1).split(1, 1), v.repeat_interleave(2, 1).split(1, 1), parts, strict=True
+    )
+    alone = torch.cat([fl.attention(*inputs, part) for *inputs, part in by_head], 1)
+    torch.testing.assert_close(out, alone)
+    for together, apart in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, alone)), strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    with pytest.raises(fl.errors.PatternError, match="per_head was given 4 patterns, but there are 3 heads"):
+        content_plan(pattern, Sizes.of(90, 90, heads=3), TileShape())
 
 
 def random_clustering(rng: random.Random) -> tuple[Pattern, Sizes]:
@@ -361,7 +393,7 @@ def test_malformed_numbers_of_a_clause_are_refused() -> None:
         wrong[place][0], wrong[place][14] = number, bytes_of_index
         with pytest.raises(ValueError, match="an index of a clause has 2, 4 or 8 bytes"):
             module().Plan(sizes, wrong, owners, gather)
-    with pytest.raises(ValueError, match="a clause has 15 numbers"):
+    with pytest.raises(ValueError, match="a clause has 16 numbers"):
         module().Plan(sizes, [clauses[0][:-1]], owners, gather)
 
 
@@ -481,7 +513,10 @@ def check_bound(rng: random.Random, lengths: list[int]) -> int:
     if rng.random() < 0.3:
         k = k[:, :, ::8].repeat_interleave(8, 2)[:, :, :n].contiguous()
     router: Router = TopBlocks(rng.choice([1, 4, 40]), rng.choice([3, 8, 16]), rng.choice([1, 16]), is_causal, score="minmax")
-    router = router | (fl.window(3, 0) | fl.seen_by_all([0]) & fl.causal() if is_causal else fl.global_tokens([1]))
+    near = fl.window(3, 0) | fl.seen_by_all([0]) & fl.causal() if is_causal else fl.global_tokens([1])
+    router = router | near
+    if rng.random() < 0.3:
+        router = PerHeadRouter([router, near] * kv_heads)
     pattern = router(q, k)
     out, _, lost = fl.attention(q, k, v, pattern, scale=scale, return_lse=True, return_lost=True, backend="cpu")
     assert torch.equal(out, fl.attention(q, k, v, pattern, scale=scale, backend="cpu"))

@@ -2,7 +2,7 @@
 
 A router's pattern differs in each call, so its plan is on the critical path. The union is read as it is written, without the
 normal form of `farlight.plan.normal_form`: the planner unites the clauses tile by tile. Supported clauses: listed key blocks or
-keys, windows without dilation, named tokens given as positions; each perhaps causal or restricted to real keys.
+keys, windows without dilation, named tokens given as positions; each perhaps causal, restricted to real keys, or of one head.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from farlight.patterns.algebra import HeadsOf, Intersection, PerHead, Union
 from farlight.patterns.arguments import query_base
 from farlight.patterns.expression import Atom, Pattern, Sizes
 from farlight.patterns.named import global_tokens, seen_by_all, sees_all
@@ -35,7 +36,7 @@ class ClauseKind(IntEnum):
 
 @dataclass(frozen=True)
 class ContentClause:
-    """One clause, perhaps `causal`, perhaps restricted to `real_keys` `(B|1, n_k)` uint8.
+    """One clause, perhaps `causal`, perhaps restricted to `real_keys` `(B|1, n_k)` uint8, of one `head` or of all (None).
 
     BLOCKS: `table` `(B|1, H|1, lists, width)` int16, int32 or int64 of key blocks of `block` keys, -1 = none; list u serves
     the positions base + u · query_block … base + (u + 1) · query_block - 1. BAND: keys i - left … i + right. KEYS, ROWS:
@@ -51,6 +52,7 @@ class ContentClause:
     left: int = 0
     right: int = 0
     real_keys: Tensor | None = None
+    head: int | None = None
 
 
 def listed_clauses(pattern: Pattern, sizes: Sizes) -> list[ContentClause] | None:
@@ -68,16 +70,24 @@ def content_clauses(pattern: Pattern, sizes: Sizes) -> list[ContentClause] | Non
     """
     if any(table.device.type != "cpu" for table in pattern._tables) or not sizes.n_q or not sizes.n_k:
         return None
-    clauses = [half for clause in clauses_of(pattern) for half in _halves(clause)]
-    if not clauses:
-        return None
-    supported = []
-    for clause in clauses:
-        read = _read(clause, sizes)
-        if read is None:
-            return None
-        supported.append(read)
-    return supported
+    _check_heads(pattern, sizes)
+    supported: list[ContentClause] = []
+    for clause in clauses_of(pattern):
+        of_heads = [set(atom.heads) for atom in clause if isinstance(atom, HeadsOf)]
+        for half in _halves(tuple(atom for atom in clause if not isinstance(atom, HeadsOf))):
+            read = _read(half, sizes)
+            if read is None:
+                return None
+            supported += [replace(read, head=head) for head in set.intersection(*of_heads)] if of_heads else [read]
+    return supported or None
+
+
+def _check_heads(pattern: Pattern, sizes: Sizes) -> None:
+    """Raise where a `per_head` has another number of parts than there are heads."""
+    if isinstance(pattern, PerHead) and len(pattern.parts) != sizes.heads:
+        pattern.check(sizes)
+    for part in pattern.parts if isinstance(pattern, Union | Intersection | PerHead) else ():
+        _check_heads(part, sizes)
 
 
 def _halves(clause: Clause) -> list[Clause]:

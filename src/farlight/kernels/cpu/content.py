@@ -118,4 +118,5 @@ def _numbers(clause: ContentClause) -> list[int]:
         clause.right,
         *masks,
         8 if table is None else table.element_size(),
+        -1 if clause.head is None else clause.head,
     ]
