@@ -67,40 +67,31 @@ constexpr int64_t kGeneral = -2, kNotStored = -1;
 }  // namespace
 
 // The slot for the token, kNotStored where no query sees it, kGeneral where the append is more than one write.
-int64_t Decoder::slot_for_token(const DecodeStore& store, int64_t position) const {
-  if (store.rows != 1 || position < store.rule_start || position >= store.rule_stop) return kGeneral;
+Decoder::TokenSlot Decoder::slot_for_token(const DecodeStore& store, int64_t position) const {
+  if (store.rows != 1 || position < store.rule_start || position >= store.rule_stop) return {kGeneral, 0};
   const int64_t oldest = std::max<int64_t>(0, position - keep_back_);  // the first query that keys are kept for
   const bool is_stored = store.rule_last_use[position - store.rule_start] >= oldest;
   const int64_t count = store.count(0);
-  int64_t slot = kGeneral;
+  TokenSlot slot{kGeneral, store.state[1]};
   if (store.state[1] >= oldest) {
-    if (!is_stored) return kNotStored;
-    if (count < store.capacity) slot = count;
+    if (!is_stored) return {kNotStored, 0};
+    if (count < store.capacity) slot.slot = count;
   } else if (is_stored) {
-    for (int64_t s = 0; s < count; ++s)
-      if (store.last_use[s] < oldest) {
-        if (slot >= 0) return kGeneral;
-        slot = s;
-      }
+    const ExpiredSlots expired = farlight::kernels().decode->expired(store.last_use, count, oldest);
+    if (expired.count == 1) slot = {expired.slot, std::min(expired.least, kForever)};
   }
-  return slot < 0 || store.pages[slot >> store.page_shift].shared ? kGeneral : slot;
+  return slot.slot < 0 || store.pages[slot.slot >> store.page_shift].shared ? TokenSlot{kGeneral, 0} : slot;
 }
 
-void Decoder::write_token(DecodeStore& store, int64_t slot, int64_t position) const {
-  const int64_t last_use = store.rule_last_use[position - store.rule_start];
+void Decoder::write_token(DecodeStore& store, TokenSlot to, int64_t position) const {
+  const int64_t last_use = store.rule_last_use[position - store.rule_start], slot = to.slot;
   const uint8_t gapless = store.rule_gapless[position - store.rule_start];
   const bool is_new = slot == store.count(0);
   if (!is_new) store.state[3] = std::max(store.state[3], store.last_use[slot] + 1);
   store.state[2] += (is_new ? 1 : store.gapless[slot]) - gapless;
   store.position[slot] = position, store.gapless[slot] = gapless, store.last_use[slot] = last_use;
   store.state[0] += is_new;
-  if (is_new) {
-    store.state[1] = std::min(store.state[1], last_use);
-  } else {
-    int64_t least = kForever;
-    for (int64_t s = 0; s < store.count(0); ++s) least = std::min(least, store.last_use[s]);
-    store.state[1] = least;
-  }
+  store.state[1] = std::min(to.least_of_others, last_use);
 }
 
 void Decoder::copy_token(const DecodeStore& store, int64_t slot, const TokenTensor& k, const TokenTensor& v) const {
@@ -127,20 +118,20 @@ void Decoder::copy_token(const DecodeStore& store, int64_t slot, const TokenTens
 }
 
 bool Decoder::append(const TokenTensor& k, const TokenTensor& v, int64_t position) {
-  thread_local std::vector<int64_t> slots;
+  thread_local std::vector<TokenSlot> slots;
   slots.clear();
   if (!has_capacity_for_summaries(position)) return false;
   for (const DecodeStore& store : stores_) {
     slots.push_back(slot_for_token(store, position));
-    if (slots.back() == kGeneral) return false;
+    if (slots.back().slot == kGeneral) return false;
   }
   for (size_t s = 0; s < stores_.size(); ++s) {
-    if (slots[s] == kNotStored) {
+    if (slots[s].slot == kNotStored) {
       int64_t& horizon = stores_[s].state[3];
       horizon = std::max(horizon, stores_[s].rule_last_use[position - stores_[s].rule_start] + 1);
       continue;
     }
-    copy_token(stores_[s], slots[s], k, v);
+    copy_token(stores_[s], slots[s].slot, k, v);
     write_token(stores_[s], slots[s], position);
   }
   summarize(position);
@@ -179,11 +170,9 @@ void Decoder::evaluate(const DecodeStore& store, const DecodeQueries& queries, W
     }
     std::vector<int32_t>& list = work.new_list();
     bool equal = true;
-    if (n_q == 1) {  // without a branch on what is seen
-      list.resize(count + 1);
-      int64_t n = 0;
-      for (int64_t s = 0; s < count; ++s) list[n] = static_cast<int32_t>(s), n += bytes[s];
-      list.resize(n);
+    if (n_q == 1) {
+      list.resize(count + kListSlack);
+      list.resize(kernels.list_nonzero(bytes.data(), count, list.data()));
     }
     for (int64_t s = 0; n_q > 1 && s < count; ++s) {
       uint8_t any = 0, every = 1;
@@ -219,11 +208,11 @@ void Decoder::run(const DecodeQueries& queries, Work& work) const {
   DecodeSchedule& schedule = work.schedule;
   schedule.queries.resize(batch_ * queries.heads * queries.n_q * dim_);
   float* to = schedule.queries.data();
-  const float factor = static_cast<float>(static_cast<double>(queries.scale) * kLog2E);
+  schedule.factor = static_cast<float>(static_cast<double>(queries.scale) * kLog2E);
   for (int64_t b = 0; b < batch_; ++b)
     for (int64_t h = 0; h < queries.heads; ++h)
       for (int64_t i = 0; i < queries.n_q; ++i, to += dim_)
-        kernels.widen(queries.q.type, queries.q.row(b, h, i), dim_, factor, to);
+        kernels.widen(queries.q.type, queries.q.row(b, h, i), dim_, 1.0f, to);
   set_terms(queries, schedule);
   schedule.run(kernels, dim_, {queries.q.type, queries.out, queries.lse}, queries.threads);
 }

@@ -40,7 +40,9 @@ struct DecodeItem {
   KeyType type;
   int64_t head;  // batch item * heads of the store + head of the store
   int64_t dim, rows;
-  const float* const* q;       // per row: dim floats, multiplied by scale * log2(e)
+  const float* const* q;       // per row: dim floats
+  float factor;                // scale * log2(e)
+  KeyType query_type;          // q's before it was widened
   const int32_t* slots;        // (count,) ascending, or null: slots first, first + 1, …
   int64_t first, count;
   const uint8_t* const* mask;  // per row: one byte per slot, zero = hidden; null: every row sees every listed slot
@@ -67,10 +69,18 @@ enum VisibilityOp : int64_t {
   kNot = 12,
 };
 
+constexpr int64_t kListSlack = 16;  // entries behind a list that `list_nonzero` may overwrite
+
 struct VisibilityProgram {
   const int64_t* code;
   int64_t length, depth;  // words of code; byte arrays on the stack, at most
 };
+
+// Slots whose key has expired: their number, the last of them or -1, and the least last use of all others (kNoUse: none).
+struct ExpiredSlots {
+  int64_t count, slot, least;
+};
+constexpr int64_t kNoUse = INT64_MAX;
 
 // The decode kernels of one ISA.
 struct DecodeKernels {
@@ -79,6 +89,10 @@ struct DecodeKernels {
   // to[s] = whether the query at position i sees the key of slot s, s < count; position: (count,), or null: slot s holds
   // position s. scratch: depth * count bytes.
   void (*visible)(const VisibilityProgram&, const int64_t* position, int64_t count, int64_t i, uint8_t* to, uint8_t* scratch);
+  // The indices of the nonzero bytes, ascending; returns their number. to: kListSlack more than there are.
+  int64_t (*list_nonzero)(const uint8_t* bytes, int64_t count, int32_t* to);
+  // Of slots 0 … count - 1, those with last_use < oldest.
+  ExpiredSlots (*expired)(const int64_t* last_use, int64_t count, int64_t oldest);
   // to[d] = factor * row[d] as float32.
   void (*widen)(KeyType type, const void* row, int64_t dim, float factor, float* to);
   // Writes a float32 row in an element type, rounded to nearest even; returns the scale of an i8 row, else 1.

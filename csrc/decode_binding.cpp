@@ -6,6 +6,7 @@
 #include "binding.h"
 #include "decoder.h"
 #include "dispatch.h"
+#include "tensor_reader.h"
 
 namespace nb = nanobind;
 
@@ -109,8 +110,36 @@ void set_router(Decoder& decoder, const std::vector<std::vector<int64_t>>& nodes
   decoder.set_router(std::move(router), std::move(blocks), std::move(programs));
 }
 
-bool append(Decoder& decoder, const StridedAddress& k, const StridedAddress& v, int type, int64_t position) {
-  return decoder.append(token_tensor(k, type), token_tensor(v, type), position);
+// One token: its append, then the attention of its query. results: (address of out, of the lse or 0). 0: nothing was changed,
+// since the append is more than one write per store; 1: only the append was done; 2: both.
+int step(Decoder& decoder, const TokenTensor& q, const TokenTensor& k, const TokenTensor& v, int64_t heads, int64_t position,
+         double scale, const std::vector<int64_t>& results, int threads, double cap, const std::vector<int64_t>& terms) {
+  const DecodeQueries queries{q, heads, 1, nullptr, 1, position, static_cast<float>(scale), pointer<void>(results.at(0)),
+                              pointer<float>(results.at(1)), threads, terms_of(cap, terms)};
+  if (!decoder.append(k, v, position)) return 0;
+  const nb::gil_scoped_release release;
+  return (decoder.has_router() ? decoder.attend_routed(queries) : decoder.attend(queries)) ? 2 : 1;
+}
+
+int step_by_address(Decoder& decoder, const StridedAddress& q, const StridedAddress& k, const StridedAddress& v, int type,
+                    int64_t heads, int64_t position, double scale, const std::vector<int64_t>& results, int threads, double cap,
+                    const std::vector<int64_t>& terms) {
+  if (heads < 1 || heads % decoder.kv_heads()) throw std::invalid_argument("heads do not fit the key heads");
+  return step(decoder, token_tensor(q, type), token_tensor(k, type), token_tensor(v, type), heads, position, scale, results,
+              threads, cap, terms);
+}
+
+// Of torch tensors; heads: of q, 0 = any multiple of the key heads. 0, too, where one of them is not plain or does not fit.
+int step_of_tensors(Decoder& decoder, const TensorReader& reader, nb::handle q, nb::handle k, nb::handle v, bool grad, int type,
+                    int64_t heads, int64_t position, double scale, const std::vector<int64_t>& results, int threads, double cap,
+                    const std::vector<int64_t>& terms) {
+  const KeyType token = static_cast<KeyType>(type);
+  int64_t kv_heads = decoder.kv_heads();
+  const auto read = [&](nb::handle x, int64_t& n) { return reader.token(x, token, decoder.batch(), n, decoder.dim(), grad); };
+  const auto q_view = read(q, heads), k_view = read(k, kv_heads), v_view = read(v, kv_heads);
+  if (!q_view || !k_view || !v_view || heads < 1 || heads % kv_heads) return 0;
+  return step(decoder, {*q_view, token}, {*k_view, token}, {*v_view, token}, heads, position, scale, results, threads, cap,
+              terms);
 }
 
 // What the query at position i sees of `count` positions at an address: one byte each. For tests.
@@ -124,6 +153,7 @@ std::vector<int> visible(const std::vector<int64_t>& code, int64_t depth, int64_
 }  // namespace
 
 void bind_decode(nb::module_& m) {
+  nb::class_<TensorReader>(m, "TensorReader").def(nb::init<nb::handle>());
   nb::class_<Decoder>(m, "Decoder")
       .def("__init__",
            [](Decoder* self, int64_t batch, int64_t kv_heads, int64_t dim, int type, int64_t keep_back) {
@@ -133,7 +163,8 @@ void bind_decode(nb::module_& m) {
              new (self) Decoder(batch, kv_heads, dim, static_cast<KeyType>(type), keep_back);
            })
       .def("add_store", &add_store)
-      .def("append", &append)
+      .def("step", &step_of_tensors)
+      .def("step_by_address", &step_by_address)
       .def("attend", &attend)
       .def("attend_masked", &attend_masked)
       .def("set_router", &set_router)

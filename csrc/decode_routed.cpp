@@ -94,7 +94,7 @@ bool Decoder::attend_routed(const DecodeQueries& queries) const {
   const DecodeStore& store = stores_[0];
   const int64_t heads = queries.heads, n_q = queries.n_q, count = store.count(0), rows = batch_ * heads * n_q;
   if (nodes_.empty() || queries.first + n_q != count) return false;
-  // Scores are those of unscaled queries; the scale follows for the attention.
+  // Blocks are chosen by unscaled scores.
   routed.queries.resize(rows * dim_);
   float* to = routed.queries.data();
   for (int64_t b = 0; b < batch_; ++b)
@@ -131,9 +131,8 @@ bool Decoder::attend_routed(const DecodeQueries& queries) const {
         schedule.units.push_back({store.pages.data(), store.page_shift, type_, b * kv_heads_ + h / (heads / kv_heads_), row, 1,
                                   list.data(), 0, static_cast<int64_t>(list.size()), -1, nullptr});
       }
-  const float factor = static_cast<float>(static_cast<double>(queries.scale) * 1.44269504088896340736);
-  schedule.queries.resize(rows * dim_);
-  for (int64_t d = 0; d < rows * dim_; ++d) schedule.queries[d] = factor * routed.queries[d];
+  schedule.factor = static_cast<float>(static_cast<double>(queries.scale) * 1.44269504088896340736);
+  schedule.queries.swap(routed.queries);
   set_terms(queries, schedule);
   schedule.run(kernels, dim_, {queries.q.type, queries.out, queries.lse}, queries.threads);
   return true;

@@ -103,6 +103,8 @@ void DecodeSchedule::run(const DecodeKernels& kernels, int64_t dim, const Decode
                           dim,
                           unit.rows,
                           query_rows_.data() + part.pointer,
+                          factor,
+                          output.type,
                           unit.slots ? unit.slots + part.first : nullptr,
                           unit.first + part.first,
                           part.count,

@@ -24,7 +24,7 @@ struct DecodeUnit {
 
 // The output of all units.
 struct DecodeOutput {
-  KeyType type;
+  KeyType type;  // also that of the queries
   void* out;   // (rows, dim) contiguous
   float* lse;  // (rows,) or null
 };
@@ -33,7 +33,8 @@ struct DecodeOutput {
 struct DecodeSchedule {
   std::vector<DecodeUnit> units;
   std::vector<const uint8_t*> masks;
-  std::vector<float> queries;  // (rows, dim), scaled
+  std::vector<float> queries;  // (rows, dim)
+  float factor;                // scale * log2(e)
   DecodeTerms terms;
   std::vector<RowTerms> row_terms;  // (rows,); empty: scores have no terms
   std::vector<float> sinks;         // (rows,): a key of this score and value 0 for each row; empty: none

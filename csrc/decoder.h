@@ -107,6 +107,7 @@ class Decoder {
   int64_t kv_heads() const { return kv_heads_; }
   int64_t dim() const { return dim_; }
   size_t stores() const { return stores_.size(); }
+  bool has_router() const { return !nodes_.empty(); }
 
  private:
   struct Work;
@@ -114,8 +115,12 @@ class Decoder {
   bool choose(const DecodeQueries& queries, int64_t b, int64_t kv_head, Routed& routed, float* scores) const;
   bool has_capacity_for_summaries(int64_t position) const;
   void summarize(int64_t position) const;
-  int64_t slot_for_token(const DecodeStore& store, int64_t position) const;
-  void write_token(DecodeStore& store, int64_t slot, int64_t position) const;
+  // Where a token goes, and the least last use of the keys in all other slots.
+  struct TokenSlot {
+    int64_t slot, least_of_others;
+  };
+  TokenSlot slot_for_token(const DecodeStore& store, int64_t position) const;
+  void write_token(DecodeStore& store, TokenSlot slot, int64_t position) const;
   void copy_token(const DecodeStore& store, int64_t slot, const TokenTensor& k, const TokenTensor& v) const;
   bool sees_every_slot(const DecodeStore& store, const DecodeQueries& queries) const;
   void evaluate(const DecodeStore& store, const DecodeQueries& queries, Work& work) const;

@@ -24,7 +24,9 @@ class DecodeAttend {
   DecodeAttend(const DecodeItem& item, Dim dim, Arena& arena)
       : item_(item),
         dim_(dim),
+        has_pairs_(multiplies_pairs<T> && item.query_type == KeyType::bf16),
         q_(arena.allocate<float>(item.rows * dim)),
+        q_pairs_(arena.allocate<Bf16>(item.rows * pair_stride())),
         scores_(arena.allocate<float>(item.rows * kDecodeChunk)),
         weights_(arena.allocate<const float*>(item.rows)),
         sums_(arena.allocate<float>(item.rows * sum_stride())),
@@ -33,7 +35,8 @@ class DecodeAttend {
 
   void run() {
     for (int64_t r = 0; r < item_.rows; ++r) {
-      for (int64_t d = 0; d < dim_; ++d) q_[r * dim_ + d] = item_.q[r][element_at<T>(d, dim_)];
+      if (has_pairs_) set_pairs(item_.q[r], q_pairs_ + r * pair_stride());
+      else to_group_order<T>(item_.q[r], dim_, item_.factor, q_ + r * dim_);
       float* sums = sum_rows_[r] = sums_ + r * sum_stride();
       for (int64_t d = 0; d < dim_; ++d) sums[d] = 0.0f;
       sums[dim_] = -kInfinity;
@@ -41,6 +44,7 @@ class DecodeAttend {
       weights_[r] = scores_ + r * kDecodeChunk;
     }
     locate(0, chunks_[0]);
+    prefetch(chunks_[0], chunks_[0].k, 0, kDecodeChunk);
     for (int c = 0; chunks_[c].n > 0; c ^= 1) {
       const Chunk& chunk = chunks_[c];
       Chunk& next = chunks_[c ^ 1];
@@ -66,6 +70,14 @@ class DecodeAttend {
 
   // Accumulators are in aligned scratch memory: results of neighbouring items share cache lines.
   FARLIGHT_INLINE int64_t sum_stride() const { return round_up(dim_ + 2, 16); }
+
+  FARLIGHT_INLINE int64_t pair_stride() const { return round_up(dim_, 2 * W); }
+
+  // A query that is exact in bfloat16. Its scores are scaled, since a scaled query would be rounded a second time.
+  FARLIGHT_INLINE void set_pairs(const float* q, Bf16* to) const {
+    for (int64_t d = 0; d < dim_; ++d) to[d] = to_bf16(q[d]);
+    for (int64_t d = dim_; d < pair_stride(); ++d) to[d] = 0;
+  }
 
   FARLIGHT_INLINE int64_t slot(int64_t at) const { return item_.slots ? item_.slots[at] : item_.first + at; }
 
@@ -158,7 +170,8 @@ class DecodeAttend {
     if constexpr (kHasScales) load_scales(chunk, next);
     if constexpr (sizeof(T) < 4)
       if (item_.rows >= kWidenRows) {
-        score<float>(chunk, widen_rows(k, n));
+        if (has_pairs_) score<T>(chunk, k);
+        else score<float>(chunk, widen_rows(k, n));
         for (int64_t r = 0; r < item_.rows; ++r) softmax(r, chunk);
         return accumulate_rows<float>(n, widen_rows(v, n), next);
       }
@@ -174,14 +187,21 @@ class DecodeAttend {
     for (; first + W <= n; first += W) {
       prefetch(chunk, chunk.v, first, W);
       for (int64_t r = 0; r < item_.rows; ++r)
-        store(scores_ + r * kDecodeChunk + first, dot_keys<S>(q_ + r * dim_, rows_from(rows, first), dim_));
+        store(scores_ + r * kDecodeChunk + first, dot<S>(r, rows_from(rows, first)));
     }
     if (first == n) return;
     prefetch(chunk, chunk.v, first, W);
     const S* rest[W];
     for (int i = 0; i < W; ++i) rest[i] = rows[min(first + i, n - 1)];
     for (int64_t r = 0; r < item_.rows; ++r)
-      store(scores_ + r * kDecodeChunk + first, dot_keys<S, const S* const*>(q_ + r * dim_, rest, dim_));
+      store(scores_ + r * kDecodeChunk + first, dot<S, const S* const*>(r, rest));
+  }
+  // Scaled scores of row r over W keys.
+  template <class S, class Rows>
+  FARLIGHT_INLINE F dot(int64_t r, const Rows& rows) const {
+    if constexpr (multiplies_pairs<S>)
+      if (has_pairs_) return mul(dot_pairs(q_pairs_ + r * pair_stride(), rows, dim_), broadcast(item_.factor));
+    return dot_keys<S, Rows>(q_ + r * dim_, rows, dim_);
   }
 
   template <class S, class Rows>
@@ -258,13 +278,16 @@ class DecodeAttend {
 
   // Sums in the order of elements, the maximum and the sum of weights.
   FARLIGHT_INLINE void write_result(const float* sums, float* result) const {
-    for (int64_t d = 0; d < dim_; ++d) result[element_at<T>(d, dim_)] = sums[d];
+    from_group_order<T>(sums, dim_, result);
     result[dim_] = sums[dim_], result[dim_ + 1] = sums[dim_ + 1];
   }
 
   const DecodeItem& item_;
   const Dim dim_;
-  float *q_, *scores_;
+  const bool has_pairs_;  // queries are q_pairs_, else q_
+  float* q_;
+  Bf16* q_pairs_;
+  float* scores_;
   const float** weights_;
   float *sums_, **sum_rows_, *widened_;
   Chunk chunks_[2];  // the present and the next one

@@ -1,7 +1,7 @@
 // Element types of stored keys and values: conversion of 2 W elements to two vectors of float32, and back for single rows.
 //
 // A group of 2 W elements may be widened in the order that is cheapest: bfloat16 pairs are split into even and odd elements by
-// one shift and one mask. Queries are brought into the same order once (`permuted_copy`), sums back at the end.
+// one shift and one mask. Queries are brought into the same order once (`to_group_order`), sums back at the end.
 #pragma once
 
 #include <cstring>
@@ -144,13 +144,20 @@ FARLIGHT_INLINE void widen_group(const T* p, F& a, F& b) {
 FARLIGHT_INLINE void widen_group(const Bf16* p, F& a, F& b) { split_pairs(p, a, b); }
 #endif
 
-// Element of a row at place d of the order in which T is widened; groups are [g, g + 2 W) for whole groups of `dim`.
+// A row of `dim` floats, times a factor, in the order in which T is widened, and back; groups begin at multiples of 2 W.
 template <class T>
-FARLIGHT_INLINE int64_t element_at(int64_t d, int64_t dim) {
-  const int64_t group = d / (2 * W) * (2 * W);
-  if (!splits_pairs<T> || group + 2 * W > dim) return d;
-  const int64_t place = d - group;
-  return group + (place < W ? 2 * place : 2 * (place - W) + 1);
+FARLIGHT_INLINE void to_group_order(const float* from, int64_t dim, float factor, float* to) {
+  const int64_t groups_end = splits_pairs<T> ? dim / (2 * W) * (2 * W) : 0;
+  for (int64_t d = 0; d < groups_end; d += 2 * W)
+    for (int64_t i = 0; i < W; ++i) to[d + i] = factor * from[d + 2 * i], to[d + W + i] = factor * from[d + 2 * i + 1];
+  for (int64_t d = groups_end; d < dim; ++d) to[d] = factor * from[d];
+}
+template <class T>
+FARLIGHT_INLINE void from_group_order(const float* from, int64_t dim, float* to) {
+  const int64_t groups_end = splits_pairs<T> ? dim / (2 * W) * (2 * W) : 0;
+  for (int64_t d = 0; d < groups_end; d += 2 * W)
+    for (int64_t i = 0; i < W; ++i) to[d + 2 * i] = from[d + i], to[d + 2 * i + 1] = from[d + W + i];
+  for (int64_t d = groups_end; d < dim; ++d) to[d] = from[d];
 }
 
 // A row of `dim` elements as float32, in the order of its elements.

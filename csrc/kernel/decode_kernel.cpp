@@ -79,6 +79,7 @@ void code_dots(const float* q, const int8_t* codes, const float* scale, int64_t 
 }  // namespace
 
 extern const DecodeKernels decode_kernels;
-const DecodeKernels decode_kernels{scratch_bytes, attend, visible, widen_row, narrow_row, dots, code_dots};
+const DecodeKernels decode_kernels{scratch_bytes, attend,     visible, list_nonzero, expired,
+                                   widen_row,     narrow_row, dots,    code_dots};
 
 }  // namespace farlight::FARLIGHT_NS

@@ -22,6 +22,35 @@ class Modulus {
   double s_, inverse_;
 };
 
+// The indices of the nonzero bytes. Up to kListSlack entries behind the last one are overwritten.
+inline int64_t list_nonzero(const uint8_t* bytes, int64_t count, int32_t* to) {
+  int64_t n = 0, s = 0;
+#if defined(FARLIGHT_BF16_PAIRS) || defined(FARLIGHT_ISA_AVX512)
+  static_assert(kListSlack >= 16);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; s + 16 <= count; s += 16) {
+    const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + s));
+    const __mmask16 seen = _mm_test_epi8_mask(some, some);
+    const __m512i slots = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(s)));
+    _mm512_storeu_si512(to + n, _mm512_maskz_compress_epi32(seen, slots));
+    n += FARLIGHT_COUNT_BITS(seen);
+  }
+#endif
+  for (; s < count; ++s) to[n] = static_cast<int32_t>(s), n += bytes[s] != 0;  // without a branch on what is seen
+  return n;
+}
+
+inline ExpiredSlots expired(const int64_t* last_use, int64_t count, int64_t oldest) {
+  int64_t number = 0, slot = -1, least = kNoUse;
+  for (int64_t s = 0; s < count; ++s) {
+    const bool is_expired = last_use[s] < oldest;
+    number += is_expired;
+    slot = max(slot, is_expired ? s : int64_t{-1});
+    least = min(least, is_expired ? kNoUse : last_use[s]);
+  }
+  return {number, slot, least};
+}
+
 inline int64_t floor_divide(int64_t x, int64_t by) { return x >= 0 ? x / by : -((-x + by - 1) / by); }
 inline int64_t floor_modulo(int64_t x, int64_t by) { return x - floor_divide(x, by) * by; }
 

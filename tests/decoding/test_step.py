@@ -62,7 +62,7 @@ def test_a_step_is_an_append_and_a_decode(name: str, dtype: torch.dtype) -> None
 
 @needs_native
 def test_steps_of_a_full_window_are_one_native_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    from farlight.decoding import store
+    from farlight.decoding import native, store
 
     q, k, v = tensors(400, 2, 2)
     cache = fl.KVCache(fl.presets.streaming(4, 64) | fl.window(3, 0, dilation=9))
@@ -73,9 +73,79 @@ def test_steps_of_a_full_window_are_one_native_call(monkeypatch: pytest.MonkeyPa
         raise AssertionError("the general path was taken")
 
     monkeypatch.setattr(store.KeyStore, "append", never)
+    monkeypatch.setattr(native.NativeStores, "attend", never)
     for t in range(200, 400):
         fl.step(*(x[:, :, t : t + 1] for x in (q, k, v)), cache)
     assert cache.length == 400
+
+
+def strided_rows(x: Tensor) -> Tensor:
+    wide = x.new_zeros(*x.shape[:3], 2 * x.shape[3])
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+# Tensors whose memory is not their values in contiguous rows, or whose class may compute otherwise.
+UNUSUAL = {
+    "plain": lambda x: x,
+    "heads and tokens transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "rows not contiguous": strided_rows,
+    "negative bit": lambda x: (-x)._neg_view(),
+    "one head, expanded": lambda x: x[:, :1].expand_as(x),
+    "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
+    "zeros without memory": lambda x: torch._efficientzerotensor(x.shape),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("has_reader", [True, False])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_a_step_reads_the_values_of_every_tensor(name: str, has_reader: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's table of functions for other libraries and without: the step equals that of plain copies."""
+    from farlight.decoding import native
+
+    if not has_reader:
+        monkeypatch.setattr(native, "_READER", None)
+    q, k, v = tensors(30, 4, 2)
+    caches = [fl.KVCache(fl.window(9), heads=4) for _ in range(2)]
+    for t in range(30):
+        token = [x[:, :, t : t + 1].contiguous() for x in (q, k, v)]
+        unusual = [UNUSUAL[name](x) for x in token]
+        plain = [x.clone() + 0.0 for x in unusual]
+        out = fl.step(unusual[0], unusual[1], unusual[2], caches[0])
+        caches[1].append(plain[1].detach(), plain[2].detach())
+        torch.testing.assert_close(out, fl.decode(plain[0].detach(), caches[1]), atol=2e-6, rtol=2e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("has_reader", [True, False])
+def test_a_step_refuses_what_does_not_fit_the_steps_before(has_reader: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from farlight.decoding import native
+
+    if not has_reader:
+        monkeypatch.setattr(native, "_READER", None)
+    q, k, v = tensors(1, 4, 2)
+    cache = fl.KVCache(fl.window(9))
+    for _ in range(20):
+        fl.step(q, k, v, cache)
+    wrong = {
+        "dtype": (q.double(), k.double(), v.double()),
+        "head_dim": tuple(x[..., :-1] for x in (q, k, v)),
+        "batch": tuple(x.expand(2, -1, -1, -1) for x in (q, k, v)),
+        "heads of k are those of q": (q, q, q),
+        "heads of q": (q[:, :3], k, v),
+        "v": (q, k, v[..., :-1]),
+        "gradient": (q, k, v.clone().requires_grad_()),
+        "dims": (q[0], k[0], v[0]),
+    }
+    for tokens in wrong.values():
+        with pytest.raises(fl.ArgumentError):
+            fl.step(*tokens, cache)
+        assert cache.length == 20
+    more = q.repeat_interleave(2, 1)  # twice as many query heads are allowed: the pattern is that of every head
+    out = fl.step(more, k, v, cache)
+    assert cache.length == 21
+    torch.testing.assert_close(out[:, ::2], fl.decode(q, cache), atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("pattern", [fl.presets.streaming(2, 40), TopBlocks(2, 8, causal=True)], ids=["streaming", "router"])

@@ -63,6 +63,24 @@ def test_element_types_and_head_dimensions(isa: str, stored: torch.dtype, dim: i
         torch.testing.assert_close(lse.double(), true_lse, atol=3e-6, rtol=3e-6)
 
 
+@pytest.mark.parametrize("dim", [1, 7, 40, 64, 80, 256])
+def test_bfloat16_queries_over_bfloat16_keys(isa: str, dim: int) -> None:
+    """Products of pairs where the ISA has them: the lse is exact to float32, groups of every size, rows by address too."""
+    for kv_heads, group, n, pattern in (
+        (2, 1, 130, fl.causal()),
+        (1, 3, 77, fl.causal()),
+        (1, 5, 150, fl.window(40, dilation=3)),
+    ):
+        q, k, v = (x.bfloat16() for x in drawn(n, kv_heads * group, kv_heads, dim))
+        cache = fl.KVCache(pattern, heads=kv_heads * group)
+        cache.append(k, v)
+        out, lse = fl.decode(q[:, :, -1:], cache, scale=0.3, return_lse=True)
+        mask = pattern.dense(n)[0, 0, -1:]
+        true, true_lse = expected(q[:, :, -1:].double() * 0.3 * dim**0.5, k.double(), v.double(), mask)
+        torch.testing.assert_close(out.double(), true, atol=4e-3, rtol=4e-3)
+        torch.testing.assert_close(lse.double(), true_lse, atol=3e-6, rtol=3e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_long_lists_are_split_and_any_number_of_threads_gives_the_same_bits(isa: str, dtype: torch.dtype) -> None:
     q, k, v = (x.to(dtype) for x in drawn(2600, 4, 2, 64))

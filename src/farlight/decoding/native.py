@@ -16,6 +16,7 @@ from torch import Tensor
 from farlight.decoding.slots import IntArray
 from farlight.decoding.store import KeyStore
 from farlight.decoding.terms import DecodeTerms
+from farlight.inputs import read_scale
 from farlight.kernels.checks import MOST_DIMS, addressable
 from farlight.kernels.cpu import unavailable
 from farlight.kernels.cpu.native import module
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["NativeStores", "is_native", "readable"]
 
+# (address, batch stride, head stride, row stride)
+Place = tuple[int, int, int, int]
+# What `Decoder.step` returns (csrc/decoder.h).
+_APPENDED, _ATTENDED = 1, 2
 # enum KeyType in csrc/decode.h
 _KEY_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
@@ -35,24 +40,32 @@ def is_native(device: torch.device, tokens: torch.dtype, stored: torch.dtype, di
     return device.type == "cpu" and types and tokens != torch.int8 and dim <= MOST_DIMS and unavailable() is None
 
 
+# torch before 2.10 has no way to read a tensor without its Python attributes.
+_READER = module().TensorReader(Tensor) if unavailable() is None and hasattr(Tensor, "__dlpack_c_exchange_api__") else None
+
+
 class NativeStores:
     """A `Decoder` over the stores of a cache, and what the fast path of a step compares its arguments with."""
 
     def __init__(self, cache: KVCache) -> None:
         assert cache._shape is not None
         batch, kv_heads, dim = cache._shape
-        self.token_shape, self.batch_and_dim = (batch, kv_heads, 1, dim), (batch, dim)
+        self.token_shape = (batch, kv_heads, 1, dim)
         # The number of query heads, where it matters.
         self.heads = cache._sizes.heads if cache.pattern.varies_over_heads else None
         self.dtype, self.type = cache._dtype, _KEY_TYPES[cache._dtype]
+        # An output of the last step, and the scale that None means.
+        self.like: Tensor | None = None
+        self.scale = read_scale(None, dim)
         self.decoder = module().Decoder(batch, kv_heads, dim, _KEY_TYPES[cache._stores[0].pages.dtype], cache.keep_back)
         self._owned: list[object] = []  # what the addresses point into
         for store in cache._stores:
             self._add(store)
         self.router_state = cache._router_state
+        self.serves_steps = True  # False: the router chooses in ways that the kernels have not
         if self.router_state is not None:
             router = self.router_state.native_arguments(dim)
-            self.serves_router = router is not None
+            self.serves_steps = router is not None
             if router is not None:
                 self.decoder.set_router(*router)
 
@@ -74,17 +87,58 @@ class NativeStores:
             0 if program is None else program.depth,
         )
 
-    def append(self, k: Tensor, v: Tensor, position: int) -> bool:
-        """Append one token `(B, H_kv, 1, D)`; False, and nothing changed, where that needs the general path."""
-        done: bool = self.decoder.append(_strided_address(k), _strided_address(v), self.type, position)
-        return done
+    def fits_token(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether these are one token's tensors for this cache, in host memory with contiguous rows; `self.like` is then
+        that of q."""
+        grad = torch.is_grad_enabled()
+        for x in (q, k, v):
+            if type(x) is not Tensor or x.dtype is not self.dtype or not x.is_cpu or x.layout is not torch.strided:
+                return False
+            if x.dim() != 4 or x.is_neg() or (grad and x.requires_grad):
+                return False
+            if x.stride(3) != 1 and x.shape[3] != 1:
+                return False
+        shape, kv_heads = q.shape, self.token_shape[1]
+        if not k.shape == v.shape == self.token_shape or (shape[0], *shape[2:]) != (
+            *self.token_shape[:1],
+            *self.token_shape[2:],
+        ):
+            return False
+        if not shape[1] or shape[1] % kv_heads or (self.heads is not None and shape[1] != self.heads):
+            return False
+        if self.like is None or self.like.shape != shape:
+            self.like = torch.empty(shape, dtype=self.dtype, device="cpu")
+        return all(addressable(x, name) is x for name, x in (("q", q), ("k", k), ("v", v)))
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, position: int, scale: float, return_lse: bool, terms: DecodeTerms | None = None
+    ) -> tuple[Tensor | None, Tensor | None] | None:
+        """Append one token and attend, in one call; (out, lse or None).
+
+        None, and nothing changed, where the tensors do not fit or the append needs the general path; (None, None) where only
+        the attention does.
+        """
+        by_address = _READER is None or self.like is None or terms is not None
+        if by_address and not self.fits_token(q, k, v):
+            return None
+        assert self.like is not None
+        out, lse, address = self._outputs(self.like, return_lse)
+        cap, addresses = (0.0, ()) if terms is None else terms.native
+        results, threads = (out.data_ptr(), address), torch.get_num_threads()
+        of_call = self.type, self.like.shape[1], position, scale, results, threads, cap, addresses
+        if by_address:
+            places = _strided_address(q), _strided_address(k), _strided_address(v)
+            done = self.decoder.step_by_address(*places, *of_call)
+        else:
+            done = self.decoder.step(_READER, q, k, v, torch.is_grad_enabled(), *of_call)
+        return (out, lse) if done == _ATTENDED else (None, None) if done == _APPENDED else None
 
     def attend_routed(
         self, q: Tensor, first: int, scale: float, return_lse: bool, terms: DecodeTerms | None = None
     ) -> tuple[Tensor, Tensor | None] | None:
         """(out, lse or None) of the newest queries, from position `first` on, over what the router chooses; None where the
         kernels cannot choose."""
-        return self._attend(self.decoder.attend_routed, q, first, scale, return_lse, terms) if self.serves_router else None
+        return self._attend(self.decoder.attend_routed, q, first, scale, return_lse, terms) if self.serves_steps else None
 
     def attend(
         self, q: Tensor, positions: int | IntArray, scale: float, return_lse: bool, terms: DecodeTerms | None = None
@@ -141,7 +195,8 @@ class NativeStores:
 
     def _outputs(self, q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor | None, int]:
         """Empty out and lse, and the address of the lse or 0."""
-        out = torch.empty(q.shape, dtype=q.dtype, device="cpu")
+        # `empty_like` is the cheapest way to allocate, where it gives contiguous rows.
+        out = torch.empty_like(q) if q.is_contiguous() else torch.empty(q.shape, dtype=q.dtype, device="cpu")
         if not return_lse:
             return out, None, 0
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
@@ -154,7 +209,7 @@ def readable(x: Tensor, name: str) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
-def _strided_address(x: Tensor) -> tuple[int, int, int, int]:
-    """(address, batch stride, head stride, row stride) of a `readable` tensor."""
+def _strided_address(x: Tensor) -> Place:
+    """The place of a `readable` tensor."""
     batch, head, row, _ = x.stride()
     return x.data_ptr(), batch, head, row

@@ -13,7 +13,6 @@ from farlight.decoding.decode import decode
 from farlight.decoding.terms import read_terms
 from farlight.errors import ArgumentError
 from farlight.inputs import read_scale
-from farlight.kernels.checks import addressable
 from farlight.score.terms import Score
 
 __all__ = ["step"]
@@ -125,24 +124,21 @@ def _native_step(
     sinks: Tensor | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor] | None:
-    """One token by the native kernels; None, and nothing changed, where the general path must check or reallocate."""
+    """One token by one native call; None, and nothing changed, where the general path must check or reallocate."""
     native = cache._native if type(cache) is KVCache else None
-    if native is None or (native.router_state is not None and not native.serves_router):
-        return None
-    if cache._appending or cache._last_columns is not None or not _is_plain(q, k, v):
-        return None
-    shape = q.shape
-    is_token = k.shape == v.shape == native.token_shape and q.dtype == k.dtype == v.dtype == native.dtype
-    if not is_token or len(shape) != 4 or shape[2] != 1 or (shape[0], shape[3]) != native.batch_and_dim:
+    if native is None or not native.serves_steps or cache._appending or cache._last_columns is not None or not _is_eager():
         return None
     position = cache._lengths[0]
-    if shape[1] % native.token_shape[1] or position == cache.max_length or (native.heads and shape[1] != native.heads):
+    if position == cache.max_length:
         return None
-    scale, terms = read_scale(scale, shape[3]), None
-    if score is not None or sinks is not None or cache.has_terms:
+    scale, terms = native.scale if scale is None else read_scale(scale, native.token_shape[3]), None
+    if score is not None or sinks is not None or cache.score is not None or cache.sinks is not None:
+        if not native.fits_token(q, k, v):
+            return None
         terms = read_terms("step", q, cache, score, sinks, position + 1)
     cache._appending = True
-    if not native.append(k, v, position):
+    result = native.step(q, k, v, position, scale, return_lse, terms)
+    if result is None:
         cache._appending = False
         return None
     if native.router_state is not None:
@@ -154,23 +150,14 @@ def _native_step(
         _num_columns=cache._num_columns + 1,
         _appending=False,
     )
-    attend = native.attend if native.router_state is None else native.attend_routed
-    result = attend(q, position, scale, return_lse, terms)
-    if result is None:
+    out, lse = result
+    if out is None:
         return decode(q, cache, scale=scale, score=score, sinks=sinks, return_lse=return_lse)
-    return result if result[1] is not None else result[0]  # type: ignore[return-value]
+    return out if lse is None else (out, lse)
 
 
-def _is_plain(*tensors: Tensor) -> bool:
-    """Whether the tensors are host memory with contiguous rows, and nothing records or transforms this call."""
+def _is_eager() -> bool:
+    """Whether nothing records or transforms the calls of torch."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:  # type: ignore[attr-defined]
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    grad = torch.is_grad_enabled()
-    for x in tensors:
-        if type(x) is not Tensor or not x.is_cpu or x.layout is not torch.strided or (grad and x.requires_grad):
-            return False
-        if x.dim() != 4 or (x.stride(3) != 1 and x.shape[3] != 1) or addressable(x, "x") is not x:
-            return False
-    return True
+    return torch._C._functorch.peek_interpreter_stack() is None
