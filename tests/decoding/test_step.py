@@ -6,6 +6,7 @@ import gc
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -77,6 +78,48 @@ def test_steps_of_a_full_window_are_one_native_call(monkeypatch: pytest.MonkeyPa
     for t in range(200, 400):
         fl.step(*(x[:, :, t : t + 1] for x in (q, k, v)), cache)
     assert cache.length == 400
+
+
+RINGS = {
+    "prompt": (fl.window(20, 0, dilation=3), 100, 0, None),
+    "sinks": (fl.presets.streaming(4, 1) | fl.window(20, 0, dilation=8), 300, 0, None),
+    "no prompt": (fl.window(20, 0, dilation=4), 0, 0, None),
+    "short prompt": (fl.window(70, 0, dilation=2), 40, 0, "int8"),
+    "keep_back": (fl.window(20, 0, dilation=3), 100, 7, None),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("name", RINGS)
+def test_the_keys_of_one_residue_are_neighbours_in_a_full_ring(name: str) -> None:
+    """What a dilated window sees is one run of slots, at most cut by the ring's ends; crops and forks lose no key."""
+    pattern, prompt, keep_back, stored = RINGS[name]
+    n = 1100
+    q, k, v = tensors(n, 2, 2, dim=4)
+    cache = fl.KVCache(pattern, keep_back=keep_back, dtype=stored)
+    if prompt:
+        cache.append(k[:, :, :prompt], v[:, :, :prompt])
+    assert cache._native_stores() is not None or not prompt
+    true = fl.attention(q, k, v, pattern)
+    close = 2e-6 if stored is None else 0.1
+    for t in range(prompt, n):
+        out = fl.step(*(x[:, :, t : t + 1] for x in (q, k, v)), cache)
+        torch.testing.assert_close(out, true[:, :, t : t + 1], atol=close, rtol=close)
+        if keep_back and t == 600:
+            cache = cache.fork()
+            cache.crop(595)
+            for again in range(595, 601):
+                out = fl.step(*(x[:, :, again : again + 1] for x in (q, k, v)), cache)
+                torch.testing.assert_close(out, true[:, :, again : again + 1], atol=close, rtol=close)
+    for t in range(n, n + 3):
+        fl.step(*(x[:, :, -1:] for x in (q, k, v)), cache)
+        slots = cache._stores[0].slots
+        position, last_use = slots.position[0, : slots.count[0]], slots.last_use[0, : slots.count[0]]
+        dilated = max((atom for atom in pattern.atoms() if isinstance(atom, fl.window)), key=lambda atom: atom.dilation)
+        distance = t - position
+        seen = (distance % dilated.dilation == 0) & (distance <= dilated.left * dilated.dilation)
+        ring = seen[last_use < 2**62]
+        assert int((ring != np.roll(ring, 1)).sum()) == 2, (t, ring)
 
 
 def strided_rows(x: Tensor) -> Tensor:

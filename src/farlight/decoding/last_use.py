@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from farlight.decoding.visibility import Program, compile_program
 from farlight.patterns.expression import Pattern, Sizes
 from farlight.patterns.liveness import LastUse, for_head, last_use
+from farlight.patterns.positional import strided, window
 
 __all__ = ["EvictionRule", "eviction_rules"]
 
@@ -70,6 +71,17 @@ class EvictionRule:
     def program(self) -> Program | None:
         """What the queries see, for the native kernels; None where the pattern has no such form."""
         return compile_program(self.pattern, self.sizes)
+
+    @functools.cached_property
+    def residue_step(self) -> int:
+        """The largest dilation or stride of the pattern: a query sees mostly keys of its own residue by it; 1: none."""
+        steps = [1]
+        for atom in self.pattern.atoms():
+            if isinstance(atom, window):
+                steps.append(atom.dilation)
+            elif isinstance(atom, strided) and atom.phase is None:
+                steps.append(atom.stride)
+        return max(steps)
 
     def discard_before(self, position: int) -> None:
         """Drop table entries before `position`, which no later call reads; amortised over 2048 positions."""

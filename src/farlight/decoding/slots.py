@@ -7,6 +7,7 @@ are filled from the right end (compaction). Slots are in no order of position, o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,6 +174,26 @@ class Slots:
         count = self.count[row]
         slots = ((self.position[row, :count] < length) & (self.last_use[row, :count] >= position)).nonzero()[0]
         return np.sort(slots[np.unique(self.position[row, slots], return_index=True)[1]])
+
+    def ring_order(self, position: int, step: int) -> IntArray | None:
+        """The slots of row 0 in the order in which the keys of one residue mod `step` are neighbours; None where they are so
+        already, or cannot be.
+
+        Full rings only: m keys at consecutive positions, of which the next append evicts the oldest. Key p goes to the slot
+        p · step⁻¹ mod m of the ring, its neighbour p - step to the slot before. Key p + m takes the same slot, so the order
+        lasts. Keys without end keep their slots. position: of the newest key.
+        """
+        count, min_last_use, _, _ = self.state[0].tolist()
+        ring = np.flatnonzero(self.last_use[0, :count] < FOREVER)
+        size, held = ring.size, self.position[0, ring]
+        if min_last_use > position or size < 2 * step or math.gcd(step, size) > 1 or held.max() - held.min() >= size:
+            return None
+        place = held * pow(step, -1, size) % size
+        if bool((place == np.arange(size)).all()):
+            return None
+        order = np.arange(count)
+        order[ring[place]] = ring
+        return order
 
     def compacted(self, slots: list[IntArray]) -> Slots:
         """New tables of these slots of each row only."""

@@ -59,8 +59,15 @@ class KeyStore:
         Interrupted at any line, `truncated(start)` restores the store from before the call.
         """
         slots = self.slots
-        if slots.rows == new[0] == 1 and columns is None and self._append_token(k, v, start[0]):
-            return
+        is_token = slots.rows == new[0] == 1 and columns is None
+        if not (is_token and self._append_token(k, v, start[0])):
+            self._append(k, v, start, new, columns)
+        if is_token and self.pages.is_paged and self.rule.residue_step > 1:
+            self._order_ring(start[0])
+
+    def _append(self, k: Tensor, v: Tensor, start: list[int], new: list[int], columns: list[NDArray[np.int64]] | None) -> None:
+        """`append`, whatever the tokens."""
+        slots = self.slots
         oldest = [max(0, position - self.keep_back) for position in start]  # the first query that keys are kept for
         expired = [slots.expired(row, oldest[row]) for row in range(slots.rows)]
         liveness = [self.rule.liveness(row, start[row], start[row] + new[row]) for row in range(slots.rows)]
@@ -95,6 +102,16 @@ class KeyStore:
             to.narrow(2, slot & ((1 << pages.shift) - 1), 1).copy_(x)
         slots.write_token(slot, position, last_use, bool(gapless[0]))
         return True
+
+    def _order_ring(self, position: int) -> None:
+        """Order a full ring by residues, so that a step of a dilated window reads runs of slots. Once: the order lasts."""
+        order = self.slots.ring_order(max(0, position - self.keep_back), self.rule.residue_step)
+        if order is None:
+            return
+        pages, slots = self.pages.compacted(order), self.slots.compacted([order])
+        slots.resize(pages.capacity)
+        # One call, so that no signal handler runs between these assignments.
+        vars(self).update(pages=pages, slots=slots)
 
     def _stored(self, k: Tensor, v: Tensor) -> list[Tensor]:
         """What the arrays of a page hold of the stored heads of k and v: themselves, or codes and scales."""
