@@ -1,8 +1,10 @@
 """Tokens per second and memory of a whole language model that generates behind a long text, with each kind of cache.
 
-    python benchmarks/decode_model.py [--weights FOLDER --gguf FILE] [--tokens 1024 4096 8192] [--dtype float32]
+    python benchmarks/decode_model.py [--model smollm2] [--tokens 1024 4096 8192] [--dtype float32]
 
-Without weights: a Llama of SmolLM2-135M's shape (30 layers of width 576, 9 query and 3 key heads of 64, 49 152 tokens), random.
+--model: smollm2, a folder, or a name of the hub. Without one: a Llama of SmolLM2-135M's shape (30 layers of width 576, 9 query
+and 3 key heads of 64, 49 152 tokens), random.
+
 The text behind the model is random keys and values, put into each cache directly: a step takes as long whatever they are. Then
 `model.generate` writes a few tokens with each cache in turn, round after round; medians over the tokens are printed. The time
 of a token is that between two calls of a streamer, so that all that `generate` does for a token counts.
@@ -19,10 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import farlight as fl
+from farlight.hf.loading import load_model
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 576,
@@ -116,8 +119,7 @@ def measure(model: Any, tokens: int, rounds: int, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights")
-    parser.add_argument("--gguf")
+    parser.add_argument("--model")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 8192])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=4)
@@ -125,8 +127,8 @@ def main() -> None:
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     model: Any
-    if options.weights:
-        model = AutoModelForCausalLM.from_pretrained(options.weights, gguf_file=options.gguf, dtype=dtype).eval()
+    if options.model:
+        model = load_model(options.model).model.to(dtype)
     else:
         model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(dtype).eval()
     fl.hf.register()

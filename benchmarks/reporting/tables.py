@@ -271,12 +271,30 @@ DECODE_SECTIONS = ("decode-windows", "decode-blocks", "decode-stored")
 
 def decode(results: dict[str, Any], section: str) -> str:
     rows = measured(rows_of(results, section))
-    head = ["cache", "dtype", "stored", "batch", "tokens", "keys kept", "cache MiB", "MB read", "step", "copy of as many bytes"]
+    head = [
+        "cache",
+        "dtype",
+        "stored",
+        "batch",
+        "caches in turn",
+        "tokens",
+        "keys kept",
+        "cache MiB",
+        "MB read",
+        "step",
+        "copy of as many bytes",
+    ]
     head += ["step ÷ copy", "cat and SDPA, kept keys", "step ÷ that", "SDPA, all keys", "times as fast", "÷ plain window"]
     body = []
     for row in rows:
-        cells = [code(row["pattern"]), row["dtype"], row["stored"], str(row["batch"]), f"{row['tokens']:,}", f"{row['kept']:,}"]
-        cells += [f"{row['cache_mib']:.1f}", f"{row['read_bytes'] / 1e6:.2f}"]
+        cells = [code(row["pattern"]), row["dtype"], row["stored"], str(row["batch"])]
+        cells += [
+            str(row.get("caches", 1)),
+            f"{row['tokens']:,}",
+            f"{row['kept']:,}",
+            f"{row['cache_mib']:.1f}",
+            f"{row['read_bytes'] / 1e6:.2f}",
+        ]
         cells += [seconds(row["step_seconds"]), seconds(row["copy_seconds"]), f"{row['of_copy']:.2f}"]
         cells += [seconds(row.get("kept_seconds")), share(row.get("of_kept")), seconds(row.get("all_seconds"))]
         cells += [times(row.get("times_all")), share(row.get("of_plain"))]

@@ -62,16 +62,20 @@ def targets(results: dict[str, Any]) -> Iterator[Target]:
     yield least("clusters of 512: rate ÷ window's", 0.7, found("patterns", "rate_of_window", pattern="clusters of 512"))
     yield least("bigbird(64, 3): rate ÷ window's", 0.8, found("patterns", "rate_of_window", pattern="bigbird(64, 3)"))
     yield most("planning what content chose ÷ the attention it saves", 0.15, found("routing", "plan_of_saved"))
+    for batch, caches in ((1, 1), (1, 24), (8, 1)):
+        values = found("decode-windows", "of_copy", pattern="streaming(4, 1024)", batch=batch, caches=caches)
+        of_caches = f"batch {batch}" + (f", {caches} caches in turn" if caches > 1 else "")
+        yield most(f"streaming(4, 1024), {of_caches}: step ÷ a copy of its bytes", 1.15, values)
     for batch in (1, 8):
-        values = found("decode-windows", "of_copy", pattern="streaming(4, 1024)", batch=batch)
-        yield most(f"streaming(4, 1024), batch {batch}: step ÷ a copy of its bytes", 1.15, values)
         values = found("decode-windows", "of_kept", pattern="streaming(4, 1024)", batch=batch)
         yield most(f"streaming(4, 1024), batch {batch}: step ÷ (cat and SDPA over the kept keys)", 0.8, values)
     for block, bounds in (("TopBlocks(16, 64)", (8.0, 40.0)), ("TopBlocks(32, 8)", (6.0, 30.0))):
         for tokens, bound in zip((16_384, 131_072), bounds, strict=True):
             values = found("decode-blocks", "times_all", pattern=block, tokens=tokens)
             yield least(f"{block} at {tokens:,} tokens: times as fast as SDPA over all keys", bound, values)
-    yield most("dilated and per-head windows: step ÷ that of a plain window", 1.3, found("decode-windows", "of_plain"))
+    for caches in (1, 24):
+        values = found("decode-windows", "of_plain", caches=caches)
+        yield most(f"dilated and per-head windows, {caches} caches in turn: step ÷ that of a plain window", 1.3, values)
     yield least("int8 cache: times as fast as bfloat16", 1.7, found("decode-stored", "times_bfloat16", dtype="bfloat16"))
     yield least("int8 cache: cosine of the output", 0.9995, found("decode-stored", "cosine", stored="int8"))
     longest = results["settings"]["long_tokens"][1]
