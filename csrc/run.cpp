@@ -28,6 +28,10 @@ namespace {
 // visited keys times head dimension; below this, waking a second thread costs more than it saves
 constexpr int64_t kMinParallelWork = 50'000;
 
+// Float32 sums of pieces that merge into a 16-bit result: this many bytes at least, and one of so many parts of the result's
+// lines.
+constexpr int64_t kMergeBytes = int64_t{6} << 20, kMergeParts = 8;
+
 // The calling thread's scratch memory, kept from call to call. Its first `zeroed` bytes (cache tags) are zeroed once per call.
 char* scratch(int64_t bytes, int64_t zeroed, uint64_t call_id) {
   thread_local Buffer buffer;
@@ -75,9 +79,10 @@ int64_t rows_bytes(const Call& call, Type type, int64_t heads, int64_t rows, int
   return call.batch * heads * rows * dim * (type == Type::f32 ? 4 : 2);
 }
 
-// Initialises rows that possibly no tile writes: zeros, and an lse of -inf.
-void initialise_result(const Call& call, const Schedule& schedule, bool with_lse, int threads, InterruptCheck& interrupt) {
-  advise_huge_pages(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q, call.result_dim));
+// Initialises rows that possibly no tile writes: zeros, and an lse of -inf. Of the lines (batch item, head) from `first_line` to
+// `last_line`.
+void initialise_lines(const Call& call, const Schedule& schedule, bool with_lse, int threads, InterruptCheck& interrupt,
+                      int64_t first_line, int64_t last_line) {
   constexpr int64_t range_rows = 4096;  // rows per parallel item
   struct RowRange {
     int64_t first, last;
@@ -87,12 +92,17 @@ void initialise_result(const Call& call, const Schedule& schedule, bool with_lse
     for (int64_t i = first; i < last; i += range_rows) row_ranges.push_back({i, std::min(i + range_rows, last)});
   const int64_t width = call.result_dim * (call.out_type == Type::f32 ? 4 : 2);
   const auto num_ranges = static_cast<int64_t>(row_ranges.size());
-  parallel_for(call.batch * call.heads * num_ranges, threads, interrupt, [&](int64_t i) {
+  parallel_for((last_line - first_line) * num_ranges, threads, interrupt, [&](int64_t i) {
     const RowRange& rows = row_ranges[i % num_ranges];
-    const int64_t at = i / num_ranges * call.plan->n_q + rows.first, count = rows.last - rows.first;
+    const int64_t at = (first_line + i / num_ranges) * call.plan->n_q + rows.first, count = rows.last - rows.first;
     std::memset(static_cast<char*>(call.result) + at * width, 0, static_cast<size_t>(count * width));
     if (with_lse) std::fill_n(call.lse + at, count, -std::numeric_limits<float>::infinity());
   });
+}
+
+void initialise_result(const Call& call, const Schedule& schedule, bool with_lse, int threads, InterruptCheck& interrupt) {
+  advise_huge_pages(call.result, rows_bytes(call, call.out_type, call.heads, call.plan->n_q, call.result_dim));
+  initialise_lines(call, schedule, with_lse, threads, interrupt, 0, call.batch * call.heads);
 }
 
 // The item after items[i] in the range before `end`, or null.
@@ -165,12 +175,42 @@ void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, in
   const int64_t bytes = kernels.scratch_bytes(call);
   const uint64_t call_id = next_call_id();
   if (schedule.cost * call.dim < kMinParallelWork) threads = 1;
-  initialise_result(call, schedule, true, threads, interrupt);
-  for (const Phase& phase : schedule.phases) {
-    const int64_t count = static_cast<int64_t>(phase.forward.size());
+  const auto run_items = [&](const Call& some, const std::vector<WorkItem>& items) {
+    const int64_t count = static_cast<int64_t>(items.size());
     parallel_for(count, threads, interrupt, [&](int64_t i) {
-      kernels.forward(call, phase.forward[i], next_item(phase.forward, i, count),
-                      scratch(bytes, kernels.zeroed_bytes, call_id));
+      kernels.forward(some, items[i], next_item(items, i, count), scratch(bytes, kernels.zeroed_bytes, call_id));
+    });
+  };
+  if (!call.merges || call.out_type == Type::f32) {
+    initialise_result(call, schedule, true, threads, interrupt);
+    for (const Phase& phase : schedule.phases) run_items(call, phase.forward);
+    return;
+  }
+  // Pieces that merge do so in float32: some lines at a time, in a buffer that is rounded to the result behind the last piece.
+  const int64_t lines = call.batch * call.heads, line_size = call.plan->n_q * call.result_dim;
+  const int64_t line_bytes = std::max<int64_t>(1, line_size * static_cast<int64_t>(sizeof(float)));
+  const int64_t most = std::clamp<int64_t>(std::max(kMergeBytes / line_bytes, lines / kMergeParts), 1, lines);
+  const int64_t together = (lines + (lines + most - 1) / most - 1) / ((lines + most - 1) / most);  // groups of about one size
+  std::vector<std::vector<std::vector<WorkItem>>> items((lines + together - 1) / together,
+                                                        std::vector<std::vector<WorkItem>>(schedule.phases.size()));
+  for (size_t p = 0; p < schedule.phases.size(); ++p)
+    for (const WorkItem& item : schedule.phases[p].forward)
+      items[(item.batch * call.heads + item.head) / together][p].push_back(item);
+  const Buffer sums(together * line_bytes);
+  for (size_t g = 0; g < items.size(); ++g) {
+    const int64_t first = static_cast<int64_t>(g) * together, count = std::min(together, lines - first);
+    Call some = call;
+    some.out_type = Type::f32;
+    // Kernels add the place of the line: the buffer stands where the first line of the group would.
+    some.result = reinterpret_cast<void*>(reinterpret_cast<intptr_t>(sums.as<char>()) - first * line_bytes);
+    initialise_lines(some, schedule, true, threads, interrupt, first, first + count);
+    for (const std::vector<WorkItem>& phase : items[g]) run_items(some, phase);
+    constexpr int64_t rows = 256;  // of a parallel item
+    const int64_t parts = (count * call.plan->n_q + rows - 1) / rows;
+    parallel_for(parts, threads, interrupt, [&](int64_t i) {
+      const int64_t row = i * rows, some_rows = std::min(rows, count * call.plan->n_q - row);
+      kernels.round_rows(call.out_type, sums.as<float>() + row * call.result_dim, some_rows * call.result_dim, call.result,
+                         first * line_size + row * call.result_dim);
     });
   }
 }
@@ -203,7 +243,8 @@ void run_content_tiles(const Kernels& kernels, const Call& call, const ContentPa
   advise_huge_pages(call.result, rows_bytes(call, call.out_type, call.heads, pattern.n_q, call.result_dim));
   parallel_for(lines * parts, threads, interrupt, [&](int64_t i) {
     thread_local TilesInPlace planner;
-    const int64_t line = i / parts, first = i % parts * chunk, last = std::min(first + chunk, tiles);
+    // The last tiles of a line first: under causal patterns they see the most keys, and the smallest items even out the end.
+    const int64_t line = i / parts, first = (parts - 1 - i % parts) * chunk, last = std::min(first + chunk, tiles);
     const int64_t batch_item = line / call.heads, head = line % call.heads;
     Call local = call;
     local.plan = &planner.plan(pattern, gather, batch_item, head, first, last);

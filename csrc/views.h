@@ -185,6 +185,8 @@ struct Kernels {
   // Adds `count` accumulator blocks into the first one and writes `rows` rows of `dim` elements of `type`; out may alias
   // blocks[0].
   void (*reduce)(float* const* blocks, int64_t count, int64_t rows, int64_t stride, int64_t dim, Type type, void* out);
+  // Writes `count` elements, rounded to `type`, to element `at` of a tensor.
+  void (*round_rows)(Type type, const float* from, int64_t count, void* tensor, int64_t at);
   // See kernel/block_scores.h.
   void (*block_scores)(const float* const* rows, int64_t num_rows, const float* panel, int64_t panels, int64_t dim,
                        float* scores, int64_t ld);

@@ -111,6 +111,10 @@ void reduce(float* const* blocks, int64_t count, int64_t rows, int64_t stride, i
   }
 }
 
+void round_rows(Type type, const float* from, int64_t count, void* tensor, int64_t at) {
+  write_row(type, tensor, at, from, count);
+}
+
 }  // namespace
 
 #define FARLIGHT_STRINGIFY_TOKEN(x) #x
@@ -130,6 +134,7 @@ const Kernels kernels{FARLIGHT_STRINGIFY(FARLIGHT_NS),
                       forward_visits,
                       visit_scratch_bytes,
                       reduce,
+                      round_rows,
                       block_scores,
                       pool_softmax,
                       largest_columns,

@@ -2,7 +2,7 @@
 
 Tensors are passed to C++ as (address, batch stride, head stride, row stride), so any layout with a contiguous last dimension is
 read in place. float16 is converted to float32. Outputs are contiguous. Where several pieces of a plan overlap in query rows,
-results of 16-bit tensors are accumulated in float32 and rounded once at the end.
+results of 16-bit tensors are accumulated in float32 and rounded once at the end: natively for out, some heads at a time.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def forward(
     check_plan(q, k, plan)
     q, k, v = as_operand(q, "q"), as_operand(k, "k"), as_operand(v, "v")
     native = native_plan(plan)
-    out_dtype = torch.float32 if native.overlapping else q.dtype
     sinks = None if terms is None else terms.sinks
-    # Where a row is written several times, or by no tile, its sink is added at the end.
+    # Where a row is written several times, or by no tile, its sink is added at the end, before the result is rounded.
     is_written_once = not native.overlapping and native.covers_all_rows
+    out_dtype = q.dtype if sinks is None or is_written_once else torch.float32
     lowered = None if terms is None else NativeTerms(terms, shape[0], shape[1], with_sinks=is_written_once)
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=out_dtype, device=_CPU)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=_CPU)
