@@ -2,8 +2,9 @@
 
 Steps: `loss` (next-token loss and seconds of every rule on every passage), `measures` (links and shares of attention of every
 rule), `links` (links alone, for texts too long for measures), `fit` (a candidate for each head, chosen by predicted loss),
-`predictions` (that prediction for every rule), `page` (docs/quality.md from the results). All but the last add to the results
-file what is missing and stop after `--seconds`; the next run goes on.
+`predictions` (that prediction for every rule), `seconds` (every rule on the first passage, timed once more), `page`
+(docs/quality.md from the results). All but the last two add to the results file what is missing; all but `page` stop after
+`--seconds`, and the next run goes on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quality.fits import CANDIDATES, fit_rules, profile, store_fit
-from quality.measure import Results, add_links, add_losses, add_measures, add_predictions
+from quality.measure import Results, add_links, add_losses, add_measures, add_predictions, add_seconds
 from quality.page import page
 from quality.rules import rules
 from quality.texts import passages
@@ -24,6 +25,7 @@ STEPS = {
     "measures": add_measures,
     "links": add_links,
     "predictions": add_predictions,
+    "seconds": add_seconds,
 }
 
 

@@ -25,7 +25,7 @@ from quality.fits import FITS
 from quality.rules import Rule
 from suite.machine import machine
 
-__all__ = ["FULL", "MEASURES", "Results", "add_links", "add_losses", "add_measures", "add_predictions"]
+__all__ = ["FULL", "MEASURES", "Results", "add_links", "add_losses", "add_measures", "add_predictions", "add_seconds"]
 
 FULL = "full()"
 # Measures are taken in every third layer, links in every tenth where nothing else is measured.
@@ -100,6 +100,22 @@ def add_losses(results: Results, model: Any, passages: Passages, rules: Sequence
             losses[name] = round(float(by_token.double().mean()), _DIGITS)
             results.store()
             print(f"{losses[name] - full['loss'][name]:+.4f} nats, {ids.shape[1]} tokens of {name}: {expression}", flush=True)
+    return True
+
+
+def add_seconds(results: Results, model: Any, passages: Passages, rules: Sequence[Rule], seconds: float) -> bool:
+    """The seconds of one more pass of each rule, in turn, over the first passage; False where the time was too short."""
+    end, reader, (_, ids) = time.monotonic() + seconds, LanguageReader(model), passages[0]
+    for expression in (FULL, *(rule.expression for rule in rules)):
+        if time.monotonic() > end:
+            return False
+        start = time.monotonic()
+        with use_pattern(model, None if expression == FULL else read_rule(expression)):
+            reader(ids)
+        taken = round(time.monotonic() - start, 1)
+        results.row(ids.shape[1], expression).setdefault("seconds", []).append(taken)
+        results.store()
+        print(f"{taken} s, {ids.shape[1]} tokens: {expression}", flush=True)
     return True
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from farlight.analysis.loss.language import paired_interval
 from quality.fits import FITS, fit_rules
 from quality.measure import FULL, MEASURES, Results
+from quality.recall_page import recall_section
 from quality.rules import SINKS, Rule, rules
 
 __all__ = ["page", "spearman"]
@@ -29,13 +30,14 @@ def page(results: Results) -> str:
     )
     parts = [_HEAD.format(machine=about)]
     parts += [_section(results, tokens) for tokens in results.lengths]
-    return "\n".join([*parts, _healed()]).rstrip() + "\n"
+    return "\n".join([*parts, recall_section(FITS), _healed()]).rstrip() + "\n"
 
 
 def _healed() -> str:
-    """The table that examples/heal_smollm2.py wrote, where it is kept beside the results."""
-    path = FITS / "healed.md"
-    return _HEALED + path.read_text("utf-8").replace(SINKS, "sinks") if path.exists() else ""
+    """The tables that examples/heal_smollm2.py wrote, where they are kept beside the results."""
+    paths = {path: text for name, text in _HEALED_RUNS.items() if (path := FITS / name).exists()}
+    tables = [f"{text}\n{path.read_text('utf-8')}".replace(SINKS, "sinks") for path, text in paths.items()]
+    return "\n".join([_HEALED, *tables]) if tables else ""
 
 
 def _section(results: Results, tokens: int) -> str:
@@ -78,7 +80,7 @@ def _best(known: Sequence[tuple[Rule, dict[str, Any]]], full: dict[str, Any]) ->
     """
     lines = ["| links up to | the least lost | by | by position only | by | reading every score first | by |", "|" + "---|" * 7]
     for budget in _BUDGETS:
-        within = [(_mean(_lost(row, full)), rule) for rule, row in known if _links(row) <= budget]
+        within = [(_mean(_lost(row, full)), rule) for rule, row in known if round(_links(row), 3) <= budget]
         chosen_sets = (
             [pair for pair in within if not pair[1].reads_every_score],
             [pair for pair in within if not pair[1].by_content],
@@ -187,13 +189,16 @@ judged, a smaller share of their links than the earlier ones; a `share=` gives a
 whole model, choice and planning included, one thread: the fastest of its passages, since other work ran beside some. Passages:
 `war-and-peace`, `tinyshakespeare` and Python's manual (`python`), from the second half of each text, cut by
 `benchmarks/quality/texts.py`. Every attention is exact over the links of its rule. `sinks` in an expression
-stands for `seen_by_all([0, 1, 2, 3])`. k-means centroids are not trained.
+stands for `seen_by_all([0, 1, 2, 3])`. k-means centroids are not trained. `blocks-0.12.json` is a fit: a router for each head,
+chosen by predicted loss within 12 % of the links on 4 passages of 2048 tokens of the first halves of the two books
+([fit.md](fit.md#causal-language-models-by-loss)); the files are in `benchmarks/results/quality`.
 
 Machine: {machine}.
 
 ```
 python benchmarks/losses.py loss --text war-and-peace.txt --text tinyshakespeare.txt --tokens 2048 --passages 8
 python benchmarks/losses.py measures …; python benchmarks/losses.py links …
+python benchmarks/losses.py fit --text war-and-peace.txt --text tinyshakespeare.txt --tokens 2048 --passages 4 --density 0.12
 farlight audit book.txt --model smollm2 --length 2048 --pattern 'streaming(4, 256)'   # one row, on your text
 farlight recall --model smollm2 --length 2048 --pattern 'streaming(4, 256)'           # and whether it still finds things
 ```
@@ -207,13 +212,29 @@ An encoder's losses are in [choosing.md](choosing.md#what-an-encoder-keeps); the
 _HEALED = """## Healed
 
 What is left of the loss after training the model to its sparse attention, its own full attention the teacher: LoRA of rank 16
-in all linear layers, one passage of 1024 tokens a step, 100 steps of the window and 60 of the blocks. Nats lost on 8 passages
-of the second halves of the two books, which are not trained on, with 95 % intervals. Full attention was not trained beside
-them: without `--truth` it is its own teacher and has nothing to learn. Minutes: one thread, beside other work.
+in all linear layers, one passage a step. Nats lost on passages of the second halves of the two books, which are not trained on,
+with 95 % intervals. Full attention was not trained beside them: without `--truth` it is its own teacher and has nothing to
+learn, so that nothing is gained by better data. Minutes: one thread, beside other work.
+"""
+
+# Tables that examples/heal_smollm2.py wrote, by the name of their file, and how they were made.
+_HEALED_RUNS = {
+    "healed.md": """### Trained and judged on 1024 tokens
+
+8 passages; 100 steps of the window and 60 of the blocks.
 
 ```
 python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --steps 100 --pattern 'window(45, 0) | sinks'
 python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --steps 60 --pattern 'topblocks(share=0.06, …) | …'
 ```
+""",
+    "healed-8192.md": """### Trained on 2048 tokens, judged on 8192
 
-"""
+4 passages; 80 steps of the window and 60 of the blocks.
+
+```
+python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --tokens 2048 --judged-tokens 8192 --judged 2 \\
+    --steps 80 --pattern 'window(410, 0) | sinks'
+```
+""",
+}

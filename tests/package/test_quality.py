@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from farlight.analysis.recall.answers import FULL as FULL_ATTENTION
 from farlight.cli.inputs import read_judged
-from quality.measure import FULL, MEASURES, Results, add_links, add_losses, add_measures, add_predictions
+from quality.measure import FULL, MEASURES, Results, add_links, add_losses, add_measures, add_predictions, add_seconds
 from quality.page import page, spearman
-from quality.rules import Rule, rules
+from quality.recall_page import recall_section
+from quality.rules import SINKS, Rule, rules
 
 RULES = [Rule("window", "a paper", "window(8, 0)"), Rule("blocks", "another", "topblocks(2, block=4, causal=True)")]
 
@@ -27,14 +30,14 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert add_losses(Results(path), model, passages[:1], RULES, 1e9)
     first = Results(path).of(64)
     assert add_losses(Results(path), model, passages, RULES, 1e9)
-    for step in (add_measures, add_links, add_predictions):
+    for step in (add_measures, add_links, add_predictions, add_seconds):
         assert step(Results(path), model, passages, RULES, 1e9)
     rows = Results(path).of(64)
     assert list(rows) == [FULL, *(rule.expression for rule in RULES)]
     for expression, row in rows.items():
         assert list(row["loss"]) == ["text 0", "text 1"]
         assert row["loss"]["text 0"] == first[expression]["loss"]["text 0"]
-        assert len(row["seconds"]) == 2
+        assert len(row["seconds"]) == 3
     for rule in RULES:
         row = rows[rule.expression]
         assert row["loss"] != rows[FULL]["loss"]
@@ -73,6 +76,23 @@ def test_the_page_shows_losses_and_their_ranks(tmp_path: Path) -> None:
 def test_the_page_is_that_of_the_results() -> None:
     root = Path(__file__).parents[2]
     assert (root / "docs" / "quality.md").read_text("utf-8") == page(Results(root / "benchmarks/results/quality/smollm2.json"))
+
+
+def test_answers_of_several_seeds_are_added_up(tmp_path: Path) -> None:
+    """Of a rule only the questions that full attention was asked too."""
+    assert recall_section(tmp_path) == ""
+    for seed in (0, 1):
+        answers = {f"{FULL_ATTENTION} | keys | 512 | {n}": n > 0 for n in range(4)}
+        answers |= {f"window(8, 0) | {SINKS} | keys | 512 | {n}": n % 2 == seed for n in range(5)}
+        content = {"seed": seed, "questions": 4, "answers": answers}
+        (tmp_path / f"recall-{seed}.json").write_text(json.dumps(content))
+    text = recall_section(tmp_path)
+    assert "| 512 | keys | full attention | 6 of 8 | 41% … 93% |  |  |  |" in text
+    assert "| 512 | keys | `window(8, 0) \\| sinks` | 4 of 8 | 22% … 78% | 3 | 3 | 1 |" in text
+    assert (
+        text.count("farlight recall --model smollm2 --task keys --length 512 --questions 4 --pattern 'window(8, 0) | sinks'")
+        == 1
+    )
 
 
 def test_links_that_were_not_counted_are_named(tmp_path: Path) -> None:
