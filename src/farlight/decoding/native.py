@@ -7,7 +7,7 @@ call each, for all stores, heads and batch items.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,8 +40,17 @@ def is_native(device: torch.device, tokens: torch.dtype, stored: torch.dtype, di
     return device.type == "cpu" and types and tokens != torch.int8 and dim <= MOST_DIMS and unavailable() is None
 
 
-# torch before 2.10 has no way to read a tensor without its Python attributes.
-_READER = module().TensorReader(Tensor) if unavailable() is None and hasattr(Tensor, "__dlpack_c_exchange_api__") else None
+def _reader() -> Any:
+    """Reads tensors without their Python attributes; None with torch before 2.10, or of a DLPack that is not known here."""
+    if unavailable() is not None or not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        return None
+    try:
+        return module().TensorReader(Tensor)
+    except ValueError:
+        return None
+
+
+_READER = _reader()
 
 
 class NativeStores:
@@ -99,10 +108,8 @@ class NativeStores:
             if x.stride(3) != 1 and x.shape[3] != 1:
                 return False
         shape, kv_heads = q.shape, self.token_shape[1]
-        if not k.shape == v.shape == self.token_shape or (shape[0], *shape[2:]) != (
-            *self.token_shape[:1],
-            *self.token_shape[2:],
-        ):
+        batch, _, one, dim = self.token_shape
+        if not k.shape == v.shape == self.token_shape or (shape[0], shape[2], shape[3]) != (batch, one, dim):
             return False
         if not shape[1] or shape[1] % kv_heads or (self.heads is not None and shape[1] != self.heads):
             return False
