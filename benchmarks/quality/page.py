@@ -230,11 +230,11 @@ python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --s
 """,
     "healed-8192.md": """### Trained on 2048 tokens, judged on 8192
 
-4 passages; 80 steps of the window and 60 of the blocks.
+4 passages; 60 steps, half an hour of one core; other work paused the run.
 
 ```
 python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --tokens 2048 --judged-tokens 8192 --judged 2 \\
-    --steps 80 --pattern 'window(410, 0) | sinks'
+    --steps 60 --pattern 'topblocks(share=0.085, block=2, …) | window(32, 0) | sinks'
 ```
 """,
 }
