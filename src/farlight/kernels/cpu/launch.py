@@ -7,7 +7,9 @@ results of 16-bit tensors are accumulated in float32 and rounded once at the end
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,24 +59,22 @@ def forward(
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=out_dtype, device=_CPU)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=_CPU)
     if out.numel():
-        with _readable(plan):
-            schedule_bytes = module().forward(
-                native,
-                _TYPE_CODES[q.dtype],
-                _TYPE_CODES[out_dtype],
-                shape,
-                strided_address(q),
-                strided_address(k),
-                strided_address(v),
-                out.data_ptr(),
-                lse.data_ptr(),
-                scale,
-                *_dropout_arguments(dropout, seed),
-                *(([], 0.0) if lowered is None else lowered.arguments()),
-                torch.get_num_threads(),
-            )
-        if schedule_bytes:  # tables, or a schedule for this batch size and number of heads, were built
-            plan.derived.charge(schedule_bytes)
+        _run(
+            module().forward,
+            plan,
+            native,
+            _TYPE_CODES[q.dtype],
+            _TYPE_CODES[out_dtype],
+            shape,
+            strided_address(q),
+            strided_address(k),
+            strided_address(v),
+            out.data_ptr(),
+            lse.data_ptr(),
+            scale,
+            *_dropout_arguments(dropout, seed),
+            *(([], 0.0) if lowered is None else lowered.arguments()),
+        )
     if sinks is not None and not is_written_once:
         out, lse = with_sinks(out, lse, sinks)
     return out.to(dtype), lse
@@ -114,35 +114,38 @@ def backward(
     dq = torch.empty(q.shape, dtype=dq_dtype, device=_CPU)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=_CPU) for x in (k, v))
     if q.numel() or k.numel():
-        with _readable(plan):
-            schedule_bytes = module().backward(
-                native,
-                _TYPE_CODES[q.dtype],
-                _TYPE_CODES[dq_dtype],
-                shape,
-                strided_address(q),
-                strided_address(k),
-                strided_address(v),
-                strided_address(out),
-                strided_address(dout),
-                lse.data_ptr(),
-                0 if dlse is None else dlse.data_ptr(),
-                dq.data_ptr(),
-                dk.data_ptr(),
-                dv.data_ptr(),
-                scale,
-                *_dropout_arguments(dropout, seed),
-                *(([], 0.0) if terms is None else terms.arguments()),
-                torch.get_num_threads(),
-            )
-        if schedule_bytes:  # tables, or a schedule for this batch size and number of heads, were built
-            plan.derived.charge(schedule_bytes)
+        _run(
+            module().backward,
+            plan,
+            native,
+            _TYPE_CODES[q.dtype],
+            _TYPE_CODES[dq_dtype],
+            shape,
+            strided_address(q),
+            strided_address(k),
+            strided_address(v),
+            strided_address(out),
+            strided_address(dout),
+            lse.data_ptr(),
+            0 if dlse is None else dlse.data_ptr(),
+            dq.data_ptr(),
+            dk.data_ptr(),
+            dv.data_ptr(),
+            scale,
+            *_dropout_arguments(dropout, seed),
+            *(([], 0.0) if terms is None else terms.arguments()),
+        )
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def _readable(plan: Plan) -> AbstractContextManager[None]:
-    """Where the kernels read the lists of a choice: an index out of range is named."""
-    return naming_bad_indices(plan.pattern, plan.sizes) if isinstance(plan, ContentPlan) else nullcontext()
+def _run(pass_: Callable[..., int], plan: Plan, *arguments: Any) -> None:
+    """One native pass. What it keeps is charged to the plan: tables, or a schedule for this batch size and number of heads."""
+    # The lists of a choice are read by the pass itself: an index out of range is named.
+    naming = naming_bad_indices(plan.pattern, plan.sizes) if isinstance(plan, ContentPlan) else nullcontext()
+    with naming:
+        kept_bytes = pass_(*arguments, torch.get_num_threads())
+    if kept_bytes:
+        plan.derived.charge(kept_bytes)
 
 
 def as_operand(x: Tensor, name: str) -> Tensor:
