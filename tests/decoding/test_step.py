@@ -148,7 +148,7 @@ def test_a_step_reads_the_values_of_every_tensor(name: str, has_reader: bool, mo
     from farlight.decoding import native
 
     if not has_reader:
-        monkeypatch.setattr(native, "_READER", None)
+        monkeypatch.setattr(native, "_reader", lambda: None)
     q, k, v = tensors(30, 4, 2)
     caches = [fl.KVCache(fl.window(9), heads=4) for _ in range(2)]
     for t in range(30):
@@ -166,7 +166,7 @@ def test_a_step_refuses_what_does_not_fit_the_steps_before(has_reader: bool, mon
     from farlight.decoding import native
 
     if not has_reader:
-        monkeypatch.setattr(native, "_READER", None)
+        monkeypatch.setattr(native, "_reader", lambda: None)
     q, k, v = tensors(1, 4, 2)
     cache = fl.KVCache(fl.window(9))
     for _ in range(20):

@@ -6,6 +6,7 @@ call each, for all stores, heads and batch items.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ def is_native(device: torch.device, tokens: torch.dtype, stored: torch.dtype, di
     return device.type == "cpu" and types and tokens != torch.int8 and dim <= MOST_DIMS and unavailable() is None
 
 
+@functools.cache
 def _reader() -> Any:
     """Reads tensors without their Python attributes; None with torch before 2.10, or of a DLPack that is not known here."""
     if unavailable() is not None or not hasattr(Tensor, "__dlpack_c_exchange_api__"):
@@ -48,9 +50,6 @@ def _reader() -> Any:
         return module().TensorReader(Tensor)
     except ValueError:
         return None
-
-
-_READER = _reader()
 
 
 class NativeStores:
@@ -66,6 +65,7 @@ class NativeStores:
         # An output of the last step, and the scale that None means.
         self.like: Tensor | None = None
         self.scale = read_scale(None, dim)
+        self.reader = _reader()
         self.decoder = module().Decoder(batch, kv_heads, dim, _KEY_TYPES[cache._stores[0].pages.dtype], cache.keep_back)
         self._owned: list[object] = []  # what the addresses point into
         for store in cache._stores:
@@ -125,7 +125,7 @@ class NativeStores:
         None, and nothing changed, where the tensors do not fit or the append needs the general path; (None, None) where only
         the attention does.
         """
-        by_address = _READER is None or self.like is None or terms is not None
+        by_address = self.reader is None or self.like is None or terms is not None
         if by_address and not self.fits_token(q, k, v):
             return None
         assert self.like is not None
@@ -137,7 +137,7 @@ class NativeStores:
             places = _strided_address(q), _strided_address(k), _strided_address(v)
             done = self.decoder.step_by_address(*places, *of_call)
         else:
-            done = self.decoder.step(_READER, q, k, v, torch.is_grad_enabled(), *of_call)
+            done = self.decoder.step(self.reader, q, k, v, torch.is_grad_enabled(), *of_call)
         return (out, lse) if done == _ATTENDED else (None, None) if done == _APPENDED else None
 
     def attend_routed(
