@@ -61,7 +61,8 @@ def test_counts_of_patterns_are_kept_and_those_of_choices_are_not() -> None:
 
 def test_fidelity_without_the_best_patterns_is_the_same() -> None:
     model, text = llama(), ids()
-    judged = [fl.window(4, 0), read_router(f"topblocks(2, block=4, causal=True) | {NEAR}"), {0: fl.window(1, 0)}]
+    routers = [read_router(each) for each in (f"topblocks(2, block=4, causal=True) | {NEAR}", "gist(window(4, 0), block=8)")]
+    judged = [fl.window(4, 0), {0: fl.window(1, 0)}, *routers]
     for one, other in zip(
         measure_fidelity(model, text, judged).patterns, measure_fidelity(model, text, judged, best=False).patterns, strict=True
     ):

@@ -42,8 +42,8 @@ class Fidelity:
 
     Attributes:
         mass: `(layers, heads)` float64, attention probability kept, mean over passages and rows.
-        best: `(layers, heads)` float64, what the best pattern with as many links in that head and passage keeps; None where it
-            was not asked for.
+        best: `(layers, heads)` float64, what the best pattern with as many links in that head and passage keeps; None with
+            `best=False`.
         links: pairs in one passage that pattern and model both allow, mean over layers, heads and passages; summaries count.
         base_links: the same for the pairs of full attention under the model's own mask.
         token_cosine: cosine of last hidden states, sparse against full, mean over tokens and passages.
@@ -203,11 +203,10 @@ def _records_by_kernels(
     """A record of each choice, without `best` and lost links."""
     whole, records = shares.full(call), []
     for choice in choices:
-        sparse = shares.under(call, choice)
-        lse, links = (whole.lse, whole.links) if sparse is None else (sparse.lse, sparse.links)
-        if isinstance(choice, Gist):
-            links = links + summary_links(choice, choice(call.q, call.k, key_mask=call.key_real), call)
-        records.append(_LayerRecord(kept_share(lse, whole.lse), None, links, whole.links, ()))
+        under = shares.under(call, choice)
+        sparse = whole if under is None else under
+        links = sparse.links + summary_links(choice, sparse.pattern, call)
+        records.append(_LayerRecord(kept_share(sparse.lse, whole.lse), None, links, whole.links, ()))
     return records
 
 

@@ -28,6 +28,7 @@ _COUNTING_DIM = 8
 class Attended(NamedTuple):
     """out `(B, H, n_q, D_v)`, lse `(B, H, n_q)`, links `(B, H)` float64, of one pattern under the model's own mask."""
 
+    pattern: Pattern
     out: Tensor
     lse: Tensor
     links: Tensor
@@ -69,7 +70,7 @@ class KernelShares:
                 links = lse_of_zeros.double().exp().round().sum(2).cpu()
             if not by_content:
                 self._counted[key] = links
-        return Attended(out, lse, links)
+        return Attended(pattern, out, lse, links)
 
 
 def kept_share(lse: Tensor, full_lse: Tensor) -> Tensor:
