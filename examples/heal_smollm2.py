@@ -7,15 +7,13 @@ The teacher is the model with full attention. The student starts as the same wei
 
     KL(teacher's predictions ‖ student's)  +  hidden · mean of ‖student's state - teacher's‖² / ‖teacher's‖²
 
-(over layers and tokens) on the first half of each text. Judged is the next-token loss on passages of the second half, each
-in its second half; they may be longer than those of the training (`--judged-tokens`). `--truth` adds that much of the text's
-own next-token loss. Full attention (`causal()`) is healed the same way beside the patterns: what it gains comes from the text.
-Without `--truth` it has nothing to learn.
+(over layers and tokens) on the first half of each text. Judged is the next-token loss of the second half of passages of the
+second half, which may be longer (`--judged-tokens`). `--truth` adds that much of the text's own next-token loss. Full attention
+(`causal()`) is healed beside the patterns: what it gains comes from the text. Without `--truth` it has nothing to learn.
 
-Runs resume. OUT/PATTERN/state.pt holds weights, optimizer, step and curve; a step depends on these, its number and the seed
-alone, so that an interrupted run ends with the same bits as a whole one. OUT/heal.md is the table of all runs in OUT,
-OUT/heal.png their curves, OUT/PATTERN/curve.jsonl the numbers. With `--save` OUT/PATTERN/model is the healed model, for
-`farlight audit --model OUT/PATTERN/model --pattern …`. Needs farlight[examples] and the model of `make demo-lm`.
+Runs resume: OUT/PATTERN/state.pt holds weights, optimizer, step and curve; a step depends on these, its number and the seed
+alone. OUT/heal.md is the table of all runs in OUT, OUT/heal.png their curves, OUT/PATTERN/curve.jsonl the numbers, with
+`--save` OUT/PATTERN/model the healed model, for `farlight audit`. Needs farlight[examples] and the model of `make demo-lm`.
 """
 
 from __future__ import annotations
@@ -97,20 +95,15 @@ class Recipe:
         return [int(torch.randperm(count, generator=seed)[place]) for seed, (_, place) in zip(seeds, epochs, strict=True)]
 
 
-def read_passages(
-    files: Sequence[Path | None], tokenizer: Any, tokens: int, judged: int, judged_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Ids `(passages, tokens)` of the first halves, all of them, and `(judged passages of each text, judged_tokens)` of the
-    second halves. None: Python's manual.
-    """
+def read_passages(files: list[Path | None], tokenizer: Any, tokens: int, judged: int, longer: int) -> tuple[Tensor, Tensor]:
+    """Ids of all of the first halves, `(passages, tokens)`, and of `judged` passages of `longer` tokens of each second half."""
     learned, held_out = [], []
     for name, text in map(read_text, files):
         first, second = text[: len(text) // 2], text[len(text) // 2 :]
         learned.append(cut_passages(first, tokenizer, tokens, None).ids)
-        held_out.append(cut_passages(second, tokenizer, judged_tokens, judged, spread=True).ids)
-        if learned[-1].shape[1] < tokens or held_out[-1].shape[1] < judged_tokens:
-            most = max(tokens, judged_tokens)
-            raise SystemExit(f"{name}: half of it has fewer than {most} tokens; name a longer text, or fewer --tokens.")
+        held_out.append(cut_passages(second, tokenizer, longer, judged, spread=True).ids)
+        if learned[-1].shape[1] < tokens or held_out[-1].shape[1] < longer:
+            raise SystemExit(f"{name}: half of it is shorter than {max(tokens, longer)} tokens; name a longer text or less.")
     return torch.cat(learned), torch.cat(held_out)
 
 
