@@ -34,17 +34,19 @@ class NativePlan {
   const Tables& tables(int threads, InterruptCheck& interrupt);
   bool overlapping() const { return !content_ && tables_.overlapping; }
   bool covers_all_rows() const { return content_ || tables_.covers_all_rows(); }
-  // The clauses of a content pattern, else null; and whether single rows or granules of keys are gathered (plan_content.h).
+  // The clauses of a content pattern, else null.
   const ContentPattern* content() const { return content_ ? &*content_ : nullptr; }
+  // Where the rows of a tile see fewer than 1 / gather of a granule's pairs, its keys are gathered for each row.
   int64_t gather() const { return gather_; }
   // Whether forward passes of the dtype visit key groups row by row (content/row_visits.h), without tables.
   bool visits_rows(Type type, int threads, InterruptCheck& interrupt);
   // Whether a forward pass should plan its tiles where they are executed: the first one of a content pattern without tables.
   // Later ones are worth tables.
   bool plans_in_place() { return content_ && !is_planned_ && !was_executed_.exchange(true); }
-  // Pairs, and keys visited by a float32 forward pass: all of them, or an estimate from some tiles, in the time of keys that tiles
-  // of the dtype visit. Zero for a plan of Python's tables.
+  // Pairs, and keys visited by a float32 forward pass. Zero for a plan of Python's tables.
   ContentCounts counts(int threads, InterruptCheck& interrupt);
+  // The same for a dtype, estimated from some tiles; where rows are visited one by one, `visited` is the number of keys that
+  // tiles would visit in that time.
   ContentCounts expected(Type type, int threads, InterruptCheck& interrupt);
   int64_t bytes() const { return bytes_; }
 
@@ -80,7 +82,7 @@ class NativePlan {
   std::shared_ptr<Schedule> schedule_;
 };
 
-// A content pattern from (batch, heads, n_q, n_k, q_offset) and its clauses, 15 numbers each.
+// A content pattern from (batch, heads, n_q, n_k, q_offset) and its clauses, 16 numbers each.
 ContentPattern content_pattern_of(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses);
 
 }  // namespace farlight
