@@ -36,7 +36,7 @@ def page(results: Results) -> str:
 def _healed() -> str:
     """The tables that examples/heal_smollm2.py wrote, where they are kept beside the results."""
     paths = {path: text for name, text in _HEALED_RUNS.items() if (path := FITS / name).exists()}
-    tables = [f"{text}\n{path.read_text('utf-8')}".replace(SINKS, "sinks") for path, text in paths.items()]
+    tables = [f"{text}\n{path.read_text('utf-8').replace(SINKS, 'sinks')}" for path, text in paths.items()]
     return "\n".join([_HEALED, *tables]) if tables else ""
 
 
@@ -188,7 +188,7 @@ passages or every tenth of one, at 8192 every tenth of one). A window or a count
 judged, a smaller share of their links than the earlier ones; a `share=` gives all rows the same. *Seconds*: one pass of the
 whole model, choice and planning included, one thread: the fastest of its passages, since other work ran beside some. Passages:
 `war-and-peace`, `tinyshakespeare` and Python's manual (`python`), from the second half of each text, cut by
-`benchmarks/quality/texts.py`. Every attention is exact over the links of its rule. `sinks` in an expression
+`benchmarks/quality/texts.py`. Every attention is exact over the links of its rule. `sinks` in a table
 stands for `seen_by_all([0, 1, 2, 3])`. k-means centroids are not trained. `blocks-0.12.json` is a fit: a router for each head,
 chosen by predicted loss within 12 % of the links on 4 passages of 2048 tokens of the first halves of the two books
 ([fit.md](fit.md#causal-language-models-by-loss)); the files are in `benchmarks/results/quality`.
@@ -219,22 +219,25 @@ learn, so that nothing is gained by better data. Minutes: one thread, beside oth
 
 # Tables that examples/heal_smollm2.py wrote, by the name of their file, and how they were made.
 _HEALED_RUNS = {
-    "healed.md": """### Trained and judged on 1024 tokens
+    "healed.md": f"""### Trained and judged on 1024 tokens
 
 8 passages; 100 steps of the window and 60 of the blocks.
 
 ```
-python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --steps 100 --pattern 'window(45, 0) | sinks'
-python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --steps 60 --pattern 'topblocks(share=0.06, …) | …'
+python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --steps 100 \\
+    --pattern 'window(45, 0) | {SINKS}'
+python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --steps 60 \\
+    --pattern 'topblocks(share=0.06, block=4, query_block=16, causal=True, score="softmax") | window(16, 0) | {SINKS}'
 ```
 """,
-    "healed-8192.md": """### Trained on 2048 tokens, judged on 8192
+    "healed-8192.md": f"""### Trained on 2048 tokens, judged on 8192
 
 4 passages; 60 steps, half an hour of one core; other work paused the run.
 
 ```
 python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --tokens 2048 --judged-tokens 8192 --judged 2 \\
-    --steps 60 --pattern 'topblocks(share=0.085, block=2, …) | window(32, 0) | sinks'
+    --steps 60 \\
+    --pattern 'topblocks(share=0.085, block=2, query_block=16, causal=True, score="softmax") | window(32, 0) | {SINKS}'
 ```
 """,
 }

@@ -49,7 +49,8 @@ def recall_section(folder: Path) -> str:
 
 
 def _command(pattern: str, task: str, length: str, questions: int) -> str:
-    pattern = pattern.replace(SINKS, "sinks")
+    """The command that asks these questions, to be run from the root of the repository."""
+    pattern = f"benchmarks/results/quality/{pattern}" if pattern.endswith(".json") else pattern
     return f"farlight recall --model smollm2 --task {task} --length {length} --questions {questions} --pattern '{pattern}'"
 
 

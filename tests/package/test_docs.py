@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import itertools
 import re
 import shlex
 import subprocess
@@ -38,7 +39,9 @@ LLAMA, MINILM, LONGFORMER = (
 
 
 def blocks(page: Path, language: str = "python") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    """The blocks whose language matches. All are found in order, so that no end of a block is read as a beginning."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [code for name, code in fenced if re.fullmatch(language, name)]
 
 
 def name_of(page: Path) -> str:
@@ -107,9 +110,7 @@ def commands(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_command_of_a_page_is_one(page: Path) -> None:
-    """Command and options exist, values have their types, patterns are patterns."""
-    from farlight.cli.inputs import read_judged
-
+    """Command and options exist, values have their types."""
     group = typer.main.get_command(_app())
     for line in commands(page):
         if not line.startswith("farlight "):
@@ -117,11 +118,20 @@ def test_every_command_of_a_page_is_one(page: Path) -> None:
         name, *arguments = shlex.split(line)[1:]
         command = group.get_command(None, name)  # type: ignore[attr-defined, arg-type]
         assert command is not None, line
-        context = command.make_context(name, [word for word in arguments if word != "…"])
-        for key in ("pattern",):
-            patterns = context.params.get(key) or ()
-            for pattern in [patterns] if isinstance(patterns, str) else patterns:
-                read_judged([pattern])
+        command.make_context(name, [word for word in arguments if word != "…"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_pattern_of_a_command_is_one(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of farlight's commands and of scripts: a pattern, a router, or a file of the repository."""
+    from farlight.cli.inputs import read_subjects
+
+    monkeypatch.chdir(ROOT)
+    lines = [line for block in blocks(page, "(?:|sh|bash|console)") for line in block.replace("\\\n", " ").splitlines()]
+    for line in lines:
+        if "--pattern" in line:
+            pairs = itertools.pairwise(shlex.split(line, comments=True))
+            read_subjects([value for name, value in pairs if name == "--pattern"])
 
 
 def test_patterns_md_is_what_the_docstrings_say() -> None:
