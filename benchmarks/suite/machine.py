@@ -55,11 +55,21 @@ def ceilings(size: int = 2048, repeats: int = 7) -> dict[str, float]:
     """
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
-        seconds = interleaved([matmul(dtype, size)], repeats=repeats)["matmul"].seconds
-        rates[f"matmul_{str(dtype).removeprefix('torch.')}_gflops"] = matmul_flops(size) / seconds / 1e9
+        timed = _matmul_size(dtype, size)
+        seconds = interleaved([matmul(dtype, timed)], repeats=repeats)["matmul"].seconds
+        rates[f"matmul_{str(dtype).removeprefix('torch.')}_gflops"] = matmul_flops(timed) / seconds / 1e9
     if cpu.unavailable() is None:
         rates["fma_float32_gflops"] = max(cpu.fma_gflops(torch.get_num_threads()) for _ in range(repeats))
     return {**rates, "copy_gbs": copy_rate(repeats=repeats)}
+
+
+def _matmul_size(dtype: torch.dtype, size: int, seconds: float = 1.0) -> int:
+    """`size`, halved until a product takes about `seconds` or less: without bfloat16 instructions torch takes minutes."""
+    small = min(size, 256)
+    once = seconds_of(matmul(dtype, small).call, repeats=1)
+    while size > small and once * (size / small) ** 3 > seconds:
+        size //= 2
+    return size
 
 
 def copy_rate(device: str = "cpu", repeats: int = 7) -> float:
