@@ -9,6 +9,7 @@
 
 #include "content/label_piece.h"
 #include "content/row_visits.h"
+#include "dispatch.h"
 #include "native_plan.h"
 
 namespace nb = nanobind;
@@ -166,7 +167,7 @@ const ContentSample& NativePlan::sample(int threads, InterruptCheck& interrupt) 
 bool NativePlan::visits_rows(Type type, int threads, InterruptCheck& interrupt) {
   if (!content_ || !serves_single_rows(*content_)) return false;
   const ContentSample& some = sample(threads, interrupt);
-  return visited_by_rows(some, type) < static_cast<double>(some.counts.visited);
+  return visited_by_rows(some, type, kernels()) < static_cast<double>(some.counts.visited);
 }
 
 ContentCounts NativePlan::counts(int threads, InterruptCheck& interrupt) {
@@ -182,7 +183,7 @@ ContentCounts NativePlan::expected(Type type, int threads, InterruptCheck& inter
   if (!content_) return counts(threads, interrupt);
   const ContentSample& some = sample(threads, interrupt);
   auto visited = static_cast<double>(some.counts.visited);
-  if (serves_single_rows(*content_)) visited = std::min(visited, visited_by_rows(some, type));
+  if (serves_single_rows(*content_)) visited = std::min(visited, visited_by_rows(some, type, kernels()));
   return {std::llround(static_cast<double>(some.counts.pairs) * some.scale), std::llround(visited * some.scale)};
 }
 

@@ -174,6 +174,7 @@ struct DecodeKernels;  // decode.h
 // The kernels of one ISA.
 struct Kernels {
   const char* name;
+  bool pairs_bf16;       // bfloat16 is multiplied in pairs or tiles; else widened, at the rate of float32
   int64_t zeroed_bytes;  // prefix of the scratch memory that must be zero when a thread begins a call (cache tags)
   int64_t (*scratch_bytes)(const Call&);  // scratch memory of one thread
   // `next` is the item that this thread will probably run afterwards, for prefetching; may be null.

@@ -12,8 +12,8 @@ namespace farlight {
 namespace {
 
 // The time of a visited key beside that of a key that a tile visits for a row and plans, by measurement. Visits compute in
-// float32, tiles in the dtype of the call.
-constexpr double kVisitCostF32 = 1.3, kVisitCostBf16 = 2.4;
+// float32, as tiles do but for bfloat16 pairs.
+constexpr double kVisitCost = 1.3, kVisitCostBesidePairs = 2.4;
 
 }  // namespace
 
@@ -68,8 +68,9 @@ ContentCounts count_visits(const ContentPattern& pattern, int threads, Interrupt
   return {pairs * copies, visits * kVisitKeys * copies};
 }
 
-double visited_by_rows(const ContentSample& sample, Type type) {
-  return static_cast<double>(sample.row_visits * kVisitKeys) * (type == Type::f32 ? kVisitCostF32 : kVisitCostBf16);
+double visited_by_rows(const ContentSample& sample, Type type, const Kernels& kernels) {
+  const bool beside_pairs = type == Type::bf16 && kernels.pairs_bf16;
+  return static_cast<double>(sample.row_visits * kVisitKeys) * (beside_pairs ? kVisitCostBesidePairs : kVisitCost);
 }
 
 }  // namespace farlight

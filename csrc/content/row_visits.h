@@ -70,7 +70,7 @@ bool serves_single_rows(const ContentPattern& pattern);
 // The pairs of a pattern, and the keys of all visits. Throws MalformedPlan for an index outside the key blocks.
 ContentCounts count_visits(const ContentPattern& pattern, int threads, InterruptCheck& interrupt);
 
-// What the sampled rows' visits cost, as the number of keys that a tile would visit in their time.
-double visited_by_rows(const ContentSample& sample, Type type);
+// What the sampled rows' visits cost by these kernels, as the number of keys that a tile would visit in their time.
+double visited_by_rows(const ContentSample& sample, Type type, const Kernels& kernels);
 
 }  // namespace farlight

@@ -75,6 +75,12 @@ static __forceinline int farlight_lowest_bit(unsigned x) {
 
 namespace farlight::FARLIGHT_NS {
 
+#if defined(FARLIGHT_BF16_PAIRS)
+constexpr bool kPairsBf16 = true;
+#else
+constexpr bool kPairsBf16 = false;
+#endif
+
 template <class T>
 FARLIGHT_INLINE T min(T a, T b) {
   return b < a ? b : a;

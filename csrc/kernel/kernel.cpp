@@ -127,6 +127,7 @@ constexpr int64_t kZeroedBytes = 0;
 extern const DecodeKernels decode_kernels;  // decode_kernel.cpp
 extern const Kernels kernels;
 const Kernels kernels{FARLIGHT_STRINGIFY(FARLIGHT_NS),
+                      kPairsBf16,
                       kZeroedBytes,
                       scratch_bytes,
                       forward,

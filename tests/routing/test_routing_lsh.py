@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import farlight as fl
 from farlight.routing import LSH
@@ -74,3 +75,20 @@ def test_scaled_vectors_share_a_bucket_and_opposite_ones_do_not() -> None:
     router = LSH(8, 2)
     assert router(q, k) == router(4 * q, 0.5 * k)
     assert router(q, -q).dense(23, batch=2, heads=4).diagonal(dim1=2, dim2=3).sum() == 0
+
+
+def test_kept_rotations_serve_every_mode() -> None:
+    """Drawn once for a size; those drawn in a mode of other tensors, or in inference mode, are not mixed with the others."""
+    q = torch.randn(1, 2, 16, 8)
+    router = LSH(4, seed=91)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(q)
+        assert isinstance(router(fake, fake)._tables[0], FakeTensor)
+    with torch.inference_mode():
+        expected = router(q, q)._tables[0].clone()
+    assert not rotations(91, 1, 2, 8, 2).is_inference()
+    assert rotations(91, 1, 2, 8, 2) is rotations(91, 1, 2, 8, 2)
+    assert torch.equal(router(q, q)._tables[0], expected)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(q)
+        assert isinstance(router(fake, fake)._tables[0], FakeTensor)

@@ -77,7 +77,7 @@ class _NamedTokens(Atom):
         """`lo, hi, lo, hi, …`: the ascending runs of consecutive named positions; only for tokens given as positions."""
         assert self.positions is not None
         end = max(sizes.n_k, sizes.q_offset + sizes.n_q) if isinstance(self.positions, range) else None
-        return torch.tensor(_position_runs(self.positions, sizes.n_k, end), device=device)
+        return torch.from_numpy(_position_runs(self.positions, sizes.n_k, end)).to(device, copy=True)
 
     def _is_named(self, sizes: Sizes, b: Tensor, position: Tensor) -> Tensor:
         """Elementwise: whether the position is named; int64 in, bool out, broadcast with the batch item b."""

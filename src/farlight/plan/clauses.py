@@ -30,10 +30,11 @@ def clauses_of(pattern: Pattern) -> list[Clause]:
         return [(HeadsOf((head,)), *clause) for head, part in enumerate(parts) for clause in part]
     if isinstance(pattern, Union):
         union = [clause for part in parts for clause in part]
-        return union if _most_of_a_head(union) <= _MAX_CLAUSES else []
+        return union if len(union) <= _MAX_CLAUSES or _most_of_a_head(union) <= _MAX_CLAUSES else []
     clauses: list[Clause] = [()]
     for part in parts:
-        if _most_of_a_head(clauses) * _most_of_a_head(part) > _MAX_CLAUSES:
+        joined = len(clauses) * len(part)
+        if joined > _MAX_CLAUSES and _most_of_a_head(clauses) * _most_of_a_head(part) > _MAX_CLAUSES:
             return []
         clauses = [(*left, *right) for left in clauses for right in part]
     return clauses

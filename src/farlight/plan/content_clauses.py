@@ -57,10 +57,9 @@ class ContentClause:
 
 def listed_clauses(pattern: Pattern, sizes: Sizes) -> list[ContentClause] | None:
     """`content_clauses` of a pattern with lists of blocks or keys; None for any other pattern."""
-    lists = chosen_blocks | chosen_keys
-    if not pattern._tables or not any(isinstance(atom, lists) for clause in clauses_of(pattern) for atom in clause):
-        return None
-    return content_clauses(pattern, sizes)
+    clauses = clauses_of(pattern) if pattern._tables else []
+    has_lists = any(isinstance(atom, chosen_blocks | chosen_keys) for clause in clauses for atom in clause)
+    return _read_all(clauses, pattern, sizes) if has_lists else None
 
 
 def content_clauses(pattern: Pattern, sizes: Sizes) -> list[ContentClause] | None:
@@ -68,11 +67,15 @@ def content_clauses(pattern: Pattern, sizes: Sizes) -> list[ContentClause] | Non
 
     Raises PatternError where a table does not fit the sizes; its indices are not read here.
     """
+    return _read_all(clauses_of(pattern), pattern, sizes)
+
+
+def _read_all(clauses: list[Clause], pattern: Pattern, sizes: Sizes) -> list[ContentClause] | None:
     if any(table.device.type != "cpu" for table in pattern._tables) or not sizes.n_q or not sizes.n_k:
         return None
     _check_heads(pattern, sizes)
     supported: list[ContentClause] = []
-    for clause in clauses_of(pattern):
+    for clause in clauses:
         of_heads = [set(atom.heads) for atom in clause if isinstance(atom, HeadsOf)]
         for half in _halves(tuple(atom for atom in clause if not isinstance(atom, HeadsOf))):
             read = _read(half, sizes)
@@ -106,28 +109,27 @@ def _read(clause: Clause, sizes: Sizes) -> ContentClause | None:
     for atom in clause:
         if not isinstance(atom, chosen_blocks | chosen_keys):
             atom.check(sizes)
-    read = _read_atom(atoms[0] if atoms else full(), sizes)
-    if read is None:
-        return None
     is_causal = any(isinstance(atom, causal) for atom in clause)
-    return replace(read, causal=is_causal, real_keys=_real_keys(masks, sizes) if masks else None)
+    return _read_atom(atoms[0] if atoms else full(), sizes, is_causal, _real_keys(masks, sizes) if masks else None)
 
 
-def _read_atom(atom: Atom, sizes: Sizes) -> ContentClause | None:
+def _read_atom(atom: Atom, sizes: Sizes, is_causal: bool, real: Tensor | None) -> ContentClause | None:
     if isinstance(atom, chosen_blocks | chosen_keys):
         block, query_block = (atom.block, atom.query_block) if isinstance(atom, chosen_blocks) else (1, 1)
         check_lists(atom._query_argument, atom._tables[0], sizes, query_block)
         table = atom._tables[0].contiguous()
         base = query_base(atom._query_argument, table.shape[2], sizes, query_block)
-        return ContentClause(ClauseKind.BLOCKS, table=table, block=block, query_block=query_block, base=base)
+        return ContentClause(ClauseKind.BLOCKS, is_causal, table, block, query_block, base, real_keys=real)
     limit = sizes.n_q + sizes.n_k + abs(sizes.q_offset)  # no window reaches further
     if isinstance(atom, full):
-        return ContentClause(ClauseKind.BAND, left=limit, right=limit)
+        return ContentClause(ClauseKind.BAND, is_causal, left=limit, right=limit, real_keys=real)
     if isinstance(atom, window) and atom.dilation == 1:
-        return ContentClause(ClauseKind.BAND, left=min(atom.left, limit), right=min(atom.right, limit))
+        left, right = min(atom.left, limit), min(atom.right, limit)
+        return ContentClause(ClauseKind.BAND, is_causal, left=left, right=right, real_keys=real)
     if isinstance(atom, seen_by_all | sees_all) and not atom._tables:
         ranges = atom._edges(sizes, torch.device("cpu")).view(1, 1, -1, 2).contiguous()
-        return ContentClause(ClauseKind.KEYS if isinstance(atom, seen_by_all) else ClauseKind.ROWS, table=ranges)
+        kind = ClauseKind.KEYS if isinstance(atom, seen_by_all) else ClauseKind.ROWS
+        return ContentClause(kind, is_causal, ranges, real_keys=real)
     return None
 
 

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from farlight.caching import SizedCache
 from farlight.errors import ArgumentError
 from farlight.kernels.cpu.choose import can_choose
 from farlight.kernels.cpu.labels import nearest_labels
@@ -22,6 +23,8 @@ from farlight.patterns.tables import clusters
 from farlight.routing.base import Router, RouterInput, row_chunks
 
 __all__ = ["LSH", "rotations"]
+
+_drawn: SizedCache[Tensor] = SizedCache(16 * 2**20)
 
 
 class LSH(Router):
@@ -86,7 +89,19 @@ class LSH(Router):
 
 
 def rotations(seed: int, rounds: int, heads: int, dim: int, half: int) -> Tensor:
-    """`(rounds, heads, dim, half)` float64 standard normal numbers, each a function of (seed, round, head, row, column)."""
+    """`(rounds, heads, dim, half)` float64 standard normal numbers, each a function of (seed, round, head, row, column).
+
+    Kept from call to call, since drawing them takes longer than hashing a short text: not to be written to.
+    """
+    sizes = seed, rounds, heads, dim, half
+    # A mode that makes other tensors, such as FakeTensorMode, takes only its own.
+    if type(torch.empty(0, device="cpu")) is not Tensor:
+        return _draw(*sizes)
+    with torch.inference_mode(False):
+        return _drawn.get(sizes, lambda: _draw(*sizes))
+
+
+def _draw(seed: int, rounds: int, heads: int, dim: int, half: int) -> Tensor:
     shape = (rounds, heads, dim, half)
     index = [torch.arange(n, device="cpu").view([-1 if a == b else 1 for b in range(4)]) for a, n in enumerate(shape)]
     # Box-Muller transform of two uniform numbers.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -39,22 +37,22 @@ def _tables(pattern: Pattern, sizes: Sizes, shape: TileShape) -> NativeTables | 
     with torch.inference_mode(False), torch.no_grad():
         clauses = listed_clauses(pattern, sizes)
         if clauses is None:
-            with torch.device("cpu"):
-                native = _build_labelled(pattern, sizes, shape, extents)
-            return None if native is None else NativeTables(native)
+            return _labelled_tables(pattern, sizes, shape, extents)
     numbers = [_numbers(clause) for clause in clauses]
     owners = [table for clause in clauses for table in (clause.table, clause.real_keys) if table is not None]
     return NativeTables(module().Plan(extents, numbers, owners, shape.gather))
 
 
-def _build_labelled(pattern: Pattern, sizes: Sizes, shape: TileShape, extents: list[int]) -> Any:
+def _labelled_tables(pattern: Pattern, sizes: Sizes, shape: TileShape, extents: list[int]) -> NativeTables | None:
     """The native plan of clusterings, perhaps in union with a fixed pattern, or None."""
-    union = label_union(pattern, sizes)
-    if union is None:
-        return None
-    fixed = None if union.fixed is None else plan_for(union.fixed, sizes, shape)
+    with torch.device("cpu"):
+        union = label_union(pattern, sizes)
+        if union is None:
+            return None
+        fixed = None if union.fixed is None else plan_for(union.fixed, sizes, shape)
+    # Outside of the device's context, which would intercept the reading of every table.
     pieces = [_label_numbers(piece) for piece in union.pieces]
-    return module().Plan(fixed, extents, pieces, torch.get_num_threads())
+    return NativeTables(module().Plan(fixed, extents, pieces, torch.get_num_threads()))
 
 
 def _label_numbers(piece: LabelPiece) -> list[int]:
