@@ -139,6 +139,7 @@ NB_MODULE(_cpu, m) {
   bind_plan(m);
   bind_content(m);
   bind_decode(m);
+  bind_analysis(m);
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("fma_gflops", &fma_gflops, "threads"_a);

@@ -29,8 +29,9 @@ inline TensorView tensor_view(const StridedAddress& from) {
 // poll throws.
 InterruptCheck signal_check();
 
-void bind_plan(nanobind::module_& m);     // plan_binding.cpp
-void bind_content(nanobind::module_& m);  // content_binding.cpp
-void bind_decode(nanobind::module_& m);   // decode_binding.cpp
+void bind_plan(nanobind::module_& m);      // plan_binding.cpp
+void bind_content(nanobind::module_& m);   // content_binding.cpp
+void bind_decode(nanobind::module_& m);    // decode_binding.cpp
+void bind_analysis(nanobind::module_& m);  // analysis/binding.cpp
 
 }  // namespace farlight

@@ -187,7 +187,7 @@ class _RetentionObserver:
         patterns = [full() if pattern is None else pattern for pattern in chosen]
         options: dict[str, Any] = {"base": base, "scale": call.scale, "q_offset": call.q_offset}
         options |= call.terms
-        results = retentions(call.q, call.k, patterns, lost=self.lost_per_head, by_head=True, **options)
+        results = retentions(call.q, call.k, patterns, lost=self.lost_per_head, by_head=True, without_sink=False, **options)
         extra = [summary_links(choice, pattern, call) for choice, pattern in zip(choices, patterns, strict=True)]
         self.records.append([self._record(result, links) for result, links in zip(results, extra, strict=True)])
 

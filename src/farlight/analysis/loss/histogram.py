@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farlight.kernels.cpu.row_measures import add_to_histogram, can_measure
+
 __all__ = ["BINS", "Histogram", "HistogramBuilder"]
 
 _ONE = 0x3F800000  # the bits of 1.0 in float32; for positive floats, bit patterns are ordered as the numbers are
@@ -85,7 +87,13 @@ class HistogramBuilder:
         self._mass = torch.zeros(batch, heads, BINS, dtype=torch.float64, device=device)
 
     def add(self, probability: Tensor, batch: slice, heads: slice) -> None:
-        """Add a tile `(B', H', …)` of probabilities of the batch items `batch` and heads `heads`."""
+        """Add a tile `(B', H', …)` of probabilities of the batch items `batch` and heads `heads`.
+
+        The result is the same for any number of threads.
+        """
+        if can_measure(probability):
+            add_to_histogram(probability, self._count[batch, heads], self._mass[batch, heads], _SHIFT)
+            return
         lead = probability.shape[:2]
         index = _ONE - probability.to(torch.float32).contiguous().view(torch.int32)
         # Negative: rounding lifted a probability above 1. Beyond the last bin: smaller than 40 octaves below 1.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farlight.analysis.loss.tile_masks import TileFrame, tile_mask
 from farlight.errors import ArgumentError
 from farlight.patterns.algebra import looks_back
 from farlight.patterns.expression import Pattern, Sizes
@@ -62,14 +63,16 @@ class Tile:
 
     def mask(self, pattern: Pattern, sizes: Sizes) -> Tensor:
         """The mask of `pattern` & `base` in this tile, `(B' or 1, H' or 1, rows, keys)` bool."""
-        mask = _tile_mask(pattern, self.rows, self.items, self.heads, self.probability.shape[3], sizes, self.probability.device)
+        mask = tile_mask(pattern, self._frame(sizes, self.probability.shape[3]))
         return mask if self.allowed is None else mask & self.allowed
 
     def first_keys_kept(self, pattern: Pattern, sizes: Sizes, count: int) -> Tensor:
         """`(B', H', rows)`: probability kept on the first `count` keys."""
         probability = self.probability[..., :count]
-        mask = _tile_mask(pattern, self.rows, self.items, self.heads, probability.shape[3], sizes, probability.device)
-        return (probability * mask).sum(-1)
+        return (probability * tile_mask(pattern, self._frame(sizes, probability.shape[3]))).sum(-1)
+
+    def _frame(self, sizes: Sizes, keys: int) -> TileFrame:
+        return TileFrame(self.rows, self.items, self.heads, keys, sizes, self.probability.device)
 
     def gather_kept(self, pattern: Pattern, base: Pattern | None, sizes: Sizes) -> tuple[Tensor, Tensor] | None:
         """(kept probability per row `(B', H', rows)`, number of pairs `(1, 1)`) of `pattern` & `base`, without a dense mask.
@@ -129,8 +132,10 @@ def tiles(
             sinks = None if terms.sinks is None else terms.sinks[heads]
         allowed = None
         if base is not None:
-            allowed = _tile_mask(base, rows, items, heads, num_keys, sizes, q.device)
-            scores.masked_fill_(~allowed, -torch.inf)
+            allowed = tile_mask(base, TileFrame(rows, items, heads, num_keys, sizes, q.device))
+            # causal(): every row of the tile may see the keys up to the first row.
+            first = min(num_keys, max(0, rows.start + sizes.q_offset + 1)) if base.text == "causal()" else 0
+            scores[..., first:].masked_fill_(~allowed[..., first:], -torch.inf)
         probability, sink = softmax(scores, sinks)
         yield Tile(rows, items, heads, kv_heads, scores, probability, allowed, sinks, sink)
 
@@ -168,37 +173,6 @@ def _tile_slices(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
                 yield rows, slice(item, item + 1), slice(kv_head, kv_head + 1)
 
 
-def _tile_mask(
-    pattern: Pattern, rows: slice, items: slice, heads: slice, num_keys: int, sizes: Sizes, device: torch.device
-) -> Tensor:
-    """The mask of `pattern` on these rows, batch items and heads and the first `num_keys` keys, `(B' or 1, H' or 1, rows,
-    num_keys)`."""
-    pattern.check(sizes)
-    b = torch.arange(items.start, items.stop, device=device) if pattern.varies_over_batch else torch.zeros(1, device=device)
-    h = torch.arange(heads.start, heads.stop, device=device) if pattern.varies_over_heads else torch.zeros(1, device=device)
-    i = torch.arange(rows.start, rows.stop, device=device) + sizes.q_offset
-    j = torch.arange(num_keys, device=device)
-    shape = (b.numel(), h.numel(), i.numel(), num_keys)
-    if not num_keys:
-        return torch.zeros(shape, dtype=torch.bool, device=device)
-    b, h, i = b.long().view(-1, 1, 1), h.long().view(1, -1, 1), i.view(1, 1, -1)
-    # A list of keys or blocks takes a comparison per entry and pair; its intervals are few.
-    if (pattern.varies_over_batch or pattern.varies_over_heads) and all(a._spans_are_cheap(sizes) for a in pattern.atoms()):
-        b, h, i = (x.expand(shape[:3]).flatten() for x in (b, h, i))
-        return _mask_of_spans(pattern, sizes, b, h, i, num_keys).view(shape)
-    return pattern._allows(sizes, b[..., None], h[..., None], i[..., None], j.view(1, 1, 1, -1)).expand(shape)
-
-
-def _mask_of_spans(pattern: Pattern, sizes: Sizes, b: Tensor, h: Tensor, i: Tensor, num_keys: int) -> Tensor:
-    """`(rows, num_keys)` bool: the pattern's key intervals of the rows (b, h, i), written as steps of a running sum."""
-    row, lo, hi = pattern._spans(sizes, b, h, i).listed()
-    steps = torch.zeros(b.numel(), num_keys + 1, dtype=torch.int8, device=b.device)
-    # Intervals of a row neither overlap nor touch, so each end is written once; those beyond the tile fall on the last column.
-    steps[row, lo.clamp(max=num_keys)] = 1
-    steps[row, hi.clamp(max=num_keys)] = -1
-    return steps[:, :num_keys].cumsum(1, dtype=torch.int8).bool()
-
-
 def _scores(q: Tensor, k: Tensor, scale: float | None, dtype: torch.dtype) -> Tensor:
     """`(B, H, rows, n_k)`: scale · q·kᵀ. Query heads of one key head are stacked along rows, so k is never repeated."""
     batch, heads, rows, dim = q.shape
@@ -212,13 +186,12 @@ def softmax(scores: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor
 
     A row without finite scores gives zeros, and its sink 1.
     """
-    least = torch.finfo(scores.dtype).min
-    top = scores.amax(-1, keepdim=True).clamp(min=least) if scores.shape[-1] else scores.sum(-1, keepdim=True)
+    top = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), -torch.inf)
     if sinks is None:
-        weight = torch.exp(scores - top)
-        return weight.div_(weight.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)), None
+        weight, is_empty = torch.softmax(scores, -1), top == -torch.inf
+        return weight.masked_fill_(is_empty, 0.0) if bool(is_empty.any()) else weight, None
     of_rows = sinks.view(-1, 1, 1)
-    top = torch.maximum(top if scores.shape[-1] else torch.full_like(top, least), of_rows)
+    top = torch.maximum(top.clamp(min=torch.finfo(scores.dtype).min), of_rows)
     weight, of_sink = torch.exp(scores - top), torch.exp(of_rows - top)
     total = weight.sum(-1, keepdim=True) + of_sink
     return weight / total, (of_sink / total).squeeze(-1)

@@ -25,6 +25,7 @@ from farlight.analysis.loss.probabilities import (
     tiles,
     weighted_values,
 )
+from farlight.analysis.loss.row_measures import RowMeasures, measure_rows
 from farlight.analysis.loss.top_losses import LostLinkCollector, LostLinks
 from farlight.errors import ArgumentError, show
 from farlight.patterns.arguments import whole
@@ -50,7 +51,8 @@ class Retention:
         lost_output: `(B, H)` float64, ‖Σ_lost p·v‖ / ‖Σ p·v‖ over all rows: the part of the full output that came over links
             outside the pattern. Unlike a share of attention it does not count a key whose value is near zero. None without v.
         mass_without_sink: `(B, H)` float64, the share of probability kept among the keys from `sinks` on (1 where these have
-            none): a first key, or a sink, that takes most of the attention says little about the others.
+            none): a first key, or a sink, that takes most of the attention says little about the others. `fl.retention` always
+            measures it; elsewhere it may be None.
         lost: the heaviest links outside the pattern; None without `lost=`.
     """
 
@@ -174,16 +176,18 @@ def retentions(
     by_head: bool = False,
     score: Score | None = None,
     sinks: int | Tensor | None = 1,
+    without_sink: bool = True,
 ) -> list[Retention]:
     """`retention` of several patterns in one pass over the full probabilities.
 
-    `by_head`: list `lost` links of each head rather than of all heads together.
+    `by_head`: list `lost` links of each head rather than of all heads together. `without_sink=False`: leave
+    `mass_without_sink` out, which is then None.
     """
     check_problem(q, k, v, scale)
     if isinstance(lost, bool) or not isinstance(lost, int) or lost < 0:
         raise ArgumentError(f"lost = {show(lost)}: the number of lost links to list is a whole number >= 0; the default is 0.")
     logits = sinks if isinstance(sinks, Tensor) else None
-    first_keys = whole("sinks", 1 if sinks is None or logits is not None else sinks, 0)
+    first_keys = whole("sinks", 1 if sinks is None or logits is not None else sinks, 0) if without_sink else None
     terms = lowered_terms(score, logits, q, k, q_offset)
     with torch.no_grad():
         return _measure(q, k, patterns, v, base, scale, q_offset, lost, by_head, first_keys, terms)
@@ -199,38 +203,57 @@ def _measure(
     q_offset: int | None,
     lost: int,
     by_head: bool,
-    first_keys: int,
+    first_keys: int | None,
     terms: ScoreTerms | None,
 ) -> list[Retention]:
-    batch, heads, n_q, _ = q.shape
     sizes = sizes_of(q, k, q_offset)
+    full = _FullSums(q, first_keys)
     sums = [_PatternSums(pattern, q, v is not None, lost, by_head) for pattern in patterns]
-    base_links = torch.zeros(batch, heads, dtype=torch.int64, device=q.device)
-    builder = HistogramBuilder(batch, heads, q.device)
-    full_norm = torch.zeros(batch, heads, dtype=torch.float64, device=q.device)  # sum of squares of the full output
-    beyond = torch.zeros_like(full_norm)  # probability of the keys beyond the first
-    of_sinks = torch.zeros_like(full_norm)
-
     for tile in tiles(q, k, base, scale, sizes, terms):
-        tile_pairs = (tile.rows.stop - tile.rows.start) * k.shape[2]
-        base_links[tile.items, tile.heads] += tile_pairs if tile.allowed is None else tile.allowed.sum((-1, -2))
-        builder.add(tile.probability, tile.items, tile.heads)
-        beyond[tile.items, tile.heads] += tile.probability[..., first_keys:].sum((-1, -2), dtype=torch.float64)
-        if tile.sink is not None:
-            of_sinks[tile.items, tile.heads] += tile.sink.sum(-1, dtype=torch.float64)
         values = None if v is None else v[tile.items, tile.kv_heads, : tile.probability.shape[3]].to(tile.probability.dtype)
         out = None if values is None else weighted_values(tile.probability, values)
-        if out is not None:
-            full_norm[tile.items, tile.heads] += out.double().square().sum((-1, -2))
+        full.add(tile, k.shape[2], out)
+        masked = list[tuple[_PatternSums, Tensor]]()
         for pattern_sums in sums:
             # The output error and the lost links need the mask; the kept share alone may not.
             gathered = None if v is not None or lost else tile.gather_kept(pattern_sums.pattern, base, sizes)
             if gathered is not None:
                 pattern_sums.add_gathered(tile, gathered, sizes, first_keys)
             else:
-                pattern_sums.add(tile, tile.mask(pattern_sums.pattern, sizes), values, out, sizes.q_offset, first_keys)
-    histogram = builder.finish(n_q, base_links, of_sinks)
-    return [pattern_sums.finish(base_links, histogram, full_norm, beyond) for pattern_sums in sums]
+                masked.append((pattern_sums, tile.mask(pattern_sums.pattern, sizes)))
+        measures = measure_rows(tile.probability, [mask for _, mask in masked], first_keys, with_lost=lost > 0)
+        for (pattern_sums, mask), measured in zip(masked, measures, strict=True):
+            pattern_sums.add(tile, mask, measured, sizes.q_offset)
+            if values is not None and out is not None:
+                pattern_sums.add_output(tile, mask, values, out)
+    histogram = full.builder.finish(sizes.n_q, full.links, full.of_sinks)
+    return [pattern_sums.finish(full, histogram) for pattern_sums in sums]
+
+
+class _FullSums:
+    """Running sums of full attention over tiles: links, histogram, squared output, shares of sinks and of later keys."""
+
+    def __init__(self, q: Tensor, first_keys: int | None) -> None:
+        batch, heads = q.shape[:2]
+        self.first_keys = first_keys
+        self.links = torch.zeros(batch, heads, dtype=torch.int64, device=q.device)
+        self.squared_norm = torch.zeros(batch, heads, dtype=torch.float64, device=q.device)
+        self.beyond = torch.zeros_like(self.squared_norm)  # probability of the keys beyond the first
+        self.of_sinks = torch.zeros_like(self.squared_norm)
+        self.builder = HistogramBuilder(batch, heads, q.device)
+
+    def add(self, tile: Tile, n_k: int, out: Tensor | None) -> None:
+        """Add a tile; `out`: its output, None where it is not measured."""
+        items, heads = tile.items, tile.heads
+        tile_pairs = (tile.rows.stop - tile.rows.start) * n_k
+        self.links[items, heads] += tile_pairs if tile.allowed is None else tile.allowed.sum((-1, -2))
+        self.builder.add(tile.probability, items, heads)
+        if self.first_keys is not None:
+            self.beyond[items, heads] += tile.probability[..., self.first_keys :].sum((-1, -2), dtype=torch.float64)
+        if tile.sink is not None:
+            self.of_sinks[items, heads] += tile.sink.sum(-1, dtype=torch.float64)
+        if out is not None:
+            self.squared_norm[items, heads] += out.double().square().sum((-1, -2))
 
 
 class _PatternSums:
@@ -247,39 +270,45 @@ class _PatternSums:
         self.squared_loss = torch.zeros_like(self.beyond) if with_output else None
         self.lost = LostLinkCollector(lost, dtype, q.device, heads if by_head else None) if lost else None
 
-    def add(self, tile: Tile, mask: Tensor, values: Tensor | None, out: Tensor | None, q_offset: int, first_keys: int) -> None:
-        """Add a tile under `mask` (pattern & base); `values` and the full attention output `out` where the error is
-        measured."""
+    def add(self, tile: Tile, mask: Tensor, measured: RowMeasures, q_offset: int) -> None:
+        """Add the measures of a tile under `mask` (pattern & base)."""
         items, heads = tile.items, tile.heads
-        kept = tile.probability * mask
-        self.kept[items, heads, tile.rows] = kept.sum(-1) if tile.sink is None else kept.sum(-1) + tile.sink
-        self.beyond[items, heads] += kept[..., first_keys:].sum((-1, -2), dtype=torch.float64)
-        self.links[items, heads] += mask.sum((-1, -2))
-        if self.squared_loss is not None and values is not None and out is not None:
-            self.squared_loss[items, heads] += (out - weighted_values(kept, values)).double().square().sum((-1, -2))
-        if self.squared_error is not None and values is not None and out is not None:
-            # softmax over the masked scores: rescaling `probability` by 1 / kept loses all digits where kept is near 0.
-            sparse = weighted_values(softmax(tile.scores.masked_fill(~mask, -torch.inf), tile.sinks)[0], values)
-            self.squared_error[items, heads] += (sparse - out).double().square().sum((-1, -2))
-        if self.lost is not None:
-            self.lost.add(tile, mask, q_offset)
+        self.kept[items, heads, tile.rows] = measured.kept if tile.sink is None else measured.kept + tile.sink
+        self.links[items, heads] += measured.links.sum(-1)
+        if measured.beyond is not None:
+            self.beyond[items, heads] += measured.beyond.sum(-1)
+        if self.lost is not None and measured.lost is not None:
+            self.lost.add(tile, mask, measured.lost, q_offset)
 
-    def add_gathered(self, tile: Tile, gathered: tuple[Tensor, Tensor], sizes: Sizes, first_keys: int) -> None:
+    def add_output(self, tile: Tile, mask: Tensor, values: Tensor, out: Tensor) -> None:
+        """Add the output error of a tile under `mask`: `values` of its keys, and the full attention output `out`."""
+        assert self.squared_loss is not None
+        assert self.squared_error is not None
+        lost = out - weighted_values(tile.probability * mask, values)
+        self.squared_loss[tile.items, tile.heads] += lost.double().square().sum((-1, -2))
+        # softmax over the masked scores: rescaling `probability` by 1 / kept loses all digits where kept is near 0.
+        sparse = weighted_values(softmax(tile.scores.masked_fill(~mask, -torch.inf), tile.sinks)[0], values)
+        self.squared_error[tile.items, tile.heads] += (sparse - out).double().square().sum((-1, -2))
+
+    def add_gathered(self, tile: Tile, gathered: tuple[Tensor, Tensor], sizes: Sizes, first_keys: int | None) -> None:
         """Add a tile whose kept shares and links were gathered (`Tile.gather_kept`)."""
         kept, links = gathered
         self.kept[tile.items, tile.heads, tile.rows] = kept if tile.sink is None else kept + tile.sink
         self.links[tile.items, tile.heads] += links
-        first = tile.first_keys_kept(self.pattern, sizes, first_keys)
-        self.beyond[tile.items, tile.heads] += (kept - first).clamp(min=0).sum(-1, dtype=torch.float64)
+        if first_keys is not None:
+            first = tile.first_keys_kept(self.pattern, sizes, first_keys)
+            self.beyond[tile.items, tile.heads] += (kept - first).clamp(min=0).sum(-1, dtype=torch.float64)
 
-    def finish(self, base_links: Tensor, histogram: Histogram, full_norm: Tensor, beyond: Tensor) -> Retention:
+    def finish(self, full: _FullSums, histogram: Histogram) -> Retention:
         best, slack = histogram.best(self.links)
-        error = lost_output = None
+        error = lost_output = others = None
         if self.squared_error is not None:
             # Equal outputs have error 0, also where the full output is zero (0 / 0).
-            error = torch.where(self.squared_error == 0, 0.0, (self.squared_error / full_norm).sqrt()).to(self.kept.dtype)
+            error = torch.where(self.squared_error == 0, 0.0, (self.squared_error / full.squared_norm).sqrt())
+            error = error.to(self.kept.dtype)
         if self.squared_loss is not None:
-            lost_output = torch.where(self.squared_loss == 0, 0.0, (self.squared_loss / full_norm).sqrt())
+            lost_output = torch.where(self.squared_loss == 0, 0.0, (self.squared_loss / full.squared_norm).sqrt())
         lost = None if self.lost is None else self.lost.finish()
-        others = torch.where(beyond > 0, self.beyond / beyond, 1.0)
-        return Retention(self.kept, self.links, base_links, best, slack, error, lost, lost_output, others, _histogram=histogram)
+        if full.first_keys is not None:
+            others = torch.where(full.beyond > 0, self.beyond / full.beyond, 1.0)
+        return Retention(self.kept, self.links, full.links, best, slack, error, lost, lost_output, others, _histogram=histogram)

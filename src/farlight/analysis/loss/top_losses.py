@@ -128,26 +128,36 @@ class LostLinkCollector:
         self._probability = torch.zeros(shape, dtype=dtype, device=device)
         self._index = torch.zeros(4, *shape, dtype=torch.int64, device=device)
 
-    def add(self, tile: Tile, mask: Tensor, q_offset: int) -> None:
-        """Add a tile. `mask`: the pairs that pattern and base allow, broadcastable to `tile.probability`."""
-        lost = tile.probability.masked_fill(mask, 0.0).transpose(0, 1)  # (heads, texts, rows, keys)
-        if not lost.numel():
+    def add(self, tile: Tile, mask: Tensor, row_lost: Tensor, q_offset: int) -> None:
+        """Add a tile.
+
+        Args:
+            mask: the pairs that pattern and base allow, broadcastable to `tile.probability`.
+            row_lost: `(B', H', rows)`, the largest probability outside the mask in each row.
+            q_offset: position of the first query.
+
+        Of each list that gains a link, the `count` rows with the largest lost probabilities hold the tile's `count` heaviest
+        links; only these rows are searched.
+        """
+        if not row_lost.numel():
             return
-        lists = tile.heads if self.per_head else slice(0, 1)
-        candidates = lost.reshape(lists.stop - lists.start, -1)
-        current = self._probability[lists]
-        if not bool((candidates.amax(1) > current.amin(1)).any()):
+        first = tile.heads.start if self.per_head else 0
+        of_lists = row_lost.transpose(0, 1).reshape(row_lost.shape[1] if self.per_head else 1, -1)
+        count, tile_lists = self._probability.shape[1], slice(first, first + of_lists.shape[0])
+        gaining = (of_lists.amax(1) > self._probability[tile_lists].amin(1)).nonzero().squeeze(1)
+        if not gaining.numel():
             return
-        probability, flat = candidates.topk(min(current.shape[1], candidates.shape[1]), dim=1)
-        flat += torch.arange(candidates.shape[0], device=flat.device)[:, None] * candidates.shape[1]
-        coordinates = []
-        for size in reversed(lost.shape):
-            coordinates.append(flat % size)
-            flat = flat // size
-        key, row, text, head = coordinates
-        index = torch.stack([text + tile.items.start, head + tile.heads.start, row + tile.rows.start + q_offset, key])
-        merged, merged_index = torch.cat([current, probability], 1), torch.cat([self._index[:, lists], index], 2)
-        order = merged.sort(dim=1, descending=True, stable=True).indices[:, : current.shape[1]]
+        rows = of_lists[gaining].topk(min(count, of_lists.shape[1]), dim=1).indices
+        if self.per_head:
+            rows = rows + (gaining * of_lists.shape[1])[:, None]
+        self._merge(gaining + first, *_heaviest_in_rows(tile, mask, rows, count, q_offset))
+
+    def _merge(self, lists: Tensor, probability: Tensor, index: Tensor) -> None:
+        """Merge candidates into the lists `(n,)`: probabilities `(n, m)`, and `(4, n, m)` text, head, query and key."""
+        count = self._probability.shape[1]
+        merged = torch.cat([self._probability[lists], probability], 1)
+        merged_index = torch.cat([self._index[:, lists], index], 2)
+        order = merged.sort(dim=1, descending=True, stable=True).indices[:, :count]
         self._probability[lists] = merged.gather(1, order)
         self._index[:, lists] = merged_index.gather(2, order.expand(4, -1, -1))
 
@@ -156,6 +166,21 @@ class LostLinkCollector:
         probability = self._probability.flatten()
         order = probability.sort(descending=True, stable=True).indices[: int((probability > 0).sum())]
         return LostLinks(probability[order], *self._index.flatten(1)[:, order])
+
+
+def _heaviest_in_rows(tile: Tile, mask: Tensor, rows: Tensor, count: int, q_offset: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest probabilities outside the mask in each set of rows: `(n, m)`, and `(4, n, m)` text, head, query, key.
+
+    rows: `(n, r)` int64, indices into the tile's (head, text, row) in that order; m = count, or all pairs of r rows.
+    """
+    texts, _, num_rows, keys = tile.probability.shape
+    row, text, head = rows % num_rows, rows // num_rows % texts, rows // (num_rows * texts)
+    allowed = mask.expand(tile.probability.shape)[text, head, row]
+    lost = tile.probability[text, head, row].masked_fill_(allowed, 0.0).flatten(1)  # (n, r * keys)
+    probability, flat = lost.topk(min(count, lost.shape[1]), dim=1)
+    text, head, row = (place.gather(1, flat // keys) for place in (text, head, row))
+    coordinates = text + tile.items.start, head + tile.heads.start, row + tile.rows.start + q_offset, flat % keys
+    return probability, torch.stack(coordinates)
 
 
 def words_of(ids: Sequence[int], tokenizer: Any) -> list[str]:
