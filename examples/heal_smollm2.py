@@ -2,8 +2,8 @@
 
     python examples/heal_smollm2.py --text war-and-peace.txt --out heal
 
-The teacher is the model with full attention. The student starts as the same weights under a pattern or router; LoRA adapters
-(peft) or all weights (`--all-weights`) are trained to minimise
+The teacher is the model with full attention. The student starts as the same weights under a pattern, router or fit; LoRA
+adapters (peft) or all weights (`--all-weights`) are trained to minimise
 
     KL(teacher's predictions ‖ student's)  +  hidden · mean of ‖student's state - teacher's‖² / ‖teacher's‖²
 
@@ -34,13 +34,14 @@ from torch import Tensor
 from torch.nn import functional
 
 import farlight as fl
+from farlight.analysis.candidates_by_layer import pattern_for, subjects
 from farlight.analysis.loss.language import LanguageReader, paired_interval
 from farlight.analysis.passages import cut_passages
-from farlight.cli.inputs import read_judged, read_text
+from farlight.cli.inputs import read_subjects, read_text
 from farlight.hf import sparsify, use_pattern
+from farlight.hf.layers import attention_layers
 from farlight.hf.loading import load_model
 from farlight.hf.setting import Observation
-from farlight.routing import Router
 
 FULL = "causal()"
 SINKS = "seen_by_all([0, 1, 2, 3])"
@@ -53,7 +54,6 @@ PATTERNS = (
 # Rows whose logits are formed at a time: all of them would take tokens · vocabulary numbers, several times over.
 LOGIT_ROWS = 128
 MEASURED = ("step", "seconds", "curve", "full", "losses")  # what a stored run holds beside weights and optimizer
-# Name, default, meaning.
 NUMBERS = (
     ("tokens", 1024, "tokens of a passage"),
     ("steps", 200, "steps of the optimizer"),
@@ -124,8 +124,8 @@ class Student:
             self.model.requires_grad_(True)
         self.model.eval()
         self.weights = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        self.pattern = read_judged([recipe.pattern])[0]
-        sparsify(self.model, self.pattern)
+        self.subject = subjects(read_subjects([recipe.pattern]))[0]
+        sparsify(self.model, self.subject.chosen)
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Write the whole model, adapters added to its weights; the student cannot be trained any more."""
@@ -180,11 +180,12 @@ def judge(model: Any, passages: Tensor) -> list[float]:
 def links_kept(student: Student, ids: Tensor) -> float:
     """Links as a share of those of full attention on one passage `(1, N)`, mean over layers and heads."""
     calls: list[Observation] = []
-    with use_pattern(student.model, student.pattern, observer=calls.append):
+    with use_pattern(student.model, student.subject.chosen, observer=calls.append):
         student.model.base_model(ids, use_cache=False)
-    chosen = [student.pattern(call.q, call.k) if isinstance(student.pattern, Router) else student.pattern for call in calls]
-    n, heads = ids.shape[1], calls[0].q.shape[1]
-    pairs = sum(fl.plan(pattern & call.own, n, heads=heads).pairs for pattern, call in zip(chosen, calls, strict=True))
+    n, heads, pairs = ids.shape[1], calls[0].q.shape[1], 0
+    for number, call in zip(attention_layers(student.model), calls, strict=True):
+        chosen = pattern_for(student.subject.at(number), call.q, call.k)
+        pairs += fl.plan(call.own if chosen is None else chosen & call.own, n, heads=heads).pairs
     return pairs / sum(heads * call.own.count(n) for call in calls)
 
 
@@ -230,7 +231,8 @@ class Run:
         if not self.full:
             self.full = judge(self.teacher, self.judged)
             self._record({"step": 0}, True)
-        while self.step < self.recipe.steps:
+        is_over = False
+        while self.step < self.recipe.steps and not is_over:
             begin = time.monotonic()
             line = self._step()
             self.seconds += time.monotonic() - begin
@@ -238,22 +240,19 @@ class Run:
             self._record(line, is_last or self.step % judge_every == 0)
             if is_last or is_over or self.step % store_every == 0:
                 self.store()
-            if is_over:
-                break
         return self.step == self.recipe.steps
 
     def _step(self) -> dict[str, float]:
         """One step of the optimizer; the line of the curve."""
-        recipe = self.recipe
-        self.optimizer.param_groups[0]["lr"] = recipe.rate_at(self.step)
+        self.optimizer.param_groups[0]["lr"] = self.recipe.rate_at(self.step)
         self.optimizer.zero_grad()
-        places = recipe.places(self.step, len(self.learned))
-        parts = [backward(self.student.model, self.teacher, self.learned[place][None], recipe) for place in places]
+        places = self.recipe.places(self.step, len(self.learned))
+        parts = [backward(self.student.model, self.teacher, self.learned[place][None], self.recipe) for place in places]
         torch.nn.utils.clip_grad_norm_(self.student.weights.values(), 1.0)
         self.optimizer.step()
         self.step += 1
         means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-        return {"step": self.step, "rate": recipe.rate_at(self.step - 1)} | means
+        return {"step": self.step, "rate": self.recipe.rate_at(self.step - 1)} | means
 
     def _record(self, line: dict[str, float], with_judgement: bool) -> None:
         """Add a line to the curve and print it."""
@@ -309,7 +308,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="a causal language model: smollm2, a folder, or a name of the hub")
-    parser.add_argument("--pattern", action="append", help=f"a pattern or router; repeatable. Default: {', '.join(PATTERNS)}")
+    parser.add_argument("--pattern", action="append", help=f"or a file of a fit; repeatable. Default: {', '.join(PATTERNS)}")
     parser.add_argument("--text", type=Path, nargs="+", default=[None], help="text files; default: Python's manual")
     parser.add_argument("--out", type=Path, default=Path("heal"))
     parser.add_argument("--all-weights", action="store_true", help="train all weights instead of adapters")
@@ -330,8 +329,9 @@ def main(arguments: list[str] | None = None) -> None:
     for pattern in args.pattern or PATTERNS:
         print(f"{pattern}: {len(learned)} passages to learn from, {len(judged)} to judge on", flush=True)
         recipe = Recipe(pattern, args.tokens, args.steps, args.batch, rank, rate, args.hidden, args.truth, args.seed)
-        # Patterns of the same words are told apart by a checksum.
-        folder = re.sub(r"\W+", "-", pattern).strip("-")[:40] + f"-{zlib.crc32(pattern.encode()):08x}"
+        # Patterns of the same words are told apart by a checksum, fits by that of their file.
+        content = Path(pattern).read_bytes() if pattern.endswith(".json") else pattern.encode()
+        folder = re.sub(r"\W+", "-", pattern).strip("-")[:40] + f"-{zlib.crc32(content):08x}"
         run = Run(args.out / folder, recipe, teacher, learned, judged)
         if not run.train(end, args.store_every, args.judge_every):
             print(f"stopped after step {run.step} of {recipe.steps}; run again to go on")

@@ -14,7 +14,7 @@ from test_audit import tokenizer, words
 from test_language import ids, llama
 
 import farlight as fl
-from farlight.hf import use_pattern
+from farlight.hf import use_pattern, write_layers
 from farlight.hf.loading import load_model
 
 pytest.importorskip("matplotlib")
@@ -144,3 +144,18 @@ def test_a_healed_model_is_saved_and_another_recipe_is_refused(heal: Any, place:
     assert all(torch.equal(weight, state["weights"][name]) for name, weight in healed.named_parameters())
     with pytest.raises(SystemExit, match="holds a run of another recipe \\(rate 0.0001\\)"):
         heal.main(options(place, "saved", "--all-weights", "--judged-tokens", "56", "--rate", "0.5"))
+
+
+def test_the_file_of_a_fit_is_healed(heal: Any, place: Path) -> None:
+    """Layer 0 is sparse, the others keep the model's own attention: the links say so, and another file is another run."""
+    fits = []
+    for width in (1, 3):
+        path = place / f"fit{width}" / "fit.json"
+        path.parent.mkdir(exist_ok=True)
+        write_layers({0: fl.window(width, 0)}, path)
+        heal.main(options(place, "fits", "--all-weights", patterns=(str(path),)))
+        fits.append(fl.window(width, 0).count(40) / fl.causal().count(40))
+    layers = llama().config.num_hidden_layers
+    results = [result for _, result in read(place, "fits")]
+    assert sorted(result["links"] for result in results) == pytest.approx([(fit + layers - 1) / layers for fit in fits])
+    assert all(result["before"] != result["full"] for result in results)
