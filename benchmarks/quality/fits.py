@@ -18,12 +18,17 @@ from quality.rules import SINKS, Rule
 __all__ = ["CANDIDATES", "FITS", "fit_rules", "profile", "store_fit"]
 
 FITS = Path(__file__).resolve().parents[1] / "results" / "quality"
-# What each fit chooses from: cheap choices, and those that read every score first.
+# What each fit chooses from: cheap choices, positions alone, and choices that read every score first.
 CANDIDATES = {
     "blocks": loss_expressions(None),
+    "positions": [
+        *(f"window({width}, 0) | {SINKS}" for width in (8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
+        *(f"window({width}, 0) | strided({stride}) | {SINKS}" for width, stride in ((64, 64), (64, 16), (256, 32))),
+        "full()",
+    ],
     "keys": [
         f"window(1, 0) | {SINKS}",
-        *(f"topkeys(share={share}, causal=True) | {SINKS}" for share in (0.01, 0.025, 0.05, 0.1, 0.18, 0.3)),
+        *(f"topkeys(share={share}, causal=True) | {SINKS}" for share in (0.01, 0.02, 0.035, 0.06, 0.1, 0.18, 0.3)),
         "full()",
     ],
 }

@@ -35,8 +35,6 @@ from farlight.routing.notation import is_router, read_router
 
 __all__ = ["LossFit", "LossProfile", "loss_expressions", "profile_loss", "profile_steps"]
 
-_NEAR = "window(32, 0) | seen_by_all([0, 1, 2, 3])"
-
 
 @dataclass(frozen=True)
 class LossFit:
@@ -97,16 +95,17 @@ class LossProfile:
 
 
 def loss_expressions(candidates: Sequence[str | Pattern] | None) -> list[str]:
-    """The candidates of a fit by loss as expressions. None: blocks of 4 keys by share and by mass, windows, full attention.
+    """The candidates of a fit by loss as expressions. None: blocks of 2 keys, chosen for 4 or 16 queries by share or mass,
+    windows, full attention.
 
     Raises ArgumentError for a family whose members are grown from attention shares, PatternError for an unreadable expression.
     """
     if candidates is None:
-        blocks = 'block=4, query_block=16, causal=True, score="softmax"'
-        budgets = [f"share={share}" for share in (0.02, 0.04, 0.07, 0.11, 0.17, 0.26, 0.4)]
-        budgets += [f"mass={mass}" for mass in (0.5, 0.7, 0.8, 0.9, 0.95)]
-        windows = [f"window({width}, 0) | seen_by_all([0, 1, 2, 3])" for width in (64, 128, 256)]
-        return [_NEAR, *windows, *(f"topblocks({budget}, {blocks}) | {_NEAR}" for budget in budgets), "full()"]
+        windows = [_near(width) for width in (8, 16, 32, 64, 128, 256)]
+        fine = [_blocks(f"share={share}", 4) for share in (0.01, 0.02, 0.035, 0.06, 0.1, 0.16, 0.25, 0.4)]
+        coarse = [_blocks(f"share={share}", 16) for share in (0.02, 0.06, 0.14, 0.3)]
+        coarse += [_blocks(f"mass={mass}", 16) for mass in (0.7, 0.9)]
+        return [*windows, *fine, *coarse, "full()"]
     texts = [
         repr(each) if isinstance(each, Pattern) else str(each)
         for each in ([candidates] if isinstance(candidates, str | Pattern) else candidates)
@@ -119,8 +118,17 @@ def loss_expressions(candidates: Sequence[str | Pattern] | None) -> list[str]:
             )
         read_router(text)
     if not texts:
-        raise ArgumentError("candidates is empty; give at least one, or None for blocks of 4 keys and windows.")
+        raise ArgumentError("candidates is empty; give at least one, or None for blocks of 2 keys and windows.")
     return texts
+
+
+def _near(width: int) -> str:
+    return f"window({width}, 0) | seen_by_all([0, 1, 2, 3])"
+
+
+def _blocks(budget: str, queries: int) -> str:
+    """Chosen blocks of 2 keys; the window reaches the keys behind the last block that all queries of a list may choose."""
+    return f'topblocks({budget}, block=2, query_block={queries}, causal=True, score="softmax") | {_near(queries)}'
 
 
 def profile_steps(passages: int) -> list[str]:
