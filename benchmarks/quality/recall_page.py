@@ -41,17 +41,18 @@ def recall_section(folder: Path) -> str:
             pattern, task, length, number = key.rsplit(" | ", 3)
             given[int(length), task, pattern][seed, int(number)] = correct
             if pattern != FULL:
-                commands[_command(pattern, task, length, questions)] = None
+                commands[_command(pattern, task, length, questions, seed)] = None
     if not given:
         return ""
     lines = [_row(key, answers, given[key[0], key[1], FULL]) for key, answers in sorted(given.items(), key=_order)]
     return _HEAD.format(commands="\n".join(commands)) + "\n".join(lines) + "\n"
 
 
-def _command(pattern: str, task: str, length: str, questions: int) -> str:
+def _command(pattern: str, task: str, length: str, questions: int, seed: int) -> str:
     """The command that asks these questions, to be run from the root of the repository."""
     pattern = f"benchmarks/results/quality/{pattern}" if pattern.endswith(".json") else pattern
-    return f"farlight recall --model smollm2 --task {task} --length {length} --questions {questions} --pattern '{pattern}'"
+    asked = f"--task {task} --length {length} --questions {questions}" + (f" --seed {seed}" if seed else "")
+    return f"farlight recall --model smollm2 {asked} --pattern '{pattern}'"
 
 
 def _order(item: tuple[Key, dict[tuple[int, int], bool]]) -> tuple[int, str, bool, str]:
