@@ -113,6 +113,11 @@ def close(a: Tensor, b: Tensor, relative: float = 1e-5) -> None:
 
 
 # ---- parity ----------------------------------------------------------------------------------------------------------
+# Models whose queries choose key blocks, those of the padding too: what else a tile of rows visits decides in which order the
+# sums of its real rows are formed, so that their last bits may change with the padding.
+CHOOSING = {"MiniMax-M3"}
+
+
 @pytest.mark.parametrize(
     "name, pattern, side",
     [
@@ -133,7 +138,11 @@ def test_a_model_computes_what_it_always_did(name: str, pattern: fl.Pattern | No
         actual = first(model, tokens, real.long())
         close(actual[real], expected[real])
         tokens[~real] = 7
-        assert torch.equal(first(model, tokens, real.long())[real], actual[real])
+        changed = first(model, tokens, real.long())
+    if name in CHOOSING:
+        close(changed[real], actual[real])
+    else:
+        assert torch.equal(changed[real], actual[real])
 
 
 @pytest.mark.parametrize("name", MORE)

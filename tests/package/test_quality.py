@@ -89,10 +89,9 @@ def test_answers_of_several_seeds_are_added_up(tmp_path: Path) -> None:
     text = recall_section(tmp_path)
     assert "| 512 | keys | full attention | 6 of 8 | 41% … 93% |  |  |  |" in text
     assert "| 512 | keys | `window(8, 0) \\| sinks` | 4 of 8 | 22% … 78% | 3 | 3 | 1 |" in text
-    assert (
-        text.count("farlight recall --model smollm2 --task keys --length 512 --questions 4 --pattern 'window(8, 0) | sinks'")
-        == 1
-    )
+    asked = "farlight recall --model smollm2 --task keys --length 512 --questions 4"
+    for seed in ("", " --seed 1"):
+        assert text.count(f"{asked}{seed} --pattern 'window(8, 0) | {SINKS}'") == 1
 
 
 def test_links_that_were_not_counted_are_named(tmp_path: Path) -> None:
