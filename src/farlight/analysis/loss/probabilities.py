@@ -19,6 +19,7 @@ from farlight.analysis.loss.tile_masks import TileFrame, tile_mask
 from farlight.errors import ArgumentError
 from farlight.patterns.algebra import looks_back
 from farlight.patterns.expression import Pattern, Sizes
+from farlight.patterns.positional import causal
 from farlight.ragged import expand_counts
 from farlight.score.lowered import ScoreTerms, lower
 from farlight.score.terms import Score
@@ -134,7 +135,7 @@ def tiles(
         if base is not None:
             allowed = tile_mask(base, TileFrame(rows, items, heads, num_keys, sizes, q.device))
             # causal(): every row of the tile may see the keys up to the first row.
-            first = min(num_keys, max(0, rows.start + sizes.q_offset + 1)) if base.text == "causal()" else 0
+            first = min(num_keys, max(0, rows.start + sizes.q_offset + 1)) if base == causal() else 0
             scores[..., first:].masked_fill_(~allowed[..., first:], -torch.inf)
         probability, sink = softmax(scores, sinks)
         yield Tile(rows, items, heads, kv_heads, scores, probability, allowed, sinks, sink)
