@@ -231,6 +231,9 @@ def test_a_text_too_long_to_be_timed_is_timed_at_a_shorter_length(monkeypatch: p
         assert row.runs == 3
         assert 0 <= row.spread < 100 * row.seconds
     monkeypatch.setattr("farlight.analysis.cost._TIMED_BYTES", 2**30)
+    monkeypatch.setattr("farlight.analysis.cost._ROUTED_SECONDS", 0.0)
+    rows = [row.long_text for row in audit(encoder(), cut, patterns).patterns]
+    assert [(row.tokens, row.full_links) for row in rows] == [(64, 64**2 * 8)] * 3
     assert audit(encoder(), cut, patterns[:1]).patterns[0].long_text.tokens == 700
 
 
@@ -239,6 +242,9 @@ def test_how_long_a_text_is_timed() -> None:
     assert [timed_length(minilm, n) for n in (1, 174_762, 174_763, 10**7)] == [1, 174_762, 1 << 17, 1 << 17]
     llama = AttentionShape(32, 8, 128, 128, torch.bfloat16, torch.device("cpu"), fl.causal())
     assert timed_length(llama, 10**6) == 1 << 15
+    # Routers that take 0.1 s for 2048 tokens may take 10 s at ten times that length; 100 s: no longer than a passage.
+    assert [timed_length(minilm, n, 0.1, 2048) for n in (20_480, 20_481, 10**7)] == [20_480, 1 << 14, 1 << 14]
+    assert timed_length(minilm, 10**7, 100.0, 2048) == 2048
 
 
 def test_a_pattern_made_for_the_timed_length_is_not_counted_elsewhere() -> None:

@@ -90,7 +90,7 @@ class PatternAudit:
         worst_head, worst_head_at: the smallest mass of a head, and its (layer, head).
         best: the most that as many links could keep, mean over layers and heads.
         token_cosine, pooled_cosine: of last hidden states, sparse against full, by token and of their mean over a passage.
-        long_text: cost at the length of the whole text.
+        long_text: cost at the length of the whole text, or at the longest that is timed.
         language: next-token loss on the second half of each passage; None unless the model is a causal language model.
         mass_by_head, best_by_head: by layer and head.
         lost: the heaviest lost links, with words where a tokenizer was given.
@@ -188,7 +188,7 @@ def steps(passages: Passages, patterns: Sequence[Judged | Subject]) -> list[str]
     candidates = subjects(patterns)
     names = [candidate.name for candidate in candidates]
     long = [f"long text: {candidate.name}" for candidate in candidates for _ in _layers_timed(candidate)]
-    return ["full attention", *names] * batches + [f"timed: {name}" for name in ("full attention", *names)] + long
+    return ["full attention", *names] * batches + [f"timed: {name}" for name in (*names, "full attention")] + long
 
 
 def audit(
@@ -263,25 +263,25 @@ def _measure_costs(
     step: Callable[[str], None],
 ) -> tuple[list[tuple[Cost, Cost]], int]:
     """((cost in passages, cost at the length of the text) of each candidate, length at which full attention was timed)."""
-    step("timed: full attention")
-    timed_tokens = timed_length(layer, tokens)
-    long_full, measured_at = full_seconds(layer, timed_tokens)
     tensors = run.first_call.q, run.first_call.k, run.first_call.v
-    passage_costs = []
+    by_layer = []
     for candidate in candidates:
         step(f"timed: {candidate.name}")
-        costs = [cost_in_passages(layer, pattern, tensors, backend=backend) for pattern in _timed(candidate, run.layers)]
-        passage_costs.append(mean_cost(costs))
-    long_tensors = layer.random(timed_tokens)
-    long_costs = []
-    for candidate in candidates:
         patterns = _timed(candidate, run.layers)
+        by_layer.append([(pattern, cost_in_passages(layer, pattern, tensors, backend=backend)) for pattern in patterns])
+    routed = max(sum(cost.seconds for pattern, cost in costs if isinstance(pattern, Router)) for costs in by_layer)
+    step("timed: full attention")
+    timed_tokens = timed_length(layer, tokens, routed / tensors[0].shape[0], tensors[0].shape[2])
+    long_full, measured_at = full_seconds(layer, timed_tokens)
+    long_tensors, long_costs = layer.random(timed_tokens), []
+    for candidate, timed_layers in zip(candidates, by_layer, strict=True):
         costs = []
-        for number, pattern in enumerate(patterns):
+        for number, (pattern, _) in enumerate(timed_layers):
             if number in _layers_timed(candidate):
                 step(f"long text: {candidate.name}")
-            costs.append(cost_at_length(layer, pattern, long_tensors, long_full, backend=backend, layers=len(patterns)))
+            costs.append(cost_at_length(layer, pattern, long_tensors, long_full, backend=backend, layers=len(timed_layers)))
         long_costs.append(mean_cost(costs))
+    passage_costs = [mean_cost([cost for _, cost in costs]) for costs in by_layer]
     return list(zip(passage_costs, long_costs, strict=True)), measured_at
 
 

@@ -35,6 +35,9 @@ _FULL_FLOPS = 3e10
 _TIMED_BYTES = 2**30
 # Seconds to spend on repeating a call at the timed length, and the number of repetitions that its median is taken of.
 _REPEAT_SECONDS, _REPEATS = 10.0, 3
+# Seconds that the first calls of a candidate's routers may take at the timed length. Choosing compares every query block with
+# every key block, and a share or a mass of the keys grows with the text: such a call takes up to n² time.
+_ROUTED_SECONDS = 10.0
 # Score bytes that the reference backend may form; it forms all of them and is made for short texts.
 _REFERENCE_BYTES = 2**31
 
@@ -178,10 +181,15 @@ def cost_at_length(
     return replace(cost, seconds=timing.seconds, spread=timing.spread, runs=timing.runs, plan_seconds=plan_seconds)
 
 
-def timed_length(shape: AttentionShape, n: int) -> int:
-    """Tokens at which a text of n tokens is timed: n, or the largest power of two within `_TIMED_BYTES`."""
+def timed_length(shape: AttentionShape, n: int, routed: float = 0.0, passage: int = 1) -> int:
+    """Tokens at which a text of n tokens is timed: n, or the largest power of two within `_TIMED_BYTES` and `_ROUTED_SECONDS`.
+
+    routed: seconds that the routers of the slowest candidate take for one passage of `passage` tokens, expected to grow as n².
+    """
     bytes_per_token = (shape.heads + shape.kv_heads) * (shape.head_dim + shape.value_dim) * shape.dtype.itemsize
     max_tokens = max(1, _TIMED_BYTES // bytes_per_token)
+    if routed > 0.0:
+        max_tokens = min(max_tokens, max(passage, int(passage * (_ROUTED_SECONDS / routed) ** 0.5)))
     return n if n <= max_tokens else 1 << (max_tokens.bit_length() - 1)
 
 
