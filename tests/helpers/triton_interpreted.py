@@ -1,7 +1,7 @@
 """The Triton kernels under Triton's interpreter: run by `test_triton.py` in a process with TRITON_INTERPRET=1.
 
-All cases are run always in float32, and as `slow` tests in 16 bits. Not collected by itself: the variable must be set before
-triton is first imported.
+Cases are run always in float32, and as `slow` tests in 16 bits, the long ones in both. Not collected by itself: the variable
+must be set before triton is first imported.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import itertools
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -36,13 +36,23 @@ pytestmark = pytest.mark.usefixtures("poison")
 HALF = (torch.bfloat16, torch.float16)
 # Each of these meets something in 16 bits that the others do not.
 IN_HALF = ("dilated window, one side", "scale, negative", "head_dim 72")
+# Each takes the interpreter ten seconds and more, and meets nothing that no other does: long rows are split in
+# `test_split_items_are_merged_exactly`.
+LONG = (
+    *("long row", "long rows, per head", "dropout, long row", "strided beyond the text", "dilated wider than the text"),
+    *("clusters of one", "chosen blocks of odd sizes"),
+)
 
 
 def test_the_named_cases_exist() -> None:
-    assert set(IN_HALF) <= {of.name for of in CASES}
+    assert {*IN_HALF, *LONG} <= {of.name for of in (*CASES, *ROUTED)}
 
 
-@pytest.mark.parametrize("of", CASES, ids=str)
+def long_ones_slow(cases: Sequence[Case]) -> list[Any]:
+    return [pytest.param(of, id=str(of), marks=[pytest.mark.slow] if of.name in LONG else []) for of in cases]
+
+
+@pytest.mark.parametrize("of", long_ones_slow(CASES))
 def test_parity(of: Case) -> None:
     """Output, lse and gradients, those through the lse too."""
     compare(of, "triton", torch.float32, with_grad_lse=True)
@@ -96,7 +106,7 @@ def device_planning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routed, "allow_cpu", True)
 
 
-@pytest.mark.parametrize("of", ROUTED, ids=str)
+@pytest.mark.parametrize("of", long_ones_slow(ROUTED))
 def test_parity_of_routed(of: Case, device_planning: None) -> None:
     compare(of, "triton", torch.float32, with_grad_lse=True)
     assert kept_with(of.pattern, ("triton", of.sizes), lambda: None) is not None, "planned on the device"
