@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from farlight.errors import UnsupportedError
+from farlight.kernels.counting import count_links
 from farlight.patterns.expression import Sizes
 from farlight.patterns.notation import parse
-from farlight.plan.build import count_pairs
 
 __all__ = ["register"]
 
@@ -29,7 +29,7 @@ def _pairs(q: Tensor, k: Tensor, tables: Sequence[Tensor], pattern: str, q_offse
             "be counted. Count with real tensors."
         )
     with _disable_current_modes():  # counting computes, which under fake tensors nothing does
-        return count_pairs(parse(pattern, tuple(tables)), Sizes(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1]))
+        return count_links(parse(pattern, tuple(tables)), Sizes(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1]))
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = None) -> int:

@@ -14,6 +14,7 @@ from content_cases import assert_same_choice, links, random_masks, random_router
 
 import farlight as fl
 from farlight.kernels import cpu
+from farlight.kernels.counting import count_links
 from farlight.kernels.cpu.content import _numbers, content_plan
 from farlight.kernels.cpu.launch import strided_address
 from farlight.kernels.cpu.native import module, native_plan
@@ -97,6 +98,20 @@ def test_the_native_plan_holds_the_pairs_of_the_pattern(seed: int) -> None:
         assert plan.pairs == int(dense.sum()) <= plan.visited
         planned += 1
     assert planned == 40
+
+
+def test_links_of_lists_are_counted_by_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from the key intervals of each row, of which there are as many as blocks."""
+    monkeypatch.setattr("farlight.kernels.counting.count_pairs", lambda *arguments: pytest.fail("counted row by row"))
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    for _ in range(20):
+        pattern, sizes = random_pattern(rng)
+        shape = (sizes.batch, sizes.heads, sizes.n_q, sizes.n_k)
+        dense = pattern.dense(sizes.n_q, sizes.n_k, batch=sizes.batch, heads=sizes.heads, q_offset=sizes.q_offset).expand(shape)
+        assert count_links(pattern, sizes) == int(dense.sum()), (pattern, sizes)
+    chosen = TopBlocks(2, 8, 16, causal=True)(*torch.randn(2, 1, 3, 100, 8).unbind())
+    assert chosen.count(100, heads=3) == int(chosen.dense(100, heads=3).sum())
 
 
 def test_a_router_for_each_head_is_planned_natively_and_needs_a_part_for_each() -> None:

@@ -164,7 +164,7 @@ LAYERS = {
 
 # Functions that reach up when they are called, each with its reason.
 REACHING_UP = {
-    ("farlight.patterns.expression", "farlight.plan.build"): "Pattern.count is a sum over the planner's terms",
+    ("farlight.patterns.expression", "farlight.kernels.counting"): "Pattern.count is counted as it is planned",
     ("farlight.patterns.expression", "farlight.analysis.plot"): "Pattern.plot draws",
     ("farlight.patterns.expression", "farlight.analysis.notebook"): "a notebook shows the matrix",
     ("farlight.kernels.calibrate", "farlight"): "the file of measured rates carries the version",

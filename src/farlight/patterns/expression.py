@@ -203,9 +203,9 @@ class Pattern:
         >>> fl.window(256).count(1_000_000)
         512934208
         """
-        from farlight.plan.build import count_pairs
+        from farlight.kernels.counting import count_links
 
-        return count_pairs(self, Sizes.of(n, batch=batch, heads=heads))
+        return count_links(self, Sizes.of(n, batch=batch, heads=heads))
 
     def density(self, n: int, *, batch: int = 1, heads: int = 1) -> float:
         """Allowed pairs as a share of all n² pairs (0 for an empty sequence)."""

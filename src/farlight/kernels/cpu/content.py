@@ -17,7 +17,7 @@ from farlight.plan.content_clauses import ClauseKind, ContentClause, content_cla
 from farlight.plan.label_links import LabelPiece, label_union
 from farlight.plan.tables import TileShape
 
-__all__ = ["content_plan", "lost_bound"]
+__all__ = ["content_plan", "listed_pairs", "lost_bound"]
 
 
 def content_plan(pattern: Pattern, sizes: Sizes, shape: TileShape) -> ContentPlan | None:
@@ -31,19 +31,32 @@ def content_plan(pattern: Pattern, sizes: Sizes, shape: TileShape) -> ContentPla
     return None if tables is None else ContentPlan.of(pattern, sizes, tables)
 
 
+def listed_pairs(pattern: Pattern, sizes: Sizes, shape: TileShape) -> int | None:
+    """The number of pairs of a pattern with lists over batch and heads, tile by tile; None for any other pattern."""
+    tables = None
+    if pattern._tables and unavailable() is None:
+        with torch.inference_mode(False), torch.no_grad():
+            tables = _listed_tables(pattern, sizes, shape)
+    return None if tables is None else ContentPlan.of(pattern, sizes, tables).pairs
+
+
 def _tables(pattern: Pattern, sizes: Sizes, shape: TileShape) -> NativeTables | None:
     """The native plan, or None."""
-    extents = [sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, sizes.q_offset]
     with torch.inference_mode(False), torch.no_grad():
-        clauses = listed_clauses(pattern, sizes)
-        if clauses is None:
-            return _labelled_tables(pattern, sizes, shape, extents)
+        return _listed_tables(pattern, sizes, shape) or _labelled_tables(pattern, sizes, shape)
+
+
+def _listed_tables(pattern: Pattern, sizes: Sizes, shape: TileShape) -> NativeTables | None:
+    """The native plan of lists of blocks or keys, perhaps in union with windows and named tokens, or None."""
+    clauses = listed_clauses(pattern, sizes)
+    if clauses is None:
+        return None
     numbers = [_numbers(clause) for clause in clauses]
     owners = [table for clause in clauses for table in (clause.table, clause.real_keys) if table is not None]
-    return NativeTables(module().Plan(extents, numbers, owners, shape.gather))
+    return NativeTables(module().Plan(_extents(sizes), numbers, owners, shape.gather))
 
 
-def _labelled_tables(pattern: Pattern, sizes: Sizes, shape: TileShape, extents: list[int]) -> NativeTables | None:
+def _labelled_tables(pattern: Pattern, sizes: Sizes, shape: TileShape) -> NativeTables | None:
     """The native plan of clusterings, perhaps in union with a fixed pattern, or None."""
     with torch.device("cpu"):
         union = label_union(pattern, sizes)
@@ -52,7 +65,7 @@ def _labelled_tables(pattern: Pattern, sizes: Sizes, shape: TileShape, extents: 
         fixed = None if union.fixed is None else plan_for(union.fixed, sizes, shape)
     # Outside of the device's context, which would intercept the reading of every table.
     pieces = [_label_numbers(piece) for piece in union.pieces]
-    return NativeTables(module().Plan(fixed, extents, pieces, torch.get_num_threads()))
+    return NativeTables(module().Plan(fixed, _extents(sizes), pieces, torch.get_num_threads()))
 
 
 def _label_numbers(piece: LabelPiece) -> list[int]:
@@ -91,13 +104,16 @@ def lost_bound(q: Tensor, k: Tensor, pattern: Pattern, sizes: Sizes, lse: Tensor
     mask = [0, 1] if real is None else [real.data_ptr(), real.shape[0]]
     tensors = [TYPE_CODES[q.dtype], *q.shape[:2], k.shape[1], sizes.n_q, sizes.n_k, q.shape[3], 0, *mask]
     rule = [8, 1, sizes.q_offset, sizes.q_offset, int(is_causal), 0, SCORES.index("minmax"), 0]
-    extents = [sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, sizes.q_offset]
     numbers = [_numbers(clause) for clause in clauses]
     views = strided_address(q), strided_address(k)
     addresses = scale, lse.data_ptr(), lost.data_ptr()
     with naming_bad_indices(pattern, sizes):
-        module().lost(extents, numbers, tensors + rule, *views, *addresses, torch.get_num_threads())
+        module().lost(_extents(sizes), numbers, tensors + rule, *views, *addresses, torch.get_num_threads())
     return lost
+
+
+def _extents(sizes: Sizes) -> list[int]:
+    return [sizes.batch, sizes.heads, sizes.n_q, sizes.n_k, sizes.q_offset]
 
 
 def _numbers(clause: ContentClause) -> list[int]:
