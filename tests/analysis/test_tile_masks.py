@@ -84,3 +84,27 @@ def test_a_pattern_that_does_not_fit_is_refused() -> None:
     sizes = Sizes.of(N, N - 8, batch=B, heads=H)
     with pytest.raises(fl.PatternError, match="chosen_keys"):
         tile_mask(PATTERNS["keys"], TileFrame(slice(0, N), slice(0, B), slice(0, H), N, sizes, CPU))
+
+
+def test_a_pattern_of_all_heads_is_evaluated_once_for_the_tiles_of_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of long texts hold one batch item and key head."""
+    evaluated = list[int]()
+    allows = fl.window._allows
+
+    def counted(
+        self: fl.window, sizes: Sizes, b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor
+    ) -> torch.Tensor:
+        evaluated.append(int(i.min()))
+        return allows(self, sizes, b, h, i, j)
+
+    monkeypatch.setattr(fl.window, "_allows", counted)
+    monkeypatch.setattr("farlight.analysis.loss.probabilities._TILE_SCORES", 300)
+    q = torch.randn(B, H, N, 4)
+    fixed = (fl.window(3) | fl.seen_by_all([0])) & fl.causal()
+    measured = [fl.retention(q, q, pattern, base=fl.causal()) for pattern in (fixed, fixed | BLOCKS)]
+    rows = sorted(set(evaluated))
+    assert len(rows) > 1
+    assert sorted(evaluated) == sorted(rows * 2)
+    for result, pattern in zip(measured, (fixed, fixed | BLOCKS), strict=True):
+        links = (pattern & fl.causal()).dense(N, batch=B, heads=H).expand(B, H, N, N).sum((2, 3))
+        assert torch.equal(result.links, links)

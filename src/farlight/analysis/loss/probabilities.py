@@ -10,7 +10,7 @@ row: the probabilities of a row's keys and that share sum to 1.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -61,19 +61,20 @@ class Tile:
     allowed: Tensor | None
     sinks: Tensor | None = None
     sink: Tensor | None = None
+    shared: dict[Pattern, Tensor] = field(default_factory=dict)
 
     def mask(self, pattern: Pattern, sizes: Sizes) -> Tensor:
         """The mask of `pattern` & `base` in this tile, `(B' or 1, H' or 1, rows, keys)` bool."""
-        mask = tile_mask(pattern, self._frame(sizes, self.probability.shape[3]))
+        mask = tile_mask(pattern, self._frame(sizes, self.probability.shape[3], self.shared))
         return mask if self.allowed is None else mask & self.allowed
 
     def first_keys_kept(self, pattern: Pattern, sizes: Sizes, count: int) -> Tensor:
         """`(B', H', rows)`: probability kept on the first `count` keys."""
         probability = self.probability[..., :count]
-        return (probability * tile_mask(pattern, self._frame(sizes, probability.shape[3]))).sum(-1)
+        return (probability * tile_mask(pattern, self._frame(sizes, probability.shape[3], {}))).sum(-1)
 
-    def _frame(self, sizes: Sizes, keys: int) -> TileFrame:
-        return TileFrame(self.rows, self.items, self.heads, keys, sizes, self.probability.device)
+    def _frame(self, sizes: Sizes, keys: int, shared: dict[Pattern, Tensor]) -> TileFrame:
+        return TileFrame(self.rows, self.items, self.heads, keys, sizes, self.probability.device, shared)
 
     def gather_kept(self, pattern: Pattern, base: Pattern | None, sizes: Sizes) -> tuple[Tensor, Tensor] | None:
         """(kept probability per row `(B', H', rows)`, number of pairs `(1, 1)`) of `pattern` & `base`, without a dense mask.
@@ -122,7 +123,10 @@ def tiles(
 ) -> Iterator[Tile]:
     """Tiles that cover every row of every head exactly once. `base`: the pairs of full attention; None = all pairs."""
     is_causal = base is not None and looks_back(base)
+    shared_rows, shared = slice(0, 0), dict[Pattern, Tensor]()
     for rows, items, kv_heads in _tile_slices(q, k):
+        if rows != shared_rows:
+            shared_rows, shared = rows, {}
         heads = slice(kv_heads.start * q.shape[1] // k.shape[1], kv_heads.stop * q.shape[1] // k.shape[1])
         num_keys = min(k.shape[2], max(0, rows.stop + sizes.q_offset)) if is_causal else k.shape[2]
         scores = _scores(q[items, heads, rows], k[items, kv_heads, :num_keys], scale, accumulation_dtype(q))
@@ -133,12 +137,12 @@ def tiles(
             sinks = None if terms.sinks is None else terms.sinks[heads]
         allowed = None
         if base is not None:
-            allowed = tile_mask(base, TileFrame(rows, items, heads, num_keys, sizes, q.device))
+            allowed = tile_mask(base, TileFrame(rows, items, heads, num_keys, sizes, q.device, shared))
             # causal(): every row of the tile may see the keys up to the first row.
             first = min(num_keys, max(0, rows.start + sizes.q_offset + 1)) if base == causal() else 0
             scores[..., first:].masked_fill_(~allowed[..., first:], -torch.inf)
         probability, sink = softmax(scores, sinks)
-        yield Tile(rows, items, heads, kv_heads, scores, probability, allowed, sinks, sink)
+        yield Tile(rows, items, heads, kv_heads, scores, probability, allowed, sinks, sink, shared)
 
 
 def score_keys(

@@ -1,15 +1,15 @@
 """The mask of a pattern in a tile of full attention: some rows, batch items and heads, and the first keys.
 
 A pattern is evaluated part by part: an operation combines the masks of its parts by broadcasting, small ones first, so that a
-part that does not differ between heads is evaluated once for all of them. A list of keys or key blocks is scattered into its
-mask, one row per query block. Any other primitive that differs between batch items or heads is drawn from its key intervals
-where these are few; the rest are evaluated pair by pair.
+part that does not differ between heads is evaluated once for all of them, and once for all tiles of the same rows. A list of
+keys or key blocks is scattered into its mask, one row per query block. Any other primitive that differs between batch items or
+heads is drawn from its key intervals where these are few; the rest are evaluated pair by pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -24,7 +24,10 @@ __all__ = ["TileFrame", "tile_mask"]
 
 @dataclass(frozen=True)
 class TileFrame:
-    """Query rows, batch items and heads of a tile, and the number of its keys, in a problem of `sizes`."""
+    """Query rows, batch items and heads of a tile, and the number of its keys, in a problem of `sizes`.
+
+    `shared`: masks of patterns that do not differ between batch items and heads; frames of the same rows and keys may share it.
+    """
 
     rows: slice
     items: slice
@@ -32,6 +35,7 @@ class TileFrame:
     keys: int
     sizes: Sizes
     device: torch.device
+    shared: dict[Pattern, Tensor] = field(default_factory=dict)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -67,6 +71,14 @@ def tile_mask(pattern: Pattern, frame: TileFrame) -> Tensor:
 
 def _evaluate(pattern: Pattern, frame: TileFrame) -> Tensor:
     """The mask of a pattern, broadcastable to `(B', H', rows, keys)`."""
+    if pattern._tables or pattern.varies_over_batch or pattern.varies_over_heads:
+        return _evaluate_parts(pattern, frame)
+    if pattern not in frame.shared:
+        frame.shared[pattern] = _evaluate_parts(pattern, frame)
+    return frame.shared[pattern]
+
+
+def _evaluate_parts(pattern: Pattern, frame: TileFrame) -> Tensor:
     match pattern:
         case Union():
             return _combined([_evaluate(part, frame) for part in pattern.parts], torch.bitwise_or)
