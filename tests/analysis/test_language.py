@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -208,7 +207,6 @@ def test_a_gguf_file_is_parsed_once_while_a_model_is_loaded(monkeypatch: pytest.
         return make
 
     gguf = ModuleType("gguf")
-    gguf.__spec__ = ModuleSpec("gguf", None)
     readers = {name: made(name) for name in ("GGUFReader", "get_tensor_name_map")}
     vars(gguf).update(readers)
     monkeypatch.setitem(sys.modules, "gguf", gguf)

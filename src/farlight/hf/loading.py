@@ -42,7 +42,7 @@ def load_model(name: str | None) -> LoadedModel:
     """
     shown, location, options = _locate(name)
     try:
-        with _quiet_and_local(location), _gguf_read_once():
+        with _quiet_and_local(location), _gguf_read_once() if options else contextlib.nullcontext():
             from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
             from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -145,14 +145,11 @@ def _quiet_and_local(location: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """gguf's reader and map of names remember what they made; without the package gguf nothing.
+    """gguf's reader and map of names remember what they made.
 
     transformers parses a GGUF file four times for one model and its tokenizer, and makes the map of names anew for every module
     of the model: most of the time of loading it.
     """
-    if importlib.util.find_spec("gguf") is None:
-        yield
-        return
     gguf = importlib.import_module("gguf")
     slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     try:

@@ -49,7 +49,7 @@ class Tile:
     `scores` and `probability` are `(B', H', rows, keys)`: S with -inf where `base` does not allow, and its softmax; keys = n_k,
     or fewer where `base` allows no row of the tile a later key. `allowed` is the mask of `base`, `(B' or 1, H' or 1, rows,
     keys)` bool; None when `base` allows every pair. `sinks` `(H',)`: the sinks' scores, and `sink` `(B', H', rows)` their share
-    of each row; None without.
+    of each row; None without. `shared`: masks that all tiles of these rows have in common (`TileFrame`).
     """
 
     rows: slice
@@ -80,9 +80,8 @@ class Tile:
         """(kept probability per row `(B', H', rows)`, number of pairs `(1, 1)`) of `pattern` & `base`, without a dense mask.
 
         The pattern's spans are expanded to (row, key) pairs, whose probabilities are gathered and summed by row. None where
-        that
-        does not pay or cannot be done: more than one pair in `_GATHER_RATIO`, a pattern that differs between batch items or
-        heads, or an atom without cheap spans.
+        that does not pay or cannot be done: more than one pair in `_GATHER_RATIO`, a pattern that differs between batch items
+        or heads, or an atom without cheap spans.
         """
         both = pattern if base is None else base & pattern
         if both.varies_over_batch or both.varies_over_heads or not all(a._spans_are_cheap(sizes) for a in both.atoms()):
