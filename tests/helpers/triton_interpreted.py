@@ -36,8 +36,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 HALF = (torch.bfloat16, torch.float16)
 # Each of these meets something in 16 bits that the others do not.
 IN_HALF = ("dilated window, one side", "scale, negative", "head_dim 72")
-# Each takes the interpreter ten seconds and more, and meets nothing that no other does: long rows are split in
-# `test_split_items_are_merged_exactly`.
+# Each takes the interpreter ten seconds and more. Rows in parts are also tested by `test_split_items_are_merged_exactly`.
 LONG = (
     *("long row", "long rows, per head", "dropout, long row", "strided beyond the text", "dilated wider than the text"),
     *("clusters of one", "chosen blocks of odd sizes"),

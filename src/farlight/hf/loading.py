@@ -145,10 +145,10 @@ def _quiet_and_local(location: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """gguf's reader and map of names remember what they made.
+    """Cache gguf's parsed files and maps of tensor names until the end of the block.
 
-    transformers parses a GGUF file four times for one model and its tokenizer, and makes the map of names anew for every module
-    of the model: most of the time of loading it.
+    transformers parses a GGUF file four times for one model and its tokenizer, and builds the map of names once per module of
+    the model: most of the time of loading it.
     """
     gguf = importlib.import_module("gguf")
     slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}

@@ -1,4 +1,4 @@
-"""The exact number of links of a pattern, by the way that is short for it."""
+"""The exact number of links of a pattern: of lists by the native planner, of everything else by key intervals."""
 
 from __future__ import annotations
 
