@@ -170,8 +170,6 @@ Buffer exact_row_stats(const Kernels& kernels, const Call& call, const Schedule&
 
 void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, int threads, InterruptCheck& interrupt) {
   const PartialResults partials(call, schedule);
-  const Buffer row_stats = call.merges && !call.row_stats ? zeroed_row_stats(call) : Buffer();
-  if (row_stats.bytes()) call.row_stats = row_stats.as<RowStats>();
   const int64_t bytes = kernels.scratch_bytes(call);
   const uint64_t call_id = next_call_id();
   if (schedule.cost * call.dim < kMinParallelWork) threads = 1;
@@ -181,7 +179,10 @@ void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, in
       kernels.forward(some, items[i], next_item(items, i, count), scratch(bytes, kernels.zeroed_bytes, call_id));
     });
   };
+  const bool needs_stats = call.merges && !call.row_stats;
   if (!call.merges || call.out_type == Type::f32) {
+    const Buffer row_stats = needs_stats ? zeroed_row_stats(call) : Buffer();
+    if (row_stats.bytes()) call.row_stats = row_stats.as<RowStats>();
     initialise_result(call, schedule, true, threads, interrupt);
     for (const Phase& phase : schedule.phases) run_items(call, phase.forward);
     return;
@@ -196,13 +197,21 @@ void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, in
   for (size_t p = 0; p < schedule.phases.size(); ++p)
     for (const WorkItem& item : schedule.phases[p].forward)
       items[(item.batch * call.heads + item.head) / together][p].push_back(item);
-  const Buffer sums(together * line_bytes);
+  const int64_t stats_bytes = call.plan->n_q * static_cast<int64_t>(sizeof(RowStats));  // of a line
+  const Buffer sums(together * line_bytes), row_stats(needs_stats ? together * stats_bytes : 0);
+  // Kernels add the place of the line: a buffer of a group stands where the first line of all would.
+  const auto shifted = [](const Buffer& group, int64_t before) {
+    return reinterpret_cast<void*>(reinterpret_cast<intptr_t>(group.as<char>()) - before);
+  };
   for (size_t g = 0; g < items.size(); ++g) {
     const int64_t first = static_cast<int64_t>(g) * together, count = std::min(together, lines - first);
     Call some = call;
     some.out_type = Type::f32;
-    // Kernels add the place of the line: the buffer stands where the first line of the group would.
-    some.result = reinterpret_cast<void*>(reinterpret_cast<intptr_t>(sums.as<char>()) - first * line_bytes);
+    some.result = shifted(sums, first * line_bytes);
+    if (needs_stats) {
+      std::memset(row_stats.as<char>(), 0, static_cast<size_t>(count * stats_bytes));
+      some.row_stats = static_cast<RowStats*>(shifted(row_stats, first * stats_bytes));
+    }
     initialise_lines(some, schedule, true, threads, interrupt, first, first + count);
     for (const std::vector<WorkItem>& phase : items[g]) run_items(some, phase);
     constexpr int64_t rows = 256;  // of a parallel item

@@ -38,6 +38,7 @@ class VariantPlanner {
     to_.rows = std::move(order.rows), to_.keys = std::move(order.keys);
     const auto places = static_cast<int64_t>(to_.rows.size());
     for (int64_t place = 0; place < places; place += kRows) plan_tile(place, std::min<int64_t>(kRows, places - place));
+    to_.masks.data.shrink_to_fit();  // half of what it grew into, for as long as other variants are planned
   }
 
  private:
@@ -144,8 +145,33 @@ class VariantPlanner {
 
 template <class T>
 void append(std::vector<T>& to, const std::vector<T>& from, T shift = 0) {
-  to.reserve(to.size() + from.size());
   for (const T x : from) to.push_back(x + shift);
+}
+
+// Makes room for what `parts` hold of a column, once: vectors that grow by copies hold twice as much on the way.
+template <class T, class ColumnOf>
+void reserve_for(const std::vector<VariantTables>& parts, std::vector<T>& to, const ColumnOf& column_of) {
+  size_t size = to.size();
+  for (const VariantTables& part : parts) size += column_of(part).size();
+  to.reserve(size);
+}
+
+void reserve_for(const std::vector<VariantTables>& parts, Tables& tables, Piece& piece, Layer& layer) {
+  const auto of = [](auto member) { return [member](const VariantTables& part) -> const auto& { return part.*member; }; };
+  const auto of_masks = [](auto member) { return [member](const VariantTables& part) -> const auto& { return part.masks.*member; }; };
+  reserve_for(parts, piece.rows, of(&VariantTables::rows));
+  reserve_for(parts, piece.start, of(&VariantTables::start));
+  reserve_for(parts, piece.count, of(&VariantTables::count));
+  reserve_for(parts, layer.keys, of(&VariantTables::keys));
+  reserve_for(parts, layer.lo, of(&VariantTables::lo));
+  reserve_for(parts, layer.hi, of(&VariantTables::hi));
+  reserve_for(parts, layer.mask, of(&VariantTables::mask));
+  reserve_for(parts, layer.indptr, of(&VariantTables::run_count));
+  reserve_for(parts, tables.masks.kind, of_masks(&Masks::kind));
+  reserve_for(parts, tables.masks.start, of_masks(&Masks::start));
+  reserve_for(parts, tables.masks.core_lo, of_masks(&Masks::core_lo));
+  reserve_for(parts, tables.masks.core_hi, of_masks(&Masks::core_hi));
+  reserve_for(parts, tables.masks.data, of_masks(&Masks::data));
 }
 
 // Copies a variant's tables behind those of the variants before it.
@@ -189,6 +215,7 @@ void add_label_piece(const LabelLinks& links, int64_t copies, int threads, Inter
   piece.row_first = {0};
   piece.first = {0};
   layer.indptr = {0};
+  reserve_for(parts, tables, piece, layer);
   for (int64_t v = 0; v < variants; ++v) {
     layer.variant.of.push_back(static_cast<int32_t>(v));
     piece.variant.of.push_back(static_cast<int32_t>(v));

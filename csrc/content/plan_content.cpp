@@ -99,8 +99,8 @@ ContentSample sample_tiles(const ContentPattern& pattern, int64_t gather, int th
   return sample;
 }
 
-void plan_content(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt, Tables& tables,
-                  ContentCounts& counts) {
+void add_content_piece(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt, Tables& tables,
+                       ContentCounts& counts) {
   const int64_t batch = pattern.batch_variants(), heads = pattern.head_variants(), variants = batch * heads;
   const int64_t tiles = tiles_of(pattern), chunks = (tiles + kChunkTiles - 1) / kChunkTiles;
   std::vector<ChunkTables> parts(variants * chunks);
@@ -154,6 +154,11 @@ void plan_content(const ContentPattern& pattern, int64_t gather, int threads, In
   if (!layer.has_points) layer.point_indptr.clear(), layer.point_indptr.shrink_to_fit();
   piece.layers.push_back(std::move(layer));
   tables.pieces.push_back(std::move(piece));
+}
+
+void plan_content(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt, Tables& tables,
+                  ContentCounts& counts) {
+  add_content_piece(pattern, gather, threads, interrupt, tables, counts);
   tables.finish();
 }
 

@@ -53,6 +53,10 @@ struct ContentCounts {
 void plan_content(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt, Tables& tables,
                   ContentCounts& counts);
 
+// The same as a piece behind those that the tables have, which remain to be finished.
+void add_content_piece(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt, Tables& tables,
+                       ContentCounts& counts);
+
 // The counts of what plan_content would plan, without its tables.
 ContentCounts count_tiles(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt);
 

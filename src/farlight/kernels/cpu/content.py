@@ -62,10 +62,11 @@ def _labelled_tables(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Native
         union = label_union(pattern, sizes)
         if union is None:
             return None
-        fixed = None if union.fixed is None else plan_for(union.fixed, sizes, shape)
+        clauses = None if union.fixed is None else content_clauses(union.fixed, sizes)
+        fixed = None if union.fixed is None or clauses is not None else plan_for(union.fixed, sizes, shape)
     # Outside of the device's context, which would intercept the reading of every table.
-    pieces = [_label_numbers(piece) for piece in union.pieces]
-    return NativeTables(module().Plan(fixed, _extents(sizes), pieces, torch.get_num_threads()))
+    pieces, numbers = [_label_numbers(piece) for piece in union.pieces], [_numbers(clause) for clause in clauses or ()]
+    return NativeTables(module().Plan(fixed, numbers, shape.gather, _extents(sizes), pieces, torch.get_num_threads()))
 
 
 def _label_numbers(piece: LabelPiece) -> list[int]:
