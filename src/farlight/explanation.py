@@ -81,7 +81,7 @@ def explain(
     terms = lower(score, sinks, sizes, q.device, q.dtype)
     request = read_request(q, k, v, expression, sizes, read_dropout(dropout), return_lse, terms, choice)
     expression.check(sizes)
-    selection = registry.select(request)
+    selection = registry.select(request, with_estimates=True)
     taken = registry.select(request, plan=pattern) if isinstance(pattern, Plan) else selection
     sparse, full = selection.sparse, selection.full
     assert sparse is not None
@@ -114,7 +114,7 @@ def _milliseconds(estimate: Estimate) -> str:
 def _unrouted(request: Request) -> Estimate | None:
     """The cost of attention without a router: over every link, or every causal one where the router's links are causal."""
     every = causal() if _is_causal(request.pattern) else full_pattern()
-    return registry.select(request._replace(pattern=every, choice=None)).taken
+    return registry.select(request._replace(pattern=every, choice=None), with_estimates=True).taken
 
 
 def _is_causal(pattern: Pattern) -> bool:

@@ -9,6 +9,7 @@ import farlight as fl
 from farlight.kernels import cpu, dense, registry
 from farlight.kernels.cost import _CHOICE_FIXED as FIXED
 from farlight.kernels.cost import DEFAULT_RATES, Rates, estimate
+from farlight.plan.content import ContentPlan
 from farlight.requests import read_request, read_sizes
 from farlight.routing import LSH, KMeans, PerHeadRouter, Router, TopBlocks, TopKeys
 
@@ -90,6 +91,25 @@ def test_full_attention_that_is_faster_computes_the_links_of_the_router(monkeypa
     assert taken == ["dense"]
     torch.testing.assert_close(out, fl.attention(q, k, k, pattern, backend="reference"))
     assert float((out - fl.attention(q, k, k, fl.causal())).abs().max()) > 1e-3
+
+
+@NATIVE
+def test_a_choice_is_counted_where_it_could_change_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask of a choice costs more than to attend to every pair: what the choice visits decides nothing."""
+    counted: list[int] = []
+    run = ContentPlan.expected
+    monkeypatch.setattr(ContentPlan, "expected", lambda plan, code: counted.append(code) or run(plan, code))
+    q, k = torch.randn(1, 6, 512, 64), torch.randn(1, 2, 512, 64)
+    router = TopBlocks(2, 8, 16, causal=True, score="softmax") | NEAR
+    fl.attention(q, k, k, router)
+    assert not counted
+    assert fl.explain(q, k, k, router).sparse.pairs < 6 * 512 * 512
+    assert counted
+    counted.clear()
+    fast: Rates = {**DEFAULT_RATES, ("cpu", torch.float32): (160.0, 1.0), ("dense", torch.float32): (1e9, 0.0)}
+    monkeypatch.setattr(registry, "estimate", lambda *args, **more: estimate(*args[:3], fast, **more))
+    fl.attention(q, k, k, router)
+    assert counted
 
 
 def test_a_count_that_reaches_every_block_chooses_nothing() -> None:

@@ -41,7 +41,8 @@ _CLOSE = 4.0
 class Selection:
     """The backend that serves a request, and the plan that it executes (None: a mask backend).
 
-    `sparse` estimates the best plan backend and `full` torch's full attention; None where a backend was named.
+    `sparse` estimates the best plan backend and `full` torch's full attention; None where a backend was named, or where the
+    choice between them was clear without.
     """
 
     backend: AnyBackend
@@ -143,8 +144,8 @@ def plan_of(backend: Backend, request: Request) -> PlanLike:
     return plan_for(request.pattern, request.sizes, backend.tile_shape) if plan is None else plan
 
 
-def select(request: Request, backend: str = "auto", plan: Plan | None = None) -> Selection:
-    """The backend for a request, with its plan.
+def select(request: Request, backend: str = "auto", plan: Plan | None = None, *, with_estimates: bool = False) -> Selection:
+    """The backend for a request, with its plan; with_estimates: and with the estimates, even if they change nothing.
 
     "auto" takes torch's full attention where that is allowed and estimated to be faster, else the best plan backend. A backend
     that is named, here or when `plan` was made, is taken or refused (UnsupportedError, PlanError).
@@ -159,6 +160,8 @@ def select(request: Request, backend: str = "auto", plan: Plan | None = None) ->
     if backend != "auto":
         return Selection(executor, built)
     rates = known_rates(request.device)
+    if not with_estimates and isinstance(built, ContentPlan) and _is_sparse_for_any_choice(executor, request, rates):
+        return Selection(executor, built)
     sparse, full = _estimates(executor, request, built, rates)
     if rates is DEFAULT_RATES and 1 / _CLOSE < full.seconds / sparse.seconds < _CLOSE:
         sparse, full = _estimates(executor, request, built, calibrated())
@@ -168,6 +171,18 @@ def select(request: Request, backend: str = "auto", plan: Plan | None = None) ->
     if is_full_faster and not request.terms and not reasons("dense", request):
         return Selection(_MASK_BACKENDS["dense"], None, sparse, full)
     return Selection(executor, built, sparse, full)
+
+
+def _is_sparse_for_any_choice(executor: Backend, request: Request, rates: Rates) -> bool:
+    """Whether a router's plan is taken even if it visits every pair: to form the mask of a choice costs about as much as that.
+
+    Then what the choice visits need not be counted, which at 1024 tokens takes a twentieth of the call.
+    """
+    if request.choice is None:
+        return False
+    most = estimate(executor.name, request, None, rates, is_plan_of_one_call=True)
+    full = estimate("dense", request, None, rates, is_plan_of_one_call=True)
+    return most.remaining <= full.remaining + full.planning
 
 
 def _estimates(executor: Backend, request: Request, plan: PlanLike, rates: Rates) -> tuple[Estimate, Estimate]:
