@@ -1,4 +1,5 @@
-"""Fits of causal language models by predicted loss: a budget of links over all heads, spent where the model needs it.
+"""Fits of causal language models by predicted loss: a budget of links or of seconds over all heads, spent where the model
+needs it.
 
 The kept share of attention weighs all heads alike, but heads differ in how far their output moves the loss. What a candidate
 costs is therefore predicted from one pass and one backward pass of full attention on each passage. With D the change
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.nn import functional
 
 from farlight.analysis.fit.fit import Fit, layer_fit
 from farlight.analysis.fit.frontier import Option, allocate
+from farlight.analysis.fit.head_seconds import HeadSeconds, head_seconds
 from farlight.analysis.loss.kernel_shares import KernelShares, kept_share
 from farlight.analysis.loss.language import LanguageReader, first_judged, is_language_model, logit_rows
 from farlight.errors import ArgumentError, UnsupportedError
@@ -38,16 +40,21 @@ __all__ = ["LossFit", "LossProfile", "loss_expressions", "profile_loss", "profil
 
 @dataclass(frozen=True)
 class LossFit:
-    """Layers by number, and the predicted loss in nats per token, of the fit and of the best single candidate of its budget."""
+    """Layers by number, and the predicted loss in nats per token, of the fit and of the best single candidate of its budget.
+
+    time: seconds of its candidates as a share of those of full attention, where they were measured.
+    """
 
     layers: dict[int, Fit]
     predicted: float
     uniform: float | None
     uniform_expression: str | None
+    time: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable predictions."""
-        return {"predicted_nats": self.predicted, "uniform_nats": self.uniform, "uniform": self.uniform_expression}
+        values = {"predicted_nats": self.predicted, "uniform_nats": self.uniform, "uniform": self.uniform_expression}
+        return values if self.time is None else values | {"time": self.time}
 
 
 @dataclass(frozen=True)
@@ -56,16 +63,20 @@ class LossProfile:
 
     Attributes:
         base_links: by layer number, `(H,)` float64, the links of full attention.
+        seconds: of each expression and, last, of full attention in one head, means over layers (`head_seconds`); None where
+            nothing was timed.
     """
 
     expressions: list[str]
     measured: dict[int, Tensor]
     base_links: dict[int, Tensor]
+    seconds: list[HeadSeconds] | None = None
 
-    def fit(self, density: float) -> LossFit:
-        """The candidates of least predicted loss whose links are at most `density` of all, one for each head.
+    def fit(self, density: float | None = None, *, time: float | None = None) -> LossFit:
+        """The candidates of least predicted loss, one for each head, whose links are at most `density` of all, or whose seconds
+        are at most `time` of those of full attention. One of the two is given, `time` where candidates were timed.
 
-        Raises ArgumentError where the cheapest candidates have more links.
+        Raises ArgumentError where the cheapest candidates take more.
         """
         stacked = torch.stack(list(self.measured.values()))  # (layers, expressions, 3, H)
         # Multiples of a head's mean loss under the candidate that loses most: `allocate` compares values with constants.
@@ -80,26 +91,59 @@ class LossProfile:
             ]
             for table in self.measured.values()
         ]
-        budget = density * float(sum(links.sum() for links in self.base_links.values()))
-        picked = allocate([head for layer in options for head in layer], links=budget)
+        heads = [head for layer in options for head in layer]
+        totals = stacked.sum((0, 3))  # (expressions, 3)
+        if time is None:
+            assert density is not None
+            budget = density * float(sum(links.sum() for links in self.base_links.values()))
+            costs, picked = totals[:, 0].tolist(), allocate(heads, links=budget)
+        else:
+            assert self.seconds is not None
+            budget = time * self.seconds[-1].together * len(heads)
+            costs = [each.together * len(heads) for each in self.seconds[:-1]]
+            picked = _allocate_seconds(heads, [each.apart for each in self.seconds[:-1]], budget)
         chosen = iter(picked)
         layers = {
             number: layer_fit(layer, [next(chosen) for _ in layer], self.base_links[number])
             for number, layer in zip(self.measured, options, strict=True)
         }
-        totals = stacked.sum((0, 3))  # (expressions, 3)
-        within = [index for index in range(len(self.expressions)) if float(totals[index, 0]) <= budget * (1 + 1e-9)]
+        within = [index for index, cost in enumerate(costs) if cost <= budget * (1 + 1e-9)]
         best = min(within, key=lambda index: float(totals[index, 2]), default=None)
-        uniform = (None, None) if best is None else (float(totals[best, 2]), self.expressions[best])
-        return LossFit(layers, -sum(option.value for option in picked) * unit, *uniform)
+        nats, text = (None, None) if best is None else (float(totals[best, 2]), self.expressions[best])
+        return LossFit(layers, -sum(option.value for option in picked) * unit, nats, text, self._time_of(picked))
+
+    def _time_of(self, picked: Sequence[Option]) -> float | None:
+        """Seconds of the picked options as a share of those of full attention."""
+        if self.seconds is None:
+            return None
+        by_text = {text: each.apart for text, each in zip(self.expressions, self.seconds, strict=False)}
+        return sum(by_text[str(option.make())] for option in picked) / (self.seconds[-1].together * len(picked))
 
 
-def loss_expressions(candidates: Sequence[str | Pattern] | None) -> list[str]:
+def _allocate_seconds(heads: Sequence[Sequence[Option]], seconds: Sequence[float], budget: float) -> list[Option]:
+    """As `allocate` within `budget`, where option x of every head costs seconds[x] instead of its links."""
+    priced = [[replace(option, links=cost) for option, cost in zip(head, seconds, strict=True)] for head in heads]
+    places = [{id(option): place for place, option in enumerate(head)} for head in priced]
+    if len(heads) * min(seconds) > budget:
+        raise ArgumentError(
+            f"{budget * 1e3:.3g} ms are allowed, but the cheapest candidate takes {len(heads) * min(seconds) * 1e3:.3g} ms in "
+            f"all {len(heads)} heads; allow more, or give cheaper ones."
+        )
+    picked = allocate(priced, links=budget)
+    return [head[place[id(option)]] for head, place, option in zip(heads, places, picked, strict=True)]
+
+
+def loss_expressions(candidates: Sequence[str | Pattern] | None, *, fast: bool = False) -> list[str]:
     """The candidates of a fit by loss as expressions. None: blocks of 2 keys, chosen for 4 or 16 queries by share or mass,
-    windows, full attention.
+    windows, full attention; `fast`: blocks of 8, 16 and 64 keys in place of those of 2, which take long to choose.
 
     Raises ArgumentError for a family whose members are grown from attention shares, PatternError for an unreadable expression.
     """
+    if candidates is None and fast:
+        windows = [_near(width) for width in (8, 16, 32, 64, 128, 256, 512)]
+        small = [_blocks(f"share={share}", 16, block) for block in (8, 16) for share in (0.04, 0.08, 0.16, 0.32)]
+        large = [_blocks(f"share={share}", 64, 64) for share in (0.1, 0.2, 0.4)]
+        return [*windows, *small, *large, "full()"]
     if candidates is None:
         windows = [_near(width) for width in (8, 16, 32, 64, 128, 256)]
         fine = [_blocks(f"share={share}", 4) for share in (0.01, 0.02, 0.035, 0.06, 0.1, 0.16, 0.25, 0.4)]
@@ -126,9 +170,9 @@ def _near(width: int) -> str:
     return f"window({width}, 0) | seen_by_all([0, 1, 2, 3])"
 
 
-def _blocks(budget: str, queries: int) -> str:
-    """Chosen blocks of 2 keys; the window reaches the keys behind the last block that all queries of a list may choose."""
-    return f'topblocks({budget}, block=2, query_block={queries}, causal=True, score="softmax") | {_near(queries)}'
+def _blocks(budget: str, queries: int, block: int = 2) -> str:
+    """Chosen key blocks; the window reaches the keys behind the last block that all queries of a list may choose."""
+    return f'topblocks({budget}, block={block}, query_block={queries}, causal=True, score="softmax") | {_near(queries)}'
 
 
 def profile_steps(passages: int) -> list[str]:
@@ -138,9 +182,15 @@ def profile_steps(passages: int) -> list[str]:
 
 
 def profile_loss(
-    model: Any, ids: Tensor, expressions: Sequence[str], *, step: Callable[[str], None] = lambda label: None
+    model: Any,
+    ids: Tensor,
+    expressions: Sequence[str],
+    *,
+    timed: bool = False,
+    step: Callable[[str], None] = lambda label: None,
 ) -> LossProfile:
-    """Predicted loss, kept share and links of every expression in every head, means over the passages `(passages, tokens)`.
+    """Predicted loss, kept share and links of every expression in every head, means over the passages `(passages, tokens)`;
+    `timed`: and their seconds, on the first passage.
 
     Raises UnsupportedError for a model that is no causal language model, or whose attention cannot be observed.
     """
@@ -153,6 +203,8 @@ def profile_loss(
     shares = KernelShares()
     sums: dict[int, Tensor] = {}
     base_links: dict[int, Tensor] = {}
+    timings: list[list[HeadSeconds]] = []  # by layer
+    everything = read_router("full()")
     labels = iter(profile_steps(len(ids)))
     for index, passage in enumerate(ids):
         step(next(labels))
@@ -162,10 +214,14 @@ def profile_loss(
         while calls:  # released one by one
             number = min(calls)
             call, gradient = calls.pop(number)
+            if timed and not index:
+                timings.append([head_seconds(call, router) for router in (*routers, everything)])
             measured, base = _measure(call, gradient, routers, judged, shares)
             sums[number] = sums.get(number, 0) + measured / len(ids)
             base_links[number] = base_links.get(number, 0) + base / len(ids)
-    return LossProfile(list(expressions), sums, base_links)
+    means = torch.tensor(timings, dtype=torch.float64).mean(0).tolist() if timed else None
+    seconds = None if means is None else [HeadSeconds(*pair) for pair in means]
+    return LossProfile(list(expressions), sums, base_links, seconds)
 
 
 def _measure(

@@ -153,6 +153,8 @@ class ModelFit:
                 lines.append(f"{name}: {measured.language.lost:+.4f} nats per token ({measured.language.loss_full:.4f} full)")
         if self.loss is not None:
             lines.append(f"predicted: {self.loss.predicted:+.4f} nats per token")
+            if self.loss.time is not None:
+                lines.append(f"attention takes {self.loss.time:.0%} of the seconds of full attention, as timed head by head")
             if self.loss.uniform is not None:
                 lines.append(f"best single candidate: {self.loss.uniform:+.4f} predicted, {self.loss.uniform_expression}")
         return lines

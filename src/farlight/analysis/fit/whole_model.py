@@ -43,6 +43,7 @@ def fit_model(
     tokenizer: Any = None,
     keep: float | None = None,
     density: float | None = None,
+    time: float | None = None,
     candidates: Sequence[str | Pattern] | None = None,
     held_out: float = 0.5,
     length: int | None = None,
@@ -53,7 +54,8 @@ def fit_model(
     by: str | None = None,
     step: Callable[[str], None] = lambda label: None,
 ) -> ModelFit:
-    """For each layer and head the cheapest candidate such that `keep` of full attention is kept, or the most within `density`.
+    """For each layer and head the cheapest candidate such that `keep` of full attention is kept, or the most within `density`
+    of the links or `time` of the seconds.
 
     As `farlight.fit`, with one budget over the heads of all layers. The last passages are held out: the fit is measured on them
     and on those it was fitted to, and both are reported.
@@ -63,14 +65,17 @@ def fit_model(
         texts: token ids `(passages, tokens)` int64; or a text or texts, which `tokenizer` encodes and which are cut into
             passages of `length` tokens (default: 512, or the model's maximum), at most `passages` of them.
         keep, density, candidates: as in `farlight.fit`.
+        time: in their place, for causal language models by loss: the share of full attention's seconds that attention may take,
+            choosing and planning included. Candidates are timed on this machine, on the first passage.
         held_out: share of the passages, the last ones, that are held out.
         even: value a row's share as 1 - (1 - share)², so that no row is left with little; None: with `density`.
         weigh: scale the values of each layer by how far losses in that layer move the model's output (see `_layer_weights`).
         gist: attend every block of this many tokens of which a query sees no key through one summary (`gist_attention`). The
             summaries, at most 1 / gist of all links, are part of `density`.
         by: what a candidate is valued by. "attention": the share that it keeps. "loss": the next-token loss that it is
-            predicted to cost (`analysis.fit.loss_fit`), for causal language models with `density`; candidates are patterns and
-            expressions. None: "loss" where all of that holds and candidates, even, weigh and gist are left out.
+            predicted to cost (`analysis.fit.loss_fit`), for causal language models with `density` or `time`; candidates are
+            patterns and expressions. None: "loss" with `time`, and with `density` where candidates, even, weigh and gist are
+            left out.
         step: called with a label before each piece of work.
 
     Raises:
@@ -86,20 +91,33 @@ def fit_model(
     (True, [0, 1])
     >>> model = fl.hf.sparsify(model, result.patterns)
     """
-    read_target(keep, density, bool(even))
+    if time is None:
+        read_target(keep, density, bool(even))
+    else:
+        _check_time(time, keep, density, by)
     ids = _token_ids(model, texts, tokenizer, length, passages)
     if not 0.0 <= held_out < 1.0:
         raise ArgumentError(f"held_out = {held_out}: it is the share of passages to judge on, 0 <= held_out < 1.")
     num_held_out = min(round(ids.shape[0] * held_out), ids.shape[0] - 1)
     num_fitted = ids.shape[0] - num_held_out
     held_out_ids = ids[num_fitted:] if num_held_out else None
-    if fits_by_loss(model, by, density, candidates, even is not None or weigh or gist is not None):
+    has_options = even is not None or weigh or gist is not None
+    if time is not None or fits_by_loss(model, by, density, candidates, has_options):
         if even or weigh or gist is not None:
             raise ArgumentError("by='loss' with even, weigh or gist: these belong to shares of attention; leave them out.")
-        assert density is not None  # fits_by_loss
-        return fit_to_loss(model, ids[:num_fitted], held_out_ids, density, candidates, step=step)
+        return fit_to_loss(model, ids[:num_fitted], held_out_ids, density, candidates, time=time, step=step)
     profile = profile_model(model, ids[:num_fitted], candidates, step=step)
     return fit_profile(profile, held_out_ids, keep=keep, density=density, even=even, weigh=weigh, gist=gist, step=step)
+
+
+def _check_time(time: float, keep: float | None, density: float | None, by: str | None) -> None:
+    """Raise ArgumentError where `time` cannot be the budget of a fit."""
+    if keep is not None or density is not None:
+        raise ArgumentError("fit: time was given beside keep or density; give one of the three.")
+    if by not in (None, "loss"):
+        raise ArgumentError(f"fit: time with by = {show(by)}: only candidates of a fit by loss are timed; leave by out.")
+    if not 0.0 < time < float("inf"):
+        raise ArgumentError(f"fit: time = {time}: it is a share of the seconds of full attention, above 0.")
 
 
 def fits_by_loss(
@@ -124,13 +142,16 @@ def fit_to_loss(
     model: Any,
     ids: Tensor,
     held_out: Tensor | None,
-    density: float,
+    density: float | None,
     candidates: Sequence[str | Pattern] | None,
     *,
+    time: float | None = None,
     step: Callable[[str], None] = lambda label: None,
 ) -> ModelFit:
-    """The candidates of least predicted loss within `density`, judged on the passages `ids` and `held_out`."""
-    result = profile_loss(model, ids, loss_expressions(candidates), step=step).fit(density)
+    """The candidates of least predicted loss within `density` or `time`, judged on the passages `ids` and `held_out`."""
+    is_timed = time is not None
+    profile = profile_loss(model, ids, loss_expressions(candidates, fast=is_timed), timed=is_timed, step=step)
+    result = profile.fit(density, time=time)
     return _judged(model, ids, held_out, result.layers, [1.0] * len(result.layers), None, step=step, loss=result)
 
 
