@@ -414,7 +414,10 @@ def test_audit_fits_saves_and_judges_on_other_text(place: Path, capsys: pytest.C
     [
         (["text.txt", "--keep", "2"], "keep = 2.0: it must be a share"),
         (["text.txt", "--keep", "0.5", "--density", "0.5"], "give one of them"),
-        (["text.txt", "--save", "x.json"], "--candidate and --save belong to a fit: add --keep 0.95 or --density 0.1"),
+        (
+            ["text.txt", "--save", "x.json"],
+            "--candidate and --save belong to a fit: add --keep 0.95, --density 0.1",
+        ),
         (["text.txt", "--keep", "0.5", "--save", "nowhere/x.json"], "there is no folder"),
         (["text.txt", "--keep", "0.5", "--candidate", "doors"], "there is no family 'doors'"),
         (["short.txt", "--keep", "0.5"], "the text makes 1 passage of 64 tokens; a fit needs one to fit to and another"),

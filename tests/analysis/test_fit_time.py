@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_audit import encoder, tokenizer, words
 from test_language import ids, llama
 
 import farlight as fl
 from farlight.analysis.fit import head_seconds as timing
 from farlight.analysis.fit.head_seconds import HeadSeconds
 from farlight.analysis.fit.loss_fit import LossProfile, loss_expressions, profile_loss
+from farlight.cli import main
 from farlight.errors import FarlightError
 from farlight.hf import use_pattern
 from farlight.routing import read_router
@@ -122,3 +124,33 @@ def test_bad_budgets_of_time_say_what_is_wrong(options: dict[str, Any], text: st
     with pytest.raises(FarlightError) as raised:
         fl.hf.fit(llama(), ids(2, 40), **options)
     assert text in str(raised.value)
+
+
+def test_the_command_line_fits_to_a_share_of_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    framed = tokenizer(False)
+    for name, model in (("llama", llama(vocab_size=len(framed))), ("encoder", encoder())):
+        model.save_pretrained(tmp_path / name)
+        framed.save_pretrained(tmp_path / name)
+    (tmp_path / "text.txt").write_text(words(300))
+    capsys.readouterr()
+
+    def run(model: str, *options: str) -> tuple[int, str, str]:
+        common = ["audit", str(tmp_path / "text.txt"), "--passages", "1", "--length", "40", "--model", str(tmp_path / model)]
+        with pytest.raises(SystemExit) as ended:
+            main([*common, *options])
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    code, out, _ = run("llama", "--time", "50", "--candidate", NEAR, "--candidate", "full()", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert [row["pattern"] for row in result["patterns"]] == ["fitted, time 50"]
+    assert 0 < result["fit"]["time"] <= 50
+    for options, says in (
+        (("--time", "0"), "fit: time = 0.0: it is a share"),
+        (("--time", "1", "--keep", "0.5"), "fit: time was given beside keep or density"),
+        (("--time", "1", "--candidate", "window"), "candidates: 'window' with by='loss'"),
+        (("--time", "1"), "BertModel has no language head"),
+    ):
+        code, out, err = run("encoder", *options)
+        assert (code, out) == (2, "")
+        assert says in err

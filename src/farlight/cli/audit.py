@@ -84,6 +84,13 @@ def audit_command(
     density: Annotated[
         float | None, typer.Option("--density", help="Fit: the most that this share of all links can keep, e.g. 0.1.")
     ] = None,
+    time: Annotated[
+        float | None,
+        typer.Option(
+            "--time",
+            help="Fit of a causal language model: the least loss for this share of full attention's seconds, as timed here.",
+        ),
+    ] = None,
     candidate: Annotated[
         list[str] | None,
         typer.Option(
@@ -142,12 +149,12 @@ def audit_command(
 
     # Cheap checks come before the model is loaded.
     form = one_format({"--json": as_json, "--csv": as_csv, "--markdown": as_markdown})
-    fitting = keep is not None or density is not None
+    fitting = any(target is not None for target in (keep, density, time))
     judged: list[Pattern | Router | Subject] = [*read_subjects(pattern or ())]
     if fitting:
-        _check_fit(keep, density, candidate, save)
+        _check_fit(keep, density, time, candidate, save)
     elif candidate or save is not None:
-        raise ArgumentError("--candidate and --save belong to a fit: add --keep 0.95 or --density 0.1.")
+        raise ArgumentError("--candidate and --save belong to a fit: add --keep 0.95, --density 0.1 or --time 0.5.")
     registry.check_name(backend)
     heads = read_heads(head, page)
     num_passages = _num_passages(passages, _PASSAGES if page is None else _REPORT_PASSAGES)
@@ -175,8 +182,8 @@ def audit_command(
             # Twice as many passages: the first half is fitted to, the second half is audited.
             both = None if num_passages is None else 2 * num_passages
             all_passages = cut_passages(content, loaded.tokenizer, size, both, spread=spread, stride=stride)
-            fitted, cut = _fit(loaded.model, all_passages, keep, density, candidate, progress)
-            judged = [*judged, Subject(_fit_name(keep, density), fitted.patterns)]
+            fitted, cut = _fit(loaded.model, all_passages, keep, density, time, candidate, progress)
+            judged = [*judged, Subject(_fit_name(keep, density, time), fitted.patterns)]
             if save is not None:
                 with writing("--save", save):
                     fitted.save(save)
@@ -191,7 +198,7 @@ def audit_command(
     if form:
         _print_data(result, fitted, form)
     else:
-        name = _fit_name(keep, density) if fitting else ""
+        name = _fit_name(keep, density, time) if fitting else ""
         _show(result, fitted, name, page if refusal is None else None, save, screen_width(wide))
     if refusal is not None:
         raise refusal
@@ -232,18 +239,27 @@ def _defaults(model: Any, passages: Passages) -> tuple[str, ...]:
     return CAUSAL_PATTERNS if looks_back(own_mask(model, passages.ids)) else DEFAULT_PATTERNS
 
 
-def _fit_name(keep: float | None, density: float | None) -> str:
+def _fit_name(keep: float | None, density: float | None, time: float | None) -> str:
     """The name of the fitted pattern in tables."""
-    return f"fitted, keep {keep:g}" if keep is not None else f"fitted, density {density:g}"
+    targets = {"keep": keep, "density": density, "time": time}
+    return "fitted, " + ", ".join(f"{name} {value:g}" for name, value in targets.items() if value is not None)
 
 
-def _check_fit(keep: float | None, density: float | None, candidates: list[str] | None, save: Path | None) -> None:
+def _check_fit(
+    keep: float | None, density: float | None, time: float | None, candidates: list[str] | None, save: Path | None
+) -> None:
     """Raise for invalid fit options, before the model is loaded."""
     from farlight.analysis.fit.candidates import parse_candidates
     from farlight.analysis.fit.fit import read_target
+    from farlight.analysis.fit.loss_fit import loss_expressions
+    from farlight.analysis.fit.whole_model import check_time
 
-    read_target(keep, density, False)
-    parse_candidates(candidates, False)
+    if time is None:
+        read_target(keep, density, False)
+        parse_candidates(candidates, False)
+    else:
+        check_time(time, keep, density)
+        loss_expressions(candidates)
     if save is not None:
         check_place("--save", save)
 
@@ -253,6 +269,7 @@ def _fit(
     passages: Passages,
     keep: float | None,
     density: float | None,
+    time: float | None,
     candidates: list[str] | None,
     progress: Progress,
 ) -> tuple[ModelFit, Passages]:
@@ -268,10 +285,10 @@ def _fit(
         )
     half = passages.count // 2
     others = replace(passages, ids=passages.ids[half:], starts=passages.starts[half:])
-    if fits_by_loss(model, None, density, candidates):
-        assert density is not None  # fits_by_loss
+    if time is not None or fits_by_loss(model, None, density, candidates):
         progress.start(loss_fit_steps(half))
-        return fit_to_loss(model, passages.ids[:half], others.ids, density, candidates, step=progress.step), others
+        both = passages.ids[:half], others.ids
+        return fit_to_loss(model, *both, density, candidates, time=time, step=progress.step), others
     batch = max(1, BATCH_TOKENS // passages.length)
     read_steps = [f"reading: {min(first + batch, half)} of {half} passages" for first in range(0, half, batch)]
     progress.start([*read_steps, "frontiers of all heads", "judged on what it was fitted to", "judged on other text"])

@@ -29,7 +29,7 @@ from farlight.hf.interface import use_pattern
 from farlight.patterns.expression import Pattern
 from farlight.routing.base import Router
 
-__all__ = ["fit_model", "fit_profile", "fit_to_loss", "fits_by_loss", "loss_fit_steps"]
+__all__ = ["check_time", "fit_model", "fit_profile", "fit_to_loss", "fits_by_loss", "loss_fit_steps"]
 
 # Passages on which the weights of layers are measured.
 _WEIGHT_PASSAGES = 4
@@ -94,7 +94,7 @@ def fit_model(
     if time is None:
         read_target(keep, density, bool(even))
     else:
-        _check_time(time, keep, density, by)
+        check_time(time, keep, density, by)
     ids = _token_ids(model, texts, tokenizer, length, passages)
     if not 0.0 <= held_out < 1.0:
         raise ArgumentError(f"held_out = {held_out}: it is the share of passages to judge on, 0 <= held_out < 1.")
@@ -110,7 +110,7 @@ def fit_model(
     return fit_profile(profile, held_out_ids, keep=keep, density=density, even=even, weigh=weigh, gist=gist, step=step)
 
 
-def _check_time(time: float, keep: float | None, density: float | None, by: str | None) -> None:
+def check_time(time: float, keep: float | None, density: float | None, by: str | None = None) -> None:
     """Raise ArgumentError where `time` cannot be the budget of a fit."""
     if keep is not None or density is not None:
         raise ArgumentError("fit: time was given beside keep or density; give one of the three.")
