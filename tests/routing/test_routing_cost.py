@@ -124,3 +124,19 @@ def test_a_count_that_reaches_every_block_chooses_nothing() -> None:
             chosen = router(q, k, key_mask=padded, query_mask=torch.ones(2, n_q, dtype=torch.bool))
             dense = pattern.dense(n_q, n_k, batch=2, heads=4, q_offset=n_k - n_q).expand(2, 4, n_q, n_k)
             assert torch.equal(chosen.dense(n_q, n_k, batch=2, heads=4).expand(dense.shape), dense)
+
+
+def test_heads_that_choose_apart_do_not_digest_their_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether heads differ is known from the first two lists: to hash all of them costs as much as to plan them."""
+    from farlight.patterns import expression
+
+    digested: list[int] = []
+    run = expression.digest
+    monkeypatch.setattr(expression, "digest", lambda table: digested.append(1) or run(table))
+    q, k = torch.randn(1, 6, 64, 8), torch.randn(1, 2, 64, 8)
+    one = TopBlocks(2, 8, causal=True)
+    assert PerHeadRouter([one] * 6)(q, k).varies_over_heads
+    assert len(digested) == 2
+    assert PerHeadRouter([one, TopBlocks(2, 4, causal=True)] * 3)(q, k).varies_over_heads
+    assert len(digested) == 2
+    assert not fl.per_head([fl.window(3)] * 3).varies_over_heads
