@@ -157,16 +157,17 @@ void reserve_for(const std::vector<VariantTables>& parts, std::vector<T>& to, co
 }
 
 void reserve_for(const std::vector<VariantTables>& parts, Tables& tables, Piece& piece, Layer& layer) {
-  const auto of = [](auto member) { return [member](const VariantTables& part) -> const auto& { return part.*member; }; };
-  const auto of_masks = [](auto member) { return [member](const VariantTables& part) -> const auto& { return part.masks.*member; }; };
-  reserve_for(parts, piece.rows, of(&VariantTables::rows));
-  reserve_for(parts, piece.start, of(&VariantTables::start));
-  reserve_for(parts, piece.count, of(&VariantTables::count));
-  reserve_for(parts, layer.keys, of(&VariantTables::keys));
-  reserve_for(parts, layer.lo, of(&VariantTables::lo));
-  reserve_for(parts, layer.hi, of(&VariantTables::hi));
-  reserve_for(parts, layer.mask, of(&VariantTables::mask));
-  reserve_for(parts, layer.indptr, of(&VariantTables::run_count));
+  using Part = VariantTables;
+  const auto of = [](auto member) { return [member](const Part& part) -> const auto& { return part.*member; }; };
+  const auto of_masks = [](auto member) { return [member](const Part& part) -> const auto& { return part.masks.*member; }; };
+  reserve_for(parts, piece.rows, of(&Part::rows));
+  reserve_for(parts, piece.start, of(&Part::start));
+  reserve_for(parts, piece.count, of(&Part::count));
+  reserve_for(parts, layer.keys, of(&Part::keys));
+  reserve_for(parts, layer.lo, of(&Part::lo));
+  reserve_for(parts, layer.hi, of(&Part::hi));
+  reserve_for(parts, layer.mask, of(&Part::mask));
+  reserve_for(parts, layer.indptr, of(&Part::run_count));
   reserve_for(parts, tables.masks.kind, of_masks(&Masks::kind));
   reserve_for(parts, tables.masks.start, of_masks(&Masks::start));
   reserve_for(parts, tables.masks.core_lo, of_masks(&Masks::core_lo));

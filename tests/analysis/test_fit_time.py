@@ -19,6 +19,7 @@ from farlight.analysis.fit.loss_fit import LossProfile, loss_expressions, profil
 from farlight.cli import main
 from farlight.errors import FarlightError
 from farlight.hf import use_pattern
+from farlight.patterns import expression
 from farlight.routing import read_router
 
 NEAR, CHOSEN = "window(6, 0)", "topblocks(share=0.3, block=2, causal=True) | window(6, 0)"
@@ -85,27 +86,33 @@ def test_each_candidate_is_timed_as_a_fit_runs_it(monkeypatch: pytest.MonkeyPatc
     assert len(masks) == 8
     wanted = (read_router(CHOSEN)(q, k) & calls[0].own).dense(40, heads=heads)
     assert all(torch.equal(mask.expand_as(wanted), wanted) for mask in masks)
+    # Hashing a choice's lists would be timed with it.
+    digested: list[int] = []
+    run_digest = expression.digest
+    monkeypatch.setattr(expression, "digest", lambda table: digested.append(1) or run_digest(table))
+    timing._seconds(calls[0], read_router(CHOSEN))
+    assert not digested
     attended.clear()
     timing.head_seconds(calls[0], read_router("full()"))
     assert attended == [calls[0].own] * 4
 
 
 def test_a_model_is_fitted_to_a_share_of_its_seconds(tmp_path: Path) -> None:
-    model, text = llama(), ids(4, 40)
-    fit = fl.hf.fit(model, text, time=50.0, candidates=CANDIDATES)
+    model, tokens = llama(), ids(4, 40)
+    fit = fl.hf.fit(model, tokens, time=50.0, candidates=CANDIDATES)
     assert fit.loss is not None
     assert fit.loss.time is not None
     assert fit.loss.predicted < 1e-9
     assert f"attention takes {fit.loss.time:.0%} of the seconds of full attention" in str(fit)
     assert json.loads(fit.save(tmp_path / "fit.json"))["model"]["time"] == fit.loss.time
-    made = profile_loss(model, text[:1], CANDIDATES, timed=True)
+    made = profile_loss(model, tokens[:1], CANDIDATES, timed=True)
     assert made.seconds is not None
     assert len(made.seconds) == 4
     assert all(each.apart > 0 and each.together > 0 for each in made.seconds)
-    assert profile_loss(model, text[:1], CANDIDATES).seconds is None
+    assert profile_loss(model, tokens[:1], CANDIDATES).seconds is None
     assert {"full()", *loss_expressions(None)} - set(loss_expressions(None, fast=True))
-    for expression in loss_expressions(None, fast=True):
-        read_router(expression)
+    for text in loss_expressions(None, fast=True):
+        read_router(text)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def _seconds(call: Observation, chooser: Router) -> float:
 
     def attend() -> None:
         pattern = pattern_for(chooser, q, k, call.key_real)
-        allowed = call.own if pattern is None or pattern == full() else pattern & call.own
+        # Not `==`, which would digest a choice's lists inside of the timed call.
+        allowed = call.own if pattern is None or isinstance(pattern, full) else pattern & call.own
         attention(q, k, v, allowed, scale=call.scale, q_offset=call.q_offset, **call.terms)
 
     seconds = []

@@ -50,7 +50,7 @@ class KernelShares:
     def under(self, call: Observation, choice: Pattern | Router | None) -> Attended | None:
         """Attention under `choice`; None where that allows every pair, so that it is the model's own."""
         pattern = pattern_for(choice, call.q.detach(), call.k.detach(), call.key_real)
-        if pattern is None or pattern == full():
+        if pattern is None or isinstance(pattern, full):
             return None
         by_content = isinstance(choice, Router) and not isinstance(choice, ConstantRouter)
         return self._attend(call, pattern & call.own, by_content)
