@@ -90,7 +90,7 @@ def test_each_candidate_is_timed_as_a_fit_runs_it(monkeypatch: pytest.MonkeyPatc
     digested: list[int] = []
     run_digest = expression.digest
     monkeypatch.setattr(expression, "digest", lambda table: digested.append(1) or run_digest(table))
-    timing._seconds(calls[0], read_router(CHOSEN))
+    timing.attention_seconds(calls[0], read_router(CHOSEN))
     assert not digested
     attended.clear()
     timing.head_seconds(calls[0], read_router("full()"))

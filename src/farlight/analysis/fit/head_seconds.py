@@ -14,7 +14,7 @@ from farlight.patterns.positional import full
 from farlight.routing.base import ConstantRouter, Router
 from farlight.routing.head_routers import PerHeadRouter
 
-__all__ = ["HeadSeconds", "head_seconds"]
+__all__ = ["HeadSeconds", "attention_seconds", "head_seconds"]
 
 # Calls that are timed, of which the fastest counts: other work on the machine only adds to a call.
 _CALLS = 3
@@ -32,13 +32,14 @@ def head_seconds(call: Observation, choice: Router) -> HeadSeconds:
 
     The plan of a pattern is made before the clock runs, since the plan cache keeps it; that of a choice is made in every call.
     """
-    heads, together = call.q.shape[1], _seconds(call, choice)
+    heads, together = call.q.shape[1], attention_seconds(call, choice)
     if isinstance(choice, ConstantRouter):
         return HeadSeconds(together / heads, together / heads)
-    return HeadSeconds(_seconds(call, PerHeadRouter([choice] * heads)) / heads, together / heads)
+    return HeadSeconds(attention_seconds(call, PerHeadRouter([choice] * heads)) / heads, together / heads)
 
 
-def _seconds(call: Observation, chooser: Router) -> float:
+def attention_seconds(call: Observation, chooser: Router) -> float:
+    """Seconds of attention in one call under what is chosen, choosing and planning included: the fastest of some calls."""
     q, k, v = (x.detach() for x in (call.q, call.k, call.v))
 
     def attend() -> None:
