@@ -19,10 +19,10 @@ class NativePlan {
  public:
   // The plan of a farlight.plan.tables.Plan.
   explicit NativePlan(nanobind::handle plan);
-  // The plan of clusterings, and of a fixed pattern that shares no pair with them: its plan (None without one), or clauses that
-  // are planned here. sizes: (batch, heads, n_q, n_k, q_offset); pieces: 17 numbers each, see plan_binding.cpp.
-  NativePlan(nanobind::handle fixed, const std::vector<std::vector<int64_t>>& clauses, int64_t gather,
-             const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& pieces, int threads);
+  // The plan of clusterings, and of the clauses of a fixed pattern that shares no pair with them. sizes: (batch, heads, n_q,
+  // n_k, q_offset); pieces: 17 numbers each, see plan_binding.cpp.
+  NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, int64_t gather,
+             const std::vector<std::vector<int64_t>>& pieces, int threads);
   // The plan of a content pattern, whose tables are made by the first call that needs them. sizes: (batch, heads, n_q, n_k,
   // q_offset); clauses: see `content_pattern_of`; owners: the Python tensors that these point into, held as long as the plan.
   NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, nanobind::object owners,

@@ -187,20 +187,16 @@ ContentCounts NativePlan::expected(Type type, int threads, InterruptCheck& inter
   return {std::llround(static_cast<double>(some.counts.pairs) * some.scale), std::llround(visited * some.scale)};
 }
 
-NativePlan::NativePlan(nb::handle fixed, const std::vector<std::vector<int64_t>>& clauses, int64_t gather,
-                       const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& pieces, int threads) {
-  const ContentPattern pattern = content_pattern_of(sizes, clauses);
+NativePlan::NativePlan(const std::vector<int64_t>& sizes, const std::vector<std::vector<int64_t>>& clauses, int64_t gather,
+                       const std::vector<std::vector<int64_t>>& pieces, int threads) {
+  const ContentPattern fixed = content_pattern_of(sizes, clauses);
   tables_.n_q = sizes[2], tables_.n_k = sizes[3], tables_.q_offset = sizes[4], tables_.tile = kRows;
   ContentCounts counts;
-  if (!fixed.is_none()) {
-    read(fixed);
-    counts = {nb::cast<int64_t>(fixed.attr("pairs")), nb::cast<int64_t>(fixed.attr("visited"))};
-  }
   std::vector<LabelLinks> links;
   for (const auto& numbers : pieces) links.push_back(label_links_of(sizes, numbers));
   InterruptCheck interrupt = signal_check();
   const nb::gil_scoped_release release;
-  if (!clauses.empty()) add_content_piece(pattern, gather, threads, interrupt, tables_, counts);
+  if (!clauses.empty()) add_content_piece(fixed, gather, threads, interrupt, tables_, counts);
   for (const LabelLinks& piece : links)
     add_label_piece(piece, sizes[0] * sizes[1] / (piece.batch * piece.heads), threads, interrupt, tables_, counts);
   counts_ = counts;
@@ -224,9 +220,9 @@ void NativePlan::read(nb::handle plan) {
 void bind_plan(nb::module_& m) {
   nb::class_<NativePlan>(m, "Plan", nb::is_weak_referenceable())
       .def(nb::init<nb::handle>(), "plan"_a)
-      .def(nb::init<nb::handle, const std::vector<std::vector<int64_t>>&, int64_t, const std::vector<int64_t>&,
+      .def(nb::init<const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&, int64_t,
                     const std::vector<std::vector<int64_t>>&, int>(),
-           "fixed"_a.none(), "clauses"_a, "gather"_a, "sizes"_a, "pieces"_a, "threads"_a)
+           "sizes"_a, "clauses"_a, "gather"_a, "pieces"_a, "threads"_a)
       .def(nb::init<const std::vector<int64_t>&, const std::vector<std::vector<int64_t>>&, nb::object, int64_t>())
       .def_prop_ro("nbytes", &NativePlan::bytes)
       .def_prop_ro("overlapping", &NativePlan::overlapping)

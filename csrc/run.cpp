@@ -199,7 +199,7 @@ void run_forward(const Kernels& kernels, Call call, const Schedule& schedule, in
       items[(item.batch * call.heads + item.head) / together][p].push_back(item);
   const int64_t stats_bytes = call.plan->n_q * static_cast<int64_t>(sizeof(RowStats));  // of a line
   const Buffer sums(together * line_bytes), row_stats(needs_stats ? together * stats_bytes : 0);
-  // Kernels add the place of the line: a buffer of a group stands where the first line of all would.
+  // Kernels add the offset of a line from the first line of the call, which is therefore subtracted from a group's buffer.
   const auto shifted = [](const Buffer& group, int64_t before) {
     return reinterpret_cast<void*>(reinterpret_cast<intptr_t>(group.as<char>()) - before);
   };

@@ -38,7 +38,7 @@ class VariantPlanner {
     to_.rows = std::move(order.rows), to_.keys = std::move(order.keys);
     const auto places = static_cast<int64_t>(to_.rows.size());
     for (int64_t place = 0; place < places; place += kRows) plan_tile(place, std::min<int64_t>(kRows, places - place));
-    to_.masks.data.shrink_to_fit();  // half of what it grew into, for as long as other variants are planned
+    to_.masks.data.shrink_to_fit();  // the capacity is up to twice the size, and is held until all variants are planned
   }
 
  private:
@@ -148,7 +148,7 @@ void append(std::vector<T>& to, const std::vector<T>& from, T shift = 0) {
   for (const T x : from) to.push_back(x + shift);
 }
 
-// Makes room for what `parts` hold of a column, once: vectors that grow by copies hold twice as much on the way.
+// Reserves the column for the sum of `parts`: a vector that grows holds its old and its new memory at the same time.
 template <class T, class ColumnOf>
 void reserve_for(const std::vector<VariantTables>& parts, std::vector<T>& to, const ColumnOf& column_of) {
   size_t size = to.size();

@@ -53,7 +53,7 @@ struct ContentCounts {
 void plan_content(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt, Tables& tables,
                   ContentCounts& counts);
 
-// The same as a piece behind those that the tables have, which remain to be finished.
+// Appends the same as one piece. The caller calls `Tables::finish` after the last piece.
 void add_content_piece(const ContentPattern& pattern, int64_t gather, int threads, InterruptCheck& interrupt, Tables& tables,
                        ContentCounts& counts);
 

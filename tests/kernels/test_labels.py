@@ -118,6 +118,6 @@ def test_malformed_numbers_of_labels_are_refused() -> None:
     with pytest.raises(ValueError, match="malformed sizes of recent starts"):
         module().recent([1, 4, 4, 0], [0, 0, 0], 1)
     with pytest.raises(ValueError, match="label links have 17 numbers"):
-        module().Plan(None, [], 1, [1, 1, 4, 4, 0], [[1, 1]], 1)
+        module().Plan([1, 1, 4, 4, 0], [], 1, [[1, 1]], 1)
     with pytest.raises(ValueError, match="an extent of label links is below 1"):
-        module().Plan(None, [], 1, [1, 1, 4, 4, 0], [[0] * 17], 1)
+        module().Plan([1, 1, 4, 4, 0], [], 1, [[0] * 17], 1)

@@ -10,7 +10,6 @@ from farlight.kernels.cpu.choose import SCORES, TYPE_CODES
 from farlight.kernels.cpu.launch import as_operand, strided_address
 from farlight.kernels.cpu.native import module, unavailable
 from farlight.patterns.expression import Pattern, Sizes
-from farlight.plan import plan_for
 from farlight.plan.cache import kept_with
 from farlight.plan.content import ContentPlan, NativeTables, naming_bad_indices
 from farlight.plan.content_clauses import ClauseKind, ContentClause, content_clauses, listed_clauses
@@ -62,11 +61,12 @@ def _labelled_tables(pattern: Pattern, sizes: Sizes, shape: TileShape) -> Native
         union = label_union(pattern, sizes)
         if union is None:
             return None
-        clauses = None if union.fixed is None else content_clauses(union.fixed, sizes)
-        fixed = None if union.fixed is None or clauses is not None else plan_for(union.fixed, sizes, shape)
+        clauses = [] if union.fixed is None else content_clauses(union.fixed, sizes)
+    if clauses is None:
+        return None
     # Outside of the device's context, which would intercept the reading of every table.
-    pieces, numbers = [_label_numbers(piece) for piece in union.pieces], [_numbers(clause) for clause in clauses or ()]
-    return NativeTables(module().Plan(fixed, numbers, shape.gather, _extents(sizes), pieces, torch.get_num_threads()))
+    pieces, numbers = [_label_numbers(piece) for piece in union.pieces], [_numbers(clause) for clause in clauses]
+    return NativeTables(module().Plan(_extents(sizes), numbers, shape.gather, pieces, torch.get_num_threads()))
 
 
 def _label_numbers(piece: LabelPiece) -> list[int]:
