@@ -110,7 +110,7 @@ def test_a_model_is_fitted_to_a_share_of_its_seconds(tmp_path: Path) -> None:
     assert len(made.seconds) == 4
     assert all(each.apart > 0 and each.together > 0 for each in made.seconds)
     assert profile_loss(model, tokens[:1], CANDIDATES).seconds is None
-    assert {"full()", *loss_expressions(None)} - set(loss_expressions(None, fast=True))
+    assert set(loss_expressions(None, fast=True)) != set(loss_expressions(None))
     for text in loss_expressions(None, fast=True):
         read_router(text)
 

@@ -147,7 +147,7 @@ def test_a_language_model_is_fitted_by_loss_unless_told() -> None:
     "options, text",
     [
         ({"by": "luck", "density": 0.5}, "by = 'luck' is unknown; use 'attention' or 'loss'"),
-        ({"by": "loss", "keep": 0.5}, "by='loss' needs density"),
+        ({"by": "loss", "keep": 0.5}, "by='loss' needs density or time"),
         ({"by": "loss", "density": 0.5, "even": True}, "by='loss' with even, weigh or gist"),
         ({"by": "loss", "density": 0.5, "candidates": ["offsets"]}, "candidates: 'offsets' with by='loss': candidates are run"),
         ({"by": "loss", "density": 0.5, "candidates": []}, "candidates is empty"),

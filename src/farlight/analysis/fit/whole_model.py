@@ -127,7 +127,7 @@ def fits_by_loss(
     if by not in (None, "attention", "loss"):
         raise ArgumentError(f"by = {show(by)} is unknown; use 'attention' or 'loss'.")
     if by == "loss" and density is None:
-        raise ArgumentError("by='loss' needs density, the links to spend: a share of attention to keep says nothing of loss.")
+        raise ArgumentError("by='loss' needs density or time, a budget of links or seconds: keep says nothing of the loss.")
     return by == "loss" or (
         by is None and density is not None and candidates is None and not has_options and is_language_model(model)
     )
