@@ -19,13 +19,12 @@ from farlight.analysis.candidates_by_layer import Subject
 from farlight.analysis.fit.head_seconds import attention_seconds
 from farlight.analysis.fit.loss_fit import loss_expressions, profile_loss
 from farlight.analysis.loss.fidelity import measure_fidelity
-from farlight.analysis.passages import cut_passages
-from farlight.cli.inputs import read_text
 from farlight.hf import use_pattern
 from farlight.hf.layers import attention_layers
 from farlight.hf.loading import load_model
 from farlight.routing import Router, read_router
 from farlight.routing.base import ConstantRouter
+from quality.texts import half_passages
 
 ROUNDS = 3
 
@@ -40,14 +39,9 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=16, help="fitted to; half as many are judged")
     args = parser.parse_args()
     loaded = load_model(args.model)
-    halves: list[list[torch.Tensor]] = [[], []]
-    for _, text in map(read_text, args.text):
-        middle = len(text) // 2
-        for place, (half, count) in enumerate(((text[:middle], args.passages), (text[middle:], args.passages // 2))):
-            share = max(1, count // len(args.text))
-            halves[place].append(cut_passages(half, loaded.tokenizer, args.length, share, spread=True).ids)
-    fitted_to, judged = map(torch.cat, halves)
-
+    fitted_to, judged = (
+        half_passages(args.text, loaded.tokenizer, args.length, args.passages // (half + 1), half) for half in (0, 1)
+    )
     profile = profile_loss(loaded.model, fitted_to, loss_expressions(None, fast=True), timed=True, step=print)
     subjects = [Subject(text, read_router(text)) for text in profile.expressions]
     for time in args.time:

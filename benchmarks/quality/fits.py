@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from farlight.analysis.fit.loss_fit import LossProfile, loss_expressions, profile_loss
-from farlight.analysis.passages import cut_passages
-from farlight.cli.inputs import read_text
-from farlight.errors import ArgumentError
 from farlight.hf import write_layers
 from quality.rules import SINKS, Rule
+from quality.texts import half_passages
 
 __all__ = ["CANDIDATES", "FITS", "fit_rules", "profile", "store_fit"]
 
@@ -43,12 +39,8 @@ def fit_rules() -> list[Rule]:
 def profile(
     model: Any, tokenizer: Any, texts: Sequence[Path | None], expressions: Sequence[str], tokens: int, passages: int
 ) -> LossProfile:
-    """The predicted loss of every expression on passages of the first half of each text, of each text in turn."""
-    if passages % len(texts):
-        raise ArgumentError(f"passages = {passages}: {len(texts)} texts share them evenly; give a multiple.")
-    halves = [text[: len(text) // 2] for _, text in map(read_text, texts)]
-    cut = [cut_passages(half, tokenizer, tokens, passages // len(texts), spread=True).ids for half in halves]
-    return profile_loss(model, torch.stack(cut, 1).flatten(0, 1), expressions, step=print)
+    """The predicted loss of every expression on passages of the first half of each text."""
+    return profile_loss(model, half_passages(texts, tokenizer, tokens, passages, 0), expressions, step=print)
 
 
 def store_fit(result: LossProfile, name: str, density: float, about: dict[str, Any]) -> Path:

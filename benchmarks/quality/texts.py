@@ -1,4 +1,4 @@
-"""The model and the passages that rules are judged on: several texts, one passage of each in turn."""
+"""The passages of several texts, one of each in turn: first halves are fitted to, second halves are judged on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from farlight.analysis.passages import cut_passages
 from farlight.cli.inputs import read_text
 from farlight.errors import ArgumentError
 
-__all__ = ["passages"]
+__all__ = ["half_passages", "passages"]
 
 _PLACES = 4
 
@@ -38,3 +38,18 @@ def passages(files: Sequence[Path | None], tokenizer: Any, tokens: int, count: i
         if number < len(ids)
     ]
     return [(name, torch.as_tensor(ids)) for name, ids in rows[:count]]
+
+
+def half_passages(files: Sequence[Path | None], tokenizer: Any, tokens: int, count: int, half: int) -> Tensor:
+    """Ids `(count, tokens)` of passages taken evenly from half 0 or 1 of each text, of each text in turn.
+
+    Raises ArgumentError for a count that the texts cannot share evenly.
+    """
+    if count % len(files):
+        raise ArgumentError(f"passages = {count}: {len(files)} texts share them evenly; give a multiple.")
+    cut = []
+    for _, text in map(read_text, files):
+        middle = len(text) // 2
+        part = text[middle:] if half else text[:middle]
+        cut.append(cut_passages(part, tokenizer, tokens, count // len(files), spread=True).ids)
+    return torch.stack(cut, 1).flatten(0, 1)
