@@ -1,10 +1,10 @@
 """What sparse attention costs a language model: `python benchmarks/losses.py STEP [--text BOOK.txt …]`.
 
-Steps: `loss` (next-token loss and seconds of every rule on every passage), `measures` (links and shares of attention of every
+Steps: `loss` (next-token loss of every rule on every passage), `measures` (links and shares of attention of every
 rule), `links` (links alone, for texts too long for measures), `fit` (a candidate for each head, chosen by predicted loss),
-`predictions` (that prediction for every rule), `seconds` (every rule on the first passage, timed once more), `page`
-(docs/quality.md from the results). All but the last two add to the results file what is missing; all but `page` stop after
-`--seconds`, and the next run goes on.
+`predictions` (that prediction for every rule), `seconds` (a pass of every rule, all in one run on a quiet machine), `page`
+(docs/quality.md from the results). All but the last two add to the results file what is missing, stop after `--seconds`, and
+the next run goes on; `seconds` begins anew.
 """
 
 from __future__ import annotations

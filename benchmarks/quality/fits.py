@@ -32,8 +32,8 @@ CANDIDATES = {
 
 def fit_rules() -> list[Rule]:
     """A rule for each stored fit; its expression is the file's name."""
-    family = "fitted by loss, {}, one for each head"
-    return [Rule(family.format(path.stem.partition("-")[0]), "farlight", path.name) for path in sorted(FITS.glob("*-*.json"))]
+    stored = [(name, path.name) for name in CANDIDATES for path in sorted(FITS.glob(f"{name}-*.json"))]
+    return [Rule(f"fitted by loss, {name}, one for each head", "farlight", file) for name, file in stored]
 
 
 def profile(

@@ -40,13 +40,15 @@ MEASURES = {
 _DIGITS = 5
 # Rules whose loss is predicted from one backward pass.
 _PREDICTED_TOGETHER = 8
+# Rules that are timed between two passes of full attention, which all are compared with: the rate of a machine drifts.
+_TIMED_TOGETHER = 10
 
 Passages = Sequence[tuple[str, Tensor]]
 
 
 class Results:
-    """The results file: {"machine": …, tokens: {expression: {"loss": {passage: nats}, "measures": {passage: {…}}, "links":
-    {passage: share}, "predicted": {passage: nats}, "seconds": […]}}}.
+    """The results file: {"machine": …, "timed_on": …, tokens: {expression: {"loss": {passage: nats}, "measures": {passage:
+    {…}}, "links": {passage: share}, "predicted": {passage: nats}, "seconds": …}}}.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +71,7 @@ class Results:
 
     def store(self) -> None:
         """Write the file, one line for each expression; whole or not at all."""
-        parts = [f'"machine": {json.dumps(self.content["machine"])}']
+        parts = [f'"{name}": {json.dumps(self.content[name])}' for name in ("machine", "timed_on") if name in self.content]
         for tokens in self.lengths:
             rows = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in self.of(tokens).items() if row]
             parts.append(f'"{tokens}": {{\n' + ",\n".join(rows) + "\n}")
@@ -80,9 +82,7 @@ class Results:
 
 
 def add_losses(results: Results, model: Any, passages: Passages, rules: Sequence[Rule], seconds: float) -> bool:
-    """Next-token loss of each rule on each passage, passage by passage, and the seconds of that pass, choice and planning
-    included; False where the time was too short.
-    """
+    """Next-token loss of each rule on each passage, passage by passage; False where the time was too short."""
     end, reader = time.monotonic() + seconds, LanguageReader(model)
     for name, ids in passages:
         full = results.row(ids.shape[1], FULL)
@@ -92,11 +92,9 @@ def add_losses(results: Results, model: Any, passages: Passages, rules: Sequence
                 continue
             if time.monotonic() > end:
                 return False
-            start = time.monotonic()
             with use_pattern(model, None if expression == FULL else read_rule(expression)):
                 by_token = reader(ids)[1]
             assert by_token is not None
-            results.row(ids.shape[1], expression).setdefault("seconds", []).append(round(time.monotonic() - start, 1))
             losses[name] = round(float(by_token.double().mean()), _DIGITS)
             results.store()
             print(f"{losses[name] - full['loss'][name]:+.4f} nats, {ids.shape[1]} tokens of {name}: {expression}", flush=True)
@@ -104,18 +102,27 @@ def add_losses(results: Results, model: Any, passages: Passages, rules: Sequence
 
 
 def add_seconds(results: Results, model: Any, passages: Passages, rules: Sequence[Rule], seconds: float) -> bool:
-    """The seconds of one more pass of each rule, in turn, over the first passage; False where the time was too short."""
-    end, reader, (_, ids) = time.monotonic() + seconds, LanguageReader(model), passages[0]
-    for expression in (FULL, *(rule.expression for rule in rules)):
-        if time.monotonic() > end:
-            return False
-        start = time.monotonic()
-        with use_pattern(model, None if expression == FULL else read_rule(expression)):
-            reader(ids)
-        taken = round(time.monotonic() - start, 1)
-        results.row(ids.shape[1], expression).setdefault("seconds", []).append(taken)
-        results.store()
-        print(f"{taken} s, {ids.shape[1]} tokens: {expression}", flush=True)
+    """The seconds of each rule's fastest pass, choice and planning included, all rules in turn over each passage. Ratios need
+    one run, so those of an earlier run go. False where the time was too short.
+    """
+    end, reader, tokens = time.monotonic() + seconds, LanguageReader(model), passages[0][1].shape[1]
+    for row in results.of(tokens).values():
+        row.pop("seconds", None)
+    results.content["timed_on"] = machine()
+    results.store()
+    reader(passages[0][1])  # the first pass of a process allocates what later ones find
+    groups = [rules[first : first + _TIMED_TOGETHER] for first in range(0, len(rules), _TIMED_TOGETHER)]
+    for _, ids in passages:
+        for expression in (each for group in groups for each in (FULL, *(rule.expression for rule in group))):
+            if time.monotonic() > end:
+                return False
+            start = time.monotonic()
+            with use_pattern(model, None if expression == FULL else read_rule(expression)):
+                reader(ids)
+            row, taken = results.row(tokens, expression), round(time.monotonic() - start, 4)
+            row["seconds"] = min(taken, row.get("seconds", taken))
+            results.store()
+            print(f"{taken:.1f} s, {tokens} tokens: {expression}", flush=True)
     return True
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -15,22 +15,26 @@ from quality.rules import SINKS, Rule, rules
 
 __all__ = ["page", "spearman"]
 
-# What a rule may take of all causal links in the table of the best.
-_BUDGETS = (0.07, 0.12, 0.25, 1.0)
+# What a rule may take of all causal links, and of full attention's seconds, in the tables of the best.
+_LINKS, _TIMES = (0.07, 0.12, 0.25, 1.0), (0.7, 0.8, 0.9, 1.0)
 # Passages from which an interval is shown.
 _FEWEST = 4
 
 
 def page(results: Results) -> str:
     """The whole page as Markdown."""
-    machine = results.content["machine"]
-    about = (
+    machines = [results.content.get(name, results.content["machine"]) for name in ("machine", "timed_on")]
+    parts = [_HEAD.format(machine=_about(machines[0]), timed_on=_about(machines[1]))]
+    parts += [_section(results, tokens) for tokens in results.lengths]
+    return "\n".join([*parts, recall_section(FITS), _healed()]).rstrip() + "\n"
+
+
+def _about(machine: dict[str, Any]) -> str:
+    """One line on a machine and its versions."""
+    return (
         f"{machine['processor']}, {machine['threads']} threads ({machine['instructions']}), torch {machine['torch']}, "
         f"transformers {machine['transformers']}, Python {machine['python']}"
     )
-    parts = [_HEAD.format(machine=about)]
-    parts += [_section(results, tokens) for tokens in results.lengths]
-    return "\n".join([*parts, recall_section(FITS), _healed()]).rstrip() + "\n"
 
 
 def _healed() -> str:
@@ -49,11 +53,18 @@ def _section(results: Results, tokens: int) -> str:
         raise ValueError(f"links at {tokens} tokens are missing of {uncounted}: run losses.py links --tokens {tokens}.")
     passages = list(full["loss"])
     losses = ", ".join(f"{name} {loss:.3f}" for name, loss in full["loss"].items())
-    timed = f" One pass takes {_seconds(full)} s." if "seconds" in full else ""
     lines = [
         f"## {tokens} tokens\n",
-        f"{len(passages)} passages, {len(known)} rules. Full attention, nats per token: {losses}.{timed}\n",
-        _best(known, full),
+        f"{len(passages)} passages, {len(known)} rules. Full attention, nats per token: {losses}.\n",
+        _best("links", _LINKS, [(_links(row), rule, row) for rule, row in known], full),
+    ]
+    if "seconds" in full:
+        shares = [(row["seconds"] / full["seconds"], rule, row) for rule, row in known if "seconds" in row]
+        lines += [
+            f"One pass under full attention takes {full['seconds']:.1f} s.\n",
+            _best("share of full attention's seconds", _TIMES, shares, full),
+        ]
+    lines += [
         f"| rule | expression | links | nats lost | {'95 % interval' if len(passages) >= _FEWEST else 'range'} | seconds |",
         "|---|---|---|---|---|---|",
     ]
@@ -74,23 +85,28 @@ def _section(results: Results, tokens: int) -> str:
     return "\n".join(lines)
 
 
-def _best(known: Sequence[tuple[Rule, dict[str, Any]]], full: dict[str, Any]) -> str:
-    """A table of the rule that loses least within each budget of links: of all that read not every score, of those that know
-    positions only, and of those that read every score before they choose.
+def _best(
+    title: str, budgets: Sequence[float], known: Sequence[tuple[float, Rule, dict[str, Any]]], full: dict[str, Any]
+) -> str:
+    """A table of the rule that loses least within each budget of (cost, rule, row): of all that read not every score, of those
+    that know positions only, and of those that read every score before they choose, where there are such.
     """
-    lines = ["| links up to | the least lost | by | by position only | by | reading every score first | by |", "|" + "---|" * 7]
-    for budget in _BUDGETS:
-        within = [(_mean(_lost(row, full)), rule) for rule, row in known if round(_links(row), 3) <= budget]
-        chosen_sets = (
-            [pair for pair in within if not pair[1].reads_every_score],
-            [pair for pair in within if not pair[1].by_content],
-            [pair for pair in within if pair[1].reads_every_score],
-        )
+    sets: dict[str, Callable[[Rule], bool]] = {
+        "the least lost": lambda rule: not rule.reads_every_score,
+        "by position only": lambda rule: not rule.by_content,
+        "reading every score first": lambda rule: rule.reads_every_score,
+    }
+    shown = {name: belongs for name, belongs in sets.items() if any(belongs(rule) for _, rule, _ in known)}
+    lines = [f"| {title} up to | {' | '.join(f'{name} | by' for name in shown)} |", "|---" * (1 + 2 * len(shown)) + "|"]
+    for budget in budgets:
+        within = [(_mean(_lost(row, full)), rule) for cost, rule, row in known if round(cost, 3) <= budget]
         cells = []
-        for chosen in chosen_sets:
+        for belongs in shown.values():
+            chosen = (pair for pair in within if belongs(pair[1]))
             lost, rule = min(chosen, key=lambda pair: pair[0], default=(math.nan, None))
             cells += ["", ""] if rule is None else [f"{lost:.3f}", f"`{_cell(rule.expression)}`"]
-        lines.append("| " + " | ".join([f"{budget:.0%}" if budget < 1 else "all", *cells]) + " |")
+        if any(cells):
+            lines.append("| " + " | ".join([f"{budget:.0%}", *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -135,8 +151,7 @@ def _links(row: dict[str, Any]) -> float:
 
 
 def _seconds(row: dict[str, Any]) -> str:
-    """The fastest pass: other work ran beside some."""
-    return f"{min(row['seconds']):.1f}" if "seconds" in row else ""
+    return f"{row['seconds']:.1f}" if "seconds" in row else ""
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -186,18 +201,18 @@ passage minus that of full attention, mean over passages; the interval is over p
 of all causal links of all rows; of routers counted in some layers and passages only (at 2048 tokens every third layer of two
 passages or every tenth of one, at 8192 every tenth of one). A window or a count of keys gives the later rows, whose loss is
 judged, a smaller share of their links than the earlier ones; a `share=` gives all rows the same. *Seconds*: one pass of the
-whole model, choice and planning included, one thread: the fastest of its passages, since other work ran beside some. Passages:
-`war-and-peace`, `tinyshakespeare` and Python's manual (`python`), from the second half of each text, cut by
-`benchmarks/quality/texts.py`. Every attention is exact over the links of its rule. `sinks` in a table
-stands for `seen_by_all([0, 1, 2, 3])`. k-means centroids are not trained. `blocks-0.12.json` is a fit: a router for each head,
-chosen by predicted loss within 12 % of the links on 4 passages of 2048 tokens of the first halves of the two books
-([fit.md](fit.md#causal-language-models-by-loss)); the files are in `benchmarks/results/quality`.
+whole model, choice and planning included, all rules in one run (`losses.py seconds`); top keys, which sort every score, take
+several times as long as full attention and are left out. Passages: `war-and-peace`, `tinyshakespeare` and Python's manual
+(`python`), from the second half of each text, cut by `benchmarks/quality/texts.py`. Every attention is exact over the links of
+its rule. `sinks` in a table stands for `seen_by_all([0, 1, 2, 3])`. k-means centroids are not trained. `blocks-0.12.json` is a
+fit: a router for each head, chosen by predicted loss within 12 % of the links on 4 passages of 2048 tokens of the first halves
+of the two books ([fit.md](fit.md#causal-language-models-by-loss)); the files are in `benchmarks/results/quality`.
 
-Machine: {machine}.
+Losses: {machine}. Seconds: {timed_on}.
 
 ```
 python benchmarks/losses.py loss --text war-and-peace.txt --text tinyshakespeare.txt --tokens 2048 --passages 8
-python benchmarks/losses.py measures …; python benchmarks/losses.py links …
+python benchmarks/losses.py measures …; python benchmarks/losses.py links …; python benchmarks/losses.py seconds …
 python benchmarks/losses.py fit --text war-and-peace.txt --text tinyshakespeare.txt --tokens 2048 --passages 4 --density 0.12
 farlight audit book.txt --model smollm2 --length 2048 --pattern 'streaming(4, 256)'   # one row, on your text
 farlight recall --model smollm2 --length 2048 --pattern 'streaming(4, 256)'           # and whether it still finds things
@@ -213,15 +228,14 @@ _HEALED = """## Healed
 
 What is left of the loss after training the model to its sparse attention, its own full attention the teacher: LoRA of rank 16
 in all linear layers, one passage a step. Nats lost on passages of the second halves of the two books, which are not trained on,
-with 95 % intervals. Full attention was not trained beside them: without `--truth` it is its own teacher and has nothing to
-learn, so that nothing is gained by better data. Minutes: one thread, beside other work.
+with 95 % intervals. Minutes of training: two threads.
 """
 
 # Tables that examples/heal_smollm2.py wrote, by the name of their file, and how they were made.
 _HEALED_RUNS = {
     "healed.md": f"""### Trained and judged on 1024 tokens
 
-8 passages; 100 steps of the window and 60 of the blocks.
+8 passages; 100 steps of the window and 60 of the blocks, in float32, one thread, beside other work.
 
 ```
 python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --steps 100 \\
@@ -232,25 +246,25 @@ python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --s
 """,
     "healed-8192.md": f"""### Trained on 2048 tokens, judged on 8192
 
-4 passages; 60 steps, half an hour of one core; other work paused the run.
+4 passages; 60 steps. Full attention, trained the same way, stands beside: as its own teacher it has nothing to learn but
+rounding, so that no better data is mistaken for better attention.
 
 ```
 python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --tokens 2048 --judged-tokens 8192 --judged 2 \\
-    --steps 60 \\
+    --steps 60 --bfloat16 --pattern 'causal()' \\
     --pattern 'topblocks(share=0.085, block=2, query_block=16, causal=True, score="softmax") | window(32, 0) | {SINKS}'
 ```
 """,
     "healed-positions.md": """### Positions alone, each head its own
 
 A fixed pattern: windows of 8 to 2048 keys with sinks, strides beside some, full attention in some heads, chosen by predicted
-loss on 2 passages of 4096 tokens. 6 passages judged; 100 steps, half an hour of two cores (17 s a step, measured apart), run on
-one core and paused for other work. 44 steps left 0.070 of 0.1155, on two passages.
+loss on 2 passages of 4096 tokens. 6 passages judged; 200 steps. 100 steps in float32, as long, left 0.057.
 
 ```
 python benchmarks/losses.py fit --fit positions --text war-and-peace.txt --text tinyshakespeare.txt --tokens 4096 \\
     --passages 2 --density 0.18
 python examples/heal_smollm2.py --text war-and-peace.txt tinyshakespeare.txt --tokens 2048 --judged-tokens 8192 --judged 3 \\
-    --steps 100 --pattern benchmarks/results/quality/positions-0.18.json
+    --steps 200 --bfloat16 --pattern benchmarks/results/quality/positions-0.18.json
 ```
 """,
 }

@@ -12,7 +12,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from farlight.analysis.recall.answers import FULL as FULL_ATTENTION
 from farlight.cli.inputs import read_judged
-from quality.measure import FULL, MEASURES, Results, add_links, add_losses, add_measures, add_predictions, add_seconds
+from quality.fits import fit_rules
+from quality.measure import (
+    FULL,
+    MEASURES,
+    Results,
+    add_links,
+    add_losses,
+    add_measures,
+    add_predictions,
+    add_seconds,
+    read_rule,
+)
 from quality.page import page, spearman
 from quality.recall_page import recall_section
 from quality.rules import SINKS, Rule, rules
@@ -32,12 +43,16 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert add_losses(Results(path), model, passages, RULES, 1e9)
     for step in (add_measures, add_links, add_predictions, add_seconds):
         assert step(Results(path), model, passages, RULES, 1e9)
+    # Times of two runs do not compare: a stopped run leaves its own alone.
+    assert not add_seconds(Results(path), model, passages, RULES, 0.0)
+    assert not any("seconds" in row for row in Results(path).of(64).values())
+    assert add_seconds(Results(path), model, passages, RULES, 1e9)
     rows = Results(path).of(64)
     assert list(rows) == [FULL, *(rule.expression for rule in RULES)]
     for expression, row in rows.items():
         assert list(row["loss"]) == ["text 0", "text 1"]
         assert row["loss"]["text 0"] == first[expression]["loss"]["text 0"]
-        assert len(row["seconds"]) == 3
+        assert row["seconds"] > 0
     for rule in RULES:
         row = rows[rule.expression]
         assert row["loss"] != rows[FULL]["loss"]
@@ -52,22 +67,29 @@ def test_every_rule_can_be_read() -> None:
         expressions = [rule.expression for rule in rules(tokens)]
         assert len(set(expressions)) == len(expressions) >= 40
         read_judged(expressions)
+    # Answers of `farlight recall` lie in the same folder and are no fits.
+    fits = fit_rules()
+    assert {rule.expression for rule in fits} >= {"blocks-0.12.json", "blocks-0.2.json", "positions-0.18.json"}
+    for rule in fits:
+        assert isinstance(read_rule(rule.expression), dict)
 
 
 def test_the_page_shows_losses_and_their_ranks(tmp_path: Path) -> None:
     results = Results(tmp_path / "results.json")
     full = results.row(2048, FULL)
-    full |= {"loss": {f"book {number}": 2.0 for number in range(4)}, "seconds": [0.5, 0.2]}
+    full |= {"loss": {f"book {number}": 2.0 for number in range(4)}, "seconds": 0.2}
     for index, rule in enumerate(rules(2048)):
         row = results.row(2048, rule.expression)
+        row["seconds"] = 0.1 + index / 1000
         row["loss"] = {f"book {number}": 2.01 + index / 100 + number / 1000 for number in range(4)}
         row["measures"] = {
             "book 1": dict.fromkeys(MEASURES, -float(index)) | {"links": 0.2 - index / 1000, "share": index / 1.0}
         }
     text = page(results)
     expression = rules(2048)[0].expression.replace("seen_by_all([0, 1, 2, 3])", "sinks").replace("|", "\\|")
-    assert f"`{expression}` | 20.0% | 0.011 | 0.009 … 0.014 |  |" in text
-    assert "One pass takes 0.2 s." in text
+    assert f"`{expression}` | 20.0% | 0.011 | 0.009 … 0.014 | 0.1 |" in text
+    assert "One pass under full attention takes 0.2 s." in text
+    assert f"| 70% | 0.011 | `{expression}` |" in text
     count = len(rules(2048))
     assert f"| 1 - ‖sparse - full‖ / ‖full‖ | book 1 | {count} | 1.000 | 1.000 | nan |" in text
     assert f"| share of attention kept | book 1 | {count} | -1.000 |" in text
