@@ -3,8 +3,8 @@
 Steps: `loss` (next-token loss of every rule on every passage), `measures` (links and shares of attention of every
 rule), `links` (links alone, for texts too long for measures), `fit` (a candidate for each head, chosen by predicted loss),
 `predictions` (that prediction for every rule), `seconds` (a pass of every rule, all in one run on a quiet machine), `page`
-(docs/quality.md from the results). All but the last two add to the results file what is missing, stop after `--seconds`, and
-the next run goes on; `seconds` begins anew.
+(docs/quality.md from the results). All but `page` stop after `--seconds`. `seconds` removes the stored times of this length and
+measures all rules; the steps before it add what the results file lacks, so that the next run measures the remaining rules.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert add_losses(Results(path), model, passages, RULES, 1e9)
     for step in (add_measures, add_links, add_predictions, add_seconds):
         assert step(Results(path), model, passages, RULES, 1e9)
-    # Times of two runs do not compare: a stopped run leaves its own alone.
+    # Seconds of different runs are never mixed: a run that stops at once has removed those of the run before.
     assert not add_seconds(Results(path), model, passages, RULES, 0.0)
     assert not any("seconds" in row for row in Results(path).of(64).values())
     assert add_seconds(Results(path), model, passages, RULES, 1e9)
